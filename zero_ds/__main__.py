@@ -1,0 +1,5 @@
+"""`python -m zero_ds` is `zero-ds`."""
+
+from zero_ds.cli import main
+
+main()

@@ -1,0 +1,336 @@
+"""Commits of a run: trainable weights with a manifest, and apart from them the state to resume from.
+
+    RUN/config.yaml                     the resolved configuration
+    RUN/latest                          name of the newest complete commit
+    RUN/step-000200/weights.safetensors trainable parameters only, in the training precision
+    RUN/step-000200/manifest.json       stage, base models with hashes, LayerPlan, step, versions, hash of the weights
+    RUN/step-000200/resume/             fp32 master copy and both moments of each trainable parameter; step and position
+
+A commit is written to a temporary folder, synced, renamed, and only then does `latest` move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zero_ds import __version__, distributed
+from zero_ds.config import ConfigError, RunConfig
+from zero_ds.engine import Engine, parameter_shape
+
+logger = logging.getLogger(__name__)
+
+COMMIT = re.compile(r"step-(\d{6,})")
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class CheckpointError(ValueError):
+    """A commit that cannot be written, or that does not fit what wants to read it."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a file."""
+    from importlib.metadata import version
+
+    packages = ("torch", "deepspeed", "transformers")
+    return {"zero_ds": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+class SafetensorsStream:
+    """Writes a safetensors file tensor by tensor, so that no more than one is in memory.
+
+    The library itself wants all tensors at once. Names, dtypes and shapes are declared first, data follows in order.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        self._expected: list[tuple[str, int]] = []
+        for name, dtype, shape in tensors:
+            size = shape.numel() * dtype.itemsize
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+            self._expected.append((name, size))
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb")
+        self._put(struct.pack("<Q", len(text)) + text)
+        self._next = 0
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        expected, size = self._expected[self._next]
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        assert name == expected and data.nbytes == size, f"{name} ({data.nbytes} bytes) where {expected} ({size}) was declared"
+        self._put(memoryview(data))
+        self._next += 1
+
+    def close(self) -> str:
+        """Syncs and closes; returns the file's SHA-256."""
+        assert self._next == len(self._expected), "tensors are missing"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+
+def save(
+    run: Path,
+    engine: Engine,
+    manifest: dict[str, Any],
+    progress: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Commits the run after `progress['step']` steps. Every rank calls it; rank 0 writes, one parameter at a time.
+
+    Raises:
+        CheckpointError: the disk refused; earlier commits are as they were.
+    """
+    name = f"step-{progress['step']:06d}"
+    final, temporary = run / name, run / f".{name}.tmp"
+    if final.is_dir():
+        return final
+    writer = _Writer(temporary, engine) if distributed.is_rank_zero() else None
+    for parameter_name, parameter in engine.named.items():
+        state = engine.full_state(parameter)
+        if writer is not None:
+            writer.add(parameter_name, state)
+    if writer is not None:
+        writer.finish({**manifest, "step": progress["step"], "versions": versions()}, progress)
+    failures = distributed.sum_over_ranks(1.0 if writer is not None and writer.error else 0.0)[0]
+    if failures:
+        if writer is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"step {progress['step']} could not be saved in {run}: {writer.error}; earlier commits are intact.")
+        raise CheckpointError(f"step {progress['step']} could not be saved by rank 0.")
+    if writer is not None:
+        temporary.rename(final)
+        _sync(run)
+        write_atomically(run / "latest", name + "\n")
+        commits = sorted((p for p in run.iterdir() if COMMIT.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+        for old in commits[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+    return final
+
+
+class _Writer:
+    """Rank 0's side of a commit. The first error is kept, for the other ranks are still in collectives."""
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        self.error: str | None = None
+        self.folder = folder
+        self.dtypes = {n: p.dtype for n, p in engine.named.items()}
+        shapes = {n: parameter_shape(p) for n, p in engine.named.items()}
+        self._try(self._open, shapes)
+
+    def _try(self, action: Callable[..., None], *arguments: Any) -> None:
+        if self.error is None:
+            try:
+                action(*arguments)
+            except OSError as error:
+                self.error = f"{error.strerror or error}"
+
+    def _open(self, shapes: dict[str, torch.Size]) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "resume").mkdir(parents=True)
+        self.weights = SafetensorsStream(
+            self.folder / "weights.safetensors", [(n, self.dtypes[n], shape) for n, shape in shapes.items()]
+        )
+        self.state = SafetensorsStream(
+            self.folder / "resume" / "state.safetensors",
+            [
+                (f"{key}/{n}", torch.float32, shape)
+                for n, shape in shapes.items()
+                for key in ("master", "exp_avg", "exp_avg_sq")
+            ],
+        )
+
+    def add(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        self._try(self._add, name, state)
+
+    def _add(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        self.weights.write(name, state["master"].to(self.dtypes[name]))
+        for key, tensor in state.items():
+            self.state.write(f"{key}/{name}", tensor)
+
+    def finish(self, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
+        self._try(self._finish, manifest, progress)
+
+    def _finish(self, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
+        content = {**manifest, "weights_sha256": self.weights.close()}
+        progress = {**progress, "state_sha256": self.state.close()}
+        write_atomically(self.folder / "manifest.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(self.folder / "resume" / "progress.json", json.dumps(progress, indent=2) + "\n")
+        _sync(self.folder / "resume")
+        _sync(self.folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a text file in one step: readers see the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A complete commit on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def progress(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "resume" / "progress.json").read_text(encoding="utf-8")))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All trainable weights, checked against the manifest's hash.
+
+        Raises:
+            CheckpointError: the file is missing or differs from what was written.
+        """
+        from safetensors.torch import load_file
+
+        path = self.folder / "weights.safetensors"
+        check_hash(path, self.manifest["weights_sha256"])
+        return dict(load_file(path))
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Weights whose names start with `prefix`, without it."""
+        return {n.removeprefix(prefix): t for n, t in self.weights().items() if n.startswith(prefix)}
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Raises CheckpointError unless the file has this SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; use another commit.") from None
+    if digest.hexdigest() != expected:
+        raise CheckpointError(f"{path} is damaged: its content is not what was saved; use another commit.")
+
+
+def find_commit(path: str | Path) -> Commit:
+    """The commit at `path`: a commit folder, or a run folder, of which the newest commit is taken.
+
+    Raises:
+        CheckpointError: neither of the two, or a manifest that cannot be read.
+    """
+    folder = Path(path)
+    latest = folder / "latest"
+    if latest.is_file():
+        name = latest.read_text(encoding="utf-8").strip()
+        if not COMMIT.fullmatch(name):
+            raise CheckpointError(f"{latest} names no commit; write the name of a step-* folder into it.")
+        folder = folder / name
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} holds no commit (no manifest.json); was the run finished?")
+    try:
+        return Commit(folder, json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); use another commit.") from None
+
+
+def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: Callable[[str], bool]) -> int:
+    """Copies a commit's weights into parameters of the same names. Every rank calls it; returns the number copied.
+
+    `skip` says which names may be left out (translators, where the decoder has none).
+
+    Raises:
+        CheckpointError: a name the model does not have, or another shape.
+    """
+    from zero_ds.model import gathered
+
+    copied = 0
+    for name, tensor in commit.weights().items():
+        parameter = targets.get(name)
+        if parameter is None:
+            if skip(name):
+                continue
+            raise CheckpointError(f"{commit.folder} holds {name}, which this model has not; it was made for another model.")
+        shape = parameter_shape(parameter)
+        if tensor.shape != shape:
+            raise CheckpointError(f"{name} in {commit.folder} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}.")
+        with gathered([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(tensor.to(parameter.dtype))
+        copied += 1
+    return copied
+
+
+def restore_(engine: Engine, commit: Commit) -> dict[str, Any]:
+    """Puts master copies, moments and step count back into the engine; returns the run's progress. A collective.
+
+    Raises:
+        CheckpointError: damaged state, or state of other parameters than the run trains.
+    """
+    from safetensors import safe_open
+
+    progress = commit.progress()
+    path = commit.folder / "resume" / "state.safetensors"
+    check_hash(path, progress["state_sha256"])
+    with safe_open(path, framework="pt") as file:
+        held = {name.split("/", 1)[1] for name in file.keys()}  # noqa: SIM118 - a safetensors handle is no mapping
+        if held != set(engine.named):
+            other = sorted(held ^ set(engine.named))[0]
+            raise CheckpointError(f"{commit.folder} was saved by a run that trains other parameters (first: {other}).")
+        for name, parameter in engine.named.items():
+            engine.set_full_state(
+                parameter, {key: file.get_tensor(f"{key}/{name}") for key in ("master", "exp_avg", "exp_avg_sq")}
+            )
+    engine.set_optimizer_step(progress["step"])
+    return progress
+
+
+def check_manifest(commit: Commit, expected: dict[str, Any], allow: Iterable[str] = ()) -> None:
+    """Compares fields of a manifest with what a consumer needs.
+
+    Raises:
+        ConfigError: a field that differs, naming it and both values.
+    """
+    for key, value in expected.items():
+        stated = commit.manifest.get(key)
+        if stated != value and key not in set(allow):
+            raise ConfigError(f"{commit.folder} does not fit: its {key} is {stated!r}, here it is {value!r}.")
+
+
+def manifest_of(config: RunConfig) -> dict[str, Any]:
+    """What a manifest says of the run itself."""
+    return {"stage": config.stage, "config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()}

@@ -1,0 +1,102 @@
+"""`zero-ds`: the commands. This file parses and reports; the work is in the modules it calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="zero-ds",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Find where a language model's early phase ends, cut a small surrogate there, train a vision encoder against it "
+    "with DeepSpeed, and graft the encoder into the full model.",
+)
+logger = logging.getLogger("zero_ds.cli")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. zero=zero2 optimizer.learning_rate=1e-4.")]
+
+
+@app.callback()
+def _every_command() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from zero_ds.monitor import set_up_logging
+
+    set_up_logging()
+
+
+def _has_cuda() -> bool:
+    return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe such as smollm2-135m/encoder, or a YAML file.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run and stop.")] = False,
+) -> None:
+    """Train one stage on this process alone; launch/train.sh starts it on all devices or on many machines."""
+    from zero_ds.config import load_run
+
+    config = load_run(recipe, overrides)
+    if dry_run:
+        import json
+
+        from zero_ds import distributed, stages
+        from zero_ds.data.loader import check_batches
+        from zero_ds.engine import ds_config
+
+        stage = stages.stage_of(config)
+        world = distributed.world_size()
+        check_batches(config, world)
+        print(config.dump().rstrip())
+        print(f"# trains {', '.join(stages.trained_parts(config))} against {stages.decoder_folder(config)} ({stage.name})")
+        print("# DeepSpeed: " + json.dumps(ds_config(config, world)))
+        return
+    from zero_ds.train import train as run
+
+    run(config)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes in the package."""
+    from zero_ds.config import recipe_names
+
+    print("\n".join(recipe_names()))
+
+
+def train_module() -> None:
+    """Entry point of `deepspeed --module zero_ds.train RECIPE key=value ...`."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(["train", *arguments])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; what a user can mend ends as one sentence on stderr and exit status 2."""
+    from zero_ds import distributed
+
+    try:
+        app(args=arguments, standalone_mode=True)
+    except (ValueError, FloatingPointError) as error:
+        if type(error).__module__.split(".")[0] != "zero_ds" and not isinstance(error, FloatingPointError):
+            raise
+        print(f"zero-ds: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"zero-ds: {error.strerror}: {error.filename or 'while writing'}; free some space and run again.", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        distributed.shutdown()
+
+
+_DISK_ERRORS = (28, 122, 30, 13)  # no space, quota, read-only, no permission

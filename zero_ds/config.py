@@ -1,0 +1,283 @@
+"""The typed configuration of a run: YAML recipe + dotted overrides -> `RunConfig`.
+
+A recipe is one YAML file that describes a whole run; `extends:` names a recipe that it starts from. Every key is known:
+an unknown one is an error that names its nearest neighbour, at any depth.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPE_ROOT = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """What a user wrote cannot be run; the message is one sentence that names the key, the value and the remedy."""
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: unknown keys are refused, values are frozen once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EncoderConfig(Section):
+    path: str
+    """Folder or hub id of the vision encoder."""
+    train_last_layers: int | None = Field(default=None, ge=1)
+    """Train only the last n layers of the encoder (and what follows them); empty trains all of it."""
+    feature_layer: int = -1
+    """Index into the encoder's hidden states that feeds the adapter; -1 is the last one, -2 LLaVA-1.5's choice."""
+    patch_norm: bool = False
+    """Apply the encoder's final norm to the patch tokens, as the paper's reference implementation does."""
+
+
+class AdapterConfig(Section):
+    boundary_tokens: bool = False
+    """Put a learned start- and end-of-image embedding around the image tokens, as the reference implementation does."""
+    match_embeddings: bool = False
+    """Scale the adapter's initial weights so that image tokens start with the standard deviation of word embeddings."""
+
+
+class SourceConfig(Section):
+    path: str
+    """JSON file in LLaVA's format."""
+    root: str | None = None
+    """Folder of the images; the JSON file's own folder if empty. No image path may leave it."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first n samples."""
+
+
+class DataConfig(Section):
+    sources: tuple[SourceConfig, ...] = ()
+    """Data files, mixed by evenly spaced insertion in the order of their own samples."""
+    max_length: int = Field(default=2048, ge=8)
+    """Longest sequence in tokens, image tokens included; a longer sample loses whole turns from its end."""
+    image_prompt: Literal["fixed", "random", "off"] = "fixed"
+    """The wrapper around the image placeholder: the paper's sentence, a random one of its wordings, or none."""
+    supervise: Literal["auto", "response", "special_tokens"] = "auto"
+    """Which tokens carry loss: responses, or also the template's special tokens; auto: the stage decides (A.5)."""
+    system_prompt: str | None = None
+    """System message of every conversation; empty keeps the chat template's own default."""
+    chat_template: str | None = None
+    """File with a chat template that replaces the tokenizer's own, kept by every export of the run."""
+    workers: int = Field(default=0, ge=0)
+    """Worker processes of the loader on each rank."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of every trained part."""
+    learning_rates: dict[Literal["encoder", "adapter", "translator", "decoder"], float] = {}
+    """Peak learning rates of single parts, where they differ from `learning_rate`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    """Share of all steps in which the rate rises linearly; it then falls to zero along a cosine."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class DistillConfig(Section):
+    """Options beyond the paper for the `translator` stage: learn from the target instead of from next tokens."""
+
+    hidden: float = Field(default=0.0, ge=0)
+    """Weight of the normalised squared error between the translator's output and the target's hidden states behind it."""
+    logits: float = Field(default=0.0, ge=0)
+    """Weight of KL(target || surrogate) over the vocabulary."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(default=None, ge=1)
+    """Commit every n steps, besides the commit at the end of the run."""
+    every_minutes: float | None = Field(default=30.0, gt=0)
+    keep: int = Field(default=2, ge=1)
+    """Commits kept; older ones are deleted once a newer one is complete."""
+
+
+class RunConfig(Section):
+    """Everything that a training run depends on."""
+
+    stage: str
+    """Row of the stage table (stages.py): translator, pretrain, encoder or decoder."""
+    target: str
+    """Folder or hub id of the full language model."""
+    surrogate: str | None = None
+    """Folder of the surrogate made by `zero-ds surrogate`."""
+    decoder: Literal["auto", "surrogate", "target"] = "auto"
+    """Which of the two is trained against; auto follows the stage table (Table A.2)."""
+    encoder: EncoderConfig | None = None
+    adapter: AdapterConfig = AdapterConfig()
+    init_from: tuple[str, ...] = ()
+    """Results of earlier stages whose weights this run starts from, later ones winning."""
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    distill: DistillConfig = DistillConfig()
+    global_batch: int = Field(default=128, ge=1)
+    """Samples per optimizer step over all ranks and accumulation steps."""
+    micro_batch: int = Field(default=1, ge=1)
+    """Samples per rank and forward pass."""
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after n optimizer steps; overrides `epochs`, and repeats the data where it is shorter."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    activation_checkpointing: bool = True
+    seed: int = 0
+    zero: str = "zero3"
+    """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = Field(default=10, ge=1)
+    out: str
+    """Folder of the run: resolved config, logs, commits."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.decoder == "surrogate" and not self.surrogate:
+            raise ValueError("decoder is 'surrogate' but no surrogate is given; set surrogate=FOLDER")
+        return self
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML, enough to repeat the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def fingerprint(self) -> str:
+        """Hash of everything that changes the run's numbers; where and how often it logs and saves does not."""
+        content = self.model_dump(mode="json", exclude={"out", "log_every", "checkpoint"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes in the package, such as `smollm2-135m/encoder`."""
+    return sorted(
+        str(path.relative_to(RECIPE_ROOT).with_suffix("")) for path in RECIPE_ROOT.rglob("*.yaml") if path.stem != "common"
+    )
+
+
+def load_run(recipe: str, overrides: list[str] | None = None) -> RunConfig:
+    """Resolves a recipe (name in the package, or path of a YAML file) and `key=value` overrides.
+
+    Raises:
+        ConfigError: unknown recipe or key (naming the nearest), a value of the wrong kind, unreadable YAML.
+    """
+    tree = _read_recipe(recipe)
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{override}' is not an override; write key=value, e.g. optimizer.learning_rate=1e-4.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"the value of {key} cannot be read: {text!r}.") from None
+        _set(tree, key.split("."), _number(value))
+    return validate(RunConfig, tree, what=f"recipe {recipe}")
+
+
+def validate(model: type[Model], tree: Any, what: str) -> Model:
+    """Checks a tree of plain values against a pydantic model, with one-sentence errors."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{what}: {_explain(model, error)}") from None
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, or the whole list if there is none and it is short."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"; known: {', '.join(sorted(known))}." if len(known) <= 40 else "."
+
+
+def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPE_ROOT / f"{recipe}.yaml"
+        if not path.is_file():
+            raise ConfigError(f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}")
+    if str(path) in seen:
+        raise ConfigError(f"recipe {recipe} extends itself.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe file {path}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe file {path} cannot be read: {str(error).splitlines()[0]}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe file {path} must hold a mapping of keys to values.")
+    parent = tree.pop("extends", None)
+    if parent is not None:
+        tree = _merge(_read_recipe(str(parent), (*seen, str(path))), tree)
+    return _number(tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return merged
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; a string that is a number in Python becomes one."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, str) and value[:1] in "0123456789.+-" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        nested = tree.get(key)
+        if not isinstance(nested, dict):
+            nested = tree[key] = {}
+        tree = nested
+    tree[keys[-1]] = value
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    name = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{name}'{did_you_mean(location[-1], _keys(model, location[:-1]))}"
+    if first["type"] == "missing":
+        return f"'{name}' is missing; set it in the recipe or with {name}=VALUE."
+    message = first["msg"].removeprefix("Value error, ")
+    if not location:
+        return f"{message}."
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Field names of the section at `location`, looked up through the annotations."""
+    import typing
+
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+            current = current.model_fields[part].annotation
+        while not isinstance(current, type) or not issubclass(current, BaseModel):
+            inner = [a for a in typing.get_args(current) if a is not type(None) and a is not Ellipsis]
+            if not inner:
+                return []
+            current = inner[-1] if typing.get_origin(current) is dict else inner[0]
+    return list(current.model_fields)

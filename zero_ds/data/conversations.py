@@ -1,0 +1,173 @@
+"""Conversations -> token ids and labels: pure functions of text, tokenizer and chat template.
+
+The chat template is rendered once with stand-ins for the contents; what lies between the stand-ins is structure and is
+tokenised with its special tokens, what a person typed is tokenised as plain text. So the spans of every part are known
+by construction, and a special token that somebody types stays text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+IGNORE = -100
+"""Label of a position without loss."""
+IMAGE_TOKEN = -1
+"""Stand-in for one image token in `input_ids`; no vocabulary has it."""
+PLACEHOLDER = "<image>"
+
+WRAPPERS = (
+    "Based on the visual elements captured in this image of{image}, {question}",
+    "Looking at what is shown in this picture of{image}, {question}",
+    "Given the contents of the photo{image}, {question}",
+    "With the visual details of{image} in mind, {question}",
+    "From what can be seen in{image}, {question}",
+)
+"""Wordings of the image prompt; the first one is the paper's and the fixed one."""
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`input_ids` and `labels`, both of length `seq`; an image position holds IMAGE_TOKEN and IGNORE."""
+
+    input_ids: list[int]
+    labels: list[int]
+    images: int
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be turned into a sample."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, taken apart into structure and contents."""
+
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        if template is None and not tokenizer.chat_template:
+            raise ConversationError("the tokenizer has no chat template; give one with data.chat_template=FILE")
+        self._special = set(tokenizer.all_special_ids)
+        self._cache: dict[tuple[Role, ...] | str, list[str]] = {}
+        self._structure_ids: dict[str, list[int]] = {}
+
+    def encode(
+        self,
+        turns: Sequence[Turn],
+        *,
+        tokens_per_image: int,
+        supervise: Literal["response", "special_tokens"],
+        generate: bool = False,
+    ) -> Encoded:
+        """Encodes turns, `tokens_per_image` stand-ins for every `<image>` in a user's text.
+
+        Loss is on every response and the end-of-turn token behind it; with `special_tokens` also on the template's
+        special tokens (appendix A.5). With `generate` the structure that opens the assistant's answer is appended.
+        """
+        pieces = self._structure(tuple(turn.role for turn in turns), generate)
+        ids: list[int] = []
+        labels: list[int] = []
+        images = 0
+        for number, piece in enumerate(pieces):
+            structure = self._encode_structure(piece)
+            answered = number > 0 and turns[number - 1].role == "assistant"
+            for position, token in enumerate(structure):
+                special = token in self._special
+                closing = answered and special and not any(t in self._special for t in structure[:position])
+                ids.append(token)
+                labels.append(token if closing or (special and supervise == "special_tokens") else IGNORE)
+            if number == len(turns):
+                break
+            turn = turns[number]
+            learned = turn.role == "assistant"
+            parts = turn.text.split(PLACEHOLDER) if turn.role == "user" else [turn.text]
+            for index, part in enumerate(parts):
+                if index:
+                    ids += [IMAGE_TOKEN] * tokens_per_image
+                    labels += [IGNORE] * tokens_per_image
+                    images += 1
+                text = self.encode_text(part)
+                ids += text
+                labels += text if learned else [IGNORE] * len(text)
+        return Encoded(ids, labels, images)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of plain text: no special token comes out of it, whatever was typed."""
+        if not text:
+            return []
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+    def end_of_turn(self) -> int:
+        """The token that closes an assistant's answer, where generation stops."""
+        piece = self._structure(("user", "assistant"), False)[-1]
+        for token in self._encode_structure(piece):
+            if token in self._special:
+                return token
+        raise ConversationError("the chat template closes an answer without a special token")
+
+    def _encode_structure(self, piece: str) -> list[int]:
+        if piece not in self._structure_ids:
+            self._structure_ids[piece] = list(self.tokenizer(piece, add_special_tokens=False).input_ids)
+        return self._structure_ids[piece]
+
+    def _structure(self, roles: tuple[Role, ...], generate: bool) -> list[str]:
+        """The template's text before, between and behind the contents: len(roles) + 1 pieces."""
+        key = (*roles, "generate") if generate else roles
+        if key not in self._cache:
+            stand_ins = [f"zq{index}qz" for index in range(len(roles))]
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [{"role": role, "content": stand_in} for role, stand_in in zip(roles, stand_ins, strict=True)],
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                )
+            except Exception as error:  # a template raises what its author chose
+                raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
+            pieces = re.split("|".join(stand_ins), text) if stand_ins else [text]
+            if len(pieces) != len(roles) + 1:
+                raise ConversationError("the chat template does not keep every turn's text")
+            self._cache[key] = pieces
+        return self._cache[key]
+
+
+def image_prompt(question: str, mode: Literal["fixed", "random", "off"], sample_id: str, seed: int = 0) -> str:
+    """Wraps the first question of an image sample: `Based on the visual elements ... of<image>, <question>`.
+
+    LLaVA's data puts the placeholder on a line of its own before or behind the question; that line goes. `random`
+    chooses by seed and sample, so that every process chooses alike. Text around several placeholders stays as it is.
+    """
+    if mode == "off" or question.count(PLACEHOLDER) != 1:
+        return question
+    if not (question.startswith(PLACEHOLDER) or question.endswith(PLACEHOLDER)):
+        return question
+    bare = question.replace(PLACEHOLDER, "").strip()
+    choice = 0
+    if mode == "random":
+        choice = hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()[0] % len(WRAPPERS)
+    return WRAPPERS[choice].format(image=PLACEHOLDER, question=bare)
+
+
+def cut_turns(turns: Sequence[Turn], length: int, encode: Any) -> Encoded | None:
+    """Encodes as many leading turns as fit into `length` tokens; None if not even one answered turn does."""
+    kept = list(turns)
+    while kept:
+        encoded: Encoded = encode(kept)
+        if len(encoded.input_ids) <= length:
+            return encoded if any(label != IGNORE for label in encoded.labels) else None
+        while kept and kept[-1].role == "assistant":
+            kept.pop()
+        while kept and kept[-1].role != "assistant":
+            kept.pop()
+    return None

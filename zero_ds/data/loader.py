@@ -1,0 +1,176 @@
+"""Samples -> micro-batches, in an order that depends on seed and epoch only, from any position on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from zero_ds.config import RunConfig
+from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Encoded, Turn, cut_turns, image_prompt
+from zero_ds.data.images import ImageProcessor, open_image
+from zero_ds.data.sources import DataError, Records, Sample
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """One sample -> token ids, labels and pixel values; shared by training, evaluation and chat."""
+
+    template: ChatTemplate
+    supervise: Literal["response", "special_tokens"]
+    processor: ImageProcessor | None = None
+    tokens_per_image: int = 0
+    max_length: int = 2048
+    image_prompt: Literal["fixed", "random", "off"] = "fixed"
+    system_prompt: str | None = None
+    seed: int = 0
+
+    def turns(self, sample: Sample) -> list[Turn]:
+        """The sample's turns with system prompt and image wrapper as configured."""
+        turns = list(sample.turns)
+        if self.system_prompt is not None and turns[0].role != "system":
+            turns.insert(0, Turn("system", self.system_prompt))
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = Turn("user", image_prompt(turns[first].text, self.image_prompt, sample.id, self.seed))
+        return turns
+
+    def encode(self, turns: Sequence[Turn], generate: bool = False) -> Encoded:
+        return self.template.encode(
+            turns, tokens_per_image=self.tokens_per_image, supervise=self.supervise, generate=generate
+        )
+
+    def pixels(self, sample: Sample) -> list[torch.Tensor]:
+        if sample.images and self.processor is None:
+            raise DataError(f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples")
+        return [self.processor(open_image(path)) for path in sample.images] if self.processor else []
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        """-> input_ids, labels (lists of int), pixels (list of (3, size, size)), id.
+
+        Raises:
+            DataError: nothing of the sample that carries a label fits into max_length.
+        """
+        encoded = cut_turns(self.turns(sample), self.max_length, self.encode)
+        if encoded is None:
+            raise DataError(f"sample {sample.id} has no answer within {self.max_length} tokens; raise data.max_length")
+        pixels = self.pixels(sample)[: encoded.images]
+        return {"input_ids": encoded.input_ids, "labels": encoded.labels, "pixels": pixels, "id": sample.id}
+
+
+def collate(samples: Sequence[dict[str, Any]], pad_id: int, image_size: int | None) -> Batch:
+    """Pads to the longest sample.
+
+    Returns input_ids, labels, attention_mask: (batch, seq); pixel_values: (max(images, 1), 3, size, size), one blank
+    picture where the batch has none, because every rank runs the encoder exactly once a micro-batch; ids.
+    """
+    length = max(len(sample["input_ids"]) for sample in samples)
+    input_ids = torch.full((len(samples), length), pad_id)
+    labels = torch.full((len(samples), length), IGNORE)
+    mask = torch.zeros((len(samples), length), dtype=torch.long)
+    for row, sample in enumerate(samples):
+        n = len(sample["input_ids"])
+        input_ids[row, :n] = torch.tensor(sample["input_ids"])
+        labels[row, :n] = torch.tensor(sample["labels"])
+        mask[row, :n] = 1
+    batch: Batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask, "ids": [s["id"] for s in samples]}
+    if image_size is not None:
+        pictures = [picture for sample in samples for picture in sample["pixels"]]
+        batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, image_size, image_size)
+    return batch
+
+
+def sample_order(n: int, seed: int, epoch: int) -> list[int]:
+    """Order of the samples in an epoch: as they stand in the first (pre-shuffled data), permuted from then on."""
+    if epoch == 0:
+        return list(range(n))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+class _Samples(Dataset[dict[str, Any]]):
+    """Position in the whole run -> encoded sample; holds no state, so any position can be the first."""
+
+    def __init__(self, records: Records, encoder: SampleEncoder, seed: int) -> None:
+        self.records, self.encoder, self.seed = records, encoder, seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, place = divmod(position, len(self.records))
+        if self._order[0] != epoch:
+            self._order = (epoch, sample_order(len(self.records), self.seed, epoch))
+        return self.encoder(self.records[self._order[1][place]])
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Micro-batches of one rank.
+
+    Sample `step * global_batch + i` of the run belongs to the same step whatever the number of ranks: rank r takes the
+    samples i with i // (global_batch / world_size) == r, in `accumulation` micro-batches.
+    """
+
+    records: Records
+    encoder: SampleEncoder
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world_size: int
+    pad_id: int
+    seed: int
+    workers: int = 0
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """Yields the micro-batches of step first, first + 1, ..., last - 1."""
+        share = self.global_batch // self.world_size
+        positions = [
+            [step * self.global_batch + self.rank * share + m * self.micro_batch + i for i in range(self.micro_batch)]
+            for step in range(first, last)
+            for m in range(self.accumulation)
+        ]
+        size = self.encoder.processor.size if self.encoder.processor else None
+        stream = iter(
+            DataLoader(
+                _Samples(self.records, self.encoder, self.seed),
+                batch_sampler=positions,
+                collate_fn=lambda samples: collate(samples, self.pad_id, size),
+                num_workers=self.workers,
+                multiprocessing_context="fork" if self.workers else None,
+                pin_memory=torch.cuda.is_available(),
+            )
+        )
+        for _ in range(first, last):
+            yield [next(stream) for _ in range(self.accumulation)]
+
+
+def image_positions(input_ids: torch.Tensor) -> torch.Tensor:
+    """Mask of the image tokens, (batch, seq)."""
+    return input_ids == IMAGE_TOKEN
+
+
+def check_batches(config: RunConfig, world_size: int) -> int:
+    """Accumulation steps of a run.
+
+    Raises:
+        ConfigError: the global batch is no multiple of micro batch x ranks.
+    """
+    from zero_ds.config import ConfigError
+
+    per_pass = config.micro_batch * world_size
+    if config.global_batch % per_pass:
+        raise ConfigError(
+            f"global_batch={config.global_batch} is no multiple of micro_batch={config.micro_batch} x {world_size} ranks; "
+            f"set global_batch to a multiple of {per_pass}."
+        )
+    return config.global_batch // per_pass

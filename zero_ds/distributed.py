@@ -1,0 +1,121 @@
+"""Ranks, collectives and signals: the only file that talks to torch.distributed's set-up."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for a rank before the job ends; nothing long may stand behind one."""
+
+
+def initialize() -> None:
+    """Joins the process group of the launcher (DeepSpeed's or torchrun's); a lone process becomes rank 0 of 1."""
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # DeepSpeed would compile a shared-memory kernel with a C++ compiler at this point (minutes, and not everybody
+        # has one); gloo carries what CPU ranks exchange.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(local_rank())
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT, verbose=False
+    )
+
+
+def free_port() -> int:
+    """A TCP port on this machine that is free now."""
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_zero() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """Sums each value over all ranks (float64, one collective)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [float(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor.tolist()]
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others, for caches that one process writes and all read."""
+    if not is_rank_zero():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_rank_zero():
+            barrier()
+
+
+class StopSignal:
+    """Set by SIGTERM, SIGINT or SIGUSR1, so that the loop can commit and stop between two steps."""
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for name in self.NAMES:
+            signal.signal(getattr(signal, name), self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self.received = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """True on all ranks as soon as one rank has received a signal. A collective: every rank calls it."""
+        return sum_over_ranks(1.0 if self.received else 0.0)[0] > 0

@@ -1,0 +1,61 @@
+"""What the method needs to know of a vision encoder: its width, its tokens, where its layers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFamily:
+    """How one kind of vision transformer is loaded and read."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json (of the vision part)."""
+    load: Callable[..., nn.Module]
+    """(path, **from_pretrained arguments) -> the vision transformer."""
+    prefix_tokens: int
+    """Tokens before the patches (CLS, registers) that are dropped."""
+    final_norm: str
+    """Attribute of the norm behind the last layer."""
+
+    def vision_config(self, module: nn.Module) -> Any:
+        config = cast(Any, module).config
+        return getattr(config, "vision_config", config)
+
+    def tokens_per_image(self, config: Any) -> int:
+        """Patch tokens of one picture; `config` is the vision transformer's."""
+        return int((config.image_size // config.patch_size) ** 2)
+
+    def layers(self, module: nn.Module) -> nn.ModuleList:
+        """The transformer layers, found by structure because libraries rename the levels above them."""
+        config = self.vision_config(module)
+        for child in module.modules():
+            if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+                return child
+        raise RuntimeError(f"no list of {config.num_hidden_layers} layers in the {self.name} encoder")
+
+    def norm(self, module: nn.Module) -> nn.Module:
+        for name, child in module.named_modules():
+            if name.split(".")[-1] == self.final_norm:
+                return child
+        raise RuntimeError(f"no {self.final_norm} in the {self.name} encoder")
+
+    def features(
+        self, module: nn.Module, pixel_values: torch.Tensor, feature_layer: int, patch_norm: bool
+    ) -> torch.Tensor:
+        """Patch features: (images, 3, height, width) -> (images, tokens, width)."""
+        output = module(pixel_values=pixel_values, output_hidden_states=True)
+        patches = output.hidden_states[feature_layer][:, self.prefix_tokens :]
+        return cast(torch.Tensor, self.norm(module)(patches)) if patch_norm else patches
+
+    def used_layers(self, module: nn.Module, feature_layer: int) -> list[nn.Module]:
+        """Layers whose output reaches `feature_layer`; hidden state 0 is the embedding."""
+        layers = list(self.layers(module))
+        last = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
+        return layers[:last]

@@ -1,0 +1,42 @@
+"""What the method needs to know of a decoder family: where its layers, norm and head are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Names of the parts of a decoder in its weights and in its module tree."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json."""
+    backbone: str = "model"
+    """Attribute of the causal LM that holds embeddings, layers and final norm."""
+    layer_prefix: str = "model.layers."
+    """Prefix of the layers' tensors; the layer's number follows."""
+    per_layer_config: tuple[str, ...] = ("layer_types",)
+    """Config entries with one item a layer, cut like the layers."""
+
+    def layers(self, decoder: nn.Module) -> nn.ModuleList:
+        return cast(nn.ModuleList, getattr(decoder, self.backbone).layers)
+
+    def norm(self, decoder: nn.Module) -> nn.Module:
+        return cast(nn.Module, getattr(decoder, self.backbone).norm)
+
+    def hidden_states(
+        self, decoder: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Runs the decoder up to and with its final norm: (batch, seq, hidden) -> (batch, seq, hidden)."""
+        backbone = getattr(decoder, self.backbone)
+        output = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
+        return cast(torch.Tensor, output.last_hidden_state)
+
+    def logits(self, decoder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Final-normed hidden states (..., hidden) -> logits (..., vocabulary)."""
+        return cast(torch.Tensor, decoder.get_output_embeddings()(hidden_states))  # type: ignore[operator]

@@ -1,0 +1,5 @@
+"""Llama 3.x and what shares its architecture (SmolLM2)."""
+
+from zero_ds.families.base import Family
+
+FAMILY = Family(name="llama", model_types=("llama",))

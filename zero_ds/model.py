@@ -1,0 +1,308 @@
+"""The one model of training, evaluation and export: vision encoder + adapter + decoder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from zero_ds.config import AdapterConfig, ConfigError, DistillConfig, EncoderConfig
+from zero_ds.data.loader import image_positions
+from zero_ds.encoders import EncoderFamily, encoder_of
+from zero_ds.families import Family, family_of
+from zero_ds.losses import hidden_distillation_sum, logit_distillation_sum, next_token_sum, supervised
+from zero_ds.surrogate import LayerPlan, read_surrogate
+
+logger = logging.getLogger(__name__)
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class Boundary(nn.Module):
+    """Learned start- and end-of-image embeddings. A module with a forward, so that ZeRO-3 gathers it where it is used."""
+
+    def __init__(self, hidden_size: int, std: float) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(2, hidden_size)
+        nn.init.normal_(self.embeddings.weight, std=std)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(images, tokens, hidden) -> (images, tokens + 2, hidden)."""
+        both = self.embeddings(torch.arange(2, device=features.device)).to(features.dtype)
+        start, end = both.view(2, 1, 1, -1).expand(2, len(features), 1, -1)
+        return torch.cat([start, features, end], dim=1)
+
+
+class VisionLanguageModel(nn.Module):
+    """encoder: pixels -> patch features; adapter: Linear, GELU, Linear to the decoder's width; decoder: causal LM."""
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        family: Family,
+        *,
+        plan: LayerPlan | None = None,
+        encoder: nn.Module | None = None,
+        encoder_family: EncoderFamily | None = None,
+        encoder_config: EncoderConfig | None = None,
+        adapter_config: AdapterConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.family = family
+        self.plan = plan
+        self.encoder = encoder
+        self.encoder_family = encoder_family
+        self.encoder_config = encoder_config
+        self.boundary: Boundary | None = None
+        self.adapter: nn.Sequential | None = None
+        self.teacher: Teacher | None = None
+        if encoder is not None:
+            assert encoder_family is not None and encoder_config is not None
+            width = encoder_family.vision_config(encoder).hidden_size
+            hidden = cast(Any, decoder).config.get_text_config().hidden_size
+            self.adapter = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+            if adapter_config and adapter_config.boundary_tokens:
+                self.boundary = Boundary(hidden, std=0.02)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def parameters_of(self, part: str) -> NamedParameters:
+        """Parameters of a part under their names in weights files, which do not depend on which decoder is in use.
+
+        encoder: the layers that feed the adapter (the last n where configured, then without the embeddings), and its
+        norm where used; adapter: with the boundary embeddings; translator: `translator.<i>.*`; decoder: `decoder.*`.
+        """
+        if part == "translator":
+            return [
+                (f"translator.{i}.{name}", parameter)
+                for i, layer in enumerate(self.translators())
+                for name, parameter in layer.named_parameters()
+            ]
+        if part == "decoder":
+            return [(f"decoder.{name}", parameter) for name, parameter in self.decoder.named_parameters()]
+        if part == "adapter":
+            named = [(n, p) for n, p in self.named_parameters() if n.startswith(("adapter.", "boundary."))]
+            return named + self._norm_parameters()
+        assert part == "encoder"
+        if self.encoder is None or self.encoder_family is None or self.encoder_config is None:
+            return []
+        used = self.encoder_family.used_layers(self.encoder, self.encoder_config.feature_layer)
+        unused = set(self.encoder_family.layers(self.encoder)) - set(used)
+        skipped = {p for layer in unused for p in layer.parameters()}
+        skipped |= set(self.encoder_family.norm(self.encoder).parameters())
+        named = [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if p not in skipped]
+        last = self.encoder_config.train_last_layers
+        if last is not None:
+            wanted = {p for layer in used[-last:] for p in layer.parameters()}
+            named = [(n, p) for n, p in named if p in wanted]
+        return named
+
+    def _norm_parameters(self) -> NamedParameters:
+        """The encoder's norm on patch tokens belongs to the adapter: it trains in every stage, as in the reference."""
+        if self.encoder is None or self.encoder_config is None or not self.encoder_config.patch_norm:
+            return []
+        assert self.encoder_family is not None
+        wanted = set(self.encoder_family.norm(self.encoder).parameters())
+        return [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if p in wanted]
+
+    def named_targets(self) -> dict[str, nn.Parameter]:
+        """Every parameter that a weights file may name."""
+        named = dict((n, p) for n, p in self.named_parameters() if not n.startswith("teacher."))
+        named.update(self.parameters_of("translator"))
+        return named
+
+    def translators(self) -> list[nn.Module]:
+        if self.plan is None:
+            return []
+        layers = self.family.layers(self.decoder)
+        return [layers[number] for number in self.plan.translators]
+
+    def tokens_per_image(self) -> int:
+        if self.encoder is None or self.encoder_family is None:
+            return 0
+        patches = self.encoder_family.tokens_per_image(self.encoder_family.vision_config(self.encoder))
+        return patches + (2 if self.boundary is not None else 0)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, height, width) -> (images, tokens per image, hidden), at the decoder's width."""
+        assert self.encoder is not None and self.encoder_family is not None and self.adapter is not None
+        assert self.encoder_config is not None
+        trains = any(p.requires_grad for p in self.encoder.parameters())
+        pixel_values = pixel_values.to(next(self.encoder.parameters()).dtype)
+        # nothing before a frozen encoder trains: no graph is kept for it
+        with contextlib.nullcontext() if trains else torch.no_grad():
+            patches = self.encoder_family.features(
+                self.encoder, pixel_values, self.encoder_config.feature_layer, self.encoder_config.patch_norm
+            )
+        features = cast(torch.Tensor, self.adapter(patches))
+        return cast(torch.Tensor, self.boundary(features)) if self.boundary is not None else features
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Word embeddings with image features at the image positions: (batch, seq) -> (batch, seq, hidden)."""
+        images = image_positions(input_ids)
+        embeddings = cast(Any, self.decoder).get_input_embeddings()(input_ids.masked_fill(images, 0))
+        if pixel_values is None or self.encoder is None:
+            return cast(torch.Tensor, embeddings)
+        features = self.image_features(pixel_values).to(embeddings.dtype)
+        if not images.any():  # the dummy picture of a text-only batch: in the graph on every rank, without effect
+            return cast(torch.Tensor, embeddings + 0.0 * features.sum())
+        return cast(torch.Tensor, embeddings.masked_scatter(images.unsqueeze(-1), features))
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.family.hidden_states(self.decoder, self.embed(input_ids, pixel_values), attention_mask)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.family.logits(self.decoder, hidden_states)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Loss summed over the supervised tokens of a micro-batch (float32 scalar).
+
+        input_ids, labels, attention_mask: (batch, seq); pixel_values: (images, 3, height, width), in the order in which
+        their tokens stand in the batch.
+        """
+        hidden = self.hidden_states(input_ids, attention_mask, pixel_values)
+        if self.teacher is not None:
+            return self.teacher.loss(self, input_ids, labels, attention_mask, hidden)
+        return next_token_sum(hidden, labels, self.logits)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What `assemble` builds a model from."""
+
+    decoder: Path
+    encoder: Path | None = None
+    encoder_config: EncoderConfig | None = None
+    adapter_config: AdapterConfig | None = None
+    dtype: torch.dtype = torch.float32
+    attention: str = "sdpa"
+
+
+def assemble(parts: Assembly) -> VisionLanguageModel:
+    """Loads the parts from their folders. Under an active HfDeepSpeedConfig they go straight into ZeRO-3 partitions.
+
+    Raises:
+        ConfigError: a folder that is no model, an unknown family, weights that lack a tensor of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    family = family_of(parts.decoder)
+    plan = read_surrogate(parts.decoder).plan if (parts.decoder / "surrogate.json").is_file() else None
+    decoder = load_complete(
+        AutoModelForCausalLM.from_pretrained, parts.decoder, dtype=parts.dtype, attn_implementation=parts.attention
+    )
+    encoder = encoder_family = None
+    if parts.encoder is not None:
+        encoder_family = encoder_of(parts.encoder)
+        attention = "sdpa" if parts.attention == "flash_attention_2" else parts.attention
+        encoder = load_complete(encoder_family.load, parts.encoder, dtype=parts.dtype, attn_implementation=attention)
+    with zero_init(parts.dtype):
+        model = VisionLanguageModel(
+            decoder,
+            family,
+            plan=plan,
+            encoder=encoder,
+            encoder_family=encoder_family,
+            encoder_config=parts.encoder_config,
+            adapter_config=parts.adapter_config,
+        )
+    for module in (model.adapter, model.boundary):
+        if module is not None and not any(hasattr(p, "ds_id") for p in module.parameters()):
+            module.to(parts.dtype)
+    return model
+
+
+def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
+    """`from_pretrained` that refuses weights with missing or mismatched tensors instead of leaving them random."""
+    try:
+        model, info = load(str(folder), output_loading_info=True, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    missing = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing:
+        raise ConfigError(f"the weights in {folder} do not fill the model: {missing[0]} and {len(missing) - 1} more are missing.")
+    return cast(nn.Module, model)
+
+
+def zero_init(dtype: torch.dtype) -> Any:
+    """Context in which new modules are partitioned at once, if ZeRO-3 is active; else one without effect."""
+    from transformers.integrations import deepspeed as integration
+
+    if not integration.is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config(), dtype=dtype)
+
+
+def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
+    """Context in which ZeRO-3 parameters are whole (and, with modifier_rank 0, may be changed on all ranks alike)."""
+    parameters = [p for p in parameters if hasattr(p, "ds_id")]
+    if not parameters:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
+@torch.no_grad()
+def match_embeddings_(model: VisionLanguageModel, pixel_values: torch.Tensor) -> float:
+    """Scales the adapter's last layer so that image tokens have the standard deviation of word embeddings.
+
+    Measured on `pixel_values`, the same on every rank. Returns the factor. A step of initialisation: the trained
+    adapter is an ordinary Linear-GELU-Linear.
+    """
+    assert model.adapter is not None
+    words = cast(Any, model.decoder).get_input_embeddings().weight
+    last = cast(nn.Linear, model.adapter[2])
+    boundary, model.boundary = model.boundary, None
+    try:
+        # before the engine exists nobody gathers partitioned parameters for a forward pass
+        with gathered([words, *cast(nn.Module, model.encoder).parameters(), *model.adapter.parameters()]):
+            factor = float(words.float().std()) / float(model.image_features(pixel_values).float().std())
+    finally:
+        model.boundary = boundary
+    with gathered(list(last.parameters()), modifier_rank=0):
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)
+    return factor
+
+
+class Teacher(nn.Module):
+    """The target's own layers behind the first kept ones, for distillation of the translators (an option beyond the paper).
+
+    Surrogate and target share layers 0..k-1, so only the target's layers from k on are run, from the surrogate's own
+    hidden states.
+    """
+
+    def __init__(self, target: nn.Module, family: Family, plan: LayerPlan, weights: DistillConfig) -> None:
+        super().__init__()
+        self.target = target.requires_grad_(False).eval()
+        self.family, self.plan, self.weights = family, plan, weights
+
+    def loss(
+        self,
+        model: VisionLanguageModel,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor,
+        hidden: torch.Tensor,
+    ) -> torch.Tensor:
+        raise NotImplementedError

@@ -1,0 +1,113 @@
+"""What a run says while it runs: TensorBoard through DeepSpeed's monitor, one console line, one JSONL record a step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from zero_ds import distributed
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Handlers for this package's loggers on rank 0; other ranks speak from warnings on. The root logger stays alone."""
+    package = logging.getLogger("zero_ds")
+    if not package.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        prefix = "" if distributed.world_size() == 1 else f"[rank {distributed.rank()}] "
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+        package.addHandler(handler)
+        package.propagate = False
+    package.setLevel(level if distributed.is_rank_zero() else logging.WARNING)
+    for noisy in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*TORCH_CUDA_ARCH_LIST.*")
+
+
+def duration(seconds: float) -> str:
+    """75 -> `1:15`, 4000 -> `1:06:40`."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+class Progress:
+    """Elapsed and remaining time from the steps of this process."""
+
+    def __init__(self, first: int, total: int) -> None:
+        self.first, self.total, self.started = first, total, time.monotonic()
+        self.recent: deque[float] = deque(maxlen=50)
+
+    def line(self, step: int) -> str:
+        elapsed = time.monotonic() - self.started
+        done = step - self.first
+        left = elapsed / done * (self.total - step) if done else 0.0
+        return f"step {step}/{self.total}  {duration(elapsed)} < {duration(left)} left"
+
+
+class Monitor:
+    """Writes the scalars of each step. Only rank 0 writes; every rank may call."""
+
+    def __init__(self, out: Path, engine_monitor: Any, log_every: int, first: int, total: int) -> None:
+        self.engine_monitor = engine_monitor
+        self.log_every = log_every
+        self.progress = Progress(first, total)
+        self.path = out / "metrics.jsonl"
+        self._file = None
+        if distributed.is_rank_zero():
+            _truncate(self.path, first)
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def step(self, step: int, samples: int, scalars: dict[str, float]) -> None:
+        """Records one optimizer step; `step` counts from 1."""
+        if self._file is None:
+            return
+        record = {"step": step, "samples": samples, **{name: float(value) for name, value in scalars.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        events = [(f"train/{name}", value, step) for name, value in scalars.items()]
+        if self.engine_monitor is not None and self.engine_monitor.enabled:
+            self.engine_monitor.write_events(events)
+        if step % self.log_every == 0 or step in (1, self.progress.total):
+            shown = "  ".join(f"{n} {scalars[n]:.4g}" for n in ("loss", "learning_rate", "grad_norm", "tokens_per_second"))
+            logger.info("%s  %s", self.progress.line(step), shown)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        monitor = getattr(self.engine_monitor, "tb_monitor", None)
+        if monitor is not None and getattr(monitor, "summary_writer", None) is not None:
+            monitor.summary_writer.close()
+
+
+def _truncate(path: Path, steps: int) -> None:
+    """Drops records behind step `steps`: a resumed run repeats those that no commit had covered."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= steps:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a line cut off by a kill
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """All step records of a run folder."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
