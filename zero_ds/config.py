@@ -86,12 +86,19 @@ class OptimizerConfig(Section):
 
 
 class DistillConfig(Section):
-    """Options beyond the paper for the `translator` stage: learn from the target instead of from next tokens."""
+    """Options beyond the paper: hold the translators to what the target does with the same input (distill.py)."""
 
-    hidden: float = Field(default=0.0, ge=0)
-    """Weight of the normalised squared error between the translator's output and the target's hidden states behind it."""
     logits: float = Field(default=0.0, ge=0)
-    """Weight of KL(target || surrogate) over the vocabulary."""
+    """Weight of KL(target || surrogate) over the vocabulary, at the supervised tokens."""
+    hidden: float = Field(default=0.0, ge=0)
+    """Weight of the relative squared error between a translator's output and the target's hidden states there."""
+    next_token: float = Field(default=1.0, ge=0, le=1)
+    """Share of the next-token loss that the translators learn from; with 0 they learn from the target alone, while
+    adapter and encoder keep the paper's loss."""
+
+    @property
+    def active(self) -> bool:
+        return bool(self.logits or self.hidden)
 
 
 class CheckpointConfig(Section):

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F
 
 from zero_ds.data.conversations import IGNORE
 
 
-def supervised(hidden_states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states that predict a label, and these labels.
+def supervised_rows(labels: torch.Tensor) -> torch.Tensor:
+    """Mask of the positions whose hidden state predicts a label: (batch, seq) -> (batch, seq).
 
-    hidden_states: (batch, seq, hidden); labels: (batch, seq), IGNORE where there is no loss. The state at position i
-    predicts the token at i + 1. Returns (n, hidden) and (n,): the vocabulary is wide and most positions carry no label,
-    so that logits are computed for these rows only.
+    The state at position i predicts the token at i + 1. Logits are computed for these rows only: the vocabulary is wide
+    and most positions are image or prompt.
     """
-    targets = labels[:, 1:]
-    mask = targets != IGNORE
-    return hidden_states[:, :-1][mask], targets[mask]
+    rows = torch.zeros_like(labels, dtype=torch.bool)
+    rows[:, :-1] = labels[:, 1:] != IGNORE
+    return rows
 
 
-def next_token_sum(
-    hidden_states: torch.Tensor, labels: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """Cross-entropy summed over the supervised tokens, float32 scalar; zero, and part of the graph, if there is none."""
-    rows, targets = supervised(hidden_states, labels)
-    logits = head(rows).float()
-    return F.cross_entropy(logits, targets, reduction="sum") if len(targets) else logits.sum()
+def next_token_sum(logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over the supervised tokens, float32 scalar; zero, and part of the graph, if there is none.
+
+    logits: (n, vocabulary), at the n positions that `rows` (batch, seq) marks; labels: (batch, seq).
+    """
+    if not len(logits):
+        return logits.float().sum()
+    return F.cross_entropy(logits.float(), labels[:, 1:][rows[:, :-1]], reduction="sum")
 
 
 def count_supervised(labels: torch.Tensor) -> int:
@@ -36,18 +34,18 @@ def count_supervised(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORE).sum())
 
 
-def hidden_distillation_sum(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Squared error relative to the teacher's mean square, summed over positions.
+def hidden_distillation_mean(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared error relative to the teacher's variance, averaged over positions.
 
-    student, teacher: (batch, seq, hidden); mask: (batch, seq), the positions that count. Each position contributes
-    |student - teacher|^2 / mean over positions of |teacher - mean teacher|^2. The first position is left out: it is an
-    attention sink whose norm is hundreds of times that of the others.
+    student, teacher: (batch, seq, hidden); mask: (batch, seq), the positions that count. 1 means as wrong as the
+    teacher's mean. The first position is left out: it is an attention sink whose norm is hundreds of times that of the
+    others.
     """
     mask = mask.bool().clone()
     mask[:, 0] = False
     goal = teacher[mask].float()
     spread = (goal - goal.mean(0)).square().sum(-1).mean().clamp_min(1e-6)
-    return (student[mask].float() - goal).square().sum(-1).sum() / spread
+    return (student[mask].float() - goal).square().sum(-1).mean() / spread
 
 
 def logit_distillation_sum(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

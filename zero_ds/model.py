@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zero_ds.config import AdapterConfig, ConfigError, DistillConfig, EncoderConfig
+from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig
 from zero_ds.data.loader import image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
 from zero_ds.families import Family, family_of
-from zero_ds.losses import hidden_distillation_sum, logit_distillation_sum, next_token_sum, supervised
+from zero_ds.losses import next_token_sum, supervised_rows
 from zero_ds.surrogate import LayerPlan, read_surrogate
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class VisionLanguageModel(nn.Module):
         self.encoder_config = encoder_config
         self.boundary: Boundary | None = None
         self.adapter: nn.Sequential | None = None
-        self.teacher: Teacher | None = None
+        self.teacher: Any = None  # a distill.Teacher, if the run distils
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
             width = encoder_family.vision_config(encoder).hidden_size
@@ -177,10 +177,12 @@ class VisionLanguageModel(nn.Module):
         input_ids, labels, attention_mask: (batch, seq); pixel_values: (images, 3, height, width), in the order in which
         their tokens stand in the batch.
         """
-        hidden = self.hidden_states(input_ids, attention_mask, pixel_values)
-        if self.teacher is not None:
-            return self.teacher.loss(self, input_ids, labels, attention_mask, hidden)
-        return next_token_sum(hidden, labels, self.logits)
+        watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
+        with watching as watched:
+            hidden = self.hidden_states(input_ids, attention_mask, pixel_values)
+        rows = supervised_rows(labels)
+        loss = next_token_sum(self.logits(hidden[rows]), labels, rows)
+        return loss if self.teacher is None else loss + self.teacher.loss(self, watched, labels, rows, attention_mask)
 
 
 @dataclass(frozen=True)
@@ -283,26 +285,3 @@ def match_embeddings_(model: VisionLanguageModel, pixel_values: torch.Tensor) ->
         last.weight.mul_(factor)
         last.bias.mul_(factor)
     return factor
-
-
-class Teacher(nn.Module):
-    """The target's own layers behind the first kept ones, for distillation of the translators (an option beyond the paper).
-
-    Surrogate and target share layers 0..k-1, so only the target's layers from k on are run, from the surrogate's own
-    hidden states.
-    """
-
-    def __init__(self, target: nn.Module, family: Family, plan: LayerPlan, weights: DistillConfig) -> None:
-        super().__init__()
-        self.target = target.requires_grad_(False).eval()
-        self.family, self.plan, self.weights = family, plan, weights
-
-    def loss(
-        self,
-        model: VisionLanguageModel,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor,
-        hidden: torch.Tensor,
-    ) -> torch.Tensor:
-        raise NotImplementedError

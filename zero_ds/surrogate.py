@@ -106,6 +106,11 @@ class LayerPlan:
         """Layer number in the surrogate -> the target's layer it equals."""
         return {number: source for number, (source, translator) in enumerate(self.layers) if not translator}
 
+    @property
+    def dropped(self) -> list[int]:
+        """Layers of the target that the translators replace."""
+        return [layer for part in self.replaced for layer in range(part.first, part.last + 1)]
+
     def replaced_by(self, translator: int) -> tuple[int, int]:
         """Target layers (first, last) whose work translator number `translator` (0, 1, ...) does."""
         spans = []

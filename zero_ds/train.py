@@ -19,6 +19,7 @@ from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import Loader, SampleEncoder, check_batches
 from zero_ds.data.sources import Records
+from zero_ds.distill import Teacher
 from zero_ds.engine import Engine, ds_config, resolve_precision
 from zero_ds.hub import local_folder
 from zero_ds.losses import count_supervised
@@ -202,6 +203,10 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
             attention=config.attention,
         )
     )
+    if config.distill.active:
+        if model.plan is None:
+            raise ConfigError("distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0.")
+        model.teacher = Teacher(model, local_folder(config.target), config.distill, resolve_precision(config))
     del keep_alive
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None

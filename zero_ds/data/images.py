@@ -58,7 +58,7 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB picture -> (3, size, size) float32."""
-        fill = tuple(round(255 * channel) for channel in self.mean)
+        fill = tuple(int(255 * channel) for channel in self.mean)  # cut off, as LLaVA and transformers do
         side = max(image.size)
         if image.size != (side, side):
             square = Image.new("RGB", (side, side), fill)

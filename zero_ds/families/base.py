@@ -20,6 +20,8 @@ class Family:
     """Attribute of the causal LM that holds embeddings, layers and final norm."""
     layer_prefix: str = "model.layers."
     """Prefix of the layers' tensors; the layer's number follows."""
+    image_tokens: tuple[str, ...] = ()
+    """Unused special tokens of the family's vocabularies, of which an export takes one as its image placeholder."""
     per_layer_config: tuple[str, ...] = ("layer_types",)
     """Config entries with one item a layer, cut like the layers."""
 

@@ -2,4 +2,8 @@
 
 from zero_ds.families.base import Family
 
-FAMILY = Family(name="llama", model_types=("llama",))
+FAMILY = Family(
+    name="llama",
+    model_types=("llama",),
+    image_tokens=("<|image|>", "<|reserved_special_token_0|>", "<reponame>"),
+)

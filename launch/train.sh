@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Trains one stage: on all local GPUs, on CPU ranks if there are none, or on the machines of a hostfile.
+#
+#   launch/train.sh RECIPE [--hostfile FILE] [--include LIST] [--ranks N] [-n] [key=value ...]
+#
+#   launch/train.sh smollm2-135m/encoder
+#   launch/train.sh smollm2-135m/encoder zero=zero2 optimizer.learning_rate=1e-4
+#   launch/train.sh llama-3.1-8b/encoder --hostfile hostfile --include 'node1:0,1@node2'
+#
+#   --ranks N   processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2)
+#   -n          print the command and stop
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+usage() { sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+
+recipe="" ranks="" print_only=""
+launcher=(--log_level warning)
+overrides=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    -n) print_only=yes ;;
+    --hostfile | --include | --exclude | --master_addr | --master_port | --ssh_port)
+      [ $# -ge 2 ] || fail "$1 needs a value"
+      launcher+=("$1" "$2"); shift ;;
+    --ranks) [ $# -ge 2 ] || fail "--ranks needs a number"; ranks="$2"; shift ;;
+    -*) fail "unknown option $1; see launch/train.sh --help" ;;
+    *=*) overrides+=("$1") ;;
+    *) [ -z "$recipe" ] || fail "one recipe at a time: $recipe or $1?"; recipe="$1" ;;
+  esac
+  shift
+done
+[ -n "$recipe" ] || { usage; exit 2; }
+use_venv
+
+if [[ " ${launcher[*]} " != *" --hostfile "* ]]; then
+  launcher+=(--hostfile /dev/null)
+  if ! command -v nvidia-smi >/dev/null; then
+    export DS_ACCELERATOR=cpu
+    ranks="${ranks:-2}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + ranks - 1) / ranks))}"
+  fi
+  [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
+  # several runs on one machine must not meet on one port
+  [[ " ${launcher[*]} " == *" --master_port "* ]] ||
+    launcher+=(--master_port "$(python -c 'from zero_ds.distributed import free_port; print(free_port())')")
+fi
+
+command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
+printf '+ %s\n' "${command[*]}"
+[ -z "$print_only" ] || exit 0
+exec "${command[@]}"

@@ -1,0 +1,149 @@
+"""`zero-ds trajectory`: model + text -> curves, transition point, proposed surrogate."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zero_ds.config import ConfigError, SourceConfig, did_you_mean
+
+if TYPE_CHECKING:
+    from zero_ds.trajectory import Setting
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def trajectory(
+    model: Annotated[str, typer.Option(help="Folder or hub id of the language model.")],
+    data: Annotated[Path, typer.Option(help="JSON file in LLaVA's format; its samples with an image are left out.")],
+    out: Annotated[Path, typer.Option(help="New folder for trajectory.json, trajectory.png and trajectory.pdf.")],
+    samples: Annotated[int, typer.Option(help="Number of samples, chosen at random.")] = 300,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="sequence: the paper's, over the probabilities of the true next tokens; vocabulary: KL over the vocabulary, "
+            "averaged over positions."
+        ),
+    ] = "sequence",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Feed the model's own greedy answers, not the data's (A.1).")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where the device multiplies it fast.")
+    ] = "auto",
+    batch: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Chooses the samples and the bootstrap's draws.")] = 0,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System message of every conversation; without it the chat template's own.")
+    ] = None,
+) -> None:
+    """Find the layer where a language model's early phase ends, and the surrogate T(k, e) that follows from it.
+
+    The model reads text conversations; after every layer its prediction of the next token is compared with its final one
+    (Eq. 1-4 of the paper). The curves of the samples spread in the early phase, then coalesce and fall: the layer where
+    they do is the transition point k. Replacing layers k..L-2 gives the surrogate; `zero-ds surrogate` builds it.
+    """
+    from zero_ds.trajectory import METRICS, check_out
+
+    if metric not in METRICS:
+        raise ConfigError(f"--metric {metric} is unknown{did_you_mean(metric, list(METRICS))}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown{did_you_mean(dtype, list(DTYPES))}")
+    for name, number in (("samples", samples), ("batch", batch)):
+        if number < 1:
+            raise ConfigError(f"--{name} {number} is too small; give at least 1.")
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} is negative; give 0 or more.")
+
+    import torch
+
+    from zero_ds.data.sources import DataError
+    from zero_ds.engine import fast_dtype
+    from zero_ds.families import family_of
+    from zero_ds.hub import local_folder
+    from zero_ds.surrogate import target_hash
+    from zero_ds.trajectory import Setting
+
+    folder = local_folder(model)
+    family_of(folder)
+    if not data.is_file():
+        raise DataError(f"there is no data file {data}")
+    precision = fast_dtype() if dtype == "auto" else getattr(torch, dtype)
+    digest = hashlib.sha256()
+    with data.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    setting = Setting(
+        model=model,
+        target_hash=target_hash(folder),
+        data=str(data),
+        data_hash=digest.hexdigest()[:32],
+        metric=metric,
+        dtype=str(precision).removeprefix("torch."),
+        greedy=greedy,
+        seed=seed,
+        requested_samples=samples,
+        system_prompt=system_prompt,
+    )
+    content = check_out(out, setting)
+    if content is not None:
+        logger.info("%s already holds the trajectory of this setting; nothing is computed", out)
+    else:
+        content = _measure(setting, folder, precision, batch, out)
+    print(summary(content, out))
+
+
+def _measure(setting: Setting, folder: Path, precision: Any, batch: int, out: Path) -> dict[str, Any]:
+    """Loads, measures, decides, writes; returns the content of trajectory.json."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from zero_ds.data.conversations import ChatTemplate
+    from zero_ds.data.loader import SampleEncoder
+    from zero_ds.data.sources import Records
+    from zero_ds.families import family_of
+    from zero_ds.model import load_complete
+    from zero_ds.trajectory import MAX_TOKENS, Trajectory, answer_greedily, check_lens, choose_samples, measure, write
+    from zero_ds.transition import find_transition
+
+    family = family_of(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    template = ChatTemplate(tokenizer)
+    encoder = SampleEncoder(template, "response", max_length=MAX_TOKENS, system_prompt=setting.system_prompt)
+    records = Records([SourceConfig(path=setting.data)])
+    chosen = choose_samples(
+        records, encoder, count=setting.requested_samples, seed=setting.seed, questions_only=setting.greedy
+    )
+    decoder = load_complete(AutoModelForCausalLM.from_pretrained, folder, dtype=precision)
+    decoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    check_lens(decoder, family, chosen[0])
+    if setting.greedy:
+        chosen = answer_greedily(decoder, template, chosen, batch_size=batch)
+    curves = measure(decoder, family, chosen, metric=setting.metric, batch_size=batch)
+    result = Trajectory(setting, tuple(sample.id for sample in chosen), curves, find_transition(curves, seed=setting.seed))
+    write(result, out)
+    return result.to_json()
+
+
+def summary(content: dict[str, Any], out: Path) -> str:
+    """What a person wants to know of a trajectory.json: layer, interval, surrogate, files."""
+    transition = content["transition"]
+    lines = []
+    if transition["verdict"] == "clear":
+        proposed = content["proposed"]
+        lines.append(
+            f"transition at layer {transition['layer']} of {content['layers']} "
+            f"(95 % interval {transition['low']} to {transition['high']}, {content['samples']} samples)"
+        )
+        lines.append(f"surrogate  {proposed['name']}: zero-ds surrogate ... --replace {proposed['replace']}")
+    else:
+        lines.append(f"no clear transition: {transition['reason']}")
+    lines.append(f"files      {', '.join(str(out / name) for name in ('trajectory.json', 'trajectory.png', 'trajectory.pdf'))}")
+    return "\n".join(lines)

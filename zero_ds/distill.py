@@ -1,0 +1,170 @@
+"""Distillation of the translators from the target: an option beyond the paper, for small budgets.
+
+The surrogate shares the target's layers before the first replaced one, so the target's answer to a batch costs only its
+layers from there on, run without gradient from the surrogate's own hidden states. Only the replaced layers are loaded;
+the kept ones are the surrogate's. On image batches this is on-policy: the translator is held to what the target would
+do with exactly the features that the adapter produces now.
+
+Next-token loss on image data teaches a translator the wording of the answers, which the target then lacks. So the
+translators' layers are run a second time from detached hidden states: what the second run learns reaches the translators
+only, what the first run teaches the translators can be taken back, and adapter and encoder see the paper's loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from zero_ds.config import ConfigError, DistillConfig
+from zero_ds.losses import hidden_distillation_mean, logit_distillation_sum, next_token_sum
+from zero_ds.model import VisionLanguageModel, gathered, zero_init
+from zero_ds.surrogate import shard_files
+
+
+class Teacher(nn.Module):
+    """The target's layers from the first replaced one on; those that the surrogate kept are borrowed, not owned."""
+
+    def __init__(self, model: VisionLanguageModel, target: Path, weights: DistillConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert model.plan is not None, "only a surrogate has translators to distil"
+        self.weights = weights
+        self.plan = model.plan
+        self.family = model.family
+        decoder_layers = model.family.layers(model.decoder)
+        own = _load_layers(model, target, self.plan.dropped, dtype)
+        self.replaced = nn.ModuleDict({str(layer): module for layer, module in own.items()})
+        borrowed = {source: decoder_layers[number] for number, source in self.plan.kept.items()}
+        first = self.plan.replaced[0].first
+        # a plain list: borrowed layers must not become parameters of this module
+        self._stream = [own.get(layer) or borrowed[layer] for layer in range(first, self.plan.depth)]
+        types = _layer_types(target, self.plan.depth)
+        self._types = [types[layer] for layer in range(first, self.plan.depth)]
+        self._student_types = [types[source] for source, _ in self.plan.layers]
+        self._first = first
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    @contextmanager
+    def watch(self, model: VisionLanguageModel) -> Iterator[Watched]:
+        """Notes what enters the first translator, and every layer's other arguments, in the surrogate's forward pass."""
+        watched = Watched()
+        first = self.plan.translators[0]
+
+        def entering(index: int) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+                watched.arguments[self._student_types[index]] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                if index == first:
+                    watched.entered = (args[0] if args else kwargs["hidden_states"]).detach()
+
+            return hook
+
+        layers = model.family.layers(model.decoder)
+        handles = [
+            layer.register_forward_pre_hook(entering(index), with_kwargs=True) for index, layer in enumerate(layers)
+        ]
+        try:
+            yield watched
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(
+        self,
+        model: VisionLanguageModel,
+        watched: Watched,
+        labels: torch.Tensor,
+        rows: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """What is added to the next-token loss, summed over supervised tokens (float32 scalar).
+
+        labels, attention_mask: (batch, seq); rows: (batch, seq), the positions that predict a label. Adds the weighted
+        distillation losses and, as far as `next_token` < 1, subtracts the translators' share of the next-token loss:
+        equal in value and in its gradient to the translators, without gradient to anything before them. The hidden term
+        is a mean over positions times the number of supervised tokens, so that both terms have one scale.
+        """
+        assert watched.entered is not None, "the surrogate's forward pass was not watched"
+        first = self.plan.translators[0]
+        layers = list(model.family.layers(model.decoder))
+        hidden = watched.entered
+        outputs: dict[int, torch.Tensor] = {}
+        for index in range(first, len(layers)):
+            hidden = _run(layers[index], hidden, watched.arguments[self._student_types[index]])
+            if index in self.plan.translators:
+                outputs[index] = hidden
+        norm = self.family.norm(model.decoder)
+        student_logits = model.logits(norm(hidden[rows]))
+
+        with torch.no_grad():
+            hidden = watched.entered
+            goals: dict[int, torch.Tensor] = {}
+            for layer, kind in enumerate(self._types, start=self._first):
+                if kind not in watched.arguments:
+                    raise ConfigError(f"distillation needs a layer of attention type {kind} in the surrogate; keep one.")
+                hidden = _run(self._stream[layer - self._first], hidden, watched.arguments[kind])
+                goals[layer] = hidden
+            goal_logits = model.logits(norm(hidden[rows]))
+
+        total = (self.weights.next_token - 1.0) * next_token_sum(student_logits, labels, rows)
+        if self.weights.logits:
+            total = total + self.weights.logits * logit_distillation_sum(student_logits, goal_logits)
+        if self.weights.hidden:
+            n = rows.sum()
+            for number, index in enumerate(self.plan.translators):
+                goal = goals[self.plan.replaced_by(number)[1]]
+                total = total + self.weights.hidden * n * hidden_distillation_mean(outputs[index], goal, attention_mask)
+        return total
+
+
+@dataclass
+class Watched:
+    """What one forward pass of the surrogate showed."""
+
+    entered: torch.Tensor | None = None
+    """Hidden states before the first translator, detached: (batch, seq, hidden)."""
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The decoder layers' other arguments (mask, positions), by attention type."""
+
+
+def _run(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    output = layer(hidden, **arguments)
+    return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def _layer_types(target: Path, depth: int) -> list[str]:
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    return list(config.get("layer_types") or ["full_attention"] * depth)
+
+
+def _load_layers(
+    model: VisionLanguageModel, target: Path, numbers: list[int], dtype: torch.dtype
+) -> dict[int, nn.Module]:
+    """The target's layers of these numbers, read tensor by tensor into new modules (partitions under ZeRO-3)."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(target).get_text_config()
+    config._attn_implementation = cast(Any, model.decoder).config._attn_implementation
+    kind = type(model.family.layers(model.decoder)[0])
+    files = shard_files(target)
+    layers: dict[int, nn.Module] = {}
+    for number in numbers:
+        with zero_init(dtype):
+            layer = cast(Any, kind)(config, number)
+        if not any(hasattr(p, "ds_id") for p in layer.parameters()):
+            layer.to(dtype)
+        for name, parameter in layer.named_parameters():
+            full = f"{model.family.layer_prefix}{number}.{name}"
+            with safe_open(files[full], framework="pt") as file, gathered([parameter], modifier_rank=0), torch.no_grad():
+                parameter.copy_(file.get_tensor(full).to(dtype))
+        layers[number] = layer
+    return layers

@@ -1,0 +1,1 @@
+"""Evaluation on held-out questions: records, the runs with their control, scores, intervals, and their summary."""
