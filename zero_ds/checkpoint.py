@@ -70,15 +70,17 @@ class SafetensorsStream:
         self._put(struct.pack("<Q", len(text)) + text)
         self._next = 0
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _put(self, data: Any) -> None:
         self._digest.update(data)
         self._file.write(data)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         expected, size = self._expected[self._next]
         data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        assert name == expected and data.nbytes == size, f"{name} ({data.nbytes} bytes) where {expected} ({size}) was declared"
-        self._put(memoryview(data))
+        assert name == expected and data.nbytes == size, (
+            f"{name} ({data.nbytes} bytes) where {expected} ({size}) was declared"
+        )
+        self._put(data)
         self._next += 1
 
     def close(self) -> str:
@@ -117,7 +119,9 @@ def save(
     if failures:
         if writer is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"step {progress['step']} could not be saved in {run}: {writer.error}; earlier commits are intact.")
+            raise CheckpointError(
+                f"step {progress['step']} could not be saved in {run}: {writer.error}; earlier commits are intact."
+            )
         raise CheckpointError(f"step {progress['step']} could not be saved by rank 0.")
     if writer is not None:
         temporary.rename(final)
@@ -189,7 +193,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _sync(folder: Path) -> None:
@@ -285,10 +289,14 @@ def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: 
         if parameter is None:
             if skip(name):
                 continue
-            raise CheckpointError(f"{commit.folder} holds {name}, which this model has not; it was made for another model.")
+            raise CheckpointError(
+                f"{commit.folder} holds {name}, which this model has not; it was made for another model."
+            )
         shape = parameter_shape(parameter)
         if tensor.shape != shape:
-            raise CheckpointError(f"{name} in {commit.folder} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}.")
+            raise CheckpointError(
+                f"{name} in {commit.folder} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}."
+            )
         with gathered([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(tensor.to(parameter.dtype))
         copied += 1

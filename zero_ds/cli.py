@@ -6,21 +6,31 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from zero_ds.commands.demo import demo
+from zero_ds.commands.evaluate import evaluate
+from zero_ds.commands.graft import export, graft
+from zero_ds.commands.quickstart import quickstart
+from zero_ds.commands.report import report
+from zero_ds.commands.surrogate import surrogate
+from zero_ds.commands.trajectory import trajectory
 
 app = typer.Typer(
     name="zero-ds",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Find where a language model's early phase ends, cut a small surrogate there, train a vision encoder against it "
-    "with DeepSpeed, and graft the encoder into the full model.",
+    help="Find where a language model's early phase ends, cut a small surrogate there, train a vision encoder against "
+    "it with DeepSpeed, and graft the encoder into the full model.",
 )
 logger = logging.getLogger("zero_ds.cli")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. zero=zero2 optimizer.learning_rate=1e-4.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value, e.g. zero=zero2 optimizer.learning_rate=1e-4.")
+]
 
 
 @app.callback()
@@ -57,7 +67,9 @@ def train(
         world = distributed.world_size()
         check_batches(config, world)
         print(config.dump().rstrip())
-        print(f"# trains {', '.join(stages.trained_parts(config))} against {stages.decoder_folder(config)} ({stage.name})")
+        print(
+            f"# trains {', '.join(stages.trained_parts(config))} against {stages.decoder_folder(config)} ({stage.name})"
+        )
         print("# DeepSpeed: " + json.dumps(ds_config(config, world)))
         return
     from zero_ds.train import train as run
@@ -67,10 +79,22 @@ def train(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes in the package."""
+    """List the recipes in the package and the DeepSpeed configs beside them."""
     from zero_ds.config import recipe_names
+    from zero_ds.engine import ds_config_names
 
     print("\n".join(recipe_names()))
+    print(f"zero= {' '.join(ds_config_names())}")
+
+
+app.command("trajectory")(trajectory)
+app.command("surrogate")(surrogate)
+app.command("graft")(graft)
+app.command("export")(export)
+app.command("eval")(evaluate)
+app.command("report")(report)
+app.command("demo")(demo)
+app.command("quickstart")(quickstart)
 
 
 def train_module() -> None:
@@ -93,7 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        print(f"zero-ds: {error.strerror}: {error.filename or 'while writing'}; free some space and run again.", file=sys.stderr)
+        print(
+            f"zero-ds: {error.strerror}: {error.filename or 'while writing'}; free some space and run again.",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     finally:
         distributed.shutdown()

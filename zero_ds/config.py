@@ -168,7 +168,9 @@ Model = TypeVar("Model", bound=BaseModel)
 def recipe_names() -> list[str]:
     """Names of all recipes in the package, such as `smollm2-135m/encoder`."""
     return sorted(
-        str(path.relative_to(RECIPE_ROOT).with_suffix("")) for path in RECIPE_ROOT.rglob("*.yaml") if path.stem != "common"
+        str(path.relative_to(RECIPE_ROOT).with_suffix(""))
+        for path in RECIPE_ROOT.rglob("*.yaml")
+        if path.stem != "common"
     )
 
 

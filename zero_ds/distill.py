@@ -6,8 +6,9 @@ the kept ones are the surrogate's. On image batches this is on-policy: the trans
 do with exactly the features that the adapter produces now.
 
 Next-token loss on image data teaches a translator the wording of the answers, which the target then lacks. So the
-translators' layers are run a second time from detached hidden states: what the second run learns reaches the translators
-only, what the first run teaches the translators can be taken back, and adapter and encoder see the paper's loss.
+translators' layers are run a second time from detached hidden states: what the second run learns reaches the
+translators only, what the first run teaches the translators can be taken back, and adapter and encoder see the paper's
+loss.
 """
 
 from __future__ import annotations
@@ -55,13 +56,15 @@ class Teacher(nn.Module):
 
     @contextmanager
     def watch(self, model: VisionLanguageModel) -> Iterator[Watched]:
-        """Notes what enters the first translator, and every layer's other arguments, in the surrogate's forward pass."""
+        """Notes what enters the first translator, and every layer's other arguments, in a forward pass."""
         watched = Watched()
         first = self.plan.translators[0]
 
         def entering(index: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                watched.arguments[self._student_types[index]] = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                watched.arguments[self._student_types[index]] = {
+                    k: v for k, v in kwargs.items() if k != "hidden_states"
+                }
                 if index == first:
                     watched.entered = (args[0] if args else kwargs["hidden_states"]).detach()
 
@@ -109,7 +112,9 @@ class Teacher(nn.Module):
             goals: dict[int, torch.Tensor] = {}
             for layer, kind in enumerate(self._types, start=self._first):
                 if kind not in watched.arguments:
-                    raise ConfigError(f"distillation needs a layer of attention type {kind} in the surrogate; keep one.")
+                    raise ConfigError(
+                        f"distillation needs a layer of attention type {kind} in the surrogate; keep one."
+                    )
                 hidden = _run(self._stream[layer - self._first], hidden, watched.arguments[kind])
                 goals[layer] = hidden
             goal_logits = model.logits(norm(hidden[rows]))
@@ -164,7 +169,11 @@ def _load_layers(
             layer.to(dtype)
         for name, parameter in layer.named_parameters():
             full = f"{model.family.layer_prefix}{number}.{name}"
-            with safe_open(files[full], framework="pt") as file, gathered([parameter], modifier_rank=0), torch.no_grad():
+            with (
+                safe_open(files[full], framework="pt") as file,
+                gathered([parameter], modifier_rank=0),
+                torch.no_grad(),
+            ):
                 parameter.copy_(file.get_tensor(full).to(dtype))
         layers[number] = layer
     return layers

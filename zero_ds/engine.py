@@ -67,7 +67,9 @@ def fast_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if capable() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else torch.float32
+    return (
+        torch.bfloat16 if capable() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else torch.float32
+    )
 
 
 def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -88,7 +90,9 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         value = of(config, world_size)
         stated = content.get(key, "auto")
         if stated not in ("auto", value):
-            raise ConfigError(f"{path.name} says {key}={stated}, but the recipe gives {value}; write \"auto\" in the JSON.")
+            raise ConfigError(
+                f'{path.name} says {key}={stated}, but the recipe gives {value}; write "auto" in the JSON.'
+            )
         content[key] = value
     dtype = resolve_precision(config)
     for key, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
@@ -96,13 +100,15 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         stated = block.get("enabled", "auto")
         if stated not in ("auto", dtype is wanted):
             raise ConfigError(
-                f"{path.name} says {key}.enabled={stated}, but the recipe's precision is {str(dtype).removeprefix('torch.')}; "
-                "write \"auto\" in the JSON or set precision."
+                f"{path.name} says {key}.enabled={stated}, but the recipe's precision is "
+                f'{str(dtype).removeprefix("torch.")}; write "auto" in the JSON or set precision.'
             )
         content[key] = {**block, "enabled": dtype is wanted}
     zero = content.setdefault("zero_optimization", {"stage": 0})
     if zero.get("zero_hpz_partition_size", 1) > 1 and (zero.get("offload_param") or zero.get("offload_optimizer")):
-        raise ConfigError(f"{path.name} combines zero_hpz_partition_size with offload, which DeepSpeed trains wrongly; drop one.")
+        raise ConfigError(
+            f"{path.name} combines zero_hpz_partition_size with offload, which DeepSpeed trains wrongly; drop one."
+        )
     content["tensorboard"] = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}
     content.setdefault("steps_per_print", 1_000_000_000)
     content["zero_allow_untested_optimizer"] = True
@@ -112,7 +118,10 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def _check_keys(content: Any, path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object.")
@@ -129,7 +138,11 @@ def _check_keys(content: Any, path: Path) -> None:
     check(content, list(TOP_KEYS), "")
     check(zero, names(DeepSpeedZeroConfig), "zero_optimization.")
     if isinstance(zero, dict):
-        check(zero.get("offload_optimizer"), names(DeepSpeedZeroOffloadOptimizerConfig), "zero_optimization.offload_optimizer.")
+        check(
+            zero.get("offload_optimizer"),
+            names(DeepSpeedZeroOffloadOptimizerConfig),
+            "zero_optimization.offload_optimizer.",
+        )
         check(zero.get("offload_param"), names(DeepSpeedZeroOffloadParamConfig), "zero_optimization.offload_param.")
 
 
@@ -216,7 +229,7 @@ class Engine:
                 state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
     def full_state(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """The whole fp32 master copy and moments of one parameter. A collective: every rank calls it in the same order."""
+        """The whole fp32 master copy and moments of one parameter. A collective: all ranks call it in one order."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state = {"master": safe_get_full_fp32_param(parameter)}

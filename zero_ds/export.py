@@ -15,13 +15,13 @@ from torch import nn
 
 from zero_ds.checkpoint import find_commit, versions
 from zero_ds.config import ConfigError, DataConfig, RunConfig
-from zero_ds.data.conversations import PLACEHOLDER, WRAPPERS, ChatTemplate, Turn
+from zero_ds.data.conversations import PLACEHOLDER, WRAPPERS, Turn
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Sample
 from zero_ds.graft import load_graft, run_config
 from zero_ds.hub import local_folder
-from zero_ds.model import VisionLanguageModel
+from zero_ds.model import VisionLanguageModel, sample_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,10 @@ def export_llava(weights: Path, target: str, out: Path, dtype: torch.dtype = tor
     shutil.rmtree(temporary, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
         processor = llava_processor(model, folder, config)
         image_token_id = processor.image_token_id
         llava = LlavaForConditionalGeneration(llava_config(model, config.encoder.feature_layer, image_token_id))
-        llava = llava.to(dtype).eval()
+        llava = cast(Any, llava).to(dtype).eval()
         fill_llava_(llava, model)
         llava.generation_config = cast(Any, model.decoder).generation_config
         llava.save_pretrained(temporary, safe_serialization=True)
@@ -190,7 +189,8 @@ def chat_template(own: str, image_token: str, data: DataConfig) -> str:
         "{%- elif part.type == 'text' -%}{%- set ns.text = ns.text + part.text -%}{%- endif -%}"
         "{%- endfor -%}"
         "{%- if ns.images -%}"
-        f"{{%- set ns.text = {json.dumps(before)} + {json.dumps(image_token)} * ns.images + {json.dumps(between)} + ns.text -%}}"
+        f"{{%- set ns.text = {json.dumps(before)} + {json.dumps(image_token)} * ns.images + {json.dumps(between)}"
+        " + ns.text -%}"
         "{%- endif -%}"
         "{%- set ns.messages = ns.messages + [{'role': message.role, 'content': ns.text}] -%}"
         "{%- endif -%}{%- endfor -%}"
@@ -233,7 +233,6 @@ def prove(folder: Path, model: VisionLanguageModel, config: RunConfig, target: P
     import tempfile
 
     from PIL import Image
-    from transformers import AutoTokenizer
 
     assert config.encoder is not None and model.encoder is not None and model.encoder_family is not None
     question = "what is shown here?"
@@ -253,15 +252,9 @@ def prove(folder: Path, model: VisionLanguageModel, config: RunConfig, target: P
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
             raise ConfigError(f"transformers alone could not load the exported folder: {reason}")
         theirs = json.loads(line.removeprefix("PROOF"))
-        template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
-        encoder = SampleEncoder(
-            ChatTemplate(AutoTokenizer.from_pretrained(target), template),
-            "response",
-            ImageProcessor.from_folder(local_folder(config.encoder.path), size),
-            model.tokens_per_image(),
-            system_prompt=config.data.system_prompt,
-            image_prompt="fixed" if config.data.image_prompt != "off" else "off",
-        )
+        fixed = "off" if config.data.image_prompt == "off" else "fixed"
+        data = config.data.model_copy(update={"image_prompt": fixed})
+        encoder = sample_encoder(model, target, local_folder(config.encoder.path), data)
         proof: dict[str, Any] = {"versions": versions(), "prompts": []}
         for images, result in zip(((str(picture),), ()), theirs, strict=True):
             log_probs, answer, length = _answer(model, encoder, question, images)
@@ -273,7 +266,8 @@ def prove(folder: Path, model: VisionLanguageModel, config: RunConfig, target: P
             if length != result["prompt_tokens"] or gap > tolerance or (not same and tolerance < 1e-3):
                 raise ConfigError(
                     f"the exported model differs from its source on a prompt with {kind}: {length} against "
-                    f"{result['prompt_tokens']} prompt tokens, log-probabilities apart by {gap:.2g} (at most {tolerance})."
+                    f"{result['prompt_tokens']} prompt tokens, log-probabilities apart by {gap:.2g} "
+                    f"(at most {tolerance})."
                 )
     return proof
 

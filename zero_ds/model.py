@@ -6,14 +6,15 @@ import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig
-from zero_ds.data.loader import image_positions
+from zero_ds.config import AdapterConfig, ConfigError, DataConfig, EncoderConfig
+from zero_ds.data.conversations import ChatTemplate
+from zero_ds.data.images import ImageProcessor
+from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
 from zero_ds.families import Family, family_of
 from zero_ds.losses import next_token_sum, supervised_rows
@@ -25,7 +26,7 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 class Boundary(nn.Module):
-    """Learned start- and end-of-image embeddings. A module with a forward, so that ZeRO-3 gathers it where it is used."""
+    """Learned start- and end-of-image embeddings. A module with a forward, so that ZeRO-3 gathers it when used."""
 
     def __init__(self, hidden_size: int, std: float) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class VisionLanguageModel(nn.Module):
 
     def named_targets(self) -> dict[str, nn.Parameter]:
         """Every parameter that a weights file may name."""
-        named = dict((n, p) for n, p in self.named_parameters() if not n.startswith("teacher."))
+        named = {n: p for n, p in self.named_parameters() if not n.startswith("teacher.")}
         named.update(self.parameters_of("translator"))
         return named
 
@@ -231,6 +232,41 @@ def assemble(parts: Assembly) -> VisionLanguageModel:
     return model
 
 
+def sample_encoder(
+    model: VisionLanguageModel,
+    decoder: Path,
+    encoder: Path | None,
+    data: DataConfig,
+    *,
+    supervise: Literal["response", "special_tokens"] = "response",
+    seed: int = 0,
+) -> SampleEncoder:
+    """Tokenizer, template and image processor as a run's data section words them: the same for training and answering.
+
+    Raises:
+        ConfigError: a chat template file that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        template = Path(data.chat_template).read_text(encoding="utf-8") if data.chat_template else None
+    except OSError as error:
+        raise ConfigError(f"data.chat_template={data.chat_template} cannot be read: {error.strerror}.") from None
+    processor = None
+    if encoder is not None and model.encoder is not None and model.encoder_family is not None:
+        processor = ImageProcessor.from_folder(encoder, model.encoder_family.vision_config(model.encoder).image_size)
+    return SampleEncoder(
+        template=ChatTemplate(AutoTokenizer.from_pretrained(decoder), template),
+        supervise=supervise,
+        processor=processor,
+        tokens_per_image=model.tokens_per_image(),
+        max_length=data.max_length,
+        image_prompt=data.image_prompt,
+        system_prompt=data.system_prompt,
+        seed=seed,
+    )
+
+
 def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
     """`from_pretrained` that refuses weights with missing or mismatched tensors instead of leaving them random."""
     try:
@@ -239,7 +275,9 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
         raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
     missing = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
-        raise ConfigError(f"the weights in {folder} do not fill the model: {missing[0]} and {len(missing) - 1} more are missing.")
+        raise ConfigError(
+            f"the weights in {folder} do not fill the model: {missing[0]} and {len(missing) - 1} more are missing."
+        )
     return cast(nn.Module, model)
 
 

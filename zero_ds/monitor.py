@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections import deque
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Handlers for this package's loggers on rank 0; other ranks speak from warnings on. The root logger stays alone."""
+    """A handler for this package's loggers; ranks but 0 speak from warnings on. The root logger stays as it is."""
     package = logging.getLogger("zero_ds")
     if not package.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -78,7 +77,9 @@ class Monitor:
         if self.engine_monitor is not None and self.engine_monitor.enabled:
             self.engine_monitor.write_events(events)
         if step % self.log_every == 0 or step in (1, self.progress.total):
-            shown = "  ".join(f"{n} {scalars[n]:.4g}" for n in ("loss", "learning_rate", "grad_norm", "tokens_per_second"))
+            shown = "  ".join(
+                f"{n} {scalars[n]:.4g}" for n in ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+            )
             logger.info("%s  %s", self.progress.line(step), shown)
 
     def close(self) -> None:
@@ -102,7 +103,7 @@ def _truncate(path: Path, steps: int) -> None:
             continue  # a line cut off by a kill
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from zero_ds.families import family_of
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 1 << 30
-COPIED = re.compile(r"(tokenizer.*|special_tokens_map|generation_config|chat_template|vocab|merges|added_tokens)\.(json|jinja|txt|model)")
+COPIED = re.compile(
+    r"(tokenizer.*|special_tokens_map|generation_config|chat_template|vocab|merges|added_tokens)\.(json|jinja|txt|model)"
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -64,16 +67,19 @@ class LayerPlan:
         for part in self.replaced:
             if not 0 <= part.first <= part.last < self.depth:
                 raise ConfigError(
-                    f"layers {part.first}:{part.last} are not inside the model's layers 0:{self.depth - 1}; choose both in it."
+                    f"layers {part.first}:{part.last} are not inside the model's layers 0:{self.depth - 1}; "
+                    "choose both in it."
                 )
             if not 1 <= part.translators <= part.last - part.first + 1:
                 raise ConfigError(
                     f"{part.translators} translators cannot replace the {part.last - part.first + 1} layers "
                     f"{part.first}:{part.last}; use fewer."
                 )
-        for left, right in zip(self.replaced, self.replaced[1:], strict=False):
+        for left, right in pairwise(self.replaced):
             if right.first <= left.last:
-                raise ConfigError(f"the ranges {left.first}:{left.last} and {right.first}:{right.last} overlap; separate them.")
+                raise ConfigError(
+                    f"the ranges {left.first}:{left.last} and {right.first}:{right.last} overlap; separate them."
+                )
         if not self.replaced:
             raise ConfigError("no layers are replaced; give at least one range, e.g. 40:78.")
 
@@ -116,12 +122,13 @@ class LayerPlan:
         spans = []
         for part in self.replaced:
             starts = [*part.sources, part.last + 1]
-            spans += [(first, after - 1) for first, after in zip(starts, starts[1:], strict=False)]
+            spans += [(first, after - 1) for first, after in pairwise(starts)]
         return spans[translator]
 
     def __str__(self) -> str:
         return "+".join(
-            f"T({part.first},{part.last})" + (f"x{part.translators}" if part.translators > 1 else "") for part in self.replaced
+            f"T({part.first},{part.last})" + (f"x{part.translators}" if part.translators > 1 else "")
+            for part in self.replaced
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
 
 
 def _renamed(files: dict[str, Path], prefix: str, plan: LayerPlan) -> Iterator[tuple[str, str]]:
-    """(name in the target, name in the surrogate) of every tensor of the surrogate, in the order of the target's files."""
+    """(name in the target, name in the surrogate) of all the surrogate's tensors, in the target's file order."""
     made_from: dict[int, list[int]] = {}
     for number, (source, _) in enumerate(plan.layers):
         made_from.setdefault(source, []).append(number)

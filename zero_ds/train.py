@@ -15,15 +15,13 @@ import torch
 from zero_ds import checkpoint, distributed, stages
 from zero_ds.checkpoint import Commit
 from zero_ds.config import ConfigError, RunConfig
-from zero_ds.data.conversations import ChatTemplate
-from zero_ds.data.images import ImageProcessor
-from zero_ds.data.loader import Loader, SampleEncoder, check_batches
+from zero_ds.data.loader import Loader, check_batches
 from zero_ds.data.sources import Records
 from zero_ds.distill import Teacher
 from zero_ds.engine import Engine, ds_config, resolve_precision
 from zero_ds.hub import local_folder
 from zero_ds.losses import count_supervised
-from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_
+from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
 from zero_ds.monitor import Monitor
 from zero_ds.surrogate import target_hash
 
@@ -61,7 +59,9 @@ def train(config: RunConfig) -> Path:
         )
         logger.info("started %d tensors from %s", n, commit.folder)
     if config.adapter.match_embeddings and not config.init_from and model.adapter is not None:
-        logger.info("adapter scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader)))
+        logger.info(
+            "adapter scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
+        )
     if resumed:
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)
 
@@ -137,7 +137,9 @@ def loop(
             saved_at = time.monotonic()
             logger.info("committed %s", folder)
         if stopping:
-            raise SystemExit(f"stopped by {stop.received or 'a signal to another rank'} after step {step + 1}; run again to resume.")
+            raise SystemExit(
+                f"stopped by {stop.received or 'a signal to another rank'} after step {step + 1}; run again to resume."
+            )
     return folder
 
 
@@ -185,8 +187,7 @@ def seed_everything(seed: int) -> None:
 
 def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[VisionLanguageModel, Loader, dict[str, Any]]:
     """Model and loader of a run, and the hashes for its manifest."""
-    from transformers import AutoTokenizer
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     stage = stages.STAGES[config.stage]
     # alive while the models load: from_pretrained then fills ZeRO-3 partitions directly
@@ -205,34 +206,24 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
     )
     if config.distill.active:
         if model.plan is None:
-            raise ConfigError("distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0.")
+            raise ConfigError(
+                "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
+            )
         model.teacher = Teacher(model, local_folder(config.target), config.distill, resolve_precision(config))
     del keep_alive
-    tokenizer = AutoTokenizer.from_pretrained(decoder)
-    template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
-    processor = None
-    if encoder is not None and model.encoder_family is not None:
-        processor = ImageProcessor.from_folder(encoder, model.encoder_family.vision_config(model.encoder).image_size)
-    sample_encoder = SampleEncoder(
-        ChatTemplate(tokenizer, template),
-        stages.supervision(config),
-        processor,
-        model.tokens_per_image(),
-        config.data.max_length,
-        config.data.image_prompt,
-        config.data.system_prompt,
-        config.seed,
+    encode = sample_encoder(
+        model, decoder, encoder, config.data, supervise=stages.supervision(config), seed=config.seed
     )
     with distributed.rank_zero_first():
         records = Records(config.data.sources)
     loader = Loader(
         records,
-        sample_encoder,
+        encode,
         config.global_batch,
         config.micro_batch,
         distributed.rank(),
         world_size,
-        tokenizer.pad_token_id or 0,
+        encode.template.tokenizer.pad_token_id or 0,
         config.seed,
         config.data.workers,
     )

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +96,7 @@ class Trajectory:
 
     @property
     def plan(self) -> LayerPlan | None:
-        """The surrogate that follows: the late phase replaced, the last layer kept as in the paper; None if uncertain."""
+        """The surrogate that follows: late phase replaced, last layer kept as in the paper; None if uncertain."""
         depth = self.curves.shape[1]
         if self.transition.verdict == "uncertain" or self.transition.layer is None:
             return None
@@ -128,7 +127,7 @@ class Trajectory:
 def choose_samples(
     records: Records, encoder: SampleEncoder, *, count: int, seed: int, questions_only: bool = False
 ) -> list[TokenSample]:
-    """`count` text samples at random, or all there are; those with an image, or too long to hold an answer, are left out.
+    """`count` text samples at random, or all there are; those with an image or too long for an answer are left out.
 
     With `questions_only` a sample ends where the first answer begins (greedy feeding, appendix A.1).
 
@@ -198,7 +197,9 @@ def answer_greedily(
                     input_ids[place, width - len(ids) :] = torch.tensor(ids)
                     mask[place, width - len(ids) :] = 1
                 output = model.generate(
-                    input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+                    input_ids=input_ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    generation_config=settings,
                 )
                 for place, row in enumerate(rows):
                     answer = output[place, width:].tolist()
@@ -288,7 +289,9 @@ def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def measure(decoder: nn.Module, family: Family, samples: Sequence[TokenSample], *, metric: str, batch_size: int) -> Floats:
+def measure(
+    decoder: nn.Module, family: Family, samples: Sequence[TokenSample], *, metric: str, batch_size: int
+) -> Floats:
     """Divergence of every layer's prediction from the last layer's: (samples, layers), in nats.
 
     Raises:
@@ -302,13 +305,11 @@ def measure(decoder: nn.Module, family: Family, samples: Sequence[TokenSample], 
         for rows in batches(lengths, batch_size):
             curves[rows] = _measure_batch(lens, [samples[row].input_ids for row in rows], metric)
             bar.update(sum(lengths[row] for row in rows))
-    bad = np.argwhere(~np.isfinite(curves))
+    bad = np.flatnonzero(~np.isfinite(curves).all(axis=1))
     if len(bad):
-        sample, layer = bad[0]
-        raise ConfigError(
-            f"layer {layer} gives no finite prediction for sample {samples[sample].id} in {next(decoder.parameters()).dtype}; "
-            "run with --dtype float32."
-        )
+        half = next(decoder.parameters()).dtype != torch.float32
+        remedy = "run with --dtype float32" if half else "its weights are damaged, fetch the model again"
+        raise ConfigError(f"the model's predictions for sample {samples[bad[0]].id} are not finite; {remedy}.")
     return curves
 
 
@@ -361,29 +362,6 @@ def check_lens(decoder: nn.Module, family: Family, sample: TokenSample) -> None:
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
-
-
-def check_out(out: Path, setting: Setting) -> dict[str, Any] | None:
-    """The content of an earlier trajectory.json of the same setting in `out`; None where the folder is free.
-
-    Raises:
-        ConfigError: `out` holds something else.
-    """
-    if out.is_dir() and not any(out.iterdir()):
-        return None
-    if not out.exists():
-        above = next(folder for folder in out.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise ConfigError(f"--out {out} cannot be made below {above}; choose another.")
-        return None
-    try:
-        content = json.loads((out / "trajectory.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if isinstance(content, dict) and setting.same(content):
-        return content
-    other = "a trajectory of another setting" if isinstance(content, dict) else "something else"
-    raise ConfigError(f"--out {out} already holds {other}; choose another or remove it.")
 
 
 def write(trajectory: Trajectory, out: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,11 +29,13 @@ def trajectory(
     metric: Annotated[
         str,
         typer.Option(
-            help="sequence: the paper's, over the probabilities of the true next tokens; vocabulary: KL over the vocabulary, "
-            "averaged over positions."
+            help="sequence: the paper's, over the probabilities of the true next tokens; vocabulary: KL over the "
+            "vocabulary, averaged over positions."
         ),
     ] = "sequence",
-    greedy: Annotated[bool, typer.Option("--greedy", help="Feed the model's own greedy answers, not the data's (A.1).")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Feed the model's own greedy answers, not the data's (appendix A.1).")
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where the device multiplies it fast.")
     ] = "auto",
@@ -43,11 +47,11 @@ def trajectory(
 ) -> None:
     """Find the layer where a language model's early phase ends, and the surrogate T(k, e) that follows from it.
 
-    The model reads text conversations; after every layer its prediction of the next token is compared with its final one
-    (Eq. 1-4 of the paper). The curves of the samples spread in the early phase, then coalesce and fall: the layer where
-    they do is the transition point k. Replacing layers k..L-2 gives the surrogate; `zero-ds surrogate` builds it.
+    The model reads text conversations; after every layer its prediction of the next token is compared with its final
+    one (Eq. 1-4 of the paper). The curves of the samples spread in the early phase, then coalesce and fall: the layer
+    where they do is the transition point k. Replacing layers k..L-2 gives the surrogate; `zero-ds surrogate` builds it.
     """
-    from zero_ds.trajectory import METRICS, check_out
+    from zero_ds.trajectory import METRICS
 
     if metric not in METRICS:
         raise ConfigError(f"--metric {metric} is unknown{did_you_mean(metric, list(METRICS))}")
@@ -69,7 +73,7 @@ def trajectory(
     from zero_ds.trajectory import Setting
 
     folder = local_folder(model)
-    family_of(folder)
+    family_of(folder)  # a model that no family describes is refused before anything is read
     if not data.is_file():
         raise DataError(f"there is no data file {data}")
     precision = fast_dtype() if dtype == "auto" else getattr(torch, dtype)
@@ -97,6 +101,29 @@ def trajectory(
     print(summary(content, out))
 
 
+def check_out(out: Path, setting: Setting) -> dict[str, Any] | None:
+    """The content of an earlier trajectory.json of the same setting in `out`; None where the folder is free.
+
+    Raises:
+        ConfigError: `out` holds something else.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return None
+    if not out.exists():
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ConfigError(f"--out {out} cannot be made below {above}; choose another.")
+        return None
+    try:
+        content = json.loads((out / "trajectory.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and setting.same(content):
+        return content
+    other = "a trajectory of another setting" if isinstance(content, dict) else "something else"
+    raise ConfigError(f"--out {out} already holds {other}; choose another or remove it.")
+
+
 def _measure(setting: Setting, folder: Path, precision: Any, batch: int, out: Path) -> dict[str, Any]:
     """Loads, measures, decides, writes; returns the content of trajectory.json."""
     import torch
@@ -111,12 +138,14 @@ def _measure(setting: Setting, folder: Path, precision: Any, batch: int, out: Pa
     from zero_ds.transition import find_transition
 
     family = family_of(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    longest = min(MAX_TOKENS, config.get("max_position_embeddings") or MAX_TOKENS)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
     template = ChatTemplate(tokenizer)
-    encoder = SampleEncoder(template, "response", max_length=MAX_TOKENS, system_prompt=setting.system_prompt)
+    encoder = SampleEncoder(template, "response", max_length=longest, system_prompt=setting.system_prompt)
     records = Records([SourceConfig(path=setting.data)])
     chosen = choose_samples(
         records, encoder, count=setting.requested_samples, seed=setting.seed, questions_only=setting.greedy
@@ -127,23 +156,24 @@ def _measure(setting: Setting, folder: Path, precision: Any, batch: int, out: Pa
     if setting.greedy:
         chosen = answer_greedily(decoder, template, chosen, batch_size=batch)
     curves = measure(decoder, family, chosen, metric=setting.metric, batch_size=batch)
-    result = Trajectory(setting, tuple(sample.id for sample in chosen), curves, find_transition(curves, seed=setting.seed))
+    ids = tuple(sample.id for sample in chosen)
+    result = Trajectory(setting, ids, curves, find_transition(curves, seed=setting.seed))
     write(result, out)
     return result.to_json()
 
 
 def summary(content: dict[str, Any], out: Path) -> str:
     """What a person wants to know of a trajectory.json: layer, interval, surrogate, files."""
-    transition = content["transition"]
-    lines = []
+    transition, lines = content["transition"], []
     if transition["verdict"] == "clear":
         proposed = content["proposed"]
         lines.append(
-            f"transition at layer {transition['layer']} of {content['layers']} "
+            f"transition layer {transition['layer']} of {content['layers']} "
             f"(95 % interval {transition['low']} to {transition['high']}, {content['samples']} samples)"
         )
-        lines.append(f"surrogate  {proposed['name']}: zero-ds surrogate ... --replace {proposed['replace']}")
+        lines.append(f"proposed   {proposed['name']}, replacing layers {proposed['replace']}")
     else:
         lines.append(f"no clear transition: {transition['reason']}")
-    lines.append(f"files      {', '.join(str(out / name) for name in ('trajectory.json', 'trajectory.png', 'trajectory.pdf'))}")
+    files = ", ".join(str(out / f"trajectory.{kind}") for kind in ("json", "png", "pdf"))
+    lines.append(f"files      {files}")
     return "\n".join(lines)

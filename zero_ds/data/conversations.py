@@ -59,7 +59,7 @@ class ChatTemplate:
         if template is None and not tokenizer.chat_template:
             raise ConversationError("the tokenizer has no chat template; give one with data.chat_template=FILE")
         self._special = set(tokenizer.all_special_ids)
-        self._cache: dict[tuple[Role, ...] | str, list[str]] = {}
+        self._cache: dict[tuple[str, ...], list[str]] = {}
         self._structure_ids: dict[str, list[int]] = {}
 
     def encode(

@@ -97,7 +97,8 @@ def draw(scene: Scene) -> Image.Image:
         radius = rng.uniform(15, 19)
         cells = [(x, y) for y in (0.25, 0.67) for x in (0.27, 0.73)]
         centers = [
-            (x * CANVAS + rng.uniform(-7, 7), y * CANVAS + rng.uniform(-6, 6)) for x, y in rng.sample(cells, scene.count)
+            (x * CANVAS + rng.uniform(-7, 7), y * CANVAS + rng.uniform(-6, 6))
+            for x, y in rng.sample(cells, scene.count)
         ]
     for center in centers:
         _shape(pen, scene.shape, center, radius, rng.uniform(-15, 15), color)
@@ -164,12 +165,16 @@ class Item:
 
 def _color(scene: Scene, rng: random.Random) -> Item:
     noun, verb = scene.noun, "is" if scene.count == 1 else "are"
-    question = rng.choice((f"what color {verb} the {noun}?", f"which color {'does' if verb == 'is' else 'do'} the {noun} have?"))
+    question = rng.choice(
+        (f"what color {verb} the {noun}?", f"which color {'does' if verb == 'is' else 'do'} the {noun} have?")
+    )
     return Item("color", question, f"The {noun} {verb}", scene.color, ".", tuple(COLORS))
 
 
 def _shape_item(scene: Scene, rng: random.Random) -> Item:
-    question = rng.choice(("what shape is in the picture?", "which shape do you see?", f"what is the {scene.color} shape?"))
+    question = rng.choice(
+        ("what shape is in the picture?", "which shape do you see?", f"what is the {scene.color} shape?")
+    )
     return Item("shape", question, "The shape is a", scene.shape, ".", SHAPES)
 
 
@@ -196,7 +201,9 @@ def _yes_no(scene: Scene, rng: random.Random) -> Item:
         question, stated = f"is the color of the {scene.noun} {color}?", scene.color
         return Item("yes/no", question, "", "Yes" if true else "No", f", it is {stated}.", ("Yes", "No"))
     shape = scene.shape if true else rng.choice([s for s in SHAPES if s != scene.shape])
-    return Item("yes/no", f"is there a {shape}?", "", "Yes" if true else "No", f", there is a {scene.shape}.", ("Yes", "No"))
+    return Item(
+        "yes/no", f"is there a {shape}?", "", "Yes" if true else "No", f", there is a {scene.shape}.", ("Yes", "No")
+    )
 
 
 def _word(scene: Scene, rng: random.Random) -> Item:
@@ -218,7 +225,7 @@ CAPTION_PROMPTS = ("describe the image briefly.", "what is shown here?", "give a
 
 
 def caption(scene: Scene) -> str:
-    """One sentence that names count or size, colour, shape, side and background: `The image shows a small red circle ...`."""
+    """One sentence that names count or size, colour, shape, side and background: `The image shows a red ...`."""
     where = f" on the {scene.side} of" if scene.side else " on"
     text = f", with the word {scene.word}" if scene.word else ""
     return f"The image shows {scene.phrase}{where} a {scene.background} background{text}."
@@ -237,7 +244,9 @@ def caption_items(scene: Scene, prompt: str) -> list[Item]:
 
 def questions(scene: Scene, rng: random.Random) -> list[Item]:
     """Every question that fits the scene, in random order."""
-    kinds = [k for k in QUESTIONS if not (k == "side" and scene.side is None) and not (k == "word" and scene.word is None)]
+    kinds = [
+        k for k in QUESTIONS if not (k == "side" and scene.side is None) and not (k == "word" and scene.word is None)
+    ]
     rng.shuffle(kinds)
     return [QUESTIONS[kind](scene, rng) for kind in kinds]
 
@@ -263,9 +272,9 @@ def scene_in_words(scene: Scene, rng: random.Random) -> tuple[str, str]:
 def write_demo(out: Path, *, train: int = 6000, heldout: int = 500, told: int = 1500, seed: int = 0) -> None:
     """Writes the demo data set into the new folder `out`.
 
-    train.json: `train` pictures with one to three turns each; text.json: text-only conversations, of which `told` tell a
-    scene in words; heldout.json: `heldout` other pictures, each with one question and one caption as evaluation records
-    (`zero_ds.evaluation.records`); trajectory.json: the text-only conversations answered by the target itself.
+    train.json: `train` pictures with one to three turns each; text.json: text-only conversations, of which `told` tell
+    a scene in words; heldout.json: `heldout` other pictures, each with one question and one caption as evaluation
+    records (`zero_ds.evaluation.records`); trajectory.json: the text-only conversations answered by the target itself.
     No held-out picture equals a training picture.
 
     Raises:
@@ -299,7 +308,9 @@ def write_demo(out: Path, *, train: int = 6000, heldout: int = 500, told: int = 
         prompt = rng.choice(CAPTION_PROMPTS)
         items.append(_evaluation_record(f"{name}-question", "question", f"images/{name}.jpg", item.answer, [item]))
         items.append(
-            _evaluation_record(f"{name}-caption", "caption", f"images/{name}.jpg", caption(scene), caption_items(scene, prompt))
+            _evaluation_record(
+                f"{name}-caption", "caption", f"images/{name}.jpg", caption(scene), caption_items(scene, prompt)
+            )
         )
     _write(temporary / "heldout.json", items)
     if out.exists():
@@ -336,7 +347,8 @@ def _record(name: str, turns: list[tuple[str, str]], image: str | None = None) -
 
 def _evaluation_record(name: str, kind: str, image: str, answer: str, items: list[Item]) -> dict[str, Any]:
     words = [
-        {"kind": i.kind, "start": len(i.prefix) + bool(i.prefix), "word": i.word, "choices": list(i.choices)} for i in items
+        {"kind": i.kind, "start": len(i.prefix) + bool(i.prefix), "word": i.word, "choices": list(i.choices)}
+        for i in items
     ]
     return {"id": name, "kind": kind, "image": image, "question": items[0].question, "answer": answer, "words": words}
 

@@ -26,7 +26,9 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
-                raise ImageError(f"image {path} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read")
+                raise ImageError(
+                    f"image {path} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read"
+                )
             image = ImageOps.exif_transpose(file)
             return image.convert("RGB")
     except FileNotFoundError:
@@ -42,7 +44,9 @@ def open_image(path: str | Path) -> Image.Image:
 class ImageProcessor:
     """Pads to a square with the mean colour, resizes, normalises (Table A.2)."""
 
-    def __init__(self, size: int, mean: list[float], std: list[float], resample: int = Image.Resampling.BICUBIC) -> None:
+    def __init__(
+        self, size: int, mean: list[float], std: list[float], resample: int = Image.Resampling.BICUBIC
+    ) -> None:
         self.size = size
         self.mean = mean
         self.std = std

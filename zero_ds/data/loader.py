@@ -49,7 +49,9 @@ class SampleEncoder:
 
     def pixels(self, sample: Sample) -> list[torch.Tensor]:
         if sample.images and self.processor is None:
-            raise DataError(f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples")
+            raise DataError(
+                f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples"
+            )
         return [self.processor(open_image(path)) for path in sample.images] if self.processor else []
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def check_batches(config: RunConfig, world_size: int) -> int:
     per_pass = config.micro_batch * world_size
     if config.global_batch % per_pass:
         raise ConfigError(
-            f"global_batch={config.global_batch} is no multiple of micro_batch={config.micro_batch} x {world_size} ranks; "
-            f"set global_batch to a multiple of {per_pass}."
+            f"global_batch={config.global_batch} is no multiple of micro_batch={config.micro_batch} x {world_size} "
+            f"ranks; set global_batch to a multiple of {per_pass}."
         )
     return config.global_batch // per_pass

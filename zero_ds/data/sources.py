@@ -1,7 +1,7 @@
 """Data files -> memory-mapped records that ranks and workers share.
 
-A file in LLaVA's format is a JSON list of `{"id", "image" (optional), "conversations": [{"from", "value"}, ...]}`. It is
-checked and converted once into Arrow beside the library's cache, under a name that follows from its content.
+A file in LLaVA's format is a JSON list of `{"id", "image" (optional), "conversations": [{"from", "value"}, ...]}`. It
+is checked and converted once into Arrow beside the library's cache, under a name that follows from its content.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -83,7 +82,7 @@ def inside(root: Path, name: str, sample_id: str) -> Path:
         DataError: an absolute path, or one that leaves the root, also through a symbolic link.
     """
     path = (root / name).resolve()
-    if os.path.isabs(name) or not path.is_relative_to(root):
+    if Path(name).is_absolute() or not path.is_relative_to(root):
         raise DataError(f"sample {sample_id}: image path {name!r} leaves the data root {root}")
     return path
 

@@ -27,7 +27,9 @@ def encoder_of(folder: str | Path) -> EncoderFamily:
         if model_type in encoder.model_types:
             return encoder
     registered = ", ".join(t for encoder in ENCODERS.values() for t in encoder.model_types)
-    raise ConfigError(f"no vision encoder is registered for model_type '{model_type}' of {folder}; registered: {registered}.")
+    raise ConfigError(
+        f"no vision encoder is registered for model_type '{model_type}' of {folder}; registered: {registered}."
+    )
 
 
 def vision_config(folder: str | Path) -> Any:

@@ -1,7 +1,8 @@
 """Evaluation records: questions about held-out pictures, and the words of the true answer that are looked for.
 
-A file is a JSON list of `{"id", "kind", "image", "question", "answer", "words": [{"kind", "start", "word", "choices"}]}`;
-`kind` is question or caption, `start` the character at which the word stands in the answer.
+A file is a JSON list of `{"id", "kind", "image", "question", "answer", "words"}` with words as
+`[{"kind", "start", "word", "choices"}]`. A record's `kind` is question or caption; `start` is the
+character of the answer at which a word begins.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ class EvaluationRecord:
     words: tuple[Word, ...]
 
 
-def read_records(
-    path: Path, root: Path | None = None, limit_pictures: int | None = None
-) -> list[EvaluationRecord]:
+def read_records(path: Path, root: Path | None = None, limit_pictures: int | None = None) -> list[EvaluationRecord]:
     """Reads and checks all records; with `limit_pictures`, those about the first so many pictures.
 
     root: folder of the images, the file's own if empty.
@@ -68,7 +67,7 @@ def parse(record: Any, where: str, root: Path) -> EvaluationRecord:
     """Checks one record.
 
     Raises:
-        DataError: a missing or unknown key, a wrong type, an image outside the root, a word that is not where it should be.
+        DataError: a missing or unknown key, a wrong type, an image outside the root, a word that is elsewhere.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")

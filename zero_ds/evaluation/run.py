@@ -70,7 +70,7 @@ class Evaluation:
     name: str
     items: tuple[ItemResult, ...]
     setting: dict[str, Any] = field(default_factory=dict)
-    """root (of the pictures), seed, max_new_tokens, dtype, device, seconds, records_per_second, and what the caller adds."""
+    """root (of the pictures), seed, limits, precision, device, time, and what the caller adds."""
 
     def of(self, condition: str) -> tuple[ItemResult, ...]:
         return tuple(item for item in self.items if item.condition == condition)
@@ -199,7 +199,7 @@ def _root(record: EvaluationRecord) -> Path:
 
 def _query(record: EvaluationRecord, picture: int) -> Query:
     choices = [Choice(word.start, word.word, word.choices) for word in record.words]
-    return Query.about(picture, record.question, id=record.id, answer=record.answer, choices=choices)
+    return Query.about(picture, record.question, record.id, record.answer, choices)
 
 
 def _result(
@@ -210,7 +210,9 @@ def _result(
         free = first_choice(generated, word.choices)
         best = word.choices[int(np.argmax(values))]
         rounded = tuple(round(value, 5) for value in values)
-        words.append(WordResult(word.kind, word.word, word.choices, free, free == word.word, rounded, best == word.word))
+        words.append(
+            WordResult(word.kind, word.word, word.choices, free, free == word.word, rounded, best == word.word)
+        )
     return ItemResult(
         record.id, record.kind, condition, record.image, shown, record.question, record.answer, generated, tuple(words)
     )

@@ -31,9 +31,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def calibrated(
-    log_probs: Sequence[Sequence[float]], groups: Sequence[Hashable], halves: Sequence[int]
-) -> list[Floats]:
+def calibrated(log_probs: Sequence[Sequence[float]], groups: Sequence[Hashable], halves: Sequence[int]) -> list[Floats]:
     """Contextual calibration: each choice's log-probability minus its mean over the other half's pictures.
 
     A model that prefers some word whatever the picture loses that preference. `groups` say which words are asked for

@@ -102,4 +102,5 @@ def _per_cluster(values: NDArray[np.float64], clusters: ArrayLike) -> tuple[NDAr
     if not len(values):
         raise ValueError("there is nothing to estimate a share from: no words")
     _, inverse = np.unique(np.asarray(clusters), return_inverse=True)
-    return np.bincount(inverse, weights=values), np.bincount(inverse).astype(np.float64)
+    sums, sizes = np.bincount(inverse, weights=values), np.bincount(inverse)
+    return sums.astype(np.float64), sizes.astype(np.float64)

@@ -1,7 +1,7 @@
 """Evaluations of several models -> shares of right words with intervals, in every breakdown that the report shows.
 
 Three modes of scoring: `free` (the greedy answer), `forced` (the most probable of the choices at the word's place) and
-`forced_calibrated` (the same, less each choice's mean over other pictures; beside the plain figure, never instead of it).
+`forced_calibrated` (the same, less each choice's mean over other pictures; beside the plain figure, not instead of it).
 A condition is a model's name, with the suffix _shuffled_image for the control.
 """
 

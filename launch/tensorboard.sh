@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Opens TensorBoard on the logs of a run and everything below it.
+#
+#   launch/tensorboard.sh [RUN_FOLDER] [tensorboard options]
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_venv
+folder="${1:-runs}"
+shift || true
+[ -d "$folder" ] || fail "there is no folder $folder"
+exec tensorboard --logdir "$folder" "$@"

@@ -1,0 +1,176 @@
+"""`zero-ds quickstart`: the whole method on the embedded default, as a chain of public commands."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zero_ds.commands.demo import LLM
+from zero_ds.config import ConfigError, load_run
+from zero_ds.pipeline import Pipeline, Step
+
+FAMILY = "smollm2-135m"
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+    demo: Annotated[Path, typer.Option(help="Folder of `zero-ds demo`.")] = Path("runs/demo"),
+    steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps of every stage.", min=0.001)] = 1.0,
+    controls: Annotated[bool, typer.Option("--controls", help="Also train and evaluate the controls (see docs/method.md).")] = False,
+    replace: Annotated[str | None, typer.Option(help="Layers to replace, first:last, instead of the trajectory's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights and sample order.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run in --out first.")] = False,
+) -> None:
+    """Trajectory, surrogate, training, graft, evaluation, export and report, on a 135M model; finished steps are skipped."""
+    if fresh and out.exists():
+        if not (out / "steps").is_dir():
+            raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
+        shutil.rmtree(out)
+    plan = Plan(out, demo, steps_scale, seed, replace)
+    steps = plan.main() + (plan.controls() if controls else [])
+    steps.append(plan.report(controls))
+    Pipeline(out, steps).run()
+    print(f"\n{(out / 'report.md').read_text(encoding='utf-8').split('## ')[0].strip()}\n")
+    print(f"Report: {out / 'report.html'}   TensorBoard: launch/tensorboard.sh {out}   Model: {out / 'export'}")
+
+
+class Plan:
+    """The commands of the quickstart, by name."""
+
+    def __init__(self, out: Path, demo: Path, scale: float, seed: int, replace: str | None) -> None:
+        self.out, self.demo, self.scale, self.seed, self.replace = out, demo, scale, seed, replace
+        self.target = str(LLM)
+
+    def main(self) -> list[Step]:
+        """Trajectory to export, in the order of the method."""
+        out, cut = self.out, ("--from-trajectory", str(self.out / "trajectory"))
+        if self.replace:
+            cut = ("--replace", self.replace)
+        return [
+            self._ours(
+                "trajectory",
+                25,
+                ("trajectory", "--model", self.target, "--data", str(self.demo / "data/trajectory.json")),
+                ("--samples", "100", "--out", str(out / "trajectory")),
+                produces="trajectory/trajectory.json",
+            ),
+            self._ours(
+                "surrogate",
+                8,
+                ("surrogate", "--target", self.target, *cut, "--out", str(out / "surrogate")),
+                produces="surrogate/surrogate.json",
+            ),
+            self._train("translator", "translator", 90),
+            self._train("pretrain", "pretrain", 150, starts=("translator",)),
+            self._train("encoder", "encoder", 150, starts=("pretrain",)),
+            self._ours("graft", 6, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
+            self._evaluations("evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}),
+            self._ours(
+                "export",
+                35,
+                ("export", "--weights", str(out / "encoder"), "--target", self.target, "--out", str(out / "export")),
+                produces="export/proof.json",
+            ),
+        ]
+
+    def controls(self) -> list[Step]:
+        """Encoder trained on the full model; on a surrogate without early layers; warm start against cold start."""
+        out = self.out
+        early = self._early_range()
+        full = ("decoder=target",)
+        return [
+            self._train("full-adapter", "pretrain", 200, full, into="controls/full-adapter"),
+            self._train("full-encoder", "encoder", 200, full, starts=("controls/full-adapter",), into="controls/full-encoder"),
+            self._ours(
+                "early-surrogate",
+                8,
+                ("surrogate", "--target", self.target, "--replace", early, "--out", str(out / "controls/early-surrogate")),
+                produces="controls/early-surrogate/surrogate.json",
+            ),
+            *self._early_stages(),
+            self._evaluations(
+                "controls-evaluation",
+                {
+                    "full": ("controls/full-encoder", self.target),
+                    "early_surrogate": ("controls/early-encoder", out / "controls/early-surrogate"),
+                    "early_grafted": ("controls/early-encoder", self.target),
+                },
+            ),
+            self._train("warm-start", "decoder", 300, starts=("encoder",), into="controls/warm-start"),
+            self._train("cold-start", "decoder", 300, starts=(), into="controls/cold-start"),
+        ]
+
+    def report(self, controls: bool) -> Step:
+        """Everything above on one page."""
+        command = ["report", "--run", str(self.out), "--records", str(self.demo / "data/heldout.json")]
+        if controls:
+            command.append("--controls")
+        return self._ours("report-controls" if controls else "report", 12, tuple(command), produces="report.html")
+
+    def _early_stages(self) -> list[Step]:
+        surrogate = (f"surrogate={self.out / 'controls/early-surrogate'}",)
+        steps, starts = [], ()
+        for stage in ("translator", "pretrain", "encoder"):
+            into = f"controls/early-{stage}"
+            steps.append(self._train(f"early-{stage}", stage, 150, surrogate, starts=starts, into=into))
+            starts = (into,)
+        return steps
+
+    def _early_range(self) -> str:
+        """As many layers as the surrogate replaces, counted from layer 1, like T(1,11) beside T(16,26) in the paper."""
+        from zero_ds.surrogate import Replaced, read_surrogate
+
+        if self.replace:
+            parts = [Replaced.parse(self.replace)]
+        elif (self.out / "surrogate/surrogate.json").is_file():
+            parts = list(read_surrogate(self.out / "surrogate").plan.replaced)
+        else:
+            raise ConfigError("run the quickstart once without --controls, or name the layers with --replace.")
+        return f"1:{sum(part.last - part.first + 1 for part in parts)}"
+
+    def _train(
+        self,
+        name: str,
+        recipe: str,
+        seconds: float,
+        overrides: tuple[str, ...] = (),
+        starts: tuple[str, ...] = (),
+        into: str | None = None,
+    ) -> Step:
+        folder = into or name
+        settings = load_run(f"{FAMILY}/{recipe}")
+        assert settings.max_steps is not None
+        steps = max(1, round(settings.max_steps * self.scale))
+        command = (
+            "bash",
+            "launch/train.sh",
+            f"{FAMILY}/{recipe}",
+            f"out={self.out / folder}",
+            f"surrogate={self.out / 'surrogate'}",
+            f"init_from=[{', '.join(str(self.out / start) for start in starts)}]",
+            f"max_steps={steps}",
+            f"seed={self.seed}",
+            *overrides,
+        )
+        return Step(name, (command,), seconds * self.scale, (self.out / folder / "latest",))
+
+    def _evaluations(self, name: str, of: dict[str, tuple[str, object]]) -> Step:
+        commands = tuple(
+            self._command(
+                ("eval", "--weights", str(self.out / weights), "--decoder", str(decoder)),
+                ("--records", str(self.demo / "data/heldout.json"), "--out", str(self.out / f"evaluation/{label}.json")),
+            )
+            for label, (weights, decoder) in of.items()
+        )
+        return Step(name, commands, 60.0 * len(of), tuple(self.out / f"evaluation/{label}.json" for label in of))
+
+    def _ours(self, name: str, seconds: float, *words: tuple[str, ...], produces: str | None = None) -> Step:
+        files = (self.out / produces,) if produces else ()
+        return Step(name, (self._command(*words),), seconds, files)
+
+    def _command(self, *words: tuple[str, ...]) -> tuple[str, ...]:
+        return (sys.executable, "-m", "zero_ds", *(word for group in words for word in group))

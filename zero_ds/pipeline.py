@@ -1,0 +1,151 @@
+"""A chain of public commands that can be interrupted anywhere and goes on where it stopped.
+
+Every step is a command anyone could type. A step whose command finished is not run again; a step that was interrupted
+is, and its command resumes or starts over by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zero_ds.checkpoint import write_atomically
+from zero_ds.config import ConfigError
+from zero_ds.monitor import duration
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: commands that may run side by side."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    expected_seconds: float
+    """On two quiet CPU cores, for the estimate of the time left; a finished step's own time replaces it."""
+    produces: tuple[Path, ...] = ()
+    """Files that must exist for the step to count as done."""
+
+    def fingerprint(self) -> str:
+        return json.dumps(self.commands)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of a finished step."""
+
+    seconds: float
+    fingerprint: str
+
+
+class StepFailed(ConfigError):
+    """A command of a step ended with an error, which it has printed itself."""
+
+
+class Pipeline:
+    """Runs steps in order and remembers the finished ones in `out`/steps."""
+
+    def __init__(self, out: Path, steps: Sequence[Step]) -> None:
+        self.out, self.steps = out, list(steps)
+        self._records = out / "steps"
+
+    def run(self) -> None:
+        """Runs what is not finished.
+
+        Raises:
+            ConfigError: the folder holds steps with other settings.
+            StepFailed: a command failed; running again goes on from there.
+        """
+        self._records.mkdir(parents=True, exist_ok=True)
+        for number, step in enumerate(self.steps, 1):
+            record = self.record(step)
+            head = f"[{number}/{len(self.steps)}] {step.name}"
+            if record is not None and all(path.exists() for path in step.produces):
+                logger.info("%s: done before, in %s", head, duration(record.seconds))
+                continue
+            logger.info("%s  (about %s left)", head, duration(self.seconds_left(number - 1)))
+            started = time.monotonic()
+            self._run(step)
+            seconds = time.monotonic() - started
+            missing = [str(path) for path in step.produces if not path.exists()]
+            if missing:
+                raise StepFailed(f"step {step.name} ended without {missing[0]}; see its output above.")
+            content = {"seconds": seconds, "fingerprint": step.fingerprint()}
+            write_atomically(self._records / f"{step.name}.json", json.dumps(content) + "\n")
+
+    def seconds_left(self, done: int) -> float:
+        """Estimate from the expected times, stretched by how long the finished steps took against theirs."""
+        finished = [(self.record(step), step) for step in self.steps[:done]]
+        measured = [(r.seconds, s.expected_seconds) for r, s in finished if r is not None]
+        expected = sum(e for _, e in measured)
+        stretch = sum(m for m, _ in measured) / expected if expected else 1.0
+        return stretch * sum(step.expected_seconds for step in self.steps[done:])
+
+    def record(self, step: Step) -> StepRecord | None:
+        """What is known of a finished step, None if it is not finished.
+
+        Raises:
+            ConfigError: it was run with another command.
+        """
+        path = self._records / f"{step.name}.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            record = StepRecord(content["seconds"], content["fingerprint"])
+        except (OSError, ValueError, KeyError):
+            return None
+        if record.fingerprint != step.fingerprint():
+            raise ConfigError(
+                f"{self.out} holds a run with other settings (step {step.name} differs); choose another --out, or --fresh."
+            )
+        return record
+
+    def seconds(self) -> dict[str, float]:
+        """Measured seconds of every finished step."""
+        records = {step.name: self.record(step) for step in self.steps}
+        return {name: record.seconds for name, record in records.items() if record is not None}
+
+    def _run(self, step: Step) -> None:
+        processes: list[subprocess.Popen[bytes]] = []
+        environment = dict(os.environ)
+        if len(step.commands) > 1:
+            cores = os.cpu_count() or 1
+            environment["OMP_NUM_THREADS"] = str(max(1, cores // len(step.commands)))
+        try:
+            for command in step.commands:
+                print(f"+ {shlex.join(command)}", flush=True)
+                processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() not in (None, 0) for process in processes):
+                    break
+                time.sleep(0.2)
+        finally:
+            _end(processes)
+        for command, process in zip(step.commands, processes, strict=True):
+            if process.returncode != 0:
+                raise StepFailed(
+                    f"step {step.name} failed (exit status {process.returncode}): {shlex.join(command)}; what is finished "
+                    "is kept, run again to go on."
+                )
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float = 20.0) -> None:
+    """Asks what still runs to stop, waits, then kills: no process outlives its pipeline."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
