@@ -46,6 +46,15 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only make threads wait for each other, for seconds where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with tied embeddings and a byte-level tokenizer, as an ordinary Hugging Face folder."""
@@ -233,7 +242,8 @@ def test_non_finite_predictions_are_refused(decoder: Any, family: Family) -> Non
     broken = copy.deepcopy(decoder)
     with torch.no_grad():
         broken.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
-    for model, remedy in ((broken, "fetch the model again"), (copy.deepcopy(broken).bfloat16(), "run with --dtype float32")):
+    half = copy.deepcopy(broken).bfloat16()
+    for model, remedy in ((broken, "fetch the model again"), (half, "run with --dtype float32")):
         with pytest.raises(ConfigError, match=f"sample s0 are not finite; .*{remedy}"):
             measure(model, family, token_samples(), metric="sequence", batch_size=4)
 

@@ -189,7 +189,7 @@ def load_run(recipe: str, overrides: list[str] | None = None) -> RunConfig:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"the value of {key} cannot be read: {text!r}.") from None
-        _set(tree, key.split("."), _number(value))
+        _set(tree, key.split("."), value)
     return validate(RunConfig, tree, what=f"recipe {recipe}")
 
 
@@ -209,13 +209,14 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f"; known: {', '.join(sorted(known))}." if len(known) <= 40 else "."
 
 
-def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    path = Path(recipe)
+def _read_recipe(recipe: str, beside: Path = Path(), seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The recipe's tree, merged over those it extends; a file that it names lies relative to its own folder `beside`."""
+    path = beside / recipe
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPE_ROOT / f"{recipe}.yaml"
         if not path.is_file():
             raise ConfigError(f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}")
-    if str(path) in seen:
+    if str(path.resolve()) in seen:
         raise ConfigError(f"recipe {recipe} extends itself.")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -227,8 +228,8 @@ def _read_recipe(recipe: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"recipe file {path} must hold a mapping of keys to values.")
     parent = tree.pop("extends", None)
     if parent is not None:
-        tree = _merge(_read_recipe(str(parent), (*seen, str(path))), tree)
-    return _number(tree)
+        tree = _merge(_read_recipe(str(parent), path.parent, (*seen, str(path.resolve()))), tree)
+    return tree
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -237,20 +238,6 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
     return merged
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; a string that is a number in Python becomes one."""
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, str) and value[:1] in "0123456789.+-" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:

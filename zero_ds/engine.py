@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zero_ds.config import ConfigError, RunConfig, did_you_mean
+from zero_ds.config import ConfigError, RunConfig, did_you_mean, validate
 from zero_ds.stages import Part, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
-    _check_keys(content, path)
+    _check(content, path)
     for key, of in AUTO.items():
         value = of(config, world_size)
         stated = content.get(key, "auto")
@@ -104,7 +104,7 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
                 f'{str(dtype).removeprefix("torch.")}; write "auto" in the JSON or set precision.'
             )
         content[key] = {**block, "enabled": dtype is wanted}
-    zero = content.setdefault("zero_optimization", {"stage": 0})
+    zero = content["zero_optimization"]
     if zero.get("zero_hpz_partition_size", 1) > 1 and (zero.get("offload_param") or zero.get("offload_optimizer")):
         raise ConfigError(
             f"{path.name} combines zero_hpz_partition_size with offload, which DeepSpeed trains wrongly; drop one."
@@ -116,34 +116,25 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return content
 
 
-def _check_keys(content: Any, path: Path) -> None:
+def _check(content: Any, path: Path) -> None:
+    """Refuses keys and values that DeepSpeed would ignore, or trip over long after the models are loaded."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
 
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object.")
-
-    def names(model: Any) -> list[str]:
-        return [n for field, info in model.model_fields.items() for n in (field, info.alias) if n]
-
-    def check(section: Any, known: list[str], where: str) -> None:
-        for key in section if isinstance(section, dict) else ():
-            if key not in known:
-                raise ConfigError(f"{path.name}: unknown key '{where}{key}'{did_you_mean(key, known)}")
-
-    zero = content.get("zero_optimization", {})
-    check(content, list(TOP_KEYS), "")
-    check(zero, names(DeepSpeedZeroConfig), "zero_optimization.")
-    if isinstance(zero, dict):
-        check(
-            zero.get("offload_optimizer"),
-            names(DeepSpeedZeroOffloadOptimizerConfig),
-            "zero_optimization.offload_optimizer.",
-        )
-        check(zero.get("offload_param"), names(DeepSpeedZeroOffloadParamConfig), "zero_optimization.offload_param.")
+    for key in content:
+        if key not in TOP_KEYS:
+            raise ConfigError(f"{path.name}: unknown key '{key}'{did_you_mean(key, list(TOP_KEYS))}")
+    sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, model in sections.items():
+        section = content.get(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path.name}: {name}={section!r} must be an object of settings.")
+        validate(model, section, what=f"{path.name}, {name}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{path.name}: zero_optimization.stage={stage!r}; commits are read from ZeRO 1, 2 or 3, choose one.")
 
 
 def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:

@@ -10,22 +10,19 @@ tokens before it alone, and a token of the true answer counts as generated only 
 from __future__ import annotations
 
 import copy
-import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 
-from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, ChatTemplate, Turn
+from zero_ds.data.conversations import IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.images import open_image
 from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.data.sources import DataError, Sample
 from zero_ds.model import VisionLanguageModel
-
-logger = logging.getLogger(__name__)
 
 LOGITS_BYTES = 64 << 20
 """Size of the float32 logits that are held at a time."""
@@ -54,11 +51,6 @@ class Query:
     answer: str = ""
     choices: tuple[Choice, ...] = ()
 
-    @classmethod
-    def about(cls, image: int, question: str, id: str, answer: str = "", choices: Sequence[Choice] = ()) -> Query:
-        """One question about one picture."""
-        return cls(id, (Turn("user", f"{PLACEHOLDER}\n{question}"),), (image,), answer, tuple(choices))
-
 
 @dataclass(frozen=True)
 class Reply:
@@ -81,6 +73,8 @@ class _Option:
 
 _Head = tuple[tuple[int, ...], tuple[int, ...]]
 """Tokens and pictures with which prompts begin."""
+_Spot = tuple[int, int]
+"""A row of hidden states, and a token that may follow it."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +129,11 @@ class Answerer:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.stop = self.template.end_of_turn()
+        self.device = next(model.parameters()).device
         self._head: torch.nn.Module | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     @torch.inference_mode()
-    def features(self, paths: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor:
+    def features(self, paths: Sequence[str], progress: Callable[[int], object] = bool) -> torch.Tensor:
         """Features of the pictures in these files: (pictures, tokens per image, hidden), on the model's device.
 
         They depend on encoder and adapter only: a surrogate and the full model it was made for can share them.
@@ -155,8 +146,7 @@ class Answerer:
         for start in range(0, len(paths), self.batch_size):
             pictures = [self.encoder.processor(open_image(path)) for path in paths[start : start + self.batch_size]]
             parts.append(self.model.image_features(torch.stack(pictures).to(self.device)))
-            if progress is not None:
-                progress(len(pictures))
+            progress(len(pictures))
         return torch.cat(parts)
 
     def reply(self, turns: Sequence[Turn], images: Sequence[str] = ()) -> str:
@@ -169,7 +159,7 @@ class Answerer:
         self,
         queries: Sequence[Query],
         features: torch.Tensor | None = None,
-        progress: Callable[[int], object] | None = None,
+        progress: Callable[[int], object] = bool,
     ) -> list[Reply]:
         """Answers queries, in their order; the batch size has no influence beyond float ties.
 
@@ -187,8 +177,7 @@ class Answerer:
             for part in self._batches(window):
                 answered = self._answer(part, pictures, [row_of[task.head, task.images] for task in part])
                 replies.update((task.number, reply) for task, reply in zip(part, answered, strict=True))
-                if progress is not None:
-                    progress(len(part))
+                progress(len(part))
         return [replies[number] for number in range(len(queries))]
 
     # -- queries in tokens ---------------------------------------------------------------------------------------------
@@ -199,8 +188,7 @@ class Answerer:
         ids = tuple(encoded.input_ids)
         if encoded.images != len(query.images):
             raise DataError(f"sample {query.id} has {len(query.images)} images for {encoded.images} placeholders")
-        if len(ids) > self.encoder.max_length:
-            limit = self.encoder.max_length
+        if len(ids) > (limit := self.encoder.max_length):
             raise DataError(f"sample {query.id} has {len(ids)} tokens, more than {limit}; raise data.max_length")
         last = max((place for place, token in enumerate(ids) if token == IMAGE_TOKEN), default=0)
         sequences = [tuple(self.template.encode_text(query.answer))]
@@ -286,13 +274,8 @@ class Answerer:
         positions = context.filled.sum(1, keepdim=True) + filled.cumsum(1) - 1
         context.filled = torch.cat([context.filled, filled], dim=1)
         backbone = getattr(self.model.decoder, self.model.family.backbone)
-        output = backbone(
-            inputs_embeds=embeddings,
-            attention_mask=context.filled,
-            position_ids=positions,
-            past_key_values=context.cache,
-            use_cache=True,
-        )
+        cached = {"past_key_values": context.cache, "use_cache": True}
+        output = backbone(inputs_embeds=embeddings, attention_mask=context.filled, position_ids=positions, **cached)
         return cast(torch.Tensor, output.last_hidden_state)
 
     def _answer(self, tasks: Sequence[_Task], pictures: _Context, rows: Sequence[int]) -> list[Reply]:
@@ -314,13 +297,12 @@ class Answerer:
         starts = list(accumulate((len(tokens) + 1 for tokens in read), initial=0))
         offset = dict(zip(numbered, starts, strict=False))
 
-        def spots(t: int, option: _Option) -> list[tuple[int, int]]:
+        def spots(t: int, option: _Option) -> list[_Spot]:
             return [(offset[t, option.sequence] + place, token) for place, token in option.places]
 
-        wanted: dict[int, set[int]] = {}
-        for t, option in ((t, option) for t, task in enumerate(tasks) for choice in task.options for option in choice):
-            for place, token in spots(t, option):
-                wanted.setdefault(place, set()).add(token)
+        wanted = {
+            spot for t, task in enumerate(tasks) for choice in task.options for o in choice for spot in spots(t, o)
+        }
         greedy, known = self._read(flat, wanted)
 
         spoken = []
@@ -329,13 +311,8 @@ class Answerer:
             agreed = next((i for i, token in enumerate(truth) if predicted[i] != token), len(truth))
             spoken.append([*truth[:agreed], predicted[agreed]])
         self._continue(spoken, context, columns)
-        return [
-            Reply(
-                self._text(spoken[t]),
-                tuple(tuple(sum(known[spot] for spot in spots(t, o)) for o in choice) for choice in task.options),
-            )
-            for t, task in enumerate(tasks)
-        ]
+        sums = [[[sum(known[s] for s in spots(t, o)) for o in c] for c in task.options] for t, task in enumerate(tasks)]
+        return [Reply(self._text(spoken[t]), tuple(map(tuple, sums[t]))) for t in range(len(tasks))]
 
     def _continue(self, spoken: list[list[int]], context: _Context, columns: int) -> None:
         """Lengthens each answer, greedily, until it is closed or full.
@@ -353,7 +330,7 @@ class Answerer:
         rows = active
         while active:
             hidden = self._extend(context, [spoken[row][-1:] for row in rows])
-            following, _ = self._read(hidden[:, 0], {})
+            following, _ = self._read(hidden[:, 0])
             for row, token in zip(rows, following, strict=True):
                 if self._open(spoken[row]):
                     spoken[row].append(token)
@@ -372,9 +349,7 @@ class Answerer:
 
     # -- logits --------------------------------------------------------------------------------------------------------
 
-    def _read(
-        self, hidden: torch.Tensor, wanted: Mapping[int, set[int]]
-    ) -> tuple[list[int], dict[tuple[int, int], float]]:
+    def _read(self, hidden: torch.Tensor, wanted: Collection[_Spot] = ()) -> tuple[list[int], dict[_Spot, float]]:
         """Most probable token of every row, and the log-probability of every wanted (row, token).
 
         hidden: (rows, hidden). In bf16 a logit of 20 is known to 0.1 only; one position in twenty has two equal ones
@@ -383,22 +358,25 @@ class Answerer:
         """
         vocabulary = cast(Any, self.model.decoder).get_input_embeddings().weight.shape[0]
         step = max(1, LOGITS_BYTES // (4 * vocabulary))
+        tokens_of: dict[int, list[int]] = {}
+        for row, token in wanted:
+            tokens_of.setdefault(row, []).append(token)
         greedy: list[int] = []
-        known: dict[tuple[int, int], float] = {}
+        known: dict[_Spot, float] = {}
         for start in range(0, len(hidden), step):
             part = hidden[start : start + step]
             logits = self.model.logits(part).float()
             top = logits.topk(2, dim=1)
             best = top.indices[:, 0]
             tied = (top.values[:, 0] == top.values[:, 1]).tolist()
-            asked = [row for row in range(len(part)) if start + row in wanted or tied[row]]
+            asked = [row for row in range(len(part)) if start + row in tokens_of or tied[row]]
             if asked:
                 rows = torch.tensor(asked, device=self.device)
                 exact = self._exact_logits(part[rows]) if part.dtype != torch.float32 else logits[rows]
                 best[rows] = exact.argmax(1)
                 log_probs = exact.log_softmax(1).cpu()
                 for place, row in enumerate(asked):
-                    for token in wanted.get(start + row, ()):
+                    for token in tokens_of.get(start + row, ()):
                         known[start + row, token] = float(log_probs[place, token])
             greedy += best.tolist()
         return greedy, known

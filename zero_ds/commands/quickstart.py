@@ -67,6 +67,7 @@ class Plan:
             self._train("translator", "translator", 90),
             self._train("pretrain", "pretrain", 150, starts=("translator",)),
             self._train("encoder", "encoder", 150, starts=("pretrain",)),
+            self._train("full-cost", "encoder", 25, ("decoder=target",), starts=("pretrain",), steps=6),
             self._ours("graft", 6, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
             self._evaluations("evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}),
             self._ours(
@@ -106,7 +107,7 @@ class Plan:
 
     def report(self, controls: bool) -> Step:
         """Everything above on one page."""
-        command = ["report", "--run", str(self.out), "--records", str(self.demo / "data/heldout.json")]
+        command = ["report", "--run", str(self.out)]
         if controls:
             command.append("--controls")
         return self._ours("report-controls" if controls else "report", 12, tuple(command), produces="report.html")
@@ -140,11 +141,13 @@ class Plan:
         overrides: tuple[str, ...] = (),
         starts: tuple[str, ...] = (),
         into: str | None = None,
+        steps: int | None = None,
     ) -> Step:
         folder = into or name
-        settings = load_run(f"{FAMILY}/{recipe}")
-        assert settings.max_steps is not None
-        steps = max(1, round(settings.max_steps * self.scale))
+        if steps is None:
+            settings = load_run(f"{FAMILY}/{recipe}")
+            assert settings.max_steps is not None
+            steps, seconds = max(1, round(settings.max_steps * self.scale)), seconds * self.scale
         command = (
             "bash",
             "launch/train.sh",
@@ -156,7 +159,7 @@ class Plan:
             f"seed={self.seed}",
             *overrides,
         )
-        return Step(name, (command,), seconds * self.scale, (self.out / folder / "latest",))
+        return Step(name, (command,), seconds, (self.out / folder / "latest",))
 
     def _evaluations(self, name: str, of: dict[str, tuple[str, object]]) -> Step:
         commands = tuple(

@@ -103,17 +103,22 @@ def parse(record: Any, where: str) -> dict[str, Any]:
     for number, turn in enumerate(turns):
         role = turn.get("from") if isinstance(turn, dict) else None
         text = turn.get("value") if isinstance(turn, dict) else None
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{sample}, turn {number}: unknown role {role!r}; known: {', '.join(ROLES)}")
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{sample}, turn {number}: the text is empty")
+        if not _writable(text):
+            raise DataError(f"{sample}, turn {number}: the text is no valid Unicode (half a surrogate pair)")
         roles.append(ROLES[role])
         texts.append(text)
-    if "assistant" not in roles:
-        raise DataError(f"{sample} has no answer to learn from")
+    for role, what in (("user", "question"), ("assistant", "answer to learn from")):
+        if role not in roles:
+            raise DataError(f"{sample} has no {what}")
+    if not _writable(str(record.get("id"))):
+        raise DataError(f"{sample}: the id is no valid text")
     image = record.get("image", [])
     images = [image] if isinstance(image, str) else image or []
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+    if not isinstance(images, list) or not all(isinstance(name, str) and name and "\0" not in name and _writable(name) for name in images):
         raise DataError(f"{sample}: 'image' must be a path or a list of paths")
     placeholders = sum(t.count(PLACEHOLDER) for t, role in zip(texts, roles, strict=True) if role == "user")
     if images and placeholders == 0:
@@ -123,6 +128,15 @@ def parse(record: Any, where: str) -> dict[str, Any]:
     if placeholders != len(images):
         raise DataError(f"{sample} has {len(images)} images for {placeholders} {PLACEHOLDER} placeholders")
     return {"id": str(record.get("id", where)), "roles": roles, "texts": texts, "images": images}
+
+
+def _writable(text: str) -> bool:
+    """Whether the text can be written as UTF-8: JSON can hold half a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> list[Any]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from zero_ds.data.conversations import PLACEHOLDER, Turn
 from zero_ds.data.sources import DataError
 from zero_ds.evaluation.records import EvaluationRecord
 from zero_ds.evaluation.scoring import first_choice
@@ -198,8 +199,9 @@ def _root(record: EvaluationRecord) -> Path:
 
 
 def _query(record: EvaluationRecord, picture: int) -> Query:
-    choices = [Choice(word.start, word.word, word.choices) for word in record.words]
-    return Query.about(picture, record.question, record.id, record.answer, choices)
+    choices = tuple(Choice(word.start, word.word, word.choices) for word in record.words)
+    turns = (Turn("user", f"{PLACEHOLDER}\n{record.question}"),)
+    return Query(record.id, turns, (picture,), record.answer, choices)
 
 
 def _result(

@@ -129,8 +129,12 @@ def _chance(words: Sequence[ScoredWord]) -> float:
 
 
 def _differences(words: Words, names: Sequence[str], mode: str) -> list[dict[str, Any]]:
-    """Every model against its own control, and every further model against the first."""
-    pairs = [(name, name + SHUFFLED) for name in names] + [(name, names[0]) for name in names[1:]]
+    """Every model against its own control, every graft against its surrogate, others against the first graft."""
+    grafts = [name for name in names if name.endswith("grafted")]
+    pairs = [(name, name + SHUFFLED) for name in names]
+    pairs += [(name, name.removesuffix("grafted") + "surrogate") for name in grafts]
+    pairs += [(name, first) for first in grafts[:1] for name in names if name not in (first, "surrogate")]
+    pairs = [(first, second) for first, second in pairs if second in words]
     result = []
     for first, second in pairs:
         keys = list(words[first])

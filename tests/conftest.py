@@ -1,0 +1,76 @@
+"""What all tests share: no network, no cache outside the session's folder, no accelerator, tiny models made once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_SESSION = tempfile.TemporaryDirectory(prefix="zero_ds-tests-")
+# before any library reads them, and for every process that a test starts
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=f"{_SESSION.name}/huggingface",
+    HF_DATASETS_CACHE=f"{_SESSION.name}/datasets",
+    HYPOTHESIS_STORAGE_DIRECTORY=f"{_SESSION.name}/hypothesis",
+    DS_ACCELERATOR="cpu",
+    CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TRANSFORMERS_VERBOSITY="error",
+)
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "zero_ds", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("zero_ds")
+
+
+def pytest_unconfigure() -> None:
+    _SESSION.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """Commands set up this package's logging for their process; every test starts without it."""
+    yield
+    package = logging.getLogger("zero_ds")
+    package.handlers.clear()
+    package.propagate = True
+    package.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made("llama", tied=True)`, `made("clip")`: folder of a tiny model, built on first use. Nobody writes into it."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(name: str, **options: object) -> Path:
+        builders = {**tiny.FAMILIES, **tiny.ENCODERS}
+        assert name in builders, f"tests/tiny.py has no builder for '{name}'; add one to FAMILIES or ENCODERS"
+        folder = root / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
+        if not folder.exists():
+            builders[name](folder, **options)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> object:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA JSON file of eight samples: six with a picture, two of text alone."""
+    return tiny.write_data(tmp_path_factory.mktemp("data"))

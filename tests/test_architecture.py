@@ -1,0 +1,163 @@
+"""The house: who may import whom, and the habits that keep it readable. Read from the source, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import zero_ds
+from zero_ds.stages import STAGES
+
+PACKAGE = Path(zero_ds.__file__).parent
+
+FLOORS: dict[str, int] = {
+    # 0: what everything stands on
+    "__init__": 0,
+    "config": 0,
+    "distributed": 0,
+    "monitor": 0,
+    "hub": 0,
+    # 1: one module a model family
+    "families": 1,
+    "encoders": 1,
+    # 2: measuring and cutting the target, data
+    "trajectory": 2,
+    "transition": 2,
+    "surrogate": 2,
+    "gguf": 2,
+    "data": 2,
+    # 3: the model
+    "losses": 3,
+    "model": 3,
+    "distill": 3,
+    # 4: what trains when
+    "stages": 4,
+    # 5: training
+    "engine": 5,
+    "checkpoint": 5,
+    "train": 5,
+    # 6: what is done with a result
+    "encoders.warmup": 6,
+    "graft": 6,
+    "export": 6,
+    "generate": 6,
+    "evaluation": 6,
+    "report": 6,
+    # 7: people
+    "pipeline": 7,
+    "commands": 7,
+    "cli": 7,
+    "__main__": 7,
+}
+"""Module or package -> floor; a package's entry covers what is in it, unless a longer name has its own."""
+
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")
+)
+
+
+def source(module: str) -> Path:
+    path = PACKAGE.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def floor(module: str) -> int | None:
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:end])) in FLOORS:
+            return FLOORS[name]
+    return None
+
+
+def imports(module: str) -> set[str]:
+    """Modules of this package that `module` imports, at its top or inside a function, without the `zero_ds.`.
+
+    What a module imports when it is run as a program (`python -m`) does not count: then it is its own top floor.
+    """
+    found = set()
+    tree = ast.parse(source(module).read_text(encoding="utf-8"))
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and "__name__" in ast.unparse(n.test))]
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively in line {node.lineno}; write the whole name"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+        for name in names:
+            inner = name.removeprefix("zero_ds.")
+            if name.startswith("zero_ds.") and inner in MODULES:
+                found.add(inner)
+    # `from zero_ds.data.loader import X` names zero_ds.data as well; only the deepest module counts
+    return {name for name in found if not any(other.startswith(name + ".") for other in found)} - {module}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str) -> None:
+    own = floor(module)
+    assert own is not None, f"zero_ds/{module} stands on no floor; give it one in FLOORS"
+    for name in imports(module):
+        below = floor(name)
+        assert below is not None and below <= own, f"{module} (floor {own}) imports {name} (floor {below})"
+
+
+def test_no_circular_imports() -> None:
+    graph = {module: imports(module) for module in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"circular import: {' -> '.join((*path, module))}"
+        if module not in done:
+            for name in sorted(graph[module]):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_every_floor_is_in_use() -> None:
+    stale = [name for name in FLOORS if not any(m == name or m.startswith(name + ".") for m in MODULES)]
+    assert not stale, f"FLOORS names modules that are gone: {stale}"
+
+
+def test_only_the_engine_initialises_deepspeed() -> None:
+    callers = [m for m in MODULES if "deepspeed.initialize" in re.sub(r'""".*?"""', "", source(m).read_text(), flags=re.S)]
+    assert callers == ["engine"]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "stages"])
+def test_only_stages_knows_stages_by_name(module: str) -> None:
+    """Nobody else asks which stage it is: what differs between stages is in the stage table."""
+    for node in ast.walk(ast.parse(source(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            names = {constant.value for side in sides for constant in ast.walk(side) if isinstance(constant, ast.Constant)}
+            asked = any("stage" in ast.unparse(side) for side in sides)
+            assert not (asked and names & set(STAGES)), f"{module} line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_size_and_habits(module: str) -> None:
+    text = source(module).read_text(encoding="utf-8")
+    assert text.count("\n") <= 400, f"{module} has {text.count(chr(10))} lines; 400 is the limit"
+    assert not re.search(r"\butil(s|ities)?\b", module.rsplit(".", maxsplit=1)[-1]), f"{module}: say what it is for"
+    tree = ast.parse(text)
+    assert module == "__main__" or not tree.body or ast.get_docstring(tree), f"{module} does not say what it is for"
+    if floor(module) == 7:
+        return
+    for node in ast.walk(tree):
+        printing = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        assert not printing, f"{module} prints in line {node.lineno}; log it, or return it to the command"
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject.toml lists packages by hand; one that is missing there would be missing in a wheel."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = set(re.findall(r'^  "(zero_ds[\w.]*)",$', text, flags=re.M)) - {"zero_ds.ds_configs"}
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    present = {".".join(["zero_ds", *folder.relative_to(PACKAGE).parts]) for folder in folders}
+    assert present == listed

@@ -1,0 +1,92 @@
+"""A pipeline goes on where it stopped, refuses other settings, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from zero_ds.config import ConfigError
+from zero_ds.pipeline import Pipeline, Step, StepFailed
+
+
+def step(name: str, code: str, *produces: Path) -> Step:
+    return Step(name, ((sys.executable, "-c", code),), 1.0, produces)
+
+
+def append(path: Path, word: str) -> str:
+    return f"open({str(path)!r}, 'a').write({word!r})"
+
+
+def test_finished_steps_are_skipped_and_a_failed_one_is_repeated(tmp_path: Path) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    steps = [
+        step("one", append(log, "1"), log),
+        step("two", f"{append(log, '2')}; import sys; sys.exit(not __import__('os').path.exists({str(gate)!r}))"),
+        step("three", append(log, "3")),
+    ]
+    with pytest.raises(StepFailed, match="step two failed"):
+        Pipeline(tmp_path / "out", steps).run()
+    assert log.read_text() == "12"
+    gate.touch()
+    Pipeline(tmp_path / "out", steps).run()
+    assert log.read_text() == "1223"
+    Pipeline(tmp_path / "out", steps).run()
+    assert log.read_text() == "1223"
+
+
+def test_a_lost_result_is_made_again(tmp_path: Path) -> None:
+    result = tmp_path / "result"
+    pipeline = Pipeline(tmp_path / "out", [step("one", append(result, "x"), result)])
+    pipeline.run()
+    result.unlink()
+    pipeline.run()
+    assert result.read_text() == "x"
+
+
+def test_a_command_that_leaves_no_result_fails(tmp_path: Path) -> None:
+    with pytest.raises(StepFailed, match="without"):
+        Pipeline(tmp_path / "out", [step("one", "pass", tmp_path / "never")]).run()
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    Pipeline(tmp_path, [step("one", "x = 1")]).run()
+    with pytest.raises(ConfigError, match="other settings"):
+        Pipeline(tmp_path, [step("one", "x = 2")]).run()
+
+
+def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
+    slow = (sys.executable, "-c", "import time; time.sleep(60)")
+    fails = (sys.executable, "-c", "raise SystemExit(3)")
+    started = time.monotonic()
+    with pytest.raises(StepFailed, match="exit status"):
+        Pipeline(tmp_path, [Step("both", (slow, fails), 1.0)]).run()
+    assert time.monotonic() - started < 30
+
+
+def test_interrupting_ends_what_runs(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = (
+        "import sys; from pathlib import Path; from zero_ds.pipeline import Pipeline, Step\n"
+        f"Pipeline(Path({str(tmp_path / 'out')!r}), [Step('slow', ((sys.executable, '-c', {code!r}),), 1.0)]).run()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_the_time_left_follows_the_machine(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path, [step("one", "import time; time.sleep(0.5)"), step("two", "pass")])
+    assert pipeline.seconds_left(0) == 2.0
+    pipeline.run()
+    assert 0.3 < pipeline.seconds_left(1) < 1.5

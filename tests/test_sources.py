@@ -1,0 +1,224 @@
+"""LLaVA JSON -> records: every way to write it wrong is one sentence that names the sample, and no path leaves its root."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from zero_ds.config import ConfigError, SourceConfig
+from zero_ds.data.conversations import Turn
+from zero_ds.data.sources import DataError, Records, evenly_spaced, parse
+
+
+def write(folder: Path, content: Any, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def records(path: Path, **options: Any) -> Records:
+    return Records([SourceConfig(path=str(path), **options)])
+
+
+def good(name: str = "good", **changes: Any) -> dict[str, Any]:
+    return {**tiny.record(name, [("q?", "a.")]), **changes}
+
+
+TALK = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ("just text", "must be an object, not str"),
+        (None, "must be an object, not NoneType"),
+        ({"id": "bad"}, "sample bad has no 'conversations'"),
+        ({"id": "bad", "conversations": []}, "sample bad has no 'conversations'"),
+        ({"id": "bad", "conversations": "hello"}, "sample bad has no 'conversations'"),
+        ({"id": "bad", "conversations": ["hello"]}, "sample bad, turn 0: unknown role None"),
+        ({"id": "bad", "conversations": [{"value": "x"}]}, "sample bad, turn 0: unknown role None"),
+        ({"id": "bad", "conversations": [{"from": "robot", "value": "x"}]}, "sample bad, turn 0: unknown role 'robot'"),
+        ({"id": "bad", "conversations": [{"from": ["human"], "value": "x"}]}, "sample bad, turn 0: unknown role ['human']"),
+        ({"id": "bad", "conversations": [{"from": "human"}]}, "sample bad, turn 0: the text is empty"),
+        ({"id": "bad", "conversations": [*TALK[:1], {"from": "gpt", "value": "  \n"}]}, "sample bad, turn 1: the text is empty"),
+        ({"id": "bad", "conversations": [{"from": "human", "value": 5}]}, "sample bad, turn 0: the text is empty"),
+        ({"id": "bad", "conversations": TALK[:1]}, "sample bad has no answer to learn from"),
+        ({"id": "bad", "conversations": TALK[1:]}, "sample bad has no question"),
+        ({"id": "bad", "conversations": [{"from": "system", "value": "s"}, *TALK[1:]]}, "sample bad has no question"),
+        ({"id": "bad", "image": "a.png", "conversations": TALK[1:]}, "sample bad has no question"),
+        ({"id": "bad", "image": 5, "conversations": TALK}, "sample bad: 'image' must be a path or a list of paths"),
+        ({"id": "bad", "image": ["a.png", 5], "conversations": TALK}, "sample bad: 'image' must be a path or a list of paths"),
+        ({"id": "bad", "image": {"path": "a.png"}, "conversations": TALK}, "sample bad: 'image' must be a path"),
+        ({"id": "bad", "image": ["a.png", "b.png"], "conversations": TALK}, "sample bad has 2 images for 1 <image>"),
+        (
+            {"id": "bad", "conversations": [{"from": "human", "value": "<image> q"}, *TALK[1:]]},
+            "sample bad has 0 images for 1 <image>",
+        ),
+        (
+            {"id": "bad", "image": "a.png", "conversations": [{"from": "human", "value": "<image><image>"}, *TALK[1:]]},
+            "sample bad has 1 images for 2 <image>",
+        ),
+        ({"id": "bad", "conversations": [TALK[0], {"from": "gpt", "value": "\ud800"}]}, "sample bad, turn 1: the text is no"),
+        ({"id": "bad\ud800", "conversations": TALK}, "is no valid text"),
+        ({"id": "bad", "image": "\ud800.png", "conversations": TALK}, "sample bad: 'image'"),
+        ({"id": "bad", "image": "a\0.png", "conversations": TALK}, "sample bad: 'image'"),
+        ({"id": "bad", "image": "", "conversations": TALK}, "sample bad: 'image'"),
+    ],
+)
+def test_bad_record_names_file_number_and_sample(tmp_path: Path, record: Any, complaint: str) -> None:
+    path = write(tmp_path, [good(), record])
+    with pytest.raises(DataError) as caught:
+        records(path)
+    message = str(caught.value)
+    assert f"{path} #1" in message and complaint in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "cannot be read"),
+        ("[{]", "cannot be read"),
+        ("{}", "must hold a list of samples"),
+        ("[]", "must hold a list of samples"),
+        ('"text"', "must hold a list of samples"),
+    ],
+)
+def test_bad_file(tmp_path: Path, content: str, complaint: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(DataError, match=complaint) as caught:
+        records(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(b'[{"id": "\xff\xfe"}]')
+    with pytest.raises(DataError, match="cannot be read"):
+        records(path)
+
+
+def test_missing_file_and_no_sources(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no data file"):
+        records(tmp_path / "nowhere.json")
+    with pytest.raises(ConfigError, match=r"set data\.sources"):
+        Records([])
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+nearly = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": trees,
+        "image": trees | st.lists(st.text(max_size=5), max_size=2),
+        "conversations": trees
+        | st.lists(
+            st.fixed_dictionaries(
+                {}, optional={"from": st.sampled_from(["human", "gpt", "system"]) | trees, "value": st.just("<image>") | trees}
+            ),
+            max_size=4,
+        ),
+    },
+)
+
+
+@given(nearly | trees)
+@example({"conversations": [{"from": {}, "value": "x"}]})
+def test_whatever_stands_there_is_a_record_or_a_data_error(record: Any) -> None:
+    try:
+        row = parse(record, "here")
+    except DataError as error:
+        assert str(error).startswith("here")
+    else:
+        assert set(row) == {"id", "roles", "texts", "images"}
+        assert {"user", "assistant"} <= set(row["roles"]) and len(row["roles"]) == len(row["texts"])
+
+
+# -- good records ------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_becomes_turns_and_paths(tmp_path: Path) -> None:
+    path = write(tmp_path, [tiny.record("one", [("q?", "a."), ("r?", "b.")], "images/x.png"), good("two", id=7)])
+    first, second = records(path)
+    assert (first.id, first.images) == ("one", (str(tmp_path / "images" / "x.png"),))
+    assert first.turns == (Turn("user", "<image>\nq?"), Turn("assistant", "a."), Turn("user", "r?"), Turn("assistant", "b."))
+    assert (second.id, second.images) == ("7", ())
+
+
+def test_an_image_without_placeholder_goes_before_the_first_question(tmp_path: Path) -> None:
+    path = write(tmp_path, [good(image="x.png")])
+    assert records(path)[0].turns[0] == Turn("user", "<image>\nq?")
+
+
+def test_an_image_in_an_answer_is_no_placeholder() -> None:
+    talk = [TALK[0], {"from": "gpt", "value": "<image> is a tag"}]
+    assert parse({"id": "x", "conversations": talk}, "here")["images"] == []
+
+
+def test_limit_and_has_image(tmp_path: Path) -> None:
+    path = write(tmp_path, [good(str(n), **({"image": "x.png"} if n % 2 else {})) for n in range(6)])
+    chosen = records(path, limit=4)
+    assert [sample.id for sample in chosen] == ["0", "1", "2", "3"]
+    assert [chosen.has_image(n) for n in range(4)] == [False, True, False, True]
+    assert len(records(path, limit=100)) == 6
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path, [good("old")])
+    assert records(path)[0].id == "old"
+    write(tmp_path, [good("new")])
+    assert records(path)[0].id == "new"
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=4))
+def test_evenly_spaced(lengths: list[int]) -> None:
+    order = evenly_spaced(lengths)
+    assert len(order) == sum(lengths)
+    for source, n in enumerate(lengths):
+        assert [row for s, row in order if s == source] == list(range(n)), "its own order, complete"
+        total = len(order)
+        for start in range(0, total, max(1, total // 3)):  # any stretch holds its share, but for the rounding of each source
+            stretch = order[start : start + max(1, total // 3)]
+            share = sum(s == source for s, _ in stretch)
+            assert abs(share - n * len(stretch) / total) <= len(lengths)
+
+
+def test_sources_are_mixed_evenly(tmp_path: Path) -> None:
+    a = write(tmp_path, [good(f"a{n}") for n in range(4)], "a.json")
+    b = write(tmp_path, [good(f"b{n}") for n in range(2)], "b.json")
+    mixed = Records([SourceConfig(path=str(a)), SourceConfig(path=str(b))])
+    assert [sample.id for sample in mixed] == ["a0", "b0", "a1", "a2", "b1", "a3"]
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "link/secret.png", "link.png", "ABSOLUTE"])
+def test_paths_that_leave_the_root(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    (root / "images").mkdir(parents=True)
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(b"secret")
+    (root / "link").symlink_to(tmp_path)
+    (root / "link.png").symlink_to(outside)
+    name = str(outside) if name == "ABSOLUTE" else name
+    path = write(root, [good("sly", image=name)])
+    with pytest.raises(DataError, match=re.escape(f"sample sly: image path {name!r} leaves the data root {root}")):
+        records(path)[0]
+
+
+def test_paths_inside_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "images").mkdir(parents=True)
+    (root / "inner").symlink_to(root / "images")
+    path = write(tmp_path, [good("a", image="images/../images/x.png"), good("b", image="inner/x.png")])
+    for sample in records(path, root=str(root)):
+        assert sample.images == (str(root / "images" / "x.png"),)

@@ -1,0 +1,64 @@
+"""`zero-ds report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+NOTES = (
+    "The language model is SmolLM2-135M-Instruct, dequantised from a 4-bit file; pictures and questions are generated.",
+    "The vision encoder was warmed up by classifying generated training pictures (colour, shape, count, ...), a stand-in "
+    "for CLIP's pre-training: it has seen the attributes, but no language, before the stages shown here.",
+    "Intervals are over held-out pictures of one run; they say nothing about other seeds.",
+    "The translator also learned from the target's own late layers (see docs/method.md), an option beyond the paper.",
+)
+
+
+def report(
+    run: Annotated[Path, typer.Option(help="Folder of `zero-ds quickstart`.")],
+    controls: Annotated[bool, typer.Option("--controls", help="Show the controls, too.")] = False,
+) -> None:
+    """Write report.json, report.md and a self-contained report.html of a quickstart run."""
+    from zero_ds.report import ReportInputs, write_report
+
+    stages = {s: run / s for s in ("translator", "pretrain", "encoder") if (run / s / "latest").is_file()}
+    others: dict[str, Any] = {}
+    if controls:
+        others["controls"] = {
+            name: run / f"evaluation/{name}.json" for name in ("full", "early_surrogate", "early_grafted")
+        }
+        others["comparisons"] = {
+            "full decoder: warm against cold start": {
+                "from the grafted encoder": run / "controls/warm-start",
+                "from the untrained encoder": run / "controls/cold-start",
+            }
+        }
+    content = write_report(
+        ReportInputs(
+            out=run,
+            evaluations={name: run / f"evaluation/{name}.json" for name in ("surrogate", "grafted")},
+            trajectory=run / "trajectory" if (run / "trajectory").is_dir() else None,
+            surrogate=run / "surrogate",
+            stages=stages,
+            cost_stage="encoder",
+            full_run=run / "full-cost",
+            flops_ratio=_flops_ratio(run),
+            notes=NOTES,
+            title="zero_ds quickstart",
+            **others,
+        )
+    )
+    print(content["headline"])
+
+
+def _flops_ratio(run: Path) -> float:
+    """Decoder FLOPs of an encoder-stage step on the surrogate over those on its target."""
+    from zero_ds.cost import encoder_step_flops
+    from zero_ds.hub import local_folder
+    from zero_ds.surrogate import read_surrogate
+
+    shape = {"batch": 1, "length": 64, "supervised": 24}
+    target = local_folder(read_surrogate(run / "surrogate").target)
+    return encoder_step_flops(run / "surrogate", **shape) / encoder_step_flops(target, **shape)
