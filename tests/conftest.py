@@ -27,6 +27,8 @@ import tiny
 import torch
 from hypothesis import HealthCheck, settings
 
+from zero_ds.config import RunConfig
+
 torch.set_num_threads(1)
 
 settings.register_profile(
@@ -74,3 +76,37 @@ def tokenizer() -> object:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA JSON file of eight samples: six with a picture, two of text alone."""
     return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def small(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A surrogate of the tiny tied Llama: layers 1..2 and 3..4 replaced by a translator each."""
+    from zero_ds.surrogate import Replaced, build_surrogate
+
+    out = tmp_path_factory.mktemp("surrogates") / "small"
+    build_surrogate(made("llama", tied=True), [Replaced(1, 2), Replaced(3, 4)], out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def run_config(made: Callable[..., Path], small: Path, data: Path) -> Callable[..., RunConfig]:
+    """`run_config("pretrain", out, seed=3)`: a run of a few seconds on the tiny models, in float32."""
+
+    def make(stage: str, out: Path | str, **changes: object) -> RunConfig:
+        base: dict[str, object] = {
+            "stage": stage,
+            "target": str(made("llama", tied=True)),
+            "surrogate": str(small),
+            "encoder": {"path": str(made("clip"))},
+            "data": {"sources": [{"path": str(data)}], "max_length": 512, "system_prompt": ""},
+            "optimizer": {"learning_rate": 1e-2},
+            "global_batch": 4,
+            "micro_batch": 1,
+            "max_steps": 6,
+            "precision": "fp32",
+            "zero": "zero2",
+            "out": str(out),
+        }
+        return RunConfig.model_validate({**base, **changes})
+
+    return make

@@ -61,7 +61,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         ranks = [
             _context.Process(
                 target=_rank,
-                args=(function, arguments, {**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, folder / str(r), timeout),
+                args=(
+                    function,
+                    arguments,
+                    {**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
+                    folder / str(r),
+                    timeout,
+                ),
                 name=f"rank {r}",
                 daemon=True,
             )

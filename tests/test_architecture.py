@@ -55,7 +55,8 @@ FLOORS: dict[str, int] = {
 """Module or package -> floor; a package's entry covers what is in it, unless a longer name has its own."""
 
 MODULES = sorted(
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE.rglob("*.py")
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
 )
 
 
@@ -125,7 +126,9 @@ def test_every_floor_is_in_use() -> None:
 
 
 def test_only_the_engine_initialises_deepspeed() -> None:
-    callers = [m for m in MODULES if "deepspeed.initialize" in re.sub(r'""".*?"""', "", source(m).read_text(), flags=re.S)]
+    callers = [
+        m for m in MODULES if "deepspeed.initialize" in re.sub(r'""".*?"""', "", source(m).read_text(), flags=re.S)
+    ]
     assert callers == ["engine"]
 
 
@@ -135,7 +138,9 @@ def test_only_stages_knows_stages_by_name(module: str) -> None:
     for node in ast.walk(ast.parse(source(module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
-            names = {constant.value for side in sides for constant in ast.walk(side) if isinstance(constant, ast.Constant)}
+            names = {
+                constant.value for side in sides for constant in ast.walk(side) if isinstance(constant, ast.Constant)
+            }
             asked = any("stage" in ast.unparse(side) for side in sides)
             assert not (asked and names & set(STAGES)), f"{module} line {node.lineno}: {ast.unparse(node)}"
 

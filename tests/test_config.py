@@ -123,7 +123,9 @@ def test_scientific_notation_in_a_recipe(tmp_path: Path) -> None:
 
 
 def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
-    base = write(tmp_path, {**BASE, "optimizer": {"eps": 1e-6, "weight_decay": 0.1}, "init_from": ["a", "b"]}, "base.yaml")
+    base = write(
+        tmp_path, {**BASE, "optimizer": {"eps": 1e-6, "weight_decay": 0.1}, "init_from": ["a", "b"]}, "base.yaml"
+    )
     top = write(tmp_path, {"extends": base, "optimizer": {"eps": 1e-7}, "init_from": ["c"]}, "top.yaml")
     config = load_run(top)
     assert (config.optimizer.eps, config.optimizer.weight_decay, config.init_from) == (1e-7, 0.1, ("c",))
@@ -187,8 +189,26 @@ def test_surrogate_decoder_needs_a_surrogate(tmp_path: Path) -> None:
 
 # -- the resolved configuration ----------------------------------------------------------------------------------------
 
-words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12) | st.sampled_from(
-    ["1e5", "2e-3", "yes", "null", "~", "0x10", "1_000", "12:30:00", "2024-01-01", "- a", "a: b", "#a", "=", "1.", "nan"]
+words = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12
+) | st.sampled_from(
+    [
+        "1e5",
+        "2e-3",
+        "yes",
+        "null",
+        "~",
+        "0x10",
+        "1_000",
+        "12:30:00",
+        "2024-01-01",
+        "- a",
+        "a: b",
+        "#a",
+        "=",
+        "1.",
+        "nan",
+    ]
 )
 configs = st.builds(
     dict,
@@ -198,7 +218,9 @@ configs = st.builds(
     encoder=st.none() | st.fixed_dictionaries({"path": words, "train_last_layers": st.none() | st.integers(1, 9)}),
     data=st.fixed_dictionaries(
         {
-            "sources": st.lists(st.fixed_dictionaries({"path": words, "limit": st.none() | st.integers(1, 9)}), max_size=3),
+            "sources": st.lists(
+                st.fixed_dictionaries({"path": words, "limit": st.none() | st.integers(1, 9)}), max_size=3
+            ),
             "system_prompt": st.none() | words | st.just(""),
         }
     ),

@@ -151,12 +151,18 @@ def test_end_of_turn() -> None:
 
 # -- whatever is typed -------------------------------------------------------------------------------------------------
 
-typed = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(lambda s: "<image>" not in s) | st.sampled_from(
+typed = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(
+    lambda s: "<image>" not in s
+) | st.sampled_from(
     ["<|im_end|>", "<|im_start|>user\n", "zq0qz", "zq1qz", "{{ x }}", "{% raw %}", " leading", "trailing ", "\n\n"]
 )
 conversations = st.tuples(
     st.none() | typed.map(lambda t: Turn("system", t)),
-    st.lists(st.tuples(typed.map(lambda t: Turn("user", t)), typed.map(lambda t: Turn("assistant", t))), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(typed.map(lambda t: Turn("user", t)), typed.map(lambda t: Turn("assistant", t))),
+        min_size=1,
+        max_size=12,
+    ),
 ).map(lambda drawn: [*([drawn[0]] if drawn[0] else []), *(turn for pair in drawn[1] for turn in pair)])
 
 
@@ -207,7 +213,9 @@ def test_cut_turns_without_an_answer() -> None:
 @settings(max_examples=30)
 def test_cut_turns_keeps_as_much_as_fits(turns: list[Turn], length: int) -> None:
     cut = cut_turns(turns, length, lambda kept: encode(*kept))
-    lengths = {n: len(encode(*turns[:n]).input_ids) for n in range(1, len(turns) + 1) if turns[n - 1].role == "assistant"}
+    lengths = {
+        n: len(encode(*turns[:n]).input_ids) for n in range(1, len(turns) + 1) if turns[n - 1].role == "assistant"
+    }
     fitting = [n for n, size in lengths.items() if size <= length]
     assert cut == (encode(*turns[: max(fitting)]) if fitting else None)
 
@@ -238,7 +246,9 @@ def test_tokenizer_without_a_template() -> None:
 
 
 def test_template_without_an_end_of_turn() -> None:
-    template = ChatTemplate(TOKENIZER, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+    template = ChatTemplate(
+        TOKENIZER, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
     with pytest.raises(ConversationError, match="closes an answer without a special token"):
         template.end_of_turn()
 

@@ -142,7 +142,10 @@ def resolve(path: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
         ({"gradient_clipping": 5.0}, "gradient_clipping=5.0, but the recipe gives 1.0"),
         ({"bf16/enabled": True}, "bf16.enabled=True, but the recipe's precision is float32"),
         ({"fp16": {"enabled": True}}, "fp16.enabled=True, but the recipe's precision is float32"),
-        ({"zero_optimization/zero_hpz_partition_size": 2, "zero_optimization/offload_optimizer": {"device": "cpu"}}, "hpz"),
+        (
+            {"zero_optimization/zero_hpz_partition_size": 2, "zero_optimization/offload_optimizer": {"device": "cpu"}},
+            "hpz",
+        ),
         ({"zero_optimization/stage": 4}, "zero_optimization: stage=4"),
         ({"zero_optimization/stage": "two"}, "zero_optimization: stage='two'"),
         ({"zero_optimization/stage": 0}, "choose one"),

@@ -45,16 +45,25 @@ TALK = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]
         ({"id": "bad", "conversations": ["hello"]}, "sample bad, turn 0: unknown role None"),
         ({"id": "bad", "conversations": [{"value": "x"}]}, "sample bad, turn 0: unknown role None"),
         ({"id": "bad", "conversations": [{"from": "robot", "value": "x"}]}, "sample bad, turn 0: unknown role 'robot'"),
-        ({"id": "bad", "conversations": [{"from": ["human"], "value": "x"}]}, "sample bad, turn 0: unknown role ['human']"),
+        (
+            {"id": "bad", "conversations": [{"from": ["human"], "value": "x"}]},
+            "sample bad, turn 0: unknown role ['human']",
+        ),
         ({"id": "bad", "conversations": [{"from": "human"}]}, "sample bad, turn 0: the text is empty"),
-        ({"id": "bad", "conversations": [*TALK[:1], {"from": "gpt", "value": "  \n"}]}, "sample bad, turn 1: the text is empty"),
+        (
+            {"id": "bad", "conversations": [*TALK[:1], {"from": "gpt", "value": "  \n"}]},
+            "sample bad, turn 1: the text is empty",
+        ),
         ({"id": "bad", "conversations": [{"from": "human", "value": 5}]}, "sample bad, turn 0: the text is empty"),
         ({"id": "bad", "conversations": TALK[:1]}, "sample bad has no answer to learn from"),
         ({"id": "bad", "conversations": TALK[1:]}, "sample bad has no question"),
         ({"id": "bad", "conversations": [{"from": "system", "value": "s"}, *TALK[1:]]}, "sample bad has no question"),
         ({"id": "bad", "image": "a.png", "conversations": TALK[1:]}, "sample bad has no question"),
         ({"id": "bad", "image": 5, "conversations": TALK}, "sample bad: 'image' must be a path or a list of paths"),
-        ({"id": "bad", "image": ["a.png", 5], "conversations": TALK}, "sample bad: 'image' must be a path or a list of paths"),
+        (
+            {"id": "bad", "image": ["a.png", 5], "conversations": TALK},
+            "sample bad: 'image' must be a path or a list of paths",
+        ),
         ({"id": "bad", "image": {"path": "a.png"}, "conversations": TALK}, "sample bad: 'image' must be a path"),
         ({"id": "bad", "image": ["a.png", "b.png"], "conversations": TALK}, "sample bad has 2 images for 1 <image>"),
         (
@@ -65,7 +74,10 @@ TALK = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]
             {"id": "bad", "image": "a.png", "conversations": [{"from": "human", "value": "<image><image>"}, *TALK[1:]]},
             "sample bad has 1 images for 2 <image>",
         ),
-        ({"id": "bad", "conversations": [TALK[0], {"from": "gpt", "value": "\ud800"}]}, "sample bad, turn 1: the text is no"),
+        (
+            {"id": "bad", "conversations": [TALK[0], {"from": "gpt", "value": "\ud800"}]},
+            "sample bad, turn 1: the text is no",
+        ),
         ({"id": "bad\ud800", "conversations": TALK}, "is no valid text"),
         ({"id": "bad", "image": "\ud800.png", "conversations": TALK}, "sample bad: 'image'"),
         ({"id": "bad", "image": "a\0.png", "conversations": TALK}, "sample bad: 'image'"),
@@ -113,7 +125,9 @@ def test_missing_file_and_no_sources(tmp_path: Path) -> None:
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3))
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
 nearly = st.fixed_dictionaries(
     {},
     optional={
@@ -122,7 +136,11 @@ nearly = st.fixed_dictionaries(
         "conversations": trees
         | st.lists(
             st.fixed_dictionaries(
-                {}, optional={"from": st.sampled_from(["human", "gpt", "system"]) | trees, "value": st.just("<image>") | trees}
+                {},
+                optional={
+                    "from": st.sampled_from(["human", "gpt", "system"]) | trees,
+                    "value": st.just("<image>") | trees,
+                },
             ),
             max_size=4,
         ),
@@ -149,7 +167,12 @@ def test_a_record_becomes_turns_and_paths(tmp_path: Path) -> None:
     path = write(tmp_path, [tiny.record("one", [("q?", "a."), ("r?", "b.")], "images/x.png"), good("two", id=7)])
     first, second = records(path)
     assert (first.id, first.images) == ("one", (str(tmp_path / "images" / "x.png"),))
-    assert first.turns == (Turn("user", "<image>\nq?"), Turn("assistant", "a."), Turn("user", "r?"), Turn("assistant", "b."))
+    assert first.turns == (
+        Turn("user", "<image>\nq?"),
+        Turn("assistant", "a."),
+        Turn("user", "r?"),
+        Turn("assistant", "b."),
+    )
     assert (second.id, second.images) == ("7", ())
 
 
@@ -185,7 +208,9 @@ def test_evenly_spaced(lengths: list[int]) -> None:
     for source, n in enumerate(lengths):
         assert [row for s, row in order if s == source] == list(range(n)), "its own order, complete"
         total = len(order)
-        for start in range(0, total, max(1, total // 3)):  # any stretch holds its share, but for the rounding of each source
+        for start in range(
+            0, total, max(1, total // 3)
+        ):  # any stretch holds its share, but for the rounding of each source
             stretch = order[start : start + max(1, total // 3)]
             share = sum(s == source for s, _ in stretch)
             assert abs(share - n * len(stretch) / total) <= len(lengths)
@@ -201,7 +226,9 @@ def test_sources_are_mixed_evenly(tmp_path: Path) -> None:
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png", "link/secret.png", "link.png", "ABSOLUTE"])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "images/../../secret.png", "link/secret.png", "link.png", "ABSOLUTE"]
+)
 def test_paths_that_leave_the_root(tmp_path: Path, name: str) -> None:
     root = tmp_path / "root"
     (root / "images").mkdir(parents=True)

@@ -280,14 +280,10 @@ def test_no_question_is_no_sample(tmp_path: Path, template: ChatTemplate) -> Non
     records = Records([SourceConfig(path=str(data_file(tmp_path / "data.json", rows)))])
     for questions_only in (False, True):
         with pytest.raises(ConfigError, match="no usable text sample"):
-            choose_samples(
-                records, SampleEncoder(template, "response"), count=5, seed=0, questions_only=questions_only
-            )
+            choose_samples(records, SampleEncoder(template, "response"), count=5, seed=0, questions_only=questions_only)
 
 
-def test_greedy_answers(
-    tmp_path: Path, decoder: Any, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_greedy_answers(tmp_path: Path, decoder: Any, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batched answers are those of an argmax loop on single samples, cut behind the end of the turn."""
     monkeypatch.setattr(module, "ANSWER_TOKENS", 10)
     rows = [record(10 ** (i % 5) + i) for i in range(8)]
@@ -398,9 +394,7 @@ def data(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("options", [[], ["--metric", "vocabulary", "--dtype", "bfloat16"], ["--greedy"]])
-def test_command(
-    tmp_path: Path, folder: Path, data: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command(tmp_path: Path, folder: Path, data: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_TOKENS", 8)
     out = tmp_path / "out"
     arguments = ["--model", folder, "--data", data, "--out", out, "--batch", 4, *options]

@@ -55,7 +55,10 @@ def tokenizer(spare: tuple[str, ...] = ("<reponame>",), template: str | None = T
     bpe.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     result = PreTrainedTokenizerFast(

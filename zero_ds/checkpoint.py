@@ -273,8 +273,8 @@ def find_commit(path: str | Path) -> Commit:
         raise CheckpointError(f"{file} cannot be read ({error}); use another commit.") from None
 
 
-def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: Callable[[str], bool]) -> int:
-    """Copies a commit's weights into parameters of the same names. Every rank calls it; returns the number copied.
+def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: Callable[[str], bool]) -> set[str]:
+    """Copies a commit's weights into parameters of the same names. Every rank calls it; returns the names copied.
 
     `skip` says which names may be left out (translators, where the decoder has none).
 
@@ -283,7 +283,7 @@ def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: 
     """
     from zero_ds.model import gathered
 
-    copied = 0
+    copied = set()
     for name, tensor in commit.weights().items():
         parameter = targets.get(name)
         if parameter is None:
@@ -299,7 +299,7 @@ def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: 
             )
         with gathered([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(tensor.to(parameter.dtype))
-        copied += 1
+        copied.add(name)
     return copied
 
 

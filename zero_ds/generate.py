@@ -133,7 +133,7 @@ class Answerer:
         self._head: torch.nn.Module | None = None
 
     @torch.inference_mode()
-    def features(self, paths: Sequence[str], progress: Callable[[int], object] = bool) -> torch.Tensor:
+    def features(self, paths: Sequence[str], progress: Callable[[int], object] = lambda _: None) -> torch.Tensor:
         """Features of the pictures in these files: (pictures, tokens per image, hidden), on the model's device.
 
         They depend on encoder and adapter only: a surrogate and the full model it was made for can share them.
@@ -159,7 +159,7 @@ class Answerer:
         self,
         queries: Sequence[Query],
         features: torch.Tensor | None = None,
-        progress: Callable[[int], object] = bool,
+        progress: Callable[[int], object] = lambda _: None,
     ) -> list[Reply]:
         """Answers queries, in their order; the batch size has no influence beyond float ties.
 

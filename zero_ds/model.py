@@ -269,10 +269,16 @@ def sample_encoder(
 
 def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
     """`from_pretrained` that refuses weights with missing or mismatched tensors instead of leaving them random."""
+    from safetensors import SafetensorError
+
     try:
         model, info = load(str(folder), output_loading_info=True, **arguments)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(f"the weights in {folder} have other shapes than its config.json says; fetch it again.") from None
     missing = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
         raise ConfigError(

@@ -93,21 +93,24 @@ def write_report(inputs: ReportInputs) -> dict[str, Any]:
         pictures["trajectory"] = plot.read_bytes()
     samples = _samples(inputs, evaluations, pictures)
 
+    view = _view(inputs, content, samples)
+    encoded = {n: "data:image/png;base64," + base64.b64encode(data).decode() for n, data in pictures.items()}
+    texts = {
+        "report.json": json.dumps(content, indent=2, ensure_ascii=False) + "\n",
+        "report.md": _render("report.md.jinja", view, {n: f"{FILES}/{n}.png" for n in pictures}),
+        "report.html": _render("report.html.jinja", view, encoded),
+    }
     folder = inputs.out / FILES
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
         temporary = folder / f".{name}.tmp"
         temporary.write_bytes(data)
         temporary.replace(folder / f"{name}.png")
+    for name, text in texts.items():
+        write_atomically(inputs.out / name, text)
     for file in folder.iterdir():
         if file.stem not in pictures:
             file.unlink()  # of an earlier report
-    view = _view(inputs, content, samples)
-    encoded = {n: "data:image/png;base64," + base64.b64encode(data).decode() for n, data in pictures.items()}
-    linked = {n: f"{FILES}/{n}.png" for n in pictures}
-    write_atomically(inputs.out / "report.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_atomically(inputs.out / "report.md", _render("report.md.jinja", view, linked))
-    write_atomically(inputs.out / "report.html", _render("report.html.jinja", view, encoded))
     logger.info("wrote %s", inputs.out / "report.html")
     return content
 

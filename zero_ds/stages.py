@@ -55,6 +55,8 @@ def stage_of(config: RunConfig) -> Stage:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")
     if decoder_kind(config) == "surrogate" and not config.surrogate:
         raise ConfigError(f"stage {stage.name} trains against a surrogate; set surrogate=FOLDER or decoder=target.")
+    if not trained_parts(config):
+        raise ConfigError(f"stage {stage.name} has nothing to train against the target; leave out decoder=target.")
     return stage
 
 

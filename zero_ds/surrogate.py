@@ -182,9 +182,9 @@ def shard_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError):
+            files = {name: folder / Path(file).name for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{index} is damaged; fetch the model again.") from None
-        files = {name: folder / Path(file).name for name, file in names.items()}
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise ConfigError(f"shard {file} is missing; fetch the model again.")
@@ -220,9 +220,12 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
     """
     family = family_of(target)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    plan = LayerPlan(config["num_hidden_layers"], tuple(replaced))
+    depth = config.get("num_hidden_layers")
+    if not isinstance(depth, int):
+        raise ConfigError(f"{target / 'config.json'} does not say how many layers there are (num_hidden_layers={depth!r}).")
+    plan = LayerPlan(depth, tuple(replaced))
     files = shard_files(target)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
     need = sum(file.stat().st_size for file in set(files.values()))
     out.parent.mkdir(parents=True, exist_ok=True)

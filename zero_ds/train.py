@@ -50,15 +50,18 @@ def train(config: RunConfig) -> Path:
     if resumed and resumed.step >= total:
         logger.info("%s is complete: step %d of %d", out, resumed.step, total)
         return resumed.folder
+    started: set[str] = set()
     skip_translators = stages.decoder_kind(config) == "target"
     for folder in stages.check_start(config):
         commit = checkpoint.find_commit(folder)
         checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
-        n = checkpoint.load_weights_(
+        names = checkpoint.load_weights_(
             model.named_targets(), commit, skip=lambda name: skip_translators and name.startswith("translator.")
         )
-        logger.info("started %d tensors from %s", n, commit.folder)
-    if config.adapter.match_embeddings and not config.init_from and model.adapter is not None:
+        started |= names
+        logger.info("started %d tensors from %s", len(names), commit.folder)
+    new_adapter = model.adapter is not None and not any(name.startswith("adapter.") for name in started)
+    if config.adapter.match_embeddings and new_adapter:
         logger.info(
             "adapter scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
         )

@@ -55,7 +55,7 @@ class Plan:
                 "trajectory",
                 25,
                 ("trajectory", "--model", self.target, "--data", str(self.demo / "data/trajectory.json")),
-                ("--samples", "100", "--out", str(out / "trajectory")),
+                ("--samples", "48", "--out", str(out / "trajectory")),
                 produces="trajectory/trajectory.json",
             ),
             self._ours(
@@ -66,8 +66,8 @@ class Plan:
             ),
             self._train("translator", "translator", 90),
             self._train("pretrain", "pretrain", 150, starts=("translator",)),
-            self._train("encoder", "encoder", 150, starts=("pretrain",)),
-            self._train("full-cost", "encoder", 25, ("decoder=target",), starts=("pretrain",), steps=6),
+            self._train("encoder", "encoder", 150, starts=("translator", "pretrain")),
+            self._train("full-cost", "encoder", 25, ("decoder=target",), starts=("translator", "pretrain"), steps=6),
             self._ours("graft", 6, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
             self._evaluations("evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}),
             self._ours(
@@ -114,11 +114,12 @@ class Plan:
 
     def _early_stages(self) -> list[Step]:
         surrogate = (f"surrogate={self.out / 'controls/early-surrogate'}",)
-        steps, starts = [], ()
+        steps: list[Step] = []
+        starts: tuple[str, ...] = ()
         for stage in ("translator", "pretrain", "encoder"):
             into = f"controls/early-{stage}"
             steps.append(self._train(f"early-{stage}", stage, 150, surrogate, starts=starts, into=into))
-            starts = (into,)
+            starts = (*starts, into)
         return steps
 
     def _early_range(self) -> str:

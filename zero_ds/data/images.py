@@ -30,6 +30,9 @@ def open_image(path: str | Path) -> Image.Image:
                     f"image {path} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read"
                 )
             image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
+                values = np.asarray(image, dtype=np.float64).clip(0, 65535)
+                image = Image.fromarray((values / 257).round().astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
         raise ImageError(f"there is no image {path}") from None

@@ -10,9 +10,18 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from zero_ds.config import RunConfig
-from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Encoded, Turn, cut_turns, image_prompt
-from zero_ds.data.images import ImageProcessor, open_image
+from zero_ds.config import ConfigError, RunConfig
+from zero_ds.data.conversations import (
+    IGNORE,
+    IMAGE_TOKEN,
+    ChatTemplate,
+    ConversationError,
+    Encoded,
+    Turn,
+    cut_turns,
+    image_prompt,
+)
+from zero_ds.data.images import ImageError, ImageProcessor, open_image
 from zero_ds.data.sources import DataError, Records, Sample
 
 logger = logging.getLogger(__name__)
@@ -52,15 +61,22 @@ class SampleEncoder:
             raise DataError(
                 f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples"
             )
-        return [self.processor(open_image(path)) for path in sample.images] if self.processor else []
+        try:
+            return [self.processor(open_image(path)) for path in sample.images] if self.processor else []
+        except ImageError as error:
+            raise DataError(f"sample {sample.id}: {error}") from None
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
         """-> input_ids, labels (lists of int), pixels (list of (3, size, size)), id.
 
         Raises:
-            DataError: nothing of the sample that carries a label fits into max_length.
+            DataError: nothing of the sample that carries a label fits into max_length, the chat template refuses it, or
+            a picture cannot be read.
         """
-        encoded = cut_turns(self.turns(sample), self.max_length, self.encode)
+        try:
+            encoded = cut_turns(self.turns(sample), self.max_length, self.encode)
+        except ConversationError as error:
+            raise DataError(f"sample {sample.id}: {error}") from None
         if encoded is None:
             raise DataError(f"sample {sample.id} has no answer within {self.max_length} tokens; raise data.max_length")
         pixels = self.pixels(sample)[: encoded.images]
@@ -97,18 +113,24 @@ def sample_order(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-class _Samples(Dataset[dict[str, Any]]):
-    """Position in the whole run -> encoded sample; holds no state, so any position can be the first."""
+class _Samples(Dataset[dict[str, Any] | DataError]):
+    """Position in the whole run -> encoded sample; holds no state, so any position can be the first.
+
+    A bad sample comes out as its error, which the loader raises: a worker process would wrap it in its own traceback.
+    """
 
     def __init__(self, records: Records, encoder: SampleEncoder, seed: int) -> None:
         self.records, self.encoder, self.seed = records, encoder, seed
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> dict[str, Any] | DataError:
         epoch, place = divmod(position, len(self.records))
         if self._order[0] != epoch:
             self._order = (epoch, sample_order(len(self.records), self.seed, epoch))
-        return self.encoder(self.records[self._order[1][place]])
+        try:
+            return self.encoder(self.records[self._order[1][place]])
+        except DataError as error:
+            return error
 
 
 @dataclass(frozen=True)
@@ -142,18 +164,27 @@ class Loader:
             for m in range(self.accumulation)
         ]
         size = self.encoder.processor.size if self.encoder.processor else None
+
+        def batch_of(samples: list[Any]) -> Batch | DataError:
+            bad = [sample for sample in samples if isinstance(sample, DataError)]
+            return bad[0] if bad else collate(samples, self.pad_id, size)
+
         stream = iter(
             DataLoader(
                 _Samples(self.records, self.encoder, self.seed),
                 batch_sampler=positions,
-                collate_fn=lambda samples: collate(samples, self.pad_id, size),
+                collate_fn=batch_of,
                 num_workers=self.workers,
                 multiprocessing_context="fork" if self.workers else None,
                 pin_memory=torch.cuda.is_available(),
             )
         )
         for _ in range(first, last):
-            yield [next(stream) for _ in range(self.accumulation)]
+            batches = [next(stream) for _ in range(self.accumulation)]
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
+            yield batches
 
 
 def image_positions(input_ids: torch.Tensor) -> torch.Tensor:
@@ -167,8 +198,6 @@ def check_batches(config: RunConfig, world_size: int) -> int:
     Raises:
         ConfigError: the global batch is no multiple of micro batch x ranks.
     """
-    from zero_ds.config import ConfigError
-
     per_pass = config.micro_batch * world_size
     if config.global_batch % per_pass:
         raise ConfigError(

@@ -91,7 +91,8 @@ def parse(record: Any, where: str) -> dict[str, Any]:
     """Checks one record of LLaVA's format and returns its row: id, roles, texts, images.
 
     Raises:
-        DataError: a missing key, an unknown role, an empty turn, no answer, placeholders that do not match the images.
+        DataError: a missing key, an unknown role, an empty turn, no question or answer, placeholders that do not match
+            the images.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")
@@ -118,7 +119,7 @@ def parse(record: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{sample}: the id is no valid text")
     image = record.get("image", [])
     images = [image] if isinstance(image, str) else image or []
-    if not isinstance(images, list) or not all(isinstance(name, str) and name and "\0" not in name and _writable(name) for name in images):
+    if not isinstance(images, list) or not all(isinstance(name, str) and _is_path(name) for name in images):
         raise DataError(f"{sample}: 'image' must be a path or a list of paths")
     placeholders = sum(t.count(PLACEHOLDER) for t, role in zip(texts, roles, strict=True) if role == "user")
     if images and placeholders == 0:
@@ -128,6 +129,10 @@ def parse(record: Any, where: str) -> dict[str, Any]:
     if placeholders != len(images):
         raise DataError(f"{sample} has {len(images)} images for {placeholders} {PLACEHOLDER} placeholders")
     return {"id": str(record.get("id", where)), "roles": roles, "texts": texts, "images": images}
+
+
+def _is_path(name: str) -> bool:
+    return bool(name) and "\0" not in name and _writable(name)
 
 
 def _writable(text: str) -> bool:

@@ -22,7 +22,10 @@ def encoder_of(folder: str | Path) -> EncoderFamily:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a Hugging Face model folder: it holds no config.json.")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} names no model_type.") from None
     for encoder in ENCODERS.values():
         if model_type in encoder.model_types:
             return encoder

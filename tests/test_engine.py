@@ -1,0 +1,244 @@
+"""The engine's numbers: gradients, clipping and updates are those of plain PyTorch on the whole batch, however it is split.
+
+One process without DeepSpeed computes them from the definition (the mean over all supervised tokens of the global batch);
+one and two ranks must arrive there with every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import RankError, run_ranks
+
+from zero_ds import stages
+from zero_ds.config import RunConfig
+from zero_ds.engine import Engine, ds_config, resolve_precision, schedule
+from zero_ds.losses import count_supervised
+
+STEPS = 2
+
+Tensors = dict[str, torch.Tensor]
+
+
+def plain(config: RunConfig) -> dict[str, Any]:
+    """Gradients, norm, loss of every step, and the final weights: PyTorch alone, the whole batch at once."""
+    from zero_ds.train import build, seed_everything
+
+    seed_everything(config.seed)
+    whole = config.model_copy(update={"micro_batch": config.global_batch})
+    model, loader, _ = build(whole, {"zero_optimization": {}}, world_size=1)
+    groups = stages.freeze_(model, config)
+    model.train()
+    named = {n: p for group in groups.values() for n, p in group}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for _, p in g], "lr": stages.learning_rate(config, part)} for part, g in groups.items()],
+        weight_decay=config.optimizer.weight_decay,
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    steps = []
+    for step, (batch,) in enumerate(loader.steps(0, STEPS)):
+        inputs = {k: v for k, v in batch.items() if torch.is_tensor(v)}
+        loss = model(**inputs) / count_supervised(batch["labels"])
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(config, STEPS)(step)
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        steps.append({"gradients": gradients, "norm": float(norm), "loss": float(loss)})
+    return {"steps": steps, "weights": {n: p.detach().clone() for n, p in named.items()}}
+
+
+def engine_run(configs: list[RunConfig]) -> list[dict[str, Any]]:
+    """What a rank sees of the same steps through the Engine, for each of the configurations in turn."""
+    from zero_ds import distributed
+
+    distributed.initialize()
+    return [_engine_run(config) for config in configs]
+
+
+def _engine_run(config: RunConfig) -> dict[str, Any]:
+    from deepspeed.utils import safe_get_full_grad
+
+    from zero_ds import distributed
+    from zero_ds.train import build, seed_everything
+
+    seed_everything(config.seed)
+    world_size = distributed.world_size()
+    ds = ds_config(config, world_size)
+    model, loader, _ = build(config, ds, world_size)
+    groups = stages.freeze_(model, config)
+    if config.activation_checkpointing:
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+    engine = Engine(config, model, groups, STEPS, ds)
+    caught: list[Tensors] = []
+    step_of_deepspeed = engine.engine.step
+
+    def step() -> None:
+        if engine.engine.is_gradient_accumulation_boundary():
+            full = {name: safe_get_full_grad(p) for name, p in engine.named.items()}
+            caught.append({name: gradient.clone() for name, gradient in full.items() if gradient is not None})
+        step_of_deepspeed()
+
+    engine.engine.step = step
+    steps = []
+    for number, micro in enumerate(loader.steps(0, STEPS)):
+        labelled = distributed.sum_over_ranks(sum(count_supervised(b["labels"]) for b in micro))[0]
+        share, norm = engine.step(micro, number, labelled)
+        loss = distributed.sum_over_ranks(share)[0]
+        steps.append({"gradients": caught[-1], "norm": norm, "loss": loss, "pictures": [len(b["pixel_values"]) for b in micro]})
+    assert len(caught) == STEPS
+    weights = {name: engine.full_state(p)["master"].view_as(caught[0][name]) for name, p in engine.named.items()}
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None}
+    return {"steps": steps, "weights": weights, "frozen_with_gradient": frozen}
+
+
+CASES = [(stage, zero, again) for stage in ("pretrain", "decoder") for zero in ("zero1", "zero2", "zero3") for again in (True, False)]
+"""Stage, DeepSpeed config, activation checkpointing. `pretrain` trains in the middle of frozen layers, `decoder` everything."""
+
+
+def settings(run_config: Callable[..., RunConfig], stage: str, zero: str = "zero2", again: bool = False) -> RunConfig:
+    return run_config(
+        stage,
+        "unused",
+        zero=zero,
+        activation_checkpointing=again,
+        optimizer={"learning_rate": 1e-2, "learning_rates": {"adapter": 3e-3}, "weight_decay": 0.01, "warmup_ratio": 0.5},
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(run_config: Callable[..., RunConfig]) -> dict[str, Any]:
+    return {stage: plain(settings(run_config, stage)) for stage in ("pretrain", "decoder")}
+
+
+@pytest.fixture(scope="module")
+def measured(run_config: Callable[..., RunConfig]) -> dict[int, dict[tuple[Any, ...], list[dict[str, Any]]]]:
+    """World size -> case -> what each rank saw. One start of the ranks for all cases."""
+    result = {}
+    for world_size in (1, 2):
+        ranks = run_ranks(engine_run, world_size, [settings(run_config, *case) for case in CASES])
+        result[world_size] = {case: [rank[number] for rank in ranks] for number, case in enumerate(CASES)}
+    return result
+
+
+def apart(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Norm of the difference, relative to the norm."""
+    return float((left.double() - right.double()).norm() / right.double().norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("world_size", [1, 2], ids=["1 rank x 4", "2 ranks x 2"])
+@pytest.mark.parametrize(("stage", "zero", "again"), CASES)
+def test_gradients_are_those_of_plain_pytorch(
+    expected: dict[str, Any], measured: dict[int, Any], world_size: int, stage: str, zero: str, again: bool
+) -> None:
+    ours, theirs = measured[world_size][(stage, zero, again)], expected[stage]
+    for rank in ours:
+        for mine, right in zip(rank["steps"], theirs["steps"], strict=True):
+            assert set(mine["gradients"]) == set(right["gradients"])
+            whole = torch.cat([g.flatten() for g in right["gradients"].values()])
+            assert whole.norm() > 1, "clipping has something to do"
+            mine_whole = torch.cat([mine["gradients"][name].flatten() for name in right["gradients"]])
+            # of the first step, before anything differs
+            if right is theirs["steps"][0]:
+                assert apart(mine_whole, whole) < 1e-6
+                for name, gradient in right["gradients"].items():
+                    assert apart(mine["gradients"][name], gradient) < 1e-5, name
+            assert mine["loss"] == pytest.approx(right["loss"], rel=1e-5)
+            assert mine["norm"] == pytest.approx(right["norm"], rel=1e-4)
+        for name, weight in theirs["weights"].items():
+            assert apart(rank["weights"][name], weight) < 1e-4, name
+        assert not rank["frozen_with_gradient"]
+
+
+def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, Any], data: Path) -> None:
+    """Sample 0 is text alone: rank 0 begins with it while rank 1 begins with a picture."""
+    import json
+
+    records = json.loads(data.read_text())
+    assert ["image" in record for record in records[:4]] == [False, True, True, True]
+    assert len({len(str(record)) for record in records[:4]}) > 1, "lengths differ"
+
+
+# -- a single engine -----------------------------------------------------------------------------------------------------
+
+
+def not_finite(config: RunConfig) -> tuple[str, bool]:
+    """The error of a step with an infinite loss, and whether the weights are as before."""
+    from zero_ds import distributed
+    from zero_ds.train import build
+
+    distributed.initialize()
+    ds = ds_config(config, 1)
+    model, loader, _ = build(config, ds, 1)
+    engine = Engine(config, model, stages.freeze_(model, config), STEPS, ds)
+    before = {n: p.detach().clone() for n, p in engine.named.items()}
+    (micro,) = loader.steps(0, 1)
+    micro[2]["pixel_values"][:] = float("inf")
+    try:
+        engine.step(micro, 0, 10)
+    except FloatingPointError as error:
+        return str(error), all(torch.equal(before[n], p) for n, p in engine.named.items())
+    raise AssertionError("an infinite loss went through")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(run_config: Callable[..., RunConfig]) -> None:
+    ((message, same),) = run_ranks(not_finite, 1, settings(run_config, "pretrain"))
+    assert same and "the loss of step 1 is nan; samples: picture-1. Nothing was updated." in message
+
+
+def test_schedule_rises_and_falls_along_a_cosine(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("pretrain", "unused", optimizer={"warmup_ratio": 0.1})
+    factor = schedule(config, 100)
+    assert [factor(s) for s in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert factor(10) == 1 and factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0)
+    assert factor(99) == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    none = schedule(run_config("pretrain", "unused", optimizer={"warmup_ratio": 0}), 10)
+    assert none(0) == 1
+    assert all(0 <= schedule(config, n)(s) <= 1 for n in (1, 2, 3) for s in range(n + 2))
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_precision(run_config: Callable[..., RunConfig], word: str, dtype: torch.dtype) -> None:
+    config = run_config("pretrain", "unused", precision=word)
+    assert resolve_precision(config) is dtype
+    ds = ds_config(config, 1)
+    assert (ds["bf16"]["enabled"], ds["fp16"]["enabled"]) == (word == "bf16", word == "fp16")
+    assert resolve_precision(run_config("pretrain", "unused", precision="auto")) in (torch.float32, torch.bfloat16)
+
+
+# -- the helper itself ---------------------------------------------------------------------------------------------------
+
+
+def fails_on_rank_one() -> None:
+    from zero_ds import distributed
+
+    distributed.initialize()
+    if distributed.rank() == 1:
+        raise ValueError("this is the first error")
+    distributed.barrier()
+
+
+def hangs() -> None:
+    import time
+
+    time.sleep(600)
+
+
+def test_a_failing_rank_is_reported_and_the_others_end() -> None:
+    with pytest.raises(RankError, match="first error, of rank 1(.|\n)*this is the first error"):
+        run_ranks(fails_on_rank_one, 2)
+
+
+def test_ranks_that_hang_are_ended_with_their_stacks() -> None:
+    with pytest.raises(RankError, match=r"did not finish in time(.|\n)*stacks of rank 0(.|\n)*in hangs"):
+        run_ranks(hangs, 1, timeout=7)
+
+

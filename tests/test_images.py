@@ -1,0 +1,220 @@
+"""Any file -> upright RGB or one sentence; RGB -> the same pixel values as transformers makes."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from zero_ds.data.images import MAX_PIXELS, ImageError, ImageProcessor, open_image
+
+RAMP = Image.linear_gradient("L").resize((40, 30))
+COLORED = Image.merge("RGB", (RAMP, RAMP.rotate(180), RAMP.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+
+
+def saved(folder: Path, image: Image.Image, name: str, **options: Any) -> Path:
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def apart(left: Image.Image, right: Image.Image) -> float:
+    """Mean difference of two pictures on the scale 0 to 255."""
+    return float(np.abs(np.asarray(left, np.float64) - np.asarray(right, np.float64)).mean())
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("RGB", "a.png"),
+        ("RGB", "a.jpg"),
+        ("RGB", "a.webp"),
+        ("RGB", "a.bmp"),
+        ("RGB", "a.gif"),
+        ("RGBA", "a.png"),
+        ("CMYK", "a.jpg"),
+        ("CMYK", "a.tiff"),
+        ("YCbCr", "a.tiff"),
+    ],
+)
+def test_color_modes(tmp_path: Path, mode: str, name: str) -> None:
+    options = {"quality": 95} if name.endswith((".jpg", ".webp")) else {}
+    opened = open_image(saved(tmp_path, COLORED.convert(mode), name, **options))
+    assert (opened.mode, opened.size) == ("RGB", COLORED.size)
+    assert apart(opened, COLORED) < 8
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "I;16", "I", "F"])
+def test_gray_modes(tmp_path: Path, mode: str) -> None:
+    """Sixteen bits and more are scaled to eight, not cut off at 255."""
+    if mode in ("I;16", "I"):
+        array = np.asarray(RAMP).astype(np.uint16) * 257
+        path = tmp_path / "a.png"
+        Image.fromarray(array).save(path)
+    elif mode == "F":
+        path = saved(tmp_path, Image.fromarray(np.asarray(RAMP, np.float32)), "a.tiff")
+    else:
+        path = saved(tmp_path, RAMP.convert(mode), "a.png")
+    opened = open_image(path)
+    assert opened.mode == "RGB"
+    assert apart(opened, RAMP.convert(mode).convert("RGB") if mode == "1" else RAMP.convert("RGB")) < 2
+
+
+def test_sixteen_bit_color(tmp_path: Path) -> None:
+    """Pillow cannot write it, cameras do: three channels of sixteen bits."""
+    array = np.asarray(COLORED).astype(">u2") * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in array)
+    path = tmp_path / "a.png"
+    path.write_bytes(png(COLORED.width, COLORED.height, depth=16, color=2, data=zlib.compress(rows)))
+    assert apart(open_image(path), COLORED) < 1
+
+
+def test_orientation_of_a_camera(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to show
+    opened = open_image(saved(tmp_path, COLORED, "a.png", exif=exif))
+    assert opened.size == (30, 40)
+    assert apart(opened, COLORED.transpose(Image.Transpose.ROTATE_270)) == 0
+
+
+def test_animation_gives_its_first_picture(tmp_path: Path) -> None:
+    other = Image.new("RGB", COLORED.size, "red")
+    opened = open_image(saved(tmp_path, COLORED, "a.webp", save_all=True, append_images=[other], lossless=True))
+    assert apart(opened, COLORED) < 1
+
+
+# -- files that cannot be used -----------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, *, depth: int = 8, color: int = 0, data: bytes = b"") -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def refused(path: Path, complaint: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        open_image(path)
+    message = str(caught.value)
+    assert str(path) in message and complaint in message and "\n" not in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    refused(tmp_path / "a.png", "there is no image")
+
+
+def test_folder(tmp_path: Path) -> None:
+    refused(tmp_path, "cannot be read")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0"])
+def test_no_picture(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    refused(path, "cannot be read")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_truncated(tmp_path: Path, name: str) -> None:
+    noise = Image.effect_noise((200, 200), 90).convert("RGB")
+    path = saved(tmp_path, noise, name)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    refused(path, "cannot be read")
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) -> None:
+    """A few bytes that claim billions of pixels; 12,000 lies where Pillow itself only warns."""
+    assert side * side > MAX_PIXELS
+    path = tmp_path / "a.png"
+    path.write_bytes(png(side, side, data=zlib.compress(b"\0" * 1000)))
+    refused(path, "")
+
+
+def test_text_bomb(tmp_path: Path) -> None:
+    """A PNG text chunk that unpacks to far more than the picture."""
+    path = tmp_path / "a.png"
+    packed = b"comment\0\0" + zlib.compress(b"a" * (1 << 27))
+    chunk = struct.pack(">I", len(packed)) + b"zTXt" + packed + struct.pack(">I", zlib.crc32(b"zTXt" + packed))
+    content = png(2, 2, data=zlib.compress(b"\0\0\0" * 2))
+    path.write_bytes(content[:33] + chunk + content[33:])
+    refused(path, "cannot be read")
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    COLORED.save(buffer, kind)
+    return buffer.getvalue()
+
+
+FILES = {kind: encoded(kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "ICO", "TGA", "PCX")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(
+    st.sampled_from(sorted(FILES)),
+    st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8),
+    st.integers(1, 5000),
+)
+@settings(max_examples=300)
+@example("TIFF", [(4, 255)], 5000)
+def test_damaged_files_give_a_picture_or_an_image_error(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, changes: list[tuple[int, int]], length: int
+) -> None:
+    content = bytearray(FILES[kind][:length])
+    for place, value in changes:
+        content[place % len(content)] = value
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content)
+    try:
+        assert open_image(path).mode == "RGB"
+    except ImageError as error:
+        assert str(path) in str(error)
+
+
+# -- pixel values ------------------------------------------------------------------------------------------------------
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (32, 32), (64, 64), (7, 90), (1, 1), (500, 3)])
+def test_pixels_equal_those_of_transformers(size: tuple[int, int]) -> None:
+    """The processor that an export ships with pads and resizes to the same pixels (Llava's own image processor)."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    image = COLORED.resize(size)
+    theirs = LlavaImageProcessorPil(
+        do_pad=True,
+        size={"height": 32, "width": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=MEAN,
+        image_std=STD,
+        resample=Image.Resampling.BICUBIC,
+    )(image, return_tensors="pt").pixel_values[0]
+    ours = ImageProcessor(32, MEAN, STD)(image)
+    assert ours.shape == (3, 32, 32) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)  # one step of eight bits is 0.015
+
+
+def test_padding_is_the_mean_color_and_centred() -> None:
+    pixels = ImageProcessor(32, MEAN, STD)(Image.new("RGB", (32, 16), "white"))
+    assert pixels[:, :8].abs().max() < 0.02 and pixels[:, 24:].abs().max() < 0.02, "the mean is zero once normalised"
+    assert pixels[:, 8:24].min() > 1
+
+
+def test_processor_reads_its_folder(made: Any) -> None:
+    processor = ImageProcessor.from_folder(made("clip"), 32)
+    assert (processor.size, processor.resample) == (32, Image.Resampling.BICUBIC)
+    assert processor.mean == pytest.approx(MEAN) and processor.std == pytest.approx(STD)

@@ -1,0 +1,222 @@
+"""Samples -> micro-batches: the same samples in the same step whatever the ranks, and from any step on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from zero_ds.config import ConfigError, RunConfig, SourceConfig
+from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Turn
+from zero_ds.data.images import ImageProcessor
+from zero_ds.data.loader import Loader, SampleEncoder, check_batches, collate, image_positions, sample_order
+from zero_ds.data.sources import DataError, Records, Sample
+
+TEMPLATE = ChatTemplate(tiny.tokenizer())
+PROCESSOR = ImageProcessor(tiny.IMAGE_SIZE, [0.5] * 3, [0.5] * 3)
+
+
+def encoder(**changes: Any) -> SampleEncoder:
+    return SampleEncoder(
+        TEMPLATE,
+        **{
+            "supervise": "response",
+            "processor": PROCESSOR,
+            "tokens_per_image": tiny.TOKENS_PER_IMAGE,
+            "system_prompt": "",
+            **changes,
+        },
+    )
+
+
+# -- which samples, in which order -------------------------------------------------------------------------------------
+
+
+class Plain:
+    """Stands for a SampleEncoder: sample n becomes the single token n."""
+
+    processor = None
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        return {"input_ids": [number], "labels": [number], "pixels": [], "id": str(number)}
+
+
+def loader(samples: int, batch: int, *, micro: int, rank: int = 0, ranks: int = 1, seed: int = 0) -> Loader:
+    return Loader(range(samples), Plain(), batch, micro, rank, ranks, pad_id=0, seed=seed)  # type: ignore[arg-type]
+
+
+def drawn(stream: Loader, first: int, last: int) -> list[list[list[int]]]:
+    """Sample numbers by step and micro-batch."""
+    return [[batch["input_ids"].flatten().tolist() for batch in step] for step in stream.steps(first, last)]
+
+
+@given(
+    samples=st.integers(1, 40),
+    micro=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    ranks=st.integers(1, 4),
+    other_ranks=st.integers(1, 4),
+    steps=st.integers(1, 4),
+    first=st.integers(0, 6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_a_step_holds_the_same_samples_however_it_is_split(
+    samples: int, micro: int, accumulation: int, ranks: int, other_ranks: int, steps: int, first: int, seed: int
+) -> None:
+    batch = micro * accumulation * ranks
+    assume(batch % other_ranks == 0)
+
+    def union(world: int, size: int) -> list[list[int]]:
+        streams = [
+            drawn(loader(samples, batch, micro=size, rank=r, ranks=world, seed=seed), first, first + steps)
+            for r in range(world)
+        ]
+        for stream in streams:
+            assert all(len(step) == batch // (size * world) for step in stream)
+            assert all(len(micro_batch) == size for step in stream for micro_batch in step)
+        return [[n for stream in streams for micro_batch in stream[s] for n in micro_batch] for s in range(steps)]
+
+    one = union(1, batch)
+    assert union(ranks, micro) == one
+    assert union(other_ranks, batch // other_ranks) == one
+    assert all(len(step) == batch for step in one)
+
+
+@given(samples=st.integers(1, 20), batch=st.integers(1, 8), first=st.integers(0, 9), seed=st.integers(0, 5))
+@settings(max_examples=30)
+def test_resuming_continues_where_the_run_would_have_been(samples: int, batch: int, first: int, seed: int) -> None:
+    whole = drawn(loader(samples, batch, micro=1, seed=seed), 0, first + 3)
+    assert drawn(loader(samples, batch, micro=1, seed=seed), first, first + 3) == whole[first:]
+
+
+def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
+    flat = [n for step in drawn(loader(12, 4, micro=2), 0, 9) for batch in step for n in batch]
+    epochs = [flat[0:12], flat[12:24], flat[24:36]]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] == list(range(12)), "the first epoch follows the files"
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert sample_order(12, 0, 1) == epochs[1] != sample_order(12, 1, 1)
+
+
+def test_workers_change_nothing(data: Path) -> None:
+    streams = []
+    for workers in (0, 2):
+        stream = Loader(
+            Records([SourceConfig(path=str(data))]), encoder(), 4, 2, 0, 1, pad_id=0, seed=0, workers=workers
+        )
+        streams.append([batch for step in stream.steps(0, 3) for batch in step])
+    for left, right in zip(*streams, strict=True):
+        assert left["ids"] == right["ids"]
+        for key in ("input_ids", "labels", "attention_mask", "pixel_values"):
+            assert torch.equal(left[key], right[key])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_ends_the_run_with_its_name(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("bad", [("q?", "a.")], "broken.png")]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    stream = Loader(
+        Records([SourceConfig(path=str(tmp_path / "data.json"))]),
+        encoder(),
+        1,
+        1,
+        0,
+        1,
+        pad_id=0,
+        seed=0,
+        workers=workers,
+    )
+    with pytest.raises(DataError) as caught:
+        list(stream.steps(0, 2))
+    assert "sample bad" in str(caught.value) and "broken.png" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks", "steps"), [(8, 2, 2, 2), (6, 3, 1, 2), (4, 1, 4, 1)])
+def test_check_batches(batch: int, micro: int, ranks: int, steps: int) -> None:
+    config = RunConfig(stage="encoder", target="t", out="o", global_batch=batch, micro_batch=micro)
+    assert check_batches(config, ranks) == steps
+    with pytest.raises(ConfigError, match=f"set global_batch to a multiple of {micro * (batch + 1)}"):
+        check_batches(config, batch + 1)
+
+
+# -- one sample --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_becomes_ids_labels_and_pixels(data: Path) -> None:
+    sample = next(s for s in Records([SourceConfig(path=str(data))]) if s.images)
+    encoded = encoder()(sample)
+    assert encoded["id"] == sample.id
+    assert len(encoded["pixels"]) == 1 and encoded["pixels"][0].shape == (3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    assert encoded["input_ids"].count(IMAGE_TOKEN) == tiny.TOKENS_PER_IMAGE
+    words = TEMPLATE.tokenizer.decode([t for t in encoded["input_ids"] if t != IMAGE_TOKEN])
+    assert "Based on the visual elements captured in this image of, " in words
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [(None, tiny.SYSTEM), ("Be kind.", "Be kind."), ("", "")])
+def test_system_prompt(prompt: str | None, expected: str) -> None:
+    turns = (Turn("user", "q?"), Turn("assistant", "a."))
+    encode = encoder(system_prompt=prompt)
+    shown = TEMPLATE.tokenizer.decode(encode(Sample("x", turns, ()))["input_ids"])
+    assert shown.startswith(f"<|im_start|>system\n{expected}<|im_end|>")
+    own = encode(Sample("x", (Turn("system", "Mine."), *turns), ()))["input_ids"]
+    assert TEMPLATE.tokenizer.decode(own).startswith("<|im_start|>system\nMine.<|im_end|>")
+
+
+def test_a_picture_that_was_cut_off_with_its_turn_is_not_encoded(data: Path) -> None:
+    picture = str(data.parent / "images" / "0.png")
+    turns = (
+        Turn("user", "q?"),
+        Turn("assistant", "a."),
+        Turn("user", "<image>" + "more " * 50),
+        Turn("assistant", "b."),
+    )
+    encoded = encoder(max_length=60, image_prompt="off")(Sample("x", turns, (picture,)))
+    assert encoded["pixels"] == [] and IMAGE_TOKEN not in encoded["input_ids"]
+
+
+def test_a_sample_without_room_for_its_answer_is_an_error() -> None:
+    sample = Sample("long", (Turn("user", "q? " * 100), Turn("assistant", "a.")), ())
+    with pytest.raises(DataError, match=r"sample long has no answer within 50 tokens; raise data\.max_length"):
+        encoder(max_length=50)(sample)
+
+
+def test_an_image_in_a_stage_without_encoder_is_an_error(data: Path) -> None:
+    sample = next(s for s in Records([SourceConfig(path=str(data))]) if s.images)
+    with pytest.raises(DataError, match="has an image, but this stage has no vision encoder"):
+        encoder(processor=None, tokens_per_image=0)(sample)
+
+
+# -- one batch ---------------------------------------------------------------------------------------------------------
+
+
+def test_collate_pads_on_the_right(data: Path) -> None:
+    samples = [encoder()(sample) for sample in list(Records([SourceConfig(path=str(data))]))[:4]]
+    assert len({len(s["input_ids"]) for s in samples}) > 1
+    batch = collate(samples, pad_id=7, image_size=tiny.IMAGE_SIZE)
+    for row, sample in enumerate(samples):
+        n = len(sample["input_ids"])
+        assert batch["input_ids"][row, :n].tolist() == sample["input_ids"]
+        assert batch["labels"][row, :n].tolist() == sample["labels"]
+        assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
+        assert (batch["input_ids"][row, n:] == 7).all() and (batch["labels"][row, n:] == IGNORE).all()
+    pictures = [picture for sample in samples for picture in sample["pixels"]]
+    assert torch.equal(batch["pixel_values"], torch.stack(pictures))
+    assert int(image_positions(batch["input_ids"]).sum()) == len(pictures) * tiny.TOKENS_PER_IMAGE
+    assert batch["ids"] == [s["id"] for s in samples]
+
+
+def test_a_batch_of_text_alone_brings_one_blank_picture() -> None:
+    text = [Plain()(5)]
+    assert torch.equal(
+        collate(text, 0, tiny.IMAGE_SIZE)["pixel_values"], torch.zeros(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    )
+    assert "pixel_values" not in collate(text, 0, None)

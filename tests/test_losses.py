@@ -1,0 +1,99 @@
+"""Losses are sums over supervised tokens: they must equal the plain definition, and add up over any split of a batch."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from zero_ds.data.conversations import IGNORE
+from zero_ds.losses import (
+    count_supervised,
+    hidden_distillation_mean,
+    logit_distillation_sum,
+    next_token_sum,
+    supervised_rows,
+)
+
+VOCABULARY = 11
+
+
+def drawn(seed: int, batch: int, length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (batch, length, vocabulary) and labels (batch, length), of which about `share` are supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, length, VOCABULARY, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+    labels[torch.rand(batch, length, generator=generator) > share] = IGNORE
+    return logits, labels
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    rows = supervised_rows(labels)
+    return next_token_sum(logits[rows], labels, rows)
+
+
+@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 9), st.sampled_from([0.0, 0.3, 1.0]))
+@settings(max_examples=50)
+def test_next_token_sum_is_the_shifted_cross_entropy(seed: int, batch: int, length: int, share: float) -> None:
+    logits, labels = drawn(seed, batch, length, share)
+    plain = F.cross_entropy(
+        logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=IGNORE, reduction="sum"
+    )
+    torch.testing.assert_close(loss(logits, labels), plain)
+    assert count_supervised(labels) == int(supervised_rows(labels).sum()) == int((labels[:, 1:] != IGNORE).sum())
+    # a sum over samples is a sum of sums
+    torch.testing.assert_close(sum(loss(logits[i : i + 1], labels[i : i + 1]) for i in range(batch)), plain)
+
+
+def test_rows_without_a_label_are_not_looked_at() -> None:
+    logits, labels = drawn(0, 2, 6, 0.5)
+    rows = supervised_rows(labels)
+    logits[~rows] = float("nan")
+    assert torch.isfinite(loss(logits, labels))
+    assert not rows[:, -1].any(), "nothing follows the last position"
+
+
+def test_no_supervised_token_is_zero_in_the_graph() -> None:
+    logits, labels = drawn(0, 2, 6, 0.0)
+    logits.requires_grad_()
+    nothing = loss(logits, labels)
+    nothing.backward()
+    assert nothing.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    logits, labels = drawn(0, 4, 9, 1.0)
+    assert loss(logits.bfloat16(), labels).dtype == torch.float32
+
+
+@given(st.integers(0, 999), st.integers(1, 6))
+@settings(max_examples=25)
+def test_logit_distillation_is_the_kl_divergence(seed: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, rows, VOCABULARY, generator=generator)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    torch.testing.assert_close(logit_distillation_sum(student, teacher), (p * (p / q).log()).sum())
+    assert abs(float(logit_distillation_sum(teacher, teacher))) < 1e-5
+    shifted = logit_distillation_sum(student + 3, teacher - 2)
+    torch.testing.assert_close(shifted, logit_distillation_sum(student, teacher))
+
+
+def test_hidden_distillation_is_relative_to_the_teachers_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = 5 + 3 * torch.randn(2, 7, 4, generator=generator)
+    mask = torch.ones(2, 7)
+    mask[1, 5:] = 0
+    inside = mask.bool().clone()
+    inside[:, 0] = False
+    assert hidden_distillation_mean(teacher, teacher, mask) == 0
+    mean = teacher[inside].mean(0).expand_as(teacher)
+    torch.testing.assert_close(hidden_distillation_mean(mean, teacher, mask), torch.tensor(1.0))
+    wrong = teacher.clone()
+    wrong[:, 0] += 1000  # the attention sink
+    wrong[1, 5:] -= 1000  # padding
+    assert hidden_distillation_mean(wrong, teacher, mask) == 0
+    torch.testing.assert_close(
+        hidden_distillation_mean(teacher * 2, teacher * 4, mask), hidden_distillation_mean(teacher, teacher * 2, mask)
+    )
+    assert mask[0, 0] == 1, "the caller's mask is not touched"

@@ -1,0 +1,443 @@
+"""LayerPlan, all arithmetic on layer numbers; and the writer, whose result must be the target with layers dropped by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from zero_ds import surrogate as module
+from zero_ds.config import ConfigError
+from zero_ds.families import FAMILIES, family_of
+from zero_ds.surrogate import (
+    LayerPlan,
+    Replaced,
+    SurrogateInfo,
+    build_surrogate,
+    read_surrogate,
+    shard_files,
+    target_hash,
+)
+
+# -- LayerPlan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(depth: int, *ranges: tuple[int, ...]) -> LayerPlan:
+    return LayerPlan(depth, tuple(Replaced(*r) for r in ranges))
+
+
+@pytest.mark.parametrize(
+    ("depth", "first", "last", "surrogate_depth", "translator"),
+    [(28, 16, 26, 18, 16), (32, 17, 30, 19, 17), (80, 40, 78, 42, 40), (28, 1, 11, 18, 1), (32, 6, 30, 8, 6)],
+)
+def test_the_papers_surrogates(depth: int, first: int, last: int, surrogate_depth: int, translator: int) -> None:
+    """T(16,26) of Llama-3.2-3B, T(17,30) of 8B, T(40,78) of 70B, and two of the controls: layers 0..k-1 and e+1..L-1 stay."""
+    made = plan(depth, (first, last))
+    assert made.surrogate_depth == surrogate_depth
+    assert made.translators == [translator]
+    assert list(made.kept.values()) == [*range(first), *range(last + 1, depth)]
+    assert made.layers[translator] == (first, True), "the translator starts as the first replaced layer"
+    assert str(made) == f"T({first},{last})"
+
+
+def exhaustive(depth: int) -> Iterable[LayerPlan]:
+    """Every plan with up to two ranges of a model of `depth` layers, with every number of translators."""
+    spans = [(a, b) for a in range(depth) for b in range(a, depth)]
+    for count in (1, 2):
+        for chosen in itertools.combinations(spans, count):
+            if count == 2 and chosen[1][0] <= chosen[0][1]:
+                continue
+            for translators in itertools.product(*(range(1, b - a + 2) for a, b in chosen)):
+                yield LayerPlan(depth, tuple(Replaced(a, b, t) for (a, b), t in zip(chosen, translators, strict=True)))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_every_small_plan(depth: int) -> None:
+    plans = list(exhaustive(depth))
+    assert len(set(plans)) == len(plans)
+    for made in plans:
+        consistent(made)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> LayerPlan:
+    depth = draw(st.integers(1, 90))
+    cuts = sorted(draw(st.lists(st.integers(0, depth - 1), min_size=2, max_size=8, unique=True))) if depth > 1 else [0]
+    ranges = []
+    for first, last in zip(cuts[::2], cuts[1::2] or cuts[:1], strict=False):
+        ranges.append(Replaced(first, last, draw(st.integers(1, last - first + 1))))
+    return LayerPlan(depth, tuple(draw(st.permutations(ranges))))
+
+
+@given(plans())
+def test_any_plan(made: LayerPlan) -> None:
+    consistent(made)
+
+
+def consistent(made: LayerPlan) -> None:
+    """What must hold of every plan."""
+    # every layer of the target is either kept or replaced
+    assert sorted([*made.kept.values(), *made.dropped]) == list(range(made.depth))
+    # every layer of the surrogate is either kept or a translator
+    assert sorted([*made.kept, *made.translators]) == list(range(made.surrogate_depth))
+    translators = sum(part.translators for part in made.replaced)
+    assert made.surrogate_depth == len(made.layers) == made.depth - len(made.dropped) + translators
+    assert len(made.translators) == translators
+    # the order of the target is kept, and a translator starts from a layer that it replaces
+    sources = [source for source, _ in made.layers]
+    assert sources == sorted(set(sources))
+    spans = [made.replaced_by(number) for number in range(translators)]
+    assert [layer for first, last in spans for layer in range(first, last + 1)] == made.dropped
+    for (first, last), number in zip(spans, made.translators, strict=True):
+        assert made.layers[number] == (first, True) and first <= last
+    for number, source in made.kept.items():
+        assert made.layers[number] == (source, False)
+    assert LayerPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_order_of_the_ranges_does_not_matter() -> None:
+    assert plan(9, (5, 6), (1, 3, 2)) == plan(9, (1, 3, 2), (5, 6))
+    assert str(plan(9, (5, 6), (1, 3, 2))) == "T(1,3)x2+T(5,6)"
+
+
+def test_several_translators_start_from_equal_parts() -> None:
+    made = plan(12, (2, 9, 3))
+    assert [made.layers[number][0] for number in made.translators] == [2, 4, 7]
+    assert [made.replaced_by(n) for n in range(3)] == [(2, 3), (4, 6), (7, 9)]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "complaint"),
+    [
+        ([(2, 6)], "layers 2:6 are not inside the model's layers 0:5; choose both in it."),
+        ([(-1, 2)], "layers -1:2 are not inside"),
+        ([(3, 2)], "layers 3:2 are not inside"),
+        ([(0, 2), (2, 4)], "the ranges 0:2 and 2:4 overlap; separate them."),
+        ([(0, 5), (1, 2)], "overlap"),
+        ([(1, 2), (1, 2)], "overlap"),
+        ([(1, 2, 3)], "3 translators cannot replace the 2 layers 1:2; use fewer."),
+        ([(1, 2, 0)], "0 translators cannot replace"),
+        ([], "no layers are replaced; give at least one range"),
+    ],
+)
+def test_plans_that_cannot_be(ranges: list[tuple[int, ...]], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(6, *ranges)
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["40:78", " 40:78 "])
+def test_parse(text: str) -> None:
+    assert Replaced.parse(text, 2) == Replaced(40, 78, 2)
+
+
+@pytest.mark.parametrize("text", ["", "40", "40-78", "40:", ":78", "a:b", "40:78:80", "-1:2", "4.0:5"])
+def test_parse_refuses(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no layer range; write first:last"):
+        Replaced.parse(text)
+
+
+# -- the writer --------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
+
+
+def by_hand(target: Path, ranges: list[Replaced]) -> Any:
+    """The target with layers dropped in memory, without LayerPlan: each range becomes its first layer of each equal part."""
+    model = load(target)
+    family = family_of(target)
+    layers = list(family.layers(model))
+    chosen: list[int] = []
+    for number in range(len(layers)):
+        part = next((r for r in ranges if r.first <= number <= r.last), None)
+        width = 0 if part is None else part.last - part.first + 1
+        starts = () if part is None else tuple(part.first + width * t // part.translators for t in range(part.translators))
+        if part is None or number in starts:
+            chosen.append(number)
+    getattr(model, family.backbone).layers = torch.nn.ModuleList(layers[number] for number in chosen)
+    model.config.num_hidden_layers = len(chosen)
+    for number, layer in enumerate(getattr(model, family.backbone).layers):
+        layer.self_attn.layer_idx = number
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, vocabulary: int) -> torch.Tensor:
+    ids = torch.arange(48).view(2, 24) * 7 % vocabulary
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+RANGES = {
+    "T(2,4)": [Replaced(2, 4)],
+    "T(0,0)": [Replaced(0, 0)],
+    "T(0,5)": [Replaced(0, 5)],
+    "T(1,4)x2": [Replaced(1, 4, 2)],
+    "T(0,1)+T(3,5)x2": [Replaced(0, 1), Replaced(3, 5, 2)],
+}
+
+
+@pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_surrogate_is_the_target_with_layers_dropped_by_hand(
+    made: Callable[..., Path], tmp_path: Path, family: str, tied: bool, ranges: list[Replaced]
+) -> None:
+    target = made(family, tied=tied)
+    info = build_surrogate(target, ranges, tmp_path / "small")
+    small, expected = load(tmp_path / "small"), by_hand(target, ranges)
+    vocabulary = expected.config.vocab_size
+    torch.testing.assert_close(logits(small, vocabulary), logits(expected, vocabulary), atol=1e-6, rtol=1e-6)
+    assert (logits(small, vocabulary) - logits(load(target), vocabulary)).abs().max() > 1e-2 or info.plan.depth == len(
+        info.plan.layers
+    ), "the layers of a tiny model matter"
+    assert info.plan.surrogate_depth == small.config.num_hidden_layers
+    assert info.target_parameters == sum(p.numel() for p in load(target).parameters())
+    assert info.kept_parameters == sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_surrogate_is_an_ordinary_folder(made: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    from transformers import AutoTokenizer
+
+    target = made(family, tied=True)
+    info = build_surrogate(target, [Replaced(2, 4)], tmp_path / "new" / "small")
+    out = tmp_path / "new" / "small"
+    assert read_surrogate(out) == info == SurrogateInfo(
+        family, str(target), target_hash(target), plan(6, (2, 4)), info.kept_parameters, info.target_parameters
+    )
+    assert folders(tmp_path / "new") == ["small"], "no temporary folder stays"
+    assert out.stat().st_mode & 0o777 == 0o755
+    ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(target)
+    assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
+    config = json.loads((out / "config.json").read_text())
+    assert config == {**json.loads((target / "config.json").read_text()), **{k: config[k] for k in ("num_hidden_layers",)}}
+
+
+def test_config_entries_with_one_item_a_layer_are_cut(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "layer_types": [f"kind {n}" for n in range(6)]}))
+    build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
+    small = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert small["layer_types"] == ["kind 0", "kind 1", "kind 2", "kind 5"]
+
+
+def copy(folder: Path, out: Path) -> Path:
+    shutil.copytree(folder, out)
+    return out
+
+
+def sharded(made: Callable[..., Path], out: Path, tied: bool = False) -> Path:
+    """The tiny target, written by transformers in several shards."""
+    from transformers import AutoModelForCausalLM
+
+    target = made("llama", tied=tied)
+    copy(target, out)
+    (out / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(target).save_pretrained(out, max_shard_size="40KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_shards_in_and_out(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    target = sharded(made, tmp_path / "target", tied)
+    monkeypatch.setattr(module, "SHARD_BYTES", 30_000)
+    ranges = [Replaced(2, 4)]
+    info = build_surrogate(target, ranges, tmp_path / "small")
+    shards = sorted((tmp_path / "small").glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "small" / "model.safetensors").exists()
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    held = 0
+    for path in shards:
+        with safe_open(path, framework="pt") as file:
+            assert {index["weight_map"][key] for key in file.keys()} == {path.name}  # noqa: SIM118
+            held += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    assert index["metadata"]["total_size"] == held == 4 * info.kept_parameters
+    whole = made("llama", tied=tied)
+    vocabulary = load(whole).config.vocab_size
+    torch.testing.assert_close(
+        logits(load(tmp_path / "small"), vocabulary), logits(by_hand(whole, ranges), vocabulary), atol=1e-6, rtol=1e-6
+    )
+
+
+def test_half_precision_is_copied_as_it_is(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    load(target).to(torch.bfloat16).save_pretrained(target)
+    build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
+    with safe_open(tmp_path / "small" / "model.safetensors", framework="pt") as small:
+        with safe_open(target / "model.safetensors", framework="pt") as whole:
+            for mine, theirs in (("model.norm.weight",) * 2, ("model.layers.3.mlp.up_proj.weight", "model.layers.5.mlp.up_proj.weight")):
+                assert small.get_tensor(mine).dtype == torch.bfloat16
+                assert torch.equal(small.get_tensor(mine), whole.get_tensor(theirs))
+
+
+# -- what cannot be built, and what stays behind -------------------------------------------------------------------------
+
+
+def refused(target: Path, out: Path, complaint: str, ranges: tuple[Replaced, ...] = (Replaced(2, 4),)) -> None:
+    before = folders(out.parent)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        build_surrogate(target, ranges, out)
+    assert "\n" not in str(caught.value)
+    assert folders(out.parent) == before, "nothing is left behind"
+
+
+def test_range_outside_and_overlap(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = made("llama", tied=True)
+    refused(target, tmp_path / "small", "layers 4:6 are not inside", (Replaced(4, 6),))
+    refused(target, tmp_path / "small", "overlap", (Replaced(1, 2), Replaced(2, 3)))
+
+
+def test_missing_and_truncated_shards(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = sharded(made, tmp_path / "target")
+    victim = sorted(target.glob("model-*.safetensors"))[1]
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-100])
+    refused(target, tmp_path / "small", f"shard .*{victim.name} cannot be read .*fetch the model again")
+    victim.unlink()
+    refused(target, tmp_path / "small", f"shard .*{victim.name} is missing; fetch the model again")
+
+
+def test_truncated_and_missing_weights(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(target, tmp_path / "small", "model.safetensors cannot be read")
+    weights.unlink()
+    refused(target, tmp_path / "small", "holds no safetensors weights")
+
+
+def test_index_that_is_damaged_or_leads_outside(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = sharded(made, tmp_path / "target")
+    index = target / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(iter(content["weight_map"]))
+    index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: "../../etc/passwd"}}))
+    assert all(path.parent == target for path in _names(target))
+    refused(target, tmp_path / "small", "is missing")
+    for text in ("{", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "[]"):
+        index.write_text(text)
+        refused(target, tmp_path / "small", "index.json is damaged; fetch the model again")
+    index.write_text('{"weight_map": {}}')
+    refused(target, tmp_path / "small", "hold no layer 0")
+
+
+def _names(target: Path) -> list[Path]:
+    try:
+        return list(shard_files(target).values())
+    except ConfigError:
+        return []
+
+
+def test_layers_that_the_weights_lack(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8}))
+    refused(target, tmp_path / "small", "hold no layer 6 although config.json counts 8 layers")
+
+
+@pytest.mark.parametrize("depth", [None, "six", 0])
+def test_config_without_a_depth(made: Callable[..., Path], tmp_path: Path, depth: object) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (target / "config.json").write_text(json.dumps({**config, **({} if depth is None else {"num_hidden_layers": depth})}))
+    refused(target, tmp_path / "small", "num_hidden_layers|not inside")
+
+
+@pytest.mark.parametrize("kind", ["folder with a file", "file"])
+def test_existing_out_is_not_touched(made: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "small"
+    kept = out
+    if kind != "file":
+        out.mkdir()
+        kept = out / "mine.txt"
+    kept.write_text("precious")
+    refused(made("llama", tied=True), out, "already exists; choose another --out or remove it")
+    assert kept.read_text() == "precious"
+
+
+def test_empty_out_is_filled(made: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    build_surrogate(made("llama", tied=True), [Replaced(2, 4)], tmp_path / "small")
+    assert read_surrogate(tmp_path / "small").plan == plan(6, (2, 4))
+
+
+def test_unregistered_family_names_the_registered(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    known = ", ".join(t for family in FAMILIES.values() for t in family.model_types)
+    refused(target, tmp_path / "small", f"no family is registered for model_type 'mamba' of .*; registered: {known}")
+
+
+def test_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    refused(tmp_path / "target", tmp_path / "small", "holds no config.json")
+    (tmp_path / "target" / "config.json").write_text("{}")
+    refused(tmp_path / "target", tmp_path / "small", "names no model_type")
+
+
+def test_full_disk(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    refused(made("llama", tied=True), tmp_path / "small", "GB free that the surrogate may need")
+
+
+def test_interrupted_writing_leaves_nothing(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    target = made("llama", tied=True)
+    monkeypatch.setattr(module.shutil, "copyfile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"plan": {"depth": 6}}', '{"family": "llama", "plan": {}}'])
+def test_damaged_surrogate_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "surrogate.json").write_text(text)
+    with pytest.raises(ConfigError, match="damaged .*build the surrogate again"):
+        read_surrogate(tmp_path)
+
+
+def test_no_surrogate(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="make one with `zero-ds surrogate`"):
+        read_surrogate(tmp_path)
+
+
+def test_target_hash_tells_models_apart(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = made("llama", tied=True)
+    assert target_hash(target) == target_hash(copy(target, tmp_path / "same"))
+    hashes = {target_hash(target), target_hash(made("llama", tied=False)), target_hash(made("llama", tied=True, seed=1))}
+    changed = copy(target, tmp_path / "changed")
+    content = bytearray((changed / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (changed / "model.safetensors").write_bytes(content)
+    assert len(hashes | {target_hash(changed)}) == 4
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert set(tiny.FAMILIES) == set(FAMILIES), "tests/tiny.py needs a builder for each family"
