@@ -115,7 +115,7 @@ def _story(function: Callable[..., Any], failed: str, folder: Path, world_size: 
             path = folder / f"{r}.{kind}"
             text = path.read_text(errors="replace").strip() if path.is_file() else ""
             if text:
-                lines.append(f"--- {kind} of rank {r}\n{text[-3000:]}")
+                lines.append(f"--- {kind} of rank {r}\n{text[-2000:]}")
     return "\n".join(lines)
 
 
@@ -135,7 +135,6 @@ def _rank(
             Path(f"{files}.result").write_bytes(result)
         except BaseException:
             Path(f"{files}.error").write_text(traceback.format_exc())
-            traceback.print_exc()
             status = 1
         faulthandler.cancel_dump_traceback_later()
     sys.stdout.flush()

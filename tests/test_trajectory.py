@@ -275,12 +275,14 @@ def test_system_prompt_leads_every_sample(tmp_path: Path, template: ChatTemplate
         assert template.tokenizer.decode(sample.input_ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
-def test_no_question_is_no_sample(tmp_path: Path, template: ChatTemplate) -> None:
-    rows = [{"id": "x", "conversations": [{"from": "gpt", "value": "Hello."}]}]
+def test_an_answer_before_any_question_is_no_greedy_sample(tmp_path: Path, template: ChatTemplate) -> None:
+    rows = [record(1)]
+    rows[0]["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
     records = Records([SourceConfig(path=str(data_file(tmp_path / "data.json", rows)))])
-    for questions_only in (False, True):
-        with pytest.raises(ConfigError, match="no usable text sample"):
-            choose_samples(records, SampleEncoder(template, "response"), count=5, seed=0, questions_only=questions_only)
+    encoder = SampleEncoder(template, "response")
+    assert len(choose_samples(records, encoder, count=5, seed=0)) == 1
+    with pytest.raises(ConfigError, match="no usable text sample"):
+        choose_samples(records, encoder, count=5, seed=0, questions_only=True)
 
 
 def test_greedy_answers(tmp_path: Path, decoder: Any, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:

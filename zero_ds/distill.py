@@ -163,7 +163,7 @@ def _load_layers(
     files = shard_files(target)
     layers: dict[int, nn.Module] = {}
     for number in numbers:
-        with zero_init(dtype):
+        with zero_init():
             layer = cast(Any, kind)(config, number)
         if not any(hasattr(p, "ds_id") for p in layer.parameters()):
             layer.to(dtype)

@@ -180,8 +180,7 @@ class Engine:
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
-        # DeepSpeed creates the moments with a step on zero gradients, which counts: Adam's bias correction would be off
-        self.set_optimizer_step(0)
+        self._create_moments()
         self.accumulation = ds["gradient_accumulation_steps"]
 
     def step(self, batches: list[dict[str, Any]], step: int, supervised_tokens: float) -> tuple[float, float]:
@@ -211,6 +210,23 @@ class Engine:
         return share, float(self.engine.get_global_grad_norm() or 0.0)
 
     # -- state of the optimizer, free of world size and ZeRO stage -----------------------------------------------------
+
+    def _create_moments(self) -> None:
+        """Makes Adam's moments where DeepSpeed has not, so that they can be saved and restored from the start.
+
+        ZeRO 3 has made them with a step on zero gradients, which counts and would put Adam's bias correction off. ZeRO 1
+        and 2 make them in the first step and (0.19) tell parameters of the first group only where theirs are.
+        """
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                if not inner.state[flat]:
+                    inner.state[flat] = {"step": torch.tensor(0.0)}
+                    inner.state[flat].update({key: torch.zeros_like(flat.data) for key in ("exp_avg", "exp_avg_sq")})
+        link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+        self.set_optimizer_step(0)
 
     def set_optimizer_step(self, step: int) -> None:
         """Sets Adam's step count, on which its bias correction depends."""

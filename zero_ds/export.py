@@ -242,7 +242,7 @@ def prove(folder: Path, model: VisionLanguageModel, config: RunConfig, target: P
         gradient = Image.linear_gradient("L").resize((size, size))
         Image.merge("RGB", (gradient, gradient.rotate(90), gradient.rotate(180))).save(picture)
         done = subprocess.run(
-            [sys.executable, "-c", PROOF_SCRIPT, str(folder), str(picture), question],
+            [sys.executable, "-c", PROOF_SCRIPT, str(folder.resolve()), str(picture), question],
             capture_output=True,
             text=True,
             cwd=scratch,

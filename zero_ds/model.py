@@ -196,6 +196,8 @@ class Assembly:
     adapter_config: AdapterConfig | None = None
     dtype: torch.dtype = torch.float32
     attention: str = "sdpa"
+    seed: int = 0
+    """Of the adapter's random weights."""
 
 
 def assemble(parts: Assembly) -> VisionLanguageModel:
@@ -216,7 +218,8 @@ def assemble(parts: Assembly) -> VisionLanguageModel:
         encoder_family = encoder_of(parts.encoder)
         attention = "sdpa" if parts.attention == "flash_attention_2" else parts.attention
         encoder = load_complete(encoder_family.load, parts.encoder, dtype=parts.dtype, attn_implementation=attention)
-    with zero_init(parts.dtype):
+    torch.manual_seed(parts.seed)  # loading draws random numbers under ZeRO-3, and none without
+    with zero_init():
         model = VisionLanguageModel(
             decoder,
             family,
@@ -287,7 +290,7 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def zero_init(dtype: torch.dtype) -> Any:
+def zero_init() -> Any:
     """Context in which new modules are partitioned at once, if ZeRO-3 is active; else one without effect."""
     from transformers.integrations import deepspeed as integration
 
@@ -295,7 +298,8 @@ def zero_init(dtype: torch.dtype) -> Any:
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config(), dtype=dtype)
+    # the config says the dtype; where one is passed, DeepSpeed 0.19 replaces it by bf16 on accelerators without fp16
+    return deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config())
 
 
 def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:

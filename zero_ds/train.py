@@ -205,6 +205,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
             adapter_config=config.adapter,
             dtype=resolve_precision(config),
             attention=config.attention,
+            seed=config.seed,
         )
     )
     if config.distill.active:

@@ -121,9 +121,6 @@ class Trajectory:
         }
 
 
-# -- samples -----------------------------------------------------------------------------------------------------------
-
-
 def choose_samples(
     records: Records, encoder: SampleEncoder, *, count: int, seed: int, questions_only: bool = False
 ) -> list[TokenSample]:
@@ -159,18 +156,15 @@ def choose_samples(
 
 
 def _conversation(sample: Sample, encoder: SampleEncoder) -> list[int]:
-    if all(turn.role != "user" for turn in sample.turns):
-        return []
     encoded = cut_turns(encoder.turns(sample), encoder.max_length, encoder.encode)
     return encoded.input_ids if encoded else []
 
 
 def _question(sample: Sample, encoder: SampleEncoder) -> list[int]:
-    turns = [turn.role for turn in sample.turns]
-    if "user" not in turns[: turns.index("assistant")]:
+    turns = encoder.turns(sample)
+    asked = turns[: next(i for i, turn in enumerate(turns) if turn.role == "assistant")]
+    if all(turn.role != "user" for turn in asked):
         return []
-    asked = encoder.turns(sample)
-    asked = asked[: next(i for i, turn in enumerate(asked) if turn.role == "assistant")]
     input_ids = encoder.encode(asked, generate=True).input_ids
     return input_ids if len(input_ids) <= encoder.max_length - ANSWER_TOKENS else []
 
@@ -189,29 +183,16 @@ def answer_greedily(
     try:
         with torch.inference_mode(), _progress(len(questions), "answering", "sample") as bar:
             for rows in batches([len(question.input_ids) for question in questions], batch_size):
-                width = max(len(questions[row].input_ids) for row in rows)
-                input_ids = torch.full((len(rows), width), stop)
-                mask = torch.zeros_like(input_ids)
+                input_ids, mask = _padded([questions[row].input_ids for row in rows], model.device, left=True)
+                output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
                 for place, row in enumerate(rows):
-                    ids = questions[row].input_ids
-                    input_ids[place, width - len(ids) :] = torch.tensor(ids)
-                    mask[place, width - len(ids) :] = 1
-                output = model.generate(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    generation_config=settings,
-                )
-                for place, row in enumerate(rows):
-                    answer = output[place, width:].tolist()
+                    answer = output[place, input_ids.shape[1] :].tolist()
                     end = answer.index(stop) + 1 if stop in answer else len(answer)
                     answered[row] = TokenSample(questions[row].id, questions[row].input_ids + answer[:end])
                 bar.update(len(rows))
     finally:
         model.generation_config = kept
     return [answered[row] for row in range(len(questions))]
-
-
-# -- the lens ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -314,15 +295,8 @@ def measure(
 
 
 def _measure_batch(lens: Lens, samples: Sequence[list[int]], metric: str) -> Floats:
-    """Pads to the right, runs the decoder once, reads every layer where a next token follows: (batch, layers)."""
-    device = cast(Any, lens.decoder).device
-    lengths = [len(ids) for ids in samples]
-    input_ids = torch.zeros((len(samples), max(lengths)), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(samples):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
-    input_ids, mask = input_ids.to(device), mask.to(device)
+    """Runs the decoder once and reads every layer at the positions that a token follows: (batch, layers)."""
+    input_ids, mask = _padded(samples, cast(Any, lens.decoder).device)
     followed = mask[:, 1:].bool()
     targets = input_ids[:, 1:][followed]
     received: list[torch.Tensor] = []
@@ -336,10 +310,23 @@ def _measure_batch(lens: Lens, samples: Sequence[list[int]], metric: str) -> Flo
     with tapped(lens.family.layers(lens.decoder), receive):
         lens.family.hidden_states(lens.decoder, embeds, mask)
     statistics = torch.stack(received) if metric == "sequence" else vocabulary_divergences(lens, received)
-    per_sample = np.split(statistics.double().cpu().numpy(), np.cumsum([n - 1 for n in lengths])[:-1], axis=1)
+    ends = np.cumsum([len(ids) - 1 for ids in samples])
+    per_sample = np.split(statistics.double().cpu().numpy(), ends[:-1], axis=1)
     if metric == "sequence":
         return np.stack([sequence_divergences(log_probs) for log_probs in per_sample])
     return np.stack([divergences.mean(axis=1) for divergences in per_sample])
+
+
+def _padded(samples: Sequence[list[int]], device: Any, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (batch, seq), padded on the right, or on the left for generation."""
+    width = max(len(ids) for ids in samples)
+    input_ids = torch.zeros((len(samples), width), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(samples):
+        span = slice(width - len(ids), width) if left else slice(len(ids))
+        input_ids[row, span] = torch.tensor(ids)
+        mask[row, span] = 1
+    return input_ids.to(device), mask.to(device)
 
 
 def check_lens(decoder: nn.Module, family: Family, sample: TokenSample) -> None:
@@ -354,14 +341,11 @@ def check_lens(decoder: nn.Module, family: Family, sample: TokenSample) -> None:
         expected = decoder(input_ids=input_ids, use_cache=False).logits[0].float()
         seen = Lens(decoder, family).logits(states[-1][0])
     error = float((seen - expected).norm() / expected.norm())
-    if not error < (1e-3 if expected.dtype == next(decoder.parameters()).dtype else 1e-2):
+    if not error < (1e-3 if next(decoder.parameters()).dtype == torch.float32 else 1e-2):
         raise ConfigError(
             f"the last layer through the norm and head of family '{family.name}' differs from the model's own logits "
             f"(by {error:.2g}); the family's description in zero_ds/families does not fit this model."
         )
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def write(trajectory: Trajectory, out: Path) -> None:
@@ -381,13 +365,11 @@ def write(trajectory: Trajectory, out: Path) -> None:
 
 def plot(trajectory: Trajectory, folder: Path) -> None:
     """trajectory.png and trajectory.pdf in the look of Figure 3: one thin line a sample, an arrow at the transition."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     curves, transition = trajectory.curves, trajectory.transition
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(curves.T, linewidth=0.5, alpha=max(0.15, min(0.8, 30 / len(curves))))
     axes.plot(curves.mean(axis=0), linewidth=1.2, color="black", label="mean")
@@ -397,17 +379,12 @@ def plot(trajectory: Trajectory, folder: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, curves.shape[1] - 1)
     axes.set_ylim(0, max(1e-3, float(np.percentile(curves.max(axis=0), 95)) * 1.25))
-    if transition.layer is not None and transition.low is not None and transition.high is not None:
+    if transition.layer is not None:
         sure = "" if transition.verdict == "clear" else " (uncertain)"
-        axes.axvspan(transition.low, transition.high, color="black", alpha=0.08, linewidth=0)
-        axes.annotate(
-            f"transition: layer {transition.layer}{sure}\n95 %: {transition.low} to {transition.high}",
-            xy=(transition.layer, float(curves[:, transition.layer].max())),
-            xytext=(transition.layer, axes.get_ylim()[1] * 0.97),
-            ha="center",
-            va="top",
-            arrowprops={"arrowstyle": "->"},
-        )
+        text = f"transition: layer {transition.layer}{sure}\n95 %: {transition.low} to {transition.high}"
+        point = (transition.layer, float(curves[:, transition.layer].max()))
+        above = (transition.layer, axes.get_ylim()[1] * 0.97)
+        axes.annotate(text, xy=point, xytext=above, ha="center", va="top", arrowprops={"arrowstyle": "->"})
     axes.legend(loc="lower left", frameon=False)
     figure.savefig(folder / "trajectory.png", dpi=160)
     figure.savefig(folder / "trajectory.pdf")
