@@ -89,10 +89,13 @@ def small(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def run_config(made: Callable[..., Path], small: Path, data: Path) -> Callable[..., RunConfig]:
+def run_config(
+    made: Callable[..., Path], small: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., RunConfig]:
     """`run_config("pretrain", out, seed=3)`: a run of a few seconds on the tiny models, in float32."""
+    nowhere = tmp_path_factory.mktemp("runs")
 
-    def make(stage: str, out: Path | str, **changes: object) -> RunConfig:
+    def make(stage: str, out: Path | None = None, **changes: object) -> RunConfig:
         base: dict[str, object] = {
             "stage": stage,
             "target": str(made("llama", tied=True)),
@@ -105,7 +108,7 @@ def run_config(made: Callable[..., Path], small: Path, data: Path) -> Callable[.
             "max_steps": 6,
             "precision": "fp32",
             "zero": "zero2",
-            "out": str(out),
+            "out": str(out or nowhere),
         }
         return RunConfig.model_validate({**base, **changes})
 

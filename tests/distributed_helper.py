@@ -123,6 +123,7 @@ def _rank(
     function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], files: Path, timeout: float
 ) -> None:
     os.environ.update(environment)
+    os.chdir(files.parent)
     log = os.open(f"{files}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

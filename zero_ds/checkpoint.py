@@ -106,8 +106,6 @@ def save(
     """
     name = f"step-{progress['step']:06d}"
     final, temporary = run / name, run / f".{name}.tmp"
-    if final.is_dir():
-        return final
     writer = _Writer(temporary, engine) if distributed.is_rank_zero() else None
     for parameter_name, parameter in engine.named.items():
         state = engine.full_state(parameter)
@@ -124,11 +122,13 @@ def save(
             )
         raise CheckpointError(f"step {progress['step']} could not be saved by rank 0.")
     if writer is not None:
+        if final.is_dir():  # behind `latest`: left by a kill before it moved, or by a run that was set back
+            shutil.rmtree(final)
         temporary.rename(final)
         _sync(run)
         write_atomically(run / "latest", name + "\n")
-        commits = sorted((p for p in run.iterdir() if COMMIT.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
-        for old in commits[:-keep]:
+        steps = {int(path.name[5:]): path for path in run.iterdir() if COMMIT.fullmatch(path.name)}
+        for old in [steps[step] for step in sorted(steps) if step <= progress["step"]][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return final

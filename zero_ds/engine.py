@@ -212,17 +212,17 @@ class Engine:
     # -- state of the optimizer, free of world size and ZeRO stage -----------------------------------------------------
 
     def _create_moments(self) -> None:
-        """Makes Adam's moments where DeepSpeed has not, so that they can be saved and restored from the start.
+        """Makes Adam's moments now, so that they can be restored before the first step.
 
-        ZeRO 3 has made them with a step on zero gradients, which counts and would put Adam's bias correction off. ZeRO 1
-        and 2 make them in the first step and (0.19) tell parameters of the first group only where theirs are.
+        Otherwise DeepSpeed (0.19) makes them in that step, and with ZeRO 1 and 2 it then tells the parameters of the
+        first group only where theirs are, so that those of the others could not be saved.
         """
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                if not inner.state[flat]:
-                    inner.state[flat] = {"step": torch.tensor(0.0)}
-                    inner.state[flat].update({key: torch.zeros_like(flat.data) for key in ("exp_avg", "exp_avg_sq")})
+        flats = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 keeps them apart from the groups
+        for flat in flats if flats is not None else [p for group in inner.param_groups for p in group["params"]]:
+            if not inner.state[flat]:
+                moments = {key: torch.zeros_like(flat.data) for key in ("exp_avg", "exp_avg_sq")}
+                inner.state[flat] = {"step": torch.tensor(0.0), **moments}
         link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()

@@ -50,14 +50,19 @@ def train(config: RunConfig) -> Path:
     if resumed and resumed.step >= total:
         logger.info("%s is complete: step %d of %d", out, resumed.step, total)
         return resumed.folder
+    plan = model.plan.to_json() if model.plan else None
     started: set[str] = set()
     skip_translators = stages.decoder_kind(config) == "target"
     for folder in stages.check_start(config):
         commit = checkpoint.find_commit(folder)
         checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
+        if commit.manifest.get("encoder_hash") and hashes["encoder_hash"]:
+            checkpoint.check_manifest(commit, {"encoder_hash": hashes["encoder_hash"]})
         names = checkpoint.load_weights_(
             model.named_targets(), commit, skip=lambda name: skip_translators and name.startswith("translator.")
         )
+        if any(name.startswith("translator.") for name in names):
+            checkpoint.check_manifest(commit, {"plan": plan})
         started |= names
         logger.info("started %d tensors from %s", len(names), commit.folder)
     new_adapter = model.adapter is not None and not any(name.startswith("adapter.") for name in started)
@@ -66,6 +71,7 @@ def train(config: RunConfig) -> Path:
             "adapter scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
         )
     if resumed:
+        checkpoint.check_manifest(resumed, {**hashes, "plan": plan})
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)
 
     groups = stages.freeze_(model, config)
@@ -81,7 +87,7 @@ def train(config: RunConfig) -> Path:
     if distributed.is_rank_zero() and not resumed:
         checkpoint.write_atomically(out / "config.yaml", config.dump())
 
-    manifest = {**checkpoint.manifest_of(config), **hashes, "plan": model.plan.to_json() if model.plan else None}
+    manifest = {**checkpoint.manifest_of(config), **hashes, "plan": plan}
     monitor = Monitor(out, engine.engine.monitor, config.log_every, first, total)
     try:
         return loop(config, engine, loader, monitor, stop, manifest, first, total)

@@ -22,6 +22,7 @@ def quickstart(
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps of every stage.", min=0.001)] = 1.0,
     controls: Annotated[bool, typer.Option("--controls", help="Also train and evaluate the controls (see docs/method.md).")] = False,
     replace: Annotated[str | None, typer.Option(help="Layers to replace, first:last, instead of the trajectory's.")] = None,
+    translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and sample order.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run in --out first.")] = False,
 ) -> None:
@@ -30,7 +31,7 @@ def quickstart(
         if not (out / "steps").is_dir():
             raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
         shutil.rmtree(out)
-    plan = Plan(out, demo, steps_scale, seed, replace)
+    plan = Plan(out, demo, steps_scale, seed, replace, translators)
     steps = plan.main() + (plan.controls() if controls else [])
     steps.append(plan.report(controls))
     Pipeline(out, steps).run()
@@ -41,8 +42,11 @@ def quickstart(
 class Plan:
     """The commands of the quickstart, by name."""
 
-    def __init__(self, out: Path, demo: Path, scale: float, seed: int, replace: str | None) -> None:
-        self.out, self.demo, self.scale, self.seed, self.replace = out, demo, scale, seed, replace
+    def __init__(
+        self, out: Path, demo: Path, scale: float, seed: int, replace: str | None, translators: int = 1
+    ) -> None:
+        self.out, self.demo, self.scale, self.seed = out, demo, scale, seed
+        self.replace, self.translators = replace, str(translators)
         self.target = str(LLM)
 
     def main(self) -> list[Step]:
@@ -61,7 +65,8 @@ class Plan:
             self._ours(
                 "surrogate",
                 8,
-                ("surrogate", "--target", self.target, *cut, "--out", str(out / "surrogate")),
+                ("surrogate", "--target", self.target, *cut, "--translators", self.translators),
+                ("--out", str(out / "surrogate")),
                 produces="surrogate/surrogate.json",
             ),
             self._train("translator", "translator", 90),
@@ -82,14 +87,15 @@ class Plan:
         """Encoder trained on the full model; on a surrogate without early layers; warm start against cold start."""
         out = self.out
         early = self._early_range()
-        full = ("decoder=target",)
+        full = ("decoder=target", "distill.logits=0", "distill.next_token=1")
         return [
             self._train("full-adapter", "pretrain", 200, full, into="controls/full-adapter"),
             self._train("full-encoder", "encoder", 200, full, starts=("controls/full-adapter",), into="controls/full-encoder"),
             self._ours(
                 "early-surrogate",
                 8,
-                ("surrogate", "--target", self.target, "--replace", early, "--out", str(out / "controls/early-surrogate")),
+                ("surrogate", "--target", self.target, "--replace", early, "--translators", self.translators),
+                ("--out", str(out / "controls/early-surrogate")),
                 produces="controls/early-surrogate/surrogate.json",
             ),
             *self._early_stages(),

@@ -1,0 +1,174 @@
+"""Files of a commit: what is written is an ordinary safetensors file, what is read is checked, `latest` is never half there.
+
+Whole runs that stop and resume are in test_train.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from zero_ds import checkpoint
+from zero_ds.checkpoint import CheckpointError, Commit, SafetensorsStream, check_manifest, find_commit, load_weights_
+from zero_ds.config import ConfigError
+
+
+def commit(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = None, **manifest: Any) -> Commit:
+    """A commit as `save` leaves it, without resume state."""
+    folder = run / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    tensors = tensors or {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+    stream = SafetensorsStream(folder / "weights.safetensors", [(n, t.dtype, t.shape) for n, t in tensors.items()])
+    for name, tensor in tensors.items():
+        stream.write(name, tensor)
+    content = {"step": step, "weights_sha256": stream.close(), **manifest}
+    (folder / "manifest.json").write_text(json.dumps(content))
+    (run / "latest").write_text(f"step-{step:06d}\n")
+    return find_commit(run)
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.lists(st.integers(0, 4), max_size=3)
+        ),
+        max_size=5,
+    )
+)
+@settings(max_examples=40)
+def test_stream_writes_what_the_library_reads(
+    tmp_path_factory: pytest.TempPathFactory, plan: dict[str, tuple[torch.dtype, list[int]]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "stream.safetensors"
+    tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in plan.items() if name != "__metadata__"}
+    stream = SafetensorsStream(path, [(n, t.dtype, t.shape) for n, t in tensors.items()])
+    for name, tensor in tensors.items():
+        stream.write(name, tensor)
+    assert stream.close() == hashlib.sha256(path.read_bytes()).hexdigest()
+    read = load_file(path)
+    assert set(read) == set(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+
+
+def test_stream_writes_views_in_order(tmp_path: Path) -> None:
+    matrix = torch.arange(12.0).view(3, 4)
+    stream = SafetensorsStream(tmp_path / "x.safetensors", [("t", torch.float32, matrix.t().shape)])
+    stream.write("t", matrix.t())
+    stream.close()
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["t"], matrix.t())
+
+
+def test_stream_refuses_what_was_not_declared(tmp_path: Path) -> None:
+    stream = SafetensorsStream(tmp_path / "x.safetensors", [("a", torch.float32, torch.Size([2]))])
+    with pytest.raises(AssertionError, match="where a"):
+        stream.write("b", torch.zeros(2))
+    with pytest.raises(AssertionError, match=r"a \(12 bytes\) where a \(8\) was declared"):
+        stream.write("a", torch.zeros(3))
+    with pytest.raises(AssertionError, match="missing"):
+        stream.close()
+
+
+def test_find_commit_takes_run_folders_and_commit_folders(tmp_path: Path) -> None:
+    first, second = commit(tmp_path / "run", 3), commit(tmp_path / "run", 5)
+    assert find_commit(tmp_path / "run") == second
+    assert find_commit(tmp_path / "run" / "step-000003") == first
+    assert (first.step, second.step) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("latest", "manifest", "complaint"),
+    [
+        (None, None, "holds no commit .no manifest.json.; was the run finished?"),
+        ("", None, "names no commit; write the name of a step-. folder into it"),
+        ("../elsewhere", None, "names no commit"),
+        ("step-000009", None, "holds no commit"),
+        ("step-000001", "{", "cannot be read .*use another commit"),
+        ("step-000001", "[]", "cannot be read .*use another commit"),
+        ("step-000001", '{"step": "x"}', "cannot be read .*use another commit"),
+    ],
+)
+def test_folders_without_a_commit(tmp_path: Path, latest: str | None, manifest: str | None, complaint: str) -> None:
+    (tmp_path / "step-000001").mkdir()
+    if latest is not None:
+        (tmp_path / "latest").write_text(latest)
+    if manifest is not None:
+        (tmp_path / "step-000001" / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=complaint) as caught:
+        find_commit(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    made = commit(tmp_path)
+    assert torch.equal(made.weights()["b"], torch.ones(4))
+    path = made.folder / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its content is not what was saved; use another commit"):
+        made.weights()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file or directory; use another commit"):
+        made.weights()
+
+
+def test_resume_state_that_is_gone(tmp_path: Path) -> None:
+    made = commit(tmp_path)
+    with pytest.raises(CheckpointError, match="progress.json cannot be read"):
+        made.progress()
+
+
+def targets() -> dict[str, torch.nn.Parameter]:
+    return {"a": torch.nn.Parameter(torch.zeros(2, 3)), "b": torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))}
+
+
+def test_load_weights(tmp_path: Path) -> None:
+    into = targets()
+    assert set(load_weights_(into, commit(tmp_path), skip=lambda name: False)) == {"a", "b"}
+    assert torch.equal(into["a"], torch.arange(6.0).view(2, 3))
+    assert into["b"].dtype == torch.bfloat16 and bool((into["b"] == 1).all())
+
+
+def test_weights_for_another_model(tmp_path: Path) -> None:
+    made = commit(tmp_path, tensors={"a": torch.zeros(2, 3), "c": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="holds c, which this model has not"):
+        load_weights_(targets(), made, skip=lambda name: False)
+    assert set(load_weights_(targets(), made, skip=lambda name: name == "c")) == {"a"}
+    wrong = commit(tmp_path / "wrong", tensors={"a": torch.zeros(3, 2)})
+    with pytest.raises(CheckpointError, match=r"a in .* has shape \(3, 2\), the model's has \(2, 3\)"):
+        load_weights_(targets(), wrong, skip=lambda name: False)
+
+
+def test_check_manifest_names_the_field(tmp_path: Path) -> None:
+    made = commit(tmp_path, family="llama", target_hash="abc")
+    check_manifest(made, {"family": "llama", "target_hash": "abc"})
+    with pytest.raises(ConfigError, match="does not fit: its target_hash is 'abc', here it is 'xyz'"):
+        check_manifest(made, {"family": "llama", "target_hash": "xyz"})
+    with pytest.raises(ConfigError, match="its absent is None, here it is 1"):
+        check_manifest(made, {"absent": 1})
+    check_manifest(made, {"target_hash": "xyz"}, allow=["target_hash"])
+
+
+def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "latest"
+    checkpoint.write_atomically(path, "one")
+    checkpoint.write_atomically(path, "two")
+    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_atomically(path, "three")
+    assert path.read_text() == "two", "the old content or the new one"

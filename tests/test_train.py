@@ -1,0 +1,355 @@
+"""Whole runs on tiny models: stopped and resumed they end where an uninterrupted run ends, with any ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import run_ranks
+from safetensors.torch import load_file
+
+from zero_ds.config import RunConfig
+
+# -- what runs in the ranks --------------------------------------------------------------------------------------------
+
+
+def train_all(configs: list[RunConfig]) -> list[str]:
+    """Trains each in turn; what a run ended with: the commit's name, or the sentence of its error."""
+    from zero_ds.train import train
+
+    ends = []
+    for config in configs:
+        try:
+            ends.append(train(config).name)
+        except (ValueError, FloatingPointError, SystemExit) as error:
+            ends.append(f"{type(error).__name__}: {error}")
+    return ends
+
+
+def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
+    """One rank is asked to end while it is in step `step`, as a scheduler would ask."""
+    from zero_ds import distributed
+    from zero_ds.engine import Engine
+
+    distributed.initialize()
+    step_of_engine = Engine.step
+
+    def signalled(self: Engine, batches: Any, number: int, tokens: float) -> Any:
+        if number + 1 == step and distributed.rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of_engine(self, batches, number, tokens)
+
+    Engine.step = signalled  # type: ignore[method-assign]
+    return train_all([config])
+
+
+def train_on_a_full_disk(config: RunConfig, commit: int) -> list[str]:
+    """The disk is full from the `commit`-th commit on, in the middle of its state."""
+    import errno
+
+    from zero_ds import checkpoint
+
+    put, opened = checkpoint.SafetensorsStream._put, checkpoint.SafetensorsStream.__init__
+    streams = 0
+
+    def counting(self: Any, *arguments: Any) -> None:
+        nonlocal streams
+        streams += 1
+        opened(self, *arguments)
+
+    def full(self: Any, data: Any) -> None:
+        if streams >= 2 * commit and getattr(self, "_next", 0) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(self, data)
+
+    checkpoint.SafetensorsStream.__init__ = counting  # type: ignore[method-assign]
+    checkpoint.SafetensorsStream._put = full  # type: ignore[method-assign]
+    return train_all([config])
+
+
+# -- one go, and stopped in between ------------------------------------------------------------------------------------
+
+KINDS = {
+    "zero1": {"zero": "zero1"},
+    "zero2": {"zero": "zero2"},
+    "zero3": {"zero": "zero3"},
+    "zero3_offload": {"zero": "zero3_offload"},
+    "zero2 bf16": {"zero": "zero2", "precision": "bf16"},
+    "zero3 bf16": {"zero": "zero3", "precision": "bf16"},
+}
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6], "each step once, in order"
+    return [line["loss"] for line in lines]
+
+
+def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    return load_file(run / f"step-{step:06d}" / "weights.safetensors")
+
+
+def state(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    return load_file(run / f"step-{step:06d}" / "resume" / "state.safetensors")
+
+
+def cut(run: Path, out: Path, step: int = 3) -> Path:
+    """A copy of a run folder as a kill behind the commit of `step` would have left it."""
+    shutil.copytree(run, out)
+    for later in out.glob("step-*"):
+        if int(later.name[5:]) > step:
+            shutil.rmtree(later)
+    (out / "latest").write_text(f"step-{step:06d}\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """KIND: six steps in one go with two ranks, with a commit after the third; KIND again: resumed behind it by two
+    ranks; KIND alone: resumed behind it by one rank."""
+    root = tmp_path_factory.mktemp("runs")
+    every = {"checkpoint": {"every_steps": 3, "keep": 9}}
+
+    def configs(suffix: str) -> list[RunConfig]:
+        return [run_config("pretrain", root / f"{kind}{suffix}", **changes, **every) for kind, changes in KINDS.items()]
+
+    assert run_ranks(train_all, 2, configs("")) == [["step-000006"] * len(KINDS)] * 2
+    for kind in KINDS:
+        for suffix in (" again", " alone"):
+            cut(root / kind, root / f"{kind}{suffix}")
+    assert run_ranks(train_all, 2, configs(" again")) == [["step-000006"] * len(KINDS)] * 2
+    assert run_ranks(train_all, 1, configs(" alone")) == [["step-000006"] * len(KINDS)]
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_continues_as_if_nothing_had_happened(runs: Path, kind: str) -> None:
+    whole, resumed = runs / kind, runs / f"{kind} again"
+    assert losses(resumed) == losses(whole)
+    for ours, theirs in ((weights(resumed), weights(whole)), (state(resumed), state(whole))):
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "bit for bit"
+    early = weights(whole, 3)
+    assert any(not torch.equal(early[name], tensor) for name, tensor in weights(whole).items()), "it did learn"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_on_another_number_of_ranks(runs: Path, kind: str) -> None:
+    whole, alone = runs / kind, runs / f"{kind} alone"
+    exact = "bf16" not in kind
+    assert losses(alone) == pytest.approx(losses(whole), rel=1e-5 if exact else 2e-2)
+    if exact:
+        ours, theirs = state(alone), state(whole)
+        for name, tensor in theirs.items():
+            if name.startswith("master/"):
+                torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3", "zero3_offload"])
+def test_zero_stages_learn_alike(runs: Path, kind: str) -> None:
+    assert losses(runs / kind) == pytest.approx(losses(runs / "zero2"), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_commit_holds_what_was_trained_and_nothing_else(runs: Path, small: Path, kind: str) -> None:
+    held = weights(runs / kind)
+    adapter = {f"adapter.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
+    layer = {
+        name.removeprefix("model.layers.1.")
+        for name in load_file(small / "model.safetensors")
+        if name.startswith("model.layers.1.")
+    }
+    assert set(held) == adapter | {f"translator.{n}.{name}" for n in (0, 1) for name in layer}
+    dtype = torch.bfloat16 if "bf16" in kind else torch.float32
+    masters = state(runs / kind)
+    for name, tensor in held.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, masters[f"master/{name}"].to(dtype))
+    assert len(masters) == 3 * len(held)
+    folder = runs / kind / "step-000006"
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "resume", "weights.safetensors"]
+
+
+def test_run_folder_and_manifest(runs: Path, made: Callable[..., Path], small: Path) -> None:
+    from zero_ds.config import load_run
+    from zero_ds.surrogate import read_surrogate, target_hash
+
+    run = runs / "zero2"
+    assert (run / "latest").read_text() == "step-000006\n"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "config.yaml",
+        "latest",
+        "metrics.jsonl",
+        "step-000003",
+        "step-000006",
+        "tensorboard",
+    ]
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+    config = load_run(str(run / "config.yaml"))
+    manifest = json.loads((run / "step-000006" / "manifest.json").read_text())
+    assert RunConfig.model_validate(manifest["config"]) == config
+    assert manifest["fingerprint"] == config.fingerprint()
+    assert manifest["target_hash"] == target_hash(made("llama", tied=True))
+    assert manifest["encoder_hash"] == target_hash(made("clip"))
+    assert manifest["plan"] == read_surrogate(small).plan.to_json()
+    assert (manifest["stage"], manifest["step"], manifest["family"]) == ("pretrain", 6, "llama")
+    assert {"torch", "deepspeed", "transformers", "zero_ds", "python"} <= set(manifest["versions"])
+
+
+# -- one run after the other in one process ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ends(
+    runs: Path, run_config: Callable[..., RunConfig], made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What these runs ended with, on one rank; their folders lie beside `runs`."""
+    from zero_ds.surrogate import Replaced, build_surrogate
+
+    other = made("llama", tied=True, seed=1)
+    foreign = tmp_path_factory.mktemp("foreign") / "small"
+    build_surrogate(other, [Replaced(1, 2), Replaced(3, 4)], foreign)
+    deeper = tmp_path_factory.mktemp("deeper") / "small"
+    build_surrogate(made("llama", tied=True), [Replaced(1, 2), Replaced(4, 5)], deeper)
+    every = {"checkpoint": {"every_steps": 3, "keep": 9}}
+    # killed between the rename of step 6 and the move of `latest`
+    shutil.copytree(runs / "zero2", runs / "killed")
+    (runs / "killed" / "latest").write_text("step-000003\n")
+    # set back by hand, with commits behind it and room for one
+    shutil.copytree(runs / "zero2", runs / "set back")
+    (runs / "set back" / "latest").write_text("step-000003\n")
+    shutil.copytree(runs / "set back" / "step-000003", runs / "set back" / "step-000099")
+    # another run's folder that was killed in its first commit
+    shutil.copytree(runs / "zero3", runs / "leftover")
+    (runs / "leftover" / "latest").unlink()
+    damaged = cut(runs / "zero2", runs / "damaged")
+    changed = cut(runs / "zero2", runs / "changed") / "step-000003" / "manifest.json"
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), "encoder_hash": "another"}))
+    file = damaged / "step-000003" / "resume" / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    configs = {
+        "complete": run_config("pretrain", runs / "zero2", **every),
+        "killed": run_config("pretrain", runs / "killed", **every),
+        "set back": run_config("pretrain", runs / "set back", checkpoint={"every_steps": 3, "keep": 1}),
+        "leftover": run_config("pretrain", runs / "leftover", seed=5),
+        "damaged": run_config("pretrain", runs / "damaged", **every),
+        "changed": run_config("pretrain", runs / "changed", **every),
+        "other config": run_config("pretrain", runs / "zero3", zero="zero3", seed=3, **every),
+        "encoder": run_config("encoder", runs / "encoder", init_from=[str(runs / "zero2")], max_steps=2),
+        "decoder": run_config("decoder", runs / "decoder", init_from=[str(runs / "zero2")], max_steps=1),
+        "other target": run_config(
+            "encoder", runs / "other", init_from=[str(runs / "zero2")], target=str(other), surrogate=str(foreign)
+        ),
+        "other plan": run_config("encoder", runs / "plan", init_from=[str(runs / "zero2")], surrogate=str(deeper)),
+        "other encoder": run_config(
+            "encoder", runs / "eyes", init_from=[str(runs / "zero2")], encoder={"path": str(made("clip", seed=1))}
+        ),
+        "no such start": run_config("encoder", runs / "start", init_from=[str(runs / "nowhere")]),
+        "exploding": run_config("pretrain", runs / "exploding", optimizer={"learning_rate": 1e30}),
+        "repeated": run_config("pretrain", runs / "repeated", zero="zero2", max_steps=6, **every),
+    }
+    (result,) = run_ranks(train_all, 1, list(configs.values()))
+    return dict(zip(configs, result, strict=True))
+
+
+def test_a_complete_run_is_left_alone(runs: Path, ends: dict[str, str]) -> None:
+    assert ends["complete"] == "step-000006"
+    assert len(losses(runs / "zero2")) == 6
+
+
+def test_a_kill_between_rename_and_latest_loses_nothing(runs: Path, ends: dict[str, str]) -> None:
+    assert ends["killed"] == "step-000006"
+    assert (runs / "killed" / "latest").read_text() == "step-000006\n"
+    losses(runs / "killed")
+
+
+def test_going_back_by_hand_keeps_the_new_commit(runs: Path, ends: dict[str, str]) -> None:
+    assert ends["set back"] == "step-000006"
+    run = runs / "set back"
+    assert (run / "latest").read_text() == "step-000006\n" and (run / "step-000006" / "manifest.json").is_file()
+    assert not (run / "step-000003").exists(), "older commits go"
+
+
+def test_a_leftover_commit_of_another_run_is_not_taken_for_this_one(runs: Path, ends: dict[str, str]) -> None:
+    assert ends["leftover"] == "step-000006"
+    manifest = json.loads((runs / "leftover" / "step-000006" / "manifest.json").read_text())
+    assert manifest["config"]["seed"] == 5
+
+
+def test_a_flipped_byte_is_noticed(ends: dict[str, str]) -> None:
+    assert ends["damaged"].startswith("CheckpointError: ") and "state.safetensors is damaged" in ends["damaged"]
+
+
+def test_another_configuration_does_not_resume(ends: dict[str, str]) -> None:
+    assert "ConfigError: " in ends["other config"] and "holds another run (seed: 0 -> 3)" in ends["other config"]
+
+
+def test_init_from_starts_the_next_stage(runs: Path, ends: dict[str, str], made: Callable[..., Path]) -> None:
+    from zero_ds.graft import load_trained
+
+    assert ends["encoder"] == "step-000002"
+    before, after = weights(runs / "zero2"), weights(runs / "encoder", 2)
+    assert set(after) & set(before) == {name for name in before if name.startswith("adapter.")}
+    assert not any(name.startswith("translator.") for name in after)
+    model = load_trained(runs / "encoder", json.loads((runs / "encoder" / "step-000002" / "manifest.json").read_text())["config"]["surrogate"])
+    named = model.named_targets()
+    assert all(torch.equal(named[name], tensor) for name, tensor in after.items())
+    assert all(torch.equal(named[n], t) for n, t in before.items() if n.startswith("translator."))
+    # the full model has no place for translators, and takes the rest
+    assert ends["decoder"] == "step-000001"
+    assert any(name.startswith("decoder.") for name in weights(runs / "decoder", 1))
+
+
+def test_weights_of_another_model_are_refused(ends: dict[str, str]) -> None:
+    assert "ConfigError: " in ends["other target"] and "does not fit: its target_hash is" in ends["other target"]
+    assert "does not fit: its plan is {'depth': 6, 'replaced': [[1, 2, 1], [3, 4, 1]]}" in ends["other plan"]
+    assert "does not fit: its encoder_hash is" in ends["other encoder"]
+    assert "does not fit: its encoder_hash is 'another'" in ends["changed"], "a model that changed under a run"
+    assert "init_from names" in ends["no such start"] and "does not exist" in ends["no such start"]
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(runs: Path, ends: dict[str, str]) -> None:
+    assert ends["exploding"].startswith("FloatingPointError: the loss of step 2 is ")
+    assert "samples: text-1. Nothing was updated." in ends["exploding"]
+    assert not list((runs / "exploding").glob("step-*"))
+
+
+def test_a_run_can_be_repeated(runs: Path, ends: dict[str, str]) -> None:
+    """Same seed, same numbers; one rank against two differs in the order of sums only."""
+    assert losses(runs / "repeated") == pytest.approx(losses(runs / "zero2"), rel=1e-5)
+    assert losses(runs / "killed")[3:] == pytest.approx(losses(runs / "zero2 alone")[3:], abs=0)
+
+
+# -- asked to stop, and no room to save --------------------------------------------------------------------------------
+
+
+def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("pretrain", runs / "signalled", zero="zero2")
+    first, second = run_ranks(train_with_signal, 2, config, 1, 2)
+    assert first == ["SystemExit: stopped by a signal to another rank after step 2; run again to resume."]
+    assert second == ["SystemExit: stopped by SIGTERM after step 2; run again to resume."]
+    assert (runs / "signalled" / "latest").read_text() == "step-000002\n"
+    assert run_ranks(train_all, 2, [config]) == [["step-000006"], ["step-000006"]]
+    assert losses(runs / "signalled") == losses(runs / "zero2")
+    assert all(torch.equal(weights(runs / "signalled")[name], tensor) for name, tensor in weights(runs / "zero2").items())
+
+
+def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[..., RunConfig]) -> None:
+    run = runs / "full"
+    config = run_config("pretrain", run, checkpoint={"every_steps": 2})
+    (one,), (two,) = run_ranks(train_on_a_full_disk, 2, config, 2)
+    assert "step 4 could not be saved" in one and "No space left on device; earlier commits are intact" in one
+    assert two == "CheckpointError: step 4 could not be saved by rank 0."
+    assert (run / "latest").read_text() == "step-000002\n"
+    assert sorted(p.name for p in run.iterdir() if "step" in p.name) == ["step-000002"], "nothing half-written stays"
+    assert run_ranks(train_all, 1, [config]) == [["step-000006"]]
+    assert losses(run) == pytest.approx(losses(runs / "zero2"), rel=1e-5)
