@@ -1,5 +1,6 @@
 """What all tests share: no network, no cache outside the session's folder, no accelerator, tiny models made once."""
 
+# ruff: noqa: E402 - the environment is set before any library reads it
 from __future__ import annotations
 
 import logging
@@ -113,3 +114,17 @@ def run_config(
         return RunConfig.model_validate({**base, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with two finished runs: `pretrain`, and `encoder`, which started from it."""
+    from distributed_helper import run_ranks, train_all
+
+    root = tmp_path_factory.mktemp("trained")
+    configs = [
+        run_config("pretrain", root / "pretrain", max_steps=2),
+        run_config("encoder", root / "encoder", max_steps=2, init_from=[str(root / "pretrain")]),
+    ]
+    assert run_ranks(train_all, 1, configs) == [["step-000002", "step-000002"]]
+    return root

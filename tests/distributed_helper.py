@@ -1,7 +1,7 @@
 """The one way in which tests start processes: ranks over gloo on the CPU, with a time limit that ends all of them.
 
-Children come from a fork server that has imported the heavy libraries once, so that a group of ranks starts in well under
-a second. What a rank prints goes into a file and is shown when it fails.
+Children come from a fork server that has imported the heavy libraries once, so that a group of ranks starts in well
+under a second. What a rank prints goes into a file and is shown when it fails.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _context.set_forkserver_preload(
         "zero_ds.train",
         "zero_ds.graft",
         "deepspeed",
+        "torch.utils.tensorboard",
         "datasets",
         "transformers.integrations.deepspeed",
         "transformers.models.auto.modeling_auto",
@@ -142,3 +143,16 @@ def _rank(
     sys.stderr.flush()
     # no clean-up of process groups: at this point it could only hang
     os._exit(status)
+
+
+def train_all(configs: list[Any]) -> list[str]:
+    """Trains each in turn; what a run ended with: the commit's name, or the sentence of its error."""
+    from zero_ds.train import train
+
+    ends = []
+    for config in configs:
+        try:
+            ends.append(train(config).name)
+        except (ValueError, FloatingPointError, SystemExit) as error:
+            ends.append(f"{type(error).__name__}: {error}")
+    return ends

@@ -44,6 +44,7 @@ FLOORS: dict[str, int] = {
     "graft": 6,
     "export": 6,
     "generate": 6,
+    "cost": 6,
     "evaluation": 6,
     "report": 6,
     # 7: people

@@ -1,4 +1,4 @@
-"""Files of a commit: what is written is an ordinary safetensors file, what is read is checked, `latest` is never half there.
+"""Files of a commit: an ordinary safetensors file is written, what is read is checked, `latest` is never half there.
 
 Whole runs that stop and resume are in test_train.py.
 """
@@ -124,7 +124,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
 
 def test_resume_state_that_is_gone(tmp_path: Path) -> None:
     made = commit(tmp_path)
-    with pytest.raises(CheckpointError, match="progress.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"progress\.json cannot be read"):
         made.progress()
 
 

@@ -74,10 +74,8 @@ def test_golden(supervise: Any) -> None:
     for line in GOLDEN.strip().splitlines():
         shown, _, treatment = line.rpartition(" ")
         shown = shown.strip().replace("\\n", "\n")
-        if shown == "[image]":
-            expected = [IMAGE_TOKEN]
-        else:
-            expected = TOKENIZER(shown, add_special_tokens=False).input_ids
+        words = TOKENIZER(shown, add_special_tokens=False).input_ids
+        expected = [IMAGE_TOKEN] if shown == "[image]" else words
         ids = encoded.input_ids[position : position + len(expected)]
         labels = encoded.labels[position : position + len(expected)]
         position += len(expected)
@@ -220,7 +218,7 @@ def test_cut_turns_keeps_as_much_as_fits(turns: list[Turn], length: int) -> None
     assert cut == (encode(*turns[: max(fitting)]) if fitting else None)
 
 
-# -- templates that cannot be used ---------------------------------------------------------------------------------------
+# -- templates that cannot be used -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +251,7 @@ def test_template_without_an_end_of_turn() -> None:
         template.end_of_turn()
 
 
-# -- the wording around an image -----------------------------------------------------------------------------------------
+# -- the wording around an image ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("question", ["<image>\nwhat is it?", "what is it?\n<image>", "<image>what is it?"])

@@ -1,7 +1,7 @@
-"""The engine's numbers: gradients, clipping and updates are those of plain PyTorch on the whole batch, however it is split.
+"""The engine's numbers: gradients, clipping and updates are those of plain PyTorch on the whole batch, however split.
 
-One process without DeepSpeed computes them from the definition (the mean over all supervised tokens of the global batch);
-one and two ranks must arrive there with every ZeRO stage.
+One process without DeepSpeed computes them from the definition (the mean over all supervised tokens of the global
+batch); one and two ranks must arrive there with every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -102,8 +102,13 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
     return {"steps": steps, "start": start, "weights": weights, "frozen_with_gradient": frozen}
 
 
-CASES = [(stage, zero, again) for stage in ("pretrain", "decoder") for zero in ("zero1", "zero2", "zero3") for again in (True, False)]
-"""Stage, DeepSpeed config, activation checkpointing. `pretrain` trains in the middle of frozen layers, `decoder` everything."""
+CASES = [
+    (stage, zero, again)
+    for stage in ("pretrain", "decoder")
+    for zero in ("zero1", "zero2", "zero3")
+    for again in (True, False)
+]
+"""Stage, DeepSpeed config, activation checkpointing. `pretrain` trains amid frozen layers, `decoder` everything."""
 
 
 def settings(run_config: Callable[..., RunConfig], stage: str, zero: str = "zero2", again: bool = False) -> RunConfig:
@@ -111,7 +116,12 @@ def settings(run_config: Callable[..., RunConfig], stage: str, zero: str = "zero
         stage,
         zero=zero,
         activation_checkpointing=again,
-        optimizer={"learning_rate": 1e-2, "learning_rates": {"adapter": 3e-3}, "weight_decay": 0.01, "warmup_ratio": 0.5},
+        optimizer={
+            "learning_rate": 1e-2,
+            "learning_rates": {"adapter": 3e-3},
+            "weight_decay": 0.01,
+            "warmup_ratio": 0.5,
+        },
     )
 
 
@@ -174,7 +184,7 @@ def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, A
     assert len({len(str(record)) for record in records[:4]}) > 1, "lengths differ"
 
 
-# -- a single engine -----------------------------------------------------------------------------------------------------
+# -- a single engine ---------------------------------------------------------------------------------------------------
 
 
 def not_finite(config: RunConfig) -> tuple[str, bool]:
@@ -212,7 +222,9 @@ def test_schedule_rises_and_falls_along_a_cosine(run_config: Callable[..., RunCo
     assert all(0 <= schedule(config, n)(s) <= 1 for n in (1, 2, 3) for s in range(n + 2))
 
 
-@pytest.mark.parametrize(("word", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("word", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_precision(run_config: Callable[..., RunConfig], word: str, dtype: torch.dtype) -> None:
     config = run_config("pretrain", precision=word)
     assert resolve_precision(config) is dtype
@@ -221,7 +233,7 @@ def test_precision(run_config: Callable[..., RunConfig], word: str, dtype: torch
     assert resolve_precision(run_config("pretrain", precision="auto")) in (torch.float32, torch.bfloat16)
 
 
-# -- the helper itself ---------------------------------------------------------------------------------------------------
+# -- the helper itself -------------------------------------------------------------------------------------------------
 
 
 def fails_on_rank_one() -> None:
@@ -240,12 +252,10 @@ def hangs() -> None:
 
 
 def test_a_failing_rank_is_reported_and_the_others_end() -> None:
-    with pytest.raises(RankError, match="first error, of rank 1(.|\n)*this is the first error"):
+    with pytest.raises(RankError, match=r"first error, of rank 1(.|\n)*this is the first error"):
         run_ranks(fails_on_rank_one, 2)
 
 
 def test_ranks_that_hang_are_ended_with_their_stacks() -> None:
     with pytest.raises(RankError, match=r"did not finish in time(.|\n)*stacks of rank 0(.|\n)*in hangs"):
         run_ranks(hangs, 1, timeout=7)
-
-

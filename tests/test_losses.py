@@ -1,4 +1,4 @@
-"""Losses are sums over supervised tokens: they must equal the plain definition, and add up over any split of a batch."""
+"""Losses are sums over supervised tokens: they equal the plain definition, and add up over any split of a batch."""
 
 from __future__ import annotations
 

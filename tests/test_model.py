@@ -26,7 +26,9 @@ from zero_ds.surrogate import Replaced, build_surrogate
 def build(made: Callable[..., Path]) -> Callable[..., VisionLanguageModel]:
     """`build(decoder=FOLDER, boundary_tokens=True, feature_layer=-2)`: an assembled tiny model, always the same."""
 
-    def make(decoder: Path | None = None, *, vision: bool = True, family: str = "llama", **options: Any) -> VisionLanguageModel:
+    def make(
+        decoder: Path | None = None, *, vision: bool = True, family: str = "llama", **options: Any
+    ) -> VisionLanguageModel:
         boundary = options.pop("boundary_tokens", False)
         torch.manual_seed(1)
         clip = made(options.pop("encoder", "clip"))
@@ -151,7 +153,9 @@ def test_loss_is_the_sum_over_samples_whatever_they_are_padded_with(build: Calla
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_kernels_agree(made: Callable[..., Path], build: Callable[..., VisionLanguageModel], attention: str) -> None:
+def test_attention_kernels_agree(
+    made: Callable[..., Path], build: Callable[..., VisionLanguageModel], attention: str
+) -> None:
     model = assemble(Assembly(made("llama", tied=True), attention=attention)).eval()
     inputs = batch(build(), images=0)
     del inputs["pixel_values"]
@@ -211,7 +215,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     clip = tmp_path / "model" if which == "clip" else made("clip")
     llm = tmp_path / "model" if which == "llama" else made("llama", tied=True)
-    with pytest.raises(ConfigError, match="do not fill the model: .*layers.1"):
+    with pytest.raises(ConfigError, match=r"do not fill the model: .*layers\.1"):
         assemble(Assembly(llm, clip, EncoderConfig(path=str(clip))))
 
 

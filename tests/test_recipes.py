@@ -1,4 +1,4 @@
-"""Every recipe resolves with every DeepSpeed config, and a config that says something else than the recipe is refused."""
+"""Every recipe resolves with every DeepSpeed config; a config that says something else than the recipe is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA JSON -> records: every way to write it wrong is one sentence that names the sample, and no path leaves its root."""
+"""LLaVA JSON -> records: every way to write it wrong is one sentence naming the sample, and no path leaves its root."""
 
 from __future__ import annotations
 

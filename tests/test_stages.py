@@ -94,7 +94,11 @@ def trainable(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize(
     ("stage", "kind", "prefixes"),
     [
-        ("pretrain", "surrogate", ("adapter.", "decoder.model.layers.1.", "decoder.model.layers.3.", "decoder.model.layers.4.")),
+        (
+            "pretrain",
+            "surrogate",
+            ("adapter.", "decoder.model.layers.1.", "decoder.model.layers.3.", "decoder.model.layers.4."),
+        ),
         ("translator", "surrogate", ("decoder.model.layers.1.", "decoder.model.layers.3.", "decoder.model.layers.4.")),
         ("encoder", "surrogate", ("adapter.", "encoder.")),
         ("decoder", "target", ("adapter.", "encoder.", "decoder.")),
@@ -134,7 +138,9 @@ def test_norm_on_patch_tokens_trains_with_the_adapter(model: Callable[..., Visio
     assert any("post_layernorm" in name for name in trainable(whole))
 
 
-def test_a_part_without_parameters_is_an_error(model: Callable[..., VisionLanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_without_parameters_is_an_error(
+    model: Callable[..., VisionLanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rename in a library must not leave a part silently untrained."""
     whole = model()
     monkeypatch.setattr(VisionLanguageModel, "parameters_of", lambda self, part: [])

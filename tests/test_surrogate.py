@@ -1,4 +1,4 @@
-"""LayerPlan, all arithmetic on layer numbers; and the writer, whose result must be the target with layers dropped by hand."""
+"""LayerPlan, all arithmetic on layer numbers; and the writer, which makes the target with layers dropped by hand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from zero_ds import surrogate as module
 from zero_ds.config import ConfigError
@@ -41,7 +42,7 @@ def plan(depth: int, *ranges: tuple[int, ...]) -> LayerPlan:
     [(28, 16, 26, 18, 16), (32, 17, 30, 19, 17), (80, 40, 78, 42, 40), (28, 1, 11, 18, 1), (32, 6, 30, 8, 6)],
 )
 def test_the_papers_surrogates(depth: int, first: int, last: int, surrogate_depth: int, translator: int) -> None:
-    """T(16,26) of Llama-3.2-3B, T(17,30) of 8B, T(40,78) of 70B, and two of the controls: layers 0..k-1 and e+1..L-1 stay."""
+    """T(16,26) of Llama-3.2-3B, T(17,30) of 8B, T(40,78) of 70B, two controls: layers 0..k-1 and e+1..L-1 stay."""
     made = plan(depth, (first, last))
     assert made.surrogate_depth == surrogate_depth
     assert made.translators == [translator]
@@ -159,7 +160,7 @@ def load(folder: Path) -> Any:
 
 
 def by_hand(target: Path, ranges: list[Replaced]) -> Any:
-    """The target with layers dropped in memory, without LayerPlan: each range becomes its first layer of each equal part."""
+    """The target with layers dropped in memory, without LayerPlan: a range becomes its parts' first layers."""
     model = load(target)
     family = family_of(target)
     layers = list(family.layers(model))
@@ -167,7 +168,9 @@ def by_hand(target: Path, ranges: list[Replaced]) -> Any:
     for number in range(len(layers)):
         part = next((r for r in ranges if r.first <= number <= r.last), None)
         width = 0 if part is None else part.last - part.first + 1
-        starts = () if part is None else tuple(part.first + width * t // part.translators for t in range(part.translators))
+        starts = (
+            () if part is None else tuple(part.first + width * t // part.translators for t in range(part.translators))
+        )
         if part is None or number in starts:
             chosen.append(number)
     getattr(model, family.backbone).layers = torch.nn.ModuleList(layers[number] for number in chosen)
@@ -207,9 +210,9 @@ def test_surrogate_is_the_target_with_layers_dropped_by_hand(
     small, expected = load(tmp_path / "small"), by_hand(target, ranges)
     vocabulary = expected.config.vocab_size
     torch.testing.assert_close(logits(small, vocabulary), logits(expected, vocabulary), atol=1e-6, rtol=1e-6)
-    assert (logits(small, vocabulary) - logits(load(target), vocabulary)).abs().max() > 1e-2 or info.plan.depth == len(
-        info.plan.layers
-    ), "the layers of a tiny model matter"
+    if info.plan.surrogate_depth < info.plan.depth:
+        apart = (logits(small, vocabulary) - logits(load(target), vocabulary)).abs().max()
+        assert apart > 1e-2, "the layers of a tiny model matter"
     assert info.plan.surrogate_depth == small.config.num_hidden_layers
     assert info.target_parameters == sum(p.numel() for p in load(target).parameters())
     assert info.kept_parameters == sum(p.numel() for p in small.parameters())
@@ -222,15 +225,15 @@ def test_surrogate_is_an_ordinary_folder(made: Callable[..., Path], tmp_path: Pa
     target = made(family, tied=True)
     info = build_surrogate(target, [Replaced(2, 4)], tmp_path / "new" / "small")
     out = tmp_path / "new" / "small"
-    assert read_surrogate(out) == info == SurrogateInfo(
-        family, str(target), target_hash(target), plan(6, (2, 4)), info.kept_parameters, info.target_parameters
-    )
+    sizes = (info.kept_parameters, info.target_parameters)
+    assert info == SurrogateInfo(family, str(target), target_hash(target), plan(6, (2, 4)), *sizes)
+    assert read_surrogate(out) == info
     assert folders(tmp_path / "new") == ["small"], "no temporary folder stays"
     assert out.stat().st_mode & 0o777 == 0o755
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(target)
     assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
-    config = json.loads((out / "config.json").read_text())
-    assert config == {**json.loads((target / "config.json").read_text()), **{k: config[k] for k in ("num_hidden_layers",)}}
+    whole = json.loads((target / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == {**whole, "num_hidden_layers": 4}
 
 
 def test_config_entries_with_one_item_a_layer_are_cut(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -260,7 +263,9 @@ def sharded(made: Callable[..., Path], out: Path, tied: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_shards_in_and_out(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+def test_shards_in_and_out(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
     target = sharded(made, tmp_path / "target", tied)
     monkeypatch.setattr(module, "SHARD_BYTES", 30_000)
     ranges = [Replaced(2, 4)]
@@ -286,14 +291,13 @@ def test_half_precision_is_copied_as_it_is(made: Callable[..., Path], tmp_path: 
     target = copy(made("llama", tied=True), tmp_path / "target")
     load(target).to(torch.bfloat16).save_pretrained(target)
     build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
-    with safe_open(tmp_path / "small" / "model.safetensors", framework="pt") as small:
-        with safe_open(target / "model.safetensors", framework="pt") as whole:
-            for mine, theirs in (("model.norm.weight",) * 2, ("model.layers.3.mlp.up_proj.weight", "model.layers.5.mlp.up_proj.weight")):
-                assert small.get_tensor(mine).dtype == torch.bfloat16
-                assert torch.equal(small.get_tensor(mine), whole.get_tensor(theirs))
+    small, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "small", target))
+    for mine, theirs in (("norm", "norm"), ("layers.3.mlp.up_proj", "layers.5.mlp.up_proj")):
+        tensor = small[f"model.{mine}.weight"]
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, whole[f"model.{theirs}.weight"])
 
 
-# -- what cannot be built, and what stays behind -------------------------------------------------------------------------
+# -- what cannot be built, and what stays behind -----------------------------------------------------------------------
 
 
 def refused(target: Path, out: Path, complaint: str, ranges: tuple[Replaced, ...] = (Replaced(2, 4),)) -> None:
@@ -363,7 +367,9 @@ def test_config_without_a_depth(made: Callable[..., Path], tmp_path: Path, depth
     target = copy(made("llama", tied=True), tmp_path / "target")
     config = json.loads((target / "config.json").read_text())
     del config["num_hidden_layers"]
-    (target / "config.json").write_text(json.dumps({**config, **({} if depth is None else {"num_hidden_layers": depth})}))
+    (target / "config.json").write_text(
+        json.dumps({**config, **({} if depth is None else {"num_hidden_layers": depth})})
+    )
     refused(target, tmp_path / "small", "num_hidden_layers|not inside")
 
 
@@ -405,7 +411,9 @@ def test_full_disk(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytes
     refused(made("llama", tied=True), tmp_path / "small", "GB free that the surrogate may need")
 
 
-def test_interrupted_writing_leaves_nothing(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_writing_leaves_nothing(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
@@ -419,7 +427,7 @@ def test_interrupted_writing_leaves_nothing(made: Callable[..., Path], tmp_path:
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"plan": {"depth": 6}}', '{"family": "llama", "plan": {}}'])
 def test_damaged_surrogate_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "surrogate.json").write_text(text)
-    with pytest.raises(ConfigError, match="damaged .*build the surrogate again"):
+    with pytest.raises(ConfigError, match=r"damaged .*build the surrogate again"):
         read_surrogate(tmp_path)
 
 
@@ -431,7 +439,11 @@ def test_no_surrogate(tmp_path: Path) -> None:
 def test_target_hash_tells_models_apart(made: Callable[..., Path], tmp_path: Path) -> None:
     target = made("llama", tied=True)
     assert target_hash(target) == target_hash(copy(target, tmp_path / "same"))
-    hashes = {target_hash(target), target_hash(made("llama", tied=False)), target_hash(made("llama", tied=True, seed=1))}
+    hashes = {
+        target_hash(target),
+        target_hash(made("llama", tied=False)),
+        target_hash(made("llama", tied=True, seed=1)),
+    }
     changed = copy(target, tmp_path / "changed")
     content = bytearray((changed / "model.safetensors").read_bytes())
     content[-1] ^= 1

@@ -12,25 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_helper import run_ranks
+from distributed_helper import run_ranks, train_all
 from safetensors.torch import load_file
 
 from zero_ds.config import RunConfig
 
 # -- what runs in the ranks --------------------------------------------------------------------------------------------
-
-
-def train_all(configs: list[RunConfig]) -> list[str]:
-    """Trains each in turn; what a run ended with: the commit's name, or the sentence of its error."""
-    from zero_ds.train import train
-
-    ends = []
-    for config in configs:
-        try:
-            ends.append(train(config).name)
-        except (ValueError, FloatingPointError, SystemExit) as error:
-            ends.append(f"{type(error).__name__}: {error}")
-    return ends
 
 
 def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
@@ -208,7 +195,10 @@ def test_run_folder_and_manifest(runs: Path, made: Callable[..., Path], small: P
 
 @pytest.fixture(scope="module")
 def ends(
-    runs: Path, run_config: Callable[..., RunConfig], made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    runs: Path,
+    run_config: Callable[..., RunConfig],
+    made: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
     """What these runs ended with, on one rank; their folders lie beside `runs`."""
     from zero_ds.surrogate import Replaced, build_surrogate
@@ -293,14 +283,14 @@ def test_another_configuration_does_not_resume(ends: dict[str, str]) -> None:
     assert "ConfigError: " in ends["other config"] and "holds another run (seed: 0 -> 3)" in ends["other config"]
 
 
-def test_init_from_starts_the_next_stage(runs: Path, ends: dict[str, str], made: Callable[..., Path]) -> None:
+def test_init_from_starts_the_next_stage(runs: Path, ends: dict[str, str], small: Path) -> None:
     from zero_ds.graft import load_trained
 
     assert ends["encoder"] == "step-000002"
     before, after = weights(runs / "zero2"), weights(runs / "encoder", 2)
     assert set(after) & set(before) == {name for name in before if name.startswith("adapter.")}
     assert not any(name.startswith("translator.") for name in after)
-    model = load_trained(runs / "encoder", json.loads((runs / "encoder" / "step-000002" / "manifest.json").read_text())["config"]["surrogate"])
+    model = load_trained(runs / "encoder", small)
     named = model.named_targets()
     assert all(torch.equal(named[name], tensor) for name, tensor in after.items())
     assert all(torch.equal(named[n], t) for n, t in before.items() if n.startswith("translator."))
@@ -340,7 +330,8 @@ def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config
     assert (runs / "signalled" / "latest").read_text() == "step-000002\n"
     assert run_ranks(train_all, 2, [config]) == [["step-000006"], ["step-000006"]]
     assert losses(runs / "signalled") == losses(runs / "zero2")
-    assert all(torch.equal(weights(runs / "signalled")[name], tensor) for name, tensor in weights(runs / "zero2").items())
+    ours, theirs = weights(runs / "signalled"), weights(runs / "zero2")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[..., RunConfig]) -> None:

@@ -1,6 +1,6 @@
 """Makes zero_ds/data/demo_text.json: prompts, and the language model's own greedy answers to them.
 
-    python tools/make_demo_text.py --model ~/.cache/zero_ds/smollm2-135m-instruct --out zero_ds/data/demo_text.json
+python tools/make_demo_text.py --model ~/.cache/zero_ds/smollm2-135m-instruct --out zero_ds/data/demo_text.json
 """
 
 from __future__ import annotations
@@ -15,12 +15,68 @@ import typer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TOPICS = (
-    "cats,dogs,the sun,the moon,rivers,mountains,bread,music,trains,books,schools,friendship,rain,snow,summer,winter,"
-    "gardens,birds,fish,the ocean,computers,bicycles,painting,photography,history,science,mathematics,cooking,tea,coffee,"
-    "sleep,dreams,sports,football,chess,movies,theater,language,writing,money,cities,farms,forests,deserts,islands,"
-    "bridges,doctors,teachers,stars,planets,robots,cars,airplanes,ships,clocks,maps,letters,colors,shapes,numbers"
-).split(",")
+TOPICS = [
+    "cats",
+    "dogs",
+    "the sun",
+    "the moon",
+    "rivers",
+    "mountains",
+    "bread",
+    "music",
+    "trains",
+    "books",
+    "schools",
+    "friendship",
+    "rain",
+    "snow",
+    "summer",
+    "winter",
+    "gardens",
+    "birds",
+    "fish",
+    "the ocean",
+    "computers",
+    "bicycles",
+    "painting",
+    "photography",
+    "history",
+    "science",
+    "mathematics",
+    "cooking",
+    "tea",
+    "coffee",
+    "sleep",
+    "dreams",
+    "sports",
+    "football",
+    "chess",
+    "movies",
+    "theater",
+    "language",
+    "writing",
+    "money",
+    "cities",
+    "farms",
+    "forests",
+    "deserts",
+    "islands",
+    "bridges",
+    "doctors",
+    "teachers",
+    "stars",
+    "planets",
+    "robots",
+    "cars",
+    "airplanes",
+    "ships",
+    "clocks",
+    "maps",
+    "letters",
+    "colors",
+    "shapes",
+    "numbers",
+]
 FORMS = (
     "Tell me one fact about {}.",
     "Write one sentence about {}.",
@@ -28,8 +84,40 @@ FORMS = (
     "Give a short definition of {}.",
     "What is important to know about {}?",
 )
-PLACES = "France,Japan,Italy,Egypt,Brazil,Canada,India,China,Spain,Germany,Greece,Kenya,Peru,Norway,Turkey".split(",")
-THINGS = "apple,banana,grass,sky,snow,coal,lemon,blood,orange,plum,carrot,milk,night,rose,leaf".split(",")
+PLACES = [
+    "France",
+    "Japan",
+    "Italy",
+    "Egypt",
+    "Brazil",
+    "Canada",
+    "India",
+    "China",
+    "Spain",
+    "Germany",
+    "Greece",
+    "Kenya",
+    "Peru",
+    "Norway",
+    "Turkey",
+]
+THINGS = [
+    "apple",
+    "banana",
+    "grass",
+    "sky",
+    "snow",
+    "coal",
+    "lemon",
+    "blood",
+    "orange",
+    "plum",
+    "carrot",
+    "milk",
+    "night",
+    "rose",
+    "leaf",
+]
 
 
 def prompts() -> list[str]:

@@ -219,7 +219,16 @@ class Commit:
         return int(self.manifest["step"])
 
     def progress(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "resume" / "progress.json").read_text(encoding="utf-8")))
+        """What is saved beside the optimizer's state: the step, and the state's hash.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
+        path = self.folder / "resume" / "progress.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); use another commit.") from None
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All trainable weights, checked against the manifest's hash.
@@ -230,7 +239,7 @@ class Commit:
         from safetensors.torch import load_file
 
         path = self.folder / "weights.safetensors"
-        check_hash(path, self.manifest["weights_sha256"])
+        check_hash(path, str(self.manifest.get("weights_sha256")))
         return dict(load_file(path))
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -268,8 +277,10 @@ def find_commit(path: str | Path) -> Commit:
     if not file.is_file():
         raise CheckpointError(f"{path} holds no commit (no manifest.json); was the run finished?")
     try:
-        return Commit(folder, json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        int(manifest["step"])
+        return Commit(folder, manifest)
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); use another commit.") from None
 
 

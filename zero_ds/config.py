@@ -210,7 +210,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 def _read_recipe(recipe: str, beside: Path = Path(), seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The recipe's tree, merged over those it extends; a file that it names lies relative to its own folder `beside`."""
+    """The recipe's tree, merged over those it extends; a file that it extends lies relative to the recipe's folder."""
     path = beside / recipe
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPE_ROOT / f"{recipe}.yaml"

@@ -134,7 +134,9 @@ def _check(content: Any, path: Path) -> None:
         validate(model, section, what=f"{path.name}, {name}")
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
-        raise ConfigError(f"{path.name}: zero_optimization.stage={stage!r}; commits are read from ZeRO 1, 2 or 3, choose one.")
+        raise ConfigError(
+            f"{path.name}: zero_optimization.stage={stage!r}; commits are read from ZeRO 1, 2 or 3, choose one."
+        )
 
 
 def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:

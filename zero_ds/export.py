@@ -263,7 +263,7 @@ def prove(folder: Path, model: VisionLanguageModel, config: RunConfig, target: P
             same = answer == result["answer"][: len(answer)]
             proof["prompts"].append({"prompt": kind, "largest_log_prob_difference": gap, "greedy_tokens_equal": same})
             tolerance = TOLERANCE[next(model.parameters()).dtype]
-            if length != result["prompt_tokens"] or gap > tolerance or (not same and tolerance < 1e-3):
+            if length != result["prompt_tokens"] or not gap <= tolerance or (not same and tolerance < 1e-3):
                 raise ConfigError(
                     f"the exported model differs from its source on a prompt with {kind}: {length} against "
                     f"{result['prompt_tokens']} prompt tokens, log-probabilities apart by {gap:.2g} "

@@ -281,7 +281,9 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise ConfigError(f"the weights in {folder} have other shapes than its config.json says; fetch it again.") from None
+        raise ConfigError(
+            f"the weights in {folder} have other shapes than its config.json says; fetch it again."
+        ) from None
     missing = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
         raise ConfigError(

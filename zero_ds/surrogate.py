@@ -222,7 +222,9 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     depth = config.get("num_hidden_layers")
     if not isinstance(depth, int):
-        raise ConfigError(f"{target / 'config.json'} does not say how many layers there are (num_hidden_layers={depth!r}).")
+        raise ConfigError(
+            f"{target / 'config.json'} does not say how many layers there are (num_hidden_layers={depth!r})."
+        )
     plan = LayerPlan(depth, tuple(replaced))
     files = shard_files(target)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -32,7 +32,10 @@ def demo(
 
     make_llm(LLM.expanduser())
     # what was made by other code is made again, and never half of it kept
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (pictures, warmup)) + pictures.TEXT_FILE.read_bytes()
+    code = (
+        b"".join(Path(str(module.__file__)).read_bytes() for module in (pictures, warmup))
+        + pictures.TEXT_FILE.read_bytes()
+    )
     stamp = {"code": hashlib.sha256(code).hexdigest(), "seed": seed, "steps": steps}
     path = out / "demo.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == stamp:

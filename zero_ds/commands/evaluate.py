@@ -12,7 +12,9 @@ from zero_ds.config import ConfigError
 
 def evaluate(
     weights: Annotated[Path, typer.Option(help="Run or commit folder with a trained encoder.")],
-    decoder: Annotated[str, typer.Option(help="Language model it is plugged into: its surrogate, or its target (the graft).")],
+    decoder: Annotated[
+        str, typer.Option(help="Language model it is plugged into: its surrogate, or its target (the graft).")
+    ],
     records: Annotated[Path, typer.Option(help="Evaluation records: JSON list of questions about pictures.")],
     out: Annotated[Path, typer.Option(help="Result file (JSON).")],
     name: Annotated[str | None, typer.Option(help="Name in tables and plots; else the result file's.")] = None,

@@ -21,7 +21,10 @@ def graft(weights: Weights, target: Target) -> None:
 
     checks = compatibility(find_commit(weights), local_folder(target))
     for check in checks:
-        print(f"{'fits' if check.fits else 'DIFFERS':8}{check.what}: {check.here}" + ("" if check.fits else f" (trained with {check.trained_with})"))
+        print(
+            f"{'fits' if check.fits else 'DIFFERS':8}{check.what}: {check.here}"
+            + ("" if check.fits else f" (trained with {check.trained_with})")
+        )
     if not all(check.fits for check in checks):
         raise ConfigError(f"{weights} was not trained for {target}; see the lines above.")
     print(f"{weights} can be grafted into {target}.")

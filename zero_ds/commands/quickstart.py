@@ -20,13 +20,17 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
     demo: Annotated[Path, typer.Option(help="Folder of `zero-ds demo`.")] = Path("runs/demo"),
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps of every stage.", min=0.001)] = 1.0,
-    controls: Annotated[bool, typer.Option("--controls", help="Also train and evaluate the controls (see docs/method.md).")] = False,
-    replace: Annotated[str | None, typer.Option(help="Layers to replace, first:last, instead of the trajectory's.")] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also train and evaluate the controls (see docs/method.md).")
+    ] = False,
+    replace: Annotated[
+        str, typer.Option(help="Layers to replace, first:last; or `trajectory`: those that the trajectory proposes.")
+    ] = "24:28",
     translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and sample order.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run in --out first.")] = False,
 ) -> None:
-    """Trajectory, surrogate, training, graft, evaluation, export and report, on a 135M model; finished steps are skipped."""
+    """The whole method on a 135M model, trajectory to report; steps that are finished are skipped."""
     if fresh and out.exists():
         if not (out / "steps").is_dir():
             raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
@@ -42,18 +46,16 @@ def quickstart(
 class Plan:
     """The commands of the quickstart, by name."""
 
-    def __init__(
-        self, out: Path, demo: Path, scale: float, seed: int, replace: str | None, translators: int = 1
-    ) -> None:
+    def __init__(self, out: Path, demo: Path, scale: float, seed: int, replace: str, translators: int = 1) -> None:
         self.out, self.demo, self.scale, self.seed = out, demo, scale, seed
         self.replace, self.translators = replace, str(translators)
         self.target = str(LLM)
 
     def main(self) -> list[Step]:
         """Trajectory to export, in the order of the method."""
-        out, cut = self.out, ("--from-trajectory", str(self.out / "trajectory"))
-        if self.replace:
-            cut = ("--replace", self.replace)
+        out, cut = self.out, ("--replace", self.replace)
+        if self.replace == "trajectory":
+            cut = ("--from-trajectory", str(out / "trajectory"))
         return [
             self._ours(
                 "trajectory",
@@ -74,7 +76,9 @@ class Plan:
             self._train("encoder", "encoder", 150, starts=("translator", "pretrain")),
             self._train("full-cost", "encoder", 25, ("decoder=target",), starts=("translator", "pretrain"), steps=6),
             self._ours("graft", 6, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
-            self._evaluations("evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}),
+            self._evaluations(
+                "evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}
+            ),
             self._ours(
                 "export",
                 35,
@@ -90,7 +94,9 @@ class Plan:
         full = ("decoder=target", "distill.logits=0", "distill.next_token=1")
         return [
             self._train("full-adapter", "pretrain", 200, full, into="controls/full-adapter"),
-            self._train("full-encoder", "encoder", 200, full, starts=("controls/full-adapter",), into="controls/full-encoder"),
+            self._train(
+                "full-encoder", "encoder", 200, full, starts=("controls/full-adapter",), into="controls/full-encoder"
+            ),
             self._ours(
                 "early-surrogate",
                 8,
@@ -132,7 +138,7 @@ class Plan:
         """As many layers as the surrogate replaces, counted from layer 1, like T(1,11) beside T(16,26) in the paper."""
         from zero_ds.surrogate import Replaced, read_surrogate
 
-        if self.replace:
+        if self.replace != "trajectory":
             parts = [Replaced.parse(self.replace)]
         elif (self.out / "surrogate/surrogate.json").is_file():
             parts = list(read_surrogate(self.out / "surrogate").plan.replaced)
@@ -172,7 +178,12 @@ class Plan:
         commands = tuple(
             self._command(
                 ("eval", "--weights", str(self.out / weights), "--decoder", str(decoder)),
-                ("--records", str(self.demo / "data/heldout.json"), "--out", str(self.out / f"evaluation/{label}.json")),
+                (
+                    "--records",
+                    str(self.demo / "data/heldout.json"),
+                    "--out",
+                    str(self.out / f"evaluation/{label}.json"),
+                ),
             )
             for label, (weights, decoder) in of.items()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,8 @@ import typer
 
 NOTES = (
     "The language model is SmolLM2-135M-Instruct, dequantised from a 4-bit file; pictures and questions are generated.",
-    "The vision encoder was warmed up by classifying generated training pictures (colour, shape, count, ...), a stand-in "
-    "for CLIP's pre-training: it has seen the attributes, but no language, before the stages shown here.",
+    "The vision encoder was warmed up by classifying generated training pictures (colour, shape, count, ...), a "
+    "stand-in for CLIP's pre-training: it has seen the attributes, but no language, before the stages shown here.",
     "Intervals are over held-out pictures of one run; they say nothing about other seeds.",
     "The translator also learned from the target's own late layers (see docs/method.md), an option beyond the paper.",
 )
@@ -45,12 +46,30 @@ def report(
             cost_stage="encoder",
             full_run=run / "full-cost",
             flops_ratio=_flops_ratio(run),
-            notes=NOTES,
+            notes=(*NOTES, *_plan_note(run)),
             title="zero_ds quickstart",
             **others,
         )
     )
     print(content["headline"])
+
+
+def _plan_note(run: Path) -> tuple[str, ...]:
+    """Says so where the surrogate was not cut at the transition point."""
+    from zero_ds.surrogate import read_surrogate
+
+    plan = read_surrogate(run / "surrogate").plan
+    try:
+        transition = json.loads((run / "trajectory/trajectory.json").read_text(encoding="utf-8"))["transition"]["layer"]
+    except (OSError, ValueError, KeyError):
+        return ()
+    first = plan.replaced[0].first
+    if transition is None or transition == first:
+        return ()
+    return (
+        f"The surrogate {plan} was not cut at the transition point, layer {transition}: within minutes of training on "
+        f"a model this small, grafting shows when it keeps layers 0 to {first - 1}, and hardly when it is cut earlier.",
+    )
 
 
 def _flops_ratio(run: Path) -> float:

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Linter, formatter, type checker and tests: what CI runs. Needs no GPU, no model hub and no C++ compiler.
+#
+#   launch/test.sh [PYTEST ARGUMENTS]
+#
+#   launch/test.sh
+#   launch/test.sh tests/test_config.py -k extends
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+case "${1:-}" in -h | --help)
+  sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+  exit 0 ;;
+esac
+
+started=$SECONDS
+set_up dev
+report="$(printf '%-12s %4d s' set-up $((SECONDS - started)))"
+failed=""
+
+# step NAME COMMAND...: runs on after a failure, so that one run shows everything that is wrong
+step() {
+  local name="$1" begun=$SECONDS mark=""
+  shift
+  say "$name"
+  "$@" || { mark="  FAILED" failed=yes; }
+  report+="$(printf '\n%-12s %4d s%s' "$name" $((SECONDS - begun)) "$mark")"
+}
+
+step lint ruff check .
+step format ruff format --check .
+step types mypy zero_ds
+step tests python -m pytest "$@"
+
+say "$((SECONDS - started)) s in all"
+printf '%s\n' "$report"
+[ -z "$failed" ]

@@ -1,0 +1,101 @@
+"""The shell scripts: they parse, a linter has nothing to say, and train.sh prints the command that it would run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+IDS = [str(path.relative_to(ROOT)) for path in SCRIPTS]
+BESIDE = Path(sys.executable).parent
+"""Where this environment's programs lie."""
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BESIDE}:{os.environ['PATH']}"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
+def test_script_parses_and_lints(script: Path) -> None:
+    done = run("bash", "-n", script)
+    assert done.returncode == 0, done.stderr
+    done = run("shellcheck", "--shell=bash", "--external-sources", f"--source-path={ROOT / 'launch'}", script)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
+def test_script_can_be_started(script: Path) -> None:
+    if script.name == "env.sh":
+        return  # sourced by the others
+    assert os.access(script, os.X_OK), f"chmod +x {script.relative_to(ROOT)}"
+    assert script.read_text().startswith("#!/usr/bin/env bash\n")
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.name not in ("env.sh", "run")], ids=lambda s: s.name)
+def test_script_explains_itself(script: Path) -> None:
+    """--help prints the comment at the top, and does nothing else."""
+    done = run(script, "--help")
+    assert done.returncode == 0 and f"launch/{script.name}" in done.stdout, done.stdout + done.stderr
+    assert "source" not in done.stdout
+
+
+def command(*arguments: str) -> list[str]:
+    """The command that train.sh prints, as words."""
+    done = run(ROOT / "launch" / "train.sh", *arguments, "-n")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("+ "))
+    return line.removeprefix("+ ").split()
+
+
+def test_train_starts_two_cpu_ranks_where_there_is_no_gpu() -> None:
+    words = command("smollm2-135m/encoder", "zero=zero2", "optimizer.learning_rate=1e-4")
+    assert words[0] == "deepspeed"
+    module = words.index("--module")
+    assert words[module:] == [
+        "--module",
+        "zero_ds.train",
+        "smollm2-135m/encoder",
+        "zero=zero2",
+        "optimizer.learning_rate=1e-4",
+    ]
+    options = dict(zip(words[1:module:2], words[2:module:2], strict=True))
+    assert options["--hostfile"] == "/dev/null"
+    assert 1024 < int(options["--master_port"]) < 65536
+    if not Path("/dev/nvidia0").exists():
+        assert options["--num_gpus"] == "2"
+
+
+def test_train_passes_the_launchers_options_on() -> None:
+    words = command("r", "--hostfile", "hosts", "--include", "node1:0,1@node2", "--master_port", "1234", "seed=1")
+    assert words[words.index("--hostfile") + 1] == "hosts"
+    assert words[words.index("--include") + 1] == "node1:0,1@node2"
+    assert words.count("--master_port") == 1 and "--num_gpus" not in words
+    words = command("r", "--ranks", "3")
+    assert words[words.index("--num_gpus") + 1] == "3"
+
+
+def test_two_runs_on_one_machine_do_not_share_a_port() -> None:
+    first, second = command("r"), command("r")
+    assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "launch/train.sh RECIPE"),
+        (("a", "b"), "one recipe at a time: a or b?"),
+        (("a", "--frobnicate"), "unknown option --frobnicate"),
+        (("a", "--hostfile"), "--hostfile needs a value"),
+        (("a", "--ranks"), "--ranks needs a number"),
+    ],
+)
+def test_train_refuses(arguments: tuple[str, ...], complaint: str) -> None:
+    done = run(ROOT / "launch" / "train.sh", *arguments)
+    assert done.returncode == 2
+    assert complaint in done.stdout + done.stderr
