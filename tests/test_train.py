@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_helper import run_ranks, train_all
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from zero_ds.config import RunConfig
 
@@ -73,6 +73,9 @@ KINDS = {
 }
 
 
+OPTIONS = {"checkpoint": {"every_steps": 3, "keep": 9}, "adapter": {"match_embeddings": True}}
+
+
 def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6], "each step once, in order"
@@ -102,10 +105,9 @@ def runs(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPath
     """KIND: six steps in one go with two ranks, with a commit after the third; KIND again: resumed behind it by two
     ranks; KIND alone: resumed behind it by one rank."""
     root = tmp_path_factory.mktemp("runs")
-    every = {"checkpoint": {"every_steps": 3, "keep": 9}}
 
     def configs(suffix: str) -> list[RunConfig]:
-        return [run_config("pretrain", root / f"{kind}{suffix}", **changes, **every) for kind, changes in KINDS.items()]
+        return [run_config("pretrain", root / f"{kind}{suffix}", **OPTIONS, **KINDS[kind]) for kind in KINDS]
 
     assert run_ranks(train_all, 2, configs("")) == [["step-000006"] * len(KINDS)] * 2
     for kind in KINDS:
@@ -198,6 +200,7 @@ def ends(
     runs: Path,
     run_config: Callable[..., RunConfig],
     made: Callable[..., Path],
+    small: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
     """What these runs ended with, on one rank; their folders lie beside `runs`."""
@@ -208,7 +211,11 @@ def ends(
     build_surrogate(other, [Replaced(1, 2), Replaced(3, 4)], foreign)
     deeper = tmp_path_factory.mktemp("deeper") / "small"
     build_surrogate(made("llama", tied=True), [Replaced(1, 2), Replaced(4, 5)], deeper)
-    every = {"checkpoint": {"every_steps": 3, "keep": 9}}
+    incomplete = tmp_path_factory.mktemp("incomplete") / "small"
+    shutil.copytree(small, incomplete)
+    tensors = load_file(incomplete / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, incomplete / "model.safetensors", metadata={"format": "pt"})
     # killed between the rename of step 6 and the move of `latest`
     shutil.copytree(runs / "zero2", runs / "killed")
     (runs / "killed" / "latest").write_text("step-000003\n")
@@ -227,13 +234,15 @@ def ends(
     content[-1] ^= 1
     file.write_bytes(content)
     configs = {
-        "complete": run_config("pretrain", runs / "zero2", **every),
-        "killed": run_config("pretrain", runs / "killed", **every),
-        "set back": run_config("pretrain", runs / "set back", checkpoint={"every_steps": 3, "keep": 1}),
+        "complete": run_config("pretrain", runs / "zero2", **OPTIONS),
+        "killed": run_config("pretrain", runs / "killed", **OPTIONS),
+        "set back": run_config(
+            "pretrain", runs / "set back", **{**OPTIONS, "checkpoint": {"every_steps": 3, "keep": 1}}
+        ),
         "leftover": run_config("pretrain", runs / "leftover", seed=5),
-        "damaged": run_config("pretrain", runs / "damaged", **every),
-        "changed": run_config("pretrain", runs / "changed", **every),
-        "other config": run_config("pretrain", runs / "zero3", zero="zero3", seed=3, **every),
+        "damaged": run_config("pretrain", runs / "damaged", **OPTIONS),
+        "changed": run_config("pretrain", runs / "changed", **OPTIONS),
+        "other config": run_config("pretrain", runs / "zero3", zero="zero3", seed=3, **OPTIONS),
         "encoder": run_config("encoder", runs / "encoder", init_from=[str(runs / "zero2")], max_steps=2),
         "decoder": run_config("decoder", runs / "decoder", init_from=[str(runs / "zero2")], max_steps=1),
         "other target": run_config(
@@ -243,9 +252,10 @@ def ends(
         "other encoder": run_config(
             "encoder", runs / "eyes", init_from=[str(runs / "zero2")], encoder={"path": str(made("clip", seed=1))}
         ),
+        "incomplete": run_config("pretrain", runs / "incomplete", surrogate=str(incomplete), zero="zero3"),
         "no such start": run_config("encoder", runs / "start", init_from=[str(runs / "nowhere")]),
         "exploding": run_config("pretrain", runs / "exploding", optimizer={"learning_rate": 1e30}),
-        "repeated": run_config("pretrain", runs / "repeated", zero="zero2", max_steps=6, **every),
+        "repeated": run_config("pretrain", runs / "repeated", **OPTIONS),
     }
     (result,) = run_ranks(train_all, 1, list(configs.values()))
     return dict(zip(configs, result, strict=True))
@@ -307,6 +317,10 @@ def test_weights_of_another_model_are_refused(ends: dict[str, str]) -> None:
     assert "init_from names" in ends["no such start"] and "does not exist" in ends["no such start"]
 
 
+def test_weights_that_lack_a_tensor_are_refused_under_partitioning(ends: dict[str, str]) -> None:
+    assert "do not fill the model: model.layers.2.mlp.up_proj.weight" in ends["incomplete"]
+
+
 def test_a_loss_that_is_not_finite_names_the_samples(runs: Path, ends: dict[str, str]) -> None:
     assert ends["exploding"].startswith("FloatingPointError: the loss of step 2 is ")
     assert "samples: text-1. Nothing was updated." in ends["exploding"]
@@ -323,7 +337,7 @@ def test_a_run_can_be_repeated(runs: Path, ends: dict[str, str]) -> None:
 
 
 def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config: Callable[..., RunConfig]) -> None:
-    config = run_config("pretrain", runs / "signalled", zero="zero2")
+    config = run_config("pretrain", runs / "signalled", **OPTIONS)
     first, second = run_ranks(train_with_signal, 2, config, 1, 2)
     assert first == ["SystemExit: stopped by a signal to another rank after step 2; run again to resume."]
     assert second == ["SystemExit: stopped by SIGTERM after step 2; run again to resume."]
@@ -336,7 +350,7 @@ def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config
 
 def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[..., RunConfig]) -> None:
     run = runs / "full"
-    config = run_config("pretrain", run, checkpoint={"every_steps": 2})
+    config = run_config("pretrain", run, **{**OPTIONS, "checkpoint": {"every_steps": 2}})
     (one,), (two,) = run_ranks(train_on_a_full_disk, 2, config, 2)
     assert "step 4 could not be saved" in one and "No space left on device; earlier commits are intact" in one
     assert two == "CheckpointError: step 4 could not be saved by rank 0."
@@ -344,3 +358,58 @@ def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[.
     assert sorted(p.name for p in run.iterdir() if "step" in p.name) == ["step-000002"], "nothing half-written stays"
     assert run_ranks(train_all, 1, [config]) == [["step-000006"]]
     assert losses(run) == pytest.approx(losses(runs / "zero2"), rel=1e-5)
+
+
+# -- what a user can mend ----------------------------------------------------------------------------------------------
+
+
+def commands(lines: list[list[str]]) -> list[tuple[int | None, str]]:
+    """Exit status and standard error of `zero-ds` commands, one after the other in this rank."""
+    import contextlib
+    import io
+
+    from zero_ds.cli import main
+
+    results: list[tuple[int | None, str]] = []
+    for line in lines:
+        heard = io.StringIO()
+        with contextlib.redirect_stderr(heard):
+            try:
+                main(line)
+                results.append((None, heard.getvalue()))
+            except SystemExit as end:
+                results.append((int(end.code or 0), heard.getvalue()))
+    return results
+
+
+def test_errors_of_a_user_are_one_sentence_on_every_rank(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """The ranks agree on them, and none waits for another."""
+    (tmp_path / "bad.json").write_text('[{"id": "sad", "conversations": []}]')
+    wrongs: dict[str, dict[str, object]] = {
+        "there is no data file /nowhere.json": {"data": {"sources": [{"path": "/nowhere.json"}]}},
+        "sample sad has no 'conversations'": {"data": {"sources": [{"path": str(tmp_path / "bad.json")}]}},
+        "set data.sources in the recipe": {"data": {}},
+        "there is no model folder /nowhere": {"surrogate": "/nowhere"},
+        "global_batch=3 is no multiple of micro_batch=1 x 2 ranks": {"global_batch": 3},
+        "there is no DeepSpeed config 'zero9'": {"zero": "zero9"},
+        "data.chat_template=/nowhere.jinja cannot be read": {
+            "data": {"sources": [{"path": str(tmp_path / "bad.json")}], "chat_template": "/nowhere.jinja"}
+        },
+    }
+    lines = [["train", "no/such-recipe"]]
+    for number, changes in enumerate(wrongs.values()):
+        recipe = tmp_path / f"{number}.yaml"
+        recipe.write_text(run_config("pretrain", tmp_path / "run", **changes).dump())
+        lines.append(["train", str(recipe)])
+    for rank in run_ranks(commands_keeping_the_group, 2, lines):
+        for (status, heard), complaint in zip(rank, ["there is no recipe 'no/such-recipe'", *wrongs], strict=True):
+            assert status == 2
+            assert heard.startswith("zero-ds: ") and complaint in heard and heard.count("\n") == 1, heard
+
+
+def commands_keeping_the_group(lines: list[list[str]]) -> list[tuple[int | None, str]]:
+    """A command ends its process group; here the next one needs it."""
+    from zero_ds import distributed
+
+    distributed.shutdown = lambda: None
+    return commands(lines)

@@ -91,8 +91,8 @@ class Teacher(nn.Module):
         """What is added to the next-token loss, summed over supervised tokens (float32 scalar).
 
         labels, attention_mask: (batch, seq); rows: (batch, seq), the positions that predict a label. Adds the weighted
-        distillation losses and, as far as `next_token` < 1, subtracts the translators' share of the next-token loss:
-        equal in value and in its gradient to the translators, without gradient to anything before them. The hidden term
+        distillation losses and, as far as `next_token` < 1, takes back the translators' share of the next-token loss:
+        its gradient to them, without any to what lies before them, and without value. The hidden term
         is a mean over positions times the number of supervised tokens, so that both terms have one scale.
         """
         assert watched.entered is not None, "the surrogate's forward pass was not watched"
@@ -119,7 +119,8 @@ class Teacher(nn.Module):
                 goals[layer] = hidden
             goal_logits = model.logits(norm(hidden[rows]))
 
-        total = (self.weights.next_token - 1.0) * next_token_sum(student_logits, labels, rows)
+        taken_back = next_token_sum(student_logits, labels, rows)
+        total = (self.weights.next_token - 1.0) * (taken_back - taken_back.detach())  # a gradient, no value
         if self.weights.logits:
             total = total + self.weights.logits * logit_distillation_sum(student_logits, goal_logits)
         if self.weights.hidden:

@@ -61,7 +61,7 @@ class Plan:
                 "trajectory",
                 25,
                 ("trajectory", "--model", self.target, "--data", str(self.demo / "data/trajectory.json")),
-                ("--samples", "48", "--out", str(out / "trajectory")),
+                ("--samples", "32", "--out", str(out / "trajectory")),
                 produces="trajectory/trajectory.json",
             ),
             self._ours(
@@ -74,7 +74,7 @@ class Plan:
             self._train("translator", "translator", 90),
             self._train("pretrain", "pretrain", 150, starts=("translator",)),
             self._train("encoder", "encoder", 150, starts=("translator", "pretrain")),
-            self._train("full-cost", "encoder", 25, ("decoder=target",), starts=("translator", "pretrain"), steps=6),
+            self._train("full-cost", "encoder", 25, ("decoder=target",), starts=("translator", "pretrain"), steps=4),
             self._ours("graft", 6, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
             self._evaluations(
                 "evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}
