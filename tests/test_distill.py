@@ -108,10 +108,15 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool((ours - theirs).norm() <= 1e-5 * theirs.norm())
 
 
-@pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
-@pytest.mark.parametrize(
-    ("logits", "hidden", "share"), [(1.0, 0.0, 0.0), (0.5, 2.0, 0.0), (1.0, 0.5, 0.25), (1.0, 0.0, 1.0)]
-)
+CASES = [
+    pytest.param(ranges, *weights, id=f"{name} {weights}")
+    for name, ranges in RANGES.items()
+    for weights in [(1.0, 0.0, 0.0), (0.5, 2.0, 0.0), (1.0, 0.5, 0.25), (1.0, 0.0, 1.0)]
+    if not (weights[1] and ranges[-1].last == 5)  # transformers norms the last hidden state: no reference for it
+]
+
+
+@pytest.mark.parametrize(("ranges", "logits", "hidden", "share"), CASES)
 def test_who_learns_from_what(
     made: Callable[..., Path],
     surrogates: Callable[[list[Replaced]], Path],
@@ -122,8 +127,6 @@ def test_who_learns_from_what(
     share: float,
 ) -> None:
     """Adapter: the plain loss. Translators: `share` of the plain loss plus the distillation loss. Others: nothing."""
-    if hidden and ranges[-1].last == 5:
-        pytest.skip("transformers norms the last hidden state")
     small = surrogates(ranges)
     plain = assembled(made, small)
     model = assembled(made, small, DistillConfig(logits=logits, hidden=hidden, next_token=share))
@@ -145,7 +148,8 @@ def test_who_learns_from_what(
     assert {n for n in ours if n.startswith(("adapter.", "translator."))} == trained
     assert {int(n.split(".")[3]) for n in layers} == set(model.plan.translators), "kept layers get no gradient"  # type: ignore[union-attr]
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
-    value = share * plain(**inputs) + reference(made, plain, inputs, logits, hidden)
+    # what is taken back has a gradient and no value: the loss that is logged stays the next-token loss plus divergences
+    value = plain(**inputs) + reference(made, plain, inputs, logits, hidden)
     torch.testing.assert_close(loss, value, rtol=1e-5, atol=1e-5)
 
 
@@ -169,9 +173,9 @@ def test_a_translator_that_does_what_its_layer_did_has_nothing_to_learn(
         hidden = plain.hidden_states(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
         rows = supervised_rows(inputs["labels"])
         expected = next_token_sum(plain.logits(hidden[rows]), inputs["labels"], rows)
-    # what is left of the value is nothing: the next-token loss is taken back, the divergence is zero
+    # the divergence is zero, and the share of the next-token loss that is taken back has no value
     loss = model(**inputs)
-    assert abs(float(loss.detach())) < 1e-4 * float(expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     usual = gradients(plain, plain(**inputs))
     ours = gradients(model, loss)
     for name in ours:

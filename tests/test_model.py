@@ -18,6 +18,7 @@ from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN
 from zero_ds.encoders import ENCODERS, encoder_of
 from zero_ds.families import FAMILIES, family_of
+from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_
 from zero_ds.surrogate import Replaced, build_surrogate
 
@@ -259,6 +260,13 @@ def test_folders_that_are_no_model(tmp_path: Path, lookup: Callable[[Path], obje
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError):
         lookup(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "no/such-model", "a/b/c", "", "../up/there", "~/nowhere"])
+def test_models_that_are_not_there(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        local_folder(name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_adapter_is_scaled_to_the_words(build: Callable[..., VisionLanguageModel]) -> None:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+
 from zero_ds.config import ConfigError
-from zero_ds.pipeline import Pipeline, Step, StepFailed
+from zero_ds.pipeline import Pipeline, Step, StepError
 
 
 def step(name: str, code: str, *produces: Path) -> Step:
@@ -29,7 +30,7 @@ def test_finished_steps_are_skipped_and_a_failed_one_is_repeated(tmp_path: Path)
         step("two", f"{append(log, '2')}; import sys; sys.exit(not __import__('os').path.exists({str(gate)!r}))"),
         step("three", append(log, "3")),
     ]
-    with pytest.raises(StepFailed, match="step two failed"):
+    with pytest.raises(StepError, match="step two failed"):
         Pipeline(tmp_path / "out", steps).run()
     assert log.read_text() == "12"
     gate.touch()
@@ -49,7 +50,7 @@ def test_a_lost_result_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_command_that_leaves_no_result_fails(tmp_path: Path) -> None:
-    with pytest.raises(StepFailed, match="without"):
+    with pytest.raises(StepError, match="without"):
         Pipeline(tmp_path / "out", [step("one", "pass", tmp_path / "never")]).run()
 
 
@@ -63,7 +64,7 @@ def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
     slow = (sys.executable, "-c", "import time; time.sleep(60)")
     fails = (sys.executable, "-c", "raise SystemExit(3)")
     started = time.monotonic()
-    with pytest.raises(StepFailed, match="exit status"):
+    with pytest.raises(StepError, match="exit status"):
         Pipeline(tmp_path, [Step("both", (slow, fails), 1.0)]).run()
     assert time.monotonic() - started < 30
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from typer.testing import CliRunner
+
 from zero_ds.cli import app
 from zero_ds.commands.demo import LLM, make_llm
 from zero_ds.data.demo import TEXT_FILE

@@ -222,7 +222,7 @@ class Engine:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         flats = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 keeps them apart from the groups
         for flat in flats if flats is not None else [p for group in inner.param_groups for p in group["params"]]:
-            if not inner.state[flat]:
+            if flat.numel() and not inner.state[flat]:  # empty: swapped out to a disk
                 moments = {key: torch.zeros_like(flat.data) for key in ("exp_avg", "exp_avg_sq")}
                 inner.state[flat] = {"step": torch.tensor(0.0), **moments}
         link = getattr(self.optimizer, "_lazy_init_hp_params_optimizer_state", None)

@@ -15,7 +15,7 @@ def local_folder(name: str) -> Path:
         ConfigError: no such folder, and not an id that can be fetched (no network, unknown, or not permitted).
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
         raise ConfigError(f"there is no model folder {name}.")

@@ -30,8 +30,8 @@ class Boundary(nn.Module):
 
     def __init__(self, hidden_size: int, std: float) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(2, hidden_size)
-        nn.init.normal_(self.embeddings.weight, std=std)
+        # in one step: under ZeRO-3 a module's weights are partitioned, and empty, as soon as it is made
+        self.embeddings = nn.Embedding.from_pretrained(torch.empty(2, hidden_size).normal_(std=std), freeze=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(images, tokens, hidden) -> (images, tokens + 2, hidden)."""

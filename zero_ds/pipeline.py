@@ -47,7 +47,7 @@ class StepRecord:
     fingerprint: str
 
 
-class StepFailed(ConfigError):
+class StepError(ConfigError):
     """A command of a step ended with an error, which it has printed itself."""
 
 
@@ -63,7 +63,7 @@ class Pipeline:
 
         Raises:
             ConfigError: the folder holds steps with other settings.
-            StepFailed: a command failed; running again goes on from there.
+            StepError: a command failed; running again goes on from there.
         """
         self._records.mkdir(parents=True, exist_ok=True)
         for number, step in enumerate(self.steps, 1):
@@ -78,7 +78,7 @@ class Pipeline:
             seconds = time.monotonic() - started
             missing = [str(path) for path in step.produces if not path.exists()]
             if missing:
-                raise StepFailed(f"step {step.name} ended without {missing[0]}; see its output above.")
+                raise StepError(f"step {step.name} ended without {missing[0]}; see its output above.")
             content = {"seconds": seconds, "fingerprint": step.fingerprint()}
             write_atomically(self._records / f"{step.name}.json", json.dumps(content) + "\n")
 
@@ -104,7 +104,8 @@ class Pipeline:
             return None
         if record.fingerprint != step.fingerprint():
             raise ConfigError(
-                f"{self.out} holds a run with other settings (step {step.name} differs); choose another --out, or --fresh."
+                f"{self.out} holds a run with other settings (step {step.name} differs); "
+                "choose another --out, or --fresh."
             )
         return record
 
@@ -131,9 +132,9 @@ class Pipeline:
             _end(processes)
         for command, process in zip(step.commands, processes, strict=True):
             if process.returncode != 0:
-                raise StepFailed(
-                    f"step {step.name} failed (exit status {process.returncode}): {shlex.join(command)}; what is finished "
-                    "is kept, run again to go on."
+                raise StepError(
+                    f"step {step.name} failed (exit status {process.returncode}): {shlex.join(command)}; "
+                    "what is finished is kept, run again to go on."
                 )
 
 
