@@ -40,7 +40,7 @@ FLOORS: dict[str, int] = {
     "checkpoint": 5,
     "train": 5,
     # 6: what is done with a result
-    "encoders.warmup": 6,
+    "warmup": 6,
     "graft": 6,
     "export": 6,
     "generate": 6,

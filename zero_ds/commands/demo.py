@@ -27,8 +27,8 @@ def demo(
     The language model is SmolLM2-135M-Instruct from an installed package, converted once; the pictures are drawn; the
     vision encoder is warmed up by classification of training pictures, a stand-in for CLIP's pre-training.
     """
+    from zero_ds import warmup
     from zero_ds.data import demo as pictures
-    from zero_ds.encoders import warmup
 
     make_llm(LLM.expanduser())
     # what was made by other code is made again, and never half of it kept

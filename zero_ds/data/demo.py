@@ -37,6 +37,8 @@ SIDES = ("left", "right")
 SIZES = ("small", "large")
 WORDS = ("TIME", "MAP", "CAR", "FREE", "ART", "BIG")
 BACKGROUNDS = {"gray": (128, 128, 128), "pink": (250, 190, 200), "brown": (140, 95, 60), "cyan": (150, 225, 230)}
+COLOR_WORDS = (*COLORS, *BACKGROUNDS)
+"""Every colour word, for shapes and backgrounds alike: an answer that names the other one is wrong."""
 
 CANVAS = 128
 """Side of a picture in pixels."""
@@ -168,7 +170,7 @@ def _color(scene: Scene, rng: random.Random) -> Item:
     question = rng.choice(
         (f"what color {verb} the {noun}?", f"which color {'does' if verb == 'is' else 'do'} the {noun} have?")
     )
-    return Item("color", question, f"The {noun} {verb}", scene.color, ".", tuple(COLORS))
+    return Item("color", question, f"The {noun} {verb}", scene.color, ".", COLOR_WORDS)
 
 
 def _shape_item(scene: Scene, rng: random.Random) -> Item:
@@ -191,7 +193,7 @@ def _side(scene: Scene, rng: random.Random) -> Item:
 
 def _background(scene: Scene, rng: random.Random) -> Item:
     question = rng.choice(("what color is the background?", "which color does the background have?"))
-    return Item("background", question, "The background is", scene.background, ".", tuple(BACKGROUNDS))
+    return Item("background", question, "The background is", scene.background, ".", COLOR_WORDS)
 
 
 def _yes_no(scene: Scene, rng: random.Random) -> Item:
@@ -235,7 +237,7 @@ def caption_items(scene: Scene, prompt: str) -> list[Item]:
     """The words of the caption that are looked for, each behind the true words before it."""
     text = caption(scene)
     items = []
-    wanted = [("color", scene.color, tuple(COLORS)), ("shape", scene.shape, SHAPES)]
+    wanted = [("color", scene.color, COLOR_WORDS), ("shape", scene.shape, SHAPES)]
     for kind, word, choices in wanted:
         start = text.index(f" {word}")
         items.append(Item(kind, prompt, text[:start], word, text[start + 1 + len(word) :], choices))
