@@ -69,18 +69,22 @@ def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_interrupting_ends_what_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, background: bool) -> None:
     pid = tmp_path / "pid"
     code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     program = (
         "import sys; from pathlib import Path; from zero_ds.pipeline import Pipeline, Step\n"
         f"Pipeline(Path({str(tmp_path / 'out')!r}), [Step('slow', ((sys.executable, '-c', {code!r}),), 1.0)]).run()"
     )
+    if background:  # as a shell starts what runs in the background
+        program = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{program}"
     process = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 60
     while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(name)
     assert process.wait(60) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)

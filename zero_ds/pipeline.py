@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from zero_ds.checkpoint import write_atomically
 from zero_ds.config import ConfigError
@@ -66,6 +67,9 @@ class Pipeline:
             StepError: a command failed; running again goes on from there.
         """
         self._records.mkdir(parents=True, exist_ok=True)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            # also where the shell that started us ignores SIGINT, as it does for what it runs in the background
+            signal.signal(name, _interrupt)
         for number, step in enumerate(self.steps, 1):
             record = self.record(step)
             head = f"[{number}/{len(self.steps)}] {step.name}"
@@ -136,6 +140,10 @@ class Pipeline:
                     f"step {step.name} failed (exit status {process.returncode}): {shlex.join(command)}; "
                     "what is finished is kept, run again to go on."
                 )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float = 20.0) -> None:
