@@ -67,8 +67,8 @@ def _plan_note(run: Path) -> tuple[str, ...]:
     if transition is None or transition == first:
         return ()
     return (
-        f"The surrogate {plan} was not cut at the transition point, layer {transition}: within minutes of training on "
-        f"a model this small, grafting shows when it keeps layers 0 to {first - 1}, and hardly when it is cut earlier.",
+        f"The surrogate {plan} was not cut at the transition point, layer {transition}, that the trajectory shows; "
+        "docs/method.md says what was tried there.",
     )
 
 
