@@ -20,6 +20,7 @@ FLOORS: dict[str, int] = {
     "distributed": 0,
     "monitor": 0,
     "hub": 0,
+    "files": 0,
     # 1: one module a model family
     "families": 1,
     "encoders": 1,

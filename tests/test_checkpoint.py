@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from zero_ds import checkpoint
 from zero_ds.checkpoint import CheckpointError, Commit, SafetensorsStream, check_manifest, find_commit, load_weights_
 from zero_ds.config import ConfigError
 
@@ -157,18 +156,3 @@ def test_check_manifest_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its absent is None, here it is 1"):
         check_manifest(made, {"absent": 1})
     check_manifest(made, {"target_hash": "xyz"}, allow=["target_hash"])
-
-
-def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "latest"
-    checkpoint.write_atomically(path, "one")
-    checkpoint.write_atomically(path, "two")
-    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomically(path, "three")
-    assert path.read_text() == "two", "the old content or the new one"

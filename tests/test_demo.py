@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from zero_ds.config import SourceConfig
+from zero_ds.config import ConfigError, SourceConfig
 from zero_ds.data.demo import BACKGROUNDS, COLORS, caption, draw, sample_scene, write_demo
 from zero_ds.data.sources import Records
 from zero_ds.evaluation.records import read_records
@@ -73,5 +73,5 @@ def test_scenes_are_drawn_as_described() -> None:
 
 
 def test_an_existing_folder_is_left_alone(demo: Path) -> None:
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ConfigError, match="already exists"):
         write_demo(demo, train=1, heldout=1, told=0)

@@ -70,9 +70,9 @@ def gradients(model: VisionLanguageModel, loss: torch.Tensor) -> dict[str, torch
     return {n: p.grad.clone() for n, p in model.named_targets().items() if p.grad is not None}
 
 
-def freeze(model: VisionLanguageModel) -> None:
+def freeze(model: VisionLanguageModel, stage: str = "pretrain") -> None:
     base: dict[str, Any] = {"target": "t", "surrogate": "s", "encoder": {"path": "c"}, "out": "o"}
-    stages.freeze_(model, RunConfig.model_validate({**base, "stage": "pretrain"}))
+    stages.freeze_(model, RunConfig.model_validate({**base, "stage": stage}))
     model.train()
 
 
@@ -116,6 +116,7 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "translator"])
 @pytest.mark.parametrize(("ranges", "logits", "hidden", "share"), CASES)
 def test_who_learns_from_what(
     made: Callable[..., Path],
@@ -125,14 +126,18 @@ def test_who_learns_from_what(
     logits: float,
     hidden: float,
     share: float,
+    stage: str,
 ) -> None:
-    """Adapter: the plain loss. Translators: `share` of the plain loss plus the distillation loss. Others: nothing."""
+    """Adapter: the plain loss. Translators: `share` of the plain loss plus the distillation loss. Others: nothing.
+
+    Where nothing before the translators trains, their layers run only once, which must not show.
+    """
     small = surrogates(ranges)
     plain = assembled(made, small)
     model = assembled(made, small, DistillConfig(logits=logits, hidden=hidden, next_token=share))
     inputs = batch(made, model, data)
     for either in (plain, model):
-        freeze(either)
+        freeze(either, stage)
     usual = gradients(plain, plain(**inputs))
     loss = model(**inputs)
     ours = gradients(model, loss)
@@ -143,7 +148,7 @@ def test_who_learns_from_what(
             assert close(ours[name], gradient), name
         elif name.startswith("translator."):
             assert close(ours[name], share * gradient + extra[name]), name
-    trained = {n for part in ("adapter", "translator") for n, _ in model.parameters_of(part)}
+    trained = {n for part in stages.STAGES[stage].trains for n, _ in model.parameters_of(part)}
     layers = {n for n in ours if n.startswith("decoder.")}
     assert {n for n in ours if n.startswith(("adapter.", "translator."))} == trained
     assert {int(n.split(".")[3]) for n in layers} == set(model.plan.translators), "kept layers get no gradient"  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from zero_ds.config import ConfigError, RunConfig, SourceConfig
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.images import ImageProcessor
-from zero_ds.data.loader import Loader, SampleEncoder, check_batches, collate, image_positions, sample_order
+from zero_ds.data.loader import WINDOW, Loader, SampleEncoder, check_batches, collate, image_positions, sample_order
 from zero_ds.data.sources import DataError, Records, Sample
 
 TEMPLATE = ChatTemplate(tiny.tokenizer())
@@ -42,6 +43,7 @@ class Plain:
     """Stands for a SampleEncoder: sample n becomes the single token n."""
 
     processor = None
+    tokens_per_image = 0
 
     def __call__(self, number: int) -> dict[str, Any]:
         return {"input_ids": [number], "labels": [number], "pixels": [], "id": str(number)}
@@ -103,6 +105,71 @@ def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
     assert epochs[0] == list(range(12)), "the first epoch follows the files"
     assert epochs[0] != epochs[1] != epochs[2]
     assert sample_order(12, 0, 1) == epochs[1] != sample_order(12, 1, 1)
+
+
+class Lengths(Sequence[int]):
+    """Stands for Records: sample n has lengths[n] characters and no picture."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]
+        return index
+
+    def characters(self, index: int) -> int:
+        return 4 * self.lengths[index]
+
+    def images(self, index: int) -> int:
+        return 0
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200),
+    batch=st.sampled_from([2, 4]),
+    ranks=st.sampled_from([1, 2]),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+@settings(max_examples=60)
+def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
+    lengths: list[int], batch: int, ranks: int, seed: int, data: st.DataObject
+) -> None:
+    def grouped(rank: int, ranks: int, grouped: bool = True) -> Loader:
+        records: Any = Lengths(lengths)
+        return Loader(
+            records,
+            Plain(),
+            batch,
+            1,
+            rank,
+            ranks,
+            pad_id=0,
+            seed=seed,
+            group_by_length=grouped,  # type: ignore[arg-type]
+        )
+
+    steps = len(lengths) // batch
+    first = data.draw(st.integers(0, steps))
+    one = [[n for micro in step for n in micro] for step in drawn(grouped(0, 1), 0, steps)]
+    streams = [drawn(grouped(rank, ranks), first, steps) for rank in range(ranks)]
+    both = [[n for stream in streams for micro in stream[s] for n in micro] for s in range(steps - first)]
+    assert both == one[first:]
+    seen = [n for step in one for n in step]
+    assert len(set(seen)) == len(seen) == steps * batch
+    window = batch * WINDOW
+    for start in range(0, len(seen), window):
+        usual = range(start, min(start + window, len(lengths)))
+        assert set(seen[start : start + window]) <= set(usual), "no sample leaves its window"
+    plain = [[n for micro in step for n in micro] for step in drawn(grouped(0, 1, False), 0, steps)]
+
+    def padding(order: list[list[int]]) -> int:
+        return sum(max(lengths[n] for n in step) * batch for step in order)
+
+    if len(lengths) % batch == 0:  # else another sample may be the one that no step takes
+        assert padding(one) <= padding(plain)
 
 
 def test_workers_change_nothing(data: Path) -> None:

@@ -186,11 +186,11 @@ def test_an_image_in_an_answer_is_no_placeholder() -> None:
     assert parse({"id": "x", "conversations": talk}, "here")["images"] == []
 
 
-def test_limit_and_has_image(tmp_path: Path) -> None:
+def test_limit_and_number_of_images(tmp_path: Path) -> None:
     path = write(tmp_path, [good(str(n), **({"image": "x.png"} if n % 2 else {})) for n in range(6)])
     chosen = records(path, limit=4)
     assert [sample.id for sample in chosen] == ["0", "1", "2", "3"]
-    assert [chosen.has_image(n) for n in range(4)] == [False, True, False, True]
+    assert [chosen.images(n) for n in range(4)] == [0, 1, 0, 1]
     assert len(records(path, limit=100)) == 6
 
 

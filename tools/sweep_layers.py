@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import matplotlib
 import typer
 
-from zero_ds.checkpoint import write_atomically
 from zero_ds.commands.quickstart import Plan
 from zero_ds.evaluation.run import read_evaluation
 from zero_ds.evaluation.summary import summary
+from zero_ds.files import write_atomically
 from zero_ds.monitor import read_metrics, set_up_logging
 from zero_ds.pipeline import Pipeline
 

@@ -29,6 +29,7 @@ import torch
 from zero_ds import __version__, distributed
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.engine import Engine, parameter_shape
+from zero_ds.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -184,16 +185,6 @@ class _Writer:
         write_atomically(self.folder / "resume" / "progress.json", json.dumps(progress, indent=2) + "\n")
         _sync(self.folder / "resume")
         _sync(self.folder)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file in one step: readers see the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _sync(folder: Path) -> None:

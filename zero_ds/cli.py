@@ -122,6 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2) from None
+    except Exception as error:
+        if "No space left on device" not in str(error):  # of a writer that is not Python: safetensors, Arrow
+            raise
+        print("zero-ds: No space left on device; free some space and run again.", file=sys.stderr)
+        raise SystemExit(2) from None
     finally:
         distributed.shutdown()
 

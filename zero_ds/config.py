@@ -68,6 +68,8 @@ class DataConfig(Section):
     """System message of every conversation; empty keeps the chat template's own default."""
     chat_template: str | None = None
     """File with a chat template that replaces the tokenizer's own, kept by every export of the run."""
+    group_by_length: bool = False
+    """Put samples of like length into one batch, within windows of a few batches: less padding, another order."""
     workers: int = Field(default=0, ge=0)
     """Worker processes of the loader on each rank."""
 

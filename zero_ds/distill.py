@@ -5,10 +5,10 @@ layers from there on, run without gradient from the surrogate's own hidden state
 the kept ones are the surrogate's. On image batches this is on-policy: the translator is held to what the target would
 do with exactly the features that the adapter produces now.
 
-Next-token loss on image data teaches a translator the wording of the answers, which the target then lacks. So the
-translators' layers are run a second time from detached hidden states: what the second run learns reaches the
-translators only, what the first run teaches the translators can be taken back, and adapter and encoder see the paper's
-loss.
+Next-token loss on image data teaches a translator the wording of the answers, which the target then lacks. So where
+something before the translators trains, their layers are run a second time from detached hidden states: what the second
+run learns reaches the translators only, what the first run teaches the translators can be taken back, and adapter and
+encoder see the paper's loss.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Teacher(nn.Module):
 
     @contextmanager
     def watch(self, model: VisionLanguageModel) -> Iterator[Watched]:
-        """Notes what enters the first translator, and every layer's other arguments, in a forward pass."""
+        """Notes in a forward pass what enters and leaves translators, and every layer's other arguments."""
         watched = Watched()
         first = self.plan.translators[0]
 
@@ -66,7 +66,14 @@ class Teacher(nn.Module):
                     k: v for k, v in kwargs.items() if k != "hidden_states"
                 }
                 if index == first:
-                    watched.entered = (args[0] if args else kwargs["hidden_states"]).detach()
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    watched.entered, watched.learns_before = hidden.detach(), hidden.requires_grad
+
+            return hook
+
+        def leaving(index: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                watched.left[index] = _hidden(output)
 
             return hook
 
@@ -74,6 +81,7 @@ class Teacher(nn.Module):
         handles = [
             layer.register_forward_pre_hook(entering(index), with_kwargs=True) for index, layer in enumerate(layers)
         ]
+        handles += [layers[index].register_forward_hook(leaving(index)) for index in self.plan.translators]
         try:
             yield watched
         finally:
@@ -84,28 +92,30 @@ class Teacher(nn.Module):
         self,
         model: VisionLanguageModel,
         watched: Watched,
+        logits: torch.Tensor,
         labels: torch.Tensor,
         rows: torch.Tensor,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
         """What is added to the next-token loss, summed over supervised tokens (float32 scalar).
 
-        labels, attention_mask: (batch, seq); rows: (batch, seq), the positions that predict a label. Adds the weighted
+        logits: (n, vocabulary), the forward pass's own at the n positions that predict a label, which `rows`
+        (batch, seq) marks; labels, attention_mask: (batch, seq). Adds the weighted
         distillation losses and, as far as `next_token` < 1, takes back the translators' share of the next-token loss:
         its gradient to them, without any to what lies before them, and without value. The hidden term
         is a mean over positions times the number of supervised tokens, so that both terms have one scale.
         """
         assert watched.entered is not None, "the surrogate's forward pass was not watched"
-        first = self.plan.translators[0]
-        layers = list(model.family.layers(model.decoder))
-        hidden = watched.entered
-        outputs: dict[int, torch.Tensor] = {}
-        for index in range(first, len(layers)):
-            hidden = _run(layers[index], hidden, watched.arguments[self._student_types[index]])
-            if index in self.plan.translators:
-                outputs[index] = hidden
+        outputs, student_logits = watched.left, logits
         norm = self.family.norm(model.decoder)
-        student_logits = model.logits(norm(hidden[rows]))
+        if watched.learns_before:
+            layers = list(model.family.layers(model.decoder))
+            hidden, outputs = watched.entered, {}
+            for index in range(self.plan.translators[0], len(layers)):
+                hidden = _run(layers[index], hidden, watched.arguments[self._student_types[index]])
+                if index in self.plan.translators:
+                    outputs[index] = hidden
+            student_logits = model.logits(norm(hidden[rows]))
 
         with torch.no_grad():
             hidden = watched.entered
@@ -137,12 +147,19 @@ class Watched:
 
     entered: torch.Tensor | None = None
     """Hidden states before the first translator, detached: (batch, seq, hidden)."""
+    learns_before: bool = False
+    """Whether they had a gradient, that is, whether something before the translators trains."""
+    left: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Hidden states behind each translator, by its number in the surrogate: (batch, seq, hidden)."""
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The decoder layers' other arguments (mask, positions), by attention type."""
 
 
 def _run(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    output = layer(hidden, **arguments)
+    return _hidden(layer(hidden, **arguments))
+
+
+def _hidden(output: Any) -> torch.Tensor:
     return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
 
 

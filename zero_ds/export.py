@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from zero_ds.data.conversations import PLACEHOLDER, WRAPPERS, Turn
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Sample
+from zero_ds.files import check_vacant, new_folder
 from zero_ds.graft import load_graft, run_config
 from zero_ds.hub import local_folder
 from zero_ds.model import VisionLanguageModel, sample_encoder
@@ -40,8 +40,7 @@ def export_llava(weights: Path, target: str, out: Path, dtype: torch.dtype = tor
     """
     from transformers import LlavaForConditionalGeneration
 
-    if out.exists():
-        raise ConfigError(f"{out} already exists; choose another --out or remove it.")
+    check_vacant(out)
     config = run_config(find_commit(weights))
     if config.encoder is None:
         raise ConfigError(f"{weights} has no vision encoder to export.")
@@ -49,26 +48,19 @@ def export_llava(weights: Path, target: str, out: Path, dtype: torch.dtype = tor
         raise ConfigError("Llava has no image-boundary embeddings and no norm on patch tokens; this run uses them.")
     model = load_graft(weights, target, dtype=dtype)
     folder = local_folder(target)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with new_folder(out) as written:
         processor = llava_processor(model, folder, config)
         image_token_id = processor.image_token_id
         llava = LlavaForConditionalGeneration(llava_config(model, config.encoder.feature_layer, image_token_id))
         llava = cast(Any, llava).to(dtype).eval()
         fill_llava_(llava, model)
         llava.generation_config = cast(Any, model.decoder).generation_config
-        llava.save_pretrained(temporary, safe_serialization=True)
-        processor.save_pretrained(temporary)
-        proof = prove(temporary, model, config, folder)
-        (temporary / "proof.json").write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
-        for path in temporary.iterdir():
+        llava.save_pretrained(written, safe_serialization=True)
+        processor.save_pretrained(written)
+        proof = prove(written, model, config, folder)
+        (written / "proof.json").write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
+        for path in written.iterdir():
             path.chmod(0o644)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return proof
 
 

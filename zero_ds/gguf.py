@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 from zero_ds.config import ConfigError
+from zero_ds.files import new_folder
 
 
 def packaged_gguf(package: str) -> Path:
@@ -45,11 +45,8 @@ def convert_gguf(file: Path, out: Path) -> None:
     # a model from GGUF counts as quantised and would refuse to be saved, although its weights are plain floats now
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None  # type: ignore[assignment]
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for path in temporary.iterdir():
-        path.chmod(0o644)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary.rename(out)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)

@@ -182,8 +182,11 @@ class VisionLanguageModel(nn.Module):
         with watching as watched:
             hidden = self.hidden_states(input_ids, attention_mask, pixel_values)
         rows = supervised_rows(labels)
-        loss = next_token_sum(self.logits(hidden[rows]), labels, rows)
-        return loss if self.teacher is None else loss + self.teacher.loss(self, watched, labels, rows, attention_mask)
+        logits = self.logits(hidden[rows])
+        loss = next_token_sum(logits, labels, rows)
+        if self.teacher is None:
+            return loss
+        return loss + cast(torch.Tensor, self.teacher.loss(self, watched, logits, labels, rows, attention_mask))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from zero_ds.checkpoint import write_atomically
 from zero_ds.config import ConfigError
+from zero_ds.files import write_atomically
 from zero_ds.monitor import duration
 
 logger = logging.getLogger(__name__)

@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zero_ds.checkpoint import find_commit, versions, write_atomically
+from zero_ds.checkpoint import find_commit, versions
 from zero_ds.config import ConfigError
 from zero_ds.data.images import open_image
 from zero_ds.data.sources import inside
 from zero_ds.evaluation import charts
 from zero_ds.evaluation.run import Evaluation, ItemResult, read_evaluation
 from zero_ds.evaluation.summary import MODES, SHUFFLED, summary
+from zero_ds.files import write_atomically
 from zero_ds.monitor import read_metrics
 from zero_ds.surrogate import read_surrogate
 

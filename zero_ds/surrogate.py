@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ from typing import Any
 
 from zero_ds.config import ConfigError
 from zero_ds.families import family_of
+from zero_ds.files import check_vacant, new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -227,34 +227,20 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
         )
     plan = LayerPlan(depth, tuple(replaced))
     files = shard_files(target)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} already exists; choose another --out or remove it.")
-    need = sum(file.stat().st_size for file in set(files.values()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(out.parent).free < need:
-        raise ConfigError(f"{out.parent} has not the {need / 1e9:.1f} GB free that the surrogate may need.")
-
+    check_vacant(out)
     names = list(_renamed(files, family.layer_prefix, plan))
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        kept, total = _write_shards(files, names, temporary)
+    with new_folder(out, need=sum(file.stat().st_size for file in set(files.values()))) as folder:
+        kept, total = _write_shards(files, names, folder)
         config["num_hidden_layers"] = plan.surrogate_depth
         for key in family.per_layer_config:
             if isinstance(config.get(key), list):
                 config[key] = [config[key][source] for source, _ in plan.layers]
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in target.iterdir():
             if COPIED.fullmatch(file.name):
-                shutil.copyfile(file, temporary / file.name)
+                shutil.copyfile(file, folder / file.name)
         info = SurrogateInfo(family.name, str(target), target_hash(target), plan, kept, total)
-        (temporary / "surrogate.json").write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        temporary.chmod(0o755)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (folder / "surrogate.json").write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
     return info
 
 

@@ -19,6 +19,7 @@ from zero_ds.data.loader import Loader, check_batches
 from zero_ds.data.sources import Records
 from zero_ds.distill import Teacher
 from zero_ds.engine import Engine, ds_config, resolve_precision
+from zero_ds.files import write_atomically
 from zero_ds.hub import local_folder
 from zero_ds.losses import count_supervised
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
@@ -85,7 +86,7 @@ def train(config: RunConfig) -> Path:
     if resumed:
         logger.info("resumed %s after step %d of %d", out, first, total)
     if distributed.is_rank_zero() and not resumed:
-        checkpoint.write_atomically(out / "config.yaml", config.dump())
+        write_atomically(out / "config.yaml", config.dump())
 
     manifest = {**checkpoint.manifest_of(config), **hashes, "plan": plan}
     monitor = Monitor(out, engine.engine.monitor, config.log_every, first, total)
@@ -236,6 +237,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
         encode.template.tokenizer.pad_token_id or 0,
         config.seed,
         config.data.workers,
+        config.data.group_by_length,
     )
     hashes = {
         "family": model.family.name,
@@ -250,7 +252,7 @@ def first_pixels(loader: Loader) -> torch.Tensor:
     """Pixel values of up to 16 of the first pictures, the same on every rank: (images, 3, size, size)."""
     pictures: list[torch.Tensor] = []
     for index in range(len(loader.records)):
-        if loader.records.has_image(index):
+        if loader.records.images(index):
             pictures += loader.encoder.pixels(loader.records[index])
         if len(pictures) >= 16:
             break

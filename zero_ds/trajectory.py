@@ -18,8 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -37,6 +35,7 @@ from zero_ds.data.conversations import ChatTemplate, cut_turns
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Records, Sample
 from zero_ds.families import Family
+from zero_ds.files import new_folder
 from zero_ds.surrogate import LayerPlan, Replaced
 from zero_ds.transition import Transition
 
@@ -136,7 +135,7 @@ def choose_samples(
     for index in np.random.default_rng(seed).permutation(len(records)).tolist():
         if len(chosen) == count:
             break
-        if records.has_image(index):
+        if records.images(index):
             pictures += 1
             continue
         sample = records[index]
@@ -350,17 +349,10 @@ def check_lens(decoder: nn.Module, family: Family, sample: TokenSample) -> None:
 
 def write(trajectory: Trajectory, out: Path) -> None:
     """Writes trajectory.json, .png and .pdf to the new folder `out`, all at once."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as folder:
         text = json.dumps(trajectory.to_json(), indent=1)
-        (temporary / "trajectory.json").write_text(text + "\n", encoding="utf-8")
-        plot(trajectory, temporary)
-        temporary.chmod(0o755)
-        temporary.rename(out)  # onto nothing or an empty folder
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        (folder / "trajectory.json").write_text(text + "\n", encoding="utf-8")
+        plot(trajectory, folder)
 
 
 def plot(trajectory: Trajectory, folder: Path) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from zero_ds.data.images import ImageProcessor, open_image
+from zero_ds.files import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +76,16 @@ def warm_up(data: Path, out: Path, *, steps: int = 2000, batch: int = 64, seed: 
     with torch.no_grad():
         pooled = _pooled(model, pixels[train:])
         accuracy = {n: float((heads[n](pooled).argmax(-1) == labels[n][train:]).float().mean()) for n in attributes}
-    temporary = out.with_name(f".{out.name}.tmp")
-    model.save_pretrained(temporary)
-    CLIPImageProcessor(
+    processor = CLIPImageProcessor(
         size={"shortest_edge": SHAPE["image_size"]},
         crop_size={"height": SHAPE["image_size"], "width": SHAPE["image_size"]},
         image_mean=MEAN,
         image_std=STD,
-    ).save_pretrained(temporary)
-    (temporary / "warmup.json").write_text(json.dumps({"steps": steps, "accuracy": accuracy}, indent=2) + "\n")
-    temporary.rename(out)
+    )
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "warmup.json").write_text(json.dumps({"steps": steps, "accuracy": accuracy}, indent=2) + "\n")
     return accuracy
 
 

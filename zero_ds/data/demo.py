@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import cos, radians, sin
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from zero_ds.files import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -280,45 +281,40 @@ def write_demo(out: Path, *, train: int = 6000, heldout: int = 500, told: int = 
     No held-out picture equals a training picture.
 
     Raises:
-        FileExistsError: `out` exists.
+        ConfigError: `out` exists.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "images").mkdir(parents=True)
-    rng = random.Random(seed)
-    seen: set[bytes] = set()
+    with new_folder(out) as folder:
+        (folder / "images").mkdir()
+        rng = random.Random(seed)
+        seen: set[bytes] = set()
 
-    own = json.loads(TEXT_FILE.read_text(encoding="utf-8"))
-    texts = [_record(f"text-{i}", [(prompt, answer)]) for i, (prompt, answer) in enumerate(own)]
-    _write(temporary / "trajectory.json", texts)
-    texts += [_record(f"told-{i}", [scene_in_words(sample_scene(rng), rng)]) for i in range(told)]
-    rng.shuffle(texts)
-    _write(temporary / "text.json", texts)
+        own = json.loads(TEXT_FILE.read_text(encoding="utf-8"))
+        texts = [_record(f"text-{i}", [(prompt, answer)]) for i, (prompt, answer) in enumerate(own)]
+        _write(folder / "trajectory.json", texts)
+        texts += [_record(f"told-{i}", [scene_in_words(sample_scene(rng), rng)]) for i in range(told)]
+        rng.shuffle(texts)
+        _write(folder / "text.json", texts)
 
-    records = []
-    for name, scene in _pictures(temporary, "train", train, rng, seen):
-        turns = [(item.question, item.answer) for item in questions(scene, rng)]
-        if rng.random() < 0.6:
-            turns.insert(0, (rng.choice(CAPTION_PROMPTS), caption(scene)))
-        record = _record(name, turns[: rng.randint(2, 3)], f"images/{name}.jpg")
-        records.append({**record, "scene": asdict(scene)})
-    _write(temporary / "train.json", records)
+        records = []
+        for name, scene in _pictures(folder, "train", train, rng, seen):
+            turns = [(item.question, item.answer) for item in questions(scene, rng)]
+            if rng.random() < 0.6:
+                turns.insert(0, (rng.choice(CAPTION_PROMPTS), caption(scene)))
+            record = _record(name, turns[: rng.randint(2, 3)], f"images/{name}.jpg")
+            records.append({**record, "scene": asdict(scene)})
+        _write(folder / "train.json", records)
 
-    items = []
-    for name, scene in _pictures(temporary, "heldout", heldout, rng, seen):
-        item = rng.choice(questions(scene, rng))
-        prompt = rng.choice(CAPTION_PROMPTS)
-        items.append(_evaluation_record(f"{name}-question", "question", f"images/{name}.jpg", item.answer, [item]))
-        items.append(
-            _evaluation_record(
-                f"{name}-caption", "caption", f"images/{name}.jpg", caption(scene), caption_items(scene, prompt)
+        items = []
+        for name, scene in _pictures(folder, "heldout", heldout, rng, seen):
+            item = rng.choice(questions(scene, rng))
+            prompt = rng.choice(CAPTION_PROMPTS)
+            items.append(_evaluation_record(f"{name}-question", "question", f"images/{name}.jpg", item.answer, [item]))
+            items.append(
+                _evaluation_record(
+                    f"{name}-caption", "caption", f"images/{name}.jpg", caption(scene), caption_items(scene, prompt)
+                )
             )
-        )
-    _write(temporary / "heldout.json", items)
-    if out.exists():
-        shutil.rmtree(temporary)
-        raise FileExistsError(f"{out} exists already")
-    temporary.rename(out)
+        _write(folder / "heldout.json", items)
 
 
 def _pictures(

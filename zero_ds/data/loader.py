@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,24 +113,58 @@ def sample_order(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
+WINDOW = 8
+"""Global batches in which samples are grouped by length: more saves little padding, and ties batches to lengths."""
+
+
+def group_by_length(window: Sequence[int], length: Callable[[int], int], batch: int, seed: int) -> list[int]:
+    """Reorders one window of samples so that those of like length share a batch; the batches come in random order.
+
+    A batch that the window does not fill stays last, so that batches begin where they began before. Pure function of
+    its arguments, whatever the number of ranks.
+    """
+    ranked = sorted(window, key=length)
+    batches = [ranked[start : start + batch] for start in range(0, len(ranked), batch)]
+    whole = [b for b in batches if len(b) == batch]
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [sample for group in [*(whole[i] for i in order), *batches[len(whole) :]] for sample in group]
+
+
 class _Samples(Dataset[dict[str, Any] | DataError]):
     """Position in the whole run -> encoded sample; holds no state, so any position can be the first.
 
     A bad sample comes out as its error, which the loader raises: a worker process would wrap it in its own traceback.
     """
 
-    def __init__(self, records: Records, encoder: SampleEncoder, seed: int) -> None:
-        self.records, self.encoder, self.seed = records, encoder, seed
+    def __init__(self, records: Records, encoder: SampleEncoder, seed: int, grouped: int | None = None) -> None:
+        """`grouped`: the global batch within which samples shall be of like length, None for the plain order."""
+        self.records, self.encoder, self.seed, self.grouped = records, encoder, seed, grouped
         self._order: tuple[int, list[int]] = (-1, [])
+        self._window: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
 
     def __getitem__(self, position: int) -> dict[str, Any] | DataError:
+        try:
+            return self.encoder(self.records[self.index(position)])
+        except DataError as error:
+            return error
+
+    def index(self, position: int) -> int:
+        """Which sample stands at a position of the run."""
         epoch, place = divmod(position, len(self.records))
         if self._order[0] != epoch:
             self._order = (epoch, sample_order(len(self.records), self.seed, epoch))
-        try:
-            return self.encoder(self.records[self._order[1][place]])
-        except DataError as error:
-            return error
+        if self.grouped is None:
+            return self._order[1][place]
+        number, inside = divmod(place, self.grouped * WINDOW)
+        if self._window[0] != (epoch, number):
+            window = self._order[1][place - inside : place - inside + self.grouped * WINDOW]
+            seed = (self.seed * 1_000_003 + epoch) * 1_000_003 + number
+            self._window = ((epoch, number), group_by_length(window, self._length, self.grouped, seed % 2**63))
+        return self._window[1][inside]
+
+    def _length(self, index: int) -> int:
+        """About how many tokens a sample has: four characters a token, and its image tokens."""
+        return self.records.characters(index) // 4 + self.encoder.tokens_per_image * self.records.images(index)
 
 
 @dataclass(frozen=True)
@@ -150,6 +184,7 @@ class Loader:
     pad_id: int
     seed: int
     workers: int = 0
+    group_by_length: bool = False
 
     @property
     def accumulation(self) -> int:
@@ -171,7 +206,7 @@ class Loader:
 
         stream = iter(
             DataLoader(
-                _Samples(self.records, self.encoder, self.seed),
+                _Samples(self.records, self.encoder, self.seed, self.global_batch if self.group_by_length else None),
                 batch_sampler=positions,
                 collate_fn=batch_of,
                 num_workers=self.workers,

@@ -61,9 +61,15 @@ class Records(Sequence[Sample]):
         images = tuple(str(inside(self._roots[source], name, record["id"])) for name in record["images"])
         return Sample(record["id"], turns, images)
 
-    def has_image(self, index: int) -> bool:
+    def images(self, index: int) -> int:
+        """Number of pictures of a sample."""
         source, row = self._order[index]
-        return bool(self._tables[source][row]["images"])
+        return len(self._tables[source][row]["images"])
+
+    def characters(self, index: int) -> int:
+        """Length of a sample's texts."""
+        source, row = self._order[index]
+        return sum(map(len, self._tables[source][row]["texts"]))
 
 
 def evenly_spaced(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from zero_ds.data.conversations import PLACEHOLDER, Turn
 from zero_ds.data.sources import DataError
 from zero_ds.evaluation.records import EvaluationRecord
 from zero_ds.evaluation.scoring import first_choice
+from zero_ds.files import write_atomically
 from zero_ds.generate import Answerer, Choice, Query
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,6 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Replaces the file in one step."""
-        from zero_ds.checkpoint import write_atomically
-
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n")
 

@@ -1,0 +1,63 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zero_ds.config import ConfigError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a text file in one step: readers see the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_vacant(out: Path) -> None:
+    """Refuses an output folder that holds something.
+
+    Raises:
+        ConfigError: `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} already exists; choose another --out or remove it.")
+
+
+@contextmanager
+def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends, and is removed when the block fails.
+
+    need: bytes that will be written, checked beforehand where they are known.
+
+    Raises:
+        ConfigError: `out` holds something, its parent cannot be made, or the disk has not `need` bytes left.
+    """
+    check_vacant(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another.") from None
+    if shutil.disk_usage(out.parent).free < need:
+        raise ConfigError(f"{out.parent} has not the {need / 1e9:.1f} GB free that {out.name} may need.")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        check_vacant(out)
+        temporary.rename(out)  # onto nothing or an empty folder
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
