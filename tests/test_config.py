@@ -81,6 +81,13 @@ def test_wrong_value_is_one_sentence(recipe: str, override: str, complaint: str)
     assert "\n" not in message and message.endswith((".", "?"))
 
 
+@pytest.mark.parametrize("key", ["2.limit", "first.limit", "-1", "limit"])
+def test_an_entry_that_a_list_does_not_have(recipe: str, key: str) -> None:
+    two = "data.sources=[{path: a.json}, {path: b.json}]"
+    with pytest.raises(ConfigError, match=r"data\.sources has entries 0 to 1, and none called"):
+        load_run(recipe, [two, f"data.sources.{key}=5"])
+
+
 def test_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'target' is missing; set it in the recipe or with target=VALUE"):
         load_run(write(tmp_path, {k: v for k, v in BASE.items() if k != "target"}))
@@ -96,6 +103,7 @@ def test_overrides(recipe: str) -> None:
             "checkpoint.every_minutes=null",
             "data.sources=[{path: a.json}, {path: b.json, limit: 5}]",
             "encoder.train_last_layers=8",
+            "data.sources.1.limit=7",
             "init_from=[one, two]",
             "target=other",
         ],
@@ -104,7 +112,7 @@ def test_overrides(recipe: str) -> None:
     assert config.optimizer.learning_rates == {"adapter": 2e-3}
     assert config.optimizer.eps == 1e-8
     assert config.checkpoint.every_minutes is None
-    assert [(s.path, s.limit) for s in config.data.sources] == [("a.json", None), ("b.json", 5)]
+    assert [(s.path, s.limit) for s in config.data.sources] == [("a.json", None), ("b.json", 7)]
     assert config.encoder is not None and (config.encoder.path, config.encoder.train_last_layers) == ("clip", 8)
     assert config.init_from == ("one", "two")
     assert config.target == "other"

@@ -243,12 +243,22 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        nested = tree.get(key)
-        if not isinstance(nested, dict):
-            nested = tree[key] = {}
-        tree = nested
-    tree[keys[-1]] = value
+    """Puts a value at a dotted key; a number picks an entry of a list that is there, as in `data.sources.0.limit`."""
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        place: Any = key
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                name = ".".join(keys[:depth])
+                raise ConfigError(f"{name} has entries 0 to {len(node) - 1}, and none called '{key}'.")
+            place = int(key)
+        if depth == len(keys) - 1:
+            node[place] = value
+            return
+        nested = node[place] if isinstance(node, list) else node.get(place)
+        if not isinstance(nested, dict | list):
+            nested = node[place] = {}
+        node = nested
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:

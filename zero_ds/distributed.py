@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
@@ -28,7 +29,13 @@ def initialize() -> None:
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
+    # DeepSpeed's own calls, which a user cannot change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
+    from transformers.utils.logging import disable_progress_bar
+
+    if int(os.environ["RANK"]):
+        disable_progress_bar()  # one bar a job is enough
 
     if not torch.cuda.is_available():
         # DeepSpeed would compile a shared-memory kernel with a C++ compiler at this point (minutes, and not everybody

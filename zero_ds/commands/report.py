@@ -13,7 +13,6 @@ NOTES = (
     "The vision encoder was warmed up by classifying generated training pictures (colour, shape, count, ...), a "
     "stand-in for CLIP's pre-training: it has seen the attributes, but no language, before the stages shown here.",
     "Intervals are over held-out pictures of one run; they say nothing about other seeds.",
-    "The translator also learned from the target's own late layers (see docs/method.md), an option beyond the paper.",
 )
 
 
@@ -46,7 +45,7 @@ def report(
             cost_stage="encoder",
             full_run=run / "full-cost",
             flops_ratio=_flops_ratio(run),
-            notes=(*NOTES, *_plan_note(run)),
+            notes=(*NOTES, *_plan_note(run), *_distillation_note(stages)),
             title="zero_ds quickstart",
             **others,
         )
@@ -69,6 +68,20 @@ def _plan_note(run: Path) -> tuple[str, ...]:
     return (
         f"The surrogate {plan} was not cut at the transition point, layer {transition}, that the trajectory shows; "
         "docs/method.md says what was tried there.",
+    )
+
+
+def _distillation_note(stages: dict[str, Path]) -> tuple[str, ...]:
+    """Says so where translators learned from the target's late layers, which the paper's do not."""
+    from zero_ds.checkpoint import find_commit
+    from zero_ds.graft import run_config
+
+    taught = [name for name, folder in stages.items() if run_config(find_commit(folder)).distill.active]
+    if not taught:
+        return ()
+    return (
+        f"In stage {' and '.join(taught)} the translator learned from the target's own late layers, an option beyond "
+        "the paper (distill.*, see docs/method.md).",
     )
 
 
