@@ -45,6 +45,13 @@ def test_the_baselines_of_the_paper() -> None:
     assert stages.trained_parts(encoder) == ("encoder", "adapter") and stages.decoder_folder(encoder) == "llm"
 
 
+def test_distilled_translators_train_in_every_stage_on_a_surrogate() -> None:
+    run = config("encoder", distill={"logits": 1.0, "next_token": 0.0})
+    assert stages.trained_parts(run) == ("encoder", "adapter", "translator")
+    assert stages.trained_parts(config("pretrain", distill={"logits": 1.0})) == ("adapter", "translator")
+    assert stages.trained_parts(config("encoder", distill={"next_token": 0.0})) == ("encoder", "adapter")
+
+
 def test_supervision_and_rates_can_be_set() -> None:
     assert stages.supervision(config("encoder", data={"supervise": "response"})) == "response"
     run = config("encoder", optimizer={"learning_rate": 1e-3, "learning_rates": {"encoder": 1e-5}})

@@ -16,14 +16,18 @@ from typing import Annotated, Any
 import matplotlib
 import typer
 
+from zero_ds.checkpoint import find_commit
 from zero_ds.commands.quickstart import Plan
+from zero_ds.cost import encoder_step_ratio
 from zero_ds.evaluation.run import read_evaluation
 from zero_ds.evaluation.summary import summary
 from zero_ds.files import write_atomically
-from zero_ds.monitor import read_metrics, set_up_logging
+from zero_ds.graft import run_config
+from zero_ds.monitor import set_up_logging
 from zero_ds.pipeline import Pipeline
+from zero_ds.report import step_seconds
 
-LEFT_OUT = {"trajectory", "graft", "export"}
+STEPS = {"surrogate", "translator", "pretrain", "encoder", "evaluation"}
 
 
 def main(
@@ -31,6 +35,7 @@ def main(
     last: Annotated[int, typer.Option(help="Last replaced layer.")] = 28,
     seeds: Annotated[int, typer.Option(help="Runs per k.")] = 1,
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps.")] = 1.0,
+    pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out pictures.")] = None,
     demo: Annotated[Path, typer.Option(help="Folder of `zero-ds demo`.")] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/sweep"),
 ) -> None:
@@ -40,22 +45,27 @@ def main(
     for seed in range(seeds):
         for first in sorted(k):
             run = out / f"k{first}-seed{seed}"
-            plan = Plan(run, demo, steps_scale, seed, f"{first}:{last}")
-            Pipeline(run, [step for step in plan.main() if step.name not in LEFT_OUT]).run()
+            plan = Plan(run, demo, steps_scale, seed, f"{first}:{last}", pictures=pictures)
+            # the full model's step is timed once, beside the largest surrogate
+            wanted = STEPS | ({"full-cost"} if (first, seed) == (max(k), 0) else set())
+            Pipeline(run, [step for step in plan.main() if step.name in wanted]).run()
             points.append({"k": first, "last": last, "seed": seed, **measured(run)})
             write_atomically(out / "sweep.json", json.dumps(points, indent=1) + "\n")
             draw(points, out / "sweep.png")
 
 
 def measured(run: Path) -> dict[str, Any]:
-    """Accuracies with intervals and median seconds of an encoder step of one finished run."""
+    """Accuracies with intervals, the cost of an encoder step, and the full model's if it was timed in this run."""
     evaluations = {name: read_evaluation(run / f"evaluation/{name}.json") for name in ("surrogate", "grafted")}
     result = summary(evaluations)
-    seconds = [record["seconds"] - record["data_wait_seconds"] for record in read_metrics(run / "encoder")]
+    full = run / "full-cost"
+    distilled = run_config(find_commit(run / "encoder")).distill.active
     return {
         "accuracy": result["accuracy"],
         "accuracy_by": result["accuracy_by"],
-        "step_seconds": statistics.median(seconds),
+        "step_seconds": step_seconds(run / "encoder"),
+        "full_step_seconds": step_seconds(full) if full.is_dir() else None,
+        "flops_ratio": encoder_step_ratio(run / "surrogate", distilled=distilled),
     }
 
 
@@ -85,8 +95,15 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         left.plot(layers, means, color=color, label=name.replace("_", " "))
     left.set(xlabel="first replaced layer k", ylabel="accuracy, free generation", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
-    right.plot([p["k"] for p in points], [p["step_seconds"] for p in points], "o", markersize=3, color="tab:green")
-    right.set(xlabel="first replaced layer k", ylabel="seconds per encoder step", ylim=(0, None))
+    full = next((p["full_step_seconds"] for p in points if p["full_step_seconds"]), None)
+    if full:
+        times = [p["step_seconds"] / full for p in points]
+        right.plot([p["k"] for p in points], times, "o", markersize=3, color="tab:green", label="time, measured")
+    ratios = sorted({(p["k"], p["flops_ratio"]) for p in points})
+    right.plot(*zip(*ratios, strict=True), "--", color="tab:green", label="decoder FLOPs, computed")
+    right.axhline(1, color="tab:gray", linewidth=0.8)
+    right.set(xlabel="first replaced layer k", ylabel="encoder step, relative to the full model", ylim=(0, None))
+    right.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -8,22 +8,70 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from zero_ds.hub import local_folder
+from zero_ds.surrogate import read_surrogate
 
-def encoder_step_flops(folder: Path, *, batch: int, length: int, supervised: int) -> int:
-    """FLOPs of the decoder in one encoder-stage step: forward, and backward to its input through frozen weights.
+LENGTH, SUPERVISED = 64, 24
+"""A sequence of the demo in tokens, and how many of them carry loss; the ratios hardly depend on either."""
 
-    folder: model folder, of which the config is read; batch x length tokens, of which `supervised` get logits.
+
+def encoder_step_ratio(surrogate: Path, *, distilled: bool) -> float:
+    """Decoder FLOPs of an encoder-stage step on a surrogate over those of the same step on its target.
+
+    distilled: whether the translators follow the target in this stage (`distill.*`), which costs the target's late
+    layers forward, and the surrogate's a second time.
+
+    Raises:
+        ConfigError: `surrogate` is no surrogate, or its target is not there.
+    """
+    info = read_surrogate(surrogate)
+    target = local_folder(info.target)
+    flops = step_flops(surrogate, length=LENGTH, supervised=SUPERVISED)
+    if distilled:
+        plan = info.plan
+        late = plan.depth - plan.replaced[0].first
+        again = plan.surrogate_depth - plan.translators[0]
+        flops += step_flops(target, length=LENGTH, supervised=SUPERVISED, layers=late, backward=False)
+        flops += step_flops(
+            surrogate, length=LENGTH, supervised=SUPERVISED, layers=again, trained=len(plan.translators)
+        )
+    return flops / step_flops(target, length=LENGTH, supervised=SUPERVISED)
+
+
+def step_flops(
+    folder: Path,
+    *,
+    length: int,
+    supervised: int,
+    batch: int = 1,
+    layers: int | None = None,
+    trained: int = 0,
+    backward: bool = True,
+) -> int:
+    """FLOPs of a decoder in one step: forward, and backward to its input through frozen weights.
+
+    folder: model folder, of which the config is read; batch: sequences, of `length` tokens, of which `supervised` get
+    logits; layers: only so many of the decoder's layers, of which the first `trained` also get gradients of their
+    weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()
+    if layers is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[-layers:]
     with torch.device("meta"):
         decoder = cast(Any, AutoModelForCausalLM).from_config(config, attn_implementation="eager").requires_grad_(False)
-        embeddings = torch.zeros(batch, length, config.get_text_config().hidden_size, requires_grad=True)
+        for layer in decoder.model.layers[:trained]:
+            layer.requires_grad_(True)
+        embeddings = torch.zeros(batch, length, text.hidden_size, requires_grad=backward)
         mask = torch.ones(batch, length, dtype=torch.long)
         counter = FlopCounterMode(display=False)
         with counter:
             hidden = decoder.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
-            logits = decoder.lm_head(hidden.flatten(0, 1)[:supervised])
-            logits.sum().backward()
+            logits = decoder.lm_head(hidden[:, :supervised])
+            if backward:
+                logits.sum().backward()
     return int(counter.get_total_flops())

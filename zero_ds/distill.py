@@ -3,7 +3,8 @@
 The surrogate shares the target's layers before the first replaced one, so the target's answer to a batch costs only its
 layers from there on, run without gradient from the surrogate's own hidden states. Only the replaced layers are loaded;
 the kept ones are the surrogate's. On image batches this is on-policy: the translator is held to what the target would
-do with exactly the features that the adapter produces now.
+do with exactly the features that the adapter produces now. In the encoder stage it so follows the encoder, instead of
+being frozen as the paper's is: what helps against the surrogate then helps against the target.
 
 Next-token loss on image data teaches a translator the wording of the answers, which the target then lacks. So where
 something before the translators trains, their layers are run a second time from detached hidden states: what the second

@@ -182,6 +182,9 @@ class Engine:
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
+        if getattr(self.optimizer, "persistent_parameters", None):
+            # DeepSpeed gathers them all anew after every step, also the frozen ones, which cannot have changed
+            self.optimizer.persistent_parameters = [p for p in self.optimizer.persistent_parameters if p.requires_grad]
         self._create_moments()
         self.accumulation = ds["gradient_accumulation_steps"]
 

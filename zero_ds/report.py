@@ -139,8 +139,8 @@ def facts(inputs: ReportInputs, evaluations: Mapping[str, Evaluation]) -> dict[s
         "layer_plan": {"name": str(info.plan), **info.plan.to_json()} if info else None,
         "step_seconds": {
             "stage": cost_stage,
-            "surrogate": _step_seconds(inputs.stages[cost_stage]) if cost_stage else None,
-            "full": _step_seconds(inputs.full_run) if inputs.full_run else None,
+            "surrogate": step_seconds(inputs.stages[cost_stage]) if cost_stage else None,
+            "full": step_seconds(inputs.full_run) if inputs.full_run else None,
         },
         "flops_ratio": inputs.flops_ratio,
         "checkpoint_bytes": {
@@ -218,7 +218,7 @@ def _transition(folder: Path | None) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({type(error).__name__}); measure the trajectory again.") from None
 
 
-def _step_seconds(run: Path) -> float | None:
+def step_seconds(run: Path) -> float | None:
     """Median over the steps; the first one, which sets up caches and kernels, counts only where it is alone."""
     seconds = [record["seconds"] for record in read_metrics(run)]
     return round(statistics.median(seconds[1:] or seconds), 4) if seconds else None

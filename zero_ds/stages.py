@@ -75,9 +75,11 @@ def supervision(config: RunConfig) -> Literal["response", "special_tokens"]:
 
 
 def trained_parts(config: RunConfig) -> tuple[Part, ...]:
-    """Parts that train: the stage's, without the translators where the decoder has none."""
+    """Parts that train: the stage's; no translators where the decoder has none, and always those that are distilled."""
     parts = STAGES[config.stage].trains
-    return tuple(p for p in parts if p != "translator" or decoder_kind(config) == "surrogate")
+    if decoder_kind(config) == "target":
+        return tuple(p for p in parts if p != "translator")
+    return parts if "translator" in parts or not config.distill.active else (*parts, "translator")
 
 
 def freeze_(model: nn.Module, config: RunConfig) -> dict[Part, list[tuple[str, torch.nn.Parameter]]]:

@@ -46,9 +46,20 @@ def quickstart(
 class Plan:
     """The commands of the quickstart, by name."""
 
-    def __init__(self, out: Path, demo: Path, scale: float, seed: int, replace: str, translators: int = 1) -> None:
+    def __init__(
+        self,
+        out: Path,
+        demo: Path,
+        scale: float,
+        seed: int,
+        replace: str,
+        translators: int = 1,
+        pictures: int | None = None,
+    ) -> None:
+        """`pictures`: evaluate on the first n held-out pictures only."""
         self.out, self.demo, self.scale, self.seed = out, demo, scale, seed
         self.replace, self.translators = replace, str(translators)
+        self.pictures = () if pictures is None else ("--pictures", str(pictures))
         self.target = str(LLM)
 
     def main(self) -> list[Step]:
@@ -183,6 +194,7 @@ class Plan:
                     str(self.demo / "data/heldout.json"),
                     "--out",
                     str(self.out / f"evaluation/{label}.json"),
+                    *self.pictures,
                 ),
             )
             for label, (weights, decoder) in of.items()

@@ -21,9 +21,11 @@ def report(
     controls: Annotated[bool, typer.Option("--controls", help="Show the controls, too.")] = False,
 ) -> None:
     """Write report.json, report.md and a self-contained report.html of a quickstart run."""
+    from zero_ds.cost import encoder_step_ratio
     from zero_ds.report import ReportInputs, write_report
 
     stages = {s: run / s for s in ("translator", "pretrain", "encoder") if (run / s / "latest").is_file()}
+    distilled = _distilled(stages)
     others: dict[str, Any] = {}
     if controls:
         others["controls"] = {
@@ -44,8 +46,8 @@ def report(
             stages=stages,
             cost_stage="encoder",
             full_run=run / "full-cost",
-            flops_ratio=_flops_ratio(run),
-            notes=(*NOTES, *_plan_note(run), *_distillation_note(stages)),
+            flops_ratio=encoder_step_ratio(run / "surrogate", distilled="encoder" in distilled),
+            notes=(*NOTES, *_plan_note(run), *_distillation_note(distilled)),
             title="zero_ds quickstart",
             **others,
         )
@@ -71,26 +73,18 @@ def _plan_note(run: Path) -> tuple[str, ...]:
     )
 
 
-def _distillation_note(stages: dict[str, Path]) -> tuple[str, ...]:
-    """Says so where translators learned from the target's late layers, which the paper's do not."""
+def _distilled(stages: dict[str, Path]) -> list[str]:
+    """Stages in which translators learned from the target's late layers, which the paper's do not."""
     from zero_ds.checkpoint import find_commit
     from zero_ds.graft import run_config
 
-    taught = [name for name, folder in stages.items() if run_config(find_commit(folder)).distill.active]
-    if not taught:
+    return [name for name, folder in stages.items() if run_config(find_commit(folder)).distill.active]
+
+
+def _distillation_note(stages: list[str]) -> tuple[str, ...]:
+    if not stages:
         return ()
     return (
-        f"In stage {' and '.join(taught)} the translator learned from the target's own late layers, an option beyond "
+        f"In the stages {', '.join(stages)} the translator learned from the target's own late layers, an option beyond "
         "the paper (distill.*, see docs/method.md).",
     )
-
-
-def _flops_ratio(run: Path) -> float:
-    """Decoder FLOPs of an encoder-stage step on the surrogate over those on its target."""
-    from zero_ds.cost import encoder_step_flops
-    from zero_ds.hub import local_folder
-    from zero_ds.surrogate import read_surrogate
-
-    shape = {"batch": 1, "length": 64, "supervised": 24}
-    target = local_folder(read_surrogate(run / "surrogate").target)
-    return encoder_step_flops(run / "surrogate", **shape) / encoder_step_flops(target, **shape)
