@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,25 @@ def test_train_refuses(arguments: tuple[str, ...], complaint: str) -> None:
     done = run(ROOT / "launch" / "train.sh", *arguments)
     assert done.returncode == 2
     assert complaint in done.stdout + done.stderr
+
+
+def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "zero_ds", "train", "smollm2-135m/encoder", f"out={tmp_path / 'run'}"],
+            env={**environment, "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("zero-ds: ")]
+    assert lines == [
+        f"zero-ds: the ranks cannot meet at 127.0.0.1:{port}: another program uses that port; "
+        "choose a free one with --master_port."
+    ]
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

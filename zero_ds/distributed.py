@@ -14,6 +14,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from zero_ds.config import ConfigError
+
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)
@@ -21,7 +23,11 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def initialize() -> None:
-    """Joins the process group of the launcher (DeepSpeed's or torchrun's); a lone process becomes rank 0 of 1."""
+    """Joins the process group of the launcher (DeepSpeed's or torchrun's); a lone process becomes rank 0 of 1.
+
+    Raises:
+        ConfigError: the ranks cannot meet at the launcher's address and port.
+    """
     if dist.is_initialized():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -43,9 +49,15 @@ def initialize() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(local_rank())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT, verbose=False
-    )
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = "another program uses that port" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise ConfigError(
+            f"the ranks cannot meet at {address}: {reason}; choose a free one with --master_port."
+        ) from None
 
 
 def free_port() -> int:

@@ -43,7 +43,6 @@ def demo(
     for part in ("data", "encoder"):
         shutil.rmtree(out / part, ignore_errors=True)
     path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     logger.info("drawing the demo's pictures in %s", out / "data")
     pictures.write_demo(out / "data", seed=seed)
     accuracy = warmup.warm_up(out / "data", out / "encoder", steps=steps, seed=seed)
