@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from zero_ds.losses import (
     hidden_distillation_mean,
     logit_distillation_sum,
     next_token_sum,
+    scale_excess_mean,
     supervised_rows,
 )
 
@@ -97,3 +101,31 @@ def test_hidden_distillation_is_relative_to_the_teachers_spread() -> None:
         hidden_distillation_mean(teacher * 2, teacher * 4, mask), hidden_distillation_mean(teacher, teacher * 2, mask)
     )
     assert mask[0, 0] == 1, "the caller's mask is not touched"
+
+
+@given(seed=st.integers(0, 99), limit=st.floats(0.5, 20), factor=st.floats(0.01, 100))
+@settings(max_examples=30, deadline=None)
+def test_scale_excess_counts_only_image_tokens_beyond_the_limit(seed: int, limit: float, factor: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(2, 6, 64, generator=generator)
+    embeddings /= embeddings.square().mean(-1, keepdim=True).sqrt()  # every token of scale 1
+    images = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]).bool()
+    words = ~images
+    words[:, 5] = False  # padding
+    embeddings[images] *= factor
+    embeddings[:, 5] = 1e6
+    embeddings.requires_grad_(True)
+    excess = scale_excess_mean(embeddings, images, words, limit)
+    expected = max(0.0, math.log(factor / limit)) ** 2
+    assert float(excess.detach()) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    (gradient,) = torch.autograd.grad(excess, embeddings)
+    assert not gradient[~images].any(), "words and padding learn nothing from it"
+    # downhill means smaller, and only where the limit is exceeded
+    assert float((gradient * embeddings)[images].sum()) == pytest.approx(2 * math.sqrt(expected), rel=1e-2, abs=1e-4)
+
+
+def test_no_image_no_excess() -> None:
+    embeddings = torch.randn(1, 3, 4, requires_grad=True)
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    excess = scale_excess_mean(embeddings, none, ~none, 1.0)
+    assert float(excess.detach()) == 0 and excess.requires_grad

@@ -44,6 +44,8 @@ class AdapterConfig(Section):
     """Put a learned start- and end-of-image embedding around the image tokens, as the reference implementation does."""
     match_embeddings: bool = False
     """Scale the adapter's initial weights so that image tokens start with the standard deviation of word embeddings."""
+    max_scale: float | None = Field(default=None, gt=0)
+    """Penalise image tokens whose root mean square exceeds this many times that of the words around them."""
 
 
 class SourceConfig(Section):

@@ -34,6 +34,23 @@ def count_supervised(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORE).sum())
 
 
+def scale_excess_mean(
+    embeddings: torch.Tensor, images: torch.Tensor, words: torch.Tensor, limit: float
+) -> torch.Tensor:
+    """How far image tokens exceed `limit` times the scale of words: mean of max(0, log(ratio / limit))^2.
+
+    embeddings: (batch, seq, hidden); images, words: (batch, seq), disjoint masks. A token's scale is its root mean
+    square over `hidden`, the words' scale the mean over `words`, without gradient. Zero, and part of the graph, where
+    there is no image token. Large image tokens pass through a decoder's early layers unchanged, so that late layers
+    read them directly: what a surrogate's late layers make of them does not carry over to its target.
+    """
+    if not images.any():
+        return 0.0 * embeddings.float().sum()
+    scale = embeddings[images].float().square().mean(-1).sqrt()
+    usual = embeddings[words].detach().float().square().mean(-1).sqrt().mean()
+    return (scale / (limit * usual)).clamp_min(1e-6).log().clamp_min(0).square().mean()
+
+
 def hidden_distillation_mean(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Squared error relative to the teacher's variance, averaged over positions.
 

@@ -17,7 +17,7 @@ from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
 from zero_ds.families import Family, family_of
-from zero_ds.losses import next_token_sum, supervised_rows
+from zero_ds.losses import next_token_sum, scale_excess_mean, supervised_rows
 from zero_ds.surrogate import LayerPlan, read_surrogate
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class VisionLanguageModel(nn.Module):
         self.boundary: Boundary | None = None
         self.adapter: nn.Sequential | None = None
         self.teacher: Any = None  # a distill.Teacher, if the run distils
+        self.max_scale = adapter_config.max_scale if adapter_config else None
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
             width = encoder_family.vision_config(encoder).hidden_size
@@ -179,11 +180,16 @@ class VisionLanguageModel(nn.Module):
         their tokens stand in the batch.
         """
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
+        embeddings = self.embed(input_ids, pixel_values)
         with watching as watched:
-            hidden = self.hidden_states(input_ids, attention_mask, pixel_values)
+            hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask)
         rows = supervised_rows(labels)
         logits = self.logits(hidden[rows])
         loss = next_token_sum(logits, labels, rows)
+        if self.max_scale is not None:
+            images = image_positions(input_ids)
+            words = attention_mask.bool() & ~images
+            loss = loss + rows.sum() * scale_excess_mean(embeddings, images, words, self.max_scale)
         if self.teacher is None:
             return loss
         return loss + cast(torch.Tensor, self.teacher.loss(self, watched, logits, labels, rows, attention_mask))
