@@ -180,11 +180,11 @@ class Engine:
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
         )
+        if ds["zero_optimization"]["stage"] == 3:
+            _frozen_layers_as_leaves(model)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
-        if getattr(self.optimizer, "persistent_parameters", None):
-            # DeepSpeed gathers them all anew after every step, also the frozen ones, which cannot have changed
-            self.optimizer.persistent_parameters = [p for p in self.optimizer.persistent_parameters if p.requires_grad]
+        self._keep_frozen()
         self._create_moments()
         self.accumulation = ds["gradient_accumulation_steps"]
 
@@ -213,6 +213,28 @@ class Engine:
             self.engine.backward(loss * (self.accumulation * self.world_size))
             self.engine.step()
         return share, float(self.engine.get_global_grad_norm() or 0.0)
+
+    def _keep_frozen(self) -> None:
+        """Keeps frozen persistent parameters whole between steps.
+
+        ZeRO-3 (DeepSpeed 0.19) releases every parameter before the update and gathers the persistent ones anew behind
+        it. Frozen ones cannot have changed. Where every parameter is persistent, that is the whole model a step.
+        """
+        persistent = getattr(self.optimizer, "persistent_parameters", None)
+        if not persistent or not hasattr(self.optimizer, "_partition_all_parameters"):
+            return
+        kept = [p for p in persistent if not p.requires_grad]
+        released = torch.nn.ParameterList([p for p in self.model.parameters() if p.requires_grad or not p.ds_persist])
+        released.ds_external_parameters = dict[str, torch.nn.Parameter]().items  # what DeepSpeed asks modules for
+        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+
+        def release() -> None:
+            for parameter in kept:
+                parameter.ds_active_sub_modules.clear()
+            coordinator.release_and_reset_all(released)
+
+        self.optimizer.persistent_parameters = [p for p in persistent if p.requires_grad]
+        self.optimizer._partition_all_parameters = release
 
     # -- state of the optimizer, free of world size and ZeRO stage -----------------------------------------------------
 
@@ -258,6 +280,23 @@ class Engine:
         safe_set_full_fp32_param(parameter, state["master"].view(parameter_shape(parameter)))
         for key in ("exp_avg", "exp_avg_sq"):
             safe_set_full_optimizer_state(parameter, state[key].view(parameter_shape(parameter)), key)
+
+
+def _frozen_layers_as_leaves(model: Any) -> None:
+    """Lets ZeRO-3 treat a frozen decoder layer as one unit: hooks around the layer instead of around each of its parts.
+
+    Layers that train stay as they are: DeepSpeed (0.19) releases a leaf whose input has no gradient before the
+    gradients of its weights are there.
+    """
+    from deepspeed.utils import set_z3_leaf_modules_by_name
+
+    kind = type(model.family.layers(model.decoder)[0])
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kind) and not any(p.requires_grad for p in module.parameters())
+    ]
+    set_z3_leaf_modules_by_name(model, names)
 
 
 def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -14,6 +14,8 @@ from zero_ds.config import ConfigError, load_run
 from zero_ds.pipeline import Pipeline, Step
 
 FAMILY = "smollm2-135m"
+FULL = ("decoder=target", "distill.logits=0", "distill.next_token=1")
+"""Overrides of a stage that trains against the full model, where there is no translator to distil."""
 
 
 def quickstart(
@@ -85,7 +87,7 @@ class Plan:
             self._train("translator", "translator", 90),
             self._train("pretrain", "pretrain", 150, starts=("translator",)),
             self._train("encoder", "encoder", 150, starts=("translator", "pretrain")),
-            self._train("full-cost", "encoder", 25, ("decoder=target",), starts=("translator", "pretrain"), steps=4),
+            self._train("full-cost", "encoder", 25, FULL, starts=("translator", "pretrain"), steps=4),
             self._ours("graft", 6, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
             self._evaluations(
                 "evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}
@@ -102,11 +104,10 @@ class Plan:
         """Encoder trained on the full model; on a surrogate without early layers; warm start against cold start."""
         out = self.out
         early = self._early_range()
-        full = ("decoder=target", "distill.logits=0", "distill.next_token=1")
         return [
-            self._train("full-adapter", "pretrain", 200, full, into="controls/full-adapter"),
+            self._train("full-adapter", "pretrain", 200, FULL, into="controls/full-adapter"),
             self._train(
-                "full-encoder", "encoder", 200, full, starts=("controls/full-adapter",), into="controls/full-encoder"
+                "full-encoder", "encoder", 200, FULL, starts=("controls/full-adapter",), into="controls/full-encoder"
             ),
             self._ours(
                 "early-surrogate",
