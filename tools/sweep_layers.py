@@ -36,6 +36,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs per k.")] = 1,
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps.")] = 1.0,
     pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out pictures.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for every training run.")] = None,
     demo: Annotated[Path, typer.Option(help="Folder of `zero-ds demo`.")] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/sweep"),
 ) -> None:
@@ -45,7 +46,9 @@ def main(
     for seed in range(seeds):
         for first in sorted(k):
             run = out / f"k{first}-seed{seed}"
-            plan = Plan(run, demo, steps_scale, seed, f"{first}:{last}", pictures=pictures)
+            plan = Plan(
+                run, demo, steps_scale, seed, f"{first}:{last}", pictures=pictures, overrides=tuple(overrides or ())
+            )
             # the full model's step is timed once, beside the largest surrogate
             wanted = STEPS | ({"full-cost"} if (first, seed) == (max(k), 0) else set())
             Pipeline(run, [step for step in plan.main() if step.name in wanted]).run()

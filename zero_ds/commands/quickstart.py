@@ -30,6 +30,9 @@ def quickstart(
     ] = "24:28",
     translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and sample order.")] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for every training run, e.g. zero=zero2; repeatable.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run in --out first.")] = False,
 ) -> None:
     """The whole method on a 135M model, trajectory to report; steps that are finished are skipped."""
@@ -37,7 +40,7 @@ def quickstart(
         if not (out / "steps").is_dir():
             raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
         shutil.rmtree(out)
-    plan = Plan(out, demo, steps_scale, seed, replace, translators)
+    plan = Plan(out, demo, steps_scale, seed, replace, translators, overrides=tuple(overrides or ()))
     steps = plan.main() + (plan.controls() if controls else [])
     steps.append(plan.report(controls))
     Pipeline(out, steps).run()
@@ -57,10 +60,12 @@ class Plan:
         replace: str,
         translators: int = 1,
         pictures: int | None = None,
+        overrides: tuple[str, ...] = (),
     ) -> None:
-        """`pictures`: evaluate on the first n held-out pictures only."""
+        """pictures: evaluate on the first n held-out pictures only; overrides: of every training run."""
         self.out, self.demo, self.scale, self.seed = out, demo, scale, seed
         self.replace, self.translators = replace, str(translators)
+        self.overrides = overrides
         self.pictures = () if pictures is None else ("--pictures", str(pictures))
         self.target = str(LLM)
 
@@ -169,8 +174,8 @@ class Plan:
         steps: int | None = None,
     ) -> Step:
         folder = into or name
+        settings = load_run(f"{FAMILY}/{recipe}", [*self.overrides, *overrides])  # what is wrong ends it here
         if steps is None:
-            settings = load_run(f"{FAMILY}/{recipe}")
             assert settings.max_steps is not None
             steps, seconds = max(1, round(settings.max_steps * self.scale)), seconds * self.scale
         command = (
@@ -182,6 +187,7 @@ class Plan:
             f"init_from=[{', '.join(str(self.out / start) for start in starts)}]",
             f"max_steps={steps}",
             f"seed={self.seed}",
+            *self.overrides,
             *overrides,
         )
         return Step(name, (command,), seconds, (self.out / folder / "latest",))
