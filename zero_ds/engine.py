@@ -168,13 +168,13 @@ class Engine:
 
         self.config = config
         self.named: dict[str, torch.nn.Parameter] = {n: p for group in groups.values() for n, p in group}
-        self.rates = [learning_rate(config, part) for part in groups]
+        self.rates = {part: learning_rate(config, part) for part in groups}
         self.factor = schedule(config, total_steps)
         self.world_size = distributed.world_size()
         optimizer = torch.optim.AdamW(
             [
-                {"params": [p for _, p in group], "lr": rate, "name": part}
-                for (part, group), rate in zip(groups.items(), self.rates, strict=True)
+                {"params": [p for _, p in group], "lr": self.rates[part], "name": part}
+                for part, group in groups.items()
             ],
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
@@ -198,7 +198,7 @@ class Engine:
         Raises:
             FloatingPointError: a loss that is not finite, before anything is updated, naming the samples.
         """
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
             group["lr"] = rate * self.factor(step)
         share = 0.0
         for batch in batches:

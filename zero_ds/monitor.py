@@ -77,9 +77,9 @@ class Monitor:
         if self.engine_monitor is not None and self.engine_monitor.enabled:
             self.engine_monitor.write_events(events)
         if step % self.log_every == 0 or step in (1, self.progress.total):
-            shown = "  ".join(
-                f"{n} {scalars[n]:.4g}" for n in ("loss", "learning_rate", "grad_norm", "tokens_per_second")
-            )
+            rates = [name for name in scalars if name.startswith("learning_rate/")]
+            names = ("loss", *rates, "grad_norm", "tokens_per_second")
+            shown = "  ".join(f"{name} {scalars[name]:.4g}" for name in names)
             logger.info("%s  %s", self.progress.line(step), shown)
 
     def close(self) -> None:

@@ -127,7 +127,7 @@ def loop(
             (step + 1) * config.global_batch,
             {
                 "loss": loss,
-                "learning_rate": engine.rates[0] * engine.factor(step),
+                **{f"learning_rate/{part}": rate * engine.factor(step) for part, rate in engine.rates.items()},
                 "grad_norm": grad_norm,
                 "seconds": seconds,
                 "data_wait_seconds": waited,
