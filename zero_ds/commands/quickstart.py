@@ -77,29 +77,29 @@ class Plan:
         return [
             self._ours(
                 "trajectory",
-                25,
+                18,
                 ("trajectory", "--model", self.target, "--data", str(self.demo / "data/trajectory.json")),
                 ("--samples", "32", "--out", str(out / "trajectory")),
                 produces="trajectory/trajectory.json",
             ),
             self._ours(
                 "surrogate",
-                8,
+                3,
                 ("surrogate", "--target", self.target, *cut, "--translators", self.translators),
                 ("--out", str(out / "surrogate")),
                 produces="surrogate/surrogate.json",
             ),
-            self._train("translator", "translator", 90),
-            self._train("pretrain", "pretrain", 150, starts=("translator",)),
-            self._train("encoder", "encoder", 150, starts=("translator", "pretrain")),
-            self._train("full-cost", "encoder", 25, FULL, starts=("translator", "pretrain"), steps=4),
-            self._ours("graft", 6, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
+            self._train("translator", "translator", 86),
+            self._train("pretrain", "pretrain", 70, starts=("translator",)),
+            self._train("encoder", "encoder", 247, starts=("translator", "pretrain")),
+            self._train("full-cost", "encoder", 24, FULL, starts=("translator", "pretrain"), steps=4),
+            self._ours("graft", 2, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
             self._evaluations(
                 "evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}
             ),
             self._ours(
                 "export",
-                35,
+                17,
                 ("export", "--weights", str(out / "encoder"), "--target", self.target, "--out", str(out / "export")),
                 produces="export/proof.json",
             ),
@@ -139,7 +139,7 @@ class Plan:
         command = ["report", "--run", str(self.out)]
         if controls:
             command.append("--controls")
-        return self._ours("report-controls" if controls else "report", 12, tuple(command), produces="report.html")
+        return self._ours("report-controls" if controls else "report", 6, tuple(command), produces="report.html")
 
     def _early_stages(self) -> list[Step]:
         surrogate = (f"surrogate={self.out / 'controls/early-surrogate'}",)
@@ -206,7 +206,7 @@ class Plan:
             )
             for label, (weights, decoder) in of.items()
         )
-        return Step(name, commands, 60.0 * len(of), tuple(self.out / f"evaluation/{label}.json" for label in of))
+        return Step(name, commands, 50.0 * len(of), tuple(self.out / f"evaluation/{label}.json" for label in of))
 
     def _ours(self, name: str, seconds: float, *words: tuple[str, ...], produces: str | None = None) -> Step:
         files = (self.out / produces,) if produces else ()
