@@ -136,8 +136,8 @@ def resolve(path: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
         ({"bf16/enable": True}, "bf16: unknown key 'enable'; did you mean 'enabled'"),
         ({"fp16/loss_scal": 0}, "fp16: unknown key 'loss_scal'; did you mean 'loss_scale'"),
         ({"optimizer": {"type": "AdamW"}}, "unknown key 'optimizer'"),
-        ({"train_batch_size": 999}, "train_batch_size=999, but the recipe gives 16"),
-        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu=3, but the recipe gives 8"),
+        ({"train_batch_size": 999}, "train_batch_size=999, but the recipe gives 8"),
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu=3, but the recipe gives 4"),
         ({"gradient_accumulation_steps": 7}, "gradient_accumulation_steps=7, but the recipe gives 2"),
         ({"gradient_clipping": 5.0}, "gradient_clipping=5.0, but the recipe gives 1.0"),
         ({"bf16/enabled": True}, "bf16.enabled=True, but the recipe's precision is float32"),
@@ -166,8 +166,8 @@ def test_json_that_cannot_be_meant(json_file: Any, changes: Any, complaint: str)
 
 
 def test_json_may_agree_with_the_recipe_or_leave_out(json_file: Any) -> None:
-    ds = resolve(json_file({"train_batch_size": 16, "gradient_clipping": 1.0, "bf16": {}}))
-    assert (ds["train_batch_size"], ds["bf16"]["enabled"], ds["fp16"]["enabled"]) == (16, False, False)
+    ds = resolve(json_file({"train_batch_size": 8, "gradient_clipping": 1.0, "bf16": {}}))
+    assert (ds["train_batch_size"], ds["bf16"]["enabled"], ds["fp16"]["enabled"]) == (8, False, False)
     assert resolve(json_file('{"zero_optimization": {"stage": 1}}'))["gradient_accumulation_steps"] == 2
 
 

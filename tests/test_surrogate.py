@@ -408,7 +408,7 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
 
 def test_full_disk(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    refused(made("llama", tied=True), tmp_path / "small", "GB free that the surrogate may need")
+    refused(made("llama", tied=True), tmp_path / "small", "GB free that small may need")
 
 
 def test_interrupted_writing_leaves_nothing(

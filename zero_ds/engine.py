@@ -172,10 +172,7 @@ class Engine:
         self.factor = schedule(config, total_steps)
         self.world_size = distributed.world_size()
         optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for _, p in group], "lr": self.rates[part], "name": part}
-                for part, group in groups.items()
-            ],
+            [{"params": [p for _, p in group], "lr": self.rates[part], "name": part} for part, group in groups.items()],
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,
@@ -224,7 +221,8 @@ class Engine:
         if not persistent or not hasattr(self.optimizer, "_partition_all_parameters"):
             return
         kept = [p for p in persistent if not p.requires_grad]
-        released = torch.nn.ParameterList([p for p in self.model.parameters() if p.requires_grad or not p.ds_persist])
+        staying = {id(p) for p in kept}
+        released: Any = torch.nn.ParameterList([p for p in self.model.parameters() if id(p) not in staying])
         released.ds_external_parameters = dict[str, torch.nn.Parameter]().items  # what DeepSpeed asks modules for
         coordinator = self.optimizer.parameter_offload.get_param_coordinator()
 
