@@ -21,6 +21,8 @@ from zero_ds.engine import Engine, ds_config, resolve_precision, schedule
 from zero_ds.losses import count_supervised
 
 STEPS = 2
+GATHERED = str(Path(__file__).parent / "zero3_gathered.json")
+"""ZeRO-3 that gathers every parameter when it is used: the tiny models' are all below the usual threshold."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -99,7 +101,10 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
     assert len(caught) == STEPS
     weights = {name: engine.full_state(p)["master"].view_as(caught[0][name]) for name, p in engine.named.items()}
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None}
-    return {"steps": steps, "start": start, "weights": weights, "frozen_with_gradient": frozen}
+    whole = {
+        n for n, p in model.named_parameters() if getattr(getattr(p, "ds_status", None), "name", "") == "AVAILABLE"
+    }
+    return {"steps": steps, "start": start, "weights": weights, "frozen_with_gradient": frozen, "whole": whole}
 
 
 CASES = [
@@ -108,6 +113,11 @@ CASES = [
     for zero in ("zero1", "zero2", "zero3")
     for again in (True, False)
 ] + [(stage, zero, True) for stage in ("encoder", "encoder, all options") for zero in ("zero2", "zero3")]
+CASES += [
+    (stage, zero, again)
+    for stage in ("pretrain", "encoder", "decoder")
+    for zero, again in (("zero3_resident", False), (GATHERED, False), (GATHERED, True))
+]
 """Stage, DeepSpeed config, activation checkpointing. `pretrain` trains amid frozen layers, `encoder` before them (no
 layer of the decoder has a gradient, yet it must pass through), `decoder` everything."""
 
@@ -183,6 +193,13 @@ def test_gradients_and_updates_are_those_of_plain_pytorch(
         for name in set(first) - zero_by_nature:
             assert apart(rank["weights"][name], theirs["weights"][name]) < 1e-3, name
         assert not rank["frozen_with_gradient"]
+
+
+def test_frozen_parameters_stay_whole_between_steps_where_they_are_persistent(measured: dict[int, Any]) -> None:
+    for rank in measured[2][("pretrain", "zero3_resident", False)]:
+        assert any(name.startswith("decoder.") for name in rank["whole"] - set(rank["start"]))
+    for rank in measured[2][("pretrain", GATHERED, False)]:
+        assert not rank["whole"]
 
 
 def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, Any], data: Path) -> None:
