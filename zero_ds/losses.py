@@ -41,8 +41,8 @@ def scale_excess_mean(
 
     embeddings: (batch, seq, hidden); images, words: (batch, seq), disjoint masks. A token's scale is its root mean
     square over `hidden`, the words' scale the mean over `words`, without gradient. Zero, and part of the graph, where
-    there is no image token. Large image tokens pass through a decoder's early layers unchanged, so that late layers
-    read them directly: what a surrogate's late layers make of them does not carry over to its target.
+    there is no image token. The thought behind it: large image tokens pass through a decoder's early layers nearly
+    unchanged, so that late layers read them directly, and those are not the same in surrogate and target.
     """
     if not images.any():
         return 0.0 * embeddings.float().sum()

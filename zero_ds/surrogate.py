@@ -18,7 +18,7 @@ from typing import Any
 
 from zero_ds.config import ConfigError
 from zero_ds.families import family_of
-from zero_ds.files import check_vacant, new_folder
+from zero_ds.files import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,6 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
         )
     plan = LayerPlan(depth, tuple(replaced))
     files = shard_files(target)
-    check_vacant(out)
     names = list(_renamed(files, family.layer_prefix, plan))
     with new_folder(out, need=sum(file.stat().st_size for file in set(files.values()))) as folder:
         kept, total = _write_shards(files, names, folder)
