@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,4 +60,17 @@ def test_overrides_reach_every_training_run(tmp_path: Path) -> None:
 def test_a_wrong_override_ends_it_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'zeros'.*did you mean 'zero'"):
         planned(tmp_path, "zeros=zero2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [("1-2", "'1-2' is no layer range"), ("1:40", r"layers 1:40 are not inside the model's layers")],
+)
+def test_a_wrong_range_ends_it_before_anything_runs(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replace: str, message: str
+) -> None:
+    monkeypatch.setattr("zero_ds.commands.quickstart.LLM", made("llama", tied=True))
+    with pytest.raises(ConfigError, match=message):
+        Plan(tmp_path, Path("runs/demo"), 1.0, 0, replace).main()
     assert not list(tmp_path.iterdir())

@@ -114,21 +114,22 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"zero-ds: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        print(
-            f"zero-ds: {error.strerror}: {error.filename or 'while writing'}; free some space and run again.",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
     except Exception as error:
-        if "No space left on device" not in str(error):  # of a writer that is not Python: safetensors, Arrow
+        if (sentence := _disk_sentence(error)) is None:
             raise
-        print("zero-ds: No space left on device; free some space and run again.", file=sys.stderr)
+        print(f"zero-ds: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         distributed.shutdown()
 
 
 _DISK_ERRORS = (28, 122, 30, 13)  # no space, quota, read-only, no permission
+
+
+def _disk_sentence(error: Exception) -> str | None:
+    """What a full or closed disk is called; None for any other error."""
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"{error.strerror}: {error.filename or 'while writing'}; free some space and run again."
+    if "No space left on device" in str(error):  # of a writer that is not Python: safetensors, Arrow
+        return "No space left on device; free some space and run again."
+    return None

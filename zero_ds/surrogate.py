@@ -210,6 +210,22 @@ def target_hash(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def depth_of(folder: Path) -> int:
+    """Number of decoder layers that a Hugging Face folder's config.json names.
+
+    Raises:
+        ConfigError: no readable config.json, or it names none.
+    """
+    path = folder / "config.json"
+    try:
+        depth = json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers")
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError(f"{path} is missing or damaged; fetch the model again.") from None
+    if not isinstance(depth, int):
+        raise ConfigError(f"{path} does not say how many layers there are (num_hidden_layers={depth!r}).")
+    return depth
+
+
 def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> SurrogateInfo:
     """Writes the surrogate of `target` to the new folder `out`: an ordinary Hugging Face folder plus surrogate.json.
 
@@ -220,12 +236,7 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
     """
     family = family_of(target)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    depth = config.get("num_hidden_layers")
-    if not isinstance(depth, int):
-        raise ConfigError(
-            f"{target / 'config.json'} does not say how many layers there are (num_hidden_layers={depth!r})."
-        )
-    plan = LayerPlan(depth, tuple(replaced))
+    plan = LayerPlan(depth_of(target), tuple(replaced))
     files = shard_files(target)
     names = list(_renamed(files, family.layer_prefix, plan))
     with new_folder(out, need=sum(file.stat().st_size for file in set(files.values()))) as folder:

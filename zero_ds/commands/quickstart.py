@@ -74,6 +74,8 @@ class Plan:
         out, cut = self.out, ("--replace", self.replace)
         if self.replace == "trajectory":
             cut = ("--from-trajectory", str(out / "trajectory"))
+        else:
+            self._check_range()
         return [
             self._ours(
                 "trajectory",
@@ -140,6 +142,14 @@ class Plan:
         if controls:
             command.append("--controls")
         return self._ours("report-controls" if controls else "report", 6, tuple(command), produces="report.html")
+
+    def _check_range(self) -> None:
+        """A range that the model has not ends the command before its first step."""
+        from zero_ds.surrogate import LayerPlan, Replaced, depth_of
+
+        part = Replaced.parse(self.replace, int(self.translators))
+        if (folder := Path(self.target).expanduser()).is_dir():  # if not, the first step says so
+            LayerPlan(depth_of(folder), (part,))
 
     def _early_stages(self) -> list[Step]:
         surrogate = (f"surrogate={self.out / 'controls/early-surrogate'}",)
