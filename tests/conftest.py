@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     root = tmp_path_factory.mktemp("models")
 
     def make(name: str, **options: object) -> Path:
-        builders = {**tiny.FAMILIES, **tiny.ENCODERS}
+        builders = {**tiny.FAMILIES, **tiny.VARIANTS, **tiny.ENCODERS}
         assert name in builders, f"tests/tiny.py has no builder for '{name}'; add one to FAMILIES or ENCODERS"
         folder = root / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
         if not folder.exists():

@@ -28,6 +28,10 @@ FLOORS: dict[str, int] = {
     "trajectory": 2,
     "transition": 2,
     "surrogate": 2,
+    "pretrained": 2,
+    "shards": 2,
+    "lens": 2,
+    "streaming": 2,
     "gguf": 2,
     "data": 2,
     # 3: the model

@@ -17,18 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from zero_ds import surrogate as module
+from zero_ds import shards as module
 from zero_ds.config import ConfigError
 from zero_ds.families import FAMILIES, family_of
-from zero_ds.surrogate import (
-    LayerPlan,
-    Replaced,
-    SurrogateInfo,
-    build_surrogate,
-    read_surrogate,
-    shard_files,
-    target_hash,
-)
+from zero_ds.pretrained import load_decoder, shard_files, target_hash
+from zero_ds.surrogate import LayerPlan, Replaced, SurrogateInfo, build_surrogate, read_surrogate
 
 # -- LayerPlan ---------------------------------------------------------------------------------------------------------
 
@@ -175,6 +168,8 @@ def by_hand(target: Path, ranges: list[Replaced]) -> Any:
             chosen.append(number)
     getattr(model, family.backbone).layers = torch.nn.ModuleList(layers[number] for number in chosen)
     model.config.num_hidden_layers = len(chosen)
+    if types := getattr(model.config, "layer_types", None):
+        model.config.layer_types = [types[number] for number in chosen]
     for number, layer in enumerate(getattr(model, family.backbone).layers):
         layer.self_attn.layer_idx = number
     return model
@@ -226,23 +221,58 @@ def test_surrogate_is_an_ordinary_folder(made: Callable[..., Path], tmp_path: Pa
     info = build_surrogate(target, [Replaced(2, 4)], tmp_path / "new" / "small")
     out = tmp_path / "new" / "small"
     sizes = (info.kept_parameters, info.target_parameters)
-    assert info == SurrogateInfo(family, str(target), target_hash(target), plan(6, (2, 4)), *sizes)
+    assert set(info.hashes) == {"tokenizer", "template", "embeddings"} and all(info.hashes.values())
+    assert info == SurrogateInfo(family, str(target), target_hash(target), plan(6, (2, 4)), *sizes, info.hashes)
     assert read_surrogate(out) == info
     assert folders(tmp_path / "new") == ["small"], "no temporary folder stays"
     assert out.stat().st_mode & 0o777 == 0o755
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(target)
     assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
     whole = json.loads((target / "config.json").read_text())
-    assert json.loads((out / "config.json").read_text()) == {**whole, "num_hidden_layers": 4}
+    cut = json.loads((out / "config.json").read_text())
+    types = cut.pop("layer_types", None)
+    assert cut == {**{k: v for k, v in whole.items() if k != "layer_types"}, "num_hidden_layers": 4}
+    assert types == {
+        "llama": None,
+        "qwen2": ["full_attention"] * 4,
+        "qwen3": ["full_attention"] * 4,
+        "gemma2": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "gemma3": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    }.get(family, types)
 
 
-def test_config_entries_with_one_item_a_layer_are_cut(made: Callable[..., Path], tmp_path: Path) -> None:
-    target = copy(made("llama", tied=True), tmp_path / "target")
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_text_tower_of_a_multimodal_class(made: Callable[..., Path], tmp_path: Path, tied: bool) -> None:
+    """Cut out and loaded whole, it answers like the class it comes from; a graft reads it from there, too."""
+    from transformers import Gemma3ForConditionalGeneration
+
+    target = made("gemma3-multimodal", tied=tied)
+    whole = Gemma3ForConditionalGeneration.from_pretrained(target, dtype=torch.float32).eval()
+    vocabulary = whole.config.text_config.vocab_size
+    expected = logits(whole, vocabulary)
+    loaded = load_decoder(target, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(loaded, vocabulary), expected, atol=1e-6, rtol=1e-6)
+
+    info = build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
+    small = load(tmp_path / "small")
+    assert type(small).__name__ == "Gemma3ForCausalLM" and family_of(tmp_path / "small").name == "gemma3"
+    layers = whole.model.language_model.layers
+    whole.model.language_model.layers = torch.nn.ModuleList(layers[i] for i in (0, 1, 2, 5))
+    whole.config.text_config.layer_types = [whole.config.text_config.layer_types[i] for i in (0, 1, 2, 5)]
+    whole.config.text_config.num_hidden_layers = 4
+    torch.testing.assert_close(logits(small, vocabulary), logits(whole, vocabulary), atol=1e-6, rtol=1e-6)
+    assert info.target_parameters == sum(p.numel() for p in loaded.parameters())
+    assert info.kept_parameters == sum(p.numel() for p in small.parameters())
+
+
+def test_config_lists_that_do_not_fit_the_layers(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = copy(made("gemma2", tied=True), tmp_path / "target")
     config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, "layer_types": [f"kind {n}" for n in range(6)]}))
-    build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
-    small = json.loads((tmp_path / "small" / "config.json").read_text())
-    assert small["layer_types"] == ["kind 0", "kind 1", "kind 2", "kind 5"]
+    (target / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention"] * 5}))
+    with pytest.raises(ConfigError, match="config.json"):
+        build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def copy(folder: Path, out: Path) -> Path:
@@ -407,7 +437,7 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_full_disk(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     refused(made("llama", tied=True), tmp_path / "small", "GB free that small may need")
 
 
@@ -418,7 +448,7 @@ def test_interrupted_writing_leaves_nothing(
         raise KeyboardInterrupt
 
     target = made("llama", tied=True)
-    monkeypatch.setattr(module.shutil, "copyfile", interrupted)
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
     assert folders(tmp_path) == []

@@ -15,28 +15,16 @@ import typer
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from zero_ds import trajectory as module
+from zero_ds import lens as module
+from zero_ds import trajectory as written
 from zero_ds.commands.trajectory import summary, trajectory
 from zero_ds.config import ConfigError, SourceConfig
 from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Records
 from zero_ds.families import Family, family_of
-from zero_ds.trajectory import (
-    Floats,
-    Lens,
-    Setting,
-    TokenSample,
-    Trajectory,
-    answer_greedily,
-    batches,
-    check_lens,
-    choose_samples,
-    measure,
-    sequence_divergences,
-    tapped,
-    write,
-)
+from zero_ds.lens import Floats, Lens, TokenSample, batches, check_lens, measure, sequence_divergences, tapped
+from zero_ds.trajectory import Setting, Trajectory, answer_greedily, choose_samples, write
 from zero_ds.transition import Transition, find_transition
 
 LAYERS = 8
@@ -287,7 +275,7 @@ def test_an_answer_before_any_question_is_no_greedy_sample(tmp_path: Path, templ
 
 def test_greedy_answers(tmp_path: Path, decoder: Any, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batched answers are those of an argmax loop on single samples, cut behind the end of the turn."""
-    monkeypatch.setattr(module, "ANSWER_TOKENS", 10)
+    monkeypatch.setattr(written, "ANSWER_TOKENS", 10)
     rows = [record(10 ** (i % 5) + i) for i in range(8)]
     records = Records([SourceConfig(path=str(data_file(tmp_path / "data.json", rows)))])
     encoder = SampleEncoder(template, "response", max_length=256)
@@ -310,7 +298,7 @@ def test_greedy_answer_ends_with_the_turn(
     decoder: Any, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the model says first is made the end of the turn; nothing of the padding behind it is kept."""
-    monkeypatch.setattr(module, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(written, "ANSWER_TOKENS", 6)
     questions = token_samples(5)
     with torch.no_grad():
         first = int(decoder(input_ids=torch.tensor([questions[3].input_ids])).logits[0, -1].argmax())
@@ -373,7 +361,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, moment: str, monkeypatch:
         raise OSError(28, "No space left on device")
 
     if moment == "plot":
-        monkeypatch.setattr(module, "plot", fail)
+        monkeypatch.setattr(written, "plot", fail)
     else:
         monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="No space"):
@@ -397,7 +385,7 @@ def data(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("options", [[], ["--metric", "vocabulary", "--dtype", "bfloat16"], ["--greedy"]])
 def test_command(tmp_path: Path, folder: Path, data: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(written, "ANSWER_TOKENS", 8)
     out = tmp_path / "out"
     arguments = ["--model", folder, "--data", data, "--out", out, "--batch", 4, *options]
     if "--dtype" not in options:

@@ -32,6 +32,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """SmolLM2's chat template with a shorter default system message."""
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+"""Gemma's: a role `model`, no system message; the turns' special tokens go by other names here."""
 
 
 def tokenizer(spare: tuple[str, ...] = ("<reponame>",), template: str | None = TEMPLATE) -> Any:
@@ -76,27 +84,86 @@ def tokenizer(spare: tuple[str, ...] = ("<reponame>",), template: str | None = T
 # -- decoders and encoders ---------------------------------------------------------------------------------------------
 
 
-def llama(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _decoder(out: Path, kind: str, words: Any, seed: int, **settings: Any) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    words = tokenizer()
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,  # far from linear, so that a missing or misplaced layer is seen
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(out)
+    config = AutoConfig.for_model(kind, **_shape(words), **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(out)
     words.save_pretrained(out)
+
+
+def _shape(words: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(words),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.2,  # far from linear, so that a missing or misplaced layer is seen
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+
+
+def llama(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
+    _decoder(out, "llama", tokenizer(), seed, num_hidden_layers=layers, tie_word_embeddings=tied)
+
+
+def qwen2(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
+    words = tokenizer(("<|image_pad|>",))
+    _decoder(out, "qwen2", words, seed, num_hidden_layers=layers, tie_word_embeddings=tied)
+
+
+def qwen3(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
+    words = tokenizer(("<|image_pad|>",))
+    _decoder(out, "qwen3", words, seed, num_hidden_layers=layers, tie_word_embeddings=tied, head_dim=8)
+
+
+GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
+"""A window shorter than any sample, so that a layer of the wrong kind is seen."""
+
+
+def gemma2(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
+    words = tokenizer(("<unused0>",), GEMMA_TEMPLATE)
+    _decoder(out, "gemma2", words, seed, num_hidden_layers=layers, tie_word_embeddings=tied, **GEMMA)
+    _forget_layer_types(out)
+
+
+def gemma3(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
+    words = tokenizer(("<unused0>",), GEMMA_TEMPLATE)
+    more = {**GEMMA, "sliding_window_pattern": 3}
+    _decoder(out, "gemma3_text", words, seed, num_hidden_layers=layers, tie_word_embeddings=tied, **more)
+    _forget_layer_types(out, sliding_window_pattern=3)
+
+
+def gemma3_multimodal(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
+    """Gemma-3's class with a vision tower, under the tensor names that are published."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    words = tokenizer(("<unused0>",), GEMMA_TEMPLATE)
+    torch.manual_seed(seed)
+    text = {**_shape(words), **GEMMA, "num_hidden_layers": layers, "sliding_window_pattern": 3}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={**vision, "image_size": IMAGE_SIZE, "patch_size": PATCH},
+        mm_tokens_per_image=4,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(out)
+    words.save_pretrained(out)
+
+
+def _forget_layer_types(folder: Path, **more: Any) -> None:
+    """As in the published configs, which leave it to the class which layers are global."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("layer_types")
+    path.write_text(json.dumps({**config, **more}), encoding="utf-8")
 
 
 def clip(out: Path, *, layers: int = 3, seed: int = 0) -> None:
@@ -118,8 +185,17 @@ def clip(out: Path, *, layers: int = 3, seed: int = 0) -> None:
     ).save_pretrained(out)
 
 
-FAMILIES: dict[str, Callable[..., None]] = {"llama": llama}
+FAMILIES: dict[str, Callable[..., None]] = {
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+}
 """Family name -> builder(out, *, tied, layers, seed) that writes a Hugging Face folder with tokenizer."""
+
+VARIANTS: dict[str, Callable[..., None]] = {"gemma3-multimodal": gemma3_multimodal}
+"""Other classes that a registered family reads; same builder."""
 
 ENCODERS: dict[str, Callable[..., None]] = {"clip": clip}
 """Encoder name -> builder(out, *, layers, seed) that writes a Hugging Face folder with image processor."""

@@ -2,8 +2,9 @@
 
     python tools/sweep_layers.py --k 6 --k 10 --k 14 --k 18 --k 20 --k 22 --k 24 --seeds 3 --out runs/sweep
 
-Each point is the quickstart's own chain of commands with `--replace k:last`. Interrupt it when you like: finished steps
-are not repeated. Writes sweep.json and sweep.png into --out.
+Each point is the quickstart's own chain of commands with `--replace k:last`. At the end the step of every surrogate and
+of the full model is timed, one after the other: the machine should be quiet then. Interrupt it when you like: finished
+steps are not repeated. Writes sweep.json and sweep.png into --out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import matplotlib
 import typer
 
 from zero_ds.checkpoint import find_commit
-from zero_ds.commands.quickstart import Plan
+from zero_ds.commands.quickstart import FULL, Plan
 from zero_ds.cost import encoder_step_ratio
 from zero_ds.evaluation.run import read_evaluation
 from zero_ds.evaluation.summary import summary
@@ -28,12 +29,14 @@ from zero_ds.pipeline import Pipeline
 from zero_ds.report import step_seconds
 
 STEPS = {"surrogate", "translator", "pretrain", "encoder", "evaluation"}
+TIMED_STEPS = 10
 
 
 def main(
     k: Annotated[list[int], typer.Option(help="First replaced layer; give several.")],
     last: Annotated[int, typer.Option(help="Last replaced layer.")] = 28,
     seeds: Annotated[int, typer.Option(help="Runs per k.")] = 1,
+    translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.")] = 1,
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps.")] = 1.0,
     pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out pictures.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for every training run.")] = None,
@@ -42,37 +45,56 @@ def main(
 ) -> None:
     """Runs every k and seed, and draws the curve from what is finished after each."""
     set_up_logging()
+    plans = {
+        (seed, first): Plan(
+            out / f"k{first}-seed{seed}",
+            demo,
+            steps_scale,
+            seed,
+            f"{first}:{last}",
+            translators,
+            pictures=pictures,
+            overrides=tuple(overrides or ()),
+        )
+        for seed in range(seeds)
+        for first in sorted(k)
+    }
     points: list[dict[str, Any]] = []
-    for seed in range(seeds):
-        for first in sorted(k):
-            run = out / f"k{first}-seed{seed}"
-            plan = Plan(
-                run, demo, steps_scale, seed, f"{first}:{last}", pictures=pictures, overrides=tuple(overrides or ())
-            )
-            # the full model's step is timed once, beside the largest surrogate
-            wanted = STEPS | ({"full-cost"} if (first, seed) == (max(k), 0) else set())
-            Pipeline(run, [step for step in plan.main() if step.name in wanted]).run()
-            points.append({"k": first, "last": last, "seed": seed, **measured(run)})
-            write_atomically(out / "sweep.json", json.dumps(points, indent=1) + "\n")
-            draw(points, out / "sweep.png")
+    for (seed, first), plan in plans.items():
+        Pipeline(plan.out, [step for step in plan.main() if step.name in STEPS]).run()
+        points.append({"k": first, "last": last, "seed": seed, **measured(plan.out)})
+        save(points, None, out)
+    timed = [plan for (seed, _), plan in plans.items() if seed == 0]
+    for plan in timed:
+        Pipeline(plan.out, [plan.cost("step-cost", TIMED_STEPS)]).run()
+    Pipeline(timed[-1].out, [timed[-1].cost("full-cost", TIMED_STEPS, FULL)]).run()
+    costs = {
+        "full_seconds": step_seconds(timed[-1].out / "full-cost"),
+        "surrogate_seconds": {
+            first: step_seconds(plan.out / "step-cost") for (seed, first), plan in plans.items() if seed == 0
+        },
+    }
+    save(points, costs, out)
+
+
+def save(points: list[dict[str, Any]], costs: dict[str, Any] | None, out: Path) -> None:
+    write_atomically(out / "sweep.json", json.dumps({"points": points, "costs": costs}, indent=1) + "\n")
+    draw(points, costs, out / "sweep.png")
 
 
 def measured(run: Path) -> dict[str, Any]:
-    """Accuracies with intervals, the cost of an encoder step, and the full model's if it was timed in this run."""
+    """Accuracies with intervals, and the computed cost of an encoder step relative to the full model's."""
     evaluations = {name: read_evaluation(run / f"evaluation/{name}.json") for name in ("surrogate", "grafted")}
     result = summary(evaluations)
-    full = run / "full-cost"
     distilled = run_config(find_commit(run / "encoder")).distill.active
     return {
         "accuracy": result["accuracy"],
         "accuracy_by": result["accuracy_by"],
-        "step_seconds": step_seconds(run / "encoder"),
-        "full_step_seconds": step_seconds(full) if full.is_dir() else None,
         "flops_ratio": encoder_step_ratio(run / "surrogate", distilled=distilled),
     }
 
 
-def draw(points: list[dict[str, Any]], path: Path) -> None:
+def draw(points: list[dict[str, Any]], costs: dict[str, Any] | None, path: Path) -> None:
     """Accuracy (left) and step time (right) against k: a dot a run with its interval, a line through the means."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -98,10 +120,9 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
         left.plot(layers, means, color=color, label=name.replace("_", " "))
     left.set(xlabel="first replaced layer k", ylabel="accuracy, free generation", ylim=(0, 1))
     left.legend(frameon=False, fontsize=8)
-    full = next((p["full_step_seconds"] for p in points if p["full_step_seconds"]), None)
-    if full:
-        times = [p["step_seconds"] / full for p in points]
-        right.plot([p["k"] for p in points], times, "o", markersize=3, color="tab:green", label="time, measured")
+    if costs:
+        times = {first: seconds / costs["full_seconds"] for first, seconds in costs["surrogate_seconds"].items()}
+        right.plot(list(times), list(times.values()), "o-", markersize=3, color="tab:green", label="time, measured")
     ratios = sorted({(p["k"], p["flops_ratio"]) for p in points})
     right.plot(*zip(*ratios, strict=True), "--", color="tab:green", label="decoder FLOPs, computed")
     right.axhline(1, color="tab:gray", linewidth=0.8)

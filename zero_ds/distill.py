@@ -14,7 +14,6 @@ encoder see the paper's loss.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from torch import nn
 from zero_ds.config import ConfigError, DistillConfig
 from zero_ds.losses import hidden_distillation_mean, logit_distillation_sum, next_token_sum
 from zero_ds.model import VisionLanguageModel, gathered, zero_init
-from zero_ds.surrogate import shard_files
+from zero_ds.pretrained import decoder_tensors, text_config
 
 
 class Teacher(nn.Module):
@@ -46,7 +45,7 @@ class Teacher(nn.Module):
         first = self.plan.replaced[0].first
         # a plain list: borrowed layers must not become parameters of this module
         self._stream = [own.get(layer) or borrowed[layer] for layer in range(first, self.plan.depth)]
-        types = _layer_types(target, self.plan.depth)
+        types = list(getattr(text_config(target), "layer_types", None) or ["full_attention"] * self.plan.depth)
         self._types = [types[layer] for layer in range(first, self.plan.depth)]
         self._student_types = [types[source] for source, _ in self.plan.layers]
         self._first = first
@@ -164,22 +163,16 @@ def _hidden(output: Any) -> torch.Tensor:
     return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
 
 
-def _layer_types(target: Path, depth: int) -> list[str]:
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    return list(config.get("layer_types") or ["full_attention"] * depth)
-
-
 def _load_layers(
     model: VisionLanguageModel, target: Path, numbers: list[int], dtype: torch.dtype
 ) -> dict[int, nn.Module]:
     """The target's layers of these numbers, read tensor by tensor into new modules (partitions under ZeRO-3)."""
     from safetensors import safe_open
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(target).get_text_config()
+    config = text_config(target)
     config._attn_implementation = cast(Any, model.decoder).config._attn_implementation
     kind = type(model.family.layers(model.decoder)[0])
-    files = shard_files(target)
+    tensors = decoder_tensors(target)
     layers: dict[int, nn.Module] = {}
     for number in numbers:
         with zero_init():
@@ -187,12 +180,12 @@ def _load_layers(
         if not any(hasattr(p, "ds_id") for p in layer.parameters()):
             layer.to(dtype)
         for name, parameter in layer.named_parameters():
-            full = f"{model.family.layer_prefix}{number}.{name}"
+            stored = tensors[f"{model.family.layer_prefix}{number}.{name}"]
             with (
-                safe_open(files[full], framework="pt") as file,
+                safe_open(stored.file, framework="pt") as file,
                 gathered([parameter], modifier_rank=0),
                 torch.no_grad(),
             ):
-                parameter.copy_(file.get_tensor(full).to(dtype))
+                parameter.copy_(file.get_tensor(stored.name).to(dtype))
         layers[number] = layer
     return layers

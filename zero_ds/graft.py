@@ -6,7 +6,6 @@ adapter. `load_graft` makes the model; `compatibility` says beforehand whether t
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig, RunConfig,
 from zero_ds.families import family_of
 from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble
-from zero_ds.surrogate import target_hash
+from zero_ds.pretrained import target_hash, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +44,10 @@ def run_config(commit: Commit) -> RunConfig:
 def compatibility(commit: Commit, target: Path) -> list[Check]:
     """Compares what the weights were trained with against a target model."""
     manifest = commit.manifest
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     width = manifest_width(commit)
     return [
         Check("family", str(manifest.get("family")), family_of(target).name),
-        Check("hidden size", str(width), str(config.get("hidden_size"))),
+        Check("hidden size", str(width), str(text_config(target).hidden_size)),
         Check("target's config and weights", str(manifest.get("target_hash")), target_hash(target)),
     ]
 

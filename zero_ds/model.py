@@ -18,6 +18,7 @@ from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
 from zero_ds.families import Family, family_of
 from zero_ds.losses import next_token_sum, scale_excess_mean, supervised_rows
+from zero_ds.pretrained import load_complete, load_decoder
 from zero_ds.surrogate import LayerPlan, read_surrogate
 
 logger = logging.getLogger(__name__)
@@ -215,13 +216,9 @@ def assemble(parts: Assembly) -> VisionLanguageModel:
     Raises:
         ConfigError: a folder that is no model, an unknown family, weights that lack a tensor of the model.
     """
-    from transformers import AutoModelForCausalLM
-
     family = family_of(parts.decoder)
     plan = read_surrogate(parts.decoder).plan if (parts.decoder / "surrogate.json").is_file() else None
-    decoder = load_complete(
-        AutoModelForCausalLM.from_pretrained, parts.decoder, dtype=parts.dtype, attn_implementation=parts.attention
-    )
+    decoder = load_decoder(parts.decoder, dtype=parts.dtype, attention=parts.attention)
     encoder = encoder_family = None
     if parts.encoder is not None:
         encoder_family = encoder_of(parts.encoder)
@@ -279,28 +276,6 @@ def sample_encoder(
     )
 
 
-def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
-    """`from_pretrained` that refuses weights with missing or mismatched tensors instead of leaving them random."""
-    from safetensors import SafetensorError
-
-    try:
-        model, info = load(str(folder), output_loading_info=True, **arguments)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ConfigError(
-            f"the weights in {folder} have other shapes than its config.json says; fetch it again."
-        ) from None
-    missing = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if missing:
-        raise ConfigError(
-            f"the weights in {folder} do not fill the model: {missing[0]} and {len(missing) - 1} more are missing."
-        )
-    return cast(nn.Module, model)
-
-
 def zero_init() -> Any:
     """Context in which new modules are partitioned at once, if ZeRO-3 is active; else one without effect."""
     from transformers.integrations import deepspeed as integration
@@ -337,7 +312,8 @@ def match_embeddings_(model: VisionLanguageModel, pixel_values: torch.Tensor) ->
     try:
         # before the engine exists nobody gathers partitioned parameters for a forward pass
         with gathered([words, *cast(nn.Module, model.encoder).parameters(), *model.adapter.parameters()]):
-            factor = float(words.float().std()) / float(model.image_features(pixel_values).float().std())
+            scale = model.family.embedding_scale(model.decoder)
+            factor = scale * float(words.float().std()) / float(model.image_features(pixel_values).float().std())
     finally:
         model.boundary = boundary
     with gathered(list(last.parameters()), modifier_rank=0):

@@ -11,18 +11,19 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from zero_ds.config import ConfigError
 from zero_ds.families import family_of
-from zero_ds.files import new_folder
+from zero_ds.files import check_vacant, new_folder
+from zero_ds.pretrained import decoder_tensors, depth_of, is_multimodal, target_hash, text_config
+from zero_ds.shards import content_hash, locate, write_shards
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 1 << 30
 COPIED = re.compile(
     r"(tokenizer.*|special_tokens_map|generation_config|chat_template|vocab|merges|added_tokens)\.(json|jinja|txt|model)"
 )
@@ -149,6 +150,8 @@ class SurrogateInfo:
     plan: LayerPlan
     kept_parameters: int
     target_parameters: int
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Of what encoder and translators rely on: `tokenizer`, `template`, `embeddings`."""
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "plan": self.plan.to_json()}
@@ -170,98 +173,87 @@ def read_surrogate(folder: str | Path) -> SurrogateInfo:
         raise ConfigError(f"{path} is damaged ({error}); build the surrogate again.") from None
 
 
-def shard_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a Hugging Face folder.
-
-    Raises:
-        ConfigError: no weights, a damaged index, or a shard that the index names and the folder lacks.
-    """
-    from safetensors import safe_open
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: folder / Path(file).name for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is damaged; fetch the model again.") from None
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise ConfigError(f"shard {file} is missing; fetch the model again.")
-        return files
-    if single.is_file():
-        try:
-            with safe_open(single, framework="pt") as handle:
-                return dict.fromkeys(handle.keys(), single)
-        except Exception as error:
-            raise ConfigError(f"{single} cannot be read ({error}); fetch the model again.") from None
-    raise ConfigError(f"{folder} holds no safetensors weights (model.safetensors or its index).")
-
-
-def target_hash(folder: Path) -> str:
-    """Hash of config and of names, shapes and file sizes of the weights: tells one model from another in no time."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(set(shard_files(folder).values())):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(1 << 16))
-            handle.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(handle.read())
-    return digest.hexdigest()[:32]
-
-
-def depth_of(folder: Path) -> int:
-    """Number of decoder layers that a Hugging Face folder's config.json names.
-
-    Raises:
-        ConfigError: no readable config.json, or it names none.
-    """
-    path = folder / "config.json"
-    try:
-        depth = json.loads(path.read_text(encoding="utf-8")).get("num_hidden_layers")
-    except (OSError, ValueError, AttributeError):
-        raise ConfigError(f"{path} is missing or damaged; fetch the model again.") from None
-    if not isinstance(depth, int):
-        raise ConfigError(f"{path} does not say how many layers there are (num_hidden_layers={depth!r}).")
-    return depth
-
-
 def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> SurrogateInfo:
     """Writes the surrogate of `target` to the new folder `out`: an ordinary Hugging Face folder plus surrogate.json.
 
-    Tensors are read and written shard by shard; neither model is ever held in memory.
+    Bytes are copied from file to file; neither model is ever held in memory. Of a multimodal class the decoder alone is
+    cut, into a folder of its causal LM's class.
 
     Raises:
         ConfigError: ranges that do not fit, an existing `out`, missing or damaged weights, too little disk space.
     """
     family = family_of(target)
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     plan = LayerPlan(depth_of(target), tuple(replaced))
-    files = shard_files(target)
-    names = list(_renamed(files, family.layer_prefix, plan))
-    with new_folder(out, need=sum(file.stat().st_size for file in set(files.values()))) as folder:
-        kept, total = _write_shards(files, names, folder)
-        config["num_hidden_layers"] = plan.surrogate_depth
-        for key in family.per_layer_config:
-            if isinstance(config.get(key), list):
-                config[key] = [config[key][source] for source, _ in plan.layers]
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    check_vacant(out)
+    tensors = locate(decoder_tensors(target))
+    written = [(name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)]
+    with new_folder(out, need=sum(span.size for _, span in written)) as folder:
+        write_shards(written, folder)
+        (folder / "config.json").write_text(json.dumps(_cut_config(target, plan), indent=2) + "\n", encoding="utf-8")
         for file in target.iterdir():
             if COPIED.fullmatch(file.name):
                 shutil.copyfile(file, folder / file.name)
-        info = SurrogateInfo(family.name, str(target), target_hash(target), plan, kept, total)
+        info = SurrogateInfo(
+            family=family.name,
+            target=str(target),
+            target_hash=target_hash(target),
+            plan=plan,
+            kept_parameters=sum(span.parameters for _, span in written),
+            target_parameters=sum(span.parameters for span in tensors.values()),
+            hashes={**text_hashes(folder), "embeddings": content_hash(tensors[family.embeddings])},
+        )
         (folder / "surrogate.json").write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
     return info
 
 
-def _renamed(files: dict[str, Path], prefix: str, plan: LayerPlan) -> Iterator[tuple[str, str]]:
-    """(name in the target, name in the surrogate) of all the surrogate's tensors, in the target's file order."""
+def _cut_config(target: Path, plan: LayerPlan) -> dict[str, Any]:
+    """config.json of the surrogate: the target's own words, per-layer lists written out and cut like the layers.
+
+    Written out, because a default that counts layers (every sixth is global) would count the surrogate's.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = text_config(target)
+    if is_multimodal(target):
+        config = text.to_dict()
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    else:
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config["num_hidden_layers"] = plan.surrogate_depth
+    for key in family_of(target).per_layer_config:
+        values = config.get(key) or getattr(text, key, None)
+        if isinstance(values, list):
+            if len(values) != plan.depth:
+                raise ConfigError(
+                    f"{target / 'config.json'} lists {len(values)} {key} for {plan.depth} layers; fetch it again."
+                )
+            config[key] = [values[source] for source, _ in plan.layers]
+    return config
+
+
+def text_hashes(folder: Path) -> dict[str, str]:
+    """Hashes of a folder's vocabulary and chat template; an empty text where there is none."""
+    vocabulary = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
+    template = b""
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_bytes()
+    elif (folder / "tokenizer_config.json").is_file():
+        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = json.dumps(content.get("chat_template") or "").encode()
+    return {
+        "tokenizer": hashlib.sha256(vocabulary.read_bytes()).hexdigest()[:32] if vocabulary else "",
+        "template": hashlib.sha256(template).hexdigest()[:32] if template else "",
+    }
+
+
+def _renamed(names: list[str], prefix: str, plan: LayerPlan) -> Iterator[tuple[str, str]]:
+    """(name in the target, name in the surrogate) of all the surrogate's tensors, in the target's order."""
     made_from: dict[int, list[int]] = {}
     for number, (source, _) in enumerate(plan.layers):
         made_from.setdefault(source, []).append(number)
     pattern = re.compile(re.escape(prefix) + r"(\d+)(\..+)")
     seen: set[int] = set()
-    for name, _ in sorted(files.items(), key=lambda item: (item[1], item[0])):
+    for name in names:
         match = pattern.fullmatch(name)
         if not match:
             yield name, name
@@ -272,60 +264,3 @@ def _renamed(files: dict[str, Path], prefix: str, plan: LayerPlan) -> Iterator[t
     missing = set(range(plan.depth)) - seen
     if missing:
         raise ConfigError(f"the weights hold no layer {min(missing)} although config.json counts {plan.depth} layers.")
-
-
-def _write_shards(files: dict[str, Path], names: list[tuple[str, str]], out: Path) -> tuple[int, int]:
-    """Copies tensors under their new names into shards; returns parameters written and parameters of the target."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    shard: dict[str, Any] = {}
-    weight_map: dict[str, str] = {}
-    written: list[Path] = []
-    size = total_size = parameters = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        path = out / f"model-{len(written) + 1:05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        written.append(path)
-        weight_map.update(dict.fromkeys(shard, path.name))
-        shard, size = {}, 0
-
-    handles: dict[Path, Any] = {}
-    for source, name in names:
-        try:
-            if files[source] not in handles:
-                handles.clear()  # the names come file by file
-                handles[files[source]] = safe_open(files[source], framework="pt")
-            tensor = handles[files[source]].get_tensor(source)
-        except Exception as error:
-            raise ConfigError(f"shard {files[source]} cannot be read ({error}); fetch the model again.") from None
-        width = tensor.numel() * tensor.element_size()
-        if size and size + width > SHARD_BYTES:
-            flush()
-        shard[name] = tensor
-        size += width
-        total_size += width
-        parameters += tensor.numel()
-    flush()
-    if len(written) == 1:
-        written[0].rename(out / "model.safetensors")
-    else:
-        final = {p.name: f"model-{i:05d}-of-{len(written):05d}.safetensors" for i, p in enumerate(written, 1)}
-        for path in written:
-            path.rename(out / final[path.name])
-        index = {
-            "metadata": {"total_size": total_size, "total_parameters": parameters},
-            "weight_map": {name: final[file] for name, file in weight_map.items()},
-        }
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    total = 0
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                count = 1
-                for side in handle.get_slice(key).get_shape():
-                    count *= side
-                total += count
-    return parameters, total

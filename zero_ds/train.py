@@ -24,7 +24,7 @@ from zero_ds.hub import local_folder
 from zero_ds.losses import count_supervised
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
 from zero_ds.monitor import Monitor
-from zero_ds.surrogate import target_hash
+from zero_ds.pretrained import target_hash
 
 logger = logging.getLogger(__name__)
 

@@ -94,7 +94,7 @@ class Plan:
             self._train("translator", "translator", 86),
             self._train("pretrain", "pretrain", 70, starts=("translator",)),
             self._train("encoder", "encoder", 247, starts=("translator", "pretrain")),
-            self._train("full-cost", "encoder", 24, FULL, starts=("translator", "pretrain"), steps=4),
+            self.cost("full-cost", 4, FULL),
             self._ours("graft", 2, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
             self._evaluations(
                 "evaluation", {"surrogate": ("encoder", out / "surrogate"), "grafted": ("encoder", self.target)}
@@ -136,6 +136,10 @@ class Plan:
             self._train("cold-start", "decoder", 300, starts=(), into="controls/cold-start"),
         ]
 
+    def cost(self, name: str, steps: int, overrides: tuple[str, ...] = ()) -> Step:
+        """A few steps of the encoder stage, for their time alone."""
+        return self._train(name, "encoder", 16 + 2 * steps, overrides, starts=("translator", "pretrain"), steps=steps)
+
     def report(self, controls: bool) -> Step:
         """Everything above on one page."""
         command = ["report", "--run", str(self.out)]
@@ -145,7 +149,8 @@ class Plan:
 
     def _check_range(self) -> None:
         """A range that the model has not ends the command before its first step."""
-        from zero_ds.surrogate import LayerPlan, Replaced, depth_of
+        from zero_ds.pretrained import depth_of
+        from zero_ds.surrogate import LayerPlan, Replaced
 
         part = Replaced.parse(self.replace, int(self.translators))
         if (folder := Path(self.target).expanduser()).is_dir():  # if not, the first step says so

@@ -36,6 +36,12 @@ def trajectory(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Feed the model's own greedy answers, not the data's (appendix A.1).")
     ] = False,
+    stream_layers: Annotated[
+        bool,
+        typer.Option(
+            "--stream-layers", help="Read one layer at a time from the files, for models larger than the memory."
+        ),
+    ] = False,
     dtype: Annotated[
         str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where the device multiplies it fast.")
     ] = "auto",
@@ -51,7 +57,7 @@ def trajectory(
     one (Eq. 1-4 of the paper). The curves of the samples spread in the early phase, then coalesce and fall: the layer
     where they do is the transition point k. Replacing layers k..L-2 gives the surrogate; `zero-ds surrogate` builds it.
     """
-    from zero_ds.trajectory import METRICS
+    from zero_ds.lens import METRICS
 
     if metric not in METRICS:
         raise ConfigError(f"--metric {metric} is unknown{did_you_mean(metric, list(METRICS))}")
@@ -60,6 +66,8 @@ def trajectory(
     for name, number in (("samples", samples), ("batch", batch)):
         if number < 1:
             raise ConfigError(f"--{name} {number} is too small; give at least 1.")
+    if stream_layers and greedy:
+        raise ConfigError("--greedy lets the model answer, which needs all of it; leave out --stream-layers.")
     if seed < 0:
         raise ConfigError(f"--seed {seed} is negative; give 0 or more.")
 
@@ -69,7 +77,7 @@ def trajectory(
     from zero_ds.engine import fast_dtype
     from zero_ds.families import family_of
     from zero_ds.hub import local_folder
-    from zero_ds.surrogate import target_hash
+    from zero_ds.pretrained import target_hash
     from zero_ds.trajectory import Setting
 
     folder = local_folder(model)
@@ -97,7 +105,7 @@ def trajectory(
     if content is not None:
         logger.info("%s already holds the trajectory of this setting; nothing is computed", out)
     else:
-        content = _measure(setting, folder, precision, batch, out)
+        content = _measure(setting, folder, precision, batch, stream_layers, out)
     print(summary(content, out))
 
 
@@ -124,22 +132,25 @@ def check_out(out: Path, setting: Setting) -> dict[str, Any] | None:
     raise ConfigError(f"--out {out} already holds {other}; choose another or remove it.")
 
 
-def _measure(setting: Setting, folder: Path, precision: Any, batch: int, out: Path) -> dict[str, Any]:
+def _measure(
+    setting: Setting, folder: Path, precision: Any, batch: int, stream_layers: bool, out: Path
+) -> dict[str, Any]:
     """Loads, measures, decides, writes; returns the content of trajectory.json."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from zero_ds.data.conversations import ChatTemplate
     from zero_ds.data.loader import SampleEncoder
     from zero_ds.data.sources import Records
     from zero_ds.families import family_of
-    from zero_ds.model import load_complete
-    from zero_ds.trajectory import MAX_TOKENS, Trajectory, answer_greedily, check_lens, choose_samples, measure, write
+    from zero_ds.lens import check_lens, measure
+    from zero_ds.pretrained import load_decoder, text_config
+    from zero_ds.streaming import measure_streamed
+    from zero_ds.trajectory import MAX_TOKENS, Trajectory, answer_greedily, choose_samples, write
     from zero_ds.transition import find_transition
 
     family = family_of(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    longest = min(MAX_TOKENS, config.get("max_position_embeddings") or MAX_TOKENS)
+    longest = min(MAX_TOKENS, getattr(text_config(folder), "max_position_embeddings", None) or MAX_TOKENS)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -150,12 +161,25 @@ def _measure(setting: Setting, folder: Path, precision: Any, batch: int, out: Pa
     chosen = choose_samples(
         records, encoder, count=setting.requested_samples, seed=setting.seed, questions_only=setting.greedy
     )
-    decoder = load_complete(AutoModelForCausalLM.from_pretrained, folder, dtype=precision)
-    decoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    check_lens(decoder, family, chosen[0])
-    if setting.greedy:
-        chosen = answer_greedily(decoder, template, chosen, batch_size=batch)
-    curves = measure(decoder, family, chosen, metric=setting.metric, batch_size=batch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    metric = setting.metric
+    if stream_layers:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        curves = measure_streamed(
+            folder,
+            chosen,
+            metric=metric,
+            batch_size=batch,
+            dtype=precision,
+            device=device,
+            scratch=out.absolute().parent,
+        )
+    else:
+        decoder = load_decoder(folder, dtype=precision).to(device).eval()
+        check_lens(decoder, family, chosen[0])
+        if setting.greedy:
+            chosen = answer_greedily(decoder, template, chosen, batch_size=batch)
+        curves = measure(decoder, family, chosen, metric=metric, batch_size=batch)
     ids = tuple(sample.id for sample in chosen)
     result = Trajectory(setting, ids, curves, find_transition(curves, seed=setting.seed))
     write(result, out)

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 from zero_ds.config import ConfigError
-from zero_ds.families import llama
+from zero_ds.families import gemma, llama, qwen
 from zero_ds.families.base import Family
 
-FAMILIES: dict[str, Family] = {llama.FAMILY.name: llama.FAMILY}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (llama.FAMILY, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA2, gemma.GEMMA3)
+}
 
 
 def family_of(folder: str | Path) -> Family:

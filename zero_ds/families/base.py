@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,10 +20,21 @@ class Family:
     """Attribute of the causal LM that holds embeddings, layers and final norm."""
     layer_prefix: str = "model.layers."
     """Prefix of the layers' tensors; the layer's number follows."""
+    embeddings: str = "model.embed_tokens.weight"
+    """Tensor of the word embeddings, which is the head's as well where they are tied."""
+    head: str = "lm_head.weight"
+    """Tensor of the output head."""
+    final_norm: str = "model.norm."
+    """Prefix of the final norm's tensors."""
+    towers: tuple[tuple[str, str], ...] = ()
+    """For multimodal classes of this family: prefix of a text tensor in their weights and what the causal LM calls it.
+    Where a folder's config.json has a text_config, only tensors with one of these prefixes belong to the decoder."""
     image_tokens: tuple[str, ...] = ()
     """Unused special tokens of the family's vocabularies, of which an export takes one as its image placeholder."""
     per_layer_config: tuple[str, ...] = ("layer_types",)
     """Config entries with one item a layer, cut like the layers."""
+    attentions: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
+    """Attention implementations that compute what the family defines."""
 
     def layers(self, decoder: nn.Module) -> nn.ModuleList:
         return cast(nn.ModuleList, getattr(decoder, self.backbone).layers)
@@ -41,4 +52,14 @@ class Family:
 
     def logits(self, decoder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Final-normed hidden states (..., hidden) -> logits (..., vocabulary)."""
-        return cast(torch.Tensor, decoder.get_output_embeddings()(hidden_states))  # type: ignore[operator]
+        scores = cast(Any, decoder).get_output_embeddings()(hidden_states)
+        return self.capped(cast(Any, decoder).config, scores)
+
+    def capped(self, config: Any, scores: torch.Tensor) -> torch.Tensor:
+        """What the family makes of the head's product, element by element: soft-capping, where the config asks."""
+        cap = getattr(config, "final_logit_softcapping", None)
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def embedding_scale(self, decoder: nn.Module) -> float:
+        """By how much the embedding module multiplies its weights."""
+        return float(getattr(cast(Any, decoder).get_input_embeddings(), "embed_scale", 1.0))

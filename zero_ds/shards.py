@@ -1,0 +1,185 @@
+"""Copies tensors from safetensors files to safetensors files under other names, byte for byte.
+
+A surrogate of a 70B model is 75 GB of unchanged tensors. Nothing of them is ever decoded: what is read of a source is
+its header, what is written is a header and ranges of the source's bytes, copied by the kernel. So the memory needed is
+that of the headers, whatever the size of the largest tensor. Files are opened with the safetensors library before and
+after, which checks that header and size agree.
+
+Format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, little endian; the header, JSON; data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from zero_ds.config import ConfigError
+from zero_ds.pretrained import Stored
+
+SHARD_BYTES = 4 << 30
+BLOCK = 32 << 20
+"""Bytes between two updates of the progress bar."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor's bytes in a file."""
+
+    file: Path
+    start: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+def spans(file: Path) -> dict[str, Span]:
+    """Where every tensor of a safetensors file lies.
+
+    Raises:
+        ConfigError: the file is truncated or no safetensors file.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass  # the library checks the header against the file's size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+    except Exception as error:
+        raise ConfigError(f"shard {file} cannot be read ({error}); fetch the model again.") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Span(
+            file,
+            8 + length + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            entry["dtype"],
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }
+
+
+def locate(tensors: dict[str, Stored]) -> dict[str, Span]:
+    """The bytes of tensors by the names they go under.
+
+    Raises:
+        ConfigError: an unreadable file, or one that lacks a tensor which the index places in it.
+    """
+    files = {file: spans(file) for file in sorted({stored.file for stored in tensors.values()})}
+    for stored in tensors.values():
+        if stored.name not in files[stored.file]:
+            raise ConfigError(f"shard {stored.file} lacks {stored.name}, which the index names; fetch the model again.")
+    return {name: files[stored.file][stored.name] for name, stored in tensors.items()}
+
+
+def write_shards(tensors: Sequence[tuple[str, Span]], out: Path) -> None:
+    """Writes (name, bytes) into the existing folder `out`: model.safetensors, or numbered shards with their index.
+
+    Raises:
+        ConfigError: a source became shorter than its header says.
+        OSError: the disk is full.
+    """
+    shards: list[list[tuple[str, Span]]] = [[]]
+    size = 0
+    for name, span in tensors:
+        if shards[-1] and size + span.size > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, span))
+        size += span.size
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    total = sum(span.size for _, span in tensors)
+    with tqdm(total=total, desc="copying", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+        for file, shard in zip(files, shards, strict=True):
+            _write_shard(shard, out / file, bar)
+            spans(out / file)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total, "total_parameters": sum(span.parameters for _, span in tensors)},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard},
+        }
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(shard: Sequence[tuple[str, Span]], path: Path, bar: Any) -> None:
+    # wide types first, so that every tensor lies at a multiple of its type's width, as the format wants
+    ordered = sorted(shard, key=lambda item: -item[1].size / max(1, item[1].parameters))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, span in ordered:
+        header[name] = {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [end, end + span.size]}
+        end += span.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        target.flush()
+        source, opened = None, None
+        try:
+            for _, span in ordered:
+                if opened != span.file:
+                    if source is not None:
+                        source.close()
+                    source, opened = span.file.open("rb"), span.file
+                assert source is not None
+                _copy(source, target, span, bar)
+        finally:
+            if source is not None:
+                source.close()
+
+
+def _copy(source: Any, target: Any, span: Span, bar: Any) -> None:
+    start, left = span.start, span.size
+    while left:
+        try:
+            done = os.copy_file_range(source.fileno(), target.fileno(), min(left, BLOCK), start)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                raise
+            done = _copy_in_memory(source, target, start, min(left, BLOCK))  # across file systems, or not on Linux
+        if not done:
+            raise ConfigError(f"shard {span.file} ended early; fetch the model again.")
+        start, left = start + done, left - done
+        bar.update(done)
+
+
+_NO_SPACE = (28, 122)
+
+
+def _copy_in_memory(source: Any, target: Any, start: int, size: int) -> int:
+    block = os.pread(source.fileno(), size, start)
+    view = memoryview(block)
+    while view:
+        view = view[os.write(target.fileno(), view) :]
+    return len(block)
+
+
+def content_hash(span: Span) -> str:
+    """SHA-256 of a tensor's bytes, type and shape; the same wherever they lie."""
+    digest = hashlib.sha256(f"{span.dtype}{span.shape}".encode())
+    with span.file.open("rb") as handle:
+        handle.seek(span.start)
+        left = span.size
+        while left:
+            block = handle.read(min(left, BLOCK))
+            if not block:
+                raise ConfigError(f"{span.file} ended early; fetch the model again.")
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()[:32]
