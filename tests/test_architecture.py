@@ -50,6 +50,7 @@ FLOORS: dict[str, int] = {
     "export": 6,
     "generate": 6,
     "cost": 6,
+    "audit": 6,
     "evaluation": 6,
     "report": 6,
     # 7: people

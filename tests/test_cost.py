@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from zero_ds.cost import encoder_step_ratio, step_flops
+from zero_ds.families import FAMILIES
 from zero_ds.surrogate import Replaced, build_surrogate
 
 
@@ -23,6 +24,12 @@ def test_flops_grow_by_the_same_amount_per_layer(made: Callable[..., Path]) -> N
     assert 1.9 * forward < flops(2) < 2.1 * forward, "backward to the input costs as much as forward"
     assert flops(2) < flops(2, trained=1) < flops(2, trained=2)
     assert step_flops(folder, length=16, supervised=4, batch=3) == 3 * flops(None)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3-multimodal"])
+def test_every_family_is_counted(made: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    build_surrogate(made(family, tied=True), [Replaced(1, 4)], tmp_path / "small")
+    assert 0.3 < encoder_step_ratio(tmp_path / "small", distilled=False) < 0.7, "three of six layers, and the head"
 
 
 @pytest.mark.parametrize("translators", [1, 2])

@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from zero_ds.families import family_of
 from zero_ds.hub import local_folder
+from zero_ds.pretrained import text_config
 from zero_ds.surrogate import read_surrogate
 
 LENGTH, SUPERVISED = 64, 24
@@ -54,24 +56,25 @@ def step_flops(
     logits; layers: only so many of the decoder's layers, of which the first `trained` also get gradients of their
     weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    text = config.get_text_config()
+    family = family_of(folder)
+    config = text_config(folder)
     if layers is not None:
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[-layers:]
+        config.num_hidden_layers = layers
+        for key in family.per_layer_config:
+            if isinstance(values := getattr(config, key, None), list):
+                setattr(config, key, values[-layers:])
     with torch.device("meta"):
         decoder = cast(Any, AutoModelForCausalLM).from_config(config, attn_implementation="eager").requires_grad_(False)
-        for layer in decoder.model.layers[:trained]:
+        for layer in family.layers(decoder)[:trained]:
             layer.requires_grad_(True)
-        embeddings = torch.zeros(batch, length, text.hidden_size, requires_grad=backward)
+        embeddings = torch.zeros(batch, length, config.hidden_size, requires_grad=backward)
         mask = torch.ones(batch, length, dtype=torch.long)
         counter = FlopCounterMode(display=False)
         with counter:
-            hidden = decoder.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
-            logits = decoder.lm_head(hidden[:, :supervised])
+            hidden = family.hidden_states(decoder, embeddings, mask)
+            logits = family.logits(decoder, hidden[:, :supervised])
             if backward:
                 logits.sum().backward()
     return int(counter.get_total_flops())

@@ -255,7 +255,7 @@ def _embed(files: LayerFiles, model: Any, flat: torch.Tensor, hidden_states: tor
 def _apply_layer(
     files: LayerFiles,
     layer: int,
-    samples: Sequence[Sequence[int]],
+    samples: Sequence[list[int]],
     starts: Sequence[int],
     batch_size: int,
     hidden_states: torch.Tensor,
