@@ -88,7 +88,7 @@ def _decoder(out: Path, kind: str, words: Any, seed: int, **settings: Any) -> No
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **_shape(words), **settings)
+    config = AutoConfig.for_model(kind, **{**_shape(words), **settings})
     AutoModelForCausalLM.from_config(config).save_pretrained(out)
     words.save_pretrained(out)
 
@@ -108,8 +108,8 @@ def _shape(words: Any) -> dict[str, Any]:
     }
 
 
-def llama(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
-    _decoder(out, "llama", tokenizer(), seed, num_hidden_layers=layers, tie_word_embeddings=tied)
+def llama(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0, hidden: int = HIDDEN) -> None:
+    _decoder(out, "llama", tokenizer(), seed, num_hidden_layers=layers, tie_word_embeddings=tied, hidden_size=hidden)
 
 
 def qwen2(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:

@@ -44,6 +44,9 @@ class AdapterConfig(Section):
     """Put a learned start- and end-of-image embedding around the image tokens, as the reference implementation does."""
     match_embeddings: bool = False
     """Scale the adapter's initial weights so that image tokens start with the standard deviation of word embeddings."""
+    width: int | None = Field(default=None, ge=1)
+    """Hidden size of the decoder that the adapter was trained with, where it differs from this one's: then an aligner,
+    one linear layer behind the adapter, brings image tokens to this decoder's width (A.8)."""
     max_scale: float | None = Field(default=None, gt=0)
     """Penalise image tokens whose root mean square exceeds this many times that of the words around them."""
 
@@ -79,7 +82,7 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of every trained part."""
-    learning_rates: dict[Literal["encoder", "adapter", "translator", "decoder"], float] = {}
+    learning_rates: dict[Literal["encoder", "adapter", "aligner", "translator", "decoder"], float] = {}
     """Peak learning rates of single parts, where they differ from `learning_rate`."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -117,7 +120,7 @@ class RunConfig(Section):
     """Everything that a training run depends on."""
 
     stage: str
-    """Row of the stage table (stages.py): translator, pretrain, encoder or decoder."""
+    """Row of the stage table (stages.py): translator, pretrain, adapter, encoder, align or decoder."""
     target: str
     """Folder or hub id of the full language model."""
     surrogate: str | None = None

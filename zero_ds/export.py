@@ -88,15 +88,7 @@ def fill_llava_(llava: nn.Module, model: VisionLanguageModel) -> None:
     """Copies every tensor; a name on one side only is an error, so that nothing stays random."""
     assert model.encoder is not None and model.adapter is not None
     inner = cast(Any, llava).model
-    adapter = cast(Any, model.adapter)
-    inner.multi_modal_projector.load_state_dict(
-        {
-            "linear_1.weight": adapter[0].weight,
-            "linear_1.bias": adapter[0].bias,
-            "linear_2.weight": adapter[2].weight,
-            "linear_2.bias": adapter[2].bias,
-        }
-    )
+    inner.multi_modal_projector.load_state_dict(projector(model))
     inner.vision_tower.load_state_dict(model.encoder.state_dict())
     backbone = getattr(model.decoder, model.family.backbone)
     embeddings = cast(Any, model.decoder).get_input_embeddings().weight
@@ -105,6 +97,37 @@ def fill_llava_(llava: nn.Module, model: VisionLanguageModel) -> None:
         raise ConfigError("the image placeholder does not fit into the target's vocabulary.")
     inner.language_model.load_state_dict(backbone.state_dict())
     cast(Any, llava).lm_head.weight.copy_(cast(Any, model.decoder).get_output_embeddings().weight)
+
+
+def projector(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
+    """Adapter, and aligner if there is one, as the two linear layers of Llava's projector.
+
+    Two linear layers in a row are one. Llava's inner width is that of its decoder: a narrower adapter is filled up with
+    units that are zero before and, as GELU(0) = 0, behind the activation.
+
+    Raises:
+        ConfigError: the adapter is wider than the decoder.
+    """
+    adapter, aligner = cast(Any, model.adapter), model.aligner
+    first, last = adapter[0], adapter[2]
+    if aligner is None:
+        return {
+            "linear_1.weight": first.weight,
+            "linear_1.bias": first.bias,
+            "linear_2.weight": last.weight,
+            "linear_2.bias": last.bias,
+        }
+    room = aligner.out_features - first.out_features
+    if room < 0:
+        raise ConfigError(f"Llava has no room for an adapter wider than its decoder ({first.out_features} units).")
+    dtype = last.weight.dtype
+    wide = aligner.weight.double()
+    return {
+        "linear_1.weight": nn.functional.pad(first.weight, (0, 0, 0, room)),
+        "linear_1.bias": nn.functional.pad(first.bias, (0, room)),
+        "linear_2.weight": nn.functional.pad((wide @ last.weight.double()).to(dtype), (0, room)),
+        "linear_2.bias": (wide @ last.bias.double() + aligner.bias.double()).to(dtype),
+    }
 
 
 def llava_processor(model: VisionLanguageModel, target: Path, config: RunConfig) -> Any:

@@ -57,7 +57,7 @@ def manifest_width(commit: Commit) -> int:
     from safetensors import safe_open
 
     with safe_open(commit.folder / "weights.safetensors", framework="pt") as file:
-        for name in ("adapter.2.weight", "adapter.2.bias"):
+        for name in ("aligner.weight", "adapter.2.weight", "adapter.2.bias"):
             if name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 return int(file.get_slice(name).get_shape()[0])
     raise ConfigError(f"{commit.folder} holds no adapter, so there is nothing to graft; name a run of a later stage.")

@@ -64,15 +64,19 @@ class VisionLanguageModel(nn.Module):
         self.encoder_config = encoder_config
         self.boundary: Boundary | None = None
         self.adapter: nn.Sequential | None = None
+        self.aligner: nn.Linear | None = None
         self.teacher: Any = None  # a distill.Teacher, if the run distils
         self.max_scale = adapter_config.max_scale if adapter_config else None
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
             width = encoder_family.vision_config(encoder).hidden_size
-            hidden = cast(Any, decoder).config.get_text_config().hidden_size
+            target = cast(Any, decoder).config.get_text_config().hidden_size
+            hidden = (adapter_config.width if adapter_config else None) or target
             self.adapter = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
             if adapter_config and adapter_config.boundary_tokens:
                 self.boundary = Boundary(hidden, std=0.02)
+            if adapter_config and adapter_config.width:
+                self.aligner = nn.Linear(hidden, target)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -80,7 +84,8 @@ class VisionLanguageModel(nn.Module):
         """Parameters of a part under their names in weights files, which do not depend on which decoder is in use.
 
         encoder: the layers that feed the adapter (the last n where configured, then without the embeddings), and its
-        norm where used; adapter: with the boundary embeddings; translator: `translator.<i>.*`; decoder: `decoder.*`.
+        norm where used; adapter: with the boundary embeddings; aligner: behind an adapter of another width; translator:
+        `translator.<i>.*`; decoder: `decoder.*`.
         """
         if part == "translator":
             return [
@@ -88,6 +93,8 @@ class VisionLanguageModel(nn.Module):
                 for i, layer in enumerate(self.translators())
                 for name, parameter in layer.named_parameters()
             ]
+        if part == "aligner":
+            return [(n, p) for n, p in self.named_parameters() if n.startswith("aligner.")]
         if part == "decoder":
             return [(f"decoder.{name}", parameter) for name, parameter in self.decoder.named_parameters()]
         if part == "adapter":
@@ -147,7 +154,9 @@ class VisionLanguageModel(nn.Module):
                 self.encoder, pixel_values, self.encoder_config.feature_layer, self.encoder_config.patch_norm
             )
         features = cast(torch.Tensor, self.adapter(patches))
-        return cast(torch.Tensor, self.boundary(features)) if self.boundary is not None else features
+        if self.boundary is not None:
+            features = cast(torch.Tensor, self.boundary(features))
+        return cast(torch.Tensor, self.aligner(features)) if self.aligner is not None else features
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Word embeddings with image features at the image positions: (batch, seq) -> (batch, seq, hidden)."""
@@ -235,7 +244,7 @@ def assemble(parts: Assembly) -> VisionLanguageModel:
             encoder_config=parts.encoder_config,
             adapter_config=parts.adapter_config,
         )
-    for module in (model.adapter, model.boundary):
+    for module in (model.adapter, model.boundary, model.aligner):
         if module is not None and not any(hasattr(p, "ds_id") for p in module.parameters()):
             module.to(parts.dtype)
     return model
@@ -300,18 +309,19 @@ def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
 
 @torch.no_grad()
 def match_embeddings_(model: VisionLanguageModel, pixel_values: torch.Tensor) -> float:
-    """Scales the adapter's last layer so that image tokens have the standard deviation of word embeddings.
+    """Scales the last layer of adapter or aligner so that image tokens have the standard deviation of word embeddings.
 
     Measured on `pixel_values`, the same on every rank. Returns the factor. A step of initialisation: the trained
     adapter is an ordinary Linear-GELU-Linear.
     """
     assert model.adapter is not None
     words = cast(Any, model.decoder).get_input_embeddings().weight
-    last = cast(nn.Linear, model.adapter[2])
+    last = model.aligner if model.aligner is not None else cast(nn.Linear, model.adapter[2])
     boundary, model.boundary = model.boundary, None
     try:
         # before the engine exists nobody gathers partitioned parameters for a forward pass
-        with gathered([words, *cast(nn.Module, model.encoder).parameters(), *model.adapter.parameters()]):
+        parts = [model.encoder, model.adapter, model.aligner]
+        with gathered([words, *(p for part in parts if part is not None for p in part.parameters())]):
             scale = model.family.embedding_scale(model.decoder)
             factor = scale * float(words.float().std()) / float(model.image_features(pixel_values).float().std())
     finally:

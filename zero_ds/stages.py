@@ -1,7 +1,8 @@
 """What trains in which stage, against which decoder, with which labels: the only file that knows stages by name.
 
 Source: Table A.2 and appendix A.5 of the paper. `translator` is ours: text alone, nothing but the translators, as a
-named first step before `pretrain` for small budgets.
+named first step before `pretrain` for small budgets. `align` is for a distilled small model in the surrogate's place
+(appendix A.8): its width is another, and one linear layer is trained to bridge that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from zero_ds.config import ConfigError, RunConfig, did_you_mean
 
-Part = Literal["encoder", "adapter", "translator", "decoder"]
+Part = Literal["encoder", "adapter", "aligner", "translator", "decoder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,10 @@ STAGES = {
         Stage(name="pretrain", trains=("adapter", "translator"), decoder="surrogate", supervise="special_tokens"),
         Stage(name="adapter", trains=("adapter",), decoder="surrogate", supervise="special_tokens"),
         Stage(name="encoder", trains=("encoder", "adapter"), decoder="surrogate", supervise="special_tokens"),
-        Stage(name="decoder", trains=("encoder", "adapter", "decoder"), decoder="target", supervise="response"),
+        Stage(name="align", trains=("aligner",), decoder="target", supervise="special_tokens"),
+        Stage(
+            name="decoder", trains=("encoder", "adapter", "aligner", "decoder"), decoder="target", supervise="response"
+        ),
     )
 }
 
@@ -55,6 +59,8 @@ def stage_of(config: RunConfig) -> Stage:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")
     if decoder_kind(config) == "surrogate" and not config.surrogate:
         raise ConfigError(f"stage {stage.name} trains against a surrogate; set surrogate=FOLDER or decoder=target.")
+    if stage.trains == ("aligner",) and config.adapter.width is None:
+        raise ConfigError(f"stage {stage.name} needs adapter.width, the hidden size that the adapter was trained for.")
     if not trained_parts(config):
         raise ConfigError(f"stage {stage.name} has nothing to train against the target; leave out decoder=target.")
     return stage
@@ -75,8 +81,9 @@ def supervision(config: RunConfig) -> Literal["response", "special_tokens"]:
 
 
 def trained_parts(config: RunConfig) -> tuple[Part, ...]:
-    """Parts that train: the stage's; no translators where the decoder has none, and always those that are distilled."""
-    parts = STAGES[config.stage].trains
+    """Parts that train: the stage's, as far as they are there. Against the target there are no translators, without an
+    `adapter.width` no aligner; translators that are distilled train in every stage."""
+    parts = tuple(p for p in STAGES[config.stage].trains if p != "aligner" or config.adapter.width is not None)
     if decoder_kind(config) == "target":
         return tuple(p for p in parts if p != "translator")
     return parts if "translator" in parts or not config.distill.active else (*parts, "translator")

@@ -56,7 +56,8 @@ def train(config: RunConfig) -> Path:
     skip_translators = stages.decoder_kind(config) == "target"
     for folder in stages.check_start(config):
         commit = checkpoint.find_commit(folder)
-        checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
+        if config.adapter.width is None:
+            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
         if commit.manifest.get("encoder_hash") and hashes["encoder_hash"]:
             checkpoint.check_manifest(commit, {"encoder_hash": hashes["encoder_hash"]})
         names = checkpoint.load_weights_(
@@ -64,12 +65,15 @@ def train(config: RunConfig) -> Path:
         )
         if any(name.startswith("translator.") for name in names):
             checkpoint.check_manifest(commit, {"plan": plan})
+        if any(name.startswith("aligner.") for name in names):  # what lies before an aligner had another decoder (A.8)
+            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
         started |= names
         logger.info("started %d tensors from %s", len(names), commit.folder)
-    new_adapter = model.adapter is not None and not any(name.startswith("adapter.") for name in started)
-    if config.adapter.match_embeddings and new_adapter:
+    last = "adapter." if model.aligner is None else "aligner."
+    untrained = model.adapter is not None and not any(name.startswith(last) for name in started)
+    if config.adapter.match_embeddings and untrained:
         logger.info(
-            "adapter scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
+            "image tokens scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
         )
     if resumed:
         checkpoint.check_manifest(resumed, {**hashes, "plan": plan})
