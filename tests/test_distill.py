@@ -13,11 +13,14 @@ from distributed_helper import run_ranks, train_all
 
 from zero_ds import stages
 from zero_ds.config import DistillConfig, EncoderConfig, RunConfig, SourceConfig
+from zero_ds.data.conversations import IGNORE
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.distill import Teacher
+from zero_ds.families import FAMILIES
 from zero_ds.losses import hidden_distillation_mean, logit_distillation_sum, next_token_sum, supervised_rows
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, sample_encoder
+from zero_ds.pretrained import load_decoder
 from zero_ds.surrogate import Replaced, build_surrogate
 
 RANGES = {
@@ -232,3 +235,23 @@ def test_distilling_with_every_zero_stage(
     assert losses["zero3"] == pytest.approx(losses["zero2"], rel=1e-4)
     assert losses["zero3 again"] == pytest.approx(losses["zero2"], rel=1e-4)
     assert losses["zero2"][2] < losses["zero2"][0]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3-multimodal"])
+def test_the_teacher_is_the_target_in_every_family(made: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    """Layer kinds, scaled embeddings and capped logits are the family's: the loss is the divergence from the target."""
+    target = made(family, tied=True)
+    build_surrogate(target, [Replaced(1, 3)], tmp_path / "small")
+    model = assemble(Assembly(tmp_path / "small"))
+    model.teacher = Teacher(model, target, DistillConfig(logits=1.0), torch.float32)
+    ids = torch.arange(60).view(3, 20) * 7 % 250
+    labels = ids.masked_fill(torch.arange(20) < 8, IGNORE)
+    mask = torch.ones_like(ids)
+    rows = supervised_rows(labels)
+    with torch.no_grad():
+        loss = model(ids, labels, mask)
+        mine = model.logits(model.hidden_states(ids, mask)[rows])
+        theirs = load_decoder(target, dtype=torch.float32).eval()(input_ids=ids, attention_mask=mask).logits[rows]
+        expected = next_token_sum(mine, labels, rows) + logit_distillation_sum(mine, theirs)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    assert logit_distillation_sum(mine, theirs) > 1, "surrogate and target differ"
