@@ -14,7 +14,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from zero_ds import streaming
+from zero_ds import lens, streaming
 from zero_ds.cli import app
 from zero_ds.config import ConfigError
 from zero_ds.families import FAMILIES, family_of
@@ -70,11 +70,20 @@ def test_small_blocks_and_a_file_change_nothing(
     folder = made("gemma2", tied=True)
     expected = streamed(folder, metric, tmp_path)
     monkeypatch.setattr(streaming, "HEAD_BYTES", 7 * 4 * tiny.HIDDEN)
-    monkeypatch.setattr(streaming, "ROWS", 5)
+    monkeypatch.setattr(lens, "ROWS", 5)
+    monkeypatch.setattr(lens, "SCORES", 15)
     monkeypatch.setattr(streaming, "POSITIONS", 11)
     monkeypatch.setattr(streaming, "MEMORY_BYTES", 0)
     np.testing.assert_allclose(streamed(folder, metric, tmp_path), expected, rtol=1e-4, atol=1e-6)
     assert not list(tmp_path.iterdir()), "the file of hidden states is removed"
+
+
+def test_a_common_beginning_is_read_once(made: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
+    folder = made("gemma3", tied=True)
+    alike = [TokenSample(s.id, [5, 6, 7, 8, *s.input_ids]) for s in samples()]
+    monkeypatch.setattr("test_streaming.samples", lambda: alike)
+    expected = resident(folder, "sequence")
+    np.testing.assert_allclose(streamed(folder, "sequence", tmp_path), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_batch_size_does_not_matter(made: Callable[..., Path], tmp_path: Path) -> None:

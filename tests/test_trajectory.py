@@ -23,7 +23,17 @@ from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Records
 from zero_ds.families import Family, family_of
-from zero_ds.lens import Floats, Lens, TokenSample, batches, check_lens, measure, sequence_divergences, tapped
+from zero_ds.lens import (
+    Floats,
+    Lens,
+    TokenSample,
+    batches,
+    check_lens,
+    measure,
+    readings,
+    sequence_divergences,
+    tapped,
+)
 from zero_ds.trajectory import Setting, Trajectory, answer_greedily, choose_samples, write
 from zero_ds.transition import Transition, find_transition
 
@@ -155,18 +165,34 @@ def test_chunks_do_not_matter_and_bound_the_logits(
 ) -> None:
     samples = token_samples()
     whole = measure(decoder, family, samples, metric=metric, batch_size=4)
-    rows: list[int] = []
-    logits = Lens.logits
+    sizes: list[tuple[int, int]] = []
+    scores = Lens.scores
 
-    def watched(lens: Lens, hidden_states: torch.Tensor) -> torch.Tensor:
-        rows.append(len(hidden_states))
-        return logits(lens, hidden_states)
+    def watched(lens: Lens, normed: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        sizes.append((len(normed), len(head)))
+        return scores(lens, normed, head)
 
-    monkeypatch.setattr(Lens, "logits", watched)
-    monkeypatch.setattr(module, "LOGITS_BYTES", 7 * 4 * decoder.config.vocab_size)
+    monkeypatch.setattr(Lens, "scores", watched)
+    monkeypatch.setattr(module, "ROWS", 7)
+    monkeypatch.setattr(module, "SCORES", 350)
     chunked = measure(decoder, family, samples, metric=metric, batch_size=4)
     np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-6)
-    assert max(rows) == 7
+    assert max(rows for rows, _ in sizes) == 7 and max(rows * part for rows, part in sizes) <= 350
+
+
+@pytest.mark.parametrize("metric", ["sequence", "vocabulary"])
+def test_a_common_beginning_is_read_once(decoder: Any, family: Family, metric: str) -> None:
+    """Samples that begin alike, among them one that is a beginning of the others: the same curves from fewer rows."""
+    start = [7, 3, 200, 41, 9]
+    samples = [TokenSample(str(i), start + rest) for i, rest in enumerate(([1, 2, 3], [4], [], [1, 9, 9, 9, 9]))]
+    alone = measure(decoder, family, samples, metric=metric, batch_size=1)
+    own, reading = readings([sample.input_ids for sample in samples])
+    assert len(reading) == sum(len(s.input_ids) - 1 for s in samples) and len(own) == len(reading) - 3 * 4
+    np.testing.assert_allclose(
+        measure(decoder, family, samples, metric=metric, batch_size=4), alone, rtol=1e-4, atol=1e-6
+    )
+    expected = np.stack([plain_curves(decoder, sample, metric) for sample in samples])
+    np.testing.assert_allclose(alone, expected, rtol=1e-4, atol=2e-6)
 
 
 def test_padding_does_not_leak(decoder: Any, family: Family) -> None:

@@ -22,15 +22,13 @@ from torch import nn
 
 from zero_ds.config import ConfigError
 from zero_ds.families import Family, family_of
-from zero_ds.lens import Floats, TokenSample, batches, padded, per_sample, progress, refuse_non_finite
+from zero_ds.lens import Floats, Lens, TokenSample, batches, padded, per_sample, progress, readings, refuse_non_finite
 from zero_ds.pretrained import Stored, decoder_tensors, depth_of, text_config
 
 logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 128 << 20
 """Size of the block of the output head that is held at a time."""
-ROWS = 1024
-"""Positions that a block of the head is applied to at a time."""
 POSITIONS = 16384
 """Positions that the lens reads at a time; for each such part the head is read once more."""
 MEMORY_BYTES = 1 << 30
@@ -102,60 +100,18 @@ class LayerFiles:
             return name, file.get_slice(stored.name).get_shape()[0]
 
 
-class FileLens:
-    """The lens of `lens.Lens` with a head that is read block by block: (rows, hidden) -> statistics of every row."""
+class FileLens(Lens):
+    """The lens with a head that is read from its file block by block."""
 
     def __init__(self, files: LayerFiles, norm: nn.Module) -> None:
-        self.files, self.norm = files, norm
+        super().__init__(files.family, files.config, norm)
+        self.files = files
         self.name, self.vocabulary = files.head()
 
-    def blocks(self, width: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """First token id of the block, and its rows of the head: (block, hidden)."""
-        rows = max(1, HEAD_BYTES // (width * self.files.dtype.itemsize))
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        rows = max(1, HEAD_BYTES // (self.config.hidden_size * self.files.dtype.itemsize))
         for start in range(0, self.vocabulary, rows):
             yield start, self.files.read(self.name, slice(start, min(start + rows, self.vocabulary)))
-
-    def scores(self, hidden_states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Output of a layer, not normed, (rows, hidden) -> float32 (rows, block)."""
-        return self.files.family.capped(self.files.config, self.norm(hidden_states) @ head.T).float()
-
-    def true_token_log_probs(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """As `lens.true_token_log_probs`: (rows,)."""
-        total = torch.full((len(targets),), -torch.inf, device=hidden_states.device)
-        chosen = torch.zeros_like(total)
-        for first, head in self.blocks(hidden_states.shape[1]):
-            for rows in _chunks(len(targets)):
-                scores = self.scores(hidden_states[rows], head)
-                total[rows] = torch.logaddexp(total[rows], scores.logsumexp(1))
-                place = targets[rows] - first
-                inside = (place >= 0) & (place < len(head))
-                chosen[rows] += torch.where(
-                    inside, scores.gather(1, place.clamp(0, len(head) - 1)[:, None]).squeeze(1), 0
-                )
-        return chosen - total
-
-    def normalizer(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Log of the sum over the vocabulary: (rows,)."""
-        total = torch.full((len(hidden_states),), -torch.inf, device=hidden_states.device)
-        for _, head in self.blocks(hidden_states.shape[1]):
-            for rows in _chunks(len(hidden_states)):
-                total[rows] = torch.logaddexp(total[rows], self.scores(hidden_states[rows], head).logsumexp(1))
-        return total
-
-    def divergence(self, hidden_states: torch.Tensor, final: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-        """KL(q || p) over the vocabulary of every row, q of this layer, p of the final one: (rows,)."""
-        own = self.normalizer(hidden_states)
-        result = torch.zeros_like(own)
-        for _, head in self.blocks(hidden_states.shape[1]):
-            for rows in _chunks(len(hidden_states)):
-                log_q = self.scores(hidden_states[rows], head) - own[rows, None]
-                log_p = self.scores(final[rows], head) - normalizer[rows, None]
-                result[rows] += (log_q.exp() * (log_q - log_p)).sum(1)
-        return result
-
-
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS))
 
 
 def measure_streamed(
@@ -183,9 +139,8 @@ def measure_streamed(
     ordered = [samples[row].input_ids for row in order]
     starts = torch.tensor([0, *(len(ids) for ids in ordered)]).cumsum(0).tolist()
     flat = torch.tensor([token for ids in ordered for token in ids], device=device)
-    followed = torch.ones(starts[-1], dtype=torch.bool, device=device)
-    followed[[end - 1 for end in starts[1:]]] = False
-    parts = followed.nonzero().squeeze(1).split(POSITIONS)
+    own, reading = readings(ordered)
+    parts = own.to(device).split(POSITIONS)
     targets = flat.roll(-1)
     shape = (starts[-1], files.config.hidden_size)
     passes = 2 if metric == "vocabulary" else 1
@@ -205,20 +160,20 @@ def measure_streamed(
             _embed(files, model, flat, hidden_states)
             for layer in range(depth):
                 _apply_layer(files, layer, ordered, starts, batch_size, hidden_states)
-                reading = (hidden_states[part] for part in parts)
+                states = (hidden_states[part] for part in parts)
                 if metric == "sequence":
-                    read = [lens.true_token_log_probs(x, targets[p]) for x, p in zip(reading, parts, strict=True)]
+                    read = [lens.true_token_log_probs(x, targets[p]) for x, p in zip(states, parts, strict=True)]
                     statistics.append(torch.cat(read))
                 elif turn == 0 and layer == depth - 1:
-                    final = list(reading)
+                    final = [norm(x) for x in states]
                     normalizers = [lens.normalizer(x) for x in final]
                 elif turn == 1 and layer == depth - 1:
                     statistics.append(torch.zeros_like(statistics[0]))
                 elif turn == 1:
-                    read = [lens.divergence(*args) for args in zip(reading, final, normalizers, strict=True)]
+                    read = [lens.divergence(*args) for args in zip(states, final, normalizers, strict=True)]
                     statistics.append(torch.cat(read))
                 bar.update(starts[-1])
-    curves = per_sample(torch.stack(statistics), [len(ids) for ids in ordered], metric)
+    curves = per_sample(torch.stack(statistics)[:, reading], [len(ids) for ids in ordered], metric)
     result = curves.copy()
     result[order] = curves
     refuse_non_finite(result, samples, dtype)
@@ -248,7 +203,7 @@ def _embed(files: LayerFiles, model: Any, flat: torch.Tensor, hidden_states: tor
     module.padding_idx = None
     module.weight = nn.Parameter(files.read_rows(files.family.embeddings, used.tolist()), requires_grad=False)
     module.to(files.device)
-    for rows in _chunks(len(flat)):
+    for rows in torch.arange(len(flat), device=flat.device).split(POSITIONS):
         hidden_states[rows] = module(compact[rows])
 
 

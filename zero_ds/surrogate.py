@@ -11,6 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -187,9 +188,11 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
     check_vacant(out)
     tensors = locate(decoder_tensors(target))
     written = [(name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)]
-    with new_folder(out, need=sum(span.size for _, span in written)) as folder:
+    config = _cut_config(target, plan)
+    with new_folder(out, need=sum(span.size for _, span in written)) as folder, ThreadPoolExecutor(1) as aside:
+        embeddings = aside.submit(content_hash, tensors[family.embeddings])
         write_shards(written, folder)
-        (folder / "config.json").write_text(json.dumps(_cut_config(target, plan), indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in target.iterdir():
             if COPIED.fullmatch(file.name):
                 shutil.copyfile(file, folder / file.name)
@@ -200,7 +203,7 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
             plan=plan,
             kept_parameters=sum(span.parameters for _, span in written),
             target_parameters=sum(span.parameters for span in tensors.values()),
-            hashes={**text_hashes(folder), "embeddings": content_hash(tensors[family.embeddings])},
+            hashes={**text_hashes(folder), "embeddings": embeddings.result()},
         )
         (folder / "surrogate.json").write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
     return info
@@ -211,16 +214,17 @@ def _cut_config(target: Path, plan: LayerPlan) -> dict[str, Any]:
 
     Written out, because a default that counts layers (every sixth is global) would count the surrogate's.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    text = text_config(target)
+    lists = family_of(target).per_layer_config
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    text = text_config(target) if lists or is_multimodal(target) else None
     if is_multimodal(target):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        assert text is not None
         config = text.to_dict()
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
-    else:
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = plan.surrogate_depth
-    for key in family_of(target).per_layer_config:
+    for key in lists:
         values = config.get(key) or getattr(text, key, None)
         if isinstance(values, list):
             if len(values) != plan.depth:

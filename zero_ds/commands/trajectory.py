@@ -45,7 +45,7 @@ def trajectory(
     dtype: Annotated[
         str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where the device multiplies it fast.")
     ] = "auto",
-    batch: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    batch: Annotated[int, typer.Option(help="Samples per forward pass.")] = 16,
     seed: Annotated[int, typer.Option(help="Chooses the samples and the bootstrap's draws.")] = 0,
     system_prompt: Annotated[
         str | None, typer.Option(help="System message of every conversation; without it the chat template's own.")

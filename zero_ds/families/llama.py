@@ -5,5 +5,6 @@ from zero_ds.families.base import Family
 FAMILY = Family(
     name="llama",
     model_types=("llama",),
+    per_layer_config=(),
     image_tokens=("<|image|>", "<|reserved_special_token_0|>", "<reponame>"),
 )
