@@ -76,13 +76,16 @@ def surrogate(
 
 def _report(out: Path, target: Path, kl: Path | None, weights: Path | None, samples: int) -> None:
     from zero_ds.audit import audit, divergence, lines, with_divergences
+    from zero_ds.engine import fast_dtype
     from zero_ds.files import write_atomically
 
     content = audit(out, target)
     if kl is not None:
         chosen = _samples(target, kl, samples)
         runs = [None] if weights is None else [None, weights]
-        content = with_divergences(content, [divergence(out, target, chosen, weights=run) for run in runs])
+        content = with_divergences(
+            content, [divergence(out, target, chosen, weights=run, dtype=fast_dtype()) for run in runs]
+        )
     write_atomically(out / "report.json", json.dumps(content, indent=2) + "\n")
     print("\n".join(lines(content)))
 
