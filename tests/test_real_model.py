@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -15,6 +16,10 @@ from typer.testing import CliRunner
 from zero_ds.cli import app
 from zero_ds.commands.demo import LLM, make_llm
 from zero_ds.data.demo import TEXT_FILE
+from zero_ds.families import family_of
+from zero_ds.lens import TokenSample, measure
+from zero_ds.pretrained import load_decoder
+from zero_ds.streaming import measure_streamed
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +62,13 @@ def test_the_transition_of_the_real_model(llm: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     config = json.loads((surrogate / "config.json").read_text(encoding="utf-8"))
     assert config["num_hidden_layers"] == content["transition"]["layer"] + 2
+
+
+def test_layer_by_layer_the_real_model_gives_the_same_curves(llm: Path, tmp_path: Path) -> None:
+    decoder = load_decoder(llm, dtype=torch.float32).eval()
+    samples = [TokenSample(str(n), list(range(100 * n, 100 * n + 12))) for n in range(1, 4)]
+    expected = measure(decoder, family_of(llm), samples, metric="sequence", batch_size=3)
+    options = {"metric": "sequence", "batch_size": 3, "dtype": torch.float32, "device": torch.device("cpu")}
+    found = measure_streamed(llm, samples, **options, scratch=tmp_path)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert expected.max() > 0.1
