@@ -187,6 +187,25 @@ def test_the_prompt_to_generate_from_is_a_prefix_of_training(turns: list[Turn]) 
 # -- too long ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_template_that_thinks_opens_prompts_like_answers() -> None:
+    """Qwen3's puts an empty thought before the last answer, and into a prompt only where thinking is switched off."""
+    thought = "{% if THINKS %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        + thought.replace("THINKS", "loop.last and message['role'] == 'assistant'")
+        + "{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+        + thought.replace("THINKS", "enable_thinking is defined and not enable_thinking")
+        + "{% endif %}"
+    )
+    thinking = ChatTemplate(TOKENIZER, template)
+    turns = [Turn("user", "which?"), Turn("assistant", "red")]
+    options: dict[str, Any] = {"tokens_per_image": 0, "supervise": "response"}
+    prompt = thinking.encode(turns[:1], generate=True, **options).input_ids
+    assert thinking.encode(turns, **options).input_ids[: len(prompt)] == prompt
+    assert "</think>" in str(TOKENIZER.decode(prompt))
+
+
 def test_cut_turns_drops_whole_turns_from_the_end() -> None:
     turns = [Turn("user", "One?"), Turn("assistant", "First."), Turn("user", "Two?"), Turn("assistant", "Second.")]
     whole = len(encode(*turns).input_ids)

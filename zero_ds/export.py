@@ -192,7 +192,9 @@ def chat_template(own: str, image_token: str, data: DataConfig) -> str:
             f"{{%- set ns.messages = [{{'role': 'system', 'content': {json.dumps(data.system_prompt)}}}] -%}}"
             "{%- endif -%}"
         )
+    thinks = "{%- set enable_thinking = false -%}" if "enable_thinking" in own else ""
     return (
+        f"{thinks}"
         "{%- set ns = namespace(messages=[], text='', images=0) -%}"
         + system
         + "{%- for message in messages -%}{%- if message.content is string -%}"

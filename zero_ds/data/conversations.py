@@ -132,6 +132,7 @@ class ChatTemplate:
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=generate,
+                    enable_thinking=False,  # Qwen3's: an empty thought opens answers in training, so also in prompts
                 )
             except Exception as error:  # a template raises what its author chose
                 raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
