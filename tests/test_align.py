@@ -76,4 +76,8 @@ def test_without_an_aligner_the_widths_do_not_fit(runs: dict[str, Path], made: C
 def test_the_stage_needs_the_width(run_config: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=r"stage align needs adapter\.width"):
         stages.stage_of(run_config("align"))
+    ends = run_ranks(train_all, 1, [run_config("align", adapter={"width": WIDTH}, max_steps=1)])
+    assert "does not train the adapter, and init_from brings none" in ends[0][0]
+    ends = run_ranks(train_all, 1, [run_config("encoder", adapter={"width": WIDTH}, max_steps=1)])
+    assert "does not train the aligner, and init_from brings none" in ends[0][0]
     assert stages.trained_parts(run_config("decoder")) == ("encoder", "adapter", "decoder")

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from distributed_helper import run_ranks, train_all
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from zero_ds.audit import audit, divergence
+from zero_ds.audit import audit, check_weights, divergence
 from zero_ds.cli import app
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.lens import TokenSample
@@ -40,7 +42,7 @@ def test_counts_and_hashes(made: Callable[..., Path], tmp_path: Path, family: st
     small, whole = load_decoder(tmp_path / "small", dtype=torch.float32), load_decoder(target, dtype=torch.float32)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (small, whole)]
     layer = sum(p.numel() for p in small.model.layers[1].parameters())  # type: ignore[union-attr, index, operator]
-    assert content["parameters"] == {"kept": sizes[0], "target": sizes[1], "trained": 2 * layer}
+    assert content["parameters"] == {"kept": sizes[0], "target": sizes[1], "trained": 2 * layer, "dropped": 4 * layer}
     assert content["bytes"] == {"kept": 4 * sizes[0], "target": 4 * sizes[1]}
     assert content["layers"] == {"surrogate": 4, "target": 6} and content["plan"] == "T(1,2)+T(3,4)"
     assert content["same"] == {"tokenizer": True, "template": True, "embeddings": True}
@@ -101,16 +103,41 @@ def test_command_with_trained_translators(small: Path, run_config: Callable[...,
     assert "as cut" in result.output and "GB" in result.output and "embeddings  as the target's" in result.output
 
 
+def test_weights_of_another_surrogate(made: Callable[..., Path], trained: Path, tmp_path: Path) -> None:
+    build_surrogate(made("llama", tied=True), [Replaced(2, 4)], tmp_path / "other")
+    with pytest.raises(ConfigError, match="does not fit: its plan is"):
+        check_weights(trained / "pretrain", tmp_path / "other")
+
+
+def test_predictions_that_are_not_finite(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = made("llama", tied=True)
+    build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
+    tensors = load_file(tmp_path / "small/model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] *= torch.nan
+    save_file(tensors, tmp_path / "small/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="are not finite; the weights are damaged"):
+        divergence(tmp_path / "small", target, samples())
+
+
+def test_a_target_that_has_moved(made: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(made("llama", tied=True), tmp_path / "old")
+    build_surrogate(tmp_path / "old", [Replaced(2, 4)], tmp_path / "small")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert audit(tmp_path / "small", tmp_path / "new")["target"] == str(tmp_path / "new")
+
+
 def test_bad_input(made: Callable[..., Path], tmp_path: Path, trained: Path) -> None:
     target = made("llama", tied=True)
     out = tmp_path / "small"
+    (tmp_path / "text.json").write_text(json.dumps([tiny.record("p", [("what?", "red")], "a.png")]))
     for arguments, complaint in (
         (["--report"], "say what to replace"),
         (["--replace", "2:4"], "say which model to cut"),
         (["--target", target, "--replace", "2:4", "--kl", "text.json"], "add --report"),
         (["--target", target, "--replace", "2:4", "--report", "--weights", trained], "add --kl"),
         (["--target", target, "--replace", "2:4", "--report", "--kl", tmp_path / "none.json"], "none.json"),
+        (["--target", target, "--replace", "2:4", "--report", "--kl", tmp_path / "text.json"], "no usable text sample"),
     ):
         result = command("--out", out, *arguments)
         assert isinstance(result.exception, ValueError) and complaint in str(result.exception), result.output
-    assert not (out / "report.json").exists()
+        assert not out.exists(), "what is wrong with the text is seen before the surrogate is cut"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from zero_ds import lens, streaming
@@ -19,7 +20,7 @@ from zero_ds.cli import app
 from zero_ds.config import ConfigError
 from zero_ds.families import FAMILIES, family_of
 from zero_ds.lens import Floats, TokenSample, check_lens, measure
-from zero_ds.pretrained import load_decoder
+from zero_ds.pretrained import load_decoder, load_tokenizer
 from zero_ds.streaming import measure_streamed
 
 
@@ -128,6 +129,10 @@ def test_damaged_weights(made: Callable[..., Path], tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ConfigError, match=r"lack model\.layers\.3\.mlp\.up_proj\.weight; fetch the model again"):
         streamed(folder, "sequence", tmp_path)
+    beyond = {**broken, "model.embed_tokens.weight": broken["model.embed_tokens.weight"][:100].clone()}
+    save_file(beyond, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight .* has shape \(100, 32\)"):
+        streamed(folder, "sequence", tmp_path)
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(4000)
     with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read .*; fetch the model again"):
@@ -158,3 +163,28 @@ def test_command(made: Callable[..., Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*common, "--out", str(tmp_path / "greedy"), "--greedy", "--stream-layers"])
     assert isinstance(result.exception, ConfigError) and "leave out --stream-layers" in str(result.exception)
     assert not (tmp_path / "greedy").exists()
+
+
+def test_a_vocabulary_that_is_not_the_models(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(made("llama", tied=True), folder)
+    words = AutoTokenizer.from_pretrained(folder)
+    words.add_tokens(["banana"])
+    words.save_pretrained(folder)
+    (tmp_path / "data.json").write_text(json.dumps([tiny.record("x", [("a banana?", "yes")])]))
+    for flags in ([], ["--stream-layers"]):
+        arguments = [
+            "trajectory",
+            "--model",
+            folder,
+            "--data",
+            tmp_path / "data.json",
+            "--out",
+            tmp_path / "out",
+            *flags,
+        ]
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert isinstance(result.exception, ConfigError) and "do not belong together" in str(result.exception)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"the tokenizer in .* cannot be loaded .*; fetch the model again"):
+        load_tokenizer(folder)

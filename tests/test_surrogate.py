@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from zero_ds import shards as module
+from zero_ds.cli import app
 from zero_ds.config import ConfigError
 from zero_ds.families import FAMILIES, family_of
-from zero_ds.pretrained import load_decoder, shard_files, target_hash
+from zero_ds.pretrained import load_decoder
+from zero_ds.shards import target_hash
+from zero_ds.streaming import LayerFiles
 from zero_ds.surrogate import LayerPlan, Replaced, SurrogateInfo, build_surrogate, read_surrogate
 
 # -- LayerPlan ---------------------------------------------------------------------------------------------------------
@@ -256,6 +263,8 @@ def test_the_text_tower_of_a_multimodal_class(made: Callable[..., Path], tmp_pat
 
     info = build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
     small = load(tmp_path / "small")
+    cut = json.loads((tmp_path / "small/config.json").read_text())
+    assert cut["tie_word_embeddings"] is tied
     assert type(small).__name__ == "Gemma3ForCausalLM" and family_of(tmp_path / "small").name == "gemma3"
     layers = whole.model.language_model.layers
     whole.model.language_model.layers = torch.nn.ModuleList(layers[i] for i in (0, 1, 2, 5))
@@ -368,28 +377,83 @@ def test_index_that_is_damaged_or_leads_outside(made: Callable[..., Path], tmp_p
     index = target / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     name = next(iter(content["weight_map"]))
-    index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: "../../etc/passwd"}}))
-    assert all(path.parent == target for path in _names(target))
-    refused(target, tmp_path / "small", "is missing")
+    shutil.copyfile(target / content["weight_map"][name], tmp_path / "outside.safetensors")
+    index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: "../outside.safetensors"}}))
+    refused(target, tmp_path / "small", r"target/outside\.safetensors is missing")  # not the one that lies outside
     for text in ("{", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', "[]"):
         index.write_text(text)
         refused(target, tmp_path / "small", "index.json is damaged; fetch the model again")
     index.write_text('{"weight_map": {}}')
-    refused(target, tmp_path / "small", "hold no layer 0")
-
-
-def _names(target: Path) -> list[Path]:
-    try:
-        return list(shard_files(target).values())
-    except ConfigError:
-        return []
+    refused(target, tmp_path / "small", r"lack model\.embed_tokens\.weight")
 
 
 def test_layers_that_the_weights_lack(made: Callable[..., Path], tmp_path: Path) -> None:
     target = copy(made("llama", tied=True), tmp_path / "target")
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8}))
-    refused(target, tmp_path / "small", "hold no layer 6 although config.json counts 8 layers")
+    refused(target, tmp_path / "small", r"lack model\.layers\.6\.")
+    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    refused(target, tmp_path / "small", r"hold model\.layers\.5\..*, which config\.json knows nothing of")
+
+
+@pytest.mark.parametrize(
+    ("tied", "change", "complaint"),
+    [
+        (True, {"model.layers.4.mlp.up_proj.weight": None}, r"lack model\.layers\.4\.mlp\.up_proj\.weight; fetch"),
+        (True, {"model.norm.weight": None}, r"lack model\.norm\.weight"),
+        (True, {"model.embed_tokens.weight": None}, r"lack model\.embed_tokens\.weight"),
+        (False, {"lm_head.weight": None}, r"lack lm_head\.weight"),
+        (
+            True,
+            {"model.norm.weight": torch.ones(5)},
+            r"model\.norm\.weight .* has shape \(5,\), by config\.json \(32",
+        ),
+        (True, {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}, r"is quantized \(F8_E4M3\)"),
+    ],
+)
+def test_weights_that_are_not_the_configs(
+    made: Callable[..., Path], tmp_path: Path, tied: bool, change: dict[str, Any], complaint: str
+) -> None:
+    """Refused by both readers of files, before anything is computed or written."""
+    target = copy(made("llama", tied=tied), tmp_path / "target")
+    tensors = {**load_file(target / "model.safetensors"), **change}
+    save_file({name: t for name, t in tensors.items() if t is not None}, target / "model.safetensors")
+    refused(target, tmp_path / "small", complaint)
+    with pytest.raises(ConfigError, match=complaint):
+        LayerFiles.of(target, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"hidden_act": "nope"}, r"config\.json cannot be used"),
+        ({"hidden_size": None}, r"config\.json cannot be used"),
+        ({"hidden_size": 64}, "has shape"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"text_config": "x"}, r"config\.json is missing or damaged"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized; give the model in"),
+    ],
+)
+def test_config_that_cannot_be_meant(
+    made: Callable[..., Path], tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **change}))
+    refused(target, tmp_path / "small", complaint)
+
+
+def test_damaged_tokenizer_config_is_noticed_before_the_copy(made: Callable[..., Path], tmp_path: Path) -> None:
+    target = copy(made("llama", tied=True), tmp_path / "target")
+    (target / "chat_template.jinja").unlink(missing_ok=True)
+    (target / "tokenizer_config.json").write_text("[")
+    refused(target, tmp_path / "small", r"tokenizer_config\.json is damaged; fetch the model again")
+
+
+def test_out_that_is_a_link(made: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "small").symlink_to(tmp_path / "elsewhere")
+    refused(made("llama", tied=True), tmp_path / "small", "is a link; name the folder itself")
 
 
 @pytest.mark.parametrize("depth", [None, "six", 0])
@@ -438,7 +502,101 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
 
 def test_full_disk(made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    refused(made("llama", tied=True), tmp_path / "small", "GB free that small may need")
+    refused(made("llama", tied=True), tmp_path / "small", "MB free that small needs")
+
+
+def test_a_disk_that_fills_while_copying(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    target = made("llama", tied=True)
+    monkeypatch.setattr(module.os, "copy_file_range", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
+    assert folders(tmp_path) == []
+
+
+def test_bytes_of_every_type_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, and where it cannot; wide types lie at multiples of their width, as the format wants."""
+
+    def refuses(*arguments: object, **options: object) -> int:
+        raise OSError(18, "Invalid cross-device link")
+
+    tensors = {
+        "a": torch.arange(3, dtype=torch.uint8),
+        "b": torch.randn(5, 3),
+        "c": torch.empty(0, 4),
+        "d": torch.tensor(2.5, dtype=torch.float64),
+        "e": torch.randn(7).bfloat16(),
+        "f": torch.tensor([True, False, True]),
+    }
+    save_file(tensors, tmp_path / "source.safetensors")
+    found = list(module.spans(tmp_path / "source.safetensors").items())
+    for name in ("kernel", "memory"):
+        if name == "memory":
+            monkeypatch.setattr(module.os, "copy_file_range", refuses, raising=False)
+        (tmp_path / name).mkdir()
+        module.write_shards([(f"new.{key}", span) for key, span in sorted(found)], tmp_path / name)
+        copied = load_file(tmp_path / name / "model.safetensors")
+        assert copied.keys() == {f"new.{key}" for key in tensors}
+        assert all(torch.equal(copied[f"new.{key}"], tensor) for key, tensor in tensors.items())
+        for key, span in module.spans(tmp_path / name / "model.safetensors").items():
+            assert span.start % tensors[key.removeprefix("new.")].element_size() == 0
+
+
+def test_a_signal_to_end_leaves_nothing(made: Callable[..., Path], tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from zero_ds import cli, shards\n"
+        "def slow(*arguments):\n    print('copying', flush=True)\n    time.sleep(60)\n"
+        "shards._copy = slow\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    arguments = ["surrogate", "--target", str(made("llama", tied=True)), "--replace", "2:4", "--out", "small"]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "copying\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert folders(tmp_path) == []
+
+
+def surrogate_command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["surrogate", *(str(argument) for argument in arguments)])
+
+
+def test_a_finished_surrogate_is_only_taken_for_the_same(made: Callable[..., Path], tmp_path: Path) -> None:
+    target, out = made("llama", tied=True), tmp_path / "small"
+    for _ in range(2):
+        assert surrogate_command("--target", target, "--replace", "2:4", "--out", out).exit_code == 0
+    for other, ranges in ((made("llama", tied=True, seed=1), "2:4"), (target, "1:4")):
+        result = surrogate_command("--target", other, "--replace", ranges, "--out", out)
+        assert isinstance(result.exception, ConfigError) and "another surrogate" in str(result.exception)
+    (out / "model.safetensors").unlink()
+    result = surrogate_command("--target", target, "--replace", "2:4", "--out", out)
+    assert isinstance(result.exception, ConfigError) and "no safetensors weights" in str(result.exception)
+
+
+def test_from_a_trajectory(made: Callable[..., Path], tmp_path: Path) -> None:
+    target, out, folder = made("llama", tied=True), tmp_path / "small", tmp_path / "trajectory"
+    folder.mkdir()
+    content = {"target_hash": target_hash(target), "model": "m", "transition": {"reason": "Too few."}}
+
+    def ask(text: str) -> Any:
+        (folder / "trajectory.json").write_text(text)
+        return surrogate_command("--target", target, "--from-trajectory", folder, "--out", out)
+
+    for text in ("[]", "null", "{", "{}", json.dumps({**content, "proposed": "2:4"})):
+        assert "holds no readable trajectory.json" in str(ask(text).exception)
+    assert "proposes no layers: Too few." in str(ask(json.dumps({**content, "proposed": None})).exception)
+    proposed = {**content, "proposed": {"replace": "2:4"}}
+    other = ask(json.dumps({**proposed, "target_hash": "x"}))
+    assert isinstance(other.exception, ConfigError) and "measured on another model (m)" in str(other.exception)
+    assert not out.exists()
+    assert ask(json.dumps(proposed)).exit_code == 0 and str(read_surrogate(out).plan) == "T(2,4)"
 
 
 def test_interrupted_writing_leaves_nothing(
@@ -448,7 +606,7 @@ def test_interrupted_writing_leaves_nothing(
         raise KeyboardInterrupt
 
     target = made("llama", tied=True)
-    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    monkeypatch.setattr(module, "_copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")
     assert folders(tmp_path) == []

@@ -168,7 +168,7 @@ def test_a_commit_holds_what_was_trained_and_nothing_else(runs: Path, small: Pat
 
 def test_run_folder_and_manifest(runs: Path, made: Callable[..., Path], small: Path) -> None:
     from zero_ds.config import load_run
-    from zero_ds.pretrained import target_hash
+    from zero_ds.shards import target_hash
     from zero_ds.surrogate import read_surrogate
 
     run = runs / "zero2"

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from zero_ds.checkpoint import find_commit, load_weights_
+from zero_ds.checkpoint import check_manifest, find_commit, load_weights_
 from zero_ds.config import ConfigError
 from zero_ds.cost import encoder_step_ratio
 from zero_ds.families import family_of
 from zero_ds.lens import TokenSample, batches, padded, progress
 from zero_ds.model import VisionLanguageModel
-from zero_ds.pretrained import decoder_tensors, load_decoder, target_hash
-from zero_ds.shards import content_hash, locate
+from zero_ds.pretrained import load_decoder
+from zero_ds.shards import content_hash, decoder_spans, target_hash
 from zero_ds.surrogate import read_surrogate, text_hashes
 
 RESAMPLES = 1000
@@ -51,7 +51,7 @@ def audit(surrogate: Path, target: Path) -> dict[str, Any]:
     if target_hash(target) != info.target_hash:
         raise ConfigError(f"{surrogate} was cut from another model than {target}; name the one it was cut from.")
     family = family_of(target)
-    mine, theirs = locate(decoder_tensors(surrogate)), locate(decoder_tensors(target))
+    mine, theirs = decoder_spans(surrogate), decoder_spans(target)
     here, there = text_hashes(surrogate), text_hashes(target)
     hashes = {
         **{name: {"surrogate": here[name], "target": there[name]} for name in here},
@@ -62,13 +62,18 @@ def audit(surrogate: Path, target: Path) -> dict[str, Any]:
     }
     return {
         "surrogate": str(surrogate),
-        "target": info.target,
+        "target": str(target),
         "plan": str(info.plan),
         "layers": {"surrogate": info.plan.surrogate_depth, "target": info.plan.depth},
         "translators": info.plan.translators,
         "parameters": {
             "kept": info.kept_parameters,
             "target": info.target_parameters,
+            "dropped": sum(
+                span.parameters
+                for name, span in theirs.items()
+                if any(name.startswith(f"{family.layer_prefix}{number}.") for number in info.plan.dropped)
+            ),
             "trained": sum(
                 span.parameters
                 for name, span in mine.items()
@@ -80,8 +85,8 @@ def audit(surrogate: Path, target: Path) -> dict[str, Any]:
             "target": sum(span.size for span in theirs.values()),
         },
         "step_flops_ratio": {
-            "encoder": encoder_step_ratio(surrogate, distilled=False),
-            "encoder_distilled": encoder_step_ratio(surrogate, distilled=True),
+            "encoder": encoder_step_ratio(surrogate, distilled=False, target=target),
+            "encoder_distilled": encoder_step_ratio(surrogate, distilled=True, target=target),
         },
         "hashes": hashes,
         "same": {name: pair["surrogate"] == pair["target"] for name, pair in hashes.items()},
@@ -130,6 +135,9 @@ def divergence(
             for row, part, hits in zip(rows, kl.tensor_split(ends), same.tensor_split(ends), strict=True):
                 sums[row], agreed[row], counts[row] = float(part.sum()), float(hits.sum()), len(part)
             bar.update(sum(lengths[row] for row in rows))
+    if not np.isfinite(sums).all():
+        bad = samples[int(np.flatnonzero(~np.isfinite(sums))[0])]
+        raise ConfigError(f"the predictions for sample {bad.id} are not finite; the weights are damaged.")
     draws = np.random.default_rng(0).integers(0, len(samples), (RESAMPLES, len(samples)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -143,6 +151,12 @@ def divergence(
         len(samples),
         str(weights) if weights else None,
     )
+
+
+def check_weights(weights: Path, surrogate: Path) -> None:
+    """Raises ConfigError where a run's translators were trained in another surrogate."""
+    info = read_surrogate(surrogate)
+    check_manifest(find_commit(weights), {"plan": info.plan.to_json(), "target_hash": info.target_hash})
 
 
 def _log_probs(decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, followed: torch.Tensor) -> torch.Tensor:

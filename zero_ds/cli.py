@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -107,6 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what a user can mend ends as one sentence on stderr and exit status 2."""
     from zero_ds import distributed
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # an exception, so that nothing half-written stays behind
+            signal.signal(number, _end)
     try:
         app(args=arguments, standalone_mode=True)
     except (ValueError, FloatingPointError) as error:
@@ -123,13 +129,20 @@ def main(arguments: list[str] | None = None) -> None:
         distributed.shutdown()
 
 
-_DISK_ERRORS = (28, 122, 30, 13)  # no space, quota, read-only, no permission
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def _disk_sentence(error: Exception) -> str | None:
-    """What a full or closed disk is called; None for any other error."""
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    """What is said of a full disk or a closed place; None for any other error."""
+    if isinstance(error, OSError) and error.errno in _FULL:
         return f"{error.strerror}: {error.filename or 'while writing'}; free some space and run again."
+    if isinstance(error, OSError) and error.errno in _CLOSED:
+        return f"{error.strerror}: {error.filename or 'while writing'}; choose another place."
     if "No space left on device" in str(error):  # of a writer that is not Python: safetensors, Arrow
         return "No space left on device; free some space and run again."
     return None

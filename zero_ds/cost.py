@@ -17,17 +17,17 @@ LENGTH, SUPERVISED = 64, 24
 """A sequence of the demo in tokens, and how many of them carry loss; the ratios hardly depend on either."""
 
 
-def encoder_step_ratio(surrogate: Path, *, distilled: bool) -> float:
+def encoder_step_ratio(surrogate: Path, *, distilled: bool, target: Path | None = None) -> float:
     """Decoder FLOPs of an encoder-stage step on a surrogate over those of the same step on its target.
 
     distilled: whether the translators follow the target in this stage (`distill.*`), which costs the target's late
-    layers forward, and the surrogate's a second time.
+    layers forward, and the surrogate's a second time; target: where the target lies now.
 
     Raises:
         ConfigError: `surrogate` is no surrogate, or its target is not there.
     """
     info = read_surrogate(surrogate)
-    target = local_folder(info.target)
+    target = target or local_folder(info.target)
     flops = step_flops(surrogate, length=LENGTH, supervised=SUPERVISED)
     if distilled:
         plan = info.plan

@@ -32,6 +32,8 @@ def check_vacant(out: Path) -> None:
     Raises:
         ConfigError: `out` is a file, or a folder that is not empty.
     """
+    if out.is_symlink():
+        raise ConfigError(f"{out} is a link; name the folder itself.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
 
@@ -45,14 +47,19 @@ def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
     Raises:
         ConfigError: `out` holds something, its parent cannot be made, or the disk has not `need` bytes left.
     """
-    check_vacant(out)
     try:
+        check_vacant(out)
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another.") from None
     if shutil.disk_usage(out.parent).free < need:
-        raise ConfigError(f"{out.parent} has not the {need / 1e9:.1f} GB free that {out.name} may need.")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        raise ConfigError(f"{out.parent} has not the {need / 1e6:,.0f} MB free that {out.name} needs; free some space.")
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", dir=out.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"nothing can be written into {out.parent} ({error.strerror}); choose another --out."
+        ) from None
     try:
         yield temporary
         temporary.chmod(0o755)

@@ -18,7 +18,8 @@ from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig, RunConfig,
 from zero_ds.families import family_of
 from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble
-from zero_ds.pretrained import target_hash, text_config
+from zero_ds.pretrained import text_config
+from zero_ds.shards import target_hash
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,8 @@ names that the causal LM has for them (`Family.towers`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,15 +41,19 @@ def text_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     family_of(folder)
+    depth_of(folder)
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # the library validates configs with an error class of its own
-        if "Validation" not in type(error).__name__:
-            raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{folder / 'config.json'} cannot be used: {reason[:300]}") from None
+        whole = AutoConfig.from_pretrained(folder)
+        config = whole.get_text_config(decoder=True)
+        assert config.hidden_size and config.vocab_size
+        config.tie_word_embeddings = whole.tie_word_embeddings  # said by the outer class where there is one
+    except Exception as error:  # whatever the library makes of what somebody wrote
+        raise ConfigError(
+            f"{folder / 'config.json'} cannot be used ({_reason(error)}); fetch the model again."
+        ) from None
+    if getattr(whole, "quantization_config", None):
+        raise ConfigError(f"{folder} is quantized; give the model in bfloat16, float16 or float32.")
+    return config
 
 
 def depth_of(folder: Path) -> int:
@@ -66,7 +68,7 @@ def depth_of(folder: Path) -> int:
         depth = content.get("text_config", content).get("num_hidden_layers")
     except (OSError, ValueError, AttributeError):
         raise ConfigError(f"{path} is missing or damaged; fetch the model again.") from None
-    if not isinstance(depth, int):
+    if not isinstance(depth, int) or depth < 1:
         raise ConfigError(f"{path} does not say how many layers there are (num_hidden_layers={depth!r}).")
     return depth
 
@@ -85,7 +87,7 @@ def shard_files(folder: Path) -> dict[str, Path]:
     from safetensors import safe_open
 
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
+    if index.is_file() and not single.is_file():  # of both, transformers reads the single file
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {name: folder / Path(file).name for name, file in names.items()}
@@ -127,37 +129,46 @@ def decoder_tensors(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def parameter_count(folder: Path) -> int:
-    """Parameters of the folder's decoder, from the headers of its files alone.
+def expected_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the folder's config.json makes a causal LM have, without making it.
 
     Raises:
-        ConfigError: a file that cannot be read.
+        ConfigError: a config.json that no model can be made of.
     """
-    from safetensors import safe_open
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    by_file: dict[Path, list[str]] = {}
-    for stored in decoder_tensors(folder).values():
-        by_file.setdefault(stored.file, []).append(stored.name)
-    total = 0
-    for file, names in by_file.items():
-        try:
-            with safe_open(file, framework="pt") as handle:
-                total += sum(math.prod(handle.get_slice(name).get_shape()) for name in names)
-        except Exception as error:
-            raise ConfigError(f"shard {file} cannot be read ({error}); fetch the model again.") from None
-    return total
+    config = text_config(folder)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the library makes of what somebody wrote
+        raise ConfigError(
+            f"{folder / 'config.json'} cannot be used ({_reason(error)}); fetch the model again."
+        ) from None
+    family = family_of(folder)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop(family.head, None)
+    return shapes
 
 
-def target_hash(folder: Path) -> str:
-    """Hash of config and of names, shapes and file sizes of the weights: tells one model from another in no time."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(set(shard_files(folder).values())):
-        digest.update(f"{file.name}:{file.stat().st_size}".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(1 << 16))
-            handle.seek(max(0, file.stat().st_size - (1 << 20)))
-            digest.update(handle.read())
-    return digest.hexdigest()[:32]
+def load_tokenizer(folder: Path) -> Any:
+    """Raises ConfigError where the folder's tokenizer cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the library raises many kinds
+        raise ConfigError(
+            f"the tokenizer in {folder} cannot be loaded ({_reason(error)}); fetch the model again."
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """A library's error in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def load_decoder(folder: Path, *, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
@@ -190,17 +201,24 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
         ConfigError: a folder that cannot be loaded, or weights that do not fill the model.
     """
     from safetensors import SafetensorError
+    from transformers.utils import logging as library
 
+    verbosity = library.get_verbosity()
+    library.set_verbosity(logging.CRITICAL)  # its report of missing tensors is a page; ours is a sentence
     try:
         model, info = load(str(folder), output_loading_info=True, **arguments)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, ImportError, SafetensorError) as error:
+        raise ConfigError(
+            f"the model in {folder} cannot be loaded ({_reason(error)}); fetch it again, or look at its config.json."
+        ) from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ConfigError(
             f"the weights in {folder} have other shapes than its config.json says; fetch it again."
         ) from None
+    finally:
+        library.set_verbosity(verbosity)
     missing = sorted(info.get("missing_keys", ())) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
         raise ConfigError(

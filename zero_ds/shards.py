@@ -22,8 +22,11 @@ from typing import Any
 from tqdm import tqdm
 
 from zero_ds.config import ConfigError
-from zero_ds.pretrained import Stored
+from zero_ds.families import family_of
+from zero_ds.pretrained import Stored, decoder_tensors, expected_shapes, shard_files
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights that are not quantized, as safetensors names them."""
 SHARD_BYTES = 4 << 30
 BLOCK = 32 << 20
 """Bytes between two updates of the progress bar."""
@@ -71,6 +74,49 @@ def spans(file: Path) -> dict[str, Span]:
         )
         for name, entry in header.items()
     }
+
+
+def decoder_spans(folder: Path) -> dict[str, Span]:
+    """The bytes of every tensor of a folder's decoder, which is whole and of the shapes that its config.json says.
+
+    Raises:
+        ConfigError: damaged files; tensors that are missing, of another shape, quantized, or of more layers than that.
+    """
+    tensors = locate(decoder_tensors(folder))
+    expected = expected_shapes(folder)
+    family = family_of(folder)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ConfigError(f"the weights in {folder} lack {name}; fetch the model again.")
+        if tensors[name].shape != shape:
+            raise ConfigError(
+                f"{name} in {folder} has shape {tensors[name].shape}, by config.json {shape}; fetch the model again."
+            )
+        if tensors[name].dtype not in FLOATS:
+            raise ConfigError(f"{name} in {folder} is quantized ({tensors[name].dtype}); give the unquantized model.")
+    beyond = [name for name in tensors if name.startswith(family.layer_prefix) and name not in expected]
+    layers = {name for name in beyond if not name.endswith(".inv_freq")}  # stored by old versions, never read
+    if layers:
+        raise ConfigError(
+            f"the weights in {folder} hold {min(layers)}, which config.json knows nothing of; fetch it again."
+        )
+    return {name: span for name, span in tensors.items() if name not in beyond}
+
+
+def target_hash(folder: Path) -> str:
+    """Hash of config.json and of every tensor's name, type, shape and a sample of its bytes: 16 pieces of 4 KB.
+
+    It tells one model from another in no time; a change of some bytes in the middle of a large tensor may escape it.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(set(shard_files(folder).values())):
+        with file.open("rb") as handle:
+            for name, span in sorted(spans(file).items()):
+                digest.update(f"{name}{span.dtype}{span.shape}".encode())
+                for piece in range(min(16, -(-span.size // 4096))):
+                    handle.seek(span.start + piece * max(0, span.size - 4096) // 15)
+                    digest.update(handle.read(min(4096, span.size)))
+    return digest.hexdigest()[:32]
 
 
 def locate(tensors: dict[str, Stored]) -> dict[str, Span]:

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from zero_ds.config import ConfigError
 from zero_ds.families import Family, family_of
 from zero_ds.lens import Floats, Lens, TokenSample, batches, padded, per_sample, progress, readings, refuse_non_finite
 from zero_ds.pretrained import Stored, decoder_tensors, depth_of, text_config
+from zero_ds.shards import decoder_spans
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class LayerFiles:
 
     @classmethod
     def of(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> LayerFiles:
+        """Raises ConfigError where the files do not hold, whole, what config.json says (`shards.decoder_spans`)."""
+        decoder_spans(folder)
         return cls(folder, family_of(folder), text_config(folder), decoder_tensors(folder), dtype, device)
 
     def stored(self, name: str) -> Stored:
@@ -68,36 +71,31 @@ class LayerFiles:
         Raises:
             ConfigError: the weights lack it, or its shard is damaged.
         """
-        from safetensors import safe_open
+        with self.open(name) as (file, stored):
+            value = file.get_slice(stored) if rows else file.get_tensor(stored)
+            return cast(torch.Tensor, value[rows] if rows else value).to(self.device, self.dtype, copy=True)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[Any, str]]:
+        """The open shard of a tensor, and the tensor's name in it."""
+        from safetensors import SafetensorError, safe_open
 
         stored = self.stored(name)
         try:
             with safe_open(stored.file, framework="pt") as file:
-                value = file.get_slice(stored.name)[rows] if rows else file.get_tensor(stored.name)
-                return cast(torch.Tensor, value).to(self.device, self.dtype, copy=True)
-        except Exception as error:
+                yield file, stored.name
+        except (OSError, SafetensorError) as error:
             raise ConfigError(f"shard {stored.file} cannot be read ({error}); fetch the model again.") from None
 
     def read_rows(self, name: str, numbers: Sequence[int]) -> torch.Tensor:
         """Single rows of a tensor, (len(numbers), ...), without the rest of it."""
-        from safetensors import safe_open
+        with self.open(name) as (file, stored):
+            table = file.get_slice(stored)
+            return torch.cat([table[n : n + 1] for n in numbers]).to(self.device, self.dtype)
 
-        stored = self.stored(name)
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                table = file.get_slice(stored.name)
-                return torch.cat([table[n : n + 1] for n in numbers]).to(self.device, self.dtype)
-        except Exception as error:
-            raise ConfigError(f"shard {stored.file} cannot be read ({error}); fetch the model again.") from None
-
-    def head(self) -> tuple[str, int]:
-        """Name of the head's tensor, which is the embeddings' where they are tied, and its number of rows."""
-        from safetensors import safe_open
-
-        name = self.family.head if self.family.head in self.tensors else self.family.embeddings
-        stored = self.stored(name)
-        with safe_open(stored.file, framework="pt") as file:
-            return name, file.get_slice(stored.name).get_shape()[0]
+    def head(self) -> str:
+        """Name of the head's tensor, which is the embeddings' where they are tied."""
+        return self.family.embeddings if self.config.tie_word_embeddings else self.family.head
 
 
 class FileLens(Lens):
@@ -106,12 +104,12 @@ class FileLens(Lens):
     def __init__(self, files: LayerFiles, norm: nn.Module) -> None:
         super().__init__(files.family, files.config, norm)
         self.files = files
-        self.name, self.vocabulary = files.head()
+        self.name = files.head()
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         rows = max(1, HEAD_BYTES // (self.config.hidden_size * self.files.dtype.itemsize))
-        for start in range(0, self.vocabulary, rows):
-            yield start, self.files.read(self.name, slice(start, min(start + rows, self.vocabulary)))
+        for start in range(0, self.config.vocab_size, rows):
+            yield start, self.files.read(self.name, slice(start, min(start + rows, self.config.vocab_size)))
 
 
 def measure_streamed(
@@ -141,12 +139,14 @@ def measure_streamed(
     flat = torch.tensor([token for ids in ordered for token in ids], device=device)
     own, reading = readings(ordered)
     parts = own.to(device).split(POSITIONS)
+    spans = [slice(start, start + POSITIONS) for start in range(0, len(own), POSITIONS)]
     targets = flat.roll(-1)
     shape = (starts[-1], files.config.hidden_size)
     passes = 2 if metric == "vocabulary" else 1
     statistics: list[torch.Tensor] = []
     with (
         torch.inference_mode(),
+        ExitStack() as stack,
         _hidden_states(shape, dtype, device, scratch) as hidden_states,
         progress(passes * depth * starts[-1], "measuring", "token") as bar,
     ):
@@ -154,7 +154,8 @@ def measure_streamed(
         norm = model.norm
         files.fill_(norm, files.family.final_norm)
         lens = FileLens(files, norm)
-        final: list[torch.Tensor] = []
+        kept = (len(own) if metric == "vocabulary" else 0, shape[1])
+        final = stack.enter_context(_hidden_states(kept, dtype, device, scratch))
         normalizers: list[torch.Tensor] = []
         for turn in range(passes):
             _embed(files, model, flat, hidden_states)
@@ -165,12 +166,16 @@ def measure_streamed(
                     read = [lens.true_token_log_probs(x, targets[p]) for x, p in zip(states, parts, strict=True)]
                     statistics.append(torch.cat(read))
                 elif turn == 0 and layer == depth - 1:
-                    final = [norm(x) for x in states]
-                    normalizers = [lens.normalizer(x) for x in final]
+                    for x, rows in zip(states, spans, strict=True):
+                        final[rows] = norm(x)
+                        normalizers.append(lens.normalizer(final[rows]))
                 elif turn == 1 and layer == depth - 1:
                     statistics.append(torch.zeros_like(statistics[0]))
                 elif turn == 1:
-                    read = [lens.divergence(*args) for args in zip(states, final, normalizers, strict=True)]
+                    read = [
+                        lens.divergence(*args)
+                        for args in zip(states, (final[rows] for rows in spans), normalizers, strict=True)
+                    ]
                     statistics.append(torch.cat(read))
                 bar.update(starts[-1])
     curves = per_sample(torch.stack(statistics)[:, reading], [len(ids) for ids in ordered], metric)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,8 +19,8 @@ from typing import Any
 from zero_ds.config import ConfigError
 from zero_ds.families import family_of
 from zero_ds.files import check_vacant, new_folder
-from zero_ds.pretrained import decoder_tensors, depth_of, is_multimodal, target_hash, text_config
-from zero_ds.shards import content_hash, locate, write_shards
+from zero_ds.pretrained import depth_of, is_multimodal, text_config
+from zero_ds.shards import content_hash, decoder_spans, target_hash, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Replaced:
         Raises:
             ConfigError: anything else.
         """
-        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
         if not match:
             raise ConfigError(f"'{text}' is no layer range; write first:last, both replaced, e.g. 40:78.")
         return cls(int(match[1]), int(match[2]), translators)
@@ -169,8 +168,11 @@ def read_surrogate(folder: str | Path) -> SurrogateInfo:
         raise ConfigError(f"{folder} is no surrogate: it holds no surrogate.json; make one with `zero-ds surrogate`.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return SurrogateInfo(**{**content, "plan": LayerPlan.from_json(content["plan"])})
-    except (ValueError, KeyError, TypeError) as error:
+        info = SurrogateInfo(**{**content, "plan": LayerPlan.from_json(content["plan"])})
+        assert all(isinstance(text, str) for text in (info.family, info.target, info.target_hash))
+        assert all(isinstance(count, int) for count in (info.kept_parameters, info.target_parameters))
+        return info
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise ConfigError(f"{path} is damaged ({error}); build the surrogate again.") from None
 
 
@@ -186,16 +188,16 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
     family = family_of(target)
     plan = LayerPlan(depth_of(target), tuple(replaced))
     check_vacant(out)
-    tensors = locate(decoder_tensors(target))
+    tensors = decoder_spans(target)
     written = [(name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)]
-    config = _cut_config(target, plan)
+    config, hashes = _cut_config(target, plan), text_hashes(target)
+    copied = [file for file in target.iterdir() if COPIED.fullmatch(file.name) and file.is_file()]
     with new_folder(out, need=sum(span.size for _, span in written)) as folder, ThreadPoolExecutor(1) as aside:
         embeddings = aside.submit(content_hash, tensors[family.embeddings])
         write_shards(written, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in target.iterdir():
-            if COPIED.fullmatch(file.name):
-                shutil.copyfile(file, folder / file.name)
+        for file in copied:
+            (folder / file.name).write_bytes(file.read_bytes())
         info = SurrogateInfo(
             family=family.name,
             target=str(target),
@@ -203,7 +205,7 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
             plan=plan,
             kept_parameters=sum(span.parameters for _, span in written),
             target_parameters=sum(span.parameters for span in tensors.values()),
-            hashes={**text_hashes(folder), "embeddings": embeddings.result()},
+            hashes={**hashes, "embeddings": embeddings.result()},
         )
         (folder / "surrogate.json").write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
     return info
@@ -214,17 +216,15 @@ def _cut_config(target: Path, plan: LayerPlan) -> dict[str, Any]:
 
     Written out, because a default that counts layers (every sixth is global) would count the surrogate's.
     """
-    lists = family_of(target).per_layer_config
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    text = text_config(target) if lists or is_multimodal(target) else None
+    text = text_config(target)
     if is_multimodal(target):
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        assert text is not None
         config = text.to_dict()
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     config["num_hidden_layers"] = plan.surrogate_depth
-    for key in lists:
+    for key in family_of(target).per_layer_config:
         values = config.get(key) or getattr(text, key, None)
         if isinstance(values, list):
             if len(values) != plan.depth:
@@ -236,16 +236,23 @@ def _cut_config(target: Path, plan: LayerPlan) -> dict[str, Any]:
 
 
 def text_hashes(folder: Path) -> dict[str, str]:
-    """Hashes of a folder's vocabulary and chat template; an empty text where there is none."""
-    vocabulary = next((f for f in (folder / "tokenizer.json", folder / "tokenizer.model") if f.is_file()), None)
+    """Hashes of a folder's vocabulary and chat template; an empty text where there is none.
+
+    Raises:
+        ConfigError: a tokenizer_config.json that is damaged.
+    """
+    files = [folder / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")]
+    vocabulary = b"".join(file.read_bytes() for file in files if file.is_file())
     template = b""
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_bytes()
-    elif (folder / "tokenizer_config.json").is_file():
-        content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        template = json.dumps(content.get("chat_template") or "").encode()
+    elif (path := folder / "tokenizer_config.json").is_file():
+        try:
+            template = json.dumps(json.loads(path.read_text(encoding="utf-8")).get("chat_template") or "").encode()
+        except (ValueError, AttributeError):
+            raise ConfigError(f"{path} is damaged; fetch the model again.") from None
     return {
-        "tokenizer": hashlib.sha256(vocabulary.read_bytes()).hexdigest()[:32] if vocabulary else "",
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:32] if vocabulary else "",
         "template": hashlib.sha256(template).hexdigest()[:32] if template else "",
     }
 

@@ -24,7 +24,7 @@ from zero_ds.hub import local_folder
 from zero_ds.losses import count_supervised
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
 from zero_ds.monitor import Monitor
-from zero_ds.pretrained import target_hash
+from zero_ds.shards import target_hash
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def train(config: RunConfig) -> Path:
             checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
         started |= names
         logger.info("started %d tensors from %s", len(names), commit.folder)
+    refuse_untrained(model, config, started)
     last = "adapter." if model.aligner is None else "aligner."
     untrained = model.adapter is not None and not any(name.startswith(last) for name in started)
     if config.adapter.match_embeddings and untrained:
@@ -98,6 +99,20 @@ def train(config: RunConfig) -> Path:
         return loop(config, engine, loader, monitor, stop, manifest, first, total)
     finally:
         monitor.close()
+
+
+def refuse_untrained(model: VisionLanguageModel, config: RunConfig, started: set[str]) -> None:
+    """A random layer between encoder and decoder that neither trains nor was trained is a mistake in the recipe.
+
+    Raises:
+        ConfigError: naming the part.
+    """
+    parts = [part for part in ("adapter", "aligner") if getattr(model, part) is not None]
+    for part in parts:
+        if part not in stages.trained_parts(config) and not any(name.startswith(f"{part}.") for name in started):
+            raise ConfigError(
+                f"stage {config.stage} does not train the {part}, and init_from brings none; name a run that did."
+            )
 
 
 def loop(

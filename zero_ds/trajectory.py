@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from zero_ds.config import ConfigError
+from zero_ds.config import ConfigError, SourceConfig
 from zero_ds.data.conversations import ChatTemplate, cut_turns
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Records, Sample
 from zero_ds.files import new_folder
 from zero_ds.lens import Floats, TokenSample, batches, padded, progress
+from zero_ds.pretrained import load_tokenizer, text_config
 from zero_ds.surrogate import LayerPlan, Replaced
 from zero_ds.transition import Transition
 
@@ -90,6 +91,53 @@ class Trajectory:
             "ids": list(self.ids),
             "curves": [_rounded(curve) for curve in self.curves],
         }
+
+
+def read_samples(
+    model: Path, data: Path, *, count: int, seed: int, greedy: bool = False, system_prompt: str | None = None
+) -> tuple[list[TokenSample], ChatTemplate]:
+    """Text samples of a data file in the words of the model's tokenizer and template (see `choose_samples`).
+
+    Raises:
+        ConfigError: no tokenizer, no chat template, token ids that the model does not have, no usable sample.
+        DataError: a data file that is damaged.
+    """
+    config = text_config(model)
+    longest = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"the tokenizer in {model} has no chat template; give an instruction-tuned model.")
+    template = ChatTemplate(tokenizer)
+    encoder = SampleEncoder(template, "response", max_length=longest, system_prompt=system_prompt)
+    records = Records([SourceConfig(path=str(data))])
+    chosen = choose_samples(records, encoder, count=count, seed=seed, questions_only=greedy)
+    largest = max(max(sample.input_ids) for sample in chosen)
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {model} gives token {largest}, but the model knows {config.vocab_size}; they do not "
+            "belong together."
+        )
+    return chosen, template
+
+
+def proposed_range(folder: Path, target_hash: str) -> str:
+    """The layers, first:last, that the trajectory in a folder proposes to replace.
+
+    Raises:
+        ConfigError: no trajectory there, one of another model, or one without a verdict.
+    """
+    path = folder / "trajectory.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        measured, verdict, proposed = content["target_hash"], content["transition"]["reason"], content["proposed"]
+        replace = str(proposed["replace"]) if proposed else None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{folder} holds no readable trajectory.json; run `zero-ds trajectory` first.") from None
+    if measured != target_hash:
+        raise ConfigError(f"{path} was measured on another model ({content.get('model')}); measure this one.")
+    if replace is None:
+        raise ConfigError(f"{path} proposes no layers: {verdict} Give --replace.")
+    return replace
 
 
 def choose_samples(

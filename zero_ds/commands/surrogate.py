@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zero_ds.config import ConfigError, SourceConfig
+from zero_ds.config import ConfigError
 
 if TYPE_CHECKING:
     from zero_ds.lens import TokenSample
@@ -44,25 +44,34 @@ def surrogate(
     The result is an ordinary Hugging Face folder. Tensors are streamed from file to file; no model is loaded.
     """
     from zero_ds.hub import local_folder
-    from zero_ds.surrogate import Replaced, build_surrogate, read_surrogate
+    from zero_ds.shards import decoder_spans, target_hash
+    from zero_ds.surrogate import LayerPlan, Replaced, build_surrogate, read_surrogate
+    from zero_ds.trajectory import proposed_range, read_samples
 
     if kl is not None and not report:
         raise ConfigError("--kl is part of the report; add --report.")
     if weights is not None and kl is None:
         raise ConfigError("--weights are compared on text; add --kl FILE.")
-    there = (out / "surrogate.json").is_file()
-    if not replace and not from_trajectory and report and there:
-        folder = local_folder(target or read_surrogate(out).target)
-    else:
-        if bool(replace) == bool(from_trajectory):
-            raise ConfigError("say what to replace: either --replace first:last or --from-trajectory FOLDER.")
-        if target is None:
-            raise ConfigError("say which model to cut: --target FOLDER_OR_ID.")
-        folder = local_folder(target)
-        ranges = [_proposal(from_trajectory)] if from_trajectory else list(replace or ())
+    there = read_surrogate(out) if (out / "surrogate.json").is_file() else None
+    only_report = report and there is not None and not replace and not from_trajectory
+    if not only_report and bool(replace) == bool(from_trajectory):
+        raise ConfigError("say what to replace: either --replace first:last or --from-trajectory FOLDER.")
+    if target is None and not only_report:
+        raise ConfigError("say which model to cut: --target FOLDER_OR_ID.")
+    folder = local_folder(target or (there.target if there else ""))
+    # everything that can be wrong is looked at before anything is written
+    chosen = read_samples(folder, kl, count=samples, seed=0)[0] if kl is not None else []
+    if not only_report:
+        ranges = [proposed_range(from_trajectory, target_hash(folder))] if from_trajectory else list(replace or ())
         wanted = [Replaced.parse(text, translators) for text in ranges]
-        if there and sorted(read_surrogate(out).plan.replaced) == sorted(wanted):
-            print(f"{out} holds the surrogate {read_surrogate(out).plan} already.")
+        if there is not None:
+            same = (there.target_hash, there.plan) == (target_hash(folder), LayerPlan(there.plan.depth, tuple(wanted)))
+            if not same:
+                raise ConfigError(
+                    f"{out} holds another surrogate, {there.plan} of {there.target}; choose another --out."
+                )
+            decoder_spans(out)
+            print(f"{out} holds the surrogate {there.plan} already.")
         else:
             info = build_surrogate(folder, wanted, out)
             share = info.kept_parameters / info.target_parameters
@@ -71,45 +80,20 @@ def surrogate(
                 f"{info.target_parameters:,} parameters ({share:.0%}), translators at {info.plan.translators} -> {out}"
             )
     if report:
-        _report(out, folder, kl, weights, samples)
+        _report(out, folder, chosen, weights)
 
 
-def _report(out: Path, target: Path, kl: Path | None, weights: Path | None, samples: int) -> None:
-    from zero_ds.audit import audit, divergence, lines, with_divergences
+def _report(out: Path, target: Path, chosen: list[TokenSample], weights: Path | None) -> None:
+    from zero_ds.audit import audit, check_weights, divergence, lines, with_divergences
     from zero_ds.engine import fast_dtype
     from zero_ds.files import write_atomically
 
     content = audit(out, target)
-    if kl is not None:
-        chosen = _samples(target, kl, samples)
+    if weights is not None:
+        check_weights(weights, out)
+    if chosen:
         runs = [None] if weights is None else [None, weights]
-        content = with_divergences(
-            content, [divergence(out, target, chosen, weights=run, dtype=fast_dtype()) for run in runs]
-        )
-    write_atomically(out / "report.json", json.dumps(content, indent=2) + "\n")
+        found = [divergence(out, target, chosen, weights=run, dtype=fast_dtype()) for run in runs]
+        content = with_divergences(content, found)
+    write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     print("\n".join(lines(content)))
-
-
-def _samples(target: Path, data: Path, count: int) -> list[TokenSample]:
-    from transformers import AutoTokenizer
-
-    from zero_ds.data.conversations import ChatTemplate
-    from zero_ds.data.loader import SampleEncoder
-    from zero_ds.data.sources import Records
-    from zero_ds.trajectory import MAX_TOKENS, choose_samples
-
-    template = ChatTemplate(AutoTokenizer.from_pretrained(target))
-    encoder = SampleEncoder(template, "response", max_length=MAX_TOKENS)
-    return choose_samples(Records([SourceConfig(path=str(data))]), encoder, count=count, seed=0)
-
-
-def _proposal(folder: Path) -> str:
-    path = folder / "trajectory.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError(f"{folder} holds no readable trajectory.json; run `zero-ds trajectory` first.") from None
-    proposed = content.get("proposed")
-    if not proposed:
-        raise ConfigError(f"{path} proposes no layers: {content.get('transition', {}).get('verdict')}; give --replace.")
-    return str(proposed["replace"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zero_ds.config import ConfigError, SourceConfig, did_you_mean
+from zero_ds.config import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from zero_ds.trajectory import Setting
@@ -77,7 +77,7 @@ def trajectory(
     from zero_ds.engine import fast_dtype
     from zero_ds.families import family_of
     from zero_ds.hub import local_folder
-    from zero_ds.pretrained import target_hash
+    from zero_ds.shards import target_hash
     from zero_ds.trajectory import Setting
 
     folder = local_folder(model)
@@ -127,6 +127,9 @@ def check_out(out: Path, setting: Setting) -> dict[str, Any] | None:
     except (OSError, ValueError):
         content = None
     if isinstance(content, dict) and setting.same(content):
+        whole = {"transition", "proposed", "samples", "layers"} <= content.keys()
+        if not whole or not all((out / f"trajectory.{kind}").is_file() for kind in ("png", "pdf")):
+            raise ConfigError(f"--out {out} holds a damaged trajectory; remove it and run again.")
         return content
     other = "a trajectory of another setting" if isinstance(content, dict) else "something else"
     raise ConfigError(f"--out {out} already holds {other}; choose another or remove it.")
@@ -137,29 +140,22 @@ def _measure(
 ) -> dict[str, Any]:
     """Loads, measures, decides, writes; returns the content of trajectory.json."""
     import torch
-    from transformers import AutoTokenizer
 
-    from zero_ds.data.conversations import ChatTemplate
-    from zero_ds.data.loader import SampleEncoder
-    from zero_ds.data.sources import Records
     from zero_ds.families import family_of
     from zero_ds.lens import check_lens, measure
-    from zero_ds.pretrained import load_decoder, text_config
+    from zero_ds.pretrained import load_decoder
     from zero_ds.streaming import measure_streamed
-    from zero_ds.trajectory import MAX_TOKENS, Trajectory, answer_greedily, choose_samples, write
+    from zero_ds.trajectory import Trajectory, answer_greedily, read_samples, write
     from zero_ds.transition import find_transition
 
     family = family_of(folder)
-    longest = min(MAX_TOKENS, getattr(text_config(folder), "max_position_embeddings", None) or MAX_TOKENS)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    template = ChatTemplate(tokenizer)
-    encoder = SampleEncoder(template, "response", max_length=longest, system_prompt=setting.system_prompt)
-    records = Records([SourceConfig(path=setting.data)])
-    chosen = choose_samples(
-        records, encoder, count=setting.requested_samples, seed=setting.seed, questions_only=setting.greedy
+    chosen, template = read_samples(
+        folder,
+        Path(setting.data),
+        count=setting.requested_samples,
+        seed=setting.seed,
+        greedy=setting.greedy,
+        system_prompt=setting.system_prompt,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     metric = setting.metric
