@@ -15,8 +15,10 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
@@ -27,9 +29,11 @@ from zero_ds.pretrained import Stored, decoder_tensors, expected_shapes, shard_f
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that are not quantized, as safetensors names them."""
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 2 << 30
+WRITERS = 2
+"""Shards written at a time."""
 BLOCK = 32 << 20
-"""Bytes between two updates of the progress bar."""
+"""Bytes between two updates of the progress bar, and looks at whether to stop."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,19 @@ def write_shards(tensors: Sequence[tuple[str, Span]], out: Path) -> None:
         files = ["model.safetensors"]
     total = sum(span.size for _, span in tensors)
     with tqdm(total=total, desc="copying", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-        for file, shard in zip(files, shards, strict=True):
-            _write_shard(shard, out / file, bar)
-            spans(out / file)
+        stop = Event()
+        with ThreadPoolExecutor(WRITERS) as pool:
+            written = [
+                pool.submit(_write_shard, shard, out / file, bar, stop)
+                for file, shard in zip(files, shards, strict=True)
+            ]
+            try:
+                for one in as_completed(written):
+                    one.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total, "total_parameters": sum(span.parameters for _, span in tensors)},
@@ -163,7 +177,7 @@ def write_shards(tensors: Sequence[tuple[str, Span]], out: Path) -> None:
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(shard: Sequence[tuple[str, Span]], path: Path, bar: Any) -> None:
+def _write_shard(shard: Sequence[tuple[str, Span]], path: Path, bar: Any, stop: Event) -> None:
     # wide types first, so that every tensor lies at a multiple of its type's width, as the format wants
     ordered = sorted(shard, key=lambda item: -item[1].size / max(1, item[1].parameters))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -184,15 +198,18 @@ def _write_shard(shard: Sequence[tuple[str, Span]], path: Path, bar: Any) -> Non
                         source.close()
                     source, opened = span.file.open("rb"), span.file
                 assert source is not None
-                _copy(source, target, span, bar)
+                _copy(source, target, span, bar, stop)
         finally:
             if source is not None:
                 source.close()
+    if not stop.is_set():
+        spans(path)
 
 
-def _copy(source: Any, target: Any, span: Span, bar: Any) -> None:
+def _copy(source: Any, target: Any, span: Span, bar: Any, stop: Event) -> None:
+    """Copies a tensor's bytes behind what the target holds; breaks off where another writer failed."""
     start, left = span.start, span.size
-    while left:
+    while left and not stop.is_set():
         try:
             done = os.copy_file_range(source.fileno(), target.fileno(), min(left, BLOCK), start)
         except (AttributeError, OSError) as error:
