@@ -17,6 +17,7 @@ FLOORS: dict[str, int] = {
     # 0: what everything stands on
     "__init__": 0,
     "config": 0,
+    "failure": 0,
     "distributed": 0,
     "monitor": 0,
     "hub": 0,
@@ -38,10 +39,16 @@ FLOORS: dict[str, int] = {
     "losses": 3,
     "model": 3,
     "distill": 3,
+    "lora": 3,
     # 4: what trains when
     "stages": 4,
     # 5: training
+    "deepspeed_config": 4,
+    "optimizer_state": 3,
+    "cost": 4,
     "engine": 5,
+    "prepare": 5,
+    "preview": 5,
     "checkpoint": 5,
     "train": 5,
     # 6: what is done with a result
@@ -49,7 +56,6 @@ FLOORS: dict[str, int] = {
     "graft": 6,
     "export": 6,
     "generate": 6,
-    "cost": 6,
     "audit": 6,
     "evaluation": 6,
     "report": 6,

@@ -14,7 +14,7 @@ from distributed_helper import run_ranks, train_all
 from zero_ds import stages
 from zero_ds.config import DistillConfig, EncoderConfig, RunConfig, SourceConfig
 from zero_ds.data.conversations import IGNORE
-from zero_ds.data.loader import Loader
+from zero_ds.data.loader import INPUTS, Loader
 from zero_ds.data.sources import Records
 from zero_ds.distill import Teacher
 from zero_ds.families import FAMILIES
@@ -64,7 +64,7 @@ def batch(made: Callable[..., Path], model: VisionLanguageModel, data: Path) -> 
     encode = sample_encoder(model, made("llama", tied=True), made("clip"), DataConfig(system_prompt=""))
     loader = Loader(Records([SourceConfig(path=str(data))]), encode, 4, 4, 0, 1, pad_id=0, seed=0)
     ((found,),) = loader.steps(0, 1)
-    return {key: value for key, value in found.items() if torch.is_tensor(value)}
+    return {key: found[key] for key in INPUTS if key in found}
 
 
 def gradients(model: VisionLanguageModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -141,8 +141,8 @@ def test_who_learns_from_what(
     inputs = batch(made, model, data)
     for either in (plain, model):
         freeze(either, stage)
-    usual = gradients(plain, plain(**inputs))
-    loss = model(**inputs)
+    usual = gradients(plain, plain(**inputs).total)
+    loss = model(**inputs).total
     ours = gradients(model, loss)
     extra = gradients(plain, reference(made, plain, inputs, logits, hidden))
     assert set(ours) == set(usual)
@@ -157,7 +157,7 @@ def test_who_learns_from_what(
     assert {int(n.split(".")[3]) for n in layers} == set(model.plan.translators), "kept layers get no gradient"  # type: ignore[union-attr]
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
     # what is taken back has a gradient and no value: the loss that is logged stays the next-token loss plus divergences
-    value = plain(**inputs) + reference(made, plain, inputs, logits, hidden)
+    value = plain(**inputs).total + reference(made, plain, inputs, logits, hidden)
     torch.testing.assert_close(loss, value, rtol=1e-5, atol=1e-5)
 
 
@@ -182,9 +182,9 @@ def test_a_translator_that_does_what_its_layer_did_has_nothing_to_learn(
         rows = supervised_rows(inputs["labels"])
         expected = next_token_sum(plain.logits(hidden[rows]), inputs["labels"], rows)
     # the divergence is zero, and the share of the next-token loss that is taken back has no value
-    loss = model(**inputs)
+    loss = model(**inputs).total
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-    usual = gradients(plain, plain(**inputs))
+    usual = gradients(plain, plain(**inputs).total)
     ours = gradients(model, loss)
     for name in ours:
         if name.startswith("translator."):
@@ -249,7 +249,7 @@ def test_the_teacher_is_the_target_in_every_family(made: Callable[..., Path], tm
     mask = torch.ones_like(ids)
     rows = supervised_rows(labels)
     with torch.no_grad():
-        loss = model(ids, labels, mask)
+        loss = model(ids, labels, mask).total
         mine = model.logits(model.hidden_states(ids, mask)[rows])
         theirs = load_decoder(target, dtype=torch.float32).eval()(input_ids=ids, attention_mask=mask).logits[rows]
         expected = next_token_sum(mine, labels, rows) + logit_distillation_sum(mine, theirs)

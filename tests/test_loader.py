@@ -46,7 +46,7 @@ class Plain:
     tokens_per_image = 0
 
     def __call__(self, number: int) -> dict[str, Any]:
-        return {"input_ids": [number], "labels": [number], "pixels": [], "id": str(number)}
+        return {"input_ids": [number], "labels": [number], "responses": [0], "pixels": [], "id": str(number)}
 
 
 def loader(samples: int, batch: int, *, micro: int, rank: int = 0, ranks: int = 1, seed: int = 0) -> Loader:
@@ -274,11 +274,16 @@ def test_collate_pads_on_the_right(data: Path) -> None:
         assert batch["input_ids"][row, :n].tolist() == sample["input_ids"]
         assert batch["labels"][row, :n].tolist() == sample["labels"]
         assert batch["attention_mask"][row].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
+        assert (batch["responses"][row, n:] == -1).all()
         assert (batch["input_ids"][row, n:] == 7).all() and (batch["labels"][row, n:] == IGNORE).all()
     pictures = [picture for sample in samples for picture in sample["pixels"]]
     assert torch.equal(batch["pixel_values"], torch.stack(pictures))
     assert int(image_positions(batch["input_ids"]).sum()) == len(pictures) * tiny.TOKENS_PER_IMAGE
     assert batch["ids"] == [s["id"] for s in samples]
+    answers = [max(sample["responses"]) + 1 for sample in samples]
+    assert max(answers) > 1, "one sample has several answers"
+    numbers = batch["responses"][batch["responses"] >= 0].unique()
+    assert numbers.tolist() == list(range(sum(answers))), "numbered through the batch"
 
 
 def test_a_batch_of_text_alone_brings_one_blank_picture() -> None:

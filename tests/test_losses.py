@@ -12,11 +12,16 @@ from torch.nn import functional as F
 
 from zero_ds.data.conversations import IGNORE
 from zero_ds.losses import (
+    ResponseWeights,
     count_supervised,
     hidden_distillation_mean,
+    length_classes,
     logit_distillation_sum,
+    next_token_losses,
     next_token_sum,
+    response_lengths,
     scale_excess_mean,
+    sums_by_length,
     supervised_rows,
 )
 
@@ -129,3 +134,78 @@ def test_no_image_no_excess() -> None:
     none = torch.zeros(1, 3, dtype=torch.bool)
     excess = scale_excess_mean(embeddings, none, ~none, 1.0)
     assert float(excess.detach()) == 0 and excess.requires_grad
+
+
+# -- responses: loss by their length, and dynamic weights (A.7) --------------------------------------------------------
+
+
+def spread(lengths: list[int], gap: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """labels and responses, (1, seq), with responses of these lengths, and one supervised token outside of them."""
+    labels, responses = [IGNORE], [-1]
+    for number, length in enumerate(lengths):
+        labels += [IGNORE] * gap + [1] * length
+        responses += [-1] * gap + [number] * length
+    return torch.tensor([[*labels, 1]]), torch.tensor([[*responses, -1]])
+
+
+LENGTHS_OF_RESPONSES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+
+
+@given(LENGTHS_OF_RESPONSES)
+@settings(max_examples=50)
+def test_lengths_and_sums_by_length(lengths: list[int]) -> None:
+    labels, responses = spread(lengths)
+    assert response_lengths(labels, responses).tolist() == lengths
+    generator = torch.Generator().manual_seed(sum(lengths))
+    losses = torch.rand(sum(lengths) + 1, generator=generator)
+    sums = sums_by_length(losses, labels, responses)
+    torch.testing.assert_close(sums[:, 0].sum(), losses[:-1].double().sum())
+    ends = [8, 32, 128, math.inf]
+    for row, (low, high) in zip(sums, zip([1, 9, 33, 129], ends, strict=True), strict=True):
+        assert row[1] == sum(length for length in lengths if low <= length <= high)
+    assert length_classes() == ["1-8", "9-32", "33-128", "129-"]
+
+
+def by_definition(lengths: list[int], order: float) -> list[float]:
+    """A.7 as printed, with the length 1 taken for 2 under the logarithm, where it would divide by zero."""
+    raw = [(max(lengths) / math.log(max(n, 2))) ** order for n in lengths]
+    return [w / (sum(raw) / sum(lengths)) for w in raw]
+
+
+@given(LENGTHS_OF_RESPONSES, LENGTHS_OF_RESPONSES, st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=50)
+def test_dynamic_weights_are_those_of_the_global_batch(here: list[int], there: list[int], order: float) -> None:
+    whole = here + there
+    start = ResponseWeights(order, float(max(whole)))
+    parts = [start.sums(torch.tensor(lengths)) for lengths in (here, there)]
+    sums = [sum(values) for values in zip(*parts, strict=True)]
+    paper = start.normalized("paper", *sums)
+    expected = by_definition(whole, order)
+    torch.testing.assert_close(paper.of(torch.tensor(whole)).tolist(), expected)
+    mean = start.normalized("mean", *sums).of(torch.tensor(whole))
+    assert float((mean * torch.tensor(whole)).sum()) == pytest.approx(sum(whole)), "the loss keeps its scale"
+    torch.testing.assert_close((mean / mean[0]).tolist(), [w / expected[0] for w in expected])
+    labels, responses = spread(here)
+    weights = paper.token_weights(labels, responses)
+    for number, weight in enumerate(expected[: len(here)]):
+        assert weights[responses == number].tolist() == pytest.approx([weight] * here[number])
+    average = sum(w * n for w, n in zip(expected, whole, strict=True)) / sum(whole)
+    assert weights[0, -1] == pytest.approx(average), "outside of responses: as much as a token of them on average"
+
+
+def test_short_responses_weigh_more_and_one_token_is_not_infinite() -> None:
+    one, two, ten, hundred = ResponseWeights(0.5, 100.0).of(torch.tensor([1, 2, 10, 100])).tolist()
+    assert one == two > ten > hundred > 0 and math.isfinite(one)
+
+
+@given(st.integers(0, 99), LENGTHS_OF_RESPONSES)
+@settings(max_examples=20)
+def test_weights_scale_the_loss_of_every_token(seed: int, lengths: list[int]) -> None:
+    labels, _ = spread(lengths)
+    logits = torch.randn(1, labels.shape[1], VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    rows = supervised_rows(labels)
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed + 1))
+    plain = next_token_losses(logits[rows], labels, rows)
+    torch.testing.assert_close(
+        next_token_sum(logits[rows], labels, rows, weights), (plain * weights[:, 1:][rows[:, :-1]]).sum()
+    )

@@ -124,7 +124,7 @@ def test_boundary_embeddings_frame_every_picture(build: Callable[..., VisionLang
         torch.testing.assert_close(picture[0], start)
         torch.testing.assert_close(picture[-1], end)
     assert {n for n, _ in model.parameters_of("adapter")} >= {"boundary.embeddings.weight", "adapter.0.weight"}
-    assert torch.isfinite(model(**inputs))
+    assert torch.isfinite(model(**inputs).total)
 
 
 def test_the_dummy_picture_of_a_text_batch_has_no_effect(build: Callable[..., VisionLanguageModel]) -> None:
@@ -133,7 +133,7 @@ def test_the_dummy_picture_of_a_text_batch_has_no_effect(build: Callable[..., Vi
     losses = []
     for pixels in (None, torch.zeros(1, 3, 32, 32), torch.randn(1, 3, 32, 32)):
         model.zero_grad()
-        loss = model(**{**inputs, "pixel_values": pixels})
+        loss = model(**{**inputs, "pixel_values": pixels}).total
         loss.backward()
         losses.append(loss.item())
         gradients = [p.grad for _, p in model.parameters_of("adapter")]
@@ -145,12 +145,12 @@ def test_the_dummy_picture_of_a_text_batch_has_no_effect(build: Callable[..., Vi
 def test_loss_is_the_sum_over_samples_whatever_they_are_padded_with(build: Callable[..., VisionLanguageModel]) -> None:
     model = build()
     inputs = batch(model, images=1)
-    whole = model(**inputs)
+    whole = model(**inputs).total
     first = {k: v[:1] for k, v in inputs.items()}
     second = {k: v[1:, :22] for k, v in inputs.items() if k != "pixel_values"}
-    torch.testing.assert_close(whole, model(**first) + model(**second, pixel_values=inputs["pixel_values"]))
+    torch.testing.assert_close(whole, model(**first).total + model(**second, pixel_values=inputs["pixel_values"]).total)
     inputs["input_ids"][1, 22:] = 5
-    torch.testing.assert_close(model(**inputs), whole)
+    torch.testing.assert_close(model(**inputs).total, whole)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -197,7 +197,7 @@ def test_a_model_without_vision(build: Callable[..., VisionLanguageModel]) -> No
     assert model.parameters_of("encoder") == [] == model.parameters_of("adapter")
     inputs = batch(model, images=0)
     del inputs["pixel_values"]
-    assert torch.isfinite(model(**inputs))
+    assert torch.isfinite(model(**inputs).total)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from distributed_helper import run_ranks
 
 from zero_ds import stages
 from zero_ds.config import RunConfig
-from zero_ds.engine import Engine, ds_config
+from zero_ds.deepspeed_config import ds_config
+from zero_ds.engine import Engine
 
 
 def buffers_around_the_engine(config: RunConfig) -> dict[str, tuple[str, str, bool]]:
     """Name -> (dtype before, dtype after, values equal) of the model's floating buffers."""
     from zero_ds import distributed
-    from zero_ds.train import build
+    from zero_ds.prepare import build
 
     distributed.initialize()
     ds = ds_config(config, 1)

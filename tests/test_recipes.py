@@ -15,7 +15,8 @@ from zero_ds import stages
 from zero_ds.cli import app
 from zero_ds.config import ConfigError, RunConfig, load_run, recipe_names
 from zero_ds.data.loader import check_batches
-from zero_ds.engine import DS_CONFIG_ROOT, ds_config, ds_config_names, schedule
+from zero_ds.deepspeed_config import DS_CONFIG_ROOT, ds_config, ds_config_names
+from zero_ds.engine import schedule
 
 
 def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:

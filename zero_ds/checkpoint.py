@@ -28,8 +28,9 @@ import torch
 
 from zero_ds import __version__, distributed
 from zero_ds.config import ConfigError, RunConfig
-from zero_ds.engine import Engine, parameter_shape
+from zero_ds.engine import Engine
 from zero_ds.files import write_atomically
+from zero_ds.optimizer_state import KEYS, parameter_shape
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,12 @@ def save(
     final, temporary = run / name, run / f".{name}.tmp"
     writer = _Writer(temporary, engine) if distributed.is_rank_zero() else None
     for parameter_name, parameter in engine.named.items():
-        state = engine.full_state(parameter)
-        if writer is not None:
-            writer.add(parameter_name, state)
+        for key in KEYS:
+            tensor = engine.state.get(parameter, key)
+            if writer is not None:
+                writer.add(parameter_name, key, tensor)
+            del tensor  # at most one is in memory
+    progress = {**progress, "optimizer_steps": engine.state.steps(), "loss_scale": engine.state.loss_scale()}
     if writer is not None:
         writer.finish({**manifest, "step": progress["step"], "versions": versions()}, progress)
     failures = distributed.sum_over_ranks(1.0 if writer is not None and writer.error else 0.0)[0]
@@ -160,20 +164,16 @@ class _Writer:
         )
         self.state = SafetensorsStream(
             self.folder / "resume" / "state.safetensors",
-            [
-                (f"{key}/{n}", torch.float32, shape)
-                for n, shape in shapes.items()
-                for key in ("master", "exp_avg", "exp_avg_sq")
-            ],
+            [(f"{key}/{n}", torch.float32, shape) for n, shape in shapes.items() for key in KEYS],
         )
 
-    def add(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        self._try(self._add, name, state)
+    def add(self, name: str, key: str, tensor: torch.Tensor) -> None:
+        self._try(self._add, name, key, tensor)
 
-    def _add(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        self.weights.write(name, state["master"].to(self.dtypes[name]))
-        for key, tensor in state.items():
-            self.state.write(f"{key}/{name}", tensor)
+    def _add(self, name: str, key: str, tensor: torch.Tensor) -> None:
+        if key == "master":
+            self.weights.write(name, tensor.to(self.dtypes[name]))
+        self.state.write(f"{key}/{name}", tensor)
 
     def finish(self, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
         self._try(self._finish, manifest, progress)
@@ -322,11 +322,41 @@ def restore_(engine: Engine, commit: Commit) -> dict[str, Any]:
             other = sorted(held ^ set(engine.named))[0]
             raise CheckpointError(f"{commit.folder} was saved by a run that trains other parameters (first: {other}).")
         for name, parameter in engine.named.items():
-            engine.set_full_state(
-                parameter, {key: file.get_tensor(f"{key}/{name}") for key in ("master", "exp_avg", "exp_avg_sq")}
-            )
-    engine.set_optimizer_step(progress["step"])
+            for key in KEYS:
+                engine.state.put(parameter, key, file.get_tensor(f"{key}/{name}"))
+    engine.state.set_steps(progress["optimizer_steps"])
+    engine.state.set_loss_scale(progress["loss_scale"])
     return progress
+
+
+def carry_over_(engine: Engine, commit: Commit) -> list[str]:
+    """Gives every part that trains in both runs the optimizer state it had there; returns their names. A collective.
+
+    Raises:
+        CheckpointError: damaged state, or a part of which only some parameters trained there.
+    """
+    from safetensors import safe_open
+
+    progress = commit.progress()
+    path = commit.folder / "resume" / "state.safetensors"
+    check_hash(path, progress["state_sha256"])
+    carried = []
+    with safe_open(path, framework="pt") as file:
+        held = {name.split("/", 1)[1] for name in file.keys()}  # noqa: SIM118 - a safetensors handle is no mapping
+        for part, names in engine.parts.items():
+            if not (common := held & set(names)):
+                continue
+            if missing := sorted(set(names) - common):
+                raise CheckpointError(
+                    f"{commit.folder} trained only some of the {part} (not {missing[0]}), so its optimizer cannot "
+                    "go on; use init_from, or train the same parameters."
+                )
+            for name in names:
+                for key in KEYS:
+                    engine.state.put(engine.named[name], key, file.get_tensor(f"{key}/{name}"))
+            carried.append(str(part))
+    engine.state.set_steps({part: progress["optimizer_steps"][part] for part in carried})
+    return carried
 
 
 def check_manifest(commit: Commit, expected: dict[str, Any], allow: Iterable[str] = ()) -> None:

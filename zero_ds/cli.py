@@ -20,6 +20,7 @@ from zero_ds.commands.quickstart import quickstart
 from zero_ds.commands.report import report
 from zero_ds.commands.surrogate import surrogate
 from zero_ds.commands.trajectory import trajectory
+from zero_ds.failure import UNKNOWN, WATCH, peer_ended
 
 app = typer.Typer(
     name="zero-ds",
@@ -64,7 +65,7 @@ def train(
 
         from zero_ds import distributed, stages
         from zero_ds.data.loader import check_batches
-        from zero_ds.engine import ds_config
+        from zero_ds.deepspeed_config import ds_config
 
         stage = stages.stage_of(config)
         world = distributed.world_size()
@@ -84,10 +85,22 @@ def train(
 def recipes() -> None:
     """List the recipes in the package and the DeepSpeed configs beside them."""
     from zero_ds.config import recipe_names
-    from zero_ds.engine import ds_config_names
+    from zero_ds.deepspeed_config import ds_config_names
 
     print("\n".join(recipe_names()))
     print(f"zero= {' '.join(ds_config_names())}")
+
+
+@app.command()
+def why(
+    recipe: Annotated[str, typer.Argument(help="Recipe or YAML file of the run.")], overrides: Overrides = None
+) -> None:
+    """Say why the last attempt at a run failed, on whichever rank that was."""
+    from zero_ds import failure
+    from zero_ds.config import load_run
+
+    out = Path(load_run(recipe, overrides).out)
+    print(failure.read(out) or f"{out} has not failed.")
 
 
 app.command("trajectory")(trajectory)
@@ -115,15 +128,15 @@ def main(arguments: list[str] | None = None) -> None:
             signal.signal(number, _end)
     try:
         app(args=arguments, standalone_mode=True)
-    except (ValueError, FloatingPointError) as error:
-        if type(error).__module__.split(".")[0] != "zero_ds" and not isinstance(error, FloatingPointError):
-            raise
-        print(f"zero-ds: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
     except Exception as error:
-        if (sentence := _disk_sentence(error)) is None:
+        sentence = _sentence(error)
+        if peer_ended(error):
+            WATCH.record(f"another rank ended: {UNKNOWN}")
+        else:
+            WATCH.fail(sentence or f"{type(error).__name__}: {error}")
+        if sentence is None:
             raise
-        print(f"zero-ds: {sentence}", file=sys.stderr)
+        print(f"zero-ds: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
         distributed.shutdown()
@@ -131,6 +144,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user is told of an error that needs no traceback; None for any other."""
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    if isinstance(error, ValueError) and type(error).__module__.split(".")[0] == "zero_ds":
+        return str(error)
+    if peer_ended(error):
+        return f"this rank ends because of another: {WATCH.heard(wait=5.0)}"
+    return _disk_sentence(error)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,6 +1,7 @@
 """The typed configuration of a run: YAML recipe + dotted overrides -> `RunConfig`.
 
-A recipe is one YAML file that describes a whole run; `extends:` names a recipe that it starts from. Every key is known:
+A recipe is one YAML file that describes a whole run; `extends:` names recipes that it starts from, later ones winning.
+Every key is known:
 an unknown one is an error that names its nearest neighbour, at any depth.
 """
 
@@ -58,6 +59,8 @@ class SourceConfig(Section):
     """Folder of the images; the JSON file's own folder if empty. No image path may leave it."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first n samples."""
+    images_only: bool = False
+    """Leave out samples without a picture, such as the 40K of LLaVA-1.5-665K."""
 
 
 class DataConfig(Section):
@@ -82,7 +85,7 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of every trained part."""
-    learning_rates: dict[Literal["encoder", "adapter", "aligner", "translator", "decoder"], float] = {}
+    learning_rates: dict[Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"], float] = {}
     """Peak learning rates of single parts, where they differ from `learning_rate`."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -108,6 +111,27 @@ class DistillConfig(Section):
         return bool(self.logits or self.hidden)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on the decoder in place of its own weights, by PEFT (A.2)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    modules: tuple[str, ...] = ("q_proj", "k_proj")
+    """Names of the linear layers inside a decoder layer."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the decoder layers; empty: all of them."""
+
+
+class DynamicLossConfig(Section):
+    """Dynamic loss weights (A.7): short responses get more weight beside long ones of the global batch."""
+
+    order: float = Field(default=0.0, ge=0)
+    """Exponent of the weights, 0.5 in the paper; 0 weights every token alike."""
+    normalize: Literal["paper", "mean"] = "paper"
+    """paper: as printed, weights average to the mean length of a response; mean: the loss keeps its scale."""
+
+
 class CheckpointConfig(Section):
     every_steps: int | None = Field(default=None, ge=1)
     """Commit every n steps, besides the commit at the end of the run."""
@@ -116,11 +140,23 @@ class CheckpointConfig(Section):
     """Commits kept; older ones are deleted once a newer one is complete."""
 
 
+class PreviewConfig(Section):
+    every_steps: int | None = Field(default=None, ge=1)
+    """Let the model answer the first samples of the data every n steps, for TensorBoard and answers.jsonl."""
+    samples: int = Field(default=4, ge=1)
+    tokens: int = Field(default=24, ge=1)
+    """Longest answer; each token costs a forward pass."""
+
+
+WITHOUT_EFFECT = ("out", "log_every", "checkpoint", "nvme_path", "preview")
+"""Entries of a run that do not change its numbers, so that they may differ when it is resumed."""
+
+
 class RunConfig(Section):
     """Everything that a training run depends on."""
 
     stage: str
-    """Row of the stage table (stages.py): translator, pretrain, adapter, encoder, align or decoder."""
+    """Row of the stage table (stages.py): translator, pretrain, pretrain-early, adapter, encoder, align or decoder."""
     target: str
     """Folder or hub id of the full language model."""
     surrogate: str | None = None
@@ -131,9 +167,15 @@ class RunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     init_from: tuple[str, ...] = ()
     """Results of earlier stages whose weights this run starts from, later ones winning."""
+    continue_from: str | None = None
+    """A run that this one continues with more (or less) to train, such as an encoder run by a decoder run: its weights
+    last, and for what trains in both its optimizer state, too. The learning-rate schedule begins anew."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     distill: DistillConfig = DistillConfig()
+    dynamic_loss: DynamicLossConfig = DynamicLossConfig()
+    lora: LoraConfig | None = None
+    """Train low-rank adapters where the stage would train the decoder."""
     global_batch: int = Field(default=128, ge=1)
     """Samples per optimizer step over all ranks and accumulation steps."""
     micro_batch: int = Field(default=1, ge=1)
@@ -148,7 +190,10 @@ class RunConfig(Section):
     seed: int = 0
     zero: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
+    nvme_path: str | None = None
+    """Folder on a fast local disk, for DeepSpeed configs that swap to one."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    preview: PreviewConfig = PreviewConfig()
     log_every: int = Field(default=10, ge=1)
     out: str
     """Folder of the run: resolved config, logs, commits."""
@@ -159,13 +204,18 @@ class RunConfig(Section):
             raise ValueError("decoder is 'surrogate' but no surrogate is given; set surrogate=FOLDER")
         return self
 
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Every earlier result that this run takes weights from, in the order in which they are loaded."""
+        return self.init_from if self.continue_from is None else (*self.init_from, self.continue_from)
+
     def dump(self) -> str:
         """The resolved configuration as YAML, enough to repeat the run."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def fingerprint(self) -> str:
         """Hash of everything that changes the run's numbers; where and how often it logs and saves does not."""
-        content = self.model_dump(mode="json", exclude={"out", "log_every", "checkpoint"})
+        content = self.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -177,7 +227,7 @@ def recipe_names() -> list[str]:
     return sorted(
         str(path.relative_to(RECIPE_ROOT).with_suffix(""))
         for path in RECIPE_ROOT.rglob("*.yaml")
-        if path.stem != "common"
+        if path.stem != "common" and path.parent.name != "stages"
     )
 
 
@@ -233,10 +283,11 @@ def _read_recipe(recipe: str, beside: Path = Path(), seen: tuple[str, ...] = ())
         raise ConfigError(f"recipe file {path} cannot be read: {str(error).splitlines()[0]}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"recipe file {path} must hold a mapping of keys to values.")
-    parent = tree.pop("extends", None)
-    if parent is not None:
-        tree = _merge(_read_recipe(str(parent), path.parent, (*seen, str(path.resolve()))), tree)
-    return tree
+    parents = tree.pop("extends", None) or []
+    base: dict[str, Any] = {}
+    for parent in parents if isinstance(parents, list) else [parents]:
+        base = _merge(base, _read_recipe(str(parent), path.parent, (*seen, str(path.resolve()))))
+    return _merge(base, tree)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,27 @@
-"""What a training step costs by count: PyTorch's own FLOP counter over meta tensors, no weights needed."""
+"""What a training step costs by count: of a model in training, and, on meta tensors by PyTorch's own counter, of a cut.
+
+FLOPs are those that the method asks for, as in the usual definition of MFU: matrix products forward and backward, the
+attention scores over whole sequences, no recomputation, no padding, no element-wise work.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from zero_ds import distributed
+from zero_ds.data.loader import Batch, image_positions
 from zero_ds.families import family_of
 from zero_ds.hub import local_folder
+from zero_ds.losses import count_supervised
+from zero_ds.model import VisionLanguageModel
+from zero_ds.optimizer_state import parameter_shape
 from zero_ds.pretrained import text_config
 from zero_ds.surrogate import read_surrogate
 
@@ -78,3 +90,130 @@ def step_flops(
             if backward:
                 logits.sum().backward()
     return int(counter.get_total_flops())
+
+
+# -- a model in training -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tower:
+    """FLOPs of a stack of layers in one step, forward and backward, per token and per pair of tokens."""
+
+    per_token: float
+    per_pair: float
+
+    @classmethod
+    def of(cls, layers: Iterable[Any], attention_width: int, *, input_learns: bool) -> Tower:
+        """layers: in their order; attention_width: heads x head size; input_learns: whether something before trains."""
+        token = pair = 0.0
+        for layer in layers:
+            weights = [p for p in layer.parameters() if len(parameter_shape(p)) > 1]
+            size = sum(parameter_shape(p).numel() for p in weights)
+            trained = sum(parameter_shape(p).numel() for p in weights if p.requires_grad)
+            learns = input_learns or trained > 0
+            token += 2.0 * size + 2.0 * size * input_learns + 2.0 * trained
+            pair += 4.0 * attention_width * (3 if learns else 1)
+            input_learns = learns
+        return cls(token, pair)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of a model's step: linear in tokens, square in the lengths of sequences."""
+
+    encoder: Tower
+    patches: int
+    per_image_token: float
+    decoder: Tower
+    per_supervised: float
+
+    @classmethod
+    def of(cls, model: VisionLanguageModel) -> StepCost:
+        """Read from the modules and from what trains in them; the option `distill` is not counted."""
+        encoder, patches, image_token, learns = Tower(0.0, 0.0), 0, 0.0, False
+        if model.encoder is not None and model.encoder_family is not None and model.encoder_config is not None:
+            vision = model.encoder_family.vision_config(model.encoder)
+            used = model.encoder_family.used_layers(model.encoder, model.encoder_config.feature_layer)
+            encoder = Tower.of(used, vision.hidden_size, input_learns=False)
+            patches = model.encoder_family.tokens_per_image(vision) + model.encoder_family.prefix_tokens
+            learns = any(p.requires_grad for layer in used for p in layer.parameters())
+            parts = [part for part in (model.adapter, model.aligner) if part is not None]
+            image_token = Tower.of(parts, 0, input_learns=learns).per_token
+            learns = learns or any(p.requires_grad for part in parts for p in part.parameters())
+        config = cast(Any, model.decoder).config.get_text_config()
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = list(model.family.layers(model.decoder))
+        decoder = Tower.of(layers, head_size * config.num_attention_heads, input_learns=learns)
+        learns = learns or any(p.requires_grad for layer in layers for p in layer.parameters())
+        head = cast(Any, model.decoder).get_output_embeddings()
+        return cls(encoder, patches, image_token, decoder, Tower.of([head], 0, input_learns=learns).per_token)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step's micro-batches hold."""
+
+    supervised: float
+    tokens: float
+    padded: float
+    """Places in the batch, filled or not."""
+    flops: float
+
+    @classmethod
+    def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
+        supervised = tokens = padded = flops = 0.0
+        for batch in batches:
+            lengths = batch["attention_mask"].sum(1).double()
+            labels = count_supervised(batch["labels"])
+            supervised, tokens = supervised + labels, tokens + float(lengths.sum())
+            padded += batch["attention_mask"].numel()
+            flops += cost.decoder.per_token * float(lengths.sum()) + cost.decoder.per_pair * float((lengths**2).sum())
+            flops += cost.per_supervised * labels
+            if "pixel_values" in batch and bool((images := image_positions(batch["input_ids"])).any()):
+                pictures = len(batch["pixel_values"])
+                flops += pictures * (cost.encoder.per_token * cost.patches + cost.encoder.per_pair * cost.patches**2)
+                flops += cost.per_image_token * int(images.sum())
+        return cls(supervised, tokens, padded, flops)
+
+    def over_ranks(self) -> Counts:
+        """The global batch's. A collective."""
+        return Counts(*distributed.sum_over_ranks(*astuple(self)))
+
+    def scalars(self, seconds: float) -> dict[str, float]:
+        """What a monitor shows of them, for a step that took so long."""
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "supervised_tokens": self.supervised,
+            "padding_share": 1 - self.tokens / self.padded,
+        }
+
+
+PEAK = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
+"""Dense bf16 (V100: fp16) FLOP/s that the makers state, by a part of the device's name; the first that fits counts."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one rank's device: the maker's figure where it is known, else what a matrix product reaches now."""
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAK.items():
+            if part in name:
+                return peak
+    size = 1024
+    left, right = torch.ones(2, size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((left @ right)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

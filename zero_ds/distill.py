@@ -96,13 +96,14 @@ class Teacher(nn.Module):
         labels: torch.Tensor,
         rows: torch.Tensor,
         attention_mask: torch.Tensor,
+        token_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What is added to the next-token loss, summed over supervised tokens (float32 scalar).
 
         logits: (n, vocabulary), the forward pass's own at the n positions that predict a label, which `rows`
-        (batch, seq) marks; labels, attention_mask: (batch, seq). Adds the weighted
-        distillation losses and, as far as `next_token` < 1, takes back the translators' share of the next-token loss:
-        its gradient to them, without any to what lies before them, and without value. The hidden term
+        (batch, seq) marks; labels, attention_mask, token_weights: (batch, seq), as the forward pass got them. Adds the
+        weighted distillation losses and, as far as `next_token` < 1, takes back the translators' share of the
+        next-token loss: its gradient to them, without any to what lies before them, and without value. The hidden term
         is a mean over positions times the number of supervised tokens, so that both terms have one scale.
         """
         assert watched.entered is not None, "the surrogate's forward pass was not watched"
@@ -129,7 +130,7 @@ class Teacher(nn.Module):
                 goals[layer] = hidden
             goal_logits = model.logits(norm(hidden[rows]))
 
-        taken_back = next_token_sum(student_logits, labels, rows)
+        taken_back = next_token_sum(student_logits, labels, rows, token_weights)
         total = (self.weights.next_token - 1.0) * (taken_back - taken_back.detach())  # a gradient, no value
         if self.weights.logits:
             total = total + self.weights.logits * logit_distillation_sum(student_logits, goal_logits)

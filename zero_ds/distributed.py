@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from zero_ds.config import ConfigError
+from zero_ds.failure import WATCH
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def initialize() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(local_rank())
+    _allow_two_models_under_hpz()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
@@ -58,6 +60,25 @@ def initialize() -> None:
         raise ConfigError(
             f"the ranks cannot meet at {address}: {reason}; choose a free one with --master_port."
         ) from None
+    WATCH.start(rank(), world_size(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
+
+def _allow_two_models_under_hpz() -> None:
+    """Lets ZeRO-3's hpZ groups be asked for twice.
+
+    DeepSpeed (0.19) makes them anew for every model that is loaded, and trips over the second: decoder and encoder.
+    """
+    from deepspeed.utils import groups
+
+    make = groups._create_zero_param_parallel_group
+    made: dict[int, bool] = {}
+
+    def make_once(group_size: int) -> None:
+        if group_size not in made:
+            make(group_size)
+            made[group_size] = True
+
+    groups._create_zero_param_parallel_group = make_once
 
 
 def free_port() -> int:
@@ -81,6 +102,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Ranks on this machine, as DeepSpeed's launcher or torchrun says; all of them if neither does."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
 def is_rank_zero() -> bool:
     return rank() == 0
 
@@ -98,12 +124,32 @@ def sum_over_ranks(*values: float) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
+def max_over_ranks(*values: float) -> list[float]:
+    """The largest of each value over all ranks (float64, one collective)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [float(value) for value in values]
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [float(value) for value in tensor.tolist()]
+
+
+def memory_gib() -> dict[str, float]:
+    """Peak memory since the start, of the rank that needs most: of its process and of its accelerator. A collective."""
+    import resource
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    accelerator = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    names = ("memory_gib/host", "memory_gib/accelerator") if accelerator else ("memory_gib/host",)
+    return dict(zip(names, max_over_ranks(host, accelerator), strict=False))
+
+
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def shutdown() -> None:
+    WATCH.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -134,7 +180,3 @@ class StopSignal:
         if self.received:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.received = signal.Signals(number).name
-
-    def agreed(self) -> bool:
-        """True on all ranks as soon as one rank has received a signal. A collective: every rank calls it."""
-        return sum_over_ranks(1.0 if self.received else 0.0)[0] > 0

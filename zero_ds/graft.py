@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from zero_ds import lora
 from zero_ds.checkpoint import Commit, find_commit, load_weights_
 from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig, RunConfig, validate
 from zero_ds.families import family_of
@@ -20,6 +21,7 @@ from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble
 from zero_ds.pretrained import text_config
 from zero_ds.shards import target_hash
+from zero_ds.stages import SURROGATE_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def load_trained(
 ) -> VisionLanguageModel:
     """Encoder and adapter of a run on any decoder folder: its surrogate (with the run's translators) or its target.
 
-    The run's own `init_from` supplies what the run itself did not train; `earlier` overrides where these lie.
+    What the run started from supplies what the run itself did not train; `earlier` overrides where these lie.
 
     Raises:
         ConfigError, CheckpointError: weights that do not fit the decoder, naming the tensor or the field.
@@ -83,6 +85,8 @@ def load_trained(
     config = run_config(commit)
     folder = local_folder(str(decoder))
     plain = not (folder / "surrogate.json").is_file()
+    if config.lora is not None and not plain:
+        raise ConfigError(f"{commit.folder} was trained with LoRA on its target, and {folder} is a surrogate.")
     assert config.encoder is None or isinstance(config.encoder, EncoderConfig)
     model = assemble(
         Assembly(
@@ -92,13 +96,16 @@ def load_trained(
             adapter_config=config.adapter or AdapterConfig(),
             dtype=dtype,
             attention=attention,
+            lora=config.lora,
         )
     )
-    starts = [Path(path) for path in config.init_from] if earlier is None else earlier
+    starts = [Path(path) for path in config.starts] if earlier is None else earlier
     for start in [*starts, commit.folder]:
         load_weights_(
-            model.named_targets(), find_commit(start), skip=lambda name: plain and name.startswith("translator.")
+            model.named_targets(), find_commit(start), skip=lambda name: plain and name.startswith(SURROGATE_ONLY)
         )
+    if config.lora is not None:
+        lora.merge_(model.decoder)
     return model.eval()
 
 

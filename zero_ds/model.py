@@ -11,13 +11,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from zero_ds.config import AdapterConfig, ConfigError, DataConfig, EncoderConfig
+from zero_ds import lora
+from zero_ds.config import AdapterConfig, ConfigError, DataConfig, EncoderConfig, LoraConfig
 from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
 from zero_ds.families import Family, family_of
-from zero_ds.losses import next_token_sum, scale_excess_mean, supervised_rows
+from zero_ds.losses import Loss, next_token_losses, scale_excess_mean, supervised_rows, weighted_sum
 from zero_ds.pretrained import load_complete, load_decoder
 from zero_ds.surrogate import LayerPlan, read_surrogate
 
@@ -85,8 +86,12 @@ class VisionLanguageModel(nn.Module):
 
         encoder: the layers that feed the adapter (the last n where configured, then without the embeddings), and its
         norm where used; adapter: with the boundary embeddings; aligner: behind an adapter of another width; translator:
-        `translator.<i>.*`; decoder: `decoder.*`.
+        `translator.<i>.*`; early: `early.<layer>.*`, the kept layers before the first translator; decoder: `decoder.*`;
+        lora: `lora.*`.
         """
+        if part == "early" and self.plan is not None:
+            early = list(self.family.layers(self.decoder))[: self.plan.translators[0]]
+            return [(f"early.{i}.{name}", p) for i, layer in enumerate(early) for name, p in layer.named_parameters()]
         if part == "translator":
             return [
                 (f"translator.{i}.{name}", parameter)
@@ -96,12 +101,13 @@ class VisionLanguageModel(nn.Module):
         if part == "aligner":
             return [(n, p) for n, p in self.named_parameters() if n.startswith("aligner.")]
         if part == "decoder":
-            return [(f"decoder.{name}", parameter) for name, parameter in self.decoder.named_parameters()]
+            return [(f"decoder.{name}", parameter) for name, parameter in lora.without(self.decoder)]
+        if part == "lora":
+            return lora.named_parameters(self.decoder)
         if part == "adapter":
             named = [(n, p) for n, p in self.named_parameters() if n.startswith(("adapter.", "boundary."))]
             return named + self._norm_parameters()
-        assert part == "encoder"
-        if self.encoder is None or self.encoder_family is None or self.encoder_config is None:
+        if part != "encoder" or self.encoder is None or self.encoder_family is None or self.encoder_config is None:
             return []
         used = self.encoder_family.used_layers(self.encoder, self.encoder_config.feature_layer)
         unused = set(self.encoder_family.layers(self.encoder)) - set(used)
@@ -125,7 +131,8 @@ class VisionLanguageModel(nn.Module):
     def named_targets(self) -> dict[str, nn.Parameter]:
         """Every parameter that a weights file may name."""
         named = {n: p for n, p in self.named_parameters() if not n.startswith("teacher.")}
-        named.update(self.parameters_of("translator"))
+        for part in ("translator", "early", "decoder", "lora"):
+            named.update(self.parameters_of(part))
         return named
 
     def translators(self) -> list[nn.Module]:
@@ -183,11 +190,12 @@ class VisionLanguageModel(nn.Module):
         labels: torch.Tensor,
         attention_mask: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Loss summed over the supervised tokens of a micro-batch (float32 scalar).
+        token_weights: torch.Tensor | None = None,
+    ) -> Loss:
+        """Loss summed over the supervised tokens of a micro-batch.
 
         input_ids, labels, attention_mask: (batch, seq); pixel_values: (images, 3, height, width), in the order in which
-        their tokens stand in the batch.
+        their tokens stand in the batch; token_weights: (batch, seq), a factor for the next-token loss of each label.
         """
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
         embeddings = self.embed(input_ids, pixel_values)
@@ -195,14 +203,15 @@ class VisionLanguageModel(nn.Module):
             hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask)
         rows = supervised_rows(labels)
         logits = self.logits(hidden[rows])
-        loss = next_token_sum(logits, labels, rows)
+        tokens = next_token_losses(logits, labels, rows)
+        loss = weighted_sum(tokens, rows, token_weights)
         if self.max_scale is not None:
             images = image_positions(input_ids)
             words = attention_mask.bool() & ~images
             loss = loss + rows.sum() * scale_excess_mean(embeddings, images, words, self.max_scale)
-        if self.teacher is None:
-            return loss
-        return loss + cast(torch.Tensor, self.teacher.loss(self, watched, logits, labels, rows, attention_mask))
+        if self.teacher is not None:
+            loss = loss + self.teacher.loss(self, watched, logits, labels, rows, attention_mask, token_weights)
+        return Loss(loss, tokens.detach())
 
 
 @dataclass(frozen=True)
@@ -216,7 +225,8 @@ class Assembly:
     dtype: torch.dtype = torch.float32
     attention: str = "sdpa"
     seed: int = 0
-    """Of the adapter's random weights."""
+    """Of the random weights of adapter and LoRA."""
+    lora: LoraConfig | None = None
 
 
 def assemble(parts: Assembly) -> VisionLanguageModel:
@@ -247,6 +257,8 @@ def assemble(parts: Assembly) -> VisionLanguageModel:
     for module in (model.adapter, model.boundary, model.aligner):
         if module is not None and not any(hasattr(p, "ds_id") for p in module.parameters()):
             module.to(parts.dtype)
+    if parts.lora is not None:
+        lora.inject_(decoder, family, parts.lora, parts.dtype)
     return model
 
 

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,13 @@ class Monitor:
         self.path = out / "metrics.jsonl"
         self._file = None
         if distributed.is_rank_zero():
-            _truncate(self.path, first)
+            for path in (self.path, self.path.with_name("answers.jsonl")):
+                _truncate(path, first)
             self._file = self.path.open("a", encoding="utf-8")
+
+    def shows(self, step: int) -> bool:
+        """Whether a step gets a line on the console; the same on every rank."""
+        return step % self.log_every == 0 or step in (1, self.progress.total)
 
     def step(self, step: int, samples: int, scalars: dict[str, float]) -> None:
         """Records one optimizer step; `step` counts from 1."""
@@ -76,11 +82,22 @@ class Monitor:
         events = [(f"train/{name}", value, step) for name, value in scalars.items()]
         if self.engine_monitor is not None and self.engine_monitor.enabled:
             self.engine_monitor.write_events(events)
-        if step % self.log_every == 0 or step in (1, self.progress.total):
+        if self.shows(step):
             rates = [name for name in scalars if name.startswith("learning_rate/")]
             names = ("loss", *rates, "grad_norm", "tokens_per_second")
             shown = "  ".join(f"{name} {scalars[name]:.4g}" for name in names)
             logger.info("%s  %s", self.progress.line(step), shown)
+
+    def answers(self, step: int, records: list[dict[str, Any]], figure: Callable[[], Any]) -> None:
+        """Records what the model answers now: a figure in TensorBoard, and one JSONL record an answer."""
+        if self._file is None:
+            return
+        with self.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+        writer = getattr(getattr(self.engine_monitor, "tb_monitor", None), "summary_writer", None)
+        if writer is not None:
+            writer.add_figure("answers", figure(), step)
 
     def close(self) -> None:
         if self._file is not None:

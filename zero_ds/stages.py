@@ -1,8 +1,9 @@
 """What trains in which stage, against which decoder, with which labels: the only file that knows stages by name.
 
-Source: Table A.2 and appendix A.5 of the paper. `translator` is ours: text alone, nothing but the translators, as a
-named first step before `pretrain` for small budgets. `align` is for a distilled small model in the surrogate's place
-(appendix A.8): its width is another, and one linear layer is trained to bridge that.
+Source: Table A.2 and appendix A.5 of the paper. `pretrain-early` is the paper's starred control: the kept layers before
+the translators train, too, which makes a better surrogate and ruins the graft. `translator` is ours: text alone,
+nothing but the translators, as a named first step before `pretrain` for small budgets. `align` is for a distilled small
+model in the surrogate's place (appendix A.8): its width is another, and one linear layer is trained to bridge that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from torch import nn
 
 from zero_ds.config import ConfigError, RunConfig, did_you_mean
 
-Part = Literal["encoder", "adapter", "aligner", "translator", "decoder"]
+Part = Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"]
+
+SURROGATE_ONLY = ("translator.", "early.")
+"""Beginnings of the names of weights that belong to a surrogate and have no place in its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,12 @@ STAGES = {
     for stage in (
         Stage(name="translator", trains=("translator",), decoder="surrogate", supervise="response", vision=False),
         Stage(name="pretrain", trains=("adapter", "translator"), decoder="surrogate", supervise="special_tokens"),
+        Stage(
+            name="pretrain-early",
+            trains=("adapter", "translator", "early"),
+            decoder="surrogate",
+            supervise="special_tokens",
+        ),
         Stage(name="adapter", trains=("adapter",), decoder="surrogate", supervise="special_tokens"),
         Stage(name="encoder", trains=("encoder", "adapter"), decoder="surrogate", supervise="special_tokens"),
         Stage(name="align", trains=("aligner",), decoder="target", supervise="special_tokens"),
@@ -61,6 +71,8 @@ def stage_of(config: RunConfig) -> Stage:
         raise ConfigError(f"stage {stage.name} trains against a surrogate; set surrogate=FOLDER or decoder=target.")
     if stage.trains == ("aligner",) and config.adapter.width is None:
         raise ConfigError(f"stage {stage.name} needs adapter.width, the hidden size that the adapter was trained for.")
+    if config.lora and "decoder" not in stage.trains:
+        raise ConfigError(f"stage {stage.name} does not train the decoder, so lora has no place in it; leave it out.")
     if not trained_parts(config):
         raise ConfigError(f"stage {stage.name} has nothing to train against the target; leave out decoder=target.")
     return stage
@@ -81,11 +93,16 @@ def supervision(config: RunConfig) -> Literal["response", "special_tokens"]:
 
 
 def trained_parts(config: RunConfig) -> tuple[Part, ...]:
-    """Parts that train: the stage's, as far as they are there. Against the target there are no translators, without an
-    `adapter.width` no aligner; translators that are distilled train in every stage."""
+    """Parts that train: the stage's, as far as they are there.
+
+    Against the target there are no translators, without an `adapter.width` no aligner; translators that are distilled
+    train in every stage; `lora` stands in for the decoder.
+    """
     parts = tuple(p for p in STAGES[config.stage].trains if p != "aligner" or config.adapter.width is not None)
+    if config.lora:
+        parts = tuple("lora" if part == "decoder" else part for part in parts)
     if decoder_kind(config) == "target":
-        return tuple(p for p in parts if p != "translator")
+        return tuple(p for p in parts if f"{p}." not in SURROGATE_ONLY)
     return parts if "translator" in parts or not config.distill.active else (*parts, "translator")
 
 
@@ -110,6 +127,11 @@ def freeze_(model: nn.Module, config: RunConfig) -> dict[Part, list[tuple[str, t
     return groups
 
 
+def belongs_elsewhere(config: RunConfig, name: str) -> bool:
+    """Whether a weight of this name has no place in the run's model: a translator's, where it uses the target."""
+    return decoder_kind(config) == "target" and name.startswith(SURROGATE_ONLY)
+
+
 def learning_rate(config: RunConfig, part: Part) -> float:
     return config.optimizer.learning_rates.get(part, config.optimizer.learning_rate)
 
@@ -120,8 +142,9 @@ def check_start(config: RunConfig) -> list[Path]:
     Raises:
         ConfigError: one that does not exist.
     """
-    folders = [Path(path) for path in config.init_from]
+    folders = [Path(path) for path in config.starts]
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"init_from names {folder}, which does not exist; run the earlier stage first.")
+            key = "continue_from" if str(folder) == config.continue_from else "init_from"
+            raise ConfigError(f"{key} names {folder}, which does not exist; run the earlier stage first.")
     return folders

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from zero_ds import checkpoint, distributed, stages
-from zero_ds.checkpoint import Commit
-from zero_ds.config import ConfigError, RunConfig
+from zero_ds.config import RunConfig
+from zero_ds.cost import Counts, StepCost, peak_flops
 from zero_ds.data.loader import Loader, check_batches
-from zero_ds.data.sources import Records
-from zero_ds.distill import Teacher
-from zero_ds.engine import Engine, ds_config, resolve_precision
+from zero_ds.deepspeed_config import ds_config
+from zero_ds.engine import Engine
 from zero_ds.files import write_atomically
-from zero_ds.hub import local_folder
-from zero_ds.losses import count_supervised
-from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
+from zero_ds.losses import length_classes, weigh_
 from zero_ds.monitor import Monitor
-from zero_ds.shards import target_hash
+from zero_ds.prepare import build, plan_of, prepare_folder, seed_everything, start_
+from zero_ds.preview import Preview
 
 logger = logging.getLogger(__name__)
 
@@ -51,33 +45,10 @@ def train(config: RunConfig) -> Path:
     if resumed and resumed.step >= total:
         logger.info("%s is complete: step %d of %d", out, resumed.step, total)
         return resumed.folder
-    plan = model.plan.to_json() if model.plan else None
-    started: set[str] = set()
-    skip_translators = stages.decoder_kind(config) == "target"
-    for folder in stages.check_start(config):
-        commit = checkpoint.find_commit(folder)
-        if config.adapter.width is None:
-            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
-        if commit.manifest.get("encoder_hash") and hashes["encoder_hash"]:
-            checkpoint.check_manifest(commit, {"encoder_hash": hashes["encoder_hash"]})
-        names = checkpoint.load_weights_(
-            model.named_targets(), commit, skip=lambda name: skip_translators and name.startswith("translator.")
-        )
-        if any(name.startswith("translator.") for name in names):
-            checkpoint.check_manifest(commit, {"plan": plan})
-        if any(name.startswith("aligner.") for name in names):  # what lies before an aligner had another decoder (A.8)
-            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
-        started |= names
-        logger.info("started %d tensors from %s", len(names), commit.folder)
-    refuse_untrained(model, config, started)
-    last = "adapter." if model.aligner is None else "aligner."
-    untrained = model.adapter is not None and not any(name.startswith(last) for name in started)
-    if config.adapter.match_embeddings and untrained:
-        logger.info(
-            "image tokens scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
-        )
+    start_(model, config, hashes, loader)
+    manifest = {**checkpoint.manifest_of(config), **hashes, "plan": plan_of(model)}
     if resumed:
-        checkpoint.check_manifest(resumed, {**hashes, "plan": plan})
+        checkpoint.check_manifest(resumed, {**hashes, "plan": plan_of(model)})
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)
 
     groups = stages.freeze_(model, config)
@@ -87,32 +58,20 @@ def train(config: RunConfig) -> Path:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
     engine = Engine(config, model, groups, total, ds)
-    first = checkpoint.restore_(engine, resumed)["step"] if resumed else 0
+    first = 0
     if resumed:
+        first = checkpoint.restore_(engine, resumed)["step"]
         logger.info("resumed %s after step %d of %d", out, first, total)
+    elif config.continue_from:
+        parts = checkpoint.carry_over_(engine, checkpoint.find_commit(config.continue_from))
+        logger.info("the optimizer goes on for %s", ", ".join(parts) or "nothing")
     if distributed.is_rank_zero() and not resumed:
         write_atomically(out / "config.yaml", config.dump())
-
-    manifest = {**checkpoint.manifest_of(config), **hashes, "plan": plan}
     monitor = Monitor(out, engine.engine.monitor, config.log_every, first, total)
     try:
-        return loop(config, engine, loader, monitor, stop, manifest, first, total)
+        return loop(config, engine, loader, monitor, Preview(config, loader), stop, manifest, first, total)
     finally:
         monitor.close()
-
-
-def refuse_untrained(model: VisionLanguageModel, config: RunConfig, started: set[str]) -> None:
-    """A random layer between encoder and decoder that neither trains nor was trained is a mistake in the recipe.
-
-    Raises:
-        ConfigError: naming the part.
-    """
-    parts = [part for part in ("adapter", "aligner") if getattr(model, part) is not None]
-    for part in parts:
-        if part not in stages.trained_parts(config) and not any(name.startswith(f"{part}.") for name in started):
-            raise ConfigError(
-                f"stage {config.stage} does not train the {part}, and init_from brings none; name a run that did."
-            )
 
 
 def loop(
@@ -120,6 +79,7 @@ def loop(
     engine: Engine,
     loader: Loader,
     monitor: Monitor,
+    preview: Preview,
     stop: distributed.StopSignal,
     manifest: dict[str, Any],
     first: int,
@@ -129,153 +89,54 @@ def loop(
     out = Path(config.out)
     saved_at = time.monotonic()
     folder = out
+    cost = StepCost.of(engine.model)
+    peak = peak_flops(engine.engine.device, next(iter(engine.named.values())).dtype)
     batches = iter(loader.steps(first, total))
     for step in range(first, total):
         started = time.monotonic()
         micro = next(batches)
         waited = time.monotonic() - started
-        labelled = sum(count_supervised(b["labels"]) for b in micro)
-        tokens = sum(int(b["attention_mask"].sum()) for b in micro)
-        padded = sum(b["attention_mask"].numel() for b in micro)
-        labelled_all, tokens_all, padded_all = distributed.sum_over_ranks(labelled, tokens, padded)
-        share, grad_norm = engine.step(micro, step, labelled_all)
-        loss = distributed.sum_over_ranks(share)[0]
-        seconds = time.monotonic() - started
-        monitor.step(
-            step + 1,
-            (step + 1) * config.global_batch,
-            {
-                "loss": loss,
-                **{f"learning_rate/{part}": rate * engine.factor(step) for part, rate in engine.rates.items()},
-                "grad_norm": grad_norm,
-                "seconds": seconds,
-                "data_wait_seconds": waited,
-                "tokens_per_second": tokens_all / seconds,
-                "samples_per_second": config.global_batch / seconds,
-                "supervised_tokens": labelled_all,
-                "padding_share": 1 - tokens_all / padded_all,
-            },
+        counts = Counts.of(micro, cost).over_ranks()
+        if config.dynamic_loss.order:
+            weigh_(micro, config.dynamic_loss)
+        result = engine.step(micro, step, counts.supervised)
+        minutes = (time.monotonic() - saved_at) / 60
+        loss, signals, late, *by_length = distributed.sum_over_ranks(
+            result.share,
+            bool(stop.received),
+            distributed.is_rank_zero() and minutes > (config.checkpoint.every_minutes or math.inf),
+            *result.by_length.flatten().tolist(),
         )
-        stopping = stop.agreed()
-        due = config.checkpoint.every_steps is not None and (step + 1) % config.checkpoint.every_steps == 0
-        if config.checkpoint.every_minutes is not None:
-            late = distributed.is_rank_zero() and time.monotonic() - saved_at > 60 * config.checkpoint.every_minutes
-            due = distributed.sum_over_ranks(float(late))[0] > 0 or due
-        if due or stopping or step + 1 == total:
+        seconds = time.monotonic() - started
+        scalars = {
+            "loss": loss,
+            **{f"learning_rate/{part}": rate * engine.factor(step) for part, rate in engine.rates.items()},
+            "grad_norm": result.grad_norm,
+            "seconds": seconds,
+            "data_wait_seconds": waited,
+            **counts.scalars(seconds),
+            "samples_per_second": config.global_batch / seconds,
+            "mfu": counts.flops / seconds / (peak * distributed.world_size()),
+            **engine.state.loss_scalars(),
+        }
+        for name, total_loss, tokens in zip(length_classes(), by_length[::2], by_length[1::2], strict=True):
+            if tokens:
+                scalars[f"loss_by_response_length/{name}"] = total_loss / tokens
+        if monitor.shows(step + 1):
+            scalars |= distributed.memory_gib()
+        monitor.step(step + 1, (step + 1) * config.global_batch, scalars)
+        if preview.due(step + 1):
+            preview.show(step + 1, engine.model, monitor)
+        every = config.checkpoint.every_steps
+        if signals or late or step + 1 == total or (every and (step + 1) % every == 0):
             folder = checkpoint.save(out, engine, manifest, {"step": step + 1}, config.checkpoint.keep)
             saved_at = time.monotonic()
             logger.info("committed %s", folder)
-        if stopping:
+        if signals:
             raise SystemExit(
                 f"stopped by {stop.received or 'a signal to another rank'} after step {step + 1}; run again to resume."
             )
     return folder
-
-
-def prepare_folder(out: Path, config: RunConfig) -> Commit | None:
-    """Makes the run folder, or finds the commit to resume from.
-
-    Raises:
-        ConfigError: the folder holds a run with another configuration.
-    """
-    resumed = None
-    if (out / "latest").is_file():
-        resumed = checkpoint.find_commit(out)
-        before = resumed.manifest["fingerprint"]
-        if before != config.fingerprint():
-            changed = difference(resumed.manifest["config"], config.model_dump(mode="json"))
-            raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
-    elif out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is no folder; choose another out=FOLDER.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
-    distributed.barrier()
-    return resumed
-
-
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    """The first entry in which two configurations differ: `key: old -> new`."""
-    for key in [*new, *(k for k in old if k not in new)]:
-        a, b = old.get(key), new.get(key)
-        if a == b or (not prefix and key in ("out", "log_every", "checkpoint")):
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            return difference(a, b, f"{prefix}{key}.")
-        return f"{prefix}{key}: {a!r} -> {b!r}"
-    return "no difference"
-
-
-def seed_everything(seed: int) -> None:
-    """The same seed on every rank: they must initialise the same new weights; no sample is drawn at random."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[VisionLanguageModel, Loader, dict[str, Any]]:
-    """Model and loader of a run, and the hashes for its manifest."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    stage = stages.STAGES[config.stage]
-    # alive while the models load: from_pretrained then fills ZeRO-3 partitions directly
-    keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"].get("stage") == 3 else None
-    decoder = local_folder(stages.decoder_folder(config))
-    encoder = local_folder(config.encoder.path) if stage.vision and config.encoder else None
-    model = assemble(
-        Assembly(
-            decoder=decoder,
-            encoder=encoder,
-            encoder_config=config.encoder,
-            adapter_config=config.adapter,
-            dtype=resolve_precision(config),
-            attention=config.attention,
-            seed=config.seed,
-        )
-    )
-    if config.distill.active:
-        if model.plan is None:
-            raise ConfigError(
-                "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
-            )
-        model.teacher = Teacher(model, local_folder(config.target), config.distill, resolve_precision(config))
-    del keep_alive
-    encode = sample_encoder(
-        model, decoder, encoder, config.data, supervise=stages.supervision(config), seed=config.seed
-    )
-    with distributed.rank_zero_first():
-        records = Records(config.data.sources)
-    loader = Loader(
-        records,
-        encode,
-        config.global_batch,
-        config.micro_batch,
-        distributed.rank(),
-        world_size,
-        encode.template.tokenizer.pad_token_id or 0,
-        config.seed,
-        config.data.workers,
-        config.data.group_by_length,
-    )
-    hashes = {
-        "family": model.family.name,
-        "target": config.target,
-        "target_hash": target_hash(local_folder(config.target)),
-        "encoder_hash": target_hash(encoder) if encoder else None,
-    }
-    return model, loader, hashes
-
-
-def first_pixels(loader: Loader) -> torch.Tensor:
-    """Pixel values of up to 16 of the first pictures, the same on every rank: (images, 3, size, size)."""
-    pictures: list[torch.Tensor] = []
-    for index in range(len(loader.records)):
-        if loader.records.images(index):
-            pictures += loader.encoder.pixels(loader.records[index])
-        if len(pictures) >= 16:
-            break
-    return torch.stack(pictures[:16])
 
 
 if __name__ == "__main__":

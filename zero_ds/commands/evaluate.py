@@ -28,7 +28,7 @@ def evaluate(
     import torch
 
     from zero_ds.checkpoint import find_commit
-    from zero_ds.engine import fast_dtype
+    from zero_ds.deepspeed_config import fast_dtype
     from zero_ds.evaluation.records import read_records
     from zero_ds.evaluation.run import CONDITIONS
     from zero_ds.evaluation.run import evaluate as run

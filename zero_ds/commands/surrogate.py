@@ -85,7 +85,7 @@ def surrogate(
 
 def _report(out: Path, target: Path, chosen: list[TokenSample], weights: Path | None) -> None:
     from zero_ds.audit import audit, check_weights, divergence, lines, with_divergences
-    from zero_ds.engine import fast_dtype
+    from zero_ds.deepspeed_config import fast_dtype
     from zero_ds.files import write_atomically
 
     content = audit(out, target)

@@ -74,7 +74,7 @@ def trajectory(
     import torch
 
     from zero_ds.data.sources import DataError
-    from zero_ds.engine import fast_dtype
+    from zero_ds.deepspeed_config import fast_dtype
     from zero_ds.families import family_of
     from zero_ds.hub import local_folder
     from zero_ds.shards import target_hash

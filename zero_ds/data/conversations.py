@@ -39,11 +39,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`input_ids` and `labels`, both of length `seq`; an image position holds IMAGE_TOKEN and IGNORE."""
+    """`input_ids`, `labels` and `responses`, all of length `seq`; an image position holds IMAGE_TOKEN and IGNORE.
+
+    A token of a response, or the one that closes it, holds the response's number in `responses`, all others -1.
+    """
 
     input_ids: list[int]
     labels: list[int]
     images: int
+    responses: list[int]
 
 
 class ConversationError(ValueError):
@@ -78,7 +82,8 @@ class ChatTemplate:
         pieces = self._structure(tuple(turn.role for turn in turns), generate)
         ids: list[int] = []
         labels: list[int] = []
-        images = 0
+        responses: list[int] = []
+        images, answers = 0, 0
         for number, piece in enumerate(pieces):
             structure = self._encode_structure(piece)
             answered = number > 0 and turns[number - 1].role == "assistant"
@@ -87,20 +92,24 @@ class ChatTemplate:
                 closing = answered and special and not any(t in self._special for t in structure[:position])
                 ids.append(token)
                 labels.append(token if closing or (special and supervise == "special_tokens") else IGNORE)
+                responses.append(answers - 1 if closing else -1)
             if number == len(turns):
                 break
             turn = turns[number]
             learned = turn.role == "assistant"
+            answers += learned
             parts = turn.text.split(PLACEHOLDER) if turn.role == "user" else [turn.text]
             for index, part in enumerate(parts):
                 if index:
                     ids += [IMAGE_TOKEN] * tokens_per_image
                     labels += [IGNORE] * tokens_per_image
+                    responses += [-1] * tokens_per_image
                     images += 1
                 text = self.encode_text(part)
                 ids += text
                 labels += text if learned else [IGNORE] * len(text)
-        return Encoded(ids, labels, images)
+                responses += [answers - 1 if learned else -1] * len(text)
+        return Encoded(ids, labels, images, responses)
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of plain text: no special token comes out of it, whatever was typed."""

@@ -27,6 +27,8 @@ from zero_ds.data.sources import DataError, Records, Sample
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+INPUTS = ("input_ids", "labels", "attention_mask", "pixel_values", "token_weights")
+"""Entries of a batch that the model's forward pass takes."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class SampleEncoder:
             raise DataError(f"sample {sample.id}: {error}") from None
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
-        """-> input_ids, labels (lists of int), pixels (list of (3, size, size)), id.
+        """-> input_ids, labels, responses (lists of int), pixels (list of (3, size, size)), id.
 
         Raises:
             DataError: nothing of the sample that carries a label fits into max_length, the chat template refuses it, or
@@ -80,25 +82,43 @@ class SampleEncoder:
         if encoded is None:
             raise DataError(f"sample {sample.id} has no answer within {self.max_length} tokens; raise data.max_length")
         pixels = self.pixels(sample)[: encoded.images]
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, "pixels": pixels, "id": sample.id}
+        return {
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "responses": encoded.responses,
+            "pixels": pixels,
+            "id": sample.id,
+        }
 
 
 def collate(samples: Sequence[dict[str, Any]], pad_id: int, image_size: int | None) -> Batch:
     """Pads to the longest sample.
 
-    Returns input_ids, labels, attention_mask: (batch, seq); pixel_values: (max(images, 1), 3, size, size), one blank
-    picture where the batch has none, because every rank runs the encoder exactly once a micro-batch; ids.
+    Returns input_ids, labels, responses, attention_mask: (batch, seq), responses numbered through the batch;
+    pixel_values: (max(images, 1), 3, size, size), one blank picture where the batch has none, because every rank runs
+    the encoder exactly once a micro-batch; ids.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
     input_ids = torch.full((len(samples), length), pad_id)
     labels = torch.full((len(samples), length), IGNORE)
+    responses = torch.full((len(samples), length), -1)
     mask = torch.zeros((len(samples), length), dtype=torch.long)
+    numbered = 0
     for row, sample in enumerate(samples):
         n = len(sample["input_ids"])
         input_ids[row, :n] = torch.tensor(sample["input_ids"])
         labels[row, :n] = torch.tensor(sample["labels"])
         mask[row, :n] = 1
-    batch: Batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask, "ids": [s["id"] for s in samples]}
+        own = torch.tensor(sample["responses"])
+        responses[row, :n] = torch.where(own >= 0, own + numbered, own)
+        numbered += int(own.max()) + 1
+    batch: Batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "responses": responses,
+        "attention_mask": mask,
+        "ids": [sample["id"] for sample in samples],
+    }
     if image_size is not None:
         pictures = [picture for sample in samples for picture in sample["pixels"]]
         batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, image_size, image_size)

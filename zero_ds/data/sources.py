@@ -48,28 +48,45 @@ class Records(Sequence[Sample]):
             raise ConfigError("no data: set data.sources in the recipe to at least one file.")
         self._tables = [_converted(Path(source.path)) for source in sources]
         self._roots = [Path(source.root or Path(source.path).parent).resolve() for source in sources]
-        lengths = [min(len(t), s.limit or len(t)) for t, s in zip(self._tables, sources, strict=True)]
-        self._order = evenly_spaced(lengths)
+        self._rows = [_used_rows(table, source) for table, source in zip(self._tables, sources, strict=True)]
+        self._order = evenly_spaced([len(rows) for rows in self._rows])
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        source, row = self._order[index]
-        record = self._tables[source][row]
+        source, record = self._record(index)
         turns = tuple(Turn(role, text) for role, text in zip(record["roles"], record["texts"], strict=True))
         images = tuple(str(inside(self._roots[source], name, record["id"])) for name in record["images"])
         return Sample(record["id"], turns, images)
 
     def images(self, index: int) -> int:
         """Number of pictures of a sample."""
-        source, row = self._order[index]
-        return len(self._tables[source][row]["images"])
+        return len(self._record(index)[1]["images"])
 
     def characters(self, index: int) -> int:
         """Length of a sample's texts."""
+        return sum(map(len, self._record(index)[1]["texts"]))
+
+    def _record(self, index: int) -> tuple[int, dict[str, Any]]:
         source, row = self._order[index]
-        return sum(map(len, self._tables[source][row]["texts"]))
+        return source, self._tables[source][int(self._rows[source][row])]
+
+
+def _used_rows(table: Any, source: SourceConfig) -> Sequence[int]:
+    """Rows of a file that a source uses, in their order.
+
+    Raises:
+        DataError: none is left.
+    """
+    rows: Sequence[int] = range(len(table))
+    if source.images_only:
+        import pyarrow.compute as arrow
+
+        rows = arrow.indices_nonzero(arrow.list_value_length(table.data.column("images"))).to_numpy()
+        if not len(rows):
+            raise DataError(f"data file {source.path} has no sample with a picture; drop images_only or the file")
+    return rows[: source.limit] if source.limit else rows
 
 
 def evenly_spaced(lengths: Sequence[int]) -> list[tuple[int, int]]:

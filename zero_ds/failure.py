@@ -1,0 +1,150 @@
+"""When a rank dies, all ranks end, soon, and each knows why.
+
+Every rank of a job tells the others through the store of the process group that it is alive, and why it ends if it
+fails. A rank that is blocked, in a collective or anywhere else, is ended by its own watching thread. The first reason
+is kept in the run folder (`failure.txt`), where `launch/train.sh` and `zero-ds why` read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+logger = logging.getLogger(__name__)
+
+FILE = "failure.txt"
+BEAT = 2.0
+"""Seconds between two signs of life."""
+SILENCE = 40.0
+"""Seconds without a sign of life after which a rank counts as dead; the thread that gives them only waits for Python's
+lock, which no call holds for long."""
+LEAVE = 10.0
+"""Seconds that a rank gets to end by itself, with its own words, after it is known that the job has failed."""
+
+UNKNOWN = "it ended without a word; was it killed, or did it run out of memory?"
+
+_FAILED = "failed"
+_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "Socket closed",
+    "Broken pipe",
+)
+
+
+class Watch:
+    """One rank's view of a job. `start` begins to watch, `stop` ends that before the rank itself ends in peace."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        """Run folder, as soon as it is known."""
+        self.silence = SILENCE
+        self._store: Store | None = None
+        self._rank, self._world = 0, 1
+        self._heard: str | None = None
+        self._stopped = threading.Event()
+
+    def start(self, rank: int, world: int, host: str, port: int) -> None:
+        """Joins the store at host:port by a connection of its own, since others may block theirs."""
+        if world == 1 or self._store is not None:
+            return
+        self._rank, self._world = rank, world
+        client = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        self._store = PrefixStore("zero_ds/watch", client)
+        self._stopped.clear()
+        threading.Thread(target=self._run, daemon=True, name="watch").start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._store = None
+
+    def fail(self, reason: str) -> None:
+        """Says why this rank ends; the first reason of a job stays. The rank with the store waits for the others."""
+        self.record(reason)
+        store = self._store
+        if store is not None:
+            try:
+                store.compare_set(_FAILED, "", f"rank {self._rank} failed: {reason}")
+                time.sleep(0.0 if self._rank else 2 * BEAT)
+            except (RuntimeError, ValueError):  # the store went with its rank
+                logger.debug("the store is gone")
+
+    def heard(self, wait: float) -> str:
+        """Why another rank ended, as far as that comes to be known within `wait` seconds."""
+        deadline = time.monotonic() + wait
+        while self._heard is None and self._store is not None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return self._heard or (read(self.folder) if self.folder else None) or UNKNOWN
+
+    def record(self, reason: str) -> None:
+        """Writes the reason into the run folder unless another rank has written one."""
+        if self.folder is None:
+            return
+        try:
+            with (self.folder / FILE).open("x", encoding="utf-8") as file:
+                file.write(reason.strip() + "\n")
+        except OSError:
+            logger.debug("there is a reason already, or no place for one")
+
+    def _run(self) -> None:
+        beats, neighbour, heard, since = 0, (self._rank + 1) % self._world, "", time.monotonic()
+        while not self._stopped.wait(BEAT):
+            store = self._store
+            if store is None:
+                return
+            beats += 1
+            try:
+                store.set(f"beat/{self._rank}", str(beats))
+                if store.check([_FAILED]):
+                    self._heard = store.get(_FAILED).decode(errors="replace")
+                    self._end(self._heard, LEAVE)
+                    return
+                if store.check([key := f"beat/{neighbour}"]):
+                    now = store.get(key).decode()
+                    if now != heard:
+                        heard, since = now, time.monotonic()
+            except (RuntimeError, ValueError):
+                self._end(f"rank 0 is gone: {(read(self.folder) if self.folder else None) or UNKNOWN}", LEAVE)
+                return
+            if time.monotonic() - since > self.silence:
+                reason = f"rank {neighbour} has given no sign of life for {self.silence:.0f} s"
+                self.fail(f"{reason}; was it killed, or its machine lost?")
+                self._end(reason, LEAVE)
+
+    def _end(self, reason: str, leave: float) -> None:
+        """Ends this process unless it ends by itself."""
+        if self._stopped.wait(leave):
+            return
+        self.record(reason)
+        print(f"zero-ds: rank {self._rank} ends because {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+WATCH = Watch()
+"""This process's."""
+
+
+def peer_ended(error: BaseException) -> bool:
+    """Whether a collective failed because another rank had ended."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _PEER)
+
+
+def clear(folder: Path) -> None:
+    """Forgets why an earlier attempt failed."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
+def read(folder: Path) -> str | None:
+    """Why the last attempt at a run failed; None if it did not."""
+    try:
+        return (folder / FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

@@ -1,0 +1,185 @@
+"""Everything before a run's first step: its folder, its model with the weights it starts from, its data."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zero_ds import checkpoint, distributed, failure, stages
+from zero_ds.checkpoint import Commit
+from zero_ds.config import WITHOUT_EFFECT, ConfigError, RunConfig
+from zero_ds.data.loader import Loader
+from zero_ds.data.sources import Records
+from zero_ds.deepspeed_config import resolve_precision
+from zero_ds.distill import Teacher
+from zero_ds.hub import local_folder
+from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
+from zero_ds.shards import target_hash
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_folder(out: Path, config: RunConfig) -> Commit | None:
+    """Makes the run folder, or finds the commit to resume from.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration.
+    """
+    resumed = None
+    if (out / "latest").is_file():
+        resumed = checkpoint.find_commit(out)
+        before = resumed.manifest["fingerprint"]
+        if before != config.fingerprint():
+            changed = difference(resumed.manifest["config"], config.model_dump(mode="json"))
+            raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
+    elif out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is no folder; choose another out=FOLDER.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
+    if distributed.is_rank_zero():
+        failure.clear(out)
+    distributed.barrier()
+    failure.WATCH.folder = out
+    return resumed
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """The first entry in which two configurations differ: `key: old -> new`."""
+    for key in [*new, *(k for k in old if k not in new)]:
+        a, b = old.get(key), new.get(key)
+        if a == b or (not prefix and key in WITHOUT_EFFECT):
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            return difference(a, b, f"{prefix}{key}.")
+        return f"{prefix}{key}: {a!r} -> {b!r}"
+    return "no difference"
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed on every rank: they must initialise the same new weights; no sample is drawn at random."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[VisionLanguageModel, Loader, dict[str, Any]]:
+    """Model and loader of a run, and the hashes for its manifest."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    stage = stages.STAGES[config.stage]
+    # alive while the models load: from_pretrained then fills ZeRO-3 partitions directly
+    keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"].get("stage") == 3 else None
+    decoder = local_folder(stages.decoder_folder(config))
+    encoder = local_folder(config.encoder.path) if stage.vision and config.encoder else None
+    model = assemble(
+        Assembly(
+            decoder=decoder,
+            encoder=encoder,
+            encoder_config=config.encoder,
+            adapter_config=config.adapter,
+            dtype=resolve_precision(config),
+            attention=config.attention,
+            seed=config.seed,
+            lora=config.lora,
+        )
+    )
+    if config.distill.active:
+        if model.plan is None:
+            raise ConfigError(
+                "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
+            )
+        model.teacher = Teacher(model, local_folder(config.target), config.distill, resolve_precision(config))
+    del keep_alive
+    encode = sample_encoder(
+        model, decoder, encoder, config.data, supervise=stages.supervision(config), seed=config.seed
+    )
+    with distributed.rank_zero_first():
+        records = Records(config.data.sources)
+    loader = Loader(
+        records,
+        encode,
+        config.global_batch,
+        config.micro_batch,
+        distributed.rank(),
+        world_size,
+        encode.template.tokenizer.pad_token_id or 0,
+        config.seed,
+        config.data.workers,
+        config.data.group_by_length,
+    )
+    hashes = {
+        "family": model.family.name,
+        "target": config.target,
+        "target_hash": target_hash(local_folder(config.target)),
+        "encoder_hash": target_hash(encoder) if encoder else None,
+    }
+    return model, loader, hashes
+
+
+def first_pixels(loader: Loader) -> torch.Tensor:
+    """Pixel values of up to 16 of the first pictures, the same on every rank: (images, 3, size, size)."""
+    pictures: list[torch.Tensor] = []
+    for index in range(len(loader.records)):
+        if loader.records.images(index):
+            pictures += loader.encoder.pixels(loader.records[index])
+        if len(pictures) >= 16:
+            break
+    return torch.stack(pictures[:16])
+
+
+def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any], loader: Loader) -> None:
+    """Loads the weights of earlier results, later ones winning, and scales an adapter that none of them brought.
+
+    Raises:
+        ConfigError, CheckpointError: a result that is not there or belongs to other models, a layer left random.
+    """
+    plan = plan_of(model)
+    started: set[str] = set()
+    for folder in stages.check_start(config):
+        commit = checkpoint.find_commit(folder)
+        if config.adapter.width is None:
+            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
+        if commit.manifest.get("encoder_hash") and hashes["encoder_hash"]:
+            checkpoint.check_manifest(commit, {"encoder_hash": hashes["encoder_hash"]})
+        names = checkpoint.load_weights_(
+            model.named_targets(), commit, skip=lambda name: stages.belongs_elsewhere(config, name)
+        )
+        if any(name.startswith(stages.SURROGATE_ONLY) for name in names):
+            checkpoint.check_manifest(commit, {"plan": plan})
+        if any(name.startswith("aligner.") for name in names):  # what lies before an aligner had another decoder (A.8)
+            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
+        started |= names
+        logger.info("started %d tensors from %s", len(names), commit.folder)
+    refuse_untrained(model, config, started)
+    last = "adapter." if model.aligner is None else "aligner."
+    untrained = model.adapter is not None and not any(name.startswith(last) for name in started)
+    if config.adapter.match_embeddings and untrained:
+        logger.info(
+            "image tokens scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
+        )
+
+
+def plan_of(model: VisionLanguageModel) -> dict[str, Any] | None:
+    """The surrogate's LayerPlan as a manifest words it; None for a full model."""
+    return model.plan.to_json() if model.plan else None
+
+
+def refuse_untrained(model: VisionLanguageModel, config: RunConfig, started: set[str]) -> None:
+    """A random layer between encoder and decoder that neither trains nor was trained is a mistake in the recipe.
+
+    Raises:
+        ConfigError: naming the part.
+    """
+    parts = [part for part in ("adapter", "aligner") if getattr(model, part) is not None]
+    for part in parts:
+        if part not in stages.trained_parts(config) and not any(name.startswith(f"{part}.") for name in started):
+            raise ConfigError(
+                f"stage {config.stage} does not train the {part}, and init_from brings none; name a run that did."
+            )
