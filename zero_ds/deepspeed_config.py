@@ -103,6 +103,7 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object.")
     _check_names(content, path)
+    content["zero_optimization"].setdefault("stage", 0)
     _fill_from_recipe(content, config, world_size, path)
     _fill_from_machine(content["zero_optimization"], config, path)
     _check_values(content, path)

@@ -8,9 +8,11 @@ under any stage is restored by any other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+
+from zero_ds import distributed
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 """What there is of each parameter, fp32: 12 bytes a parameter."""
@@ -74,7 +76,7 @@ class OptimizerState:
 
     def put(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
         """Puts back what `get` returned."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils as ds
 
         value = value.view(parameter_shape(parameter))
         if parameter in self._masters:
@@ -83,10 +85,17 @@ class OptimizerState:
                 (master if key == "master" else self.inner.state[master][key]).copy_(value)
                 if key == "master":
                     parameter.copy_(master)
+        elif hasattr(parameter, "ds_id"):
+            # not by the function for whole tensors, which fails where the ranks do not divide a parameter's size
+            own = _partition(value, cast(Any, parameter).ds_tensor.numel())
+            if key == "master":
+                ds.safe_set_local_fp32_param(parameter, own)
+            else:
+                ds.safe_set_local_optimizer_state(parameter, own, key)
         elif key == "master":
-            safe_set_full_fp32_param(parameter, value)
+            ds.safe_set_full_fp32_param(parameter, value)
         else:
-            safe_set_full_optimizer_state(parameter, value, key)
+            ds.safe_set_full_optimizer_state(parameter, value, key)
 
     # -- counts --------------------------------------------------------------------------------------------------------
 
@@ -124,6 +133,12 @@ class OptimizerState:
         for key, value in values.items():
             if key in _SCALER and hasattr(scaler, key):
                 setattr(scaler, key, type(getattr(scaler, key))(value))
+
+
+def _partition(value: torch.Tensor, size: int) -> torch.Tensor:
+    """This rank's `size` elements of a tensor that ZeRO-3 cuts evenly, with zeros behind its end."""
+    own = value.flatten()[distributed.rank() * size :][:size]
+    return torch.nn.functional.pad(own, (0, size - own.numel()))
 
 
 def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:
