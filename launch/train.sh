@@ -49,12 +49,5 @@ fi
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
 printf '+ %s\n' "${command[*]}"
 [ -z "$print_only" ] || exit 0
-# a signal to this script reaches the ranks through the launcher; what went wrong is said last, where people look
-"${command[@]}" &
-launched=$!
-trap 'kill -TERM "$launched" 2>/dev/null' TERM
-trap 'kill -INT "$launched" 2>/dev/null' INT
-status=0
-while kill -0 "$launched" 2>/dev/null; do wait "$launched" && status=0 || status=$?; done
-[ "$status" -eq 0 ] || printf 'zero-ds: the run failed: %s\n' "$(zero-ds why "$recipe" "${overrides[@]}" 2>&1 | tail -n 5)" >&2
-exit "$status"
+# a signal to this script reaches the ranks, and what went wrong is said last, where people look
+exec python -m zero_ds.launcher "$recipe" "${overrides[@]}" -- "${command[@]}"

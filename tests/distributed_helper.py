@@ -145,6 +145,15 @@ def _rank(
     os._exit(status)
 
 
+def whole_state(engine: Any, parameter: Any, key: str) -> Any:
+    """The whole of one tensor of the optimizer's state, on every rank. A collective."""
+    import torch.distributed as dist
+
+    whole = engine.state.whole(parameter, key)
+    dist.broadcast(whole, 0)
+    return whole
+
+
 def train_all(configs: list[Any]) -> list[str]:
     """Trains each in turn; what a run ended with: the commit's name, or the sentence of its error."""
     from zero_ds.train import train

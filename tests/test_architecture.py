@@ -22,6 +22,7 @@ FLOORS: dict[str, int] = {
     "monitor": 0,
     "hub": 0,
     "files": 0,
+    "tensor_stream": 0,
     # 1: one module a model family
     "families": 1,
     "encoders": 1,
@@ -61,6 +62,7 @@ FLOORS: dict[str, int] = {
     "report": 6,
     # 7: people
     "pipeline": 7,
+    "launcher": 7,
     "commands": 7,
     "cli": 7,
     "__main__": 7,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_helper import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -156,3 +157,45 @@ def test_check_manifest_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its absent is None, here it is 1"):
         check_manifest(made, {"absent": 1})
     check_manifest(made, {"target_hash": "xyz"}, allow=["target_hash"])
+
+
+# -- host memory while saving ------------------------------------------------------------------------------------------
+
+
+PIECE = 1024
+"""Elements gathered at a time, as small beside the tiny models' parameters as the usual size is beside real ones."""
+
+
+def extra_while_saving(config: Any) -> tuple[int, int, int]:
+    """While a commit is written: bytes of the largest new tensor, and of what was not freed before the end; bytes of
+    the largest parameter in fp32. (Tensors that gloo's own threads free are not seen to be freed.)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    from zero_ds import checkpoint, distributed, optimizer_state, stages
+    from zero_ds.deepspeed_config import ds_config
+    from zero_ds.engine import Engine
+    from zero_ds.prepare import build, seed_everything
+
+    distributed.initialize()
+    seed_everything(0)
+    optimizer_state.PIECE = PIECE
+    ds = ds_config(config, distributed.world_size())
+    model, _, _ = build(config, ds, distributed.world_size())
+    engine = Engine(config, model, stages.freeze_(model, config), 1, ds)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        checkpoint.save(Path(config.out), engine, {"step": 1, "config": {}, "fingerprint": ""}, {"step": 1}, keep=1)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert len(sizes) > 2 * len(engine.named), "allocations were seen"
+    largest = 4 * max(checkpoint.parameter_shape(p).numel() for p in engine.named.values())
+    return max(sizes), sum(sizes), largest
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: str) -> None:
+    """The decoder stage trains the word embeddings; a piece, and a copy of it that gloo makes, is all there is more."""
+    config = run_config("decoder", tmp_path, zero=zero)
+    for most, left, largest in run_ranks(extra_while_saving, 2, config):
+        assert largest > 10 * 4 * PIECE
+        assert most <= 4 * PIECE, f"{most / largest:.2f} times the largest parameter"
+        assert left < 3 * largest, "of about ten times as much that was gathered"

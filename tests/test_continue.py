@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_helper import run_ranks, train_all
+from distributed_helper import run_ranks, train_all, whole_state
 from safetensors.torch import load_file
 
 from zero_ds.config import RunConfig
@@ -23,7 +23,7 @@ def begun(config: RunConfig) -> dict[str, Any]:
     def loop(config: RunConfig, engine: Any, *rest: Any) -> Path:
         for name, parameter in engine.named.items():
             for key in ("master", "exp_avg", "exp_avg_sq"):
-                seen[f"{key}/{name}"] = engine.state.get(parameter, key).clone()
+                seen[f"{key}/{name}"] = whole_state(engine, parameter, key)
         seen["steps"] = engine.state.steps()
         return Path(config.out)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_helper import RankError, run_ranks
+from distributed_helper import RankError, run_ranks, whole_state
 
 from zero_ds import stages
 from zero_ds.config import RunConfig
@@ -104,7 +104,7 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
     engine = Engine(config, model, groups, STEPS, ds)
-    start = {name: {key: engine.state.get(p, key).clone() for key in KEYS} for name, p in engine.named.items()}
+    start = {name: {key: whole_state(engine, p, key) for key in KEYS} for name, p in engine.named.items()}
     caught: list[Tensors] = []
     step_of_deepspeed = engine.engine.step
 
@@ -127,7 +127,7 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
         loss = distributed.sum_over_ranks(result.share)[0]
         steps.append({"gradients": caught[-1], "norm": result.grad_norm, "loss": loss})
     assert len(caught) == STEPS
-    weights = {name: engine.state.get(p, "master").view_as(caught[0][name]) for name, p in engine.named.items()}
+    weights = {name: whole_state(engine, p, "master").view_as(caught[0][name]) for name, p in engine.named.items()}
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None}
     whole = {
         n for n, p in model.named_parameters() if getattr(getattr(p, "ds_status", None), "name", "") == "AVAILABLE"

@@ -18,12 +18,12 @@ import os
 import platform
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from zero_ds import __version__, distributed
@@ -31,11 +31,12 @@ from zero_ds.config import ConfigError, RunConfig
 from zero_ds.engine import Engine
 from zero_ds.files import write_atomically
 from zero_ds.optimizer_state import KEYS, parameter_shape
+from zero_ds.shards import spans
+from zero_ds.tensor_stream import SafetensorsStream
 
 logger = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"step-(\d{6,})")
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class CheckpointError(ValueError):
@@ -48,50 +49,6 @@ def versions() -> dict[str, str]:
 
     packages = ("torch", "deepspeed", "transformers")
     return {"zero_ds": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-class SafetensorsStream:
-    """Writes a safetensors file tensor by tensor, so that no more than one is in memory.
-
-    The library itself wants all tensors at once. Names, dtypes and shapes are declared first, data follows in order.
-    """
-
-    def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        self._expected: list[tuple[str, int]] = []
-        for name, dtype, shape in tensors:
-            size = shape.numel() * dtype.itemsize
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-            self._expected.append((name, size))
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._digest = hashlib.sha256()
-        self._file = path.open("wb")
-        self._put(struct.pack("<Q", len(text)) + text)
-        self._next = 0
-
-    def _put(self, data: Any) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        expected, size = self._expected[self._next]
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        assert name == expected and data.nbytes == size, (
-            f"{name} ({data.nbytes} bytes) where {expected} ({size}) was declared"
-        )
-        self._put(data)
-        self._next += 1
-
-    def close(self) -> str:
-        """Syncs and closes; returns the file's SHA-256."""
-        assert self._next == len(self._expected), "tensors are missing"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
 
 
 def save(
@@ -111,10 +68,9 @@ def save(
     writer = _Writer(temporary, engine) if distributed.is_rank_zero() else None
     for parameter_name, parameter in engine.named.items():
         for key in KEYS:
-            tensor = engine.state.get(parameter, key)
-            if writer is not None:
-                writer.add(parameter_name, key, tensor)
-            del tensor  # at most one is in memory
+            for piece in engine.state.pieces(parameter, key):
+                if writer is not None:
+                    writer.add(parameter_name, key, piece)
     progress = {**progress, "optimizer_steps": engine.state.steps(), "loss_scale": engine.state.loss_scale()}
     if writer is not None:
         writer.finish({**manifest, "step": progress["step"], "versions": versions()}, progress)
@@ -167,13 +123,13 @@ class _Writer:
             [(f"{key}/{n}", torch.float32, shape) for n, shape in shapes.items() for key in KEYS],
         )
 
-    def add(self, name: str, key: str, tensor: torch.Tensor) -> None:
-        self._try(self._add, name, key, tensor)
+    def add(self, name: str, key: str, piece: torch.Tensor) -> None:
+        self._try(self._add, name, key, piece)
 
-    def _add(self, name: str, key: str, tensor: torch.Tensor) -> None:
+    def _add(self, name: str, key: str, piece: torch.Tensor) -> None:
         if key == "master":
-            self.weights.write(name, tensor.to(self.dtypes[name]))
-        self.state.write(f"{key}/{name}", tensor)
+            self.weights.write(name, piece.to(self.dtypes[name]))
+        self.state.write(f"{key}/{name}", piece)
 
     def finish(self, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
         self._try(self._finish, manifest, progress)
@@ -311,19 +267,12 @@ def restore_(engine: Engine, commit: Commit) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged state, or state of other parameters than the run trains.
     """
-    from safetensors import safe_open
-
-    progress = commit.progress()
-    path = commit.folder / "resume" / "state.safetensors"
-    check_hash(path, progress["state_sha256"])
-    with safe_open(path, framework="pt") as file:
-        held = {name.split("/", 1)[1] for name in file.keys()}  # noqa: SIM118 - a safetensors handle is no mapping
-        if held != set(engine.named):
-            other = sorted(held ^ set(engine.named))[0]
-            raise CheckpointError(f"{commit.folder} was saved by a run that trains other parameters (first: {other}).")
-        for name, parameter in engine.named.items():
-            for key in KEYS:
-                engine.state.put(parameter, key, file.get_tensor(f"{key}/{name}"))
+    progress, state = _resume_state(commit)
+    if state.names != set(engine.named):
+        other = sorted(state.names ^ set(engine.named))[0]
+        raise CheckpointError(f"{commit.folder} was saved by a run that trains other parameters (first: {other}).")
+    for name, parameter in engine.named.items():
+        state.put_(engine, name, parameter)
     engine.state.set_steps(progress["optimizer_steps"])
     engine.state.set_loss_scale(progress["loss_scale"])
     return progress
@@ -335,28 +284,49 @@ def carry_over_(engine: Engine, commit: Commit) -> list[str]:
     Raises:
         CheckpointError: damaged state, or a part of which only some parameters trained there.
     """
-    from safetensors import safe_open
-
-    progress = commit.progress()
-    path = commit.folder / "resume" / "state.safetensors"
-    check_hash(path, progress["state_sha256"])
+    progress, state = _resume_state(commit)
     carried = []
-    with safe_open(path, framework="pt") as file:
-        held = {name.split("/", 1)[1] for name in file.keys()}  # noqa: SIM118 - a safetensors handle is no mapping
-        for part, names in engine.parts.items():
-            if not (common := held & set(names)):
-                continue
-            if missing := sorted(set(names) - common):
-                raise CheckpointError(
-                    f"{commit.folder} trained only some of the {part} (not {missing[0]}), so its optimizer cannot "
-                    "go on; use init_from, or train the same parameters."
-                )
-            for name in names:
-                for key in KEYS:
-                    engine.state.put(engine.named[name], key, file.get_tensor(f"{key}/{name}"))
-            carried.append(str(part))
+    for part, names in engine.parts.items():
+        if not (common := state.names & set(names)):
+            continue
+        if missing := sorted(set(names) - common):
+            raise CheckpointError(
+                f"{commit.folder} trained only some of the {part} (not {missing[0]}), so its optimizer cannot go on; "
+                "use init_from, or train the same parameters."
+            )
+        for name in names:
+            state.put_(engine, name, engine.named[name])
+        carried.append(str(part))
     engine.state.set_steps({part: progress["optimizer_steps"][part] for part in carried})
     return carried
+
+
+class _StateFile:
+    """The resume state on disk, of which every rank reads what it holds and no more."""
+
+    def __init__(self, path: Path) -> None:
+        self._spans = spans(path)
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        self.names = {name.split("/", 1)[1] for name in self._spans}
+
+    def put_(self, engine: Engine, name: str, parameter: torch.nn.Parameter) -> None:
+        start, count = engine.state.span_to_set(parameter)
+        for key in KEYS:
+            begin = self._spans[f"{key}/{name}"].start + 4 * start
+            values = np.array(self._bytes[begin : begin + 4 * count]).view(np.float32)
+            engine.state.set_held(parameter, key, torch.from_numpy(values))
+
+
+def _resume_state(commit: Commit) -> tuple[dict[str, Any], _StateFile]:
+    """Progress and state of a commit, checked.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    progress = commit.progress()
+    path = commit.folder / "resume" / "state.safetensors"
+    check_hash(path, str(progress.get("state_sha256")))
+    return progress, _StateFile(path)
 
 
 def check_manifest(commit: Commit, expected: dict[str, Any], allow: Iterable[str] = ()) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -133,6 +134,12 @@ def max_over_ranks(*values: float) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
+def add_to_rank_zero(tensor: torch.Tensor) -> None:
+    """Sums a tensor over all ranks in place, on rank 0; what the others then hold is undefined. A collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.reduce(tensor, dst=0)
+
+
 def memory_gib() -> dict[str, float]:
     """Peak memory since the start, of the rank that needs most: of its process and of its accelerator. A collective."""
     import resource
@@ -170,13 +177,17 @@ class StopSignal:
     """Set by SIGTERM, SIGINT or SIGUSR1, so that the loop can commit and stop between two steps."""
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+    TWICE = 5.0
+    """Seconds after which another signal is another request; a launcher hands one on that a terminal has sent, too."""
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._at = 0.0
         for name in self.NAMES:
             signal.signal(getattr(signal, name), self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and time.monotonic() - self._at > self.TWICE:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self.received = signal.Signals(number).name
+        if not self.received:
+            self.received, self._at = signal.Signals(number).name, time.monotonic()

@@ -124,7 +124,8 @@ class Watch:
         if self._stopped.wait(leave):
             return
         self.record(reason)
-        print(f"zero-ds: rank {self._rank} ends because {reason}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"zero-ds: rank {self._rank} ends because {reason}\n")
+        sys.stderr.flush()
         os._exit(1)
 
 

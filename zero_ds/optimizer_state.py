@@ -7,7 +7,7 @@ under any stage is restored by any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,9 @@ from zero_ds import distributed
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 """What there is of each parameter, fp32: 12 bytes a parameter."""
+
+PIECE = 2**22
+"""Elements that are gathered at a time: 16 MiB."""
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -58,44 +61,81 @@ class OptimizerState:
             named[groups[self.optimizer.sub_group_to_group_id[index]]["name"]].append(flat)
         return named
 
-    # -- one tensor of one parameter; collectives: all ranks call them in one order ------------------------------------
+    # -- what this rank holds of a parameter ---------------------------------------------------------------------------
 
-    def get(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """The whole tensor `key` (one of KEYS) of a parameter, float32, on the CPU."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def span(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
+        """First element, and number of elements, that this rank holds of the flattened parameter, without padding."""
+        size = parameter_shape(parameter).numel()
+        if parameter in self._masters:  # every rank holds all of it, and rank 0 stands for them
+            return (0, size) if distributed.is_rank_zero() else (0, 0)
+        if hasattr(parameter, "ds_id"):
+            part = cast(Any, parameter).ds_tensor.numel()
+            start = min(size, distributed.rank() * part)
+            return start, min(part, size - start)
+        mapping = cast(Any, parameter)._hp_mapping
+        return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
-        if parameter in self._masters:
-            master = self._masters[parameter]
-            value = master.detach().clone() if key == "master" else self.inner.state[master][key]
-        elif key == "master":
-            value = safe_get_full_fp32_param(parameter)
-        else:
-            value = safe_get_full_optimizer_state(parameter, key)
-        assert value is not None, f"DeepSpeed holds no {key} for a trained parameter"
-        return value.detach().float().cpu()
-
-    def put(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
-        """Puts back what `get` returned."""
+    def held(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        """This rank's elements of `key` (one of KEYS): (elements,), float32, where the optimizer keeps them."""
         from deepspeed import utils as ds
 
-        value = value.view(parameter_shape(parameter))
+        _, size = self.span(parameter)
+        if parameter in self._masters:
+            value = self._masters[parameter] if key == "master" else self.inner.state[self._masters[parameter]][key]
+        elif hasattr(parameter, "ds_id"):
+            of = ds.safe_get_local_fp32_param if key == "master" else ds.safe_get_local_optimizer_state
+            value = of(parameter) if key == "master" else of(parameter, key)
+        else:
+            mapping = cast(Any, parameter)._hp_mapping
+            value = None if mapping is None else mapping.get_hp_fragment(None if key == "master" else key)
+        assert value is not None or size == 0, f"DeepSpeed holds no {key} for a trained parameter"
+        return torch.zeros(0) if value is None else value.detach().flatten()[:size]
+
+    def set_held(self, parameter: torch.nn.Parameter, key: str, values: torch.Tensor) -> None:
+        """Puts values (elements,) in the place of what `held` returns; without ZeRO the whole tensor, on every rank."""
+        from deepspeed import utils as ds
+
         if parameter in self._masters:
             master = self._masters[parameter]
             with torch.no_grad():
-                (master if key == "master" else self.inner.state[master][key]).copy_(value)
+                (master if key == "master" else self.inner.state[master][key]).copy_(values.view(master.shape))
                 if key == "master":
                     parameter.copy_(master)
         elif hasattr(parameter, "ds_id"):
-            # not by the function for whole tensors, which fails where the ranks do not divide a parameter's size
-            own = _partition(value, cast(Any, parameter).ds_tensor.numel())
+            room = cast(Any, parameter).ds_tensor.numel() - values.numel()
+            padded = torch.nn.functional.pad(values, (0, room))
             if key == "master":
-                ds.safe_set_local_fp32_param(parameter, own)
+                ds.safe_set_local_fp32_param(parameter, padded)
             else:
-                ds.safe_set_local_optimizer_state(parameter, own, key)
-        elif key == "master":
-            ds.safe_set_full_fp32_param(parameter, value)
-        else:
-            ds.safe_set_full_optimizer_state(parameter, value, key)
+                ds.safe_set_local_optimizer_state(parameter, padded, key)
+        elif values.numel():
+            self.held(parameter, key).copy_(values)
+
+    def span_to_set(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
+        """The elements that `set_held` wants on this rank."""
+        return (0, parameter.numel()) if parameter in self._masters else self.span(parameter)
+
+    # -- the whole, piece by piece -------------------------------------------------------------------------------------
+
+    def pieces(self, parameter: torch.nn.Parameter, key: str) -> Iterator[torch.Tensor]:
+        """The whole flattened tensor `key` in pieces of at most PIECE elements, float32, on rank 0's CPU.
+
+        A collective: all ranks call it in one order and run through it; only rank 0 looks at what comes. No rank holds
+        more than a piece on top of its own share.
+        """
+        first, held = self.span(parameter)[0], self.held(parameter, key)
+        total = parameter_shape(parameter).numel()
+        for start in range(0, total, PIECE):
+            piece = torch.zeros(min(PIECE, total - start), device=distributed.device())
+            low, high = max(start, first), min(start + len(piece), first + len(held))
+            if low < high:
+                piece[low - start : high - start] = held[low - first : high - first]
+            distributed.add_to_rank_zero(piece.view(torch.int32))  # as bits: nothing is rounded, and -0.0 stays
+            yield piece.cpu()
+
+    def whole(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        """The whole tensor on rank 0, in the parameter's shape; for what is small. A collective."""
+        return torch.cat(list(self.pieces(parameter, key))).view(parameter_shape(parameter))
 
     # -- counts --------------------------------------------------------------------------------------------------------
 
@@ -133,12 +173,6 @@ class OptimizerState:
         for key, value in values.items():
             if key in _SCALER and hasattr(scaler, key):
                 setattr(scaler, key, type(getattr(scaler, key))(value))
-
-
-def _partition(value: torch.Tensor, size: int) -> torch.Tensor:
-    """This rank's `size` elements of a tensor that ZeRO-3 cuts evenly, with zeros behind its end."""
-    own = value.flatten()[distributed.rank() * size :][:size]
-    return torch.nn.functional.pad(own, (0, size - own.numel()))
 
 
 def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:

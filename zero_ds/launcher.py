@@ -1,0 +1,75 @@
+"""Around DeepSpeed's launcher: hands signals to the ranks, and says last why a run failed.
+
+    python -m zero_ds.launcher RECIPE [key=value ...] -- COMMAND ...
+
+DeepSpeed's launcher (0.19) dies of a signal and leaves its ranks running, or, where the signal reaches all processes,
+gives them half a minute. Here the first signal asks the ranks to commit and stop after the step they are in; the second
+one ends everything at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from zero_ds import failure
+from zero_ds.config import ConfigError, load_run
+
+
+class Job:
+    """A launched command and the processes below it."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.asked = False
+        # a session of its own: a Ctrl-C of the terminal comes here alone, and is handed on in an orderly way
+        self.process = subprocess.Popen(command, start_new_session=True)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            signal.signal(getattr(signal, name), self._asked)
+
+    def wait(self) -> int:
+        """Exit status of the command; 128 + n if a signal n ended it."""
+        status = self.process.wait()
+        return status if status >= 0 else 128 - status
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        ranks = [process for process in below if any("--local_rank" in word for word in _words(process))]
+        if self.asked:
+            for process in [*below, self.process]:
+                process.kill()
+        elif ranks:
+            print("zero-ds: the ranks commit and stop after this step; ask again to stop at once.", file=sys.stderr)
+            for process in ranks:
+                process.send_signal(signal.SIGUSR1)
+        else:  # on other machines, or not there yet
+            self.process.terminate()
+        self.asked = True
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:  # gone in between
+        return []
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command behind `--`; what stands before it says which run that is."""
+    (recipe, *overrides), command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    status = Job(command).wait()
+    if status:
+        try:
+            reason = failure.read(Path(load_run(recipe, overrides).out))
+        except ConfigError as error:
+            reason = str(error)
+        print(f"zero-ds: {f'the run failed: {reason}' if reason else 'the run did not end.'}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
