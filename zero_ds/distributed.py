@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -161,16 +162,29 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+_turns = itertools.count()
+
+
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others, for caches that one process writes and all read."""
-    if not is_rank_zero():
-        barrier()
+    """Rank 0 runs the block before the others, for caches that one process writes and all read.
+
+    The others ask the store now and then instead of waiting in a collective, whose time limit long work would exceed;
+    if rank 0 fails, the watch (failure.py) ends them.
+    """
+    if world_size() == 1 or not dist.is_initialized():
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, key = _get_default_store(), f"zero_ds/turn/{next(_turns)}"
+    while not is_rank_zero() and not store.check([key]):
+        time.sleep(0.1)
     try:
         yield
     finally:
         if is_rank_zero():
-            barrier()
+            store.set(key, "done")
 
 
 class StopSignal:

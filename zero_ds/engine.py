@@ -32,6 +32,10 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
+PATIENCE = 20
+"""Steps in which every trained part must have had a gradient; a batch of text alone gives the encoder none."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a rank knows of a step it took part in."""
@@ -77,6 +81,7 @@ class Engine:
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]
         self.accumulation = ds["gradient_accumulation_steps"]
+        self._unseen: dict[Part, int] = dict.fromkeys(groups, 0)
         self._keep_frozen()
         self.state = OptimizerState(self.optimizer, list(self.named.values()), self.stage)
 
@@ -106,8 +111,35 @@ class Engine:
             by_length += sums_by_length(outcome.tokens.cpu(), batch["labels"], batch["responses"])
             self.engine.backward(loss * (self.accumulation * self.world_size))
             norm = self._unsharded_norm()
+            if self._unseen and self.engine.is_gradient_accumulation_boundary():
+                self._look_for_gradients()
             self.engine.step()
         return StepResult(share, norm or float(self.engine.get_global_grad_norm() or 0.0), by_length)
+
+    def _look_for_gradients(self) -> None:
+        """Notes which parts learn, until all do. A collective.
+
+        A library's new default, a hook or a rename can cut a part off without a word, and the loss still falls.
+
+        Raises:
+            RuntimeError: a part that had no gradient in so many steps as `PATIENCE` says.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        for part in list(self._unseen):
+            for name in self.parts[part]:
+                parameter = self.named[name]
+                gradient = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
+                if gradient is not None and bool(gradient.any()):
+                    del self._unseen[part]
+                    break
+            else:
+                self._unseen[part] += 1
+                if self._unseen[part] == PATIENCE:
+                    raise RuntimeError(
+                        f"the {part} had no gradient in {PATIENCE} steps, so it does not train; are there pictures in "
+                        "the data, and is everything between it and the loss differentiable?"
+                    )
 
     def _unsharded_norm(self) -> float:
         """Norm of the gradient before it is clipped, where no ZeRO optimizer keeps it."""

@@ -32,6 +32,7 @@ UNKNOWN = "it ended without a word; was it killed, or did it run out of memory?"
 
 _FAILED = "failed"
 _PEER = (
+    "Connection was likely closed",
     "Connection closed by peer",
     "Connection reset by peer",
     "remote process exited",

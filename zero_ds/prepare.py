@@ -18,7 +18,8 @@ from zero_ds.data.sources import Records
 from zero_ds.deepspeed_config import resolve_precision
 from zero_ds.distill import Teacher
 from zero_ds.hub import local_folder
-from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
+from zero_ds.model import Assembly, VisionLanguageModel, assemble, gathered, match_embeddings_, sample_encoder
+from zero_ds.pretrained import decoder_tensors
 from zero_ds.shards import target_hash
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
             )
         model.teacher = Teacher(model, local_folder(config.target), config.distill, resolve_precision(config))
     del keep_alive
+    check_loaded(model, decoder)
     encode = sample_encoder(
         model, decoder, encoder, config.data, supervise=stages.supervision(config), seed=config.seed
     )
@@ -164,6 +166,30 @@ def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any]
         logger.info(
             "image tokens scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
         )
+
+
+def check_loaded(model: VisionLanguageModel, folder: Path, count: int = 8) -> None:
+    """Compares the beginnings of some of the decoder's tensors, evenly spaced, with the files. A collective.
+
+    Under ZeRO-3 weights pass through the hands of two libraries on their way into partitions; what they lose on it
+    would train on as random numbers.
+
+    Raises:
+        ConfigError: naming the first tensor that differs.
+    """
+    from safetensors import safe_open
+
+    tensors = decoder_tensors(folder)
+    named = {name: p for name, p in model.parameters_of("decoder") if name.removeprefix("decoder.") in tensors}
+    chosen = sorted(named)[:: max(1, len(named) // count)]
+    for name in chosen:
+        stored, parameter = tensors[name.removeprefix("decoder.")], named[name]
+        with gathered([parameter]), torch.no_grad(), safe_open(stored.file, framework="pt") as file:
+            rows = file.get_slice(stored.name)[:1].to(parameter.dtype)
+            if not torch.equal(parameter[:1].detach().cpu(), rows):
+                raise ConfigError(
+                    f"{name} was not loaded as it stands in {stored.file}; check the versions of libraries."
+                )
 
 
 def plan_of(model: VisionLanguageModel) -> dict[str, Any] | None:

@@ -40,6 +40,8 @@ def quickstart(
         if not (out / "steps").is_dir():
             raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
         shutil.rmtree(out)
+    if not (demo / "data/train.json").is_file():
+        raise ConfigError(f"{demo} holds no demo data; make them with: zero-ds demo --out {demo}")
     plan = Plan(out, demo, steps_scale, seed, replace, translators, overrides=tuple(overrides or ()))
     steps = plan.main() + (plan.controls() if controls else [])
     steps.append(plan.report(controls))
