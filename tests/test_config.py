@@ -256,16 +256,18 @@ def test_dump_repeats_the_run(tmp_path_factory: pytest.TempPathFactory, tree: di
 
 def test_fingerprint_ignores_what_changes_no_number(recipe: str) -> None:
     config = load_run(recipe)
-    for override in ("out=elsewhere", "log_every=3", "checkpoint.keep=9", "checkpoint.every_steps=1"):
+    free = ["out=elsewhere", "log_every=3", "checkpoint.keep=9", "checkpoint.every_steps=1", "preview.every_steps=2"]
+    free += ["zero=zero1", "micro_batch=2", "activation_checkpointing=true", "data.workers=3", "nvme_path=/disk"]
+    for override in free:
         assert load_run(recipe, [override]).fingerprint() == config.fingerprint(), override
     changed = [
         "seed=1",
-        "micro_batch=2",
+        "global_batch=32",
         "optimizer.learning_rate=3e-4",
         "optimizer.learning_rates.adapter=1e-9",
         "data.max_length=64",
         "encoder.feature_layer=-2",
-        "zero=zero2",
+        "attention=flash_attention_2",
         "stage=decoder",
         "init_from=[a]",
         "distill.logits=1",

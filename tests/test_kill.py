@@ -141,18 +141,31 @@ def test_killed_at_ten_instants_the_run_ends_as_if_nothing_had_happened(
     assert sorted(left) == ["step-000039", "step-000040"], "nothing half-written, and no more than asked for"
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_another_number_of_ranks_goes_on_alike(
-    whole: tuple[Path, float], config: Callable[..., RunConfig], tmp_path: Path, ranks: int
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {}),
+        (3, {}),
+        (2, {"zero": "zero2"}),
+        (3, {"zero": "zero1", "micro_batch": 2, "activation_checkpointing": False}),
+    ],
+)
+def test_other_ranks_and_another_zero_config_go_on_alike(
+    whole: tuple[Path, float],
+    config: Callable[..., RunConfig],
+    tmp_path: Path,
+    ranks: int,
+    changes: dict[str, object],
 ) -> None:
-    """2 -> 1 and 2 -> 3, behind step 21."""
+    """2 -> 1, 2 -> 3, ZeRO-3 -> ZeRO-2, and all at once, behind step 21."""
     expected, _ = whole
     shutil.copytree(expected, tmp_path / "run")
     for commit in (tmp_path / "run").glob("step-*"):
         if int(commit.name[5:]) > 21:
             shutil.rmtree(commit)
     (tmp_path / "run" / "latest").write_text("step-000021\n")
-    assert run_ranks(train_all, ranks, [config(tmp_path / "run")]) == [[f"step-{STEPS:06d}"]] * ranks
+    changed = config(tmp_path / "run").model_copy(update=changes)
+    assert run_ranks(train_all, ranks, [changed]) == [[f"step-{STEPS:06d}"]] * ranks
     assert curve(tmp_path / "run") == pytest.approx(curve(expected), rel=1e-5)
     ours, theirs = held(tmp_path / "run"), held(expected)
     for name, tensor in theirs.items():

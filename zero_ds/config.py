@@ -148,8 +148,11 @@ class PreviewConfig(Section):
     """Longest answer; each token costs a forward pass."""
 
 
-WITHOUT_EFFECT = ("out", "log_every", "checkpoint", "nvme_path", "preview")
-"""Entries of a run that do not change its numbers, so that they may differ when it is resumed."""
+WITHOUT_EFFECT = (
+    *("out", "log_every", "checkpoint", "preview", "data.workers"),
+    *("zero", "nvme_path", "micro_batch", "activation_checkpointing"),
+)
+"""Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
 
 
 class RunConfig(Section):
@@ -214,8 +217,14 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def fingerprint(self) -> str:
-        """Hash of everything that changes the run's numbers; where and how often it logs and saves does not."""
-        content = self.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+        """Hash of everything that changes the run's numbers by more than rounding."""
+        content = self.model_dump(mode="json")
+        for name in WITHOUT_EFFECT:
+            *path, last = name.split(".")
+            section = content
+            for key in path:
+                section = section[key]
+            del section[last]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

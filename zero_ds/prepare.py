@@ -55,7 +55,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> st
     """The first entry in which two configurations differ: `key: old -> new`."""
     for key in [*new, *(k for k in old if k not in new)]:
         a, b = old.get(key), new.get(key)
-        if a == b or (not prefix and key in WITHOUT_EFFECT):
+        if a == b or f"{prefix}{key}" in WITHOUT_EFFECT:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             return difference(a, b, f"{prefix}{key}.")

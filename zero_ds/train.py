@@ -65,7 +65,7 @@ def train(config: RunConfig) -> Path:
     elif config.continue_from:
         parts = checkpoint.carry_over_(engine, checkpoint.find_commit(config.continue_from))
         logger.info("the optimizer goes on for %s", ", ".join(parts) or "nothing")
-    if distributed.is_rank_zero() and not resumed:
+    if distributed.is_rank_zero():
         write_atomically(out / "config.yaml", config.dump())
     monitor = Monitor(out, engine.engine.monitor, config.log_every, first, total)
     try:
