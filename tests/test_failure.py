@@ -102,7 +102,9 @@ def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]]
     died = time.monotonic()
     said, _ = process.communicate(timeout=LIMIT)
     assert process.returncode != 0 and time.monotonic() - died < LIMIT
-    assert "ended without a word; was it killed, or did it run out of memory?" in said.strip().splitlines()[-1], said
+    assert (
+        "a rank ended without a word; was it killed, or did it run out of memory?" in said.strip().splitlines()[-1]
+    ), said
     assert not any(map(alive, ranks.values()))
 
 
@@ -156,7 +158,8 @@ def blocked(folder: Path, how: str) -> None:
     ("how", "reason"),
     [
         ("fails", "rank 0 failed: the disk is full"),
-        ("is killed", "rank 0 is gone: it ended without a word"),
+        ("is killed", "rank 0 is gone: a rank ended without a word"),
+        ("is silent", "rank 0 has not answered for 4 s"),
     ],
 )
 def test_a_blocked_rank_is_ended_by_its_watch(tmp_path: Path, how: str, reason: str) -> None:
@@ -173,29 +176,48 @@ def blocked_to_the_end(folder: Path, how: str) -> None:
     with (folder / f"{rank}.said").open("w") as said:
         code = f"from pathlib import Path; import test_failure; test_failure.blocked(Path({str(folder)!r}), {how!r})"
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
-        done = subprocess.run([sys.executable, "-c", code], stdout=said, stderr=said, env=environment, check=False)
-    if rank == "1":
-        raise SystemExit(done.returncode)
-    time.sleep(30)  # stays until rank 1 has ended
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=said, stderr=said, env=environment)
+        if rank == "1":
+            raise SystemExit(process.wait())
+        try:
+            time.sleep(30)  # stays until rank 1 has ended
+        finally:
+            process.kill()
+
+
+def test_a_rank_whose_watchers_die_first_is_missed_all_the_same() -> None:
+    """Of four ranks, 1 and 2 stop to give signs of life together; 3 watches both, and so does 0."""
+    with pytest.raises(RankError) as caught:
+        run_ranks(silent, 4, (1, 2), timeout=LIMIT)
+    assert re.search(r"rank [03] ends because rank [12] has given no sign of life for 4 s", str(caught.value))
 
 
 def test_a_silent_rank_counts_as_dead(tmp_path: Path) -> None:
     """Rank 0's store answers while rank 1, its neighbour, gives no sign: the one that notices is rank 0."""
     with pytest.raises(RankError) as caught:
-        run_ranks(silent_neighbour, 2, timeout=LIMIT)
+        run_ranks(silent, 2, (1,), timeout=LIMIT)
     assert "rank 1 has given no sign of life for 4 s" in str(caught.value)
 
 
-def silent_neighbour() -> None:
+def silent(ranks: tuple[int, ...]) -> None:
     from zero_ds import distributed
 
     failure.BEAT, failure.LEAVE = 0.2, 0.5
     failure.WATCH.silence = 4.0
     distributed.initialize()
-    if distributed.rank() == 1:
+    if distributed.rank() in ranks:
         time.sleep(2)
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(600)
+
+
+def test_an_old_reason_is_not_told_again(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / failure.FILE).write_text("yesterday's\n")
+    process = launch(global_batch=3)
+    said, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode != 0 and "yesterday" not in said
+    assert "is no multiple of micro_batch=1 x 2 ranks" in said.strip().splitlines()[-1]
 
 
 # -- the reason in the run folder --------------------------------------------------------------------------------------

@@ -355,6 +355,7 @@ def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[.
     (one,), (two,) = run_ranks(train_on_a_full_disk, 2, config, 2)
     assert "step 4 could not be saved" in one and "No space left on device; earlier commits are intact" in one
     assert two == "CheckpointError: step 4 could not be saved by rank 0."
+    assert "No space left on device" in (run / "failure.txt").read_text(), "the reason, whoever ended first"
     assert (run / "latest").read_text() == "step-000002\n"
     assert sorted(p.name for p in run.iterdir() if "step" in p.name) == ["step-000002"], "nothing half-written stays"
     assert run_ranks(train_all, 1, [config]) == [["step-000006"]]

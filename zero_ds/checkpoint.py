@@ -29,6 +29,7 @@ import torch
 from zero_ds import __version__, distributed
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.engine import Engine
+from zero_ds.failure import WATCH
 from zero_ds.files import write_atomically
 from zero_ds.optimizer_state import KEYS, parameter_shape
 from zero_ds.shards import spans
@@ -74,13 +75,14 @@ def save(
     progress = {**progress, "optimizer_steps": engine.state.steps(), "loss_scale": engine.state.loss_scale()}
     if writer is not None:
         writer.finish({**manifest, "step": progress["step"], "versions": versions()}, progress)
+    if writer is not None and writer.error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        sentence = f"step {progress['step']} could not be saved in {run}: {writer.error}; earlier commits are intact."
+        WATCH.record(sentence)  # before the other ranks know
     failures = distributed.sum_over_ranks(1.0 if writer is not None and writer.error else 0.0)[0]
     if failures:
         if writer is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"step {progress['step']} could not be saved in {run}: {writer.error}; earlier commits are intact."
-            )
+            raise CheckpointError(sentence)
         raise CheckpointError(f"step {progress['step']} could not be saved by rank 0.")
     if writer is not None:
         if final.is_dir():  # behind `latest`: left by a kill before it moved, or by a run that was set back
@@ -88,6 +90,7 @@ def save(
         temporary.rename(final)
         _sync(run)
         write_atomically(run / "latest", name + "\n")
+        _sync(run)
         steps = {int(path.name[5:]): path for path in run.iterdir() if COMMIT.fullmatch(path.name)}
         for old in [steps[step] for step in sorted(steps) if step <= progress["step"]][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -325,7 +328,9 @@ def _resume_state(commit: Commit) -> tuple[dict[str, Any], _StateFile]:
     """
     progress = commit.progress()
     path = commit.folder / "resume" / "state.safetensors"
-    check_hash(path, str(progress.get("state_sha256")))
+    with distributed.rank_zero_first():  # which reads and checks all of it, the others only what they hold
+        if distributed.is_rank_zero():
+            check_hash(path, str(progress.get("state_sha256")))
     return progress, _StateFile(path)
 
 

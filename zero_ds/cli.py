@@ -20,7 +20,7 @@ from zero_ds.commands.quickstart import quickstart
 from zero_ds.commands.report import report
 from zero_ds.commands.surrogate import surrogate
 from zero_ds.commands.trajectory import trajectory
-from zero_ds.failure import UNKNOWN, WATCH, peer_ended
+from zero_ds.failure import WATCH, peer_ended
 
 app = typer.Typer(
     name="zero-ds",
@@ -131,9 +131,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         sentence = _sentence(error)
         if peer_ended(error):
-            WATCH.record(f"another rank ended: {UNKNOWN}")
+            WATCH.record(WATCH.heard(wait=0.0))
         else:
             WATCH.fail(sentence or f"{type(error).__name__}: {error}")
+        WATCH.leave(status=2)
         if sentence is None:
             raise
         print(f"zero-ds: {sentence}", file=sys.stderr, flush=True)

@@ -116,7 +116,6 @@ class LoraConfig(Section):
 
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
     modules: tuple[str, ...] = ("q_proj", "k_proj")
     """Names of the linear layers inside a decoder layer."""
     layers: tuple[int, ...] | None = None

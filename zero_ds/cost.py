@@ -157,11 +157,12 @@ class Counts:
     tokens: float
     padded: float
     """Places in the batch, filled or not."""
+    pictures: float
     flops: float
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
-        supervised = tokens = padded = flops = 0.0
+        supervised = tokens = padded = shown = flops = 0.0
         for batch in batches:
             lengths = batch["attention_mask"].sum(1).double()
             labels = count_supervised(batch["labels"])
@@ -171,9 +172,10 @@ class Counts:
             flops += cost.per_supervised * labels
             if "pixel_values" in batch and bool((images := image_positions(batch["input_ids"])).any()):
                 pictures = len(batch["pixel_values"])
+                shown += pictures
                 flops += pictures * (cost.encoder.per_token * cost.patches + cost.encoder.per_pair * cost.patches**2)
                 flops += cost.per_image_token * int(images.sum())
-        return cls(supervised, tokens, padded, flops)
+        return cls(supervised, tokens, padded, shown, flops)
 
     def over_ranks(self) -> Counts:
         """The global batch's. A collective."""

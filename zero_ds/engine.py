@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from zero_ds.config import RunConfig
+from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.loader import INPUTS, Batch
 from zero_ds.losses import length_classes, sums_by_length
 from zero_ds.model import VisionLanguageModel
-from zero_ds.optimizer_state import OptimizerState
+from zero_ds.optimizer_state import OptimizerState, parameter_shape
 from zero_ds.stages import Part, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:
 
 
 PATIENCE = 20
-"""Steps in which every trained part must have had a gradient; a batch of text alone gives the encoder none."""
+"""Steps in which every trained part must have had a gradient, those without pictures not counted where it needs one."""
+VISION: tuple[Part, ...] = ("encoder", "adapter", "aligner")
+"""Parts that only pictures give a gradient."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,27 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]
+        self.scaled = bool(ds["fp16"]["enabled"])
         self.accumulation = ds["gradient_accumulation_steps"]
         self._unseen: dict[Part, int] = dict.fromkeys(groups, 0)
         self._keep_frozen()
         self.state = OptimizerState(self.optimizer, list(self.named.values()), self.stage)
 
-    def step(self, batches: list[Batch], step: int, supervised_tokens: float) -> StepResult:
+    def step(self, batches: list[Batch], step: int, supervised_tokens: float, pictures: float = 1.0) -> StepResult:
         """One optimizer step over the rank's micro-batches.
 
         `supervised_tokens` counts the tokens with loss of the GLOBAL batch. DeepSpeed divides by accumulation steps and
         averages over ranks; both are multiplied back, so that the gradient is that of the global token mean whatever
-        the split.
+        the split. `pictures` counts those of the global batch.
 
         Raises:
-            FloatingPointError: a loss that is not finite, before anything is updated, naming the samples.
+            FloatingPointError: a loss that is not finite, naming the samples, or a gradient that is not; this step has
+                updated nothing.
+            ConfigError: a part that should train has no gradient.
         """
         for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
             group["lr"] = rate * self.factor(step)
+        norm = 0.0
         share, by_length = 0.0, torch.zeros(len(length_classes()), 2, dtype=torch.float64)
         for batch in batches:
             inputs = {k: batch[k].to(self.engine.device, non_blocking=True) for k in INPUTS if k in batch}
@@ -110,25 +116,40 @@ class Engine:
             share += value
             by_length += sums_by_length(outcome.tokens.cpu(), batch["labels"], batch["responses"])
             self.engine.backward(loss * (self.accumulation * self.world_size))
-            norm = self._unsharded_norm()
-            if self._unseen and self.engine.is_gradient_accumulation_boundary():
-                self._look_for_gradients()
+            if self.engine.is_gradient_accumulation_boundary():
+                norm = self._unsharded_norm()
+                self._look_for_gradients(pictures > 0)
+                if not math.isfinite(norm):
+                    self._refuse_gradient(step)
             self.engine.step()
-        return StepResult(share, norm or float(self.engine.get_global_grad_norm() or 0.0), by_length)
+        if self.stage:
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
+            if not math.isfinite(norm) and not self.scaled:  # DeepSpeed leaves such a step out, and says nothing
+                self._refuse_gradient(step)
+        return StepResult(share, norm, by_length)
 
-    def _look_for_gradients(self) -> None:
+    def _refuse_gradient(self, step: int) -> None:
+        raise FloatingPointError(
+            f"the gradient of step {step + 1} is not finite, though the loss is; the step was not made. Lower the rate, or "
+            "try precision=fp32."
+        )
+
+    def _look_for_gradients(self, pictures: bool) -> None:
         """Notes which parts learn, until all do. A collective.
 
         A library's new default, a hook or a rename can cut a part off without a word, and the loss still falls.
+        Whether there are `pictures` in the global batch: without, what pictures pass through has no gradient.
 
         Raises:
-            RuntimeError: a part that had no gradient in so many steps as `PATIENCE` says.
+            ConfigError: a part that had no gradient in so many steps as `PATIENCE` says.
         """
         from deepspeed.utils import safe_get_full_grad
 
         for part in list(self._unseen):
-            for name in self.parts[part]:
-                parameter = self.named[name]
+            if not pictures and part in VISION:
+                continue
+            small_first = sorted((self.named[name] for name in self.parts[part]), key=_size)
+            for parameter in small_first:
                 gradient = parameter.grad if self.stage == 0 else safe_get_full_grad(parameter)
                 if gradient is not None and bool(gradient.any()):
                     del self._unseen[part]
@@ -136,14 +157,14 @@ class Engine:
             else:
                 self._unseen[part] += 1
                 if self._unseen[part] == PATIENCE:
-                    raise RuntimeError(
-                        f"the {part} had no gradient in {PATIENCE} steps, so it does not train; are there pictures in "
-                        "the data, and is everything between it and the loss differentiable?"
+                    raise ConfigError(
+                        f"the {part} had no gradient in {PATIENCE} steps, so it does not train; something between it "
+                        "and the loss cuts it off: look at the versions of libraries, and at what was changed last."
                     )
 
     def _unsharded_norm(self) -> float:
         """Norm of the gradient before it is clipped, where no ZeRO optimizer keeps it."""
-        if self.stage or not self.engine.is_gradient_accumulation_boundary():
+        if self.stage:
             return 0.0
         norms = [torch.linalg.vector_norm(p.grad.float()) for p in self.named.values() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
@@ -170,6 +191,10 @@ class Engine:
 
         self.optimizer.persistent_parameters = [p for p in persistent if p.requires_grad]
         self.optimizer._partition_all_parameters = release
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return parameter_shape(parameter).numel()
 
 
 def _frozen_layers_as_leaves(model: Any) -> None:

@@ -23,12 +23,12 @@ FILE = "failure.txt"
 BEAT = 2.0
 """Seconds between two signs of life."""
 SILENCE = 40.0
-"""Seconds without a sign of life after which a rank counts as dead; the thread that gives them only waits for Python's
-lock, which no call holds for long."""
+"""Seconds without a sign of life after which a rank counts as dead. The thread that gives them waits for Python's lock,
+which reading a JSON file of a gigabyte holds for some ten seconds."""
 LEAVE = 10.0
 """Seconds that a rank gets to end by itself, with its own words, after it is known that the job has failed."""
 
-UNKNOWN = "it ended without a word; was it killed, or did it run out of memory?"
+UNKNOWN = "a rank ended without a word; was it killed, or did it run out of memory?"
 
 _FAILED = "failed"
 _PEER = (
@@ -41,6 +41,11 @@ _PEER = (
 )
 
 
+NEIGHBOURS = 8
+"""Ranks behind it, besides rank 0, whose signs of life a rank looks for; a launcher that has lost one rank of a machine
+kills the others one by one, so that a single watcher might be gone as well."""
+
+
 class Watch:
     """One rank's view of a job. `start` begins to watch, `stop` ends that before the rank itself ends in peace."""
 
@@ -51,6 +56,7 @@ class Watch:
         self._store: Store | None = None
         self._rank, self._world = 0, 1
         self._heard: str | None = None
+        self._answered = 0.0
         self._stopped = threading.Event()
 
     def start(self, rank: int, world: int, host: str, port: int) -> None:
@@ -59,9 +65,12 @@ class Watch:
             return
         self._rank, self._world = rank, world
         client = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-        self._store = PrefixStore("zero_ds/watch", client)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic agent's store outlives an attempt
+        self._store = PrefixStore(f"zero_ds/watch/{attempt}", client)
         self._stopped.clear()
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+        self._answered = time.monotonic()
+        for run in (self._run, self._run_beside):
+            threading.Thread(target=run, daemon=True, name="watch").start()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -77,6 +86,14 @@ class Watch:
                 time.sleep(0.0 if self._rank else 2 * BEAT)
             except (RuntimeError, ValueError):  # the store went with its rank
                 logger.debug("the store is gone")
+
+    def leave(self, status: int) -> None:
+        """Ends this process in LEAVE seconds if it does not end by itself: taking a process group down may wait for
+        ranks that will never come."""
+        if self._store is not None:
+            timer = threading.Timer(LEAVE, os._exit, (status,))
+            timer.daemon = True
+            timer.start()
 
     def heard(self, wait: float) -> str:
         """Why another rank ended, as far as that comes to be known within `wait` seconds."""
@@ -96,7 +113,9 @@ class Watch:
             logger.debug("there is a reason already, or no place for one")
 
     def _run(self) -> None:
-        beats, neighbour, heard, since = 0, (self._rank + 1) % self._world, "", time.monotonic()
+        watched = sorted({0, *((self._rank + step) % self._world for step in range(1, NEIGHBOURS + 1))} - {self._rank})
+        heard: dict[int, tuple[str, float]] = {}
+        beats = 0
         while not self._stopped.wait(BEAT):
             store = self._store
             if store is None:
@@ -108,17 +127,26 @@ class Watch:
                     self._heard = store.get(_FAILED).decode(errors="replace")
                     self._end(self._heard, LEAVE)
                     return
-                if store.check([key := f"beat/{neighbour}"]):
-                    now = store.get(key).decode()
-                    if now != heard:
-                        heard, since = now, time.monotonic()
+                for rank in watched:  # a rank counts from its first beat on: some machines start late
+                    if store.check([key := f"beat/{rank}"]):
+                        now = store.get(key).decode()
+                        if rank not in heard or heard[rank][0] != now:
+                            heard[rank] = (now, time.monotonic())
             except (RuntimeError, ValueError):
                 self._end(f"rank 0 is gone: {(read(self.folder) if self.folder else None) or UNKNOWN}", LEAVE)
                 return
-            if time.monotonic() - since > self.silence:
-                reason = f"rank {neighbour} has given no sign of life for {self.silence:.0f} s"
+            self._answered = time.monotonic()
+            silent = [rank for rank, (_, since) in heard.items() if time.monotonic() - since > self.silence]
+            if silent:
+                reason = f"rank {silent[0]} has given no sign of life for {self.silence:.0f} s"
                 self.fail(f"{reason}; was it killed, or its machine lost?")
                 self._end(reason, LEAVE)
+
+    def _run_beside(self) -> None:
+        """Ends this rank if the store, which is rank 0's, does not answer: then the other thread waits in it."""
+        while not self._stopped.wait(BEAT):
+            if time.monotonic() - self._answered > self.silence + BEAT:
+                self._end(f"rank 0 has not answered for {self.silence:.0f} s; is its machine lost?", 0.0)
 
     def _end(self, reason: str, leave: float) -> None:
         """Ends this process unless it ends by itself."""

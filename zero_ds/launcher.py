@@ -9,6 +9,7 @@ one ends everything at once.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -37,15 +38,20 @@ class Job:
         return status if status >= 0 else 128 - status
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        below = psutil.Process(self.process.pid).children(recursive=True)
+        try:
+            below = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return
         ranks = [process for process in below if any("--local_rank" in word for word in _words(process))]
         if self.asked:
             for process in [*below, self.process]:
-                process.kill()
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
         elif ranks:
             print("zero-ds: the ranks commit and stop after this step; ask again to stop at once.", file=sys.stderr)
             for process in ranks:
-                process.send_signal(signal.SIGUSR1)
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signal.SIGUSR1)
         else:  # on other machines, or not there yet
             self.process.terminate()
         self.asked = True
@@ -61,13 +67,15 @@ def _words(process: psutil.Process) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Runs the command behind `--`; what stands before it says which run that is."""
     (recipe, *overrides), command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    try:
+        out = Path(load_run(recipe, overrides).out)
+    except ConfigError as error:
+        print(f"zero-ds: {error}", file=sys.stderr)
+        return 2
+    failure.clear(out)
     status = Job(command).wait()
-    if status:
-        try:
-            reason = failure.read(Path(load_run(recipe, overrides).out))
-        except ConfigError as error:
-            reason = str(error)
-        print(f"zero-ds: {f'the run failed: {reason}' if reason else 'the run did not end.'}", file=sys.stderr)
+    if status and (reason := failure.read(out)):
+        print(f"zero-ds: the run failed: {reason}", file=sys.stderr)
     return status
 
 

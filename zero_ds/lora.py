@@ -41,9 +41,7 @@ def inject_(decoder: nn.Module, family: Family, config: LoraConfig, dtype: torch
             raise ConfigError(f"lora.layers names layer {number}; the decoder has layers 0 to {len(layers) - 1}.")
     prefix = re.escape(family.layer_prefix)
     chosen = rf"{prefix}({'|'.join(map(str, numbers))})\..*\.({'|'.join(map(re.escape, config.modules))})"
-    settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=cast(Any, config.alpha), lora_dropout=config.dropout, target_modules=chosen
-    )
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=cast(Any, config.alpha), target_modules=chosen)
     peft.inject_adapter_in_model(settings, decoder, adapter_name=_ADAPTER)
     for name, parameter in decoder.named_parameters():
         if _PIECES.search(name):

@@ -173,7 +173,7 @@ class VisionLanguageModel(nn.Module):
             return cast(torch.Tensor, embeddings)
         features = self.image_features(pixel_values).to(embeddings.dtype)
         if not images.any():  # the dummy picture of a text-only batch: in the graph on every rank, without effect
-            return cast(torch.Tensor, embeddings + 0.0 * features.sum())
+            return cast(torch.Tensor, embeddings + (0.0 * features).sum())
         return cast(torch.Tensor, embeddings.masked_scatter(images.unsqueeze(-1), features))
 
     def hidden_states(
@@ -335,7 +335,8 @@ def match_embeddings_(model: VisionLanguageModel, pixel_values: torch.Tensor) ->
         parts = [model.encoder, model.adapter, model.aligner]
         with gathered([words, *(p for part in parts if part is not None for p in part.parameters())]):
             scale = model.family.embedding_scale(model.decoder)
-            factor = scale * float(words.float().std()) / float(model.image_features(pixel_values).float().std())
+            features = model.image_features(pixel_values.to(last.weight.device))  # of the gathered weights
+            factor = scale * float(words.float().std()) / float(features.float().std())
     finally:
         model.boundary = boundary
     with gathered(list(last.parameters()), modifier_rank=0):

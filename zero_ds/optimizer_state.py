@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from zero_ds import distributed
+from zero_ds.config import ConfigError
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 """What there is of each parameter, fp32: 12 bytes a parameter."""
@@ -69,7 +70,7 @@ class OptimizerState:
         if parameter in self._masters:  # every rank holds all of it, and rank 0 stands for them
             return (0, size) if distributed.is_rank_zero() else (0, 0)
         if hasattr(parameter, "ds_id"):
-            part = cast(Any, parameter).ds_tensor.numel()
+            part = cast(Any, parameter).ds_tensor.ds_numel  # its own numel() is 1 while it is swapped out
             start = min(size, distributed.rank() * part)
             return start, min(part, size - start)
         mapping = cast(Any, parameter)._hp_mapping
@@ -102,8 +103,13 @@ class OptimizerState:
                 if key == "master":
                     parameter.copy_(master)
         elif hasattr(parameter, "ds_id"):
-            room = cast(Any, parameter).ds_tensor.numel() - values.numel()
-            padded = torch.nn.functional.pad(values, (0, room))
+            shard = cast(Any, parameter).ds_tensor
+            if shard.numel() != shard.ds_numel:
+                raise ConfigError(
+                    "optimizer state cannot be put back while parameters lie on a disk (DeepSpeed 0.19); resume with "
+                    "zero=zero3_offload_params."
+                )
+            padded = torch.nn.functional.pad(values, (0, shard.ds_numel - values.numel()))
             if key == "master":
                 ds.safe_set_local_fp32_param(parameter, padded)
             else:

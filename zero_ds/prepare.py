@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zero_ds import checkpoint, distributed, failure, stages
+from zero_ds import checkpoint, distributed, stages
 from zero_ds.checkpoint import Commit
 from zero_ds.config import WITHOUT_EFFECT, ConfigError, RunConfig
 from zero_ds.data.loader import Loader
@@ -18,9 +18,9 @@ from zero_ds.data.sources import Records
 from zero_ds.deepspeed_config import resolve_precision
 from zero_ds.distill import Teacher
 from zero_ds.hub import local_folder
-from zero_ds.model import Assembly, VisionLanguageModel, assemble, gathered, match_embeddings_, sample_encoder
+from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
 from zero_ds.pretrained import decoder_tensors
-from zero_ds.shards import target_hash
+from zero_ds.shards import locate, target_hash
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +44,13 @@ def prepare_folder(out: Path, config: RunConfig) -> Commit | None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
-    if distributed.is_rank_zero():
-        failure.clear(out)
-    distributed.barrier()
-    failure.WATCH.folder = out
+    step = float(resumed.step) if resumed else 0.0
+    last, first = distributed.max_over_ranks(step, -step)
+    if last != -first:
+        raise ConfigError(
+            f"the ranks see different commits in {out} (steps {-first:.0f} and {last:.0f}); out= must be a folder that "
+            "all machines share."
+        )
     return resumed
 
 
@@ -168,28 +171,32 @@ def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any]
         )
 
 
-def check_loaded(model: VisionLanguageModel, folder: Path, count: int = 8) -> None:
-    """Compares the beginnings of some of the decoder's tensors, evenly spaced, with the files. A collective.
+def check_loaded(model: VisionLanguageModel, folder: Path, elements: int = 16) -> None:
+    """Compares the first elements that this rank holds of every tensor of the decoder with the files.
 
     Under ZeRO-3 weights pass through the hands of two libraries on their way into partitions; what they lose on it
-    would train on as random numbers.
+    would train on as random numbers. Nothing is gathered for this, and little is read.
 
     Raises:
         ConfigError: naming the first tensor that differs.
     """
-    from safetensors import safe_open
-
-    tensors = decoder_tensors(folder)
-    named = {name: p for name, p in model.parameters_of("decoder") if name.removeprefix("decoder.") in tensors}
-    chosen = sorted(named)[:: max(1, len(named) // count)]
-    for name in chosen:
-        stored, parameter = tensors[name.removeprefix("decoder.")], named[name]
-        with gathered([parameter]), torch.no_grad(), safe_open(stored.file, framework="pt") as file:
-            rows = file.get_slice(stored.name)[:1].to(parameter.dtype)
-            if not torch.equal(parameter[:1].detach().cpu(), rows):
-                raise ConfigError(
-                    f"{name} was not loaded as it stands in {stored.file}; check the versions of libraries."
-                )
+    places = locate(decoder_tensors(folder))
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for name, parameter in model.parameters_of("decoder"):
+        place = places.get(name.removeprefix("decoder."))
+        shard = getattr(parameter, "ds_tensor", parameter).detach().flatten()
+        start = distributed.rank() * len(shard) if hasattr(parameter, "ds_tensor") else 0
+        if place is None or shard.numel() <= 1 or place.parameters <= start:
+            continue  # made by the library, swapped out to a disk, or behind the end
+        kind = types[place.dtype]
+        count = min(elements, len(shard), place.parameters - start)
+        with place.file.open("rb") as file:
+            file.seek(place.start + start * kind.itemsize)
+            stored = torch.frombuffer(bytearray(file.read(count * kind.itemsize)), dtype=kind)
+        if not torch.equal(shard[:count].cpu(), stored.to(shard.dtype)):
+            raise ConfigError(
+                f"{name} was not loaded as it stands in {place.file}; install the versions in constraints.txt."
+            )
 
 
 def plan_of(model: VisionLanguageModel) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ names that the causal LM has for them (`Family.towers`).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -177,7 +178,7 @@ def load_decoder(folder: Path, *, dtype: torch.dtype, attention: str = "sdpa") -
     attention: an implementation that the family does not have is replaced by its first one.
 
     Raises:
-        ConfigError: as `load_complete`.
+        ConfigError: as `load_complete`; flash attention where it is not installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -185,6 +186,11 @@ def load_decoder(folder: Path, *, dtype: torch.dtype, attention: str = "sdpa") -
     if attention not in family.attentions:
         logger.info("%s has no %s attention; %s is used", family.name, attention, family.attentions[0])
         attention = family.attentions[0]
+    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "attention=flash_attention_2 needs flash-attn, which is not installed; with a GPU: pip install "
+            "'zero_ds[flash]', else attention=sdpa."
+        )
     more: dict[str, Any] = {}
     if is_multimodal(folder):
         renamed = {f"^{re.escape(old)}": new for old, new in family.towers}

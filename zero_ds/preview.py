@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zero_ds import distributed
 from zero_ds.config import RunConfig
 from zero_ds.data.conversations import ConversationError
 from zero_ds.data.images import open_image
@@ -82,7 +83,7 @@ class Preview:
         """Greedy answers of at most `preview.tokens` tokens."""
         rows = [dict(row, input_ids=list(row["input_ids"])) for _, row in self.samples]
         starts = [len(row["input_ids"]) for row in rows]
-        device = next(model.parameters()).device
+        device = distributed.device()
         for _ in range(self.config.tokens):  # always all of them, on every rank
             for row in rows:
                 row["labels"] = row["responses"] = [-1] * len(row["input_ids"])

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zero_ds import checkpoint, distributed, stages
+from zero_ds import checkpoint, distributed, failure, stages
 from zero_ds.config import RunConfig
 from zero_ds.cost import Counts, StepCost, peak_flops
 from zero_ds.data.loader import Loader, check_batches
@@ -31,6 +31,10 @@ def train(config: RunConfig) -> Path:
         FloatingPointError: a loss that is not finite; nothing was updated by it.
     """
     distributed.initialize()
+    if distributed.is_rank_zero():
+        failure.clear(Path(config.out))
+    distributed.barrier()
+    failure.WATCH.folder = Path(config.out)
     stop = distributed.StopSignal()
     stages.stage_of(config)
     world_size = distributed.world_size()
@@ -99,7 +103,7 @@ def loop(
         counts = Counts.of(micro, cost).over_ranks()
         if config.dynamic_loss.order:
             weigh_(micro, config.dynamic_loss)
-        result = engine.step(micro, step, counts.supervised)
+        result = engine.step(micro, step, counts.supervised, counts.pictures)
         minutes = (time.monotonic() - saved_at) / 60
         loss, signals, late, *by_length = distributed.sum_over_ranks(
             result.share,
