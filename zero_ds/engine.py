@@ -130,8 +130,8 @@ class Engine:
 
     def _refuse_gradient(self, step: int) -> None:
         raise FloatingPointError(
-            f"the gradient of step {step + 1} is not finite, though the loss is; the step was not made. Lower the rate, or "
-            "try precision=fp32."
+            f"the gradient of step {step + 1} is not finite, though the loss is; the step was not made. Lower the "
+            "rate, or try precision=fp32."
         )
 
     def _look_for_gradients(self, pictures: bool) -> None:
