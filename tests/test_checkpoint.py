@@ -199,3 +199,30 @@ def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: s
         assert largest > 10 * 4 * PIECE
         assert most <= 4 * PIECE, f"{most / largest:.2f} times the largest parameter"
         assert left < 3 * largest, "of about ten times as much that was gathered"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sizes_of_a_commit(run_config: Any, made: Any, tmp_path: Path, precision: str) -> None:
+    """Weights at most 1.02 times the bytes of what trains, resume state at most 12.3 bytes a parameter of it."""
+    import shutil
+
+    from distributed_helper import train_all
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    shutil.copytree(made("clip"), tmp_path / "clip")
+    config = CLIPVisionConfig.from_pretrained(tmp_path / "clip")
+    config.update({"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4})
+    CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    run = run_config(
+        "encoder", tmp_path / "run", encoder={"path": str(tmp_path / "clip")}, max_steps=1, precision=precision
+    )
+    assert run_ranks(train_all, 2, [run]) == [["step-000001"]] * 2
+    commit = find_commit(tmp_path / "run")
+    weights = commit.weights()
+    assert {name.split(".")[0] for name in weights} == {"encoder", "adapter"}, "nothing that is frozen"
+    trained = sum(tensor.numel() for tensor in weights.values())
+    width = {"fp32": 4, "bf16": 2}[precision]
+    assert trained > 1_000_000 and all(tensor.dtype.itemsize == width for tensor in weights.values())
+    assert (commit.folder / "weights.safetensors").stat().st_size <= 1.02 * width * trained
+    resume = sum(file.stat().st_size for file in (commit.folder / "resume").iterdir())
+    assert resume <= 12.3 * trained
