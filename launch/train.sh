@@ -50,7 +50,7 @@ command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${override
 printf '+ %s\n' "${command[*]}"
 [ -z "$print_only" ] || exit 0
 for ((i = 0; i < ${#launcher[@]}; i++)); do # DeepSpeed would go on with this machine alone
-  [ "${launcher[i]}" != --hostfile ] || [ -f "${launcher[i + 1]}" ] || fail "there is no hostfile ${launcher[i + 1]} in $PROJECT"
+  [ "${launcher[i]}" != --hostfile ] || [ -e "${launcher[i + 1]}" ] || fail "there is no hostfile ${launcher[i + 1]} in $PROJECT"
 done
 # a signal to this script reaches the ranks, and what went wrong is said last, where people look
 exec python -m zero_ds.launcher "$recipe" "${overrides[@]}" -- "${command[@]}"

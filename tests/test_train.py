@@ -28,10 +28,10 @@ def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
     distributed.initialize()
     step_of_engine = Engine.step
 
-    def signalled(self: Engine, batches: Any, number: int, tokens: float) -> Any:
+    def signalled(self: Engine, batches: Any, number: int, *counts: Any) -> Any:
         if number + 1 == step and distributed.rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step_of_engine(self, batches, number, tokens)
+        return step_of_engine(self, batches, number, *counts)
 
     Engine.step = signalled  # type: ignore[method-assign]
     return train_all([config])

@@ -237,30 +237,35 @@ def find_commit(path: str | Path) -> Commit:
 def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: Callable[[str], bool]) -> set[str]:
     """Copies a commit's weights into parameters of the same names. Every rank calls it; returns the names copied.
 
-    `skip` says which names may be left out (translators, where the decoder has none).
+    One tensor is in memory at a time; into partitions only rank 0 reads. `skip` says which names may be left out
+    (translators, where the decoder has none).
 
     Raises:
-        CheckpointError: a name the model does not have, or another shape.
+        CheckpointError: a damaged file, a name the model does not have, or another shape.
     """
+    from safetensors import safe_open
+
     from zero_ds.model import gathered
 
     copied = set()
-    for name, tensor in commit.weights().items():
-        parameter = targets.get(name)
-        if parameter is None:
-            if skip(name):
-                continue
-            raise CheckpointError(
-                f"{commit.folder} holds {name}, which this model has not; it was made for another model."
-            )
-        shape = parameter_shape(parameter)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{name} in {commit.folder} has shape {tuple(tensor.shape)}, the model's has {tuple(shape)}."
-            )
-        with gathered([parameter], modifier_rank=0), torch.no_grad():
-            parameter.copy_(tensor.to(parameter.dtype))
-        copied.add(name)
+    path = commit.folder / "weights.safetensors"
+    _check_on_rank_zero(path, str(commit.manifest.get("weights_sha256")))
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            parameter = targets.get(name)
+            if parameter is None:
+                if skip(name):
+                    continue
+                raise CheckpointError(
+                    f"{commit.folder} holds {name}, which this model has not; it was made for another model."
+                )
+            shape, stored = tuple(parameter_shape(parameter)), tuple(file.get_slice(name).get_shape())
+            if stored != shape:
+                raise CheckpointError(f"{name} in {commit.folder} has shape {stored}, the model's has {shape}.")
+            with gathered([parameter], modifier_rank=0), torch.no_grad():
+                if distributed.is_rank_zero() or not hasattr(parameter, "ds_id"):
+                    parameter.copy_(file.get_tensor(name).to(parameter.dtype))
+            copied.add(name)
     return copied
 
 
@@ -328,10 +333,15 @@ def _resume_state(commit: Commit) -> tuple[dict[str, Any], _StateFile]:
     """
     progress = commit.progress()
     path = commit.folder / "resume" / "state.safetensors"
-    with distributed.rank_zero_first():  # which reads and checks all of it, the others only what they hold
-        if distributed.is_rank_zero():
-            check_hash(path, str(progress.get("state_sha256")))
+    _check_on_rank_zero(path, str(progress.get("state_sha256")))
     return progress, _StateFile(path)
+
+
+def _check_on_rank_zero(path: Path, expected: str) -> None:
+    """The hash of a file that all ranks are about to read, which one of them reads for it; the others wait."""
+    with distributed.rank_zero_first():
+        if distributed.is_rank_zero():
+            check_hash(path, expected)
 
 
 def check_manifest(commit: Commit, expected: dict[str, Any], allow: Iterable[str] = ()) -> None:
