@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from zero_ds import pipeline
 from zero_ds.config import ConfigError
 from zero_ds.pipeline import Pipeline, Step, StepError
 
@@ -88,6 +90,32 @@ def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, backg
     assert process.wait(60) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_what_hides_in_a_session_of_its_own_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ranks do, below a launcher; both are deaf."""
+    monkeypatch.setattr(pipeline, "PATIENCE", 0.5)
+    pid = tmp_path / "pid"
+    deaf = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    rank = f"{deaf}open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    launcher = f"import subprocess, sys; {deaf}subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    wait = f"import os, time\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.1)"
+    fails = f"{wait}\ntime.sleep(0.5); raise SystemExit(3)"
+    commands = ((sys.executable, "-c", launcher), (sys.executable, "-c", fails))
+    with pytest.raises(StepError, match="exit status"):
+        Pipeline(tmp_path / "out", [Step("both", commands, 1.0)]).run()
+    deadline = time.monotonic() + 10
+    while alive(int(pid.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(int(pid.read_text()))
+
+
+def alive(pid: int) -> bool:
+    """A zombie, which only waits to be collected, is not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_time_left_follows_the_machine(tmp_path: Path) -> None:

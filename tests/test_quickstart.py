@@ -42,6 +42,17 @@ def test_every_training_run_of_the_plan_resolves(tmp_path: Path) -> None:
     assert not any(runs[name].distill.active for name in against_target), "there is no translator to distil"
 
 
+def test_without_the_demo_it_says_how_to_make_it(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from zero_ds.cli import app
+
+    words = ["quickstart", "--demo", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, ConfigError) and "zero-ds demo --out" in str(result.exception)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_starts_from_runs_before_it(tmp_path: Path) -> None:
     seen: set[str] = set()
     for name, run in trained(planned(tmp_path)).items():

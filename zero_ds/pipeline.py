@@ -6,6 +6,7 @@ is, and its command resumes or starts over by itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from zero_ds.config import ConfigError
 from zero_ds.files import write_atomically
@@ -146,15 +149,22 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float = 20.0) -> None:
+PATIENCE = 20.0
+"""Seconds that a command gets to end by itself, with a commit, after it was asked to."""
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Asks what still runs to stop, waits, then kills: no process outlives its pipeline."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE
     for process in processes:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            # not by its group: ranks have a session of their own
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
             process.wait()
