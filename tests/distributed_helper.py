@@ -21,6 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -143,6 +145,14 @@ def _rank(
     sys.stderr.flush()
     # no clean-up of process groups: at this point it could only hang
     os._exit(status)
+
+
+def alive(pid: int) -> bool:
+    """A zombie, which only waits to be collected, is not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def whole_state(engine: Any, parameter: Any, key: str) -> Any:

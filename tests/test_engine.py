@@ -167,6 +167,7 @@ CASES += [
     for zero, again in (("zero3_resident", False), (GATHERED, False), (GATHERED, True))
 ]
 CASES += [("pretrain", zero, True) for zero in ("zero2_offload", "zero3_offload", "zero3_offload_params", "zero3_hpz")]
+CASES += [("encoder, all options", GATHERED, True)]  # boundary embeddings, empty outside of their module
 CASES += [(stage, zero, True) for stage in ("decoder, weights", "decoder, lora") for zero in ("zero2", "zero3")]
 """Stage, DeepSpeed config, activation checkpointing. `pretrain` trains amid frozen layers, `encoder` before them (no
 layer of the decoder has a gradient, yet it must pass through), `decoder` everything."""

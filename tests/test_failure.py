@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
-from distributed_helper import RankError, run_ranks
+from distributed_helper import RankError, alive, run_ranks
 
 from zero_ds import failure
 from zero_ds.config import RunConfig
@@ -66,14 +66,6 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
         return {}
     found = {each.pid: re.search(r"--local_rank=(\d+)", " ".join(each.cmdline())) for each in below}
     return {int(match[1]): pid for pid, match in found.items() if match}
-
-
-def alive(pid: int) -> bool:
-    """A zombie, which only waits to be collected, is not."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_a_bad_sample_on_one_rank_ends_the_job_with_its_reason_last(

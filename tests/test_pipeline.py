@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from distributed_helper import alive
 
 from zero_ds import pipeline
 from zero_ds.config import ConfigError
@@ -108,14 +108,6 @@ def test_what_hides_in_a_session_of_its_own_is_ended_too(tmp_path: Path, monkeyp
     while alive(int(pid.read_text())) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(int(pid.read_text()))
-
-
-def alive(pid: int) -> bool:
-    """A zombie, which only waits to be collected, is not."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_the_time_left_follows_the_machine(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Master copies, moments and step counts of DeepSpeed's optimizers, free of the world size and the ZeRO stage.
 
 DeepSpeed (0.19) flattens what trains into buffers, shards these over ranks, and each ZeRO stage does so in its own way.
-Here a parameter's state is read and written whole, one tensor at a time, so that what was saved by any number of ranks
-under any stage is restored by any other.
+Here a parameter's state goes out as a whole, piece by piece, and comes back as the elements that a rank holds, so that
+what was saved by any number of ranks under any stage is restored by any other.
 """
 
 from __future__ import annotations
