@@ -22,8 +22,7 @@ _PIECES = re.compile(rf"\.lora_[A-Z]\w*\.{_ADAPTER}(?=\.|$)")
 def inject_(decoder: nn.Module, family: Family, config: LoraConfig, dtype: torch.dtype) -> None:
     """Puts adapters beside the named linear layers; they begin without effect (B is zero).
 
-    Whole on every rank, from the current random state, also under ZeRO-3, which partitions them with the rest when the
-    engine is made. Everything else in the decoder stays as it is.
+    Whole on every rank, from the current random state. Everything else in the decoder stays as it is.
 
     Raises:
         ConfigError: a module name or layer number that the decoder does not have.

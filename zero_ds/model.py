@@ -32,7 +32,6 @@ class Boundary(nn.Module):
 
     def __init__(self, hidden_size: int, std: float) -> None:
         super().__init__()
-        # in one step: under ZeRO-3 a module's weights are partitioned, and empty, as soon as it is made
         self.embeddings = nn.Embedding.from_pretrained(torch.empty(2, hidden_size).normal_(std=std), freeze=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -244,21 +243,22 @@ def assemble(parts: Assembly) -> VisionLanguageModel:
         attention = "sdpa" if parts.attention == "flash_attention_2" else parts.attention
         encoder = load_complete(encoder_family.load, parts.encoder, dtype=parts.dtype, attn_implementation=attention)
     torch.manual_seed(parts.seed)  # loading draws random numbers under ZeRO-3, and none without
-    with zero_init():
-        model = VisionLanguageModel(
-            decoder,
-            family,
-            plan=plan,
-            encoder=encoder,
-            encoder_family=encoder_family,
-            encoder_config=parts.encoder_config,
-            adapter_config=parts.adapter_config,
-        )
+    model = VisionLanguageModel(
+        decoder,
+        family,
+        plan=plan,
+        encoder=encoder,
+        encoder_family=encoder_family,
+        encoder_config=parts.encoder_config,
+        adapter_config=parts.adapter_config,
+    )
+    # new layers are drawn whole, on the CPU and in float32, so that a run starts alike under every ZeRO stage
     for module in (model.adapter, model.boundary, model.aligner):
-        if module is not None and not any(hasattr(p, "ds_id") for p in module.parameters()):
+        if module is not None:
             module.to(parts.dtype)
     if parts.lora is not None:
         lora.inject_(decoder, family, parts.lora, parts.dtype)
+    partition_(model)
     return model
 
 
@@ -309,6 +309,16 @@ def zero_init() -> Any:
     return deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config())
 
 
+def partition_(module: nn.Module) -> None:
+    """Partitions the parameters that still are whole on every rank, if ZeRO-3 is active."""
+    from transformers.integrations import deepspeed as integration
+
+    if integration.is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.zero.Init(module=module, config_dict_or_path=integration.deepspeed_config())
+
+
 def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
     """Context in which ZeRO-3 parameters are whole (and, with modifier_rank 0, may be changed on all ranks alike)."""
     parameters = [p for p in parameters if hasattr(p, "ds_id")]
@@ -336,9 +346,11 @@ def match_embeddings_(model: VisionLanguageModel, pixel_values: torch.Tensor) ->
         with gathered([words, *(p for part in parts if part is not None for p in part.parameters())]):
             scale = model.family.embedding_scale(model.decoder)
             features = model.image_features(pixel_values.to(last.weight.device))  # of the gathered weights
-            factor = scale * float(words.float().std()) / float(features.float().std())
+            measured = scale * float(words.float().std()) / float(features.float().std())
     finally:
         model.boundary = boundary
+    # three digits: what is left out depends on threads and kernels, and a start should not
+    factor = float(f"{measured:.3g}")
     with gathered(list(last.parameters()), modifier_rank=0):
         last.weight.mul_(factor)
         last.bias.mul_(factor)
