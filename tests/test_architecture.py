@@ -38,6 +38,7 @@ FLOORS: dict[str, int] = {
     "data": 2,
     # 3: the model
     "losses": 3,
+    "vocabulary": 3,
     "model": 3,
     "distill": 3,
     "lora": 3,

@@ -164,7 +164,7 @@ def _fill_from_recipe(content: dict[str, Any], config: RunConfig, world_size: in
         content[key] = {**block, "enabled": dtype is wanted}
     if content.get("data_types", {}).get("grad_accum_dtype") == "auto":
         # stages 0 and 1 of DeepSpeed 0.19 add up in the type they compute in, or need another optimizer for it
-        content["data_types"] = {"grad_accum_dtype": "fp32"} if content["zero_optimization"]["stage"] >= 2 else {}
+        content["data_types"] = {"grad_accum_dtype": "fp32"} if content["zero_optimization"]["stage"] in (2, 3) else {}
 
 
 def _fill_from_machine(zero: dict[str, Any], config: RunConfig, path: Path) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from zero_ds.config import ConfigError, DistillConfig
-from zero_ds.losses import hidden_distillation_mean, logit_distillation_sum, next_token_sum
+from zero_ds.losses import hidden_distillation_mean, logit_distillation_sum, next_token_losses, weighted_sum
 from zero_ds.model import VisionLanguageModel, gathered, zero_init
 from zero_ds.pretrained import decoder_tensors, text_config
 
@@ -93,6 +93,7 @@ class Teacher(nn.Module):
         model: VisionLanguageModel,
         watched: Watched,
         logits: torch.Tensor,
+        tokens: torch.Tensor,
         labels: torch.Tensor,
         rows: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -100,11 +101,12 @@ class Teacher(nn.Module):
     ) -> torch.Tensor:
         """What is added to the next-token loss, summed over supervised tokens (float32 scalar).
 
-        logits: (n, vocabulary), the forward pass's own at the n positions that predict a label, which `rows`
-        (batch, seq) marks; labels, attention_mask, token_weights: (batch, seq), as the forward pass got them. Adds the
-        weighted distillation losses and, as far as `next_token` < 1, takes back the translators' share of the
-        next-token loss: its gradient to them, without any to what lies before them, and without value. The hidden term
-        is a mean over positions times the number of supervised tokens, so that both terms have one scale.
+        logits, tokens: (n, vocabulary) and (n,), the forward pass's own scores and cross-entropies at the n positions
+        that predict a label, which `rows` (batch, seq) marks; labels, attention_mask, token_weights: (batch, seq), as
+        the forward pass got them. Adds the weighted distillation losses and, as far as `next_token` < 1, takes back the
+        translators' share of the next-token loss: its gradient to them, without any to what lies before them, and
+        without value. The hidden term is a mean over positions times the number of supervised tokens, so that both
+        terms have one scale.
         """
         assert watched.entered is not None, "the surrogate's forward pass was not watched"
         outputs, student_logits = watched.left, logits
@@ -117,6 +119,7 @@ class Teacher(nn.Module):
                 if index in self.plan.translators:
                     outputs[index] = hidden
             student_logits = model.logits(norm(hidden[rows]))
+            tokens = next_token_losses(student_logits, labels, rows)
 
         with torch.no_grad():
             hidden = watched.entered
@@ -130,7 +133,7 @@ class Teacher(nn.Module):
                 goals[layer] = hidden
             goal_logits = model.logits(norm(hidden[rows]))
 
-        taken_back = next_token_sum(student_logits, labels, rows, token_weights)
+        taken_back = weighted_sum(tokens, rows, token_weights)
         total = (self.weights.next_token - 1.0) * (taken_back - taken_back.detach())  # a gradient, no value
         if self.weights.logits:
             total = total + self.weights.logits * logit_distillation_sum(student_logits, goal_logits)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from zero_ds import distributed
 from zero_ds.config import DynamicLossConfig
 from zero_ds.data.conversations import IGNORE
+from zero_ds.vocabulary import cross_entropies, divergences
 
 
 def supervised_rows(labels: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, rows: torch.Te
 
     logits: (n, vocabulary), at the n positions that `rows` (batch, seq) marks; labels: (batch, seq).
     """
-    return F.cross_entropy(logits.float(), supervised(labels, rows), reduction="none")
+    return cross_entropies(logits, supervised(labels, rows))
 
 
 def next_token_sum(
@@ -187,6 +187,4 @@ def hidden_distillation_mean(student: torch.Tensor, teacher: torch.Tensor, mask:
 
 def logit_distillation_sum(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) over the vocabulary, summed over rows: (n, vocabulary) each -> float32 scalar."""
-    return F.kl_div(
-        student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1), log_target=True, reduction="sum"
-    )
+    return divergences(student_logits, teacher_logits).sum()

@@ -209,7 +209,7 @@ class VisionLanguageModel(nn.Module):
             words = attention_mask.bool() & ~images
             loss = loss + rows.sum() * scale_excess_mean(embeddings, images, words, self.max_scale)
         if self.teacher is not None:
-            loss = loss + self.teacher.loss(self, watched, logits, labels, rows, attention_mask, token_weights)
+            loss = loss + self.teacher.loss(self, watched, logits, tokens, labels, rows, attention_mask, token_weights)
         return Loss(loss, tokens.detach())
 
 
