@@ -16,9 +16,10 @@ from PIL import Image
 
 from zero_ds.config import AdapterConfig, EncoderConfig
 from zero_ds.data.conversations import ChatTemplate, Turn
+from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageError, ImageProcessor
 from zero_ds.data.loader import SampleEncoder
-from zero_ds.data.sources import DataError, Sample
+from zero_ds.data.sources import Sample
 from zero_ds.evaluation import run as running
 from zero_ds.evaluation.records import EvaluationRecord, read_records
 from zero_ds.evaluation.run import Evaluation, evaluate, image_features, read_evaluation, shuffled_pictures

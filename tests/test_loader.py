@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from zero_ds.config import ConfigError, RunConfig, SourceConfig
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Turn
+from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import WINDOW, Loader, SampleEncoder, check_batches, collate, image_positions, sample_order
-from zero_ds.data.sources import DataError, Records, Sample
+from zero_ds.data.sources import Records, Sample
 
 TEMPLATE = ChatTemplate(tiny.tokenizer())
 PROCESSOR = ImageProcessor(tiny.IMAGE_SIZE, [0.5] * 3, [0.5] * 3)
@@ -104,7 +105,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] == list(range(12)), "the first epoch follows the files"
     assert epochs[0] != epochs[1] != epochs[2]
-    assert sample_order(12, 0, 1) == epochs[1] != sample_order(12, 1, 1)
+    assert list(sample_order(12, 0, 1)) == epochs[1] != list(sample_order(12, 1, 1))
 
 
 class Lengths(Sequence[int]):
@@ -119,7 +120,7 @@ class Lengths(Sequence[int]):
     def __getitem__(self, index: int) -> int:  # type: ignore[override]
         return index
 
-    def characters(self, index: int) -> int:
+    def size(self, index: int) -> int:
         return 4 * self.lengths[index]
 
     def images(self, index: int) -> int:
@@ -205,6 +206,31 @@ def test_a_bad_sample_ends_the_run_with_its_name(tmp_path: Path, workers: int) -
         list(stream.steps(0, 2))
     assert "sample bad" in str(caught.value) and "broken.png" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_samples_leave_their_places_empty(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    talk = [("q?", "a.")]
+    samples = [tiny.record("fine", talk), tiny.record("bad", talk, "broken.png")]
+    samples += [tiny.record("long", [("q? " * 300, "a.")]), tiny.record("sly", talk, "../x.png")]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    records = Records([SourceConfig(path=str(tmp_path / "data.json"))])
+    stream = Loader(records, encoder(max_length=100), 4, 2, 0, 1, pad_id=0, seed=0, workers=workers, skip_bad=True)
+    (first, second), *_ = stream.steps(0, 1)
+    assert first["ids"] == ["fine"] and [len(first[key]) for key in ("skipped", "too_long")] == [1, 0]
+    assert "sample bad" in first["skipped"][0] and "sample sly" in second["skipped"][0]
+    assert "sample long has no answer within 100 tokens" in second["too_long"][0]
+    assert second["input_ids"].shape == (1, 1) and second["attention_mask"].all()
+    assert (second["labels"] == IGNORE).all() and not second["pixel_values"].any()
+
+
+def test_a_sample_that_is_too_long_ends_no_run(tmp_path: Path) -> None:
+    samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("long", [("q? " * 300, "a.")])]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    records = Records([SourceConfig(path=str(tmp_path / "data.json"))])
+    ((batch,),) = Loader(records, encoder(max_length=100), 2, 2, 0, 1, pad_id=0, seed=0).steps(0, 1)
+    assert batch["ids"] == ["fine"] and len(batch["too_long"]) == 1
 
 
 @pytest.mark.parametrize(("batch", "micro", "ranks", "steps"), [(8, 2, 2, 2), (6, 3, 1, 2), (4, 1, 4, 1)])

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from zero_ds import report as module
 from zero_ds.config import ConfigError
-from zero_ds.data.sources import DataError
+from zero_ds.data.formats import DataError
 from zero_ds.evaluation.run import Evaluation, ItemResult, WordResult
 from zero_ds.report import FILES, ReportInputs, markdown, unbroken, write_report
 from zero_ds.surrogate import LayerPlan, Replaced, SurrogateInfo

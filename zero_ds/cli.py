@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.commands.data import data
 from zero_ds.commands.demo import demo
 from zero_ds.commands.evaluate import evaluate
 from zero_ds.commands.graft import export, graft
@@ -110,6 +111,7 @@ app.command("export")(export)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("demo")(demo)
+app.add_typer(data, name="data")
 app.command("quickstart")(quickstart)
 
 

@@ -54,18 +54,53 @@ class AdapterConfig(Section):
 
 class SourceConfig(Section):
     path: str
-    """JSON file in LLaVA's format."""
+    """Data file (JSON, JSON lines, Parquet), folder of such files, or hub id of a data set."""
+    files: str | None = None
+    """Which files of a folder or hub data set, such as `data/math-*`; all of them if empty."""
     root: str | None = None
-    """Folder of the images; the JSON file's own folder if empty. No image path may leave it."""
+    """Folder of the images; the data file's own folder if empty. No image path may leave it."""
+    full_path: bool = False
+    """Follow absolute image paths, wherever they lead, in records that say `full_path`."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first n samples."""
     images_only: bool = False
     """Leave out samples without a picture, such as the 40K of LLaVA-1.5-665K."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """A word, or `name`, calls a registered data set, of which other keys replace entries; or it is a path."""
+        known = registered_data()
+        if isinstance(value, str):
+            return known.get(value, {"path": value})
+        if isinstance(value, dict) and "name" in value:
+            name, own = value["name"], {key: entry for key, entry in value.items() if key != "name"}
+            if name not in known:
+                raise ValueError(f"there is no data set '{name}'{did_you_mean(str(name), list(known))}")
+            return {**known[name], **own}
+        return value
+
+
+def registered_data() -> dict[str, Any]:
+    """Name -> entry of the data sets that recipes call by name; `datasets.yaml` in the working folder comes first.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    entries: dict[str, Any] = {}
+    for path in (Path(__file__).parent / "data/datasets.yaml", Path("datasets.yaml")):
+        if path.is_file():
+            entries |= _read_yaml(path, what="list of data sets")
+    return entries
+
 
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
-    """Data files, mixed by evenly spaced insertion in the order of their own samples."""
+    """Data files, mixed by evenly spaced insertion in the order of their own samples; a word names a registered one."""
+    bad_samples: Literal["error", "skip"] = "error"
+    """What a sample does that cannot be used (a missing picture, an unknown role): end the run, or be left out."""
+    max_bad_samples: int = Field(default=1000, ge=0)
+    """A run ends when more samples than this were skipped."""
     max_length: int = Field(default=2048, ge=8)
     """Longest sequence in tokens, image tokens included; a longer sample loses whole turns from its end."""
     image_prompt: Literal["fixed", "random", "off"] = "fixed"
@@ -148,7 +183,7 @@ class PreviewConfig(Section):
 
 
 WITHOUT_EFFECT = (
-    *("out", "log_every", "checkpoint", "preview", "data.workers"),
+    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.max_bad_samples"),
     *("zero", "nvme_path", "micro_batch", "activation_checkpointing"),
 )
 """Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
@@ -283,19 +318,24 @@ def _read_recipe(recipe: str, beside: Path = Path(), seen: tuple[str, ...] = ())
             raise ConfigError(f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}")
     if str(path.resolve()) in seen:
         raise ConfigError(f"recipe {recipe} extends itself.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no recipe file {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe file {path} cannot be read: {str(error).splitlines()[0]}.") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"recipe file {path} must hold a mapping of keys to values.")
+    tree = _read_yaml(path, what="recipe file")
     parents = tree.pop("extends", None) or []
     base: dict[str, Any] = {}
     for parent in parents if isinstance(parents, list) else [parents]:
         base = _merge(base, _read_recipe(str(parent), path.parent, (*seen, str(path.resolve()))))
     return _merge(base, tree)
+
+
+def _read_yaml(path: Path, what: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {what} {path}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{what} {path} cannot be read: {str(error).splitlines()[0]}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{what} {path} must hold a mapping of keys to values.")
+    return tree
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -159,15 +159,20 @@ class Counts:
     """Places in the batch, filled or not."""
     pictures: float
     flops: float
+    skipped: float
+    """Samples that could not be used."""
+    too_long: float
+    """Samples of which no answer fits."""
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
-        supervised = tokens = padded = shown = flops = 0.0
+        supervised = tokens = padded = shown = flops = skipped = too_long = 0.0
         for batch in batches:
             lengths = batch["attention_mask"].sum(1).double()
             labels = count_supervised(batch["labels"])
             supervised, tokens = supervised + labels, tokens + float(lengths.sum())
             padded += batch["attention_mask"].numel()
+            skipped, too_long = skipped + len(batch["skipped"]), too_long + len(batch["too_long"])
             flops += cost.decoder.per_token * float(lengths.sum()) + cost.decoder.per_pair * float((lengths**2).sum())
             flops += cost.per_supervised * labels
             if "pixel_values" in batch and bool((images := image_positions(batch["input_ids"])).any()):
@@ -175,7 +180,7 @@ class Counts:
                 shown += pictures
                 flops += pictures * (cost.encoder.per_token * cost.patches + cost.encoder.per_pair * cost.patches**2)
                 flops += cost.per_image_token * int(images.sum())
-        return cls(supervised, tokens, padded, shown, flops)
+        return cls(supervised, tokens, padded, shown, flops, skipped, too_long)
 
     def over_ranks(self) -> Counts:
         """The global batch's. A collective."""

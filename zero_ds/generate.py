@@ -19,13 +19,13 @@ from typing import Any, cast
 import torch
 
 from zero_ds.data.conversations import IMAGE_TOKEN, ChatTemplate, Turn
+from zero_ds.data.formats import DataError
 from zero_ds.data.images import open_image
 from zero_ds.data.loader import SampleEncoder, image_positions
-from zero_ds.data.sources import DataError, Sample
+from zero_ds.data.sources import Sample
 from zero_ds.model import VisionLanguageModel
 
-LOGITS_BYTES = 64 << 20
-"""Size of the float32 logits that are held at a time."""
+LOGITS_BYTES = 64 << 20  # of float32, held at a time
 
 
 @dataclass(frozen=True)

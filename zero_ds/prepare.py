@@ -106,7 +106,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
         model, decoder, encoder, config.data, supervise=stages.supervision(config), seed=config.seed
     )
     with distributed.rank_zero_first():
-        records = Records(config.data.sources)
+        records = Records(config.data.sources, skip_bad=config.data.bad_samples == "skip")
     loader = Loader(
         records,
         encode,
@@ -118,6 +118,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
         config.seed,
         config.data.workers,
         config.data.group_by_length,
+        config.data.bad_samples == "skip",
     )
     hashes = {
         "family": model.family.name,

@@ -11,7 +11,8 @@ from typing import Any
 from zero_ds import checkpoint, distributed, failure, stages
 from zero_ds.config import RunConfig
 from zero_ds.cost import Counts, StepCost, peak_flops
-from zero_ds.data.loader import Loader, check_batches
+from zero_ds.data.formats import DataError
+from zero_ds.data.loader import Batch, Loader, check_batches
 from zero_ds.deepspeed_config import ds_config
 from zero_ds.engine import Engine
 from zero_ds.files import write_atomically
@@ -62,9 +63,11 @@ def train(config: RunConfig) -> Path:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
     engine = Engine(config, model, groups, total, ds)
-    first = 0
+    first, left_out = 0, LeftOut(config.data.max_bad_samples)
     if resumed:
-        first = checkpoint.restore_(engine, resumed)["step"]
+        progress = checkpoint.restore_(engine, resumed)
+        first = progress["step"]
+        left_out.skipped, left_out.too_long = progress.get("skipped", 0), progress.get("too_long", 0)
         logger.info("resumed %s after step %d of %d", out, first, total)
     elif config.continue_from:
         parts = checkpoint.carry_over_(engine, checkpoint.find_commit(config.continue_from))
@@ -73,9 +76,42 @@ def train(config: RunConfig) -> Path:
         write_atomically(out / "config.yaml", config.dump())
     monitor = Monitor(out, engine.engine.monitor, config.log_every, first, total)
     try:
-        return loop(config, engine, loader, monitor, Preview(config, loader), stop, manifest, first, total)
+        return loop(config, engine, loader, monitor, Preview(config, loader), stop, manifest, first, total, left_out)
     finally:
         monitor.close()
+
+
+class LeftOut:
+    """Samples that a run went without, counted over all ranks; kept in its commits."""
+
+    SHOWN = 20
+    """Of so many samples each rank says what was wrong."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped = self.too_long = 0
+        self._said = 0
+
+    def add(self, batches: list[Batch], counts: Counts) -> None:
+        """Counts those of a step.
+
+        Raises:
+            DataError: more than the limit could not be used; on every rank alike.
+        """
+        for sentence in [sentence for batch in batches for sentence in (*batch["skipped"], *batch["too_long"])]:
+            if self._said < self.SHOWN:
+                logger.warning("left out: %s", sentence)
+            self._said += 1
+        self.skipped += int(counts.skipped)
+        self.too_long += int(counts.too_long)
+        if self.skipped > self.limit:
+            raise DataError(
+                f"{self.skipped} samples could not be used, more than data.max_bad_samples={self.limit}; see what the "
+                "log says of them, and mend the data"
+            )
+
+    def scalars(self) -> dict[str, float]:
+        return {"skipped_samples": self.skipped, "too_long_samples": self.too_long}
 
 
 def loop(
@@ -88,6 +124,7 @@ def loop(
     manifest: dict[str, Any],
     first: int,
     total: int,
+    left_out: LeftOut,
 ) -> Path:
     """Steps first + 1 .. total, with a commit now and then, at the end, and when a signal asks for one."""
     out = Path(config.out)
@@ -101,6 +138,7 @@ def loop(
         micro = next(batches)
         waited = time.monotonic() - started
         counts = Counts.of(micro, cost).over_ranks()
+        left_out.add(micro, counts)
         if config.dynamic_loss.order:
             weigh_(micro, config.dynamic_loss)
         result = engine.step(micro, step, counts.supervised, counts.pictures)
@@ -119,6 +157,7 @@ def loop(
             "seconds": seconds,
             "data_wait_seconds": waited,
             **counts.scalars(seconds),
+            **left_out.scalars(),
             "samples_per_second": config.global_batch / seconds,
             "mfu": counts.flops / seconds / (peak * distributed.world_size()),
             **engine.state.loss_scalars(),
@@ -133,13 +172,16 @@ def loop(
             preview.show(step + 1, engine.model, monitor)
         every = config.checkpoint.every_steps
         if signals or late or step + 1 == total or (every and (step + 1) % every == 0):
-            folder = checkpoint.save(out, engine, manifest, {"step": step + 1}, config.checkpoint.keep)
+            progress = {"step": step + 1, "skipped": left_out.skipped, "too_long": left_out.too_long}
+            folder = checkpoint.save(out, engine, manifest, progress, config.checkpoint.keep)
             saved_at = time.monotonic()
             logger.info("committed %s", folder)
         if signals:
             raise SystemExit(
                 f"stopped by {stop.received or 'a signal to another rank'} after step {step + 1}; run again to resume."
             )
+    if left_out.skipped or left_out.too_long:
+        logger.info("left out: %d samples that could not be used, %d too long", left_out.skipped, left_out.too_long)
     return folder
 
 

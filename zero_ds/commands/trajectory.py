@@ -73,7 +73,7 @@ def trajectory(
 
     import torch
 
-    from zero_ds.data.sources import DataError
+    from zero_ds.data.formats import DataError
     from zero_ds.deepspeed_config import fast_dtype
     from zero_ds.families import family_of
     from zero_ds.hub import local_folder

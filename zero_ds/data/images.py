@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +25,41 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         ImageError: missing, unreadable, truncated or oversized file.
     """
+    with _opened(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
+            values = np.asarray(image, dtype=np.float64).clip(0, 65535)
+            image = Image.fromarray((values / 257).round().astype(np.uint8))
+        return image.convert("RGB")
+
+
+def check_header(path: str | Path) -> None:
+    """Looks at a picture's kind and size, without decoding it.
+
+    Raises:
+        ImageError: missing or oversized file, or one that does not begin like a picture.
+    """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The file with what is wrong with it as ImageErrors, here and in the block."""
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ImageError(
                     f"image {path} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read"
                 )
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
-                values = np.asarray(image, dtype=np.float64).clip(0, 65535)
-                image = Image.fromarray((values / 257).round().astype(np.uint8))
-            return image.convert("RGB")
+            yield file
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"there is no image {path}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {path} is refused: {error}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
         raise ImageError(f"image {path} cannot be read: {error}") from None
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.config import did_you_mean
-from zero_ds.data.sources import DataError, inside, read_json
+from zero_ds.data.files import raw_records
+from zero_ds.data.formats import DataError
+from zero_ds.data.sources import inside
 
 RECORD_KINDS = ("question", "caption")
 RECORD_KEYS = ("id", "kind", "image", "question", "answer", "words")
@@ -53,7 +55,7 @@ def read_records(path: Path, root: Path | None = None, limit_pictures: int | Non
         DataError: an unreadable file, or the first record that is wrong, named by its id.
     """
     folder = (root or path.parent).resolve()
-    records = [parse(record, f"{path} #{number}", folder) for number, record in enumerate(read_json(path))]
+    records = [parse(record, f"{path} #{number}", folder) for number, record in enumerate(raw_records(path))]
     seen: set[str] = set()
     for record in records:
         if record.id in seen:

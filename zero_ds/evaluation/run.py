@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from zero_ds.data.conversations import PLACEHOLDER, Turn
-from zero_ds.data.sources import DataError
+from zero_ds.data.formats import DataError
 from zero_ds.evaluation.records import EvaluationRecord
 from zero_ds.evaluation.scoring import first_choice
 from zero_ds.files import write_atomically

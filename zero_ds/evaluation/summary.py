@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from zero_ds.data.sources import DataError
+from zero_ds.data.formats import DataError
 from zero_ds.evaluation.run import Evaluation, ItemResult, WordResult
 from zero_ds.evaluation.scoring import calibrated
 from zero_ds.evaluation.statistics import difference, share

@@ -1,0 +1,47 @@
+"""Mixes data sets into one pre-shuffled file: each in a seeded random order, spread evenly over the whole.
+
+python tools/mix_datasets.py data/genqa_500k.json data/llava_v1_5_mix665k.json:data/images --out data/mixed.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zero_ds.config import ConfigError, SourceConfig, validate
+from zero_ds.data.formats import DataError
+from zero_ds.data.mixing import mix
+
+
+def main(
+    sources: Annotated[
+        list[str], typer.Argument(help="Data files, or FILE:ROOT where pictures lie elsewhere; registered names.")
+    ],
+    out: Annotated[Path, typer.Option(help="New file, .json or .jsonl, in a folder that holds all pictures.")],
+    seed: Annotated[int, typer.Option(help="Of the random order within each source.")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Permute each source first.")] = True,
+    limit: Annotated[list[int] | None, typer.Option(help="Take so many of a source; one a source, 0 for all.")] = None,
+) -> None:
+    """Mix data sets by evenly spaced insertion."""
+    try:
+        limits = limit or [0] * len(sources)
+        if len(limits) != len(sources):
+            raise ConfigError(f"{len(limits)} --limit for {len(sources)} sources; give one for each, 0 for all.")
+        chosen = []
+        for name, most in zip(sources, limits, strict=True):
+            path, _, root = name.partition(":")
+            source = validate(SourceConfig, path, what=name)
+            update = {"root": root or source.root, "limit": most or source.limit}
+            chosen.append(source.model_copy(update=update))
+        count = mix(chosen, out, seed=seed, shuffle=shuffle)
+    except (ConfigError, DataError) as error:
+        print(f"mix_datasets: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(f"{out}: {count:,} samples")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,141 @@
+"""One record of a data file, in any of the forms that are about, -> one checked row.
+
+Forms, told apart by their keys: LLaVA's `conversations` of `{"from": "human"|"gpt", "value"}`, the `messages` of
+`{"role", "content"}` that chat APIs use (content a text, or a list of text and image parts), and GenQA's `text`, a list
+of `{"role", "content"}`. Pictures are named by `image` or `images`, a path or a list of paths relative to the source's
+root, or by `full_path`, the same with absolute paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from zero_ds.data.conversations import PLACEHOLDER, Role
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+FORMS = {"conversations": ("from", "value"), "messages": ("role", "content"), "text": ("role", "content")}
+"""Key of the turns -> keys of a turn's role and text."""
+
+
+class DataError(ValueError):
+    """A data file or a sample that cannot be used; the message names file and sample."""
+
+
+class TooLongError(DataError):
+    """A sample of which no answer fits into the length limit. It is left out and counted, whatever else is an error."""
+
+
+class Row(NamedTuple):
+    """A checked record."""
+
+    id: str
+    roles: tuple[Role, ...]
+    texts: tuple[str, ...]
+    images: tuple[str, ...]
+    """Paths as the file has them: relative to the root, or absolute if `full_path`."""
+    full_path: bool
+
+
+def parse(record: Any, where: str) -> Row:
+    """Checks one record; `where` says in messages which one it is.
+
+    Raises:
+        DataError: a missing key, an unknown role, an empty turn, no question or answer, placeholders that do not match
+            the images.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")
+    name = record.get("id", record.get("idx"))
+    sample = f"{where}: sample {'?' if name is None else name}"
+    form = next((key for key in FORMS if record.get(key) is not None), "conversations")
+    turns = record.get(form)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{sample} has no 'conversations'")
+    roles, texts, shown = [], [], []
+    for number, turn in enumerate(turns):
+        role, text, pictures = _turn(turn, *FORMS[form], f"{sample}, turn {number}")
+        roles.append(role)
+        texts.append(text)
+        shown += pictures
+    for role, what in (("user", "question"), ("assistant", "answer to learn from")):
+        if role not in roles:
+            raise DataError(f"{sample} has no {what}")
+    if not _writable(str(name)):
+        raise DataError(f"{sample}: the id is no valid text")
+    images, full_path = _images(record, shown, sample)
+    placeholders = sum(t.count(PLACEHOLDER) for t, role in zip(texts, roles, strict=True) if role == "user")
+    if images and placeholders == 0:
+        first = roles.index("user")
+        texts[first] = f"{PLACEHOLDER * len(images)}\n{texts[first]}"
+        placeholders = len(images)
+    if placeholders != len(images):
+        raise DataError(f"{sample} has {len(images)} images for {placeholders} {PLACEHOLDER} placeholders")
+    return Row(where if name is None else str(name), tuple(roles), tuple(texts), tuple(images), full_path)
+
+
+def _turn(turn: Any, role_key: str, text_key: str, where: str) -> tuple[Role, str, list[Any]]:
+    """Role, text with placeholders, and the pictures that parts of the content name."""
+    role = turn.get(role_key) if isinstance(turn, dict) else None
+    content = turn.get(text_key) if isinstance(turn, dict) else None
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
+    pictures: list[Any] = []
+    if isinstance(content, list) and text_key == "content":
+        pieces = []
+        for piece, picture in _parts(content, where):
+            pieces.append(piece)
+            pictures += picture
+        content = "".join(pieces)
+    if not isinstance(content, str) or not content.strip():
+        raise DataError(f"{where}: the text is empty")
+    if not _writable(content):
+        raise DataError(f"{where}: the text is no valid Unicode (half a surrogate pair)")
+    return ROLES[role], content, pictures
+
+
+def _parts(content: list[Any], where: str) -> Iterator[tuple[str, list[Any]]]:
+    """Text of each part of a content, and the picture that it names itself, if any."""
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield part["text"], []
+        elif kind == "image":
+            named = part.get("image", part.get("path"))
+            yield PLACEHOLDER, [] if named is None else [named]
+        else:
+            raise DataError(f"{where}: a part of the content is neither text nor image: {str(part)[:60]}")
+
+
+def _images(record: dict[str, Any], shown: list[Any], sample: str) -> tuple[list[str], bool]:
+    """The record's pictures, and whether their paths are absolute on purpose.
+
+    `full_path` is the path or paths themselves, or true where `image` holds them.
+    """
+    full = record.get("full_path")
+    named: Any = next((record[key] for key in ("image", "images") if record.get(key)), shown or [])
+    if full and full is not True:
+        named = full
+    images = [named] if isinstance(named, str) else named
+    if record.get("image") == "" or not isinstance(images, list) or not all(_is_path(name) for name in images):
+        raise DataError(f"{sample}: 'image' must be a path or a list of paths")
+    return images, bool(full)
+
+
+def _is_path(name: Any) -> bool:
+    return isinstance(name, str) and bool(name) and "\0" not in name and _writable(name)
+
+
+def _writable(text: str) -> bool:
+    """Whether the text can be written as UTF-8: JSON can hold half a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
