@@ -100,6 +100,25 @@ def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]]
     assert not any(map(alive, ranks.values()))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_ends_the_job_too(
+    launch: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """A stopped process does not even react to being asked to end."""
+    monkeypatch.setenv("ZERO_DS_SILENCE", "5")
+    process = launch()
+    wait_for(process, "step 10/")
+    ranks = ranks_of(process)
+    os.kill(ranks[rank], signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    assert process.wait() != 0 and time.monotonic() - stopped < LIMIT
+    why = "rank 1 has given no sign of life for 5 s" if rank else "rank 0 has not answered for 5 s"
+    assert rest.splitlines()[-1].startswith(f"zero-ds: the run failed: {why}")
+    assert not any(alive(pid) for pid in ranks.values())
+
+
 def test_a_signal_to_the_launcher_commits_and_the_job_resumes(
     launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 FILE = "failure.txt"
 BEAT = 2.0
 """Seconds between two signs of life."""
-SILENCE = 40.0
+SILENCE = float(os.environ.get("ZERO_DS_SILENCE", "30"))
 """Seconds without a sign of life after which a rank counts as dead. The thread that gives them waits for Python's lock,
-which reading a JSON file of a gigabyte holds for some ten seconds."""
+which some libraries hold for seconds."""
 LEAVE = 10.0
 """Seconds that a rank gets to end by itself, with its own words, after it is known that the job has failed."""
 
@@ -140,7 +140,7 @@ class Watch:
             if silent:
                 reason = f"rank {silent[0]} has given no sign of life for {self.silence:.0f} s"
                 self.fail(f"{reason}; was it killed, or its machine lost?")
-                self._end(reason, LEAVE)
+                self._end(reason, 0.0)  # this rank waits for that one, and would not end by itself
 
     def _run_beside(self) -> None:
         """Ends this rank if the store, which is rank 0's, does not answer: then the other thread waits in it."""

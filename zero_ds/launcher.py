@@ -13,6 +13,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,9 @@ import psutil
 
 from zero_ds import failure
 from zero_ds.config import ConfigError, load_run
+
+PATIENCE = 12.0
+"""Seconds that ranks get to end by themselves after one of them has failed; longer than failure.LEAVE."""
 
 
 class Job:
@@ -32,19 +36,37 @@ class Job:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             signal.signal(getattr(signal, name), self._asked)
 
-    def wait(self) -> int:
-        """Exit status of the command; 128 + n if a signal n ended it."""
-        status = self.process.wait()
-        return status if status >= 0 else 128 - status
+    def wait(self, out: Path) -> int:
+        """Exit status of the command; 128 + n if a signal n ended it.
+
+        Ranks of this machine that are still there PATIENCE seconds after the run in `out` has failed are killed: they
+        hang, or were stopped, and DeepSpeed would wait half a minute for them.
+        """
+        failed_at = None
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self.process.wait(1.0)
+                return status if status >= 0 else 128 - status
+            if failed_at is None and failure.read(out):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > PATIENCE:
+                for process in self._ranks():
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
+
+    def _ranks(self) -> list[psutil.Process]:
+        return [process for process in self._below() if any("--local_rank" in word for word in _words(process))]
+
+    def _below(self) -> list[psutil.Process]:
+        try:
+            return list(psutil.Process(self.process.pid).children(recursive=True))
+        except psutil.NoSuchProcess:
+            return []
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        try:
-            below = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
-        ranks = [process for process in below if any("--local_rank" in word for word in _words(process))]
+        ranks = self._ranks()
         if self.asked:
-            for process in [*below, self.process]:
+            for process in [*self._below(), self.process]:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
         elif ranks:
@@ -52,7 +74,7 @@ class Job:
             for process in ranks:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(signal.SIGUSR1)
-        else:  # on other machines, or not there yet
+        elif self.process.poll() is None:  # on other machines, or not there yet
             self.process.terminate()
         self.asked = True
 
@@ -73,7 +95,7 @@ def main(arguments: list[str]) -> int:
         print(f"zero-ds: {error}", file=sys.stderr)
         return 2
     failure.clear(out)
-    status = Job(command).wait()
+    status = Job(command).wait(out)
     if status and (reason := failure.read(out)):
         print(f"zero-ds: the run failed: {reason}", file=sys.stderr)
     return status
