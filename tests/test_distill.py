@@ -13,8 +13,9 @@ from distributed_helper import run_ranks, train_all
 
 from zero_ds import stages
 from zero_ds.config import DistillConfig, EncoderConfig, RunConfig, SourceConfig
+from zero_ds.data.batches import INPUTS
 from zero_ds.data.conversations import IGNORE
-from zero_ds.data.loader import INPUTS, Loader
+from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.distill import Teacher
 from zero_ds.families import FAMILIES

@@ -17,7 +17,7 @@ from distributed_helper import RankError, run_ranks, whole_state
 
 from zero_ds import stages
 from zero_ds.config import RunConfig
-from zero_ds.data.loader import INPUTS
+from zero_ds.data.batches import INPUTS
 from zero_ds.deepspeed_config import ds_config, resolve_precision
 from zero_ds.engine import Engine, schedule
 from zero_ds.losses import count_supervised, weigh_

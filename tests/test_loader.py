@@ -14,10 +14,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from zero_ds.config import ConfigError, RunConfig, SourceConfig
+from zero_ds.data.batches import collate
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
-from zero_ds.data.loader import WINDOW, Loader, SampleEncoder, check_batches, collate, image_positions, sample_order
+from zero_ds.data.loader import WINDOW, Loader, SampleEncoder, check_batches, image_positions, sample_order
 from zero_ds.data.sources import Records, Sample
 
 TEMPLATE = ChatTemplate(tiny.tokenizer())

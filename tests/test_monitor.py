@@ -115,7 +115,7 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
 ) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from zero_ds.data.loader import INPUTS
+    from zero_ds.data.batches import INPUTS
     from zero_ds.prepare import build
 
     config = run_config("decoder", micro_batch=1, attention="eager")

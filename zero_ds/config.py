@@ -113,6 +113,8 @@ class DataConfig(Section):
     """File with a chat template that replaces the tokenizer's own, kept by every export of the run."""
     group_by_length: bool = False
     """Put samples of like length into one batch, within windows of a few batches: less padding, another order."""
+    packing: bool = False
+    """Put several samples into a row of at most max_length: hardly any padding, the same losses and gradients."""
     workers: int = Field(default=0, ge=0)
     """Worker processes of the loader on each rank."""
 
@@ -183,7 +185,7 @@ class PreviewConfig(Section):
 
 
 WITHOUT_EFFECT = (
-    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.max_bad_samples"),
+    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.max_bad_samples", "data.packing"),
     *("zero", "nvme_path", "micro_batch", "activation_checkpointing"),
 )
 """Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""

@@ -16,7 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from zero_ds import distributed
-from zero_ds.data.loader import Batch, image_positions
+from zero_ds.data.batches import Batch
+from zero_ds.data.loader import image_positions
 from zero_ds.families import family_of
 from zero_ds.hub import local_folder
 from zero_ds.losses import count_supervised
@@ -168,7 +169,7 @@ class Counts:
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
         supervised = tokens = padded = shown = flops = skipped = too_long = 0.0
         for batch in batches:
-            lengths = batch["attention_mask"].sum(1).double()
+            lengths = batch["lengths"].double()
             labels = count_supervised(batch["labels"])
             supervised, tokens = supervised + labels, tokens + float(lengths.sum())
             padded += batch["attention_mask"].numel()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zero_ds.config import ConfigError, RunConfig
-from zero_ds.data.loader import INPUTS, Batch
+from zero_ds.data.batches import INPUTS, Batch
 from zero_ds.losses import length_classes, sums_by_length
 from zero_ds.model import VisionLanguageModel
 from zero_ds.optimizer_state import OptimizerState, parameter_shape
@@ -104,7 +104,8 @@ class Engine:
             group["lr"] = rate * self.factor(step)
         norm = 0.0
         share, by_length = 0.0, torch.zeros(len(length_classes()), 2, dtype=torch.float64)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # their number may vary
             inputs = {k: batch[k].to(self.engine.device, non_blocking=True) for k in INPUTS if k in batch}
             outcome = self.engine(**inputs)
             loss = outcome.total / max(1.0, supervised_tokens)

@@ -176,9 +176,15 @@ class VisionLanguageModel(nn.Module):
         return cast(torch.Tensor, embeddings.masked_scatter(images.unsqueeze(-1), features))
 
     def hidden_states(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.family.hidden_states(self.decoder, self.embed(input_ids, pixel_values), attention_mask)
+        """As `forward` up to the decoder's final norm: -> (batch, seq, hidden)."""
+        embeddings = self.embed(input_ids, pixel_values)
+        return self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.family.logits(self.decoder, hidden_states)
@@ -190,16 +196,18 @@ class VisionLanguageModel(nn.Module):
         attention_mask: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> Loss:
         """Loss summed over the supervised tokens of a micro-batch.
 
         input_ids, labels, attention_mask: (batch, seq); pixel_values: (images, 3, height, width), in the order in which
-        their tokens stand in the batch; token_weights: (batch, seq), a factor for the next-token loss of each label.
+        their tokens stand in the batch; token_weights: (batch, seq), a factor for the next-token loss of each label;
+        position_ids: (batch, seq), where rows hold several samples: each starts at 0.
         """
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
         embeddings = self.embed(input_ids, pixel_values)
         with watching as watched:
-            hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask)
+            hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
         rows = supervised_rows(labels)
         logits = self.logits(hidden[rows])
         tokens = next_token_losses(logits, labels, rows)
@@ -209,7 +217,8 @@ class VisionLanguageModel(nn.Module):
             words = attention_mask.bool() & ~images
             loss = loss + rows.sum() * scale_excess_mean(embeddings, images, words, self.max_scale)
         if self.teacher is not None:
-            loss = loss + self.teacher.loss(self, watched, logits, tokens, labels, rows, attention_mask, token_weights)
+            counted = attention_mask if position_ids is None else attention_mask * (position_ids > 0)
+            loss = loss + self.teacher.loss(self, watched, logits, tokens, labels, rows, counted, token_weights)
         return Loss(loss, tokens.detach())
 
 

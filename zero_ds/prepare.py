@@ -119,6 +119,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
         config.data.workers,
         config.data.group_by_length,
         config.data.bad_samples == "skip",
+        config.data.packing,
     )
     hashes = {
         "family": model.family.name,

@@ -13,10 +13,11 @@ import torch
 
 from zero_ds import distributed
 from zero_ds.config import RunConfig
+from zero_ds.data.batches import INPUTS, collate
 from zero_ds.data.conversations import ConversationError
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import open_image
-from zero_ds.data.loader import INPUTS, Loader, collate
+from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Sample
 from zero_ds.model import VisionLanguageModel
 from zero_ds.monitor import Monitor

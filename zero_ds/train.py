@@ -11,8 +11,9 @@ from typing import Any
 from zero_ds import checkpoint, distributed, failure, stages
 from zero_ds.config import RunConfig
 from zero_ds.cost import Counts, StepCost, peak_flops
+from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
-from zero_ds.data.loader import Batch, Loader, check_batches
+from zero_ds.data.loader import Loader, check_batches
 from zero_ds.deepspeed_config import ds_config
 from zero_ds.engine import Engine
 from zero_ds.files import write_atomically

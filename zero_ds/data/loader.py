@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from zero_ds.config import ConfigError, RunConfig
+from zero_ds.data.batches import Batch, collate, collate_rows, plan_rows
 from zero_ds.data.conversations import (
-    IGNORE,
     IMAGE_TOKEN,
     ChatTemplate,
     ConversationError,
@@ -26,10 +26,6 @@ from zero_ds.data.images import ImageError, ImageProcessor, open_image
 from zero_ds.data.sources import Records, Sample
 
 logger = logging.getLogger(__name__)
-
-Batch = dict[str, Any]
-INPUTS = ("input_ids", "labels", "attention_mask", "pixel_values", "token_weights")
-"""Entries of a batch that the model's forward pass takes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,10 @@ class SampleEncoder:
         Raises:
             TooLongError, DataError: as `tokens`, or a picture that cannot be read.
         """
-        encoded = self.tokens(sample)
+        return self.with_pixels(sample, self.tokens(sample))
+
+    def with_pixels(self, sample: Sample, encoded: Encoded) -> dict[str, Any]:
+        """What `tokens` made of a sample, and its pictures, as __call__ returns it."""
         return {
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
@@ -99,42 +98,6 @@ class SampleEncoder:
             "pixels": self.pixels(sample)[: encoded.images],
             "id": sample.id,
         }
-
-
-def collate(samples: Sequence[dict[str, Any]], pad_id: int, image_size: int | None) -> Batch:
-    """Pads to the longest sample; no sample at all gives one row of one token without a label.
-
-    Returns input_ids, labels, responses, attention_mask: (batch, seq), responses numbered through the batch;
-    pixel_values: (max(images, 1), 3, size, size), one blank picture where the batch has none, because every rank runs
-    the encoder exactly once a micro-batch; ids.
-    """
-    blank = {"input_ids": [pad_id], "labels": [IGNORE], "responses": [-1], "pixels": [], "id": "nothing"}
-    samples = samples or [blank]
-    length = max(len(sample["input_ids"]) for sample in samples)
-    input_ids = torch.full((len(samples), length), pad_id)
-    labels = torch.full((len(samples), length), IGNORE)
-    responses = torch.full((len(samples), length), -1)
-    mask = torch.zeros((len(samples), length), dtype=torch.long)
-    numbered = 0
-    for row, sample in enumerate(samples):
-        n = len(sample["input_ids"])
-        input_ids[row, :n] = torch.tensor(sample["input_ids"])
-        labels[row, :n] = torch.tensor(sample["labels"])
-        mask[row, :n] = 1
-        own = torch.tensor(sample["responses"])
-        responses[row, :n] = torch.where(own >= 0, own + numbered, own)
-        numbered += int(own.max()) + 1
-    batch: Batch = {
-        "input_ids": input_ids,
-        "labels": labels,
-        "responses": responses,
-        "attention_mask": mask,
-        "ids": [sample["id"] for sample in samples],
-    }
-    if image_size is not None:
-        pictures = [picture for sample in samples for picture in sample["pixels"]]
-        batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, image_size, image_size)
-    return batch
 
 
 def sample_order(n: int, seed: int, epoch: int) -> Sequence[int]:
@@ -162,55 +125,19 @@ def group_by_length(window: Sequence[int], length: Callable[[int], int], batch: 
     return [sample for group in [*(whole[i] for i in order), *batches[len(whole) :]] for sample in group]
 
 
-class _Samples(Dataset[dict[str, Any] | DataError]):
-    """Position in the whole run -> encoded sample; holds no state, so any position can be the first.
-
-    A bad sample comes out as its error, which the loader raises: a worker process would wrap it in its own traceback.
-    """
-
-    def __init__(self, records: Records, encoder: SampleEncoder, seed: int, grouped: int | None = None) -> None:
-        """`grouped`: the global batch within which samples shall be of like length, None for the plain order."""
-        self.records, self.encoder, self.seed, self.grouped = records, encoder, seed, grouped
-        self._order: tuple[int, Sequence[int]] = (-1, [])
-        self._window: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
-
-    def __getitem__(self, position: int) -> dict[str, Any] | DataError:
-        try:
-            return self.encoder(self.records[self.index(position)])
-        except DataError as error:
-            return error
-
-    def index(self, position: int) -> int:
-        """Which sample stands at a position of the run."""
-        epoch, place = divmod(position, len(self.records))
-        if self._order[0] != epoch:
-            self._order = (epoch, sample_order(len(self.records), self.seed, epoch))
-        if self.grouped is None:
-            return int(self._order[1][place])
-        number, inside = divmod(place, self.grouped * WINDOW)
-        if self._window[0] != (epoch, number):
-            window = self._order[1][place - inside : place - inside + self.grouped * WINDOW]
-            seed = (self.seed * 1_000_003 + epoch) * 1_000_003 + number
-            self._window = ((epoch, number), group_by_length(window, self._length, self.grouped, seed % 2**63))
-        return int(self._window[1][inside])
-
-    def _length(self, index: int) -> int:
-        """About how many tokens a sample has: four characters a token, and its image tokens."""
-        return self.records.size(index) // 4 + self.encoder.tokens_per_image * self.records.images(index)
-
-
 @dataclass(frozen=True)
 class Loader:
     """Micro-batches of one rank.
 
-    Sample `step * global_batch + i` of the run belongs to the same step whatever the number of ranks: rank r takes the
-    samples i with i // (global_batch / world_size) == r, in `accumulation` micro-batches.
+    Sample `step * global_batch + i` of the run belongs to the same step whatever the number of ranks. In rows of their
+    own, rank r takes the samples i with i // (global_batch / world_size) == r; packed, the ranks share the step's rows.
     """
 
     records: Records
     encoder: SampleEncoder
     global_batch: int
     micro_batch: int
+    """Rows of a micro-batch."""
     rank: int
     world_size: int
     pad_id: int
@@ -219,10 +146,9 @@ class Loader:
     group_by_length: bool = False
     skip_bad: bool = False
     """Leave out samples that cannot be used, instead of ending the run."""
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch // (self.micro_batch * self.world_size)
+    packing: bool = False
+    """Several samples in a row of at most the encoder's max_length. Every rank then reads the texts of the whole step,
+    and the number of micro-batches differs from step to step, the same on every rank."""
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of step first, first + 1, ..., last - 1.
@@ -232,40 +158,120 @@ class Loader:
         Raises:
             DataError: a sample that cannot be used, unless bad ones are skipped.
         """
-        share = self.global_batch // self.world_size
-        positions = [
-            [step * self.global_batch + self.rank * share + m * self.micro_batch + i for i in range(self.micro_batch)]
-            for step in range(first, last)
-            for m in range(self.accumulation)
-        ]
-        size = self.encoder.processor.size if self.encoder.processor else None
+        stream = DataLoader(
+            _Steps(self),
+            sampler=range(first, last),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            multiprocessing_context="fork" if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for batches in stream:
+            if isinstance(batches, DataError):
+                raise batches
+            yield batches
 
-        def batch_of(samples: list[Any]) -> Batch | DataError:
-            wrong = [sample for sample in samples if isinstance(sample, DataError)]
+
+def _as_it_is(batches: Any) -> Any:
+    return batches
+
+
+class _Steps(Dataset[list[Batch] | DataError]):
+    """Number of a step -> a rank's micro-batches; holds no state, so any step can be the first.
+
+    A bad sample comes out as its error, which the loader raises: a worker process would wrap it in its own traceback.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self._order: tuple[int, Sequence[int]] = (-1, [])
+        self._window: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
+
+    def __getitem__(self, step: int) -> list[Batch] | DataError:
+        rows = self._packed(step) if self.loader.packing else self._plain(step)
+        size = self.loader.encoder.processor.size if self.loader.encoder.processor else None
+        batches = []
+        for micro in rows:
+            wrong = [sample for row in micro for sample in row if isinstance(sample, DataError)]
             skipped = [error for error in wrong if not isinstance(error, TooLongError)]
-            if skipped and not self.skip_bad:
+            if skipped and not self.loader.skip_bad:
                 return skipped[0]
-            batch = collate([sample for sample in samples if isinstance(sample, dict)], self.pad_id, size)
+            good = [[sample for sample in row if isinstance(sample, dict)] for row in micro]
+            if self.loader.packing:
+                batch = collate_rows([row for row in good if row], self.loader.pad_id, size)
+            else:
+                batch = collate([sample for row in good for sample in row], self.loader.pad_id, size)
             batch["skipped"] = [str(error) for error in skipped]
             batch["too_long"] = [str(error) for error in wrong if isinstance(error, TooLongError)]
-            return batch
+            batches.append(batch)
+        return batches
 
-        stream = iter(
-            DataLoader(
-                _Samples(self.records, self.encoder, self.seed, self.global_batch if self.group_by_length else None),
-                batch_sampler=positions,
-                collate_fn=batch_of,
-                num_workers=self.workers,
-                multiprocessing_context="fork" if self.workers else None,
-                pin_memory=torch.cuda.is_available(),
-            )
-        )
-        for _ in range(first, last):
-            batches = [next(stream) for _ in range(self.accumulation)]
-            for batch in batches:
-                if isinstance(batch, DataError):
-                    raise batch
-            yield batches
+    def _plain(self, step: int) -> list[_Rows]:
+        """For each micro-batch its rows, of one sample each."""
+        loader = self.loader
+        share = loader.global_batch // loader.world_size
+        start = step * loader.global_batch + loader.rank * share
+        samples = [self._encoded(self.index(position)) for position in range(start, start + share)]
+        return [[[s] for s in samples[i : i + loader.micro_batch]] for i in range(0, share, loader.micro_batch)]
+
+    def _packed(self, step: int) -> list[_Rows]:
+        """For each micro-batch its rows, of several samples each, from a plan over the whole step."""
+        loader = self.loader
+        numbers = [self.index(step * loader.global_batch + i) for i in range(loader.global_batch)]
+        texts = [self._tokens(number) for number in numbers]
+        lengths = [0 if isinstance(text, DataError) else len(text.input_ids) for text in texts]
+        side_by_side = loader.micro_batch * loader.world_size
+        plan = plan_rows(lengths, loader.encoder.max_length, side_by_side)
+        first = loader.rank * loader.micro_batch
+        micros: list[_Rows] = []
+        for start in range(first, len(plan), side_by_side):
+            rows = plan[start : start + loader.micro_batch]
+            micros.append([[self._encoded(numbers[n], texts[n]) for n in row] for row in rows])
+        share = loader.global_batch // loader.world_size
+        wrong = [text for text in texts[loader.rank * share : (loader.rank + 1) * share] if isinstance(text, DataError)]
+        micros[0].append([*wrong])  # counted here, where their place would have been
+        return micros
+
+    def _tokens(self, number: int) -> Encoded | DataError:
+        try:
+            return self.loader.encoder.tokens(self.loader.records[number])
+        except DataError as error:
+            return error
+
+    def _encoded(self, number: int, text: Encoded | DataError | None = None) -> dict[str, Any] | DataError:
+        try:
+            sample = self.loader.records[number]
+            if isinstance(text, Encoded):
+                return self.loader.encoder.with_pixels(sample, text)
+            return self.loader.encoder(sample)
+        except DataError as error:
+            return error
+
+    def index(self, position: int) -> int:
+        """Which sample stands at a position of the run."""
+        records, seed = self.loader.records, self.loader.seed
+        epoch, place = divmod(position, len(records))
+        if self._order[0] != epoch:
+            self._order = (epoch, sample_order(len(records), seed, epoch))
+        if not self.loader.group_by_length:
+            return int(self._order[1][place])
+        size = self.loader.global_batch * WINDOW
+        number, inside = divmod(place, size)
+        if self._window[0] != (epoch, number):
+            window = self._order[1][place - inside : place - inside + size]
+            seed = ((seed * 1_000_003 + epoch) * 1_000_003 + number) % 2**63
+            grouped = group_by_length(window, self._length, self.loader.global_batch, seed)
+            self._window = ((epoch, number), grouped)
+        return int(self._window[1][inside])
+
+    def _length(self, index: int) -> int:
+        """About how many tokens a sample has: four bytes a token, and its image tokens."""
+        records = self.loader.records
+        return records.size(index) // 4 + self.loader.encoder.tokens_per_image * records.images(index)
+
+
+_Rows = list[list[dict[str, Any] | DataError]]
 
 
 def image_positions(input_ids: torch.Tensor) -> torch.Tensor:

@@ -43,12 +43,27 @@ class Family:
         return cast(nn.Module, getattr(decoder, self.backbone).norm)
 
     def hidden_states(
-        self, decoder: nn.Module, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None
+        self,
+        decoder: nn.Module,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs the decoder up to and with its final norm: (batch, seq, hidden) -> (batch, seq, hidden)."""
+        """Runs the decoder up to and with its final norm: (batch, seq, hidden) -> (batch, seq, hidden).
+
+        position_ids: (batch, seq), only for rows that hold several samples, each from position 0 on; attention then
+        stays inside of samples, whatever the attention_mask says.
+        """
         backbone = getattr(decoder, self.backbone)
-        output = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
-        return cast(torch.Tensor, output.last_hidden_state)
+        if position_ids is None:
+            output = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
+            return cast(torch.Tensor, output.last_hidden_state)
+        shape = inputs_embeds.shape
+        if backbone.config._attn_implementation == "flash_attention_2":
+            # transformers finds the samples of a row by their positions, but with flash attention in a single row only
+            inputs_embeds, position_ids = inputs_embeds.flatten(0, 1).unsqueeze(0), position_ids.reshape(1, -1)
+        output = backbone(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
+        return cast(torch.Tensor, output.last_hidden_state).reshape(shape)
 
     def logits(self, decoder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """Final-normed hidden states (..., hidden) -> logits (..., vocabulary)."""
