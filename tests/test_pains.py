@@ -21,7 +21,7 @@ from zero_ds.prepare import build
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
 def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[..., RunConfig], stage: str) -> None:
     """Bytes kept for the backward pass: a frozen decoder must not need more of them than one that trains."""
-    from zero_ds.data.loader import INPUTS
+    from zero_ds.data.batches import INPUTS
 
     kept: dict[bool, int] = {}
     for again in (False, True):
