@@ -105,8 +105,8 @@ class DataConfig(Section):
     """Longest sequence in tokens, image tokens included; a longer sample loses whole turns from its end."""
     image_prompt: Literal["fixed", "random", "off"] = "fixed"
     """The wrapper around the image placeholder: the paper's sentence, a random one of its wordings, or none."""
-    supervise: Literal["auto", "response", "special_tokens"] = "auto"
-    """Which tokens carry loss: responses, or also the template's special tokens; auto: the stage decides (A.5)."""
+    supervise: Literal["auto", "response", "special_tokens", "full"] = "auto"
+    """What carries loss: responses, also the template's special tokens, or all text; auto: the stage decides (A.5)."""
     system_prompt: str | None = None
     """System message of every conversation; empty keeps the chat template's own default."""
     chat_template: str | None = None

@@ -6,14 +6,14 @@ import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from zero_ds import lora
 from zero_ds.config import AdapterConfig, ConfigError, DataConfig, EncoderConfig, LoraConfig
-from zero_ds.data.conversations import ChatTemplate
+from zero_ds.data.conversations import ChatTemplate, Supervision
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
@@ -277,7 +277,7 @@ def sample_encoder(
     encoder: Path | None,
     data: DataConfig,
     *,
-    supervise: Literal["response", "special_tokens"] = "response",
+    supervise: Supervision = "response",
     seed: int = 0,
 ) -> SampleEncoder:
     """Tokenizer, template and image processor as a run's data section words them: the same for training and answering.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from zero_ds.config import ConfigError, RunConfig, did_you_mean
+from zero_ds.data.conversations import Supervision
 
 Part = Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"]
 
@@ -30,7 +31,7 @@ class Stage:
     name: str
     trains: tuple[Part, ...]
     decoder: Literal["surrogate", "target"]
-    supervise: Literal["response", "special_tokens"]
+    supervise: Supervision
     vision: bool = True
     """Whether there is a vision encoder in the model at all."""
 
@@ -88,7 +89,7 @@ def decoder_folder(config: RunConfig) -> str:
     return str(config.surrogate) if decoder_kind(config) == "surrogate" else config.target
 
 
-def supervision(config: RunConfig) -> Literal["response", "special_tokens"]:
+def supervision(config: RunConfig) -> Supervision:
     return STAGES[config.stage].supervise if config.data.supervise == "auto" else config.data.supervise
 
 

@@ -29,6 +29,9 @@ WRAPPERS = (
 """Wordings of the image prompt; the first one is the paper's and the fixed one."""
 
 Role = Literal["system", "user", "assistant"]
+Supervision = Literal["response", "special_tokens", "full"]
+"""Which tokens carry loss: responses with the token that closes them; these and the template's special tokens (appendix
+A.5); all but image tokens."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class ChatTemplate:
         if template is None and not tokenizer.chat_template:
             raise ConversationError("the tokenizer has no chat template; give one with data.chat_template=FILE")
         self._special = set(tokenizer.all_special_ids)
-        self._cache: dict[tuple[str, ...], list[str]] = {}
+        self._cache: dict[tuple[str, ...], _Structure] = {}
         self._structure_ids: dict[str, list[int]] = {}
 
     def encode(
@@ -71,34 +74,35 @@ class ChatTemplate:
         turns: Sequence[Turn],
         *,
         tokens_per_image: int,
-        supervise: Literal["response", "special_tokens"],
+        supervise: Supervision,
         generate: bool = False,
     ) -> Encoded:
         """Encodes turns, `tokens_per_image` stand-ins for every `<image>` in a user's text.
 
-        Loss is on every response and the end-of-turn token behind it; with `special_tokens` also on the template's
-        special tokens (appendix A.5). With `generate` the structure that opens the assistant's answer is appended.
+        Labels are as `supervise` says. With `generate` the structure that opens the assistant's answer is appended.
         """
-        pieces = self._structure(tuple(turn.role for turn in turns), generate)
+        around = self._structure(tuple(turn.role for turn in turns), generate)
         ids: list[int] = []
         labels: list[int] = []
         responses: list[int] = []
         images, answers = 0, 0
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(around.pieces):
             structure = self._encode_structure(piece)
             answered = number > 0 and turns[number - 1].role == "assistant"
             for position, token in enumerate(structure):
                 special = token in self._special
                 closing = answered and special and not any(t in self._special for t in structure[:position])
                 ids.append(token)
-                labels.append(token if closing or (special and supervise == "special_tokens") else IGNORE)
+                named = special and supervise == "special_tokens"
+                labels.append(token if closing or named or supervise == "full" else IGNORE)
                 responses.append(answers - 1 if closing else -1)
             if number == len(turns):
                 break
             turn = turns[number]
             learned = turn.role == "assistant"
             answers += learned
-            parts = turn.text.split(PLACEHOLDER) if turn.role == "user" else [turn.text]
+            content = turn.text.strip() if around.trimmed[number] else turn.text
+            parts = content.split(PLACEHOLDER) if turn.role == "user" else [content]
             for index, part in enumerate(parts):
                 if index:
                     ids += [IMAGE_TOKEN] * tokens_per_image
@@ -107,7 +111,7 @@ class ChatTemplate:
                     images += 1
                 text = self.encode_text(part)
                 ids += text
-                labels += text if learned else [IGNORE] * len(text)
+                labels += text if learned or supervise == "full" else [IGNORE] * len(text)
                 responses += [answers - 1 if learned else -1] * len(text)
         return Encoded(ids, labels, images, responses)
 
@@ -119,7 +123,7 @@ class ChatTemplate:
 
     def end_of_turn(self) -> int:
         """The token that closes an assistant's answer, where generation stops."""
-        piece = self._structure(("user", "assistant"), False)[-1]
+        piece = self._structure(("user", "assistant"), False).pieces[-1]
         for token in self._encode_structure(piece):
             if token in self._special:
                 return token
@@ -130,11 +134,11 @@ class ChatTemplate:
             self._structure_ids[piece] = list(self.tokenizer(piece, add_special_tokens=False).input_ids)
         return self._structure_ids[piece]
 
-    def _structure(self, roles: tuple[Role, ...], generate: bool) -> list[str]:
-        """The template's text before, between and behind the contents: len(roles) + 1 pieces."""
+    def _structure(self, roles: tuple[Role, ...], generate: bool) -> _Structure:
+        """The template's text around the contents, and which contents it trims."""
         key = (*roles, "generate") if generate else roles
         if key not in self._cache:
-            stand_ins = [f"zq{index}qz" for index in range(len(roles))]
+            stand_ins = [f" zq{index}qz " for index in range(len(roles))]
             try:
                 text = self.tokenizer.apply_chat_template(
                     [{"role": role, "content": stand_in} for role, stand_in in zip(roles, stand_ins, strict=True)],
@@ -145,11 +149,23 @@ class ChatTemplate:
                 )
             except Exception as error:  # a template raises what its author chose
                 raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
-            pieces = re.split("|".join(stand_ins), text) if stand_ins else [text]
+            trimmed = tuple(stand_in not in text for stand_in in stand_ins)
+            marks = [s.strip() if trim else s for s, trim in zip(stand_ins, trimmed, strict=True)]
+            pieces = re.split("|".join(marks), text) if marks else [text]
             if len(pieces) != len(roles) + 1:
                 raise ConversationError("the chat template does not keep every turn's text")
-            self._cache[key] = pieces
+            self._cache[key] = _Structure(tuple(pieces), trimmed)
         return self._cache[key]
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """A chat template around n turns."""
+
+    pieces: tuple[str, ...]
+    """The text before, between and behind the contents: n + 1 pieces."""
+    trimmed: tuple[bool, ...]
+    """Which contents lose the white space around them, as Llama's template has it."""
 
 
 def image_prompt(question: str, mode: Literal["fixed", "random", "off"], sample_id: str, seed: int = 0) -> str:

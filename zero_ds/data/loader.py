@@ -17,6 +17,7 @@ from zero_ds.data.conversations import (
     ChatTemplate,
     ConversationError,
     Encoded,
+    Supervision,
     Turn,
     cut_turns,
     image_prompt,
@@ -33,7 +34,7 @@ class SampleEncoder:
     """One sample -> token ids, labels and pixel values; shared by training, evaluation and chat."""
 
     template: ChatTemplate
-    supervise: Literal["response", "special_tokens"]
+    supervise: Supervision
     processor: ImageProcessor | None = None
     tokens_per_image: int = 0
     max_length: int = 2048
