@@ -29,7 +29,9 @@ step() {
 step lint ruff check .
 step format ruff format --check .
 step types mypy zero_ds
-step tests python -m pytest "$@"
+# a file stays with one worker, for what its tests share is made once a worker
+cores="$(getconf _NPROCESSORS_ONLN)"
+step tests python -m pytest -n "$((cores < 4 ? cores : 4))" --dist loadfile "$@"
 
 say "$((SECONDS - started)) s in all"
 printf '%s\n' "$report"

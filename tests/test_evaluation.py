@@ -104,9 +104,7 @@ def prompt(encoder: SampleEncoder, query: Query) -> list[int]:
 
 def pixels_of(encoder: SampleEncoder, query: Query, paths: list[str]) -> torch.Tensor | None:
     return (
-        torch.stack(encoder.pixels(Sample(query.id, query.turns, tuple(paths[i] for i in query.images))))
-        if query.images
-        else None
+        encoder.pixels(Sample(query.id, query.turns, tuple(paths[i] for i in query.images))) if query.images else None
     )
 
 

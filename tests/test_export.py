@@ -54,7 +54,7 @@ def test_the_whole_prompt_is_the_one_of_training(
     encode = sample_encoder(model, target, made("clip"), run_config(find_commit(trained / "encoder")).data)
     sample = Sample("x", (Turn("user", f"<image>\n{QUESTION}"),), (str(tmp_path / "picture.png"),))
     encoded = encode.encode(encode.turns(sample), generate=True)
-    ids, pixels = torch.tensor([encoded.input_ids]), torch.stack(encode.pixels(sample))
+    ids, pixels = torch.tensor([encoded.input_ids]), encode.pixels(sample)
     ours = model.logits(model.hidden_states(ids, torch.ones_like(ids), pixels))
 
     processor = AutoProcessor.from_pretrained(exported)

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zero_ds.data.images import MAX_PIXELS, ImageError, ImageProcessor, open_image
+from zero_ds.data.images import MAX_PIXELS, ImageError, ImageProcessor, image_size, open_image
 
 RAMP = Image.linear_gradient("L").resize((40, 30))
 COLORED = Image.merge("RGB", (RAMP, RAMP.rotate(180), RAMP.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
@@ -203,13 +203,13 @@ def test_pixels_equal_those_of_transformers(size: tuple[int, int]) -> None:
         image_std=STD,
         resample=Image.Resampling.BICUBIC,
     )(image, return_tensors="pt").pixel_values[0]
-    ours = ImageProcessor(32, MEAN, STD)(image)
+    (ours,) = ImageProcessor(32, MEAN, STD)(image)
     assert ours.shape == (3, 32, 32) and ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)  # one step of eight bits is 0.015
 
 
 def test_padding_is_the_mean_color_and_centred() -> None:
-    pixels = ImageProcessor(32, MEAN, STD)(Image.new("RGB", (32, 16), "white"))
+    (pixels,) = ImageProcessor(32, MEAN, STD)(Image.new("RGB", (32, 16), "white"))
     assert pixels[:, :8].abs().max() < 0.02 and pixels[:, 24:].abs().max() < 0.02, "the mean is zero once normalised"
     assert pixels[:, 8:24].min() > 1
 
@@ -218,3 +218,62 @@ def test_processor_reads_its_folder(made: Any) -> None:
     processor = ImageProcessor.from_folder(made("clip"), 32)
     assert (processor.size, processor.resample) == (32, Image.Resampling.BICUBIC)
     assert processor.mean == pytest.approx(MEAN) and processor.std == pytest.approx(STD)
+
+
+# -- tiles -------------------------------------------------------------------------------------------------------------
+
+GRID = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+
+
+@pytest.mark.parametrize(
+    ("size", "tiling"),
+    [
+        ((32, 32), (1, 1)),
+        ((20, 10), (1, 1)),  # nothing is gained by enlarging
+        ((640, 640), (2, 2)),
+        ((640, 320), (1, 2)),
+        ((320, 640), (2, 1)),
+        ((900, 300), (1, 3)),
+        ((100, 4000), (3, 1)),
+    ],
+)
+def test_the_tiling_keeps_most_pixels_with_least_padding(size: tuple[int, int], tiling: tuple[int, int]) -> None:
+    processor = ImageProcessor(32, MEAN, STD, grid=GRID)
+    assert processor.tiling(*size) == tiling
+    assert processor.views(*size) == (1 if tiling == (1, 1) else 1 + tiling[0] * tiling[1])
+
+
+@pytest.mark.parametrize("size", [(640, 640), (640, 300), (100, 333), (7, 9), (64, 33)])
+def test_the_tiling_is_the_one_that_transformers_chooses(size: tuple[int, int]) -> None:
+    from transformers.image_processing_utils import select_best_resolution
+
+    width, height = size
+    resolutions = [[32 * rows, 32 * columns] for rows, columns in ((1, 1), *GRID)]
+    best = select_best_resolution((height, width), resolutions)
+    assert ImageProcessor(32, MEAN, STD, grid=GRID).tiling(width, height) == (best[0] // 32, best[1] // 32)
+
+
+def test_views_are_the_whole_and_its_tiles_row_by_row() -> None:
+    picture = Image.new("RGB", (64, 64))
+    for number, color in enumerate(("red", "lime", "blue", "white")):
+        picture.paste(color, (32 * (number % 2), 32 * (number // 2), 32 * (number % 2) + 32, 32 * (number // 2) + 32))
+    views = ImageProcessor(32, [0.0] * 3, [1.0] * 3, grid=GRID)(picture)
+    assert views.shape == (5, 3, 32, 32)
+    for view, color in zip(views[1:], ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]), strict=True):
+        torch.testing.assert_close(view, torch.tensor(color, dtype=torch.float32).view(3, 1, 1).expand(3, 32, 32))
+    assert views[0][:, :14, :14].flatten(1).mean(1).tolist() == pytest.approx([1, 0, 0], abs=0.05)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_the_size_alone_tells_the_number_of_views(width: int, height: int, grid: list[tuple[int, int]]) -> None:
+    processor = ImageProcessor(8, MEAN, STD, grid=grid)
+    assert len(processor(Image.new("RGB", (width, height)))) == processor.views(width, height) <= 17
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_size_of_a_picture_that_lies_on_its_side(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
+    assert image_size(tmp_path / "x.jpg") == open_image(tmp_path / "x.jpg").size

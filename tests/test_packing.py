@@ -55,7 +55,7 @@ def encoded(seed: int, lengths: list[int], pictures: list[int]) -> list[dict[str
                 "input_ids": ids,
                 "labels": [i if n >= length - 5 else IGNORE for n, i in enumerate(ids)],
                 "responses": [0 if n >= length - 5 else -1 for n in range(length)],
-                "pixels": [torch.randn(3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=generator) for _ in range(shown)],
+                "pixels": torch.randn(shown, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=generator),
                 "id": str(number),
             }
         )

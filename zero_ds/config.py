@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -105,6 +105,8 @@ class DataConfig(Section):
     """Longest sequence in tokens, image tokens included; a longer sample loses whole turns from its end."""
     image_prompt: Literal["fixed", "random", "off"] = "fixed"
     """The wrapper around the image placeholder: the paper's sentence, a random one of its wordings, or none."""
+    image_grid: tuple[tuple[Annotated[int, Field(ge=1, le=6)], Annotated[int, Field(ge=1, le=6)]], ...] = ()
+    """Tilings (rows, columns) that show large pictures in parts as well; empty: every picture once, as a whole."""
     supervise: Literal["auto", "response", "special_tokens", "full"] = "auto"
     """What carries loss: responses, also the template's special tokens, or all text; auto: the stage decides (A.5)."""
     system_prompt: str | None = None

@@ -46,6 +46,8 @@ def export_llava(weights: Path, target: str, out: Path, dtype: torch.dtype = tor
         raise ConfigError(f"{weights} has no vision encoder to export.")
     if config.adapter.boundary_tokens or config.encoder.patch_norm:
         raise ConfigError("Llava has no image-boundary embeddings and no norm on patch tokens; this run uses them.")
+    if config.data.image_grid:
+        raise ConfigError("Llava shows every picture once; this run was trained with data.image_grid.")
     model = load_graft(weights, target, dtype=dtype)
     folder = local_folder(target)
     with new_folder(out) as written:
@@ -297,7 +299,7 @@ def _answer(
     asked = f"{PLACEHOLDER}\n{question}" if images else question
     sample = Sample("proof", (Turn("user", asked),), images)
     encoded = encoder.encode(encoder.turns(sample), generate=True)
-    pixels = torch.stack(encoder.pixels(sample)) if images else None
+    pixels = encoder.pixels(sample) if images else None
     ids = torch.tensor([encoded.input_ids])
     end = encoder.template.end_of_turn()
     first: torch.Tensor | None = None

@@ -133,8 +133,8 @@ class Answerer:
         self._head: torch.nn.Module | None = None
 
     @torch.inference_mode()
-    def features(self, paths: Sequence[str], progress: Callable[[int], object] = lambda _: None) -> torch.Tensor:
-        """Features of the pictures in these files: (pictures, tokens per image, hidden), on the model's device.
+    def features(self, paths: Sequence[str], progress: Callable[[int], object] = lambda _: None) -> list[torch.Tensor]:
+        """Features of the pictures in these files: (tokens, hidden) of each, on the model's device.
 
         They depend on encoder and adapter only: a surrogate and the full model it was made for can share them.
 
@@ -142,33 +142,34 @@ class Answerer:
             ImageError: a picture that cannot be read.
         """
         assert self.encoder.processor is not None and paths
-        parts = []
+        found: list[torch.Tensor] = []
         for start in range(0, len(paths), self.batch_size):
-            pictures = [self.encoder.processor(open_image(path)) for path in paths[start : start + self.batch_size]]
-            parts.append(self.model.image_features(torch.stack(pictures).to(self.device)))
-            progress(len(pictures))
-        return torch.cat(parts)
+            views = [self.encoder.processor(open_image(path)) for path in paths[start : start + self.batch_size]]
+            tokens = self.model.image_features(torch.cat(views).to(self.device))
+            found += [part.flatten(0, 1) for part in tokens.split([len(each) for each in views])]
+            progress(len(views))
+        return found
 
     def reply(self, turns: Sequence[Turn], images: Sequence[str] = ()) -> str:
         """The answer to a conversation that ends with a user's turn and has a placeholder for each picture file."""
-        features = self.features(images) if images else None
+        features = self.features(images) if images else ()
         return self.examine([Query("chat", tuple(turns), tuple(range(len(images))))], features)[0].text
 
     @torch.inference_mode()
     def examine(
         self,
         queries: Sequence[Query],
-        features: torch.Tensor | None = None,
+        features: Sequence[torch.Tensor] = (),
         progress: Callable[[int], object] = lambda _: None,
     ) -> list[Reply]:
         """Answers queries, in their order; the batch size has no influence beyond float ties.
 
-        features: (pictures, tokens per image, hidden), see `features`; `progress` is told how many more are done.
+        features: of the pictures that queries name, see `features`; `progress` is told how many more are done.
 
         Raises:
             DataError: a query that does not fit its pictures, its answer or the length limit, named by its id.
         """
-        tasks = [self._task(number, query) for number, query in enumerate(queries)]
+        tasks = [self._task(number, query, features) for number, query in enumerate(queries)]
         replies: dict[int, Reply] = {}
         for window in self._windows(tasks):
             heads = list(dict.fromkeys((task.head, task.images) for task in window))
@@ -182,9 +183,9 @@ class Answerer:
 
     # -- queries in tokens ---------------------------------------------------------------------------------------------
 
-    def _task(self, number: int, query: Query) -> _Task:
+    def _task(self, number: int, query: Query, features: Sequence[torch.Tensor]) -> _Task:
         turns = self.encoder.turns(Sample(query.id, query.turns, ()))
-        encoded = self.encoder.encode(turns, generate=True)
+        encoded = self.encoder.encode(turns, generate=True, image_tokens=[len(features[i]) for i in query.images])
         ids = tuple(encoded.input_ids)
         if encoded.images != len(query.images):
             raise DataError(f"sample {query.id} has {len(query.images)} images for {encoded.images} placeholders")
@@ -238,7 +239,7 @@ class Answerer:
 
     # -- passes through the decoder ------------------------------------------------------------------------------------
 
-    def _read_heads(self, heads: Sequence[_Head], features: torch.Tensor | None) -> _Context:
+    def _read_heads(self, heads: Sequence[_Head], features: Sequence[torch.Tensor]) -> _Context:
         """Reads the beginnings of prompts with their pictures; what text all begin with is read once."""
         shared = _common([ids for ids, _ in heads])
         shared = min(shared, next((i for i, token in enumerate(heads[0][0]) if token == IMAGE_TOKEN), shared))
@@ -247,10 +248,7 @@ class Answerer:
             self._extend(context, [heads[0][0][:shared]])
         context = context.rows(torch.zeros(len(heads), dtype=torch.long, device=self.device))
         pictures = [row for _, images in heads for row in images]
-        chosen = None
-        if pictures:
-            assert features is not None and features.shape[1] == self.encoder.tokens_per_image
-            chosen = features[torch.tensor(pictures, device=features.device)].to(self.device)
+        chosen = torch.cat([features[row] for row in pictures]).to(self.device) if pictures else None
         self._extend(context, [ids[shared:] for ids, _ in heads], chosen)
         return context
 

@@ -293,7 +293,8 @@ def sample_encoder(
         raise ConfigError(f"data.chat_template={data.chat_template} cannot be read: {error.strerror}.") from None
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
-        processor = ImageProcessor.from_folder(encoder, model.encoder_family.vision_config(model.encoder).image_size)
+        size = model.encoder_family.vision_config(model.encoder).image_size
+        processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
     return SampleEncoder(
         template=ChatTemplate(AutoTokenizer.from_pretrained(decoder), template),
         supervise=supervise,

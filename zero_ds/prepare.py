@@ -135,7 +135,7 @@ def first_pixels(loader: Loader) -> torch.Tensor:
     pictures: list[torch.Tensor] = []
     for index in range(len(loader.records)):
         if loader.records.images(index):
-            pictures += loader.encoder.pixels(loader.records[index])
+            pictures += list(loader.encoder.pixels(loader.records[index]))
         if len(pictures) >= 16:
             break
     return torch.stack(pictures[:16])

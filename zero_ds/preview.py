@@ -59,8 +59,8 @@ class Preview:
             turns = self.encoder.turns(sample)
             asked = turns[: next(i for i, turn in enumerate(turns) if turn.role == "assistant")]
             try:
-                prompt = self.encoder.encode(asked, generate=True)
-                pixels = self.encoder.pixels(sample)[: prompt.images]
+                prompt = self.encoder.encode(asked, generate=True, image_tokens=self.encoder.image_tokens(sample))
+                pixels = self.encoder.pixels(sample, prompt.images)
             except (ConversationError, DataError):
                 continue  # training says what is wrong with it when its turn comes
             if len(prompt.input_ids) + self.config.tokens <= self.encoder.max_length:

@@ -24,7 +24,7 @@ def collate(samples: Sequence[dict[str, Any]], pad_id: int, image_size: int | No
     """Pads to the longest sample; no sample at all gives one row of one token without a label.
 
     Returns input_ids, labels, responses, attention_mask: (batch, seq), responses numbered through the batch;
-    pixel_values: (max(images, 1), 3, size, size), one blank picture where the batch has none, because every rank runs
+    pixel_values: (max(views, 1), 3, size, size), one blank picture where the batch has none, because every rank runs
     the encoder exactly once a micro-batch; lengths: (samples,), tokens; ids.
     """
     batch = collate_rows([[sample] for sample in samples], pad_id, image_size)
@@ -68,8 +68,8 @@ def collate_rows(rows: Sequence[Sequence[dict[str, Any]]], pad_id: int, image_si
         "ids": [sample["id"] for sample in samples],
     }
     if image_size is not None:
-        pictures = [picture for sample in samples for picture in sample["pixels"]]
-        batch["pixel_values"] = torch.stack(pictures) if pictures else torch.zeros(1, 3, image_size, image_size)
+        views = [sample["pixels"] for sample in samples if len(sample["pixels"])]
+        batch["pixel_values"] = torch.cat(views) if views else torch.zeros(1, 3, image_size, image_size)
     return batch
 
 

@@ -73,11 +73,11 @@ class ChatTemplate:
         self,
         turns: Sequence[Turn],
         *,
-        tokens_per_image: int,
+        tokens_per_image: int | Sequence[int],
         supervise: Supervision,
         generate: bool = False,
     ) -> Encoded:
-        """Encodes turns, `tokens_per_image` stand-ins for every `<image>` in a user's text.
+        """Encodes turns, with stand-ins for every `<image>` in a user's text: as many for each, or one number an image.
 
         Labels are as `supervise` says. With `generate` the structure that opens the assistant's answer is appended.
         """
@@ -86,6 +86,12 @@ class ChatTemplate:
         labels: list[int] = []
         responses: list[int] = []
         images, answers = 0, 0
+
+        def of_image(number: int) -> int:
+            if isinstance(tokens_per_image, int):
+                return tokens_per_image
+            return tokens_per_image[number] if number < len(tokens_per_image) else 0
+
         for number, piece in enumerate(around.pieces):
             structure = self._encode_structure(piece)
             answered = number > 0 and turns[number - 1].role == "assistant"
@@ -105,9 +111,10 @@ class ChatTemplate:
             parts = content.split(PLACEHOLDER) if turn.role == "user" else [content]
             for index, part in enumerate(parts):
                 if index:
-                    ids += [IMAGE_TOKEN] * tokens_per_image
-                    labels += [IGNORE] * tokens_per_image
-                    responses += [-1] * tokens_per_image
+                    count = of_image(images)
+                    ids += [IMAGE_TOKEN] * count
+                    labels += [IGNORE] * count
+                    responses += [-1] * count
                     images += 1
                 text = self.encode_text(part)
                 ids += text

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are refused before they are decoded."""
@@ -63,34 +63,84 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise ImageError(f"image {path} cannot be read: {error}") from None
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture as it stands upright, from its header alone.
+
+    Raises:
+        ImageError: as `check_header`.
+    """
+    with _opened(path) as file:
+        sideways = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (file.height, file.width) if sideways else (file.width, file.height)
+
+
 class ImageProcessor:
-    """Pads to a square with the mean colour, resizes, normalises (Table A.2)."""
+    """Pads to a square with the mean colour, resizes, normalises (Table A.2); large pictures also in tiles.
+
+    With a grid of tilings (rows, columns) a picture is shown once as a whole and once more cut into the tiles of the
+    tiling in which most of its pixels survive, of those that do the one with the least padding: LLaVA-NeXT's "anyres".
+    """
 
     def __init__(
-        self, size: int, mean: list[float], std: list[float], resample: int = Image.Resampling.BICUBIC
+        self,
+        size: int,
+        mean: list[float],
+        std: list[float],
+        resample: int = Image.Resampling.BICUBIC,
+        grid: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.size = size
         self.mean = mean
         self.std = std
         self.resample = Image.Resampling(resample)
+        self.grid = tuple(grid)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, image_size: int) -> ImageProcessor:
+    def from_folder(cls, folder: str | Path, image_size: int, grid: Sequence[tuple[int, int]] = ()) -> ImageProcessor:
         """Mean, deviation and filter of the folder's preprocessor_config.json, the size of its model."""
         from transformers import AutoImageProcessor
 
         settings: Any = AutoImageProcessor.from_pretrained(folder)
-        return cls(image_size, list(settings.image_mean), list(settings.image_std), int(settings.resample))
+        return cls(image_size, list(settings.image_mean), list(settings.image_std), int(settings.resample), grid)
+
+    def tiling(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of a picture's tiles; (1, 1): it is shown as a whole alone."""
+        best, best_key = (1, 1), (-1, 0)
+        for rows, columns in ((1, 1), *self.grid):
+            across, down = columns * self.size, rows * self.size
+            scale = min(across / width, down / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            if (key := (kept, kept - across * down)) > best_key:
+                best, best_key = (rows, columns), key
+        return best
+
+    def views(self, width: int, height: int) -> int:
+        """How many squares the encoder sees of a picture: the whole, and its tiles."""
+        rows, columns = self.tiling(width, height)
+        return 1 if rows * columns == 1 else 1 + rows * columns
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture -> (3, size, size) float32."""
+        """RGB picture -> its views: (views, 3, size, size) float32, the whole first, then tiles row by row."""
+        rows, columns = self.tiling(*image.size)
+        squares = [self._fitted(image, 1, 1)]
+        if rows * columns > 1:
+            tiled = self._fitted(image, rows, columns)
+            squares += [
+                tiled.crop((column * self.size, row * self.size, (column + 1) * self.size, (row + 1) * self.size))
+                for row in range(rows)
+                for column in range(columns)
+            ]
+        pixels = torch.from_numpy(np.stack([np.asarray(square, dtype=np.float32) for square in squares]) / 255.0)
+        return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(0, 3, 1, 2).contiguous()
+
+    def _fitted(self, image: Image.Image, rows: int, columns: int) -> Image.Image:
+        """The picture in the middle of so many squares, padded with the mean colour, resized."""
         fill = tuple(int(255 * channel) for channel in self.mean)  # cut off, as LLaVA and transformers do
-        side = max(image.size)
-        if image.size != (side, side):
-            square = Image.new("RGB", (side, side), fill)
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), self.resample)
-        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
-        return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()
+        width = max(image.width, -(-image.height * columns // rows))
+        height = max(image.height, -(-image.width * rows // columns))
+        if image.size != (width, height):
+            padded = Image.new("RGB", (width, height), fill)
+            padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+            image = padded
+        target = (columns * self.size, rows * self.size)
+        return image if image.size == target else image.resize(target, self.resample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from zero_ds.data.conversations import (
     image_prompt,
 )
 from zero_ds.data.formats import DataError, TooLongError
-from zero_ds.data.images import ImageError, ImageProcessor, open_image
+from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Records, Sample
 
 logger = logging.getLogger(__name__)
@@ -51,20 +52,49 @@ class SampleEncoder:
         turns[first] = Turn("user", image_prompt(turns[first].text, self.image_prompt, sample.id, self.seed))
         return turns
 
-    def encode(self, turns: Sequence[Turn], generate: bool = False) -> Encoded:
+    def encode(
+        self, turns: Sequence[Turn], generate: bool = False, image_tokens: Sequence[int] | None = None
+    ) -> Encoded:
+        """image_tokens: how many each picture has, where that is not `tokens_per_image`."""
         return self.template.encode(
-            turns, tokens_per_image=self.tokens_per_image, supervise=self.supervise, generate=generate
+            turns,
+            tokens_per_image=self.tokens_per_image if image_tokens is None else image_tokens,
+            supervise=self.supervise,
+            generate=generate,
         )
 
-    def pixels(self, sample: Sample) -> list[torch.Tensor]:
-        if sample.images and self.processor is None:
-            raise DataError(
-                f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples"
-            )
+    def image_tokens(self, sample: Sample) -> list[int]:
+        """Image tokens of each picture of a sample; looks at their sizes where these decide.
+
+        Raises:
+            DataError: a picture whose size cannot be read.
+        """
+        if self.processor is None or not self.processor.grid:
+            return [self.tokens_per_image] * len(sample.images)
         try:
-            return [self.processor(open_image(path)) for path in sample.images] if self.processor else []
+            views = [self.processor.views(*image_size(path)) for path in sample.images]
         except ImageError as error:
             raise DataError(f"sample {sample.id}: {error}") from None
+        return [count * self.tokens_per_image for count in views]
+
+    def pixels(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
+        """Views of the first so many pictures of a sample, or of all: (views, 3, size, size).
+
+        Raises:
+            DataError: a picture that cannot be read, or one in a stage without an encoder.
+        """
+        if self.processor is None:
+            if sample.images:
+                raise DataError(
+                    f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples"
+                )
+            return torch.zeros(0, 3, 0, 0)
+        views = [torch.zeros(0, 3, self.processor.size, self.processor.size)]
+        try:
+            views += [self.processor(open_image(path)) for path in sample.images[:pictures]]
+        except ImageError as error:
+            raise DataError(f"sample {sample.id}: {error}") from None
+        return torch.cat(views)
 
     def tokens(self, sample: Sample) -> Encoded:
         """The sample as ids and labels, cut to whole turns within max_length.
@@ -72,8 +102,9 @@ class SampleEncoder:
         Raises:
             TooLongError: nothing that carries a label fits. DataError: the chat template refuses the sample.
         """
+        encode = functools.partial(self.encode, image_tokens=self.image_tokens(sample))
         try:
-            encoded = cut_turns(self.turns(sample), self.max_length, self.encode)
+            encoded = cut_turns(self.turns(sample), self.max_length, encode)
         except ConversationError as error:
             raise DataError(f"sample {sample.id}: {error}") from None
         if encoded is None:
@@ -83,7 +114,7 @@ class SampleEncoder:
         return encoded
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
-        """-> input_ids, labels, responses (lists of int), pixels (list of (3, size, size)), id.
+        """-> input_ids, labels, responses (lists of int), pixels (views, 3, size, size), id.
 
         Raises:
             TooLongError, DataError: as `tokens`, or a picture that cannot be read.
@@ -96,7 +127,7 @@ class SampleEncoder:
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
             "responses": encoded.responses,
-            "pixels": self.pixels(sample)[: encoded.images],
+            "pixels": self.pixels(sample, encoded.images),
             "id": sample.id,
         }
 

@@ -131,8 +131,8 @@ def shuffled_pictures(pictures: Sequence[str], seed: int) -> dict[str, str]:
     return dict(zip(names, [*names[1:], names[0]], strict=True))
 
 
-def image_features(answerer: Answerer, records: Sequence[EvaluationRecord]) -> torch.Tensor:
-    """Features of the records' pictures, in the order of their first appearance: (pictures, tokens, hidden).
+def image_features(answerer: Answerer, records: Sequence[EvaluationRecord]) -> list[torch.Tensor]:
+    """Features of the records' pictures, in the order of their first appearance: (tokens, hidden) of each.
 
     Encoder and adapter alone decide about them: pass them to `evaluate` for every decoder that shares both.
     """
@@ -146,7 +146,7 @@ def evaluate(
     records: Sequence[EvaluationRecord],
     name: str,
     *,
-    features: torch.Tensor | None = None,
+    features: Sequence[torch.Tensor] | None = None,
     seed: int = 0,
     setting: Mapping[str, Any] | None = None,
 ) -> Evaluation:

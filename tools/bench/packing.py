@@ -1,0 +1,81 @@
+"""How full batches are: positions that hold a token, padded, grouped by length and packed, on a data set's samples.
+
+python tools/bench/packing.py DATA.json --model MODEL --global-batch 128 --ranks 8 --micro-batch 1
+
+Counts tokens only; pictures are not opened. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from zero_ds.config import SourceConfig
+from zero_ds.data.conversations import ChatTemplate, Encoded
+from zero_ds.data.loader import Loader, SampleEncoder
+from zero_ds.data.sources import Records, Sample
+from zero_ds.hub import local_folder
+from zero_ds.pretrained import load_tokenizer
+
+
+class WithoutPictures(SampleEncoder):
+    """Counts image tokens and opens no picture."""
+
+    def with_pixels(self, sample: Sample, encoded: Encoded) -> dict[str, Any]:
+        return super().with_pixels(replace(sample, images=()), encoded)
+
+
+def main(
+    data: Annotated[Path, typer.Argument(help="Data file.")],
+    model: Annotated[str, typer.Option(help="Tokenizer and chat template of this model.")],
+    global_batch: int = 128,
+    ranks: int = 8,
+    micro_batch: int = 1,
+    max_length: int = 2048,
+    tokens_per_image: int = 576,
+    steps: int = 40,
+    out: Path | None = None,
+) -> None:
+    """Measure the share of positions that hold a token."""
+    template = ChatTemplate(load_tokenizer(local_folder(model)))
+    encoder = WithoutPictures(template, "response", None, tokens_per_image, max_length)
+    records = Records([SourceConfig(path=str(data))])
+    rows = []
+    ways: dict[str, tuple[int, dict[str, bool]]] = {
+        "padded": (micro_batch, {}),
+        "padded, rows as many as packed": (max(micro_batch, 4), {}),
+        "grouped": (max(micro_batch, 4), {"group_by_length": True}),
+        "packed": (micro_batch, {"packing": True}),
+    }
+    for name, (micro, options) in ways.items():
+        tokens = places = waiting = passes = 0
+        loaders = [Loader(records, encoder, global_batch, micro, r, ranks, 0, 0, **options) for r in range(ranks)]
+        streams = [loader.steps(0, steps) for loader in loaders]
+        for _ in tqdm(range(steps), desc=name, leave=False, disable=None):
+            held = [next(stream) for stream in streams]
+            passes += len(held[0])
+            for side_by_side in zip(*held, strict=True):
+                shapes = torch.tensor([list(batch["input_ids"].shape) for batch in side_by_side])
+                tokens += sum(int(batch["lengths"].sum()) for batch in side_by_side)
+                places += int(shapes.prod(1).sum())
+                waiting += int(shapes.prod(1).max()) * ranks
+        row = {"way": name, "used": tokens / places, "used_with_waiting": tokens / waiting, "passes": passes / steps}
+        rows.append({**row, "micro_batch": micro})
+        print(
+            f"{name:<32} {row['used']:6.1%} of positions hold a token, {row['used_with_waiting']:6.1%} counting ranks "
+            f"that wait for the longest, {row['passes']:.1f} passes a step"
+        )
+    if out is not None:
+        out.write_text(
+            json.dumps({"data": str(data), "ranks": ranks, "global_batch": global_batch, "rows": rows}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
