@@ -198,7 +198,7 @@ def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: s
     for most, left, largest in run_ranks(extra_while_saving, 2, config):
         assert largest > 10 * 4 * PIECE
         assert most <= 4 * PIECE, f"{most / largest:.2f} times the largest parameter"
-        assert left < 3 * largest, "of about ten times as much that was gathered"
+        assert left < 4 * largest, "of about ten times as much that was gathered"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,0 +1,133 @@
+"""Samples a second: the loader against reading, tokenising and padding inside the training step, in one run, in turns.
+
+python tools/bench/loader.py --model MODEL --encoder ENCODER --workers 2
+
+The other way is what most training scripts do: records in a list, transformers' image processor and chat template for
+every sample where the step needs it, labels by tokenising the beginning of the conversation, padding to the longest.
+Draws its own data: JPEG pictures of 640 x 480 and conversations of the lengths of LLaVA-1.5-665K's.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from zero_ds.config import SourceConfig
+from zero_ds.data.conversations import ChatTemplate
+from zero_ds.data.images import ImageProcessor
+from zero_ds.data.loader import Loader, SampleEncoder
+from zero_ds.data.sources import Records
+
+
+def draw(folder: Path, samples: int, pictures: int = 64) -> Path:
+    """Writes pictures with structure and noise, and a LLaVA JSON of samples about them."""
+    rng, noise = random.Random(0), np.random.default_rng(0)
+    for number in range(pictures):
+        coarse = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480))
+        fine = noise.integers(-12, 13, (480, 640, 3))
+        Image.fromarray((np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg")
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(3000)]
+
+    def text(count: float) -> str:
+        return " ".join(rng.choices(words, k=max(1, int(count))))
+
+    records = []
+    for number in range(samples):
+        turns = []
+        for turn in range(max(1, min(12, int(rng.lognormvariate(1.0, 0.7))))):
+            asked = ("<image>\n" if turn == 0 else "") + text(rng.randint(4, 14))
+            turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": text(rng.lognormvariate(3.0, 1.1))}]
+        records.append({"id": str(number), "image": f"{number % pictures}.jpg", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def in_the_step(
+    data: Path, model: Path, encoder: Path, size: int, batch: int, tokens: int, limit: int
+) -> Iterator[int]:
+    """Yields the number of samples of each batch, made the obvious way."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sides = {"height": size, "width": size}
+    processor = AutoImageProcessor.from_pretrained(encoder, size={"shortest_edge": size}, crop_size=sides)
+    records = json.loads(data.read_text())
+    roles = {"human": "user", "gpt": "assistant"}
+    for start in range(0, len(records) - batch + 1, batch):
+        rows = []
+        for record in records[start : start + batch]:
+            picture = Image.open(data.parent / record["image"]).convert("RGB")
+            pixels = processor(picture, return_tensors="pt").pixel_values[0]
+            messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+            ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False)
+            labels = [-100] * len(ids)
+            for number, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    before = tokenizer.apply_chat_template(
+                        messages[:number], add_generation_prompt=True, return_dict=False
+                    )
+                    behind = tokenizer.apply_chat_template(messages[: number + 1], return_dict=False)
+                    labels[len(before) : len(behind)] = ids[len(before) : len(behind)]
+            rows.append((([0] * tokens + ids)[:limit], ([-100] * tokens + labels)[:limit], pixels))
+        longest = max(len(ids) for ids, _, _ in rows)
+        torch.tensor([ids + [0] * (longest - len(ids)) for ids, _, _ in rows])
+        torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels, _ in rows])
+        torch.stack([pixels for _, _, pixels in rows])
+        yield batch
+
+
+def rate(batches: Iterator[int]) -> float:
+    """Samples a second behind the first batches, for which processes start and caches fill."""
+    for _ in range(4):
+        next(batches)
+    started = time.perf_counter()
+    count = sum(batches)
+    return count / (time.perf_counter() - started)
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder with tokenizer and chat template.")],
+    encoder: Annotated[Path, typer.Option(help="Folder with an image processor.")],
+    size: Annotated[int, typer.Option(help="Side of the encoder's pictures.")] = 336,
+    batch: int = 16,
+    workers: int = 2,
+    samples: int = 512,
+    rounds: int = 5,
+    out: Path | None = None,
+) -> None:
+    """Compare the loader with reading in the step."""
+    tokens, limit = (size // 14) ** 2, 2048
+    found: dict[str, list[float]] = {"in the step": [], "loader, padded": [], "loader, packed": []}
+    with tempfile.TemporaryDirectory() as folder:
+        data = draw(Path(folder), samples)
+        processor: Any = ImageProcessor.from_folder(encoder, size)
+        template = ChatTemplate(AutoTokenizer.from_pretrained(model))
+        sample_encoder = SampleEncoder(template, "response", processor, tokens, limit)
+        records = Records([SourceConfig(path=str(data))])
+        steps = samples // batch
+        for _ in range(rounds):
+            found["in the step"].append(rate(in_the_step(data, model, encoder, size, batch, tokens, limit)))
+            for name, packing in (("loader, padded", False), ("loader, packed", True)):
+                loader = Loader(records, sample_encoder, batch, 4, 0, 1, 0, 0, workers=workers, packing=packing)
+                found[name].append(rate(sum(len(b["ids"]) for b in step) for step in loader.steps(0, steps)))
+    base = statistics.median(found["in the step"])
+    for name, rates in found.items():
+        median = statistics.median(rates)
+        spread = f"{min(rates):.0f} to {max(rates):.0f}"
+        print(f"{name:<16} {median:7.1f} samples/s ({spread}), {median / base:.2f} times")
+    if out is not None:
+        out.write_text(json.dumps({"size": size, "workers": workers, "samples_per_second": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
