@@ -13,6 +13,7 @@ from zero_ds.config import ConfigError, SourceConfig
 from zero_ds.data.demo import BACKGROUNDS, COLORS, caption, draw, sample_scene, write_demo
 from zero_ds.data.sources import Records
 from zero_ds.evaluation.records import read_records
+from zero_ds.warmup import warm_up
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,13 @@ def test_scenes_are_drawn_as_described() -> None:
 def test_an_existing_folder_is_left_alone(demo: Path) -> None:
     with pytest.raises(ConfigError, match="already exists"):
         write_demo(demo, train=1, heldout=1, told=0)
+
+
+def test_the_encoder_is_warmed_up_into_a_folder_of_transformers(demo: Path, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, CLIPVisionModel
+
+    accuracy = warm_up(demo, tmp_path / "encoder", steps=3, batch=4)
+    assert {"color", "shape"} <= set(accuracy)
+    assert all(0 <= value <= 1 for value in accuracy.values())
+    model = CLIPVisionModel.from_pretrained(tmp_path / "encoder")
+    assert model.config.image_size == AutoImageProcessor.from_pretrained(tmp_path / "encoder").crop_size["height"]

@@ -46,7 +46,7 @@ def warm_up(data: Path, out: Path, *, steps: int = 2000, batch: int = 64, seed: 
     torch.manual_seed(seed)
     records = json.loads((data / "train.json").read_text(encoding="utf-8"))
     process = ImageProcessor(SHAPE["image_size"], MEAN, STD)
-    pixels = torch.stack([process(open_image(data / record["image"])) for record in records])
+    pixels = torch.cat([process(open_image(data / record["image"])) for record in records])
     attributes = [name for name in records[0]["scene"] if name != "jitter"]
     labels: dict[str, torch.Tensor] = {}
     widths: dict[str, int] = {}
