@@ -89,12 +89,13 @@ class SampleEncoder:
                     f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples"
                 )
             return torch.zeros(0, 3, 0, 0)
-        views = [torch.zeros(0, 3, self.processor.size, self.processor.size)]
         try:
-            views += [self.processor(open_image(path)) for path in sample.images[:pictures]]
+            views = [self.processor(open_image(path)) for path in sample.images[:pictures]]
         except ImageError as error:
             raise DataError(f"sample {sample.id}: {error}") from None
-        return torch.cat(views)
+        if not views:
+            return torch.zeros(0, 3, self.processor.size, self.processor.size)
+        return views[0] if len(views) == 1 else torch.cat(views)
 
     def tokens(self, sample: Sample) -> Encoded:
         """The sample as ids and labels, cut to whole turns within max_length.
