@@ -232,10 +232,14 @@ def ends(
     changed.write_text(json.dumps({**json.loads(changed.read_text()), "encoder_hash": "another"}))
     other_data = cut(runs / "zero2", runs / "other data") / "step-000003" / "manifest.json"
     other_data.write_text(json.dumps({**json.loads(other_data.read_text()), "data_hash": "another"}))
-    file = damaged / "step-000003" / "resume" / "state.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    # the newest commit is damaged, and `latest` set back to the one before
+    shutil.copytree(runs / "zero2", runs / "one before")
+    (runs / "one before" / "latest").write_text("step-000003\n")
+    for commit in (damaged / "step-000003", runs / "one before" / "step-000006"):
+        file = commit / "resume" / "state.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
     configs = {
         "complete": run_config("pretrain", runs / "zero2", **OPTIONS),
         "killed": run_config("pretrain", runs / "killed", **OPTIONS),
@@ -244,7 +248,9 @@ def ends(
         ),
         "leftover": run_config("pretrain", runs / "leftover", seed=5),
         "damaged": run_config("pretrain", runs / "damaged", **OPTIONS),
+        "one before": run_config("pretrain", runs / "one before", **OPTIONS),
         "changed": run_config("pretrain", runs / "changed", **OPTIONS),
+        "by time": run_config("pretrain", runs / "by time", max_steps=2, checkpoint={"every_minutes": 1e-9, "keep": 9}),
         "other data": run_config("pretrain", runs / "other data", **OPTIONS),
         "other config": run_config("pretrain", runs / "zero3", zero="zero3", seed=3, **OPTIONS),
         "encoder": run_config("encoder", runs / "encoder", init_from=[str(runs / "zero2")], max_steps=2),
@@ -293,8 +299,19 @@ def test_a_flipped_byte_is_noticed(ends: dict[str, str]) -> None:
     assert ends["damaged"].startswith("CheckpointError: ") and "state.safetensors is damaged" in ends["damaged"]
 
 
+def test_the_commit_before_a_damaged_one_still_loads(runs: Path, ends: dict[str, str]) -> None:
+    assert ends["one before"] == "step-000006"
+    ours, theirs = weights(runs / "one before"), weights(runs / "zero2")
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5) for name in theirs)
+
+
 def test_another_configuration_does_not_resume(ends: dict[str, str]) -> None:
     assert "ConfigError: " in ends["other config"] and "holds another run (seed: 0 -> 3)" in ends["other config"]
+
+
+def test_commits_come_by_time(runs: Path, ends: dict[str, str]) -> None:
+    assert ends["by time"] == "step-000002"
+    assert sorted(path.name for path in (runs / "by time").glob("step-*")) == ["step-000001", "step-000002"]
 
 
 def test_other_data_does_not_resume(ends: dict[str, str]) -> None:

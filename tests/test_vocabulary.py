@@ -108,3 +108,16 @@ def test_a_second_backward_pass_is_an_error_not_another_gradient() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
+
+
+def test_small_gradients_of_half_precision_survive_until_the_loss_scale_is_on_them() -> None:
+    scores = torch.zeros(2, 30000, dtype=torch.float16)
+    scores[:, 0] = 12.0
+    labels, factors = torch.zeros(2, dtype=torch.long), torch.full((2,), 2.0**14)
+    _, ours = with_gradient(lambda s: cross_entropies(s, labels), scores, factors)
+    _, theirs = with_gradient(lambda s: F.cross_entropy(s, labels, reduction="none"), scores.double(), factors)
+    assert ours.dtype == torch.float16
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=1e-6)
+    _, ours = with_gradient(lambda s: divergences(s, torch.zeros_like(s)), scores, factors)
+    _, theirs = with_gradient(lambda s: plain_divergences(s, torch.zeros_like(s)), scores.double(), factors)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=1e-6)

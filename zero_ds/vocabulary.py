@@ -31,6 +31,12 @@ def divergences(scores: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
     return losses
 
 
+def _room(scores: torch.Tensor) -> torch.Tensor:
+    """For the gradient: in the type of the scores, but for float16, in which small ones are zero before the loss scale
+    is on them."""
+    return torch.empty_like(scores, dtype=torch.float32 if scores.dtype == torch.float16 else scores.dtype)
+
+
 def _slices(scores: torch.Tensor) -> Iterator[slice]:
     step = max(1, ROWS_BYTES.get(scores.device.type, 1 << 28) // (4 * scores.shape[1]))
     return (slice(start, start + step) for start in range(0, len(scores), step))
@@ -44,8 +50,9 @@ def _log_sum(scores: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
 class _CrossEntropies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = scores.dtype
         losses = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
-        gradient = torch.empty_like(scores) if ctx.needs_input_grad[0] else None
+        gradient = _room(scores) if ctx.needs_input_grad[0] else None
         for rows in _slices(scores):
             part, column = scores[rows].float(), labels[rows].unsqueeze(1)
             probabilities = part.softmax(1)
@@ -64,8 +71,9 @@ class _CrossEntropies(torch.autograd.Function):
 class _Divergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = scores.dtype
         losses = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
-        gradient = torch.empty_like(scores) if ctx.needs_input_grad[0] else None
+        gradient = _room(scores) if ctx.needs_input_grad[0] else None
         for rows in _slices(scores):
             part, goal = scores[rows].float(), goals[rows].float()
             probabilities, wanted = part.softmax(1), goal.softmax(1)
@@ -85,4 +93,4 @@ def _scaled(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
     """The kept gradient, each row times what came from above. In place: a second backward pass is an error."""
     (gradient,) = ctx.saved_tensors
     scaled: torch.Tensor = gradient.mul_(upstream.unsqueeze(1))
-    return scaled
+    return scaled.to(ctx.dtype)
