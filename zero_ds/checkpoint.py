@@ -88,9 +88,9 @@ def save(
         if final.is_dir():  # behind `latest`: left by a kill before it moved, or by a run that was set back
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(run)
+        sync_folder(run)
         write_atomically(run / "latest", name + "\n")
-        _sync(run)
+        sync_folder(run)
         steps = {int(path.name[5:]): path for path in run.iterdir() if COMMIT.fullmatch(path.name)}
         for old in [steps[step] for step in sorted(steps) if step <= progress["step"]][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -142,11 +142,12 @@ class _Writer:
         progress = {**progress, "state_sha256": self.state.close()}
         write_atomically(self.folder / "manifest.json", json.dumps(content, indent=2) + "\n")
         write_atomically(self.folder / "resume" / "progress.json", json.dumps(progress, indent=2) + "\n")
-        _sync(self.folder / "resume")
-        _sync(self.folder)
+        sync_folder(self.folder / "resume")
+        sync_folder(self.folder)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes sure that what was written into the folder outlives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
