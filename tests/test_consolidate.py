@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,7 @@ class Evil:
         self.mark = mark
 
     def __reduce__(self) -> Any:
-        return Path.mkdir, (Path(self.mark),)
+        return os.mkdir, (self.mark,)
 
 
 def _rewritten(change: Callable[[dict[str, Any]], Any], name: str) -> Callable[[Path], None]:
@@ -130,7 +131,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank 1 lost": (lambda f: (f / OPTIMIZER).unlink(), "was saved by 2 ranks and holds 1 shares"),
     "no model states": (lambda f: (f / MODEL).unlink(), "there is no file .*model_states.pt"),
     "truncated": (_truncated, "optim_states.pt is no file of torch.save.* or is damaged"),
-    "code": (_rewritten(lambda c: c.update(mine=Evil("mark")), MODEL), "is refused: it names pathlib"),
+    "code": (_rewritten(lambda c: c.update(mine=Evil("mark")), MODEL), "is refused: it names .*mkdir"),
     "another share": (
         _rewritten(lambda c: c["optimizer_state_dict"]["fp32_flat_groups"].pop(), OPTIMIZER),
         "elements where its parameters have",
@@ -196,7 +197,7 @@ def test_lost_weights_come_back_from_the_resume_state(case: str, runs: Path, tmp
 
     manifest = json.loads((run / "step-000002" / "manifest.json").read_text())
     (run / "step-000002" / "manifest.json").write_text(json.dumps({**manifest, "weights_sha256": "0" * 64}))
-    with pytest.raises(CheckpointError, match="does not give the weights that the manifest names"):
+    with pytest.raises(CheckpointError, match="does not give the weights that its manifest names"):
         consolidate_state(run, tmp_path / "other")
     state = run / "step-000002" / "resume" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-8])
@@ -241,15 +242,15 @@ def write_shards(folder: Path, *, ranks: int, parameters: int, elements: int) ->
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """336 MB of shares take no more than the window of 32 MB and some pieces on top of what the libraries take."""
-    elements = 7_000_001
+    """168 MB of shares take no more than the window of 16 MB and some pieces on top of what the libraries take."""
+    elements = 3_500_001
     size = write_shards(tmp_path / "shards", ranks=3, parameters=12, elements=elements)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), str(32 << 20)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(16 << 20)], check=True, capture_output=True, text=True
     )
     before, after = map(int, done.stdout.split())
     assert after - before < size / 3, f"{(after - before) >> 20} MiB for {size >> 20} MiB"
-    found = load_file(tmp_path / "out" / "step-000000" / "weights.safetensors")
+    found = load_file(tmp_path / "out" / "step-000001" / "weights.safetensors")
     for number in (0, 11):
         expected = (torch.arange(elements, dtype=torch.float32) % 251 + number).to(torch.bfloat16)
         # the last part is padded, and its numbers go on behind the parameter's end

@@ -277,7 +277,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "nested": (
         _changed(lambda c: c.update(model={"a": torch.ones(1)})),
         {},
-        r"holds more than tensors by name \(model\)",
+        r"holds more than tensors by name \(first: model\)",
     ),
     "integers": (_changed(lambda c: c.update(embd_soi=torch.ones(32).int())), {}, "embd_soi in .* is torch.int32"),
     "missing": (_changed(lambda c: c.pop("adapter.2.bias")), {}, r"lacks adapter.2.bias \(and 0 more\)"),
