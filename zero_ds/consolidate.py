@@ -83,7 +83,7 @@ class ZeroCheckpoint:
             self.stage = int(first["zero_stage"])
             partitions = first["partition_count"]
             self.key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-            paddings = first.get("param_alignment_paddings")
+            paddings = [[int(count) for count in group] for group in first.get("param_alignment_paddings") or ()]
             names = "zero_pp_rank_0_mp_rank_00_model_states.pt" if self.stage == 3 else "mp_rank_00_model_states.pt"
             states = read_torch_file(self.folder / names, STAND_INS)
             groups = [
@@ -153,11 +153,12 @@ class ZeroCheckpoint:
         return found
 
     def _split_by_group(
-        self, sizes: list[list[int]], groups: list[dict[str, torch.Size]], paddings: Any
+        self, sizes: list[list[int]], groups: list[dict[str, torch.Size]], paddings: list[list[int]]
     ) -> dict[str, list[Extent]]:
         """ZeRO-1 and 2: the parameters of a group lie end to end, and the whole is cut into one part a rank."""
         world, found = len(sizes), {}
-        if any(len(flats) != len(groups) for flats in sizes):
+        paddings = paddings or [[0] * len(group) for group in groups]
+        if any(len(flats) != len(groups) for flats in sizes) or [len(p) for p in paddings] != [len(g) for g in groups]:
             raise ConfigError(f"{self.folder} has {len(groups)} groups of parameters, and shares of another number.")
         for number, group in enumerate(groups):
             held = [flats[number] for flats in sizes]
@@ -171,7 +172,7 @@ class ZeroCheckpoint:
                         extents.append(Extent(rank, number, low - begin, high - begin))
                     begin += held[rank]
                 found[name] = extents
-                offset += shape.numel() + (int(paddings[number][place]) if paddings else 0)
+                offset += shape.numel() + paddings[number][place]
             align = 2 * world  # by so many elements DeepSpeed fills a group up
             if math.ceil(offset / align) != math.ceil(sum(held) / align):
                 raise ConfigError(
