@@ -46,7 +46,7 @@ def pickled(repository: Path, made: Callable[..., Path], content: Any) -> dict[s
 
 
 def test_weights_in_a_pickle_become_safetensors_once(hub: Path, made: Callable[..., Path]) -> None:
-    """The paper's CLIP is such a repository; numbers that old versions stored beside the weights do no harm."""
+    """As in older repositories; numbers that old versions stored beside the weights do no harm."""
     ids = {"embeddings.position_ids": torch.arange(5)}
     tensors = pickled(hub / "openai" / "clip", made, lambda weights: {**weights, **ids})
     folder = local_folder("openai/clip")

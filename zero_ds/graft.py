@@ -76,7 +76,8 @@ def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surro
         checks.append(Check("template", "chat template", "the run's own", config.data.chat_template, True))
     else:
         checks.append(_check("template", "chat template", relied.get("template"), text["template"]))
-    if (thorough or recorded != now) and width == here:
+    # a run against the target itself relied on embeddings that the target's hash has samples of
+    if width == here and (recorded != now or (thorough and manifest.get("plan"))):
         embeddings = content_hash(locate(decoder_tensors(target))[family_of(target).embeddings])
         checks.append(_check("embeddings", "word embeddings", relied.get("embeddings"), embeddings))
     if config.encoder is not None:
@@ -84,7 +85,8 @@ def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surro
         checks.append(_check("encoder", "vision encoder", manifest.get("encoder_hash"), encoder))
     early = _trained_early(commit, config)
     if early is not None:
-        checks.append(Check("kept-layers", "kept layers", f"trained in {early}", "the target's own", False))
+        what = "the source of the kept layers"
+        checks.append(Check("kept-layers", what, f"{early}, which trained them", "the target", False))
     elif thorough and width == here and manifest.get("plan"):
         checks.append(_kept_layers(manifest, config, target, surrogate))
     return checks
@@ -158,13 +160,13 @@ def _kept_layers(manifest: dict[str, Any], config: RunConfig, target: Path, surr
         return Check(name, what, str(config.surrogate), f"{config.surrogate} is not here; name --surrogate", None)
     plan = LayerPlan.from_json(manifest["plan"])
     if (other := read_surrogate(folder).plan) != plan:
-        return Check(name, what, str(plan), f"{folder} is {other}", False)
+        return Check(name, f"the cut of {folder}", str(plan), str(other), False)
     pairs = kept_tensors(plan, family_of(target).layer_prefix, decoder_spans(folder), decoder_spans(target))
     size = sum(left.size for _, left, _ in pairs)
     with tqdm(total=size, desc="comparing", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         for tensor, left, right in pairs:
             if right is None or not same_bytes(left, right, bar):
-                return Check(name, what, f"{folder}", f"{tensor} is another", False)
+                return Check(name, "the first kept tensor that differs", f"the one in {folder}", tensor, False)
     count = f"{len(plan.kept)} layers, {len(pairs)} tensors, {size:,} bytes equal"
     return Check(name, what, count, count, True)
 

@@ -47,7 +47,7 @@ def local_folder(name: str) -> Path:
 def _with_safetensors(folder: Path, name: str) -> Path:
     """The same model in a folder of ours with safetensors weights, made once.
 
-    Older repositories, such as that of the paper's CLIP, hold nothing but a pickle; what is in it is not run.
+    Older repositories hold nothing but a pickle; what is in it is not run.
 
     Raises:
         ConfigError: a file that is damaged, or names code.
