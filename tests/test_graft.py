@@ -256,6 +256,6 @@ def test_the_encoder_and_the_surrogate_belong_to_the_report(
     weights = load_file(run / "weights.safetensors")
     save_file({**weights, "early.0.norm": torch.ones(2)}, run / "weights.safetensors")
     with pytest.raises(
-        ConfigError, match="source of the kept layers is the target, trained with .*, which trained them"
+        ConfigError, match=r"source of the kept layers is the target, trained with .*, which trained them"
     ):
         load_graft(run, target, accept=["encoder"])

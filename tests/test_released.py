@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -221,6 +223,36 @@ def test_a_run_starts_from_it(
     torch.testing.assert_close(grafted.adapter[2].weight, held["adapter.2.weight"], atol=1e-6, rtol=0)  # type: ignore[index]
     encode = sample_encoder(grafted, target, clip, config.data)
     assert encode.tokens_per_image == tiny.TOKENS_PER_IMAGE + 2
+
+
+def test_it_is_evaluated_like_a_run(made: Callable[..., Path], small: Path, tmp_path: Path) -> None:
+    """By the command: in its surrogate, grafted, and into a target with another template, if that is accepted."""
+    from PIL import Image
+
+    target, clip = made("llama", tied=True), made("clip")
+    file = released(tmp_path / "t.pth", target, clip, "translator", layers=[1, 2])
+    import_released(file, str(target), tmp_path / "imported", surrogate=str(small), encoder=str(clip))
+    records = []
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{number}.png")
+        word = {"kind": "colour", "start": 0, "word": colour, "choices": ["red", "blue"]}
+        one = {"id": colour, "kind": "question", "image": f"{number}.png", "question": "which colour?"}
+        records.append({**one, "answer": colour, "words": [word]})
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    shutil.copytree(target, tmp_path / "other")
+    template = tmp_path / "other" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# other #}")
+
+    def evaluate(decoder: Path, *more: str) -> Any:
+        words = ["--weights", tmp_path / "imported", "--decoder", decoder, "--records", tmp_path / "records.json"]
+        options = ["--out", tmp_path / "result.json", "--max-new-tokens", 2, "--dtype", "float32", *more]
+        return CliRunner().invoke(app, ["eval", *map(str, [*words, *options])])
+
+    for decoder, more in ((small, ()), (target, ()), (tmp_path / "other", ("--accept", "template"))):
+        done = evaluate(decoder, *more)
+        assert done.exit_code == 0 and "of 2 words free" in done.output, done.output
+    refused = evaluate(tmp_path / "other")
+    assert "chat template is" in str(refused.exception) and "--accept template" in str(refused.exception)
 
 
 class Evil:
