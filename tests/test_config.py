@@ -59,6 +59,8 @@ def test_unknown_key_in_the_recipe_itself(tmp_path: Path) -> None:
         ("optimizer.learning_rate=fast", "optimizer.learning_rate='fast'"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate=-1"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.betas=[0.9, 3]", "optimizer.betas.1=3"),
+        ("optimizer.learning_rates.adapter=-1", "optimizer.learning_rates.adapter=-1"),
         ("optimizer=5", "optimizer=5"),
         ("optimizer.learning_rates.adaptr=1e-3", "adaptr"),
         ("precision=fp8", "precision='fp8'"),
@@ -86,6 +88,14 @@ def test_an_entry_that_a_list_does_not_have(recipe: str, key: str) -> None:
     two = "data.sources=[{path: a.json}, {path: b.json}]"
     with pytest.raises(ConfigError, match=r"data\.sources has entries 0 to 1, and none called"):
         load_run(recipe, [two, f"data.sources.{key}=5"])
+
+
+def test_an_entry_of_a_data_set_that_is_named_by_a_word(recipe: str) -> None:
+    words = ["data.sources=[a.json, genqa-500k]", "data.sources.0.limit=5", "data.sources.1.limit=6"]
+    file, registered = load_run(recipe, words).data.sources
+    assert (file.path, file.limit) == ("a.json", 5)
+    assert (registered, registered.limit) == (registered.model_copy(update={"limit": 6}), 6)
+    assert registered.path == load_run(recipe, words[:1]).data.sources[1].path
 
 
 def test_missing_key_says_how_to_set_it(tmp_path: Path) -> None:

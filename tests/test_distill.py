@@ -19,7 +19,7 @@ from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.distill import Teacher
 from zero_ds.families import FAMILIES
-from zero_ds.losses import hidden_distillation_mean, logit_distillation_sum, next_token_sum, supervised_rows
+from zero_ds.losses import hidden_distillation_sum, logit_distillation_sum, next_token_sum, supervised_rows
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, sample_encoder
 from zero_ds.pretrained import load_decoder
 from zero_ds.surrogate import Replaced, build_surrogate
@@ -101,10 +101,10 @@ def reference(
     for number, index in enumerate(model.plan.translators):
         last = model.plan.replaced_by(number)[1]
         # entry n of hidden_states is what enters layer n; the last one is normed, so it is left out of these plans
-        term = hidden_distillation_mean(
+        term = hidden_distillation_sum(
             ours.hidden_states[index + 1], theirs.hidden_states[last + 1], inputs["attention_mask"]
         )
-        total = total + hidden * rows.sum() * term
+        total = total + hidden * term
     return total
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -185,6 +187,20 @@ def test_workers_change_nothing(data: Path) -> None:
         assert left["ids"] == right["ids"]
         for key in ("input_ids", "labels", "attention_mask", "pixel_values"):
             assert torch.equal(left[key], right[key])
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers(data: Path) -> None:
+    records = Records([SourceConfig(path=str(data))])
+    steps = Loader(records, encoder(), 4, 2, 0, 1, pad_id=0, seed=0, workers=2).steps(0, 12)
+    next(steps)
+    workers = psutil.Process().children()
+    assert len(workers) >= 2
+    for process in workers:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            process.send_signal(number)
+    assert len(list(steps)) == 11
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(process.is_running() for process in workers), "they end with their rank's loader"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

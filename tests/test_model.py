@@ -277,3 +277,15 @@ def test_adapter_is_scaled_to_the_words(build: Callable[..., VisionLanguageModel
     features = model.image_features(pixels)[:, 1:-1]
     torch.testing.assert_close(features.std(), words.std(), rtol=1e-3, atol=0)
     assert factor != 1 and model.boundary is not None
+
+
+def test_nothing_is_dropped_at_random(made: Callable[..., Path], tmp_path: Path) -> None:
+    decoder = tmp_path / "dropping"
+    shutil.copytree(made("llama", tied=True), decoder)
+    content = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps({**content, "attention_dropout": 0.5}))
+    model = assemble(Assembly(decoder, attention="eager")).train()
+    assert model.decoder.config.attention_dropout == 0.5, "what is exported keeps it"  # type: ignore[union-attr]
+    ids = torch.arange(3, 13)[None]
+    first, second = (model.hidden_states(ids, torch.ones_like(ids)) for _ in range(2))
+    assert torch.equal(first, second)

@@ -43,6 +43,15 @@ def test_buffers_keep_their_precision(run_config: Callable[..., RunConfig], zero
     assert all(before == after == "torch.float32" and equal for before, after, equal in frequencies), buffers
 
 
+def test_a_json_that_is_silent_adds_gradients_up_in_float32(
+    run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    config = run_config("encoder", zero=str(path), precision="bf16")
+    assert ds_config(config, 1)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
 def start_of(configs: list[RunConfig], world_size: int) -> list[dict[str, torch.Tensor]]:
     """What each run's trained parameters are before its first step, by name."""
     from zero_ds import distributed

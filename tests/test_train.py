@@ -230,6 +230,8 @@ def ends(
     damaged = cut(runs / "zero2", runs / "damaged")
     changed = cut(runs / "zero2", runs / "changed") / "step-000003" / "manifest.json"
     changed.write_text(json.dumps({**json.loads(changed.read_text()), "encoder_hash": "another"}))
+    other_data = cut(runs / "zero2", runs / "other data") / "step-000003" / "manifest.json"
+    other_data.write_text(json.dumps({**json.loads(other_data.read_text()), "data_hash": "another"}))
     file = damaged / "step-000003" / "resume" / "state.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -243,6 +245,7 @@ def ends(
         "leftover": run_config("pretrain", runs / "leftover", seed=5),
         "damaged": run_config("pretrain", runs / "damaged", **OPTIONS),
         "changed": run_config("pretrain", runs / "changed", **OPTIONS),
+        "other data": run_config("pretrain", runs / "other data", **OPTIONS),
         "other config": run_config("pretrain", runs / "zero3", zero="zero3", seed=3, **OPTIONS),
         "encoder": run_config("encoder", runs / "encoder", init_from=[str(runs / "zero2")], max_steps=2),
         "decoder": run_config("decoder", runs / "decoder", init_from=[str(runs / "zero2")], max_steps=1),
@@ -294,10 +297,31 @@ def test_another_configuration_does_not_resume(ends: dict[str, str]) -> None:
     assert "ConfigError: " in ends["other config"] and "holds another run (seed: 0 -> 3)" in ends["other config"]
 
 
+def test_other_data_does_not_resume(ends: dict[str, str]) -> None:
+    assert "does not fit: its data_hash is 'another'" in ends["other data"]
+
+
+def test_a_resumed_run_has_every_step_once_in_tensorboard(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = runs / "zero2 again"
+    (folder,) = {path.parent for path in (run / "tensorboard").rglob("events.out.tfevents.*")}
+    assert len(list(folder.glob("events.out.tfevents.*"))) > 1, "written by two processes"
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert [step for step, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in found] == pytest.approx(losses(run), rel=1e-6)
+
+
 def test_init_from_starts_the_next_stage(runs: Path, ends: dict[str, str], small: Path) -> None:
     from zero_ds.graft import load_trained
 
     assert ends["encoder"] == "step-000002"
+    start, begun = (
+        json.loads((runs / name / "manifest.json").read_text()) for name in ("zero2/step-000006", "encoder/step-000002")
+    )
+    assert begun["starts"] == [start["weights_sha256"]], "a resumed run notices if its start was trained anew"
     before, after = weights(runs / "zero2"), weights(runs / "encoder", 2)
     assert set(after) & set(before) == {name for name in before if name.startswith("adapter.")}
     assert not any(name.startswith("translator.") for name in after)

@@ -74,7 +74,7 @@ def save(
                     writer.add(parameter_name, key, piece)
     progress = {**progress, "optimizer_steps": engine.state.steps(), "loss_scale": engine.state.loss_scale()}
     if writer is not None:
-        writer.finish({**manifest, "step": progress["step"], "versions": versions()}, progress)
+        writer.finish({**manifest, "step": progress["step"], "versions": versions()}, progress, final)
     if writer is not None and writer.error:
         shutil.rmtree(temporary, ignore_errors=True)
         sentence = f"step {progress['step']} could not be saved in {run}: {writer.error}; earlier commits are intact."
@@ -85,12 +85,6 @@ def save(
             raise CheckpointError(sentence)
         raise CheckpointError(f"step {progress['step']} could not be saved by rank 0.")
     if writer is not None:
-        if final.is_dir():  # behind `latest`: left by a kill before it moved, or by a run that was set back
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_folder(run)
-        write_atomically(run / "latest", name + "\n")
-        sync_folder(run)
         steps = {int(path.name[5:]): path for path in run.iterdir() if COMMIT.fullmatch(path.name)}
         for old in [steps[step] for step in sorted(steps) if step <= progress["step"]][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -134,8 +128,18 @@ class _Writer:
             self.weights.write(name, piece.to(self.dtypes[name]))
         self.state.write(f"{key}/{name}", piece)
 
-    def finish(self, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
+    def finish(self, manifest: dict[str, Any], progress: dict[str, Any], final: Path) -> None:
         self._try(self._finish, manifest, progress)
+        self._try(self._publish, final)
+
+    def _publish(self, final: Path) -> None:
+        """The commit under its name, and then `latest`."""
+        if final.is_dir():  # behind `latest`: left by a kill before it moved, or by a run that was set back
+            shutil.rmtree(final)
+        self.folder.rename(final)
+        sync_folder(final.parent)
+        write_atomically(final.parent / "latest", final.name + "\n")
+        sync_folder(final.parent)
 
     def _finish(self, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
         content = {**manifest, "weights_sha256": self.weights.close()}

@@ -1,8 +1,7 @@
 """The typed configuration of a run: YAML recipe + dotted overrides -> `RunConfig`.
 
 A recipe is one YAML file that describes a whole run; `extends:` names recipes that it starts from, later ones winning.
-Every key is known:
-an unknown one is an error that names its nearest neighbour, at any depth.
+Every key is known: an unknown one is an error that names its nearest neighbour, at any depth.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RECIPE_ROOT = Path(__file__).parent / "recipes"
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -48,8 +49,6 @@ class AdapterConfig(Section):
     width: int | None = Field(default=None, ge=1)
     """Hidden size of the decoder that the adapter was trained with, where it differs from this one's: then an aligner,
     one linear layer behind the adapter, brings image tokens to this decoder's width (A.8)."""
-    max_scale: float | None = Field(default=None, gt=0)
-    """Penalise image tokens whose root mean square exceeds this many times that of the words around them."""
 
 
 class SourceConfig(Section):
@@ -122,11 +121,11 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: Rate = 1e-4
     """Peak learning rate of every trained part."""
-    learning_rates: dict[Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"], float] = {}
+    learning_rates: dict[Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"], Rate] = {}
     """Peak learning rates of single parts, where they differ from `learning_rate`."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
@@ -364,6 +363,8 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
             node[place] = value
             return
         nested = node[place] if isinstance(node, list) else node.get(place)
+        if isinstance(node, list) and isinstance(nested, str):  # a registered data set, or a file, by its word
+            nested = node[place] = {("name" if nested in registered_data() else "path"): nested}
         if not isinstance(nested, dict | list):
             nested = node[place] = {}
         node = nested

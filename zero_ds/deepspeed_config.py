@@ -162,7 +162,7 @@ def _fill_from_recipe(content: dict[str, Any], config: RunConfig, world_size: in
                 f'{str(dtype).removeprefix("torch.")}; write "auto" in the JSON or set precision.'
             )
         content[key] = {**block, "enabled": dtype is wanted}
-    if content.get("data_types", {}).get("grad_accum_dtype") == "auto":
+    if content.get("data_types", {}).get("grad_accum_dtype", "auto") == "auto":
         # stages 0 and 1 of DeepSpeed 0.19 add up in the type they compute in, or need another optimizer for it
         content["data_types"] = {"grad_accum_dtype": "fp32"} if content["zero_optimization"]["stage"] in (2, 3) else {}
 

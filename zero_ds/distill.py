@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from zero_ds.config import ConfigError, DistillConfig
-from zero_ds.losses import hidden_distillation_mean, logit_distillation_sum, next_token_losses, weighted_sum
+from zero_ds.losses import hidden_distillation_sum, logit_distillation_sum, next_token_losses, weighted_sum
 from zero_ds.model import VisionLanguageModel, gathered, zero_init
 from zero_ds.pretrained import decoder_tensors, text_config
 
@@ -105,8 +105,7 @@ class Teacher(nn.Module):
         that predict a label, which `rows` (batch, seq) marks; labels, attention_mask, token_weights: (batch, seq), as
         the forward pass got them. Adds the weighted distillation losses and, as far as `next_token` < 1, takes back the
         translators' share of the next-token loss: its gradient to them, without any to what lies before them, and
-        without value. The hidden term is a mean over positions times the number of supervised tokens, so that both
-        terms have one scale.
+        without value. In the hidden term every position counts like a supervised token.
         """
         assert watched.entered is not None, "the surrogate's forward pass was not watched"
         outputs, student_logits = watched.left, logits
@@ -138,10 +137,9 @@ class Teacher(nn.Module):
         if self.weights.logits:
             total = total + self.weights.logits * logit_distillation_sum(student_logits, goal_logits)
         if self.weights.hidden:
-            n = rows.sum()
             for number, index in enumerate(self.plan.translators):
                 goal = goals[self.plan.replaced_by(number)[1]]
-                total = total + self.weights.hidden * n * hidden_distillation_mean(outputs[index], goal, attention_mask)
+                total = total + self.weights.hidden * hidden_distillation_sum(outputs[index], goal, attention_mask)
         return total
 
 

@@ -154,35 +154,18 @@ def weigh_(batches: list[dict[str, torch.Tensor]], config: DynamicLossConfig) ->
         batch["token_weights"] = weights.token_weights(batch["labels"], batch["responses"])
 
 
-def scale_excess_mean(
-    embeddings: torch.Tensor, images: torch.Tensor, words: torch.Tensor, limit: float
-) -> torch.Tensor:
-    """How far image tokens exceed `limit` times the scale of words: mean of max(0, log(ratio / limit))^2.
+def hidden_distillation_sum(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared error of hidden states relative to the teacher's square, summed over positions.
 
-    embeddings: (batch, seq, hidden); images, words: (batch, seq), disjoint masks. A token's scale is its root mean
-    square over `hidden`, the words' scale the mean over `words`, without gradient. Zero, and part of the graph, where
-    there is no image token. The thought behind it: large image tokens pass through a decoder's early layers nearly
-    unchanged, so that late layers read them directly, and those are not the same in surrogate and target.
-    """
-    if not images.any():
-        return 0.0 * embeddings.float().sum()
-    scale = embeddings[images].float().square().mean(-1).sqrt()
-    usual = embeddings[words].detach().float().square().mean(-1).sqrt().mean()
-    return (scale / (limit * usual)).clamp_min(1e-6).log().clamp_min(0).square().mean()
-
-
-def hidden_distillation_mean(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Squared error relative to the teacher's variance, averaged over positions.
-
-    student, teacher: (batch, seq, hidden); mask: (batch, seq), the positions that count. 1 means as wrong as the
-    teacher's mean. The first position is left out: it is an attention sink whose norm is hundreds of times that of the
-    others.
+    student, teacher: (batch, seq, hidden); mask: (batch, seq), the positions that count. The first position is left
+    out: it is an attention sink whose norm is hundreds of times that of the others. A sum over single positions, like
+    every loss here, so that it does not matter how samples are split over micro-batches and ranks.
     """
     mask = mask.bool().clone()
     mask[:, 0] = False
     goal = teacher[mask].float()
-    spread = (goal - goal.mean(0)).square().sum(-1).mean().clamp_min(1e-6)
-    return (student[mask].float() - goal).square().sum(-1).mean() / spread
+    error = (student[mask].float() - goal).square().sum(-1)
+    return (error / goal.square().sum(-1).clamp_min(1e-6)).sum()
 
 
 def logit_distillation_sum(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
 from zero_ds.families import Family, family_of
-from zero_ds.losses import Loss, next_token_losses, scale_excess_mean, supervised_rows, weighted_sum
+from zero_ds.losses import Loss, next_token_losses, supervised_rows, weighted_sum
 from zero_ds.pretrained import load_complete, load_decoder
 from zero_ds.surrogate import LayerPlan, read_surrogate
 
@@ -66,7 +66,6 @@ class VisionLanguageModel(nn.Module):
         self.adapter: nn.Sequential | None = None
         self.aligner: nn.Linear | None = None
         self.teacher: Any = None  # a distill.Teacher, if the run distils
-        self.max_scale = adapter_config.max_scale if adapter_config else None
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
             width = encoder_family.vision_config(encoder).hidden_size
@@ -212,10 +211,6 @@ class VisionLanguageModel(nn.Module):
         logits = self.logits(hidden[rows])
         tokens = next_token_losses(logits, labels, rows)
         loss = weighted_sum(tokens, rows, token_weights)
-        if self.max_scale is not None:
-            images = image_positions(input_ids)
-            words = attention_mask.bool() & ~images
-            loss = loss + rows.sum() * scale_excess_mean(embeddings, images, words, self.max_scale)
         if self.teacher is not None:
             counted = attention_mask if position_ids is None else attention_mask * (position_ids > 0)
             loss = loss + self.teacher.loss(self, watched, logits, tokens, labels, rows, counted, token_weights)
@@ -268,7 +263,22 @@ def assemble(parts: Assembly) -> VisionLanguageModel:
     if parts.lora is not None:
         lora.inject_(decoder, family, parts.lora, parts.dtype)
     partition_(model)
+    without_dropout_(model)
     return model
+
+
+def without_dropout_(model: nn.Module) -> None:
+    """Switches off what some models' configs drop at random in training.
+
+    The method drops nothing, and neither the state of a random generator is part of a commit nor a rank's own: with
+    dropout a resumed run would be another one.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def sample_encoder(

@@ -67,6 +67,8 @@ class Monitor:
             for path in (self.path, self.path.with_name("answers.jsonl")):
                 _truncate(path, first)
             self._file = self.path.open("a", encoding="utf-8")
+            if first:
+                _forget_events(self._writer(), first + 1)
 
     def shows(self, step: int) -> bool:
         """Whether a step gets a line on the console; the same on every rank."""
@@ -95,16 +97,27 @@ class Monitor:
         with self.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
-        writer = getattr(getattr(self.engine_monitor, "tb_monitor", None), "summary_writer", None)
-        if writer is not None:
+        if (writer := self._writer()) is not None:
             writer.add_figure("answers", figure(), step)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        monitor = getattr(self.engine_monitor, "tb_monitor", None)
-        if monitor is not None and getattr(monitor, "summary_writer", None) is not None:
-            monitor.summary_writer.close()
+        if (writer := self._writer()) is not None:
+            writer.close()
+
+    def _writer(self) -> Any:
+        """TensorBoard's writer, which DeepSpeed made; None on other ranks."""
+        return getattr(getattr(self.engine_monitor, "tb_monitor", None), "summary_writer", None)
+
+
+def _forget_events(writer: Any, step: int) -> None:
+    """Tells readers of the event files that steps from `step` on come anew."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    if writer is not None:
+        start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
+        writer.file_writer.add_event(Event(session_log=start), step)
 
 
 def _truncate(path: Path, steps: int) -> None:

@@ -5,6 +5,7 @@ PEFT puts `base_model.model.` before the names that the adapters have in the dec
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,24 @@ PLAIN: dict[str, Any] = {
 
 def is_peft_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
+
+
+def weights_hash(folder: Path) -> str | None:
+    """Hash of the weights that a run starts from: of a result of ours as its manifest says, of adapters as they are.
+
+    Raises:
+        CheckpointError: neither of the two, or files that cannot be read.
+    """
+    if not is_peft_folder(folder):
+        return find_commit(folder).manifest.get("weights_sha256")
+    path, digest = folder / WEIGHTS, hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); save the adapters again.") from None
+    return digest.hexdigest()
 
 
 def write_peft_folder(weights: Path, out: Path) -> LoraConfig:

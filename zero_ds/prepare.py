@@ -26,11 +26,25 @@ from zero_ds.shards import locate, target_hash
 logger = logging.getLogger(__name__)
 
 
-def prepare_folder(out: Path, config: RunConfig) -> Commit | None:
-    """Makes the run folder, or finds the commit to resume from.
+def make_folder(out: Path) -> None:
+    """Makes the run folder, where also a mistake is told that ends the run before its first step.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration.
+        ConfigError: there is something else, or no place for it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is no folder; choose another out=FOLDER.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
+
+
+def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
+    """The commit in the run folder from which the run goes on, the same on every rank; None if there is none.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, or the ranks see different ones.
     """
     resumed = None
     if (out / "latest").is_file():
@@ -39,12 +53,6 @@ def prepare_folder(out: Path, config: RunConfig) -> Commit | None:
         if before != config.fingerprint():
             changed = difference(resumed.manifest["config"], config.model_dump(mode="json"))
             raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
-    elif out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is no folder; choose another out=FOLDER.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
     step = float(resumed.step) if resumed else 0.0
     last, first = distributed.max_over_ranks(step, -step)
     if last != -first:
@@ -127,6 +135,8 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
         "target": config.target,
         "target_hash": target_hash(local_folder(config.target)),
         "encoder_hash": target_hash(encoder) if encoder else None,
+        "decoder_hash": target_hash(decoder),
+        "data_hash": records.content(),
     }
     return model, loader, hashes
 

@@ -20,7 +20,8 @@ from zero_ds.files import write_atomically
 from zero_ds.hub import local_folder
 from zero_ds.losses import length_classes, weigh_
 from zero_ds.monitor import Monitor
-from zero_ds.prepare import build, plan_of, prepare_folder, seed_everything, start_
+from zero_ds.peft_folder import weights_hash
+from zero_ds.prepare import build, commit_to_resume, make_folder, plan_of, seed_everything, start_
 from zero_ds.preview import Preview
 from zero_ds.surrogate import relied_on
 
@@ -35,6 +36,7 @@ def train(config: RunConfig) -> Path:
         FloatingPointError: a loss that is not finite; nothing was updated by it.
     """
     distributed.initialize()
+    make_folder(Path(config.out))
     if distributed.is_rank_zero():
         failure.clear(Path(config.out))
     distributed.barrier()
@@ -45,7 +47,7 @@ def train(config: RunConfig) -> Path:
     check_batches(config, world_size)
     ds = ds_config(config, world_size)
     out = Path(config.out)
-    resumed = prepare_folder(out, config)
+    resumed = commit_to_resume(out, config)
     seed_everything(config.seed)
 
     model, loader, hashes = build(config, ds, world_size)
@@ -54,10 +56,11 @@ def train(config: RunConfig) -> Path:
         logger.info("%s is complete: step %d of %d", out, resumed.step, total)
         return resumed.folder
     start_(model, config, hashes, loader)
+    hashes["starts"] = [weights_hash(Path(folder)) for folder in config.starts]
     relies_on = relied_on(local_folder(stages.decoder_folder(config)))
     manifest = {**checkpoint.manifest_of(config), **hashes, "plan": plan_of(model), "relies_on": relies_on}
     if resumed:
-        checkpoint.check_manifest(resumed, {**hashes, "plan": plan_of(model)})
+        checkpoint.check_manifest(resumed, {"plan": plan_of(model), **hashes})
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)
 
     groups = stages.freeze_(model, config)
@@ -71,6 +74,7 @@ def train(config: RunConfig) -> Path:
     if resumed:
         progress = checkpoint.restore_(engine, resumed)
         first = progress["step"]
+        engine.engine.global_samples = first * config.global_batch  # what DeepSpeed's own curves count
         left_out.skipped, left_out.too_long = progress.get("skipped", 0), progress.get("too_long", 0)
         logger.info("resumed %s after step %d of %d", out, first, total)
     elif config.continue_from:

@@ -2,8 +2,9 @@
 
 python tools/bench/loader.py --model MODEL --encoder ENCODER --workers 2
 
-The other way is what most training scripts do: records in a list, transformers' image processor and chat template for
-every sample where the step needs it, labels by tokenising the beginning of the conversation, padding to the longest.
+The other way is what most training scripts do: records in a list, pictures padded to squares, transformers' image
+processor and chat template for every sample where the step needs it, labels by tokenising the beginning of the
+conversation, batches padded to the longest.
 Draws its own data: JPEG pictures of 640 x 480 and conversations of the lengths of LLaVA-1.5-665K's.
 """
 
@@ -61,13 +62,17 @@ def in_the_step(
     tokenizer = AutoTokenizer.from_pretrained(model)
     sides = {"height": size, "width": size}
     processor = AutoImageProcessor.from_pretrained(encoder, size={"shortest_edge": size}, crop_size=sides)
+    fill = tuple(int(255 * channel) for channel in processor.image_mean)
     records = json.loads(data.read_text())
     roles = {"human": "user", "gpt": "assistant"}
     for start in range(0, len(records) - batch + 1, batch):
         rows = []
         for record in records[start : start + batch]:
             picture = Image.open(data.parent / record["image"]).convert("RGB")
-            pixels = processor(picture, return_tensors="pt").pixel_values[0]
+            side = max(picture.size)
+            square = Image.new("RGB", (side, side), fill)
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            pixels = processor(square, return_tensors="pt").pixel_values[0]
             messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
             ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False)
             labels = [-100] * len(ids)

@@ -56,6 +56,8 @@ class Table(Sequence[Row]):
     def __init__(self, folder: Path) -> None:
         import datasets
 
+        self.name = folder.name
+        """Follows from the content of the file that was converted."""
         self._data = datasets.Dataset.from_file(str(folder / "records.arrow")).data.table
         content = json.loads((folder / "complaints.json").read_text(encoding="utf-8"))
         self.complaints = Complaints(content["count"], tuple(content["first"]))

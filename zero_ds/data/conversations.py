@@ -82,6 +82,12 @@ class ChatTemplate:
         Labels are as `supervise` says. With `generate` the structure that opens the assistant's answer is appended.
         """
         around = self._structure(tuple(turn.role for turn in turns), generate)
+        contents = [turn.text.strip() if trim else turn.text for turn, trim in zip(turns, around.trimmed, strict=True)]
+        parts_of = [
+            content.split(PLACEHOLDER) if turn.role == "user" else [content]
+            for turn, content in zip(turns, contents, strict=True)
+        ]
+        texts = iter(self.encode_texts([part for parts in parts_of for part in parts]))
         ids: list[int] = []
         labels: list[int] = []
         responses: list[int] = []
@@ -107,16 +113,14 @@ class ChatTemplate:
             turn = turns[number]
             learned = turn.role == "assistant"
             answers += learned
-            content = turn.text.strip() if around.trimmed[number] else turn.text
-            parts = content.split(PLACEHOLDER) if turn.role == "user" else [content]
-            for index, part in enumerate(parts):
+            for index in range(len(parts_of[number])):
                 if index:
                     count = of_image(images)
                     ids += [IMAGE_TOKEN] * count
                     labels += [IGNORE] * count
                     responses += [-1] * count
                     images += 1
-                text = self.encode_text(part)
+                text = next(texts)
                 ids += text
                 labels += text if learned or supervise == "full" else [IGNORE] * len(text)
                 responses += [answers - 1 if learned else -1] * len(text)
@@ -124,9 +128,15 @@ class ChatTemplate:
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of plain text: no special token comes out of it, whatever was typed."""
-        if not text:
-            return []
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+        return self.encode_texts([text])[0]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of several texts, in one call: a call costs more than the tokens of a short text."""
+        filled = [text for text in texts if text]
+        if not filled:
+            return [[] for _ in texts]
+        found = iter(self.tokenizer(filled, add_special_tokens=False, split_special_tokens=True).input_ids)
+        return [list(next(found)) if text else [] for text in texts]
 
     def end_of_turn(self) -> int:
         """The token that closes an assistant's answer, where generation stops."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -89,12 +90,13 @@ class SampleEncoder:
                     f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples"
                 )
             return torch.zeros(0, 3, 0, 0)
-        views = [torch.zeros(0, 3, self.processor.size, self.processor.size)]
         try:
-            views += [self.processor(open_image(path)) for path in sample.images[:pictures]]
+            views = [self.processor(open_image(path)) for path in sample.images[:pictures]]
         except ImageError as error:
             raise DataError(f"sample {sample.id}: {error}") from None
-        return torch.cat(views)
+        if not views:
+            return torch.zeros(0, 3, self.processor.size, self.processor.size)
+        return views[0] if len(views) == 1 else torch.cat(views)
 
     def tokens(self, sample: Sample) -> Encoded:
         """The sample as ids and labels, cut to whole turns within max_length.
@@ -198,11 +200,18 @@ class Loader:
             num_workers=self.workers,
             multiprocessing_context="fork" if self.workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_rank,
         )
         for batches in stream:
             if isinstance(batches, DataError):
                 raise batches
             yield batches
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A signal to all processes of a job asks the ranks to commit and stop; their workers end with them."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batches: Any) -> Any:

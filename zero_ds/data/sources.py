@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,11 @@ class Records(Sequence[Sample]):
         for source in self._sources:
             for file, table in zip(source.files, source.tables, strict=True):
                 yield [f"{file} {sentence}" for sentence in table.complaints.first], table.complaints.count
+
+    def content(self) -> str:
+        """Hash of all samples' texts and names of pictures, by the content of their files."""
+        names = [[table.name for table in source.tables] for source in self._sources]
+        return hashlib.sha256(json.dumps([names, len(self)]).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._order)
