@@ -99,7 +99,13 @@ def test_another_width_is_refused(trained: Path, made: Callable[..., Path], tmp_
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     with pytest.raises(ConfigError, match="hidden size is 64, trained with 32"):
         load_graft(trained / "encoder", folder)
-    assert [check.fits for check in compatibility(find_commit(trained / "encoder"), folder)] == [True, False, False]
+    report = {
+        check.name: check.fits for check in compatibility(find_commit(trained / "encoder"), folder, thorough=True)
+    }
+    assert {name for name, fits in report.items() if not fits} == {"hidden-size", "target"}
+    assert "embeddings" not in report and "kept-layers" not in report, "of another width nothing more is compared"
+    with pytest.raises(ConfigError, match="nothing called 'hidden-size' can be accepted"):
+        load_graft(trained / "encoder", folder, accept=["hidden-size"])
 
 
 def test_weights_that_cannot_be_grafted(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
@@ -120,9 +126,136 @@ def test_the_configuration_is_in_the_commit(trained: Path) -> None:
     assert (config.stage, config.init_from) == ("encoder", (str(trained / "pretrain"),))
 
 
-def test_command(trained: Path, made: Callable[..., Path]) -> None:
-    arguments = ["graft", "--weights", str(trained / "encoder"), "--target"]
-    good = CliRunner().invoke(app, [*arguments, str(made("llama", tied=True))])
-    assert good.exit_code == 0 and "can be grafted" in good.output, good.output
-    bad = CliRunner().invoke(app, [*arguments, str(made("llama", tied=False))])
-    assert isinstance(bad.exception, ConfigError) and "DIFFERS" in bad.output
+def graft(run: Path, target: Path, *more: str) -> tuple[dict[str, str], str]:
+    """The command's report, name -> verdict, and its last line or its error."""
+    done = CliRunner().invoke(app, ["graft", "--weights", str(run), "--target", str(target), *more])
+    rows = [line.split() for line in done.output.splitlines() if not line.startswith(str(run))]
+    if done.exception is not None:
+        assert isinstance(done.exception, ConfigError), done.exception
+    return {row[1]: row[0] for row in rows if len(row) > 1}, str(done.exception or done.output.splitlines()[-1])
+
+
+NAMES = ["stage", "family", "hidden-size", "target", "tokenizer", "template", "embeddings", "encoder", "kept-layers"]
+
+
+def test_the_report_of_a_target_that_fits(trained: Path, made: Callable[..., Path]) -> None:
+    report, verdict = graft(trained / "encoder", made("llama", tied=True))
+    assert report == dict.fromkeys(NAMES, "fits")
+    assert verdict == f"{trained / 'encoder'} can be grafted into {made('llama', tied=True)}."
+
+
+def _changed(folder: Path, name: str, change: Callable[[torch.Tensor], None]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _other_word(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<reponame>", "<elsename>"))
+
+
+def _other_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+def _first_bit(tensor: torch.Tensor) -> None:
+    tensor.view(-1).view(torch.uint8)[0] ^= 1
+
+
+def _last_bit(tensor: torch.Tensor) -> None:
+    tensor.view(-1).view(torch.uint8)[-4] ^= 1
+
+
+DIFFERENCES: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "tokenizer": (_other_word, {"tokenizer"}),
+    "template": (_other_template, {"template"}),
+    "a kept layer": (
+        lambda folder: _changed(folder, "model.layers.5.mlp.up_proj.weight", _first_bit),
+        {"target", "kept-layers"},
+    ),
+    "a replaced layer": (lambda folder: _changed(folder, "model.layers.2.mlp.up_proj.weight", _first_bit), {"target"}),
+    "embeddings": (
+        lambda folder: _changed(folder, "model.embed_tokens.weight", _first_bit),
+        {"target", "embeddings", "kept-layers"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(DIFFERENCES))
+def test_what_differs_is_named_refused_and_accepted_by_name(
+    case: str, trained: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One bit of a tensor, one token, one space of the template."""
+    change, expected = DIFFERENCES[case]
+    folder = tmp_path / "target"
+    shutil.copytree(made("llama", tied=True), folder)
+    change(folder)
+    report, error = graft(trained / "encoder", folder)
+    assert report == {**dict.fromkeys(NAMES, "fits"), **dict.fromkeys(expected, "DIFFERS")}
+    assert "cannot be grafted into" in error and "grafts them nevertheless" in error
+    accept = [word for name in sorted(expected) for word in ("--accept", name)]
+    report, verdict = graft(trained / "encoder", folder, *accept)
+    assert report == {**dict.fromkeys(NAMES, "fits"), **dict.fromkeys(expected, "accepted")}
+    assert "can be grafted into" in verdict and "which was accepted" in verdict
+    if len(expected) > 1:
+        _, error = graft(trained / "encoder", folder, *accept[2:])
+        assert "cannot be grafted into" in error, "the others do not come along"
+    cheap = sorted(expected - {"kept-layers"})
+    with pytest.raises(ConfigError, match="cannot be grafted into"):
+        load_graft(trained / "encoder", folder)
+    assert load_graft(trained / "encoder", folder, accept=cheap).plan is None
+    with pytest.raises(ConfigError, match=r"nothing called 'tokeniser' can be accepted; did you mean 'tokenizer'"):
+        load_graft(trained / "encoder", folder, accept=["tokeniser"])
+
+
+def test_kept_layers_are_compared_to_their_last_bit(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    """The target's hash samples its tensors; the comparison with the surrogate reads all of them."""
+    folder = tmp_path / "target"
+    shutil.copytree(made("llama", tied=True), folder)
+    _changed(folder, "model.layers.5.mlp.up_proj.weight", _last_bit)
+    report, _ = graft(trained / "encoder", folder, "--accept", "target")
+    assert report["kept-layers"] == "DIFFERS"
+
+
+def test_the_encoder_and_the_surrogate_belong_to_the_report(
+    trained: Path, made: Callable[..., Path], small: Path, tmp_path: Path
+) -> None:
+    """Another CLIP, a surrogate that was moved, changed, or is gone, and kept layers that were trained."""
+    from safetensors.torch import save_file
+
+    run, target = tmp_path / "run", made("llama", tied=True)
+    shutil.copytree(trained / "encoder" / "step-000002", run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["encoder"]["path"] = str(made("clip", seed=1))
+    manifest["config"]["surrogate"] = str(tmp_path / "gone")
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    report, error = graft(run, target)
+    assert (report["encoder"], report["kept-layers"]) == ("DIFFERS", "unknown") and "vision encoder is" in error
+    _, verdict = graft(run, target, "--accept", "encoder")
+    assert "with another encoder, which was accepted; not compared: kept-layers." in verdict
+    shutil.copytree(small, tmp_path / "moved")
+    report, _ = graft(run, target, "--accept", "encoder", "--surrogate", str(tmp_path / "moved"))
+    assert report["kept-layers"] == "fits"
+    _changed(tmp_path / "moved", "model.layers.2.mlp.up_proj.weight", _last_bit)  # a translator, which may differ
+    report, _ = graft(run, target, "--accept", "encoder", "--surrogate", str(tmp_path / "moved"))
+    assert report["kept-layers"] == "fits"
+    _changed(tmp_path / "moved", "model.layers.3.mlp.up_proj.weight", _last_bit)
+    report, error = graft(run, target, "--accept", "encoder", "--surrogate", str(tmp_path / "moved"))
+    assert (
+        report["kept-layers"] == "DIFFERS"
+        and "first kept tensor that differs is model.layers.3.mlp.up_proj.weight" in error
+    )
+
+    del manifest["relies_on"]  # of a run before these were recorded, whose surrogate is gone
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert graft(run, target)[0]["tokenizer"] == "unknown"
+    weights = load_file(run / "weights.safetensors")
+    save_file({**weights, "early.0.norm": torch.ones(2)}, run / "weights.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"source of the kept layers is the target, trained with .*, which trained them"
+    ):
+        load_graft(run, target, accept=["encoder"])

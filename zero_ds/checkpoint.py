@@ -137,20 +137,21 @@ class _Writer:
         if final.is_dir():  # behind `latest`: left by a kill before it moved, or by a run that was set back
             shutil.rmtree(final)
         self.folder.rename(final)
-        _sync(final.parent)
+        sync_folder(final.parent)
         write_atomically(final.parent / "latest", final.name + "\n")
-        _sync(final.parent)
+        sync_folder(final.parent)
 
     def _finish(self, manifest: dict[str, Any], progress: dict[str, Any]) -> None:
         content = {**manifest, "weights_sha256": self.weights.close()}
         progress = {**progress, "state_sha256": self.state.close()}
         write_atomically(self.folder / "manifest.json", json.dumps(content, indent=2) + "\n")
         write_atomically(self.folder / "resume" / "progress.json", json.dumps(progress, indent=2) + "\n")
-        _sync(self.folder / "resume")
-        _sync(self.folder)
+        sync_folder(self.folder / "resume")
+        sync_folder(self.folder)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes sure that what was written into the folder outlives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

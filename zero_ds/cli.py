@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.commands.checkpoints import consolidate, export_lora, import_released
 from zero_ds.commands.data import data
 from zero_ds.commands.demo import demo
 from zero_ds.commands.evaluate import evaluate
@@ -108,6 +109,9 @@ app.command("trajectory")(trajectory)
 app.command("surrogate")(surrogate)
 app.command("graft")(graft)
 app.command("export")(export)
+app.command("export-lora")(export_lora)
+app.command("import-released")(import_released)
+app.command("consolidate")(consolidate)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("demo")(demo)

@@ -206,7 +206,7 @@ class RunConfig(Section):
     encoder: EncoderConfig | None = None
     adapter: AdapterConfig = AdapterConfig()
     init_from: tuple[str, ...] = ()
-    """Results of earlier stages whose weights this run starts from, later ones winning."""
+    """Results of earlier stages, or adapters in PEFT's format, that this run starts from, later ones winning."""
     continue_from: str | None = None
     """A run that this one continues with more (or less) to train, such as an encoder run by a decoder run: its weights
     last, and for what trains in both its optimizer state, too. The learning-rate schedule begins anew."""

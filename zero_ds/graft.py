@@ -7,21 +7,25 @@ adapter. `load_graft` makes the model; `compatibility` says beforehand whether t
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from zero_ds import lora
 from zero_ds.checkpoint import Commit, find_commit, load_weights_
-from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig, RunConfig, validate
+from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig, RunConfig, did_you_mean, validate
 from zero_ds.families import family_of
 from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble
-from zero_ds.pretrained import text_config
-from zero_ds.shards import target_hash
-from zero_ds.stages import SURROGATE_ONLY
+from zero_ds.peft_folder import is_peft_folder
+from zero_ds.pretrained import decoder_tensors, text_config
+from zero_ds.shards import content_hash, decoder_spans, locate, same_bytes, target_hash
+from zero_ds.stages import SURROGATE_ONLY, decoder_kind, trained_parts
+from zero_ds.surrogate import LayerPlan, kept_tensors, read_surrogate, relied_on, text_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +34,17 @@ logger = logging.getLogger(__name__)
 class Check:
     """One line of the compatibility report."""
 
+    name: str
+    """By which a difference is accepted."""
     what: str
     trained_with: str
     here: str
+    fits: bool | None
+    """None: one side is not known, as `here` says."""
 
-    @property
-    def fits(self) -> bool:
-        return self.trained_with == self.here
+
+ACCEPTABLE = ("family", "target", "tokenizer", "template", "embeddings", "encoder", "kept-layers")
+"""Checks whose difference may be accepted by name; of another hidden size nothing can be grafted."""
 
 
 def run_config(commit: Commit) -> RunConfig:
@@ -44,15 +52,123 @@ def run_config(commit: Commit) -> RunConfig:
     return validate(RunConfig, commit.manifest["config"], what=f"manifest of {commit.folder}")
 
 
-def compatibility(commit: Commit, target: Path) -> list[Check]:
-    """Compares what the weights were trained with against a target model."""
-    manifest = commit.manifest
-    width = manifest_width(commit)
-    return [
-        Check("family", str(manifest.get("family")), family_of(target).name),
-        Check("hidden size", str(width), str(text_config(target).hidden_size)),
-        Check("target's config and weights", str(manifest.get("target_hash")), target_hash(target)),
+def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surrogate: str | None = None) -> list[Check]:
+    """Compares what the weights were trained with against a target model.
+
+    thorough: also read the whole embeddings, and compare all that the surrogate kept with the target's, byte for byte,
+    a block at a time. surrogate: where it lies now, if not where the run found it.
+
+    Raises:
+        ConfigError: weights without an adapter, a damaged or missing folder.
+    """
+    manifest, config = commit.manifest, run_config(commit)
+    width, here = manifest_width(commit), int(text_config(target).hidden_size)
+    recorded, now = str(manifest.get("target_hash")), target_hash(target)
+    checks = [
+        Check("stage", "stage", config.stage, _trained(config), True),
+        _check("family", "family", str(manifest.get("family")), family_of(target).name),
+        _check("hidden-size", "hidden size", str(width), str(here)),
+        _check("target", "target's config and weights", recorded, now),
     ]
+    relied, text = _relied_on(manifest, config, surrogate), text_hashes(target)
+    checks.append(_check("tokenizer", "tokenizer", relied.get("tokenizer"), text["tokenizer"]))
+    if config.data.chat_template:
+        checks.append(Check("template", "chat template", "the run's own", config.data.chat_template, True))
+    else:
+        checks.append(_check("template", "chat template", relied.get("template"), text["template"]))
+    # a run against the target itself relied on embeddings that the target's hash has samples of
+    if width == here and (recorded != now or (thorough and manifest.get("plan"))):
+        embeddings = content_hash(locate(decoder_tensors(target))[family_of(target).embeddings])
+        checks.append(_check("embeddings", "word embeddings", relied.get("embeddings"), embeddings))
+    if config.encoder is not None:
+        encoder = target_hash(local_folder(config.encoder.path))
+        checks.append(_check("encoder", "vision encoder", manifest.get("encoder_hash"), encoder))
+    early = _trained_early(commit, config)
+    if early is not None:
+        what = "the source of the kept layers"
+        checks.append(Check("kept-layers", what, f"{early}, which trained them", "the target", False))
+    elif thorough and width == here and manifest.get("plan"):
+        checks.append(_kept_layers(manifest, config, target, surrogate))
+    return checks
+
+
+def refuse_differences(commit: Commit, target: str | Path, checks: Iterable[Check], accept: Iterable[str]) -> None:
+    """Refuses weights that do not fit, unless the difference is accepted by name.
+
+    Raises:
+        ConfigError: the first difference that is not accepted; a name that is none.
+    """
+    accept = tuple(accept)
+    for name in accept:
+        if name not in ACCEPTABLE:
+            raise ConfigError(f"nothing called '{name}' can be accepted{did_you_mean(name, list(ACCEPTABLE))}")
+    for check in checks:
+        if check.fits is False and check.name not in accept:
+            way = f"; --accept {check.name} grafts them nevertheless" if check.name in ACCEPTABLE else ""
+            raise ConfigError(
+                f"{commit.folder} cannot be grafted into {target}: {check.what} is {check.here}, "
+                f"trained with {check.trained_with}{way}."
+            )
+
+
+def _check(name: str, what: str, trained_with: str | None, here: str) -> Check:
+    """Equal, different, or, where nothing was recorded, unknown."""
+    if not trained_with:
+        return Check(name, what, "not recorded", here or "none", None)
+    return Check(name, what, trained_with, here or "none", trained_with == here)
+
+
+def _trained(config: RunConfig) -> str:
+    return f"{config.stage}, which trains {', '.join(trained_parts(config))} against the {decoder_kind(config)}"
+
+
+def _relied_on(manifest: dict[str, Any], config: RunConfig, surrogate: str | None) -> dict[str, str]:
+    """What the run recorded of tokenizer, template and embeddings, or else the surrogate it was trained in."""
+    if recorded := manifest.get("relies_on"):
+        return dict(recorded)
+    folder = _surrogate_folder(config, surrogate)
+    return relied_on(folder) if folder is not None else {}
+
+
+def _surrogate_folder(config: RunConfig, surrogate: str | None) -> Path | None:
+    """Where the surrogate lies, if it is still there."""
+    path = surrogate or config.surrogate
+    if path is None or (surrogate is None and not (Path(path) / "surrogate.json").is_file()):
+        return None
+    return local_folder(path)
+
+
+def _trained_early(commit: Commit, config: RunConfig) -> Path | None:
+    """The commit, of this run or of those it started from, that holds trained kept layers (the starred control)."""
+    from safetensors import safe_open
+
+    starts = [Path(start) for start in config.starts]
+    commits = [find_commit(start) for start in starts if start.is_dir() and not is_peft_folder(start)]
+    for one in [*commits, commit]:
+        path = one.folder / "weights.safetensors"
+        with safe_open(path, framework="pt") as file:
+            if any(name.startswith("early.") for name in file.keys()):  # noqa: SIM118 - a handle is no mapping
+                return one.folder
+    return None
+
+
+def _kept_layers(manifest: dict[str, Any], config: RunConfig, target: Path, surrogate: str | None) -> Check:
+    """Whether all that the surrogate did not replace is the target's, byte for byte."""
+    name, what = "kept-layers", "kept layers"
+    folder = _surrogate_folder(config, surrogate)
+    if folder is None:
+        return Check(name, what, str(config.surrogate), f"{config.surrogate} is not here; name --surrogate", None)
+    plan = LayerPlan.from_json(manifest["plan"])
+    if (other := read_surrogate(folder).plan) != plan:
+        return Check(name, f"the cut of {folder}", str(plan), str(other), False)
+    pairs = kept_tensors(plan, family_of(target).layer_prefix, decoder_spans(folder), decoder_spans(target))
+    size = sum(left.size for _, left, _ in pairs)
+    with tqdm(total=size, desc="comparing", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+        for tensor, left, right in pairs:
+            if right is None or not same_bytes(left, right, bar):
+                return Check(name, "the first kept tensor that differs", f"the one in {folder}", tensor, False)
+    count = f"{len(plan.kept)} layers, {len(pairs)} tensors, {size:,} bytes equal"
+    return Check(name, what, count, count, True)
 
 
 def manifest_width(commit: Commit) -> int:
@@ -101,6 +217,8 @@ def load_trained(
     )
     starts = [Path(path) for path in config.starts] if earlier is None else earlier
     for start in [*starts, commit.folder]:
+        if is_peft_folder(start):
+            continue  # the run has trained all of these adapters on
         load_weights_(
             model.named_targets(), find_commit(start), skip=lambda name: plain and name.startswith(SURROGATE_ONLY)
         )
@@ -109,17 +227,16 @@ def load_trained(
     return model.eval()
 
 
-def load_graft(weights: str | Path, target: str | Path, **options: Any) -> VisionLanguageModel:
-    """The full model with the trained encoder, after the compatibility check.
+def load_graft(
+    weights: str | Path, target: str | Path, *, accept: Iterable[str] = (), **options: Any
+) -> VisionLanguageModel:
+    """The full model with the trained encoder, after the compatibility check (not the thorough one).
+
+    accept: names of checks (ACCEPTABLE) whose difference does not matter.
 
     Raises:
         ConfigError: the weights were trained for another model; names what differs.
     """
     commit = find_commit(weights)
-    for check in compatibility(commit, local_folder(str(target))):
-        if not check.fits:
-            raise ConfigError(
-                f"{commit.folder} cannot be grafted into {target}: {check.what} is {check.here}, "
-                f"trained with {check.trained_with}."
-            )
+    refuse_differences(commit, target, compatibility(commit, local_folder(str(target))), accept)
     return load_trained(weights, target, **options)

@@ -19,6 +19,7 @@ from zero_ds.deepspeed_config import resolve_precision
 from zero_ds.distill import Teacher
 from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
+from zero_ds.peft_folder import is_peft_folder, load_peft_
 from zero_ds.pretrained import decoder_tensors
 from zero_ds.shards import locate, target_hash
 
@@ -160,6 +161,10 @@ def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any]
     plan = plan_of(model)
     started: set[str] = set()
     for folder in stages.check_start(config):
+        if is_peft_folder(folder):
+            started |= load_peft_(model, folder, config.lora)
+            logger.info("started the low-rank adapters from %s", folder)
+            continue
         commit = checkpoint.find_commit(folder)
         if config.adapter.width is None:
             checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})

@@ -246,3 +246,30 @@ def content_hash(span: Span) -> str:
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()[:32]
+
+
+def same_bytes(left: Span, right: Span, bar: Any = None) -> bool:
+    """Whether two tensors are of one type and shape and equal byte for byte; blocks of both are read in turn.
+
+    bar: a progress bar that counts bytes.
+
+    Raises:
+        ConfigError: a file that ends before the tensor does.
+    """
+    if (left.dtype, left.shape, left.size) != (right.dtype, right.shape, right.size):
+        return False
+    with left.file.open("rb") as mine, right.file.open("rb") as theirs:
+        mine.seek(left.start)
+        theirs.seek(right.start)
+        remaining = left.size
+        while remaining:
+            a, b = mine.read(min(remaining, BLOCK)), theirs.read(min(remaining, BLOCK))
+            if not a or len(a) != len(b):
+                ended = left.file if len(a) <= len(b) else right.file
+                raise ConfigError(f"shard {ended} ended early; fetch the model again.")
+            if a != b:
+                return False
+            remaining -= len(a)
+            if bar is not None:
+                bar.update(len(a))
+    return True

@@ -20,7 +20,7 @@ from zero_ds.config import ConfigError
 from zero_ds.families import family_of
 from zero_ds.files import check_vacant, new_folder
 from zero_ds.pretrained import depth_of, is_multimodal, text_config
-from zero_ds.shards import content_hash, decoder_spans, target_hash, write_shards
+from zero_ds.shards import Span, content_hash, decoder_spans, target_hash, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +255,36 @@ def text_hashes(folder: Path) -> dict[str, str]:
         "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:32] if vocabulary else "",
         "template": hashlib.sha256(template).hexdigest()[:32] if template else "",
     }
+
+
+def relied_on(folder: Path) -> dict[str, str]:
+    """Hashes of what an encoder trained against this decoder relies on: `text_hashes`, and a surrogate's `embeddings`.
+
+    Raises:
+        ConfigError: a damaged file.
+    """
+    found = text_hashes(folder)
+    if (folder / "surrogate.json").is_file():
+        found["embeddings"] = read_surrogate(folder).hashes.get("embeddings", "")
+    return found
+
+
+def kept_tensors(
+    plan: LayerPlan, prefix: str, surrogate: dict[str, Span], target: dict[str, Span]
+) -> list[tuple[str, Span, Span | None]]:
+    """(name in the surrogate, its bytes there, the target's bytes it should equal) of all but the translators.
+
+    prefix: of the layers' tensors. Without the target's bytes: it has no such tensor.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d+)(\..+)")
+    found = []
+    for name, span in surrogate.items():
+        match = pattern.fullmatch(name)
+        if match and int(match[1]) not in plan.kept:
+            continue
+        source = f"{prefix}{plan.kept[int(match[1])]}{match[2]}" if match else name
+        found.append((name, span, target.get(source)))
+    return found
 
 
 def _renamed(names: list[str], prefix: str, plan: LayerPlan) -> Iterator[tuple[str, str]]:

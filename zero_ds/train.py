@@ -17,10 +17,13 @@ from zero_ds.data.loader import Loader, check_batches
 from zero_ds.deepspeed_config import ds_config
 from zero_ds.engine import Engine
 from zero_ds.files import write_atomically
+from zero_ds.hub import local_folder
 from zero_ds.losses import length_classes, weigh_
 from zero_ds.monitor import Monitor
+from zero_ds.peft_folder import weights_hash
 from zero_ds.prepare import build, commit_to_resume, make_folder, plan_of, seed_everything, start_
 from zero_ds.preview import Preview
+from zero_ds.surrogate import relied_on
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,9 @@ def train(config: RunConfig) -> Path:
         logger.info("%s is complete: step %d of %d", out, resumed.step, total)
         return resumed.folder
     start_(model, config, hashes, loader)
-    hashes["starts"] = [checkpoint.find_commit(folder).manifest.get("weights_sha256") for folder in config.starts]
-    manifest = {**checkpoint.manifest_of(config), **hashes, "plan": plan_of(model)}
+    hashes["starts"] = [weights_hash(Path(folder)) for folder in config.starts]
+    relies_on = relied_on(local_folder(stages.decoder_folder(config)))
+    manifest = {**checkpoint.manifest_of(config), **hashes, "plan": plan_of(model), "relies_on": relies_on}
     if resumed:
         checkpoint.check_manifest(resumed, {"plan": plan_of(model), **hashes})
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)

@@ -23,6 +23,9 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 24,
     seed: Annotated[int, typer.Option(help="Which picture the control shows instead of a record's own.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    accept: Annotated[
+        list[str] | None, typer.Option(help="Graft in spite of a difference that `zero-ds graft` names.")
+    ] = None,
 ) -> None:
     """Ask about held-out pictures: free answers and forced choice, with the right picture and with a shuffled one."""
     import torch
@@ -45,8 +48,10 @@ def evaluate(
     config = run_config(commit)
     assert config.encoder is not None
     folder = local_folder(decoder)
-    load = load_trained if (folder / "surrogate.json").is_file() else load_graft
-    model = load(weights, str(folder), dtype=kinds[dtype], attention="eager")
+    if (folder / "surrogate.json").is_file():
+        model = load_trained(weights, str(folder), dtype=kinds[dtype], attention="eager")
+    else:
+        model = load_graft(weights, str(folder), accept=accept or (), dtype=kinds[dtype], attention="eager")
     encode = sample_encoder(model, folder, local_folder(config.encoder.path), config.data)
     answerer = Answerer(model, encode, batch_size=batch, max_new_tokens=max_new_tokens)
     setting = {"weights": str(commit.folder), "decoder": decoder, "stage": config.stage}

@@ -13,21 +13,36 @@ Weights = Annotated[Path, typer.Option(help="Run or commit folder with a trained
 Target = Annotated[str, typer.Option(help="Full language model: folder or hub id.")]
 
 
-def graft(weights: Weights, target: Target) -> None:
+def graft(
+    weights: Weights,
+    target: Target,
+    surrogate: Annotated[str | None, typer.Option(help="Where its surrogate lies now, if it was moved.")] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option(help="Accept a difference by its name in the report, such as tokenizer.")
+    ] = None,
+) -> None:
     """Check that a trained encoder belongs to a full language model; the graft itself needs no training and no copy."""
     from zero_ds.checkpoint import find_commit
-    from zero_ds.graft import compatibility
+    from zero_ds.graft import compatibility, refuse_differences
     from zero_ds.hub import local_folder
 
-    checks = compatibility(find_commit(weights), local_folder(target))
+    commit = find_commit(weights)
+    checks = compatibility(commit, local_folder(target), thorough=True, surrogate=surrogate)
+    accepted = [check.name for check in checks if check.fits is False and check.name in (accept or ())]
+    unknown = [check.name for check in checks if check.fits is None]
     for check in checks:
+        verdict = {True: "fits", False: "DIFFERS", None: "unknown"}[check.fits]
+        differs = check.fits is False or (check.fits is None and check.trained_with != check.here)
         print(
-            f"{'fits' if check.fits else 'DIFFERS':8}{check.what}: {check.here}"
-            + ("" if check.fits else f" (trained with {check.trained_with})")
+            f"{'accepted' if check.name in accepted else verdict:<10}{check.name:<13}{check.here}"
+            + (f" (trained with: {check.trained_with})" if differs else "")
         )
-    if not all(check.fits for check in checks):
-        raise ConfigError(f"{weights} was not trained for {target}; see the lines above.")
-    print(f"{weights} can be grafted into {target}.")
+    refuse_differences(commit, target, checks, accept or ())
+    print(
+        f"{weights} can be grafted into {target}"
+        + (f", with another {', '.join(accepted)}, which was accepted" if accepted else "")
+        + (f"; not compared: {', '.join(unknown)}." if unknown else ".")
+    )
 
 
 def export(
