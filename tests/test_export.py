@@ -127,7 +127,7 @@ def test_the_runs_that_a_run_started_from(run: Callable[..., Path], tmp_path: Pa
     stored = load_file(tmp_path / "out" / "model.safetensors")
     before, after = (load_file(one / "step-000001" / "weights.safetensors") for one in (first, second))
     name = "encoder.layers.0.mlp.fc1.weight"
-    assert name in before and name not in after
+    assert f"encoder.{name}" in before and f"encoder.{name}" not in after
     assert torch.equal(stored[f"vision_tower.vision_model.{name}"], before[f"encoder.{name}"])
     assert torch.equal(stored["multi_modal_projector.linear_1.weight"], after["adapter.0.weight"])
     assert not torch.equal(before["adapter.0.weight"], after["adapter.0.weight"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from zero_ds.config import ConfigError, did_you_mean
 from zero_ds.export import card, llava, remote_code
-from zero_ds.export.proof import prove
+from zero_ds.export.proof import PROOFS, prove
 from zero_ds.export.source import open_source
 from zero_ds.export.text import texts
 from zero_ds.files import check_vacant, new_folder
@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 FORMATS: dict[str, Any] = {"llava": llava, "remote-code": remote_code}
 """Name -> module with `refuse`, `tensors`, `loaded`, `expected`, `write`, USAGE and REMOTE_CODE."""
-PROOFS = ("full", "tensors")
 
 
 def export_model(

@@ -135,7 +135,8 @@ def _table(evaluations: list[Evaluation]) -> str:
     rows = ["| evaluation | right words | with a shuffled picture | words |", "|---|---|---|---|"]
     for one in evaluations:
         (own, count), (shuffled, _) = (_share(one, condition) for condition in CONDITIONS)
-        rows.append(f"| {one.name} | {own:.1%} | {shuffled:.1%} | {count} |")
+        name = " ".join(one.name.replace("|", "\\|").split())
+        rows.append(f"| {name} | {own:.1%} | {shuffled:.1%} | {count} |")
     return "\n".join(rows)
 
 

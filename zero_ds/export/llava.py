@@ -162,17 +162,17 @@ def expected(source: Source, texts: Texts) -> dict[str, tuple[int, ...]]:
 def _config(source: Source, texts: Texts) -> Any:
     from transformers import LlavaConfig
 
-    vision, text = source.vision, source.text
+    text, vision = source.plain_configs()
     settings: Any = LlavaConfig(
-        vision_config=vision.to_dict(),
-        text_config=text.to_dict(),
+        vision_config=vision,
+        text_config=text,
         image_token_index=texts.image_token_id,
         projector_hidden_act="gelu",
         vision_feature_select_strategy=STRATEGIES[source.encoder_family.prefix_tokens],
         vision_feature_layer=source.encoder_config.feature_layer,
         image_seq_length=source.tokens_per_image,
         multimodal_projector_bias=True,
-        tie_word_embeddings=bool(text.tie_word_embeddings),
+        tie_word_embeddings=bool(source.text.tie_word_embeddings),
     )
     return settings
 
@@ -184,8 +184,7 @@ def write(source: Source, texts: Texts, folder: Path) -> None:
 
     settings = _config(source, texts)
     settings.architectures = ["LlavaForConditionalGeneration"]
-    for part in (settings, settings.text_config, settings.vision_config):
-        part.dtype = source.dtype
+    settings.dtype = source.dtype
     settings.save_pretrained(folder)
     pictures = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
     size = {"height": pictures.size, "width": pictures.size}

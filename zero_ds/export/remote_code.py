@@ -84,8 +84,7 @@ def expected(source: Source, texts: Texts) -> dict[str, tuple[int, ...]]:
 
 def write(source: Source, texts: Texts, folder: Path) -> None:
     """Writes code, config.json, the processor and generation_config.json beside the weights."""
-    text, vision = source.text, source.vision
-    dtype = str(source.dtype).removeprefix("torch.")
+    text, vision = source.plain_configs()
     adapter = source.config.adapter
     settings: dict[str, Any] = {
         "architectures": ["GraftedForCausalLM"],
@@ -95,19 +94,19 @@ def write(source: Source, texts: Texts, folder: Path) -> None:
             "AutoModelForImageTextToText": "modeling_grafted.GraftedForCausalLM",
         },
         "model_type": "grafted_vlm",
-        "dtype": dtype,
+        "dtype": text["dtype"],
         "image_token_id": texts.image_token_id,
         "feature_layer": source.encoder_config.feature_layer,
         "prefix_tokens": source.encoder_family.prefix_tokens,
         "patch_norm": source.encoder_family.final_norm if source.encoder_config.patch_norm else None,
         "boundary_tokens": adapter.boundary_tokens,
-        "adapter_width": adapter.width or text.hidden_size,
+        "adapter_width": adapter.width or source.text.hidden_size,
         "aligner": adapter.width is not None,
-        "tie_word_embeddings": bool(text.tie_word_embeddings),
-        "text_config": {**text.to_dict(), "dtype": dtype},
-        "vision_config": {**vision.to_dict(), "dtype": dtype},
+        "tie_word_embeddings": bool(source.text.tie_word_embeddings),
+        "text_config": text,
+        "vision_config": vision,
     }
-    pictures = ImageProcessor.from_folder(source.encoder_folder, vision.image_size)
+    pictures = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
     before, between = wrapper(source.config.data)
     processor = {
         "processor_class": "GraftedProcessor",

@@ -70,6 +70,18 @@ class Source:
     def plan(self) -> LayerPlan | None:
         return self.surrogate.plan if self.surrogate else None
 
+    def plain_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The decoder's config and the encoder's as dictionaries of what an export says of them.
+
+        Where they lay on this machine is not among it.
+        """
+        dtype = str(self.dtype).removeprefix("torch.")
+        text, vision = ({**config.to_dict(), "dtype": dtype} for config in (self.text, self.vision))
+        for config in (text, vision):
+            for name in ("_name_or_path", "_model_name_or_path"):
+                config.pop(name, None)
+        return text, vision
+
     @cached_property
     def encoder(self) -> nn.Module:
         """The encoder with the weights it began with. It is small beside a decoder, and stays in memory."""

@@ -120,6 +120,7 @@ def _generation(folder: Path, text: Any, end: int) -> dict[str, Any]:
     if path.is_file():
         try:
             settings = dict(json.loads(path.read_text(encoding="utf-8")))
+            settings.pop("_from_model_config", None)  # it is read from its own file from now on
         except (OSError, ValueError, TypeError):
             raise ConfigError(f"{path} is damaged; fetch the model again.") from None
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
