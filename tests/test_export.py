@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,3 +313,9 @@ def test_vocabulary_without_a_spare_token(made: Callable[..., Path], monkeypatch
     family = Family(name="llama", model_types=("llama",), image_tokens=("<|nothing|>",))
     with pytest.raises(ConfigError, match=r"none of the llama family's spare tokens \(<\|nothing\|>\); name one in"):
         text.placeholder_token(family, AutoTokenizer.from_pretrained(made("llama", tied=True)))
+
+
+def test_the_tool_is_the_command(tmp_path: Path) -> None:
+    tool = Path(__file__).parent.parent / "tools" / "convert_to_hf.py"
+    done = subprocess.run([sys.executable, str(tool), "--out", str(tmp_path / "x")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "zero-ds: name one run: zero-ds export RUN --out FOLDER.\n")

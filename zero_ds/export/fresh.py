@@ -34,7 +34,7 @@ def main(scratch: Path) -> None:
     torch.set_num_threads(asked["threads"])
     trust = {"trust_remote_code": True} if asked["remote_code"] else {}
     processor = transformers.AutoProcessor.from_pretrained(asked["folder"], **trust)
-    auto = transformers.AutoModelForCausalLM if trust else transformers.AutoModelForImageTextToText
+    auto: Any = transformers.AutoModelForCausalLM if trust else transformers.AutoModelForImageTextToText
     model, info = auto.from_pretrained(asked["folder"], dtype="auto", output_loading_info=True, **trust)
     model.eval()
     unfilled = sorted(str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key])

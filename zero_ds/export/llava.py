@@ -25,7 +25,7 @@ from zero_ds.shards import Tensor
 REMOTE_CODE = False
 TOWERS = {"clip": "vision_tower.vision_model."}
 """Encoder -> prefix of its tensors in published folders."""
-STRATEGIES = {0: "full", 1: "default"}
+STRATEGIES: dict[int, Any] = {0: "full", 1: "default"}
 """Tokens that an encoder puts before the patches -> what Llava calls it when they are dropped."""
 PROJECTOR = {"adapter.0.": "linear_1.", "adapter.2.": "linear_2."}
 

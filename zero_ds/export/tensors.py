@@ -97,4 +97,5 @@ def values(tensor: Tensor) -> Iterator[torch.Tensor]:
 
 def buffer(tensor: torch.Tensor) -> Any:
     """The tensor's bytes, without a copy where it lies in one piece."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_grafted import GraftedConfig
@@ -31,7 +31,7 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
     """The decoder's causal LM, with image features in place of the embeddings of image tokens."""
 
     config_class = GraftedConfig
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers has it
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -121,10 +121,10 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Pictures are read once, with the prompt; behind that they are in the cache."""
         pixel_values, cache = kwargs.pop("pixel_values", None), kwargs.get("past_key_values")
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
         if cache is None or cache.get_seq_length() == 0:
             inputs["pixel_values"] = pixel_values
         return inputs
