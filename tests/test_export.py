@@ -167,7 +167,7 @@ def test_lora_in_blocks_is_lora_in_one(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("dtype", "form"), [("bfloat16", "llava"), ("float16", "remote-code")])
 def test_dtypes_and_shards(run: Callable[..., Path], tmp_path: Path, dtype: str, form: str) -> None:
-    commit = run("decoder", tied=False)
+    commit = run("decoder", tied=False, lora={"rank": 4, "modules": ["q_proj", "up_proj"]})
     proof = export_model(commit, None, tmp_path / "out", form=form, dtype=dtype, shard_bytes=20_000)
     assert proof["dtype"] == dtype and proof["largest_logit_difference"] <= 1e-2
     files = sorted((tmp_path / "out").glob("*.safetensors"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 16 << 20
 """Bytes of a source that are in memory at a time."""
+_ONE_PRODUCT = Lock()
+"""Shards are written by several threads, and a product in float32 is large."""
 
 
 def read(span: Span) -> torch.Tensor:
@@ -44,7 +47,8 @@ def in_memory(tensor: torch.Tensor, dtype: torch.dtype) -> Computed:
 def merged(base: Span, down: Span, up: Span, scaling: float, dtype: torch.dtype) -> Computed:
     """W + scaling B A, rounded where PEFT's merge of a model in `dtype` rounds.
 
-    base: W (out, in); down: A (rank, in); up: B (out, rank); scaling: alpha / rank. Of W some rows are in memory.
+    base: W (out, in); down: A (rank, in); up: B (out, rank); scaling: alpha / rank. Of W some rows are in memory, the
+    product is whole: in parts, sums could come in another order, and bfloat16 would round some elements another way.
     """
     if (down.shape[1], up.shape[0], down.shape[0]) != (base.shape[1], base.shape[0], up.shape[1]):
         raise ConfigError(
@@ -53,13 +57,14 @@ def merged(base: Span, down: Span, up: Span, scaling: float, dtype: torch.dtype)
         )
 
     def blocks() -> Iterator[Any]:
-        inner = read(down).to(dtype).float()
-        outer = read(up).to(dtype).float()
+        with _ONE_PRODUCT:
+            product = read(up).to(dtype).float() @ read(down).to(dtype).float()
+            delta = product.mul_(scaling).to(dtype)
+            del product
         start = 0
         for flat in _rows(base):
             rows = flat.view(-1, base.shape[1]).to(dtype)
-            delta = (outer[start : start + len(rows)] @ inner) * scaling
-            yield buffer(rows + delta.to(dtype))
+            yield buffer(rows + delta[start : start + len(rows)])
             start += len(rows)
 
     return Computed(NAMES[dtype], base.shape, base.parameters * dtype.itemsize, blocks)
