@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import export_helper
 import pytest
 import torch
 from distributed_helper import run_ranks, train_all
@@ -13,7 +14,7 @@ from distributed_helper import run_ranks, train_all
 from zero_ds import stages
 from zero_ds.checkpoint import find_commit
 from zero_ds.config import ConfigError, RunConfig
-from zero_ds.export import export_llava
+from zero_ds.export import export_model
 from zero_ds.graft import load_graft
 
 WIDTH = 24
@@ -58,14 +59,18 @@ def test_only_the_aligner_trains(runs: dict[str, Path]) -> None:
     assert moved.abs().max() < 0.2
 
 
-def test_graft_and_export(runs: dict[str, Path], made: Callable[..., Path], tmp_path: Path) -> None:
+def test_graft_and_export(
+    runs: dict[str, Path], made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The exported folder folds adapter and aligner into Llava's two layers; its proof compares the logits."""
+    export_helper.here(monkeypatch)
     large = made("llama", tied=True)
     model = load_graft(runs["align"], large)
     trained = find_commit(runs["encoder"]).weights()
     assert model.aligner is not None and torch.equal(model.adapter[2].weight, trained["adapter.2.weight"])  # type: ignore[index]
-    proof = export_llava(runs["align"], str(large), tmp_path / "llava")
-    assert all(prompt["largest_log_prob_difference"] < 1e-4 for prompt in proof["prompts"])
+    for form in ("llava", "remote-code"):
+        proof = export_model(runs["align"], str(large), tmp_path / form, form=form)
+        assert proof["largest_logit_difference"] <= 1e-5
 
 
 def test_without_an_aligner_the_widths_do_not_fit(runs: dict[str, Path], made: Callable[..., Path]) -> None:

@@ -130,7 +130,7 @@ def test_a_graft_with_merged_adapters_answers_like_the_model_in_training(
 
 
 def test_export_proves_a_model_with_adapters(runs: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    from zero_ds.export import export_llava
+    from zero_ds.export import export_model
 
-    proof = export_llava(runs / "zero3", str(made("llama", tied=True)), tmp_path / "export")
+    proof = export_model(runs / "zero3", str(made("llama", tied=True)), tmp_path / "export")
     assert proof and (tmp_path / "export" / "proof.json").is_file()

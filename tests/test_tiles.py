@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import export_helper
 import pytest
 import tiny
 import torch
@@ -96,13 +97,20 @@ def test_answers_are_the_plain_greedy_ones(parts: Any, pictures: Path) -> None:
         assert reply.text == encoder.template.tokenizer.decode(spoken, skip_special_tokens=True).strip(), query.id
 
 
-def test_a_run_with_tiles_is_evaluated_and_not_exported(
-    run_config: Callable[..., RunConfig], made: Callable[..., Path], pictures: Path, tmp_path: Path
+def test_a_run_with_tiles_is_exported_with_code_alone(
+    run_config: Callable[..., RunConfig],
+    made: Callable[..., Path],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from zero_ds.export import export_llava
+    from zero_ds.export import export_model
 
     config = run_config("encoder", tmp_path / "run", data=data_of(pictures), max_steps=2, zero="zero3")
     assert run_ranks(train_all, 2, [config]) == [["step-000002"]] * 2
     with pytest.raises(ConfigError, match=r"this run was trained with data\.image_grid"):
-        export_llava(tmp_path / "run", str(made("llama", tied=True)), tmp_path / "export")
+        export_model(tmp_path / "run", None, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+    export_helper.here(monkeypatch)
+    proof = export_model(tmp_path / "run", None, tmp_path / "export", form="remote-code")
+    assert proof["largest_logit_difference"] <= 1e-5

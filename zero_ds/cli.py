@@ -17,7 +17,8 @@ from zero_ds.commands.checkpoints import consolidate, export_lora, import_releas
 from zero_ds.commands.data import data
 from zero_ds.commands.demo import demo
 from zero_ds.commands.evaluate import evaluate
-from zero_ds.commands.graft import export, graft
+from zero_ds.commands.export import export
+from zero_ds.commands.graft import graft
 from zero_ds.commands.quickstart import quickstart
 from zero_ds.commands.report import report
 from zero_ds.commands.surrogate import surrogate

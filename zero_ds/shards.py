@@ -1,5 +1,7 @@
 """Copies tensors from safetensors files to safetensors files under other names, byte for byte.
 
+A tensor that cannot be copied, since it is cast or merged, is made in blocks while it is written (`Computed`).
+
 A surrogate of a 70B model is 75 GB of unchanged tensors. Nothing of them is ever decoded: what is read of a source is
 its header, what is written is a header and ranges of the source's bytes, copied by the kernel. So the memory needed is
 that of the headers, whatever the size of the largest tensor. Files are opened with the safetensors library before and
@@ -14,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,24 @@ class Span:
     @property
     def parameters(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor of which the bytes are made when they are written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    blocks: Callable[[], Iterable[Any]]
+    """Its bytes from the first to the last, in pieces that know the buffer protocol; made anew at every call."""
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+Tensor = Span | Computed
 
 
 def spans(file: Path) -> dict[str, Span]:
@@ -136,17 +156,19 @@ def locate(tensors: dict[str, Stored]) -> dict[str, Span]:
     return {name: files[stored.file][stored.name] for name, stored in tensors.items()}
 
 
-def write_shards(tensors: Sequence[tuple[str, Span]], out: Path) -> None:
+def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes (name, bytes) into the existing folder `out`: model.safetensors, or numbered shards with their index.
+
+    shard_bytes: size of a shard, which only a single tensor may exceed.
 
     Raises:
         ConfigError: a source became shorter than its header says.
         OSError: the disk is full.
     """
-    shards: list[list[tuple[str, Span]]] = [[]]
+    shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
     for name, span in tensors:
-        if shards[-1] and size + span.size > SHARD_BYTES:
+        if shards[-1] and size + span.size > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append((name, span))
@@ -177,7 +199,7 @@ def write_shards(tensors: Sequence[tuple[str, Span]], out: Path) -> None:
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(shard: Sequence[tuple[str, Span]], path: Path, bar: Any, stop: Event) -> None:
+def _write_shard(shard: Sequence[tuple[str, Tensor]], path: Path, bar: Any, stop: Event) -> None:
     # wide types first, so that every tensor lies at a multiple of its type's width, as the format wants
     ordered = sorted(shard, key=lambda item: -item[1].size / max(1, item[1].parameters))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -193,6 +215,9 @@ def _write_shard(shard: Sequence[tuple[str, Span]], path: Path, bar: Any, stop: 
         source, opened = None, None
         try:
             for _, span in ordered:
+                if isinstance(span, Computed):
+                    _make(target, span, bar, stop)
+                    continue
                 if opened != span.file:
                     if source is not None:
                         source.close()
@@ -222,15 +247,31 @@ def _copy(source: Any, target: Any, span: Span, bar: Any, stop: Event) -> None:
         bar.update(done)
 
 
+def _make(target: Any, tensor: Computed, bar: Any, stop: Event) -> None:
+    left = tensor.size
+    for block in tensor.blocks():
+        if stop.is_set():
+            return
+        size = memoryview(block).nbytes
+        _put(target, block)
+        left -= size
+        bar.update(size)
+    assert left == 0, f"a tensor of {tensor.size} bytes was made with {tensor.size - left}"
+
+
 _NO_SPACE = (28, 122)
 
 
 def _copy_in_memory(source: Any, target: Any, start: int, size: int) -> int:
     block = os.pread(source.fileno(), size, start)
-    view = memoryview(block)
+    _put(target, block)
+    return len(block)
+
+
+def _put(target: Any, block: Any) -> None:
+    view = memoryview(block).cast("B")
     while view:
         view = view[os.write(target.fileno(), view) :]
-    return len(block)
 
 
 def content_hash(span: Span) -> str:

@@ -1,4 +1,4 @@
-"""`zero-ds graft` and `zero-ds export`."""
+"""`zero-ds graft`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from zero_ds.config import ConfigError
 
 Weights = Annotated[Path, typer.Option(help="Run or commit folder with a trained encoder.")]
 Target = Annotated[str, typer.Option(help="Full language model: folder or hub id.")]
@@ -43,22 +41,3 @@ def graft(
         + (f", with another {', '.join(accepted)}, which was accepted" if accepted else "")
         + (f"; not compared: {', '.join(unknown)}." if unknown else ".")
     )
-
-
-def export(
-    weights: Weights,
-    target: Target,
-    out: Annotated[Path, typer.Option(help="New folder.")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-) -> None:
-    """Write encoder, adapter and full model as transformers' own Llava, proved by loading it afresh without zero_ds."""
-    import torch
-
-    from zero_ds.export import export_llava
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in kinds:
-        raise ConfigError(f"--dtype {dtype} is not known; choose {' or '.join(kinds)}.")
-    proof = export_llava(weights, target, out, kinds[dtype])
-    gap = max(prompt["largest_log_prob_difference"] for prompt in proof["prompts"])
-    print(f"{out}: loads with transformers alone; log-probabilities within {gap:.1e} of the source.")

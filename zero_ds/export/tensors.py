@@ -1,0 +1,106 @@
+"""Tensors of an export on their way from file to file: as they are, cast, or with LoRA added, some rows at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from threading import Lock
+from typing import Any
+
+import torch
+
+from zero_ds.config import ConfigError
+from zero_ds.shards import Computed, Span, Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of weights as safetensors names them."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK = 16 << 20
+"""Bytes of a source that are in memory at a time."""
+_ONE_PRODUCT = Lock()
+"""Shards are written by several threads, and a product in float32 is large."""
+
+
+def read(span: Span) -> torch.Tensor:
+    """The whole tensor."""
+    return torch.cat(list(_rows(span))).view(span.shape)
+
+
+def as_dtype(span: Span, dtype: torch.dtype) -> Tensor:
+    """The tensor in another type; where that is its own, its bytes are copied."""
+    if span.dtype == NAMES[dtype]:
+        return span
+
+    def blocks() -> Iterator[Any]:
+        for rows in _rows(span):
+            yield buffer(rows.to(dtype))
+
+    return Computed(NAMES[dtype], span.shape, span.parameters * dtype.itemsize, blocks)
+
+
+def in_memory(tensor: torch.Tensor, dtype: torch.dtype) -> Computed:
+    """A tensor that is there already."""
+    size = tensor.numel() * dtype.itemsize
+    return Computed(NAMES[dtype], tuple(tensor.shape), size, lambda: iter([buffer(tensor.detach().to(dtype))]))
+
+
+def merged(base: Span, down: Span, up: Span, scaling: float, dtype: torch.dtype) -> Computed:
+    """W + scaling B A, rounded where PEFT's merge of a model in `dtype` rounds.
+
+    base: W (out, in); down: A (rank, in); up: B (out, rank); scaling: alpha / rank. Of W some rows are in memory, the
+    product is whole: in parts, sums could come in another order, and bfloat16 would round some elements another way.
+    """
+    if (down.shape[1], up.shape[0], down.shape[0]) != (base.shape[1], base.shape[0], up.shape[1]):
+        raise ConfigError(
+            f"LoRA of shapes {up.shape} x {down.shape} does not fit a weight of shape {base.shape}; "
+            "the run was made for another model."
+        )
+
+    def blocks() -> Iterator[Any]:
+        with _ONE_PRODUCT:
+            product = read(up).to(dtype).float() @ read(down).to(dtype).float()
+            delta = product.mul_(scaling).to(dtype)
+            del product
+        start = 0
+        for flat in _rows(base):
+            rows = flat.view(-1, base.shape[1]).to(dtype)
+            yield buffer(rows + delta[start : start + len(rows)])
+            start += len(rows)
+
+    return Computed(NAMES[dtype], base.shape, base.parameters * dtype.itemsize, blocks)
+
+
+def _rows(span: Span) -> Iterator[torch.Tensor]:
+    """The tensor's elements, flat, in blocks of whole rows (the last axis).
+
+    Raises:
+        ConfigError: the file became shorter than its header says.
+    """
+    dtype = DTYPES[span.dtype]
+    row = (span.shape[-1] if span.shape else 1) * dtype.itemsize
+    step = max(row, BLOCK // max(1, row) * row)
+    with span.file.open("rb") as file:
+        for start in range(0, span.size, max(1, step)):
+            size = min(step, span.size - start)
+            data = os.pread(file.fileno(), size, span.start + start)
+            if len(data) != size:
+                raise ConfigError(f"{span.file} ended early; fetch the model again.")
+            yield torch.frombuffer(bytearray(data), dtype=dtype)
+    if not span.size:
+        yield torch.empty(0, dtype=dtype)
+
+
+def values(tensor: Tensor) -> Iterator[torch.Tensor]:
+    """The elements as they will stand in the file, flat, block by block."""
+    if isinstance(tensor, Span):
+        yield from _rows(tensor)
+        return
+    for block in tensor.blocks():
+        if block.nbytes:
+            yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype])
+
+
+def buffer(tensor: torch.Tensor) -> Any:
+    """The tensor's bytes, without a copy where it lies in one piece."""
+    flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -1,0 +1,133 @@
+"""What an export says and hears like training: tokenizer, placeholder of an image, chat template, end of an answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zero_ds.config import ConfigError, DataConfig
+from zero_ds.data.conversations import PLACEHOLDER, WRAPPERS, ChatTemplate
+from zero_ds.export.source import Source
+from zero_ds.families import Family
+from zero_ds.pretrained import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text side of a processor."""
+
+    tokenizer: Any
+    """With the placeholder among its special tokens."""
+    image_token: str
+    template: str
+    """The chat template of the export."""
+    stops: tuple[int, ...]
+    """Tokens that end an answer."""
+    generation: dict[str, Any]
+    """Content of generation_config.json."""
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+
+
+def texts(source: Source) -> Texts:
+    """Tokenizer and templates of a source.
+
+    Raises:
+        ConfigError: a tokenizer that cannot be loaded, no chat template, no token that could stand for an image.
+    """
+    data = source.config.data
+    tokenizer = load_tokenizer(source.folder)
+    token = placeholder_token(source.family, tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    try:
+        own = Path(data.chat_template).read_text(encoding="utf-8") if data.chat_template else None
+    except OSError as error:
+        raise ConfigError(f"data.chat_template={data.chat_template} cannot be read: {error.strerror}.") from None
+    end = ChatTemplate(tokenizer, own).end_of_turn()
+    generation = _generation(source.folder, source.text, end)
+    stops = generation["eos_token_id"]
+    return Texts(tokenizer, token, chat_template(own or tokenizer.chat_template, token, data), tuple(stops), generation)
+
+
+def placeholder_token(family: Family, tokenizer: Any) -> str:
+    """A special token of the target's vocabulary that stands for an image.
+
+    Raises:
+        ConfigError: the family names none that this vocabulary has.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in (PLACEHOLDER, *family.image_tokens):
+        if token in vocabulary:
+            return token
+    raise ConfigError(
+        f"the vocabulary has none of the {family.name} family's spare tokens "
+        f"({', '.join(family.image_tokens) or 'none named'}); name one in families/{family.name}.py."
+    )
+
+
+def wrapper(data: DataConfig) -> tuple[str, str]:
+    """The image prompt's text before the image, and between image and question."""
+    text = WRAPPERS[0] if data.image_prompt != "off" else "{image}\n{question}"
+    before, after = text.split("{image}")
+    return before, after.split("{question}")[0]
+
+
+def chat_template(own: str, image_token: str, data: DataConfig) -> str:
+    """The target's template behind a few lines that turn lists of image and text into what training wrote.
+
+    A picture and a question become the fixed image prompt, a system prompt is set as in training, and plain string
+    contents stay as they are.
+    """
+    before, between = wrapper(data)
+    system = ""
+    if data.system_prompt is not None:
+        system = (
+            "{%- if not messages or messages[0].role != 'system' -%}"
+            f"{{%- set ns.messages = [{{'role': 'system', 'content': {json.dumps(data.system_prompt)}}}] -%}}"
+            "{%- endif -%}"
+        )
+    thinks = "{%- set enable_thinking = false -%}" if "enable_thinking" in own else ""
+    return (
+        f"{thinks}"
+        "{%- set ns = namespace(messages=[], text='', images=0) -%}"
+        + system
+        + "{%- for message in messages -%}{%- if message.content is string -%}"
+        "{%- set ns.messages = ns.messages + [message] -%}"
+        "{%- else -%}"
+        "{%- set ns.text = '' -%}{%- set ns.images = 0 -%}"
+        "{%- for part in message.content -%}"
+        "{%- if part.type == 'image' -%}{%- set ns.images = ns.images + 1 -%}"
+        "{%- elif part.type == 'text' -%}{%- set ns.text = ns.text + part.text -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if ns.images -%}"
+        f"{{%- set ns.text = {json.dumps(before)} + {json.dumps(image_token)} * ns.images + {json.dumps(between)}"
+        " + ns.text -%}"
+        "{%- endif -%}"
+        "{%- set ns.messages = ns.messages + [{'role': message.role, 'content': ns.text}] -%}"
+        "{%- endif -%}{%- endfor -%}"
+        "{%- set messages = ns.messages -%}" + own
+    )
+
+
+def _generation(folder: Path, text: Any, end: int) -> dict[str, Any]:
+    """The target's own settings of generation; what closes an answer in the chat template always ends it."""
+    path = folder / "generation_config.json"
+    settings: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            settings = dict(json.loads(path.read_text(encoding="utf-8")))
+            settings.pop("_from_model_config", None)  # it is read from its own file from now on
+        except (OSError, ValueError, TypeError):
+            raise ConfigError(f"{path} is damaged; fetch the model again.") from None
+    for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        if settings.get(name) is None and getattr(text, name, None) is not None:
+            settings[name] = getattr(text, name)
+    stops = settings.get("eos_token_id")
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    settings["eos_token_id"] = stops if end in stops else [*stops, end]
+    settings.setdefault("pad_token_id", settings["eos_token_id"][0])
+    return settings
