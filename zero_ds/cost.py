@@ -169,7 +169,7 @@ class StepCost:
         return cls(encoder, patches, picture, image_token, decoder, Tower.of([head], 0, input_learns=learns).per_token)
 
     def flops(self, tokens: float, pairs: float, supervised: float, pictures: float, image_tokens: float) -> float:
-        """Of so much data: tokens of sequences and their pairs (the sum of squared lengths), pictures and their tokens."""
+        """Of so much data: tokens of sequences, their pairs (the sum of squared lengths), pictures, their tokens."""
         of_text = self.decoder.per_token * tokens + self.decoder.per_pair * pairs + self.per_supervised * supervised
         of_picture = self.per_picture + self.encoder.per_token * self.patches + self.encoder.per_pair * self.patches**2
         return of_text + pictures * of_picture + self.per_image_token * image_tokens

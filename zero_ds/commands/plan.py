@@ -29,8 +29,8 @@ def plan(
         str | None,
         typer.Option(
             metavar="INSIDE/BETWEEN",
-            help="GB/s that collectives reach, one direction: of a GPU inside a node / of a node to other nodes. Without "
-            "it 80 % of NVLink's nominal rate, and of 4 x 100 Gb/s.",
+            help="GB/s that collectives reach, one direction: of a GPU inside a node / of a node to other nodes. "
+            "Without it 80 % of NVLink's nominal rate, and of 4 x 100 Gb/s.",
         ),
     ] = None,
     host_memory: Annotated[float, typer.Option(help="Host memory of a machine, in GiB.")] = 1000.0,
@@ -40,7 +40,9 @@ def plan(
         typer.Option(help="Plan the surrogate with these layers replaced, first:last; may be given several times."),
     ] = None,
     translators: Annotated[int, typer.Option(help="With --replace: translators for each range.", min=1)] = 1,
-    samples: Annotated[int | None, typer.Option(help="Samples of the data, where their number is not known.", min=1)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples of the data, where their number is not known.", min=1)
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Text tokens of an average sample.", min=1)] = None,
     supervised: Annotated[int | None, typer.Option(help="Of these, tokens with loss.", min=1)] = None,
     decoder_share: Annotated[
@@ -50,9 +52,10 @@ def plan(
 ) -> None:
     """Plan a run before the money is spent: memory by cause, what fits, what is fastest, the hours, both routes.
 
-    Nothing is loaded: config.json and meta tensors are enough, and for Llama-3.2-3B, 3.1-8B, 3.1-70B and CLIP ViT-L/14-336
-    they come with zero-ds. A surrogate need not be built yet. Memory is that of one rank under every file of ds_configs/;
-    times come from a plain model (docs/planning.md) whose assumptions are printed last, and are best cases.
+    Nothing is loaded: config.json and meta tensors are enough. For Llama-3.2-3B, 3.1-8B, 3.1-70B and CLIP ViT-L/14 of
+    336 pixels config.json comes with zero-ds, and a surrogate need not be built yet. Memory is that of one rank under
+    every file of ds_configs/; times come from a plain model (docs/planning.md) whose assumptions are printed last, and
+    are best cases.
 
     zero-ds plan llama-3.1-70b/decoder --gpus 128 --gpu-memory 80 --gpu A100 --out plan.json
     """

@@ -1,9 +1,9 @@
 """What a forward pass keeps for the backward pass: counted by autograd's own hooks, on meta tensors.
 
-The parts of the model run one after the other as they do in training; a hook notes every tensor that autograd saves, once
-a storage, parameters and buffers left out. So frozen layers, which keep less than those that train, and every family's own
-operations count as they are. Attention without a kept score matrix (sdpa, flash) is stood in for by an operation that
-saves what those kernels save: query, key, value, output, and one float32 a row.
+The parts of the model run one after the other as they do in training; a hook notes every tensor that autograd saves,
+once a storage, parameters and buffers left out. So frozen layers, which keep less than those that train, and every
+family's own operations count as they are. Attention without a kept score matrix (sdpa, flash) is stood in for by an
+operation that saves what those kernels save: query, key, value, output, and one float32 a row.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def kept(
         embeddings = torch.empty(1, length, width, dtype=dtype, device="meta")
         embedding = cast(Any, model.decoder).get_input_embeddings().weight
         embeddings.requires_grad_(learns or embedding.requires_grad)
-        hidden = model.family.hidden_states(model.decoder, embeddings, None)
+        mask = torch.ones(1, length, dtype=torch.long, device="meta")
+        hidden = model.family.hidden_states(model.decoder, embeddings, mask)
         for handle in each.handles:
             handle.remove()
         after = saved.total
@@ -172,7 +173,7 @@ def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterato
 
     AttentionInterface.register(KERNEL, _kernel_attention)
     parts = [part for part in (model.decoder, model.encoder) if part is not None]
-    configs = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     for config, _ in before:
         config._attn_implementation = KERNEL

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,16 +49,25 @@ class Architecture:
     sources: tuple[str, ...] = ()
     """Where every architecture comes from, a sentence each."""
 
-    @property
+    @cached_property
     def trained(self) -> list[int]:
         """Sizes of the parameters that train."""
         return [p.numel() for group in self.groups.values() for _, p in group]
 
-    @property
+    @cached_property
     def frozen(self) -> list[int]:
         """Sizes of all other parameters."""
         sizes = [p.numel() for p in self.model.parameters() if not p.requires_grad]
         return [*sizes, self.replaced] if self.replaced else sizes
+
+    @cached_property
+    def largest_unit(self) -> int:
+        """Elements of the largest unit that ZeRO-3 gathers at once: a frozen layer, or a module's own parameters."""
+        layers = self.model.family.layers(self.model.decoder)
+        frozen = [layer for layer in layers if not any(p.requires_grad for p in layer.parameters())]
+        units = [sum(p.numel() for p in layer.parameters()) for layer in frozen]
+        units += [sum(p.numel() for p in module.parameters(recurse=False)) for module in self.model.modules()]
+        return max(units)
 
 
 def config_folder(name: str) -> tuple[Path, str]:
@@ -124,7 +134,7 @@ def architecture(
     """The run's model on meta tensors.
 
     Raises:
-        ConfigError: as `config_folder`, `layer_plan`, and `stages.stage_of`; a config.json that no model can be made of.
+        ConfigError: as `config_folder`, `layer_plan` and `stages.stage_of`.
     """
     stage = stages.stage_of(config)
     target, whence = config_folder(config.target)

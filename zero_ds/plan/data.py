@@ -1,4 +1,4 @@
-"""What a plan assumes of data that is not at hand: how many samples, how long they are. None of it was measured here."""
+"""What a plan assumes of data that is not at hand: how many samples, and how long they are. None of it was measured."""
 
 from __future__ import annotations
 

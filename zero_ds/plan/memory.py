@@ -22,7 +22,6 @@ from math import ceil
 from typing import Any
 
 import torch
-from torch import nn
 
 from zero_ds.optimizer_state import PIECE
 from zero_ds.plan.activations import Kept
@@ -56,8 +55,10 @@ def memory(
 
     kept: of one micro-batch; checkpointing: whether the decoder's activations are checkpointed.
     """
-    states = _sharded(parts, ds, world_size) if ds["zero_optimization"]["stage"] == 3 else _whole(
-        parts, ds, world_size, accumulation
+    states = (
+        _sharded(parts, ds, world_size)
+        if ds["zero_optimization"]["stage"] == 3
+        else _whole(parts, ds, world_size, accumulation)
     )
     gpu = states["gpu"]
     gpu["activations"] = kept.checkpointed if checkpointing else kept.whole
@@ -72,7 +73,7 @@ def _peak(by_cause: dict[str, float]) -> float:
     of = {cause: by_cause.get(cause, 0.0) for cause in CAUSES}
     states = sum(of[cause] for cause in ("frozen", "trained", "gradients", "optimizer"))
     passes = of["buckets"] + of["gather"] + of["activations"] + of["logits"]
-    return states + max(passes, of["buckets"] + of["update"], of["save"])
+    return states + max(passes, of["update"], of["save"])
 
 
 def _bytes(ds: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
@@ -92,7 +93,7 @@ def _whole(parts: Architecture, ds: dict[str, Any], world_size: int, accumulatio
     b, g = _bytes(ds, parts.dtype)
     frozen, trained = sum(parts.frozen), sum(parts.trained)
     largest = max(parts.trained)
-    gpu = {"frozen": b * frozen, "trained": b * trained}
+    gpu: dict[str, float] = {"frozen": b * frozen, "trained": b * trained}
     host: dict[str, float] = {}
     if zero["stage"] == 0:
         master = 0 if parts.dtype == torch.float32 else 4
@@ -158,18 +159,5 @@ def _gathered(parts: Architecture, zero: dict[str, Any], threshold: int) -> floa
     """Most elements that ZeRO-3 holds whole at a time beside persistent ones: as many as the config allows."""
     gatherable = sum(size for size in (*parts.frozen, *parts.trained) if size > threshold)
     prefetched = int(zero.get("stage3_prefetch_bucket_size", 5e7))
-    allowed = max(int(zero.get("stage3_max_live_parameters", 1e9)), largest_unit(parts.model) + prefetched)
+    allowed = max(int(zero.get("stage3_max_live_parameters", 1e9)), parts.largest_unit + prefetched)
     return min(gatherable, allowed)
-
-
-def largest_unit(model: Any) -> int:
-    """Elements of the largest unit that is gathered at once: a frozen decoder layer, or a module's own parameters."""
-    layers = {id(layer): layer for layer in model.family.layers(model.decoder)}
-    frozen = [layer for layer in layers.values() if not any(p.requires_grad for p in layer.parameters())]
-    units = [sum(p.numel() for p in layer.parameters()) for layer in frozen]
-    units += [_own(module) for module in model.modules()]
-    return max(units, default=0)
-
-
-def _own(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters(recurse=False))

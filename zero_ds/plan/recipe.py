@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +113,11 @@ def plan_run(
             f"global_batch={config.global_batch} is no multiple of {cluster.gpus} GPUs; give --gpus a divisor of it."
         )
     of_rank = config.global_batch // cluster.gpus
-    parts = architecture(config, dtype=DTYPES[config.precision], replace=replace, translators=translators)
+    parts, of_one = _model(_same_model(config), tuple(replace or ()), translators)
     vision = stages.STAGES[config.stage].vision
     data = data_of(config, vision, words.samples, only_pictures)
-    per_image = parts.model.tokens_per_image()
     sample = (data or Data(float(vision), float(not vision))).sample(
-        per_image, config.data.max_length, words.tokens, words.supervised
-    )
-    longest = config.data.max_length
-    pictures = (1 + max((rows * columns for rows, columns in config.data.image_grid), default=0)) if vision else 0
-    only = all(source.images_only for source in config.data.sources) and bool(config.data.sources)
-    of_one = kept(
-        parts.model,
-        length=longest,
-        supervised=max(1, longest - (per_image if vision and only else 0)),
-        pictures=pictures,
-        attention=config.attention,
-        distilled=config.distill.active,
+        parts.model.tokens_per_image(), config.data.max_length, words.tokens, words.supervised
     )
     micro_batches = [n for n in range(1, of_rank + 1) if of_rank % n == 0]
     shown = max(n for n in micro_batches if n <= max(1, config.micro_batch))
@@ -149,13 +138,42 @@ def plan_run(
         cluster,
         parts,
         sample,
-        longest,
+        config.data.max_length,
         of_one,
         shown,
         tuple(options),
         refused,
         steps_of(config, data, share),
     )
+
+
+WITHOUT_EFFECT = ("out", "init_from", "continue_from", "zero", "global_batch", "micro_batch", "optimizer", "checkpoint")
+"""Entries of a run on which neither its model depends nor what a sample keeps."""
+
+
+def _same_model(config: RunConfig) -> str:
+    """The run's configuration as text, alike for runs with the same model and the same longest sample."""
+    some = RunConfig(stage=config.stage, target=config.target, out="")
+    return config.model_copy(update={name: getattr(some, name) for name in WITHOUT_EFFECT}).model_dump_json()
+
+
+@lru_cache(maxsize=8)
+def _model(text: str, replace: tuple[str, ...], translators: int) -> tuple[Architecture, Kept]:
+    """The run's model, and what one sample of the greatest length keeps."""
+    config = RunConfig.model_validate_json(text)
+    parts = architecture(config, dtype=DTYPES[config.precision], replace=list(replace), translators=translators)
+    length, vision = config.data.max_length, parts.model.encoder is not None
+    only = all(source.images_only for source in config.data.sources) and bool(config.data.sources)
+    tiles = max((rows * columns for rows, columns in config.data.image_grid), default=0)
+    of_one = kept(
+        parts.model,
+        length=length,
+        supervised=max(1, length - (parts.model.tokens_per_image() if vision and only else 0)),
+        pictures=1 + tiles if vision else 0,
+        attention=config.attention,
+        distilled=config.distill.active,
+    )
+    return parts, of_one
 
 
 def zero_names(config: RunConfig) -> list[str]:

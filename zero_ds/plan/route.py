@@ -13,7 +13,7 @@ from pathlib import Path
 
 from zero_ds.config import RECIPE_ROOT, ConfigError, RunConfig, load_run
 from zero_ds.cost import StepCost
-from zero_ds.plan.memory import GIB, largest_unit
+from zero_ds.plan.memory import GIB
 from zero_ds.plan.recipe import RunPlan, Words, plan_run
 from zero_ds.plan.speed import Cluster, Step, flops
 
@@ -153,7 +153,7 @@ def groups(plan: RunPlan, cluster: Cluster, ranks: int) -> Groups:
     parts, b = plan.parts, plan.parts.dtype.itemsize
     frozen, trained = sum(parts.frozen), sum(parts.trained)
     state = (b * frozen + 16 * trained) / ranks
-    unit = largest_unit(parts.model)
+    unit = parts.largest_unit
     gathered = 0.0 if ranks == 1 else 2.0 * b * unit + b * unit * (trained > frozen)  # this unit, the next, a gradient
     of_rank = plan.config.global_batch // cluster.gpus
 

@@ -4,10 +4,10 @@
     collective    = max(bytes (m - 1) / m / link inside a node,  bytes of the node (n - 1) / n / link between nodes)
     step          = max(computing, collectives beside the passes) + update (and collectives behind the passes)
 
-for bytes that end up on a rank (all-gather) or leave it (reduce-scatter), m ranks of a node and n nodes in the group; an
-all-reduce is both. Collectives are taken to run wholly beside the passes (`overlap_comm`, prefetch), which is the best
-case; what DeepSpeed gathers behind the update is not. Latencies, stragglers, padding and data loading are left out.
-Volumes follow the ZeRO paper (arXiv:1910.02054, section 7) and ZeRO++'s hpZ (arXiv:2306.10209).
+for bytes that end up on a rank (all-gather) or leave it (reduce-scatter), m ranks of a node and n nodes in the group;
+an all-reduce is both. Collectives are taken to run wholly beside the passes (`overlap_comm`, prefetch), which is the
+best case; what DeepSpeed gathers behind the update is not. Latencies, stragglers, padding and data loading are left
+out. Volumes follow the ZeRO paper (arXiv:1910.02054, section 7) and ZeRO++'s hpZ (arXiv:2306.10209).
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Step:
         return self.flops / self.seconds / (self.gpus * self.peak)
 
 
-def flops(parts: Architecture, cost: StepCost, sample: Sample, global_batch: int, checkpointing: bool) -> tuple[float, float]:
+def flops(
+    parts: Architecture, cost: StepCost, sample: Sample, global_batch: int, checkpointing: bool
+) -> tuple[float, float]:
     """FLOPs of a global batch: the method's, and with what activation checkpointing computes again."""
     pictures = sample.pictures * (cost.patches > 0)
     image_tokens = pictures * parts.model.tokens_per_image()
@@ -144,13 +146,11 @@ def step(
     zero = ds["zero_optimization"]
     computing = work[1] / (cluster.gpus * cluster.peak * cluster.mfu)
     of_passes, behind = (_sharded if zero["stage"] == 3 else _whole)(parts, ds, cluster, accumulation)
-    return Step(
-        computing, of_passes, behind + _update(parts, ds, memory, cluster), work[0], cluster.gpus, cluster.peak
-    )
+    return Step(computing, of_passes, behind + _update(parts, ds, memory, cluster), work[0], cluster.gpus, cluster.peak)
 
 
 def _whole(parts: Architecture, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
-    """Stages 0 to 2: gradients are reduced once a step (2: once a micro-batch), updated parameters gathered behind it."""
+    """Stages 0 to 2: gradients are reduced once a step (2: a micro-batch), updated parameters gathered behind it."""
     once = cluster.collective(parts.dtype.itemsize * sum(parts.trained), cluster.gpus)
     stage = ds["zero_optimization"]["stage"]
     if stage == 0:

@@ -28,11 +28,11 @@ HEADINGS = {"trained": "trained", "activations": "activat."}
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned: the first to the left, all others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in (header, *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def number(value: float | None) -> str:
@@ -93,8 +93,8 @@ def gpu_table(plan: RunPlan) -> str:
     ]
     checkpointing = "with" if plan.config.activation_checkpointing else "without"
     lines = [
-        f"GPU memory of a rank in GiB at micro_batch={plan.micro_batch}, {checkpointing} activation checkpointing; peak "
-        f"leaves out {plan.cluster.reserve_gib:g} GiB kept free; `{other}`: the peak the other way; `micro batch`: the "
+        f"GPU memory of a rank in GiB at micro_batch={plan.micro_batch}, {checkpointing} activation checkpointing "
+        f"(`{other}`: the peak the other way); {plan.cluster.reserve_gib:g} GiB more stay free; `micro batch`: the "
         "largest that fits",
         table(header, rows),
         *(f"{name}: {reason}" for name, reason in plan.refused.items()),
@@ -156,8 +156,11 @@ def group_table(plan: RunPlan) -> str:
         f"The smallest groups that fit: {min(fitting)} ranks." if fitting else "Not even all ranks together are enough."
     )
     return (
-        "Everything sharded over groups of ranks, with replicas (FSDP's hybrid shards, the paper's layout; no config in "
-        "ds_configs/ does this), 16 bytes a trained parameter; GiB and seconds\n" + table(header, rows) + "\n" + verdict
+        "Everything sharded over groups of ranks, with replicas (FSDP's hybrid shards, the paper's layout; no config "
+        "in ds_configs/ does this), 16 bytes a trained parameter; GiB and seconds\n"
+        + table(header, rows)
+        + "\n"
+        + verdict
     )
 
 
@@ -220,17 +223,17 @@ def assumptions(plan: RunPlan, decoder_share: float = DECODER_SHARE) -> list[str
     return [
         f"computing reaches {100 * cluster.mfu:g} % of {cluster.peak / 1e12:g} TFLOP/s (--mfu), recomputed passes "
         "counted as work",
-        f"collectives reach {cluster.inside:g} GB/s a GPU inside a node and {cluster.between:g} GB/s a node between nodes "
+        f"collectives reach {cluster.inside:g} GB/s a GPU inside a node and {cluster.between:g} GB/s a node to others "
         "(--bandwidth), and run wholly beside the passes",
         f"offloaded data moves at {speed.PCIE:g} GB/s a GPU; {speed.ASSUMED['gpu_memory']:g} GB/s a GPU's memory, "
         f"{speed.ASSUMED['host_memory']:g} GB/s a node's host memory, {speed.ASSUMED['disk']:g} GB/s a node's disk",
-        f"a sample with a picture has {data.WITH_PICTURE_WORDS} text tokens, {data.WITH_PICTURE_ANSWERS} with loss; one "
-        f"of text alone {data.TEXT_WORDS} and {data.TEXT_ANSWERS} (--tokens, --supervised)",
+        f"a sample with a picture has {data.WITH_PICTURE_WORDS} text tokens, {data.WITH_PICTURE_ANSWERS} with loss; "
+        f"one of text alone {data.TEXT_WORDS} and {data.TEXT_ANSWERS} (--tokens, --supervised)",
         "GenQA-500K has 500,000 samples, LLaVA-1.5-665K 625,000 with a picture and 40,000 without (--samples)",
-        f"of a GPU {cluster.reserve_gib:g} GiB stay free (--reserve); a node has {cluster.host_gib:g} GiB of host memory "
-        "(--host-memory)",
-        f"the surrogate's route trains its decoder on {100 * decoder_share:g} % of the data (--decoder-share; 20 % in the "
-        "paper), and the baseline's adapter sees no data set of text alone",
+        f"of a GPU {cluster.reserve_gib:g} GiB stay free (--reserve); a node has {cluster.host_gib:g} GiB of host "
+        "memory (--host-memory)",
+        f"the surrogate's route trains its decoder on {100 * decoder_share:g} % of the data (--decoder-share; 20 % in "
+        "the paper), and the baseline's adapter sees no data set of text alone",
         "no padding, no stragglers, no waiting for data, no loading, no commits",
     ]
 

@@ -1,12 +1,55 @@
-"""Bytes of the tensors that a DeepSpeed engine holds, by cause, on this rank: each storage counted once."""
+"""Bytes that DeepSpeed's engines hold on this rank, by cause, beside what `zero-ds plan` says of them.
+
+torchrun --nproc-per-node 2 tools/bench/held_memory.py RECIPE key=value ... --zero zero1 --zero zero2 --zero zero3
+
+Makes the model and one optimizer step of the run for every DeepSpeed config in turn; models and data must be at hand.
+The bytes are those of real tensors, each storage counted once, between the backward pass and the update.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
+
+from zero_ds import distributed, stages
+from zero_ds.config import RunConfig, load_run
+from zero_ds.deepspeed_config import ds_config
+from zero_ds.engine import Engine
+from zero_ds.plan.recipe import plan_run
+from zero_ds.plan.speed import Cluster
+from zero_ds.prepare import build, seed_everything
+
+CAUSES = ("frozen", "trained", "gradients", "optimizer")
+
+
+def measure(config: RunConfig) -> dict[str, int]:
+    """What this rank holds in the run's first step. A collective."""
+    seed_everything(config.seed)
+    world_size = distributed.world_size()
+    ds = ds_config(config, world_size)
+    model, loader, _ = build(config, ds, world_size)
+    groups = stages.freeze_(model, config)
+    if config.activation_checkpointing:
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+    engine = Engine(config, model, groups, 1, ds)
+    seen: dict[str, int] = {}
+    update = engine.engine.step
+
+    def step() -> None:
+        if engine.engine.is_gradient_accumulation_boundary():
+            seen.update(held(engine))
+        update()
+
+    engine.engine.step = step
+    (micro,) = loader.steps(0, 1)
+    engine.step(micro, 0, 10)
+    return seen
 
 
 def held(engine: Any) -> dict[str, int]:
@@ -92,3 +135,31 @@ def _new(tensor: torch.Tensor | None, seen: set[int]) -> int:
         return 0
     seen.add(storage.data_ptr())
     return int(storage.nbytes())
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="Recipe or YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
+    zero: Annotated[list[str] | None, typer.Option(help="DeepSpeed config; give several.")] = None,
+) -> None:
+    """Prints, for every config and cause, MiB held by the rank that holds most, MiB planned, and their difference."""
+    distributed.initialize()
+    for name in zero or ["zero3"]:
+        config = load_run(recipe, [*(overrides or []), f"zero={Path(name)}"])
+        seen = measure(config)
+        gc.collect()
+        most = distributed.max_over_ranks(*(seen[cause] for cause in (*CAUSES, "other")))
+        plan = plan_run(config, Cluster(distributed.world_size()))
+        option = next(option for option in plan.options if option.zero == Path(name).stem)
+        for cause, size in zip(CAUSES, most, strict=False):
+            planned = option.memory.total(cause)
+            apart = f"{100 * (planned / size - 1):+.2f} %" if size else ""
+            if distributed.is_rank_zero():
+                print(f"{option.zero:22} {cause:10} {size / 2**20:10.2f} {planned / 2**20:10.2f} {apart}", flush=True)
+        if distributed.is_rank_zero():
+            print(f"{option.zero:22} {'other':10} {most[-1] / 2**20:10.2f}", flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    typer.run(main)
