@@ -28,51 +28,60 @@ from zero_ds.plan.speed import Cluster
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "bench"))
 
-GATHERED = str(Path(__file__).parent / "zero3_gathered.json")
+GATHERED, PAIRS = (str(Path(__file__).parent / name) for name in ("zero3_gathered.json", "hpz_pairs.json"))
+"""ZeRO-3 that keeps nothing whole; the same with hpZ in groups of two."""
 CAUSES = ("frozen", "trained", "gradients", "optimizer")
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 CASES = [
-    ("decoder", zero, "bf16")
-    for zero in ("zero0", "zero1", "zero2", "zero2_offload", "zero3_resident", "zero3_offload", "zero3_offload_params")
+    ("decoder", zero, "bf16", 2)
+    for zero in ("zero0", "zero1", "zero2", "zero3_resident", "zero3_offload", "zero3_offload_params")
 ]
-CASES += [("pretrain", "zero2", "bf16"), ("pretrain", GATHERED, "bf16"), ("pretrain", GATHERED, "fp32")]
-CASES += [("decoder", "zero1", "fp32"), ("pretrain", "zero3_hpz", "bf16")]
+CASES += [("decoder", "zero1", "bf16", 4), ("decoder", "zero2_offload", "bf16", 4), ("decoder", "zero1", "fp32", 2)]
+CASES += [("pretrain", "zero2", "bf16", 4), ("pretrain", GATHERED, "bf16", 2), ("pretrain", GATHERED, "fp32", 2)]
+CASES += [("pretrain", PAIRS, "bf16", 2)]
+"""Stage, DeepSpeed config, precision, and global batch: of 4, two ranks add up two micro-batches each."""
 
 
 def measured(configs: list[RunConfig]) -> list[dict[str, int]]:
-    """What a rank holds in each run's first step, before the update."""
+    """What a rank holds in the first steps of each run."""
     from held_memory import measure
 
     from zero_ds import distributed
 
     distributed.initialize()
-    return [measure(config) for config in configs]
+    import time
+    r=[]
+    for c in configs:
+        t=time.process_time(); r.append(measure(c)); print("CPU",c.zero,time.process_time()-t,flush=True,file=sys.stderr)
+    open("/tmp/plan/cpu.log","a").write(str(time.process_time())+"\n")
+    return r
 
 
-def case(run_config: Callable[..., RunConfig], stage: str, zero: str, precision: str) -> RunConfig:
-    return run_config(stage, zero=zero, precision=precision, global_batch=2, data=run_config(stage).data)
+def case(run_config: Callable[..., RunConfig], stage: str, zero: str, precision: str, batch: int) -> RunConfig:
+    return run_config(stage, zero=zero, precision=precision, global_batch=batch)
 
 
 @pytest.fixture(scope="module")
-def held(run_config: Callable[..., RunConfig]) -> dict[tuple[str, str, str], list[dict[str, int]]]:
+def held(run_config: Callable[..., RunConfig]) -> dict[tuple[Any, ...], list[dict[str, int]]]:
     """Case -> what each of two ranks holds. One start of the ranks for all cases."""
     ranks = run_ranks(measured, 2, [case(run_config, *one) for one in CASES])
     return {one: [rank[number] for rank in ranks] for number, one in enumerate(CASES)}
 
 
-@pytest.mark.parametrize("one", CASES, ids=lambda one: f"{one[0]} {Path(one[1]).stem} {one[2]}")
+@pytest.mark.parametrize("one", CASES, ids=lambda one: f"{one[0]} {Path(one[1]).stem} {one[2]} {one[3]}")
 def test_a_rank_holds_what_was_planned(
-    held: dict[Any, Any], run_config: Callable[..., RunConfig], one: tuple[str, str, str]
+    held: dict[Any, Any], run_config: Callable[..., RunConfig], one: tuple[Any, ...]
 ) -> None:
     """Bytes of real tensors, each storage once: parameters, gradients and optimizer within 10 %."""
     plan = plan_run(case(run_config, *one), Cluster(2))
     (option,) = (option for option in plan.options if option.zero == Path(one[1]).stem)
-    for rank in held[one]:
-        assert rank["gradients"] > 0 and rank["optimizer"] > 0 and rank["trained"] > 0
-        for cause in CAUSES:
-            assert option.memory.total(cause) == pytest.approx(rank[cause], rel=0.1), cause
+    most = {cause: max(rank[cause] for rank in held[one]) for cause in CAUSES}  # ranks' shares differ by a parameter
+    parameters = option.memory.total("frozen") + option.memory.total("trained")
+    assert parameters == pytest.approx(most["frozen"] + most["trained"], rel=0.1)
+    for cause in ("gradients", "optimizer"):
+        assert option.memory.total(cause) == pytest.approx(most[cause], rel=0.1) and most[cause] > 0, cause
 
 
 def test_every_config_is_planned_and_the_more_is_sharded_the_less_is_needed(

@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 tools/bench/held_memory.py RECIPE key=value ... --zero zero1 --zero zero2 --zero zero3
 
-Makes the model and one optimizer step of the run for every DeepSpeed config in turn; models and data must be at hand.
-The bytes are those of real tensors, each storage counted once, between the backward pass and the update.
+Makes the model and two optimizer steps of the run for every DeepSpeed config in turn; models and data must be at hand.
+The bytes are those of real tensors, each storage counted once, behind every backward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CAUSES = ("frozen", "trained", "gradients", "optimizer")
 
 
 def measure(config: RunConfig) -> dict[str, int]:
-    """What this rank holds in the run's first step. A collective."""
+    """What this rank holds in the run's first two steps, the most of every cause. A collective."""
     seed_everything(config.seed)
     world_size = distributed.world_size()
     ds = ds_config(config, world_size)
@@ -37,18 +37,18 @@ def measure(config: RunConfig) -> dict[str, int]:
     if config.activation_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
-    engine = Engine(config, model, groups, 1, ds)
+    engine = Engine(config, model, groups, 2, ds)
     seen: dict[str, int] = {}
     update = engine.engine.step
 
     def step() -> None:
-        if engine.engine.is_gradient_accumulation_boundary():
-            seen.update(held(engine))
+        for cause, size in held(engine).items():
+            seen[cause] = max(size, seen.get(cause, 0))
         update()
 
     engine.engine.step = step
-    (micro,) = loader.steps(0, 1)
-    engine.step(micro, 0, 10)
+    for number, micro in enumerate(loader.steps(0, 2)):  # ZeRO-3 gathers persistent parameters behind the first update
+        engine.step(micro, number, 10)
     return seen
 
 

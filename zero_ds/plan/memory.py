@@ -7,11 +7,13 @@ gradients add up (4 under ZeRO-2 and 3 here, b under 0 and 1).
     0             b F      b T          b T         12 T (fp32: 8 T, parameters are their own master)
     1             b F      b T          b T         12 T / N
     2             b F      b T          g T / N     12 T / N
-    3             b F / N  b T / N      g T / N     12 T / N (fp32, not offloaded: 8 T / N)
+    3             b F / N  b T / N      g T / N     12 T / N
 
-ZeRO-3 keeps parameters up to `stage3_param_persistence_threshold` whole as well, and with hpZ a second shard of every
-parameter within its group of ranks. Beside these states a rank needs communication buckets, what ZeRO-3 gathers, what
-the passes keep (activations.py), a float32 copy of the gradient in the update, and 16 MiB pieces in a commit.
+Stage 1 without accumulation, and stage 2 where g = b, keep the gradients of all parameters that a rank's share touches,
+whole. ZeRO-3 keeps parameters up to `stage3_param_persistence_threshold` whole as well, and with hpZ a second shard of
+every other parameter within its group of ranks. An offloaded optimizer has 4 T / N bytes of float32 gradients with it.
+Beside these states a rank needs communication buckets, what ZeRO-3 gathers, what the passes keep (activations.py), a
+float32 copy of the gradient in the update, and 16 MiB pieces in a commit.
 """
 
 from __future__ import annotations
@@ -104,14 +106,34 @@ def _whole(parts: Architecture, ds: dict[str, Any], world_size: int, accumulatio
     shard = sum(shards)
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     gpu["buckets"] = (2 if zero.get("overlap_comm") else 1) * b * bucket + (b * largest if largest > bucket else 0)
+    compact = zero["stage"] == 2 and g != b
+    touched = g * shard if compact else b * _touched(parts, shards, world_size)
     if _device(zero.get("offload_optimizer")) == "gpu":
-        gpu |= {"gradients": b * trained if zero["stage"] == 1 else g * shard, "optimizer": 12 * shard}
+        adding_up = zero["stage"] == 1 and accumulation > 1
+        gpu |= {"gradients": b * trained if adding_up else touched, "optimizer": 12 * shard}
         gpu["update"] = 4 * max(shards)
     else:
         gpu["buckets"] += b * largest
-        added_up = b * shard if accumulation > 1 else 0
+        if compact:
+            gpu["gradients"] = touched
+        added_up = touched if accumulation > 1 and not compact else 0
         host |= {"gradients": 4 * shard + added_up, "optimizer": 12 * shard, "buckets": b * (shard + largest)}
     return {"gpu": gpu, "host": host, "disk": {}}
+
+
+def _touched(parts: Architecture, shards: list[int], world_size: int) -> int:
+    """Elements of the parameters that a rank's share of the flattened groups touches; of the rank with most."""
+    most = 0
+    for rank in range(world_size):
+        touched = 0
+        for group, shard in zip(parts.groups.values(), shards, strict=True):
+            begin, end, offset = rank * shard, (rank + 1) * shard, 0
+            for _, parameter in group:
+                size = parameter.numel()
+                touched += size if offset < end and begin < offset + size else 0
+                offset += size
+        most = max(most, touched)
+    return most
 
 
 def _sharded(parts: Architecture, ds: dict[str, Any], world_size: int) -> Bytes:
@@ -127,13 +149,12 @@ def _sharded(parts: Architecture, ds: dict[str, Any], world_size: int) -> Bytes:
         result[parameters][cause] = b * shard[cause]
         result["gpu"][cause] = result["gpu"].get(cause, 0.0) + b * sum(size for size in sizes if size <= threshold)
         if group > 1:
-            result["gpu"][cause] += b * sum(size // group for size in sizes)
+            result["gpu"][cause] += b * sum(size // group for size in sizes if size > threshold)
     optimizer = _device(zero.get("offload_optimizer"))
     trained = shard["trained"]
     at_a_time = min(trained, int(zero.get("sub_group_size", 1e9)))
     if optimizer == "gpu":
-        own = parts.dtype == torch.float32 and parameters == "gpu"  # such parameters are their own master copy
-        result["gpu"] |= {"gradients": g * trained, "optimizer": (8 if own else 12) * trained, "update": 4 * at_a_time}
+        result["gpu"] |= {"gradients": g * trained, "optimizer": 12 * trained, "update": 4 * at_a_time}
     else:
         result["host"] |= {"gradients": g * trained + (4 * trained if optimizer == "host" else 0)}
         result[optimizer]["optimizer"] = 12 * trained
