@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 
 from zero_ds.model import VisionLanguageModel
 
-GIB_SLICE = 1 << 28
+SLICE = 1 << 28
 """Float32 scores that the loss works on at a time on a GPU (`vocabulary.ROWS_BYTES`)."""
 
 
@@ -55,7 +55,6 @@ def kept(
             size = model.encoder_family.vision_config(model.encoder).image_size
             features = model.image_features(torch.empty(pictures, 3, size, size, dtype=dtype, device="meta"))
             learns = features.requires_grad
-        before = saved.total
         layers = list(model.family.layers(model.decoder))
         each = _by_layer(layers, saved)
         embeddings = torch.empty(1, length, width, dtype=dtype, device="meta")
@@ -65,7 +64,6 @@ def kept(
         hidden = model.family.hidden_states(model.decoder, embeddings, mask)
         for handle in each.handles:
             handle.remove()
-        after = saved.total
         scores = model.logits(hidden[:, :supervised])
     inside = sum(each.sizes)
     rest = saved.total - inside + (2 * embeddings.nbytes if embeddings.requires_grad else 0)
@@ -76,16 +74,11 @@ def kept(
         first = model.plan.translators[0]
         again = sum(each.sizes[first:]) if learns else 0.0
         second_logits = 3 if learns else 2
-    assert before <= after
     kept_again = embeddings.nbytes * (len(layers) - model.plan.translators[0]) if again and model.plan else 0
     whole = rest + inside + again
     checkpointed = rest + inputs + kept_again + max(each.sizes, default=0)
-    logits = 2.0 * scores.nbytes * second_logits + 3 * min(GIB_SLICE, scores.numel() * 4)
+    logits = 2.0 * scores.nbytes * second_logits + 3 * min(SLICE, scores.numel() * 4)
     return Kept(whole, min(whole, checkpointed), logits)
-
-
-def without_checkpointing(kept: Kept) -> Kept:
-    return replace(kept, checkpointed=kept.whole)
 
 
 class _Saved:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zero_ds.config import RECIPE_ROOT, ConfigError, RunConfig, load_run
+from zero_ds.config import ConfigError, RunConfig, load_run
 from zero_ds.cost import StepCost
 from zero_ds.plan.memory import GIB
 from zero_ds.plan.recipe import RunPlan, Words, plan_run
@@ -111,8 +111,7 @@ def sibling(recipe: str, name: str) -> str:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         return str(path.with_name(f"{name}{path.suffix}"))
-    inside = path.parent / name
-    return str(inside) if (RECIPE_ROOT / f"{inside}.yaml").is_file() else f"{inside}"
+    return str(path.parent / name)
 
 
 def total(hours: list[float | None]) -> float | None:
