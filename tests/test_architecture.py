@@ -67,6 +67,7 @@ FLOORS: dict[str, int] = {
     "audit": 6,
     "evaluation": 6,
     "report": 6,
+    "plan": 6,
     # 7: people
     "pipeline": 7,
     "launcher": 7,

@@ -19,6 +19,7 @@ from zero_ds.commands.demo import demo
 from zero_ds.commands.evaluate import evaluate
 from zero_ds.commands.export import export
 from zero_ds.commands.graft import graft
+from zero_ds.commands.plan import plan
 from zero_ds.commands.quickstart import quickstart
 from zero_ds.commands.report import report
 from zero_ds.commands.surrogate import surrogate
@@ -106,6 +107,7 @@ def why(
     print(failure.read(out) or f"{out} has not failed.")
 
 
+app.command("plan")(plan)
 app.command("trajectory")(trajectory)
 app.command("surrogate")(surrogate)
 app.command("graft")(graft)

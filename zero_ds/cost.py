@@ -102,20 +102,31 @@ class Tower:
 
     per_token: float
     per_pair: float
+    forward_token: float = 0.0
+    """Of these, in the forward pass."""
+    forward_pair: float = 0.0
+
+    @property
+    def backward(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.per_token > self.forward_token
 
     @classmethod
     def of(cls, layers: Iterable[Any], attention_width: int, *, input_learns: bool) -> Tower:
         """layers: in their order; attention_width: heads x head size; input_learns: whether something before trains."""
-        token = pair = 0.0
+        token = pair = forward_token = forward_pair = 0.0
         for layer in layers:
             weights = [p for p in layer.parameters() if len(parameter_shape(p)) > 1]
             size = sum(parameter_shape(p).numel() for p in weights)
             trained = sum(parameter_shape(p).numel() for p in weights if p.requires_grad)
             learns = input_learns or trained > 0
-            token += 2.0 * size + 2.0 * size * input_learns + 2.0 * trained
+            # a layer of several matrices begins with a norm: where it trains, the first matrices' input learns, too
+            passed_on = input_learns or (trained > 0 and len(weights) > 1)
+            token += 2.0 * size + 2.0 * size * passed_on + 2.0 * trained
             pair += 4.0 * attention_width * (3 if learns else 1)
+            forward_token, forward_pair = forward_token + 2.0 * size, forward_pair + 4.0 * attention_width
             input_learns = learns
-        return cls(token, pair)
+        return cls(token, pair, forward_token, forward_pair)
 
 
 @dataclass(frozen=True)
@@ -124,22 +135,30 @@ class StepCost:
 
     encoder: Tower
     patches: int
+    per_picture: float
+    """Of cutting a picture into patch embeddings."""
     per_image_token: float
     decoder: Tower
     per_supervised: float
 
     @classmethod
     def of(cls, model: VisionLanguageModel) -> StepCost:
-        """Read from the modules and from what trains in them; the option `distill` is not counted."""
-        encoder, patches, image_token, learns = Tower(0.0, 0.0), 0, 0.0, False
+        """Read from the modules, also on meta tensors, and from what trains in them; `distill` is not counted."""
+        encoder, patches, picture, image_token, learns = Tower(0.0, 0.0), 0, 0.0, 0.0, False
         if model.encoder is not None and model.encoder_family is not None and model.encoder_config is not None:
             vision = model.encoder_family.vision_config(model.encoder)
             used = model.encoder_family.used_layers(model.encoder, model.encoder_config.feature_layer)
-            encoder = Tower.of(used, vision.hidden_size, input_learns=False)
-            patches = model.encoder_family.tokens_per_image(vision) + model.encoder_family.prefix_tokens
-            learns = any(p.requires_grad for layer in used for p in layer.parameters())
+            within = {p for layer in model.encoder_family.layers(model.encoder) for p in layer.parameters()}
+            before = [p for p in set(model.encoder.parameters()) - within if len(parameter_shape(p)) > 1]
+            learns = any(p.requires_grad for p in before)
+            encoder = Tower.of(used, vision.hidden_size, input_learns=learns)
+            places = model.encoder_family.tokens_per_image(vision)
+            patches = places + model.encoder_family.prefix_tokens
+            cutting = [p for p in before if len(parameter_shape(p)) == 4]  # a convolution; its input never learns
+            picture = sum(2.0 * parameter_shape(p).numel() * (1 + p.requires_grad) * places for p in cutting)
+            learns = learns or any(p.requires_grad for layer in used for p in layer.parameters())
             parts = [part for part in (model.adapter, model.aligner) if part is not None]
-            image_token = Tower.of(parts, 0, input_learns=learns).per_token
+            image_token = Tower.of([m for part in parts for m in _linear(part)], 0, input_learns=learns).per_token
             learns = learns or any(p.requires_grad for part in parts for p in part.parameters())
         config = cast(Any, model.decoder).config.get_text_config()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -147,7 +166,17 @@ class StepCost:
         decoder = Tower.of(layers, head_size * config.num_attention_heads, input_learns=learns)
         learns = learns or any(p.requires_grad for layer in layers for p in layer.parameters())
         head = cast(Any, model.decoder).get_output_embeddings()
-        return cls(encoder, patches, image_token, decoder, Tower.of([head], 0, input_learns=learns).per_token)
+        return cls(encoder, patches, picture, image_token, decoder, Tower.of([head], 0, input_learns=learns).per_token)
+
+    def flops(self, tokens: float, pairs: float, supervised: float, pictures: float, image_tokens: float) -> float:
+        """Of so much data: tokens of sequences, their pairs (the sum of squared lengths), pictures, their tokens."""
+        of_text = self.decoder.per_token * tokens + self.decoder.per_pair * pairs + self.per_supervised * supervised
+        of_picture = self.per_picture + self.encoder.per_token * self.patches + self.encoder.per_pair * self.patches**2
+        return of_text + pictures * of_picture + self.per_image_token * image_tokens
+
+
+def _linear(part: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
 
 
 @dataclass(frozen=True)
@@ -174,13 +203,11 @@ class Counts:
             supervised, tokens = supervised + labels, tokens + float(lengths.sum())
             padded += batch["attention_mask"].numel()
             skipped, too_long = skipped + len(batch["skipped"]), too_long + len(batch["too_long"])
-            flops += cost.decoder.per_token * float(lengths.sum()) + cost.decoder.per_pair * float((lengths**2).sum())
-            flops += cost.per_supervised * labels
+            pictures = image_tokens = 0
             if "pixel_values" in batch and bool((images := image_positions(batch["input_ids"])).any()):
-                pictures = len(batch["pixel_values"])
+                pictures, image_tokens = len(batch["pixel_values"]), int(images.sum())
                 shown += pictures
-                flops += pictures * (cost.encoder.per_token * cost.patches + cost.encoder.per_pair * cost.patches**2)
-                flops += cost.per_image_token * int(images.sum())
+            flops += cost.flops(float(lengths.sum()), float((lengths**2).sum()), labels, pictures, image_tokens)
         return cls(supervised, tokens, padded, shown, flops, skipped, too_long)
 
     def over_ranks(self) -> Counts:

@@ -86,8 +86,10 @@ def fast_dtype() -> torch.dtype:
     )
 
 
-def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> dict[str, Any]:
     """The run's DeepSpeed configuration: the JSON that `config.zero` names, filled in from the recipe.
+
+    ranks_per_node: for a run on other machines, that is only planned here; nothing then depends on this one.
 
     Raises:
         ConfigError: no such file, invalid JSON, an unknown key, a value that contradicts the recipe, or a combination
@@ -105,9 +107,11 @@ def ds_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     _check_names(content, path)
     content["zero_optimization"].setdefault("stage", 0)
     _fill_from_recipe(content, config, world_size, path)
-    _fill_from_machine(content["zero_optimization"], config, path)
+    _fill_from_machine(content["zero_optimization"], config, path, ranks_per_node)
     _check_values(content, path)
     _refuse_bad_combinations(content, world_size, path)
+    if ranks_per_node is None:
+        _refuse_missing_compiler(content["zero_optimization"], path)
     content["tensorboard"] = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}
     content.setdefault("steps_per_print", 1_000_000_000)
     content["zero_allow_untested_optimizer"] = True
@@ -167,10 +171,10 @@ def _fill_from_recipe(content: dict[str, Any], config: RunConfig, world_size: in
         content["data_types"] = {"grad_accum_dtype": "fp32"} if content["zero_optimization"]["stage"] in (2, 3) else {}
 
 
-def _fill_from_machine(zero: dict[str, Any], config: RunConfig, path: Path) -> None:
+def _fill_from_machine(zero: dict[str, Any], config: RunConfig, path: Path, ranks_per_node: int | None) -> None:
     """Entries of `zero_optimization` that say "auto" because they depend on the machine."""
     if zero.get("zero_hpz_partition_size") == "auto":
-        zero["zero_hpz_partition_size"] = distributed.local_world_size()
+        zero["zero_hpz_partition_size"] = ranks_per_node or distributed.local_world_size()
     for section in (zero.get("offload_optimizer"), zero.get("offload_param")):
         if not isinstance(section, dict):
             continue
@@ -227,7 +231,11 @@ def _refuse_bad_combinations(content: dict[str, Any], world_size: int, path: Pat
         raise ConfigError(f"{path.name}: offload_param and offload to nvme need ZeRO stage 3, and this is {stage}.")
     if stage == 0 and (offloads or content["fp16"]["enabled"]):
         raise ConfigError(f"{path.name}: ZeRO stage 0 has neither offload nor fp16 here; choose zero1 or zero2.")
-    if "nvme" in devices:
+
+
+def _refuse_missing_compiler(zero: dict[str, Any], path: Path) -> None:
+    sections = [zero.get("offload_param"), zero.get("offload_optimizer")]
+    if any(isinstance(section, dict) and section.get("device") == "nvme" for section in sections):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         if not AsyncIOBuilder().is_compatible():

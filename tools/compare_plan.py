@@ -1,0 +1,133 @@
+"""Lays the plan of a finished run against what was measured in it.
+
+    python tools/compare_plan.py RUN --gpus 2
+
+Reads RUN's config.yaml, metrics.jsonl and last commit. Memory is the peak of the rank that needs most, as metrics.jsonl
+has it: of the accelerator, or on CPU ranks of the process, with which the libraries come. Times are medians without the
+first step; the plan gets the run's own tokens a step. On CPU ranks the peak is what a matrix product reaches now, so
+the machine should be as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+
+from zero_ds.checkpoint import find_commit
+from zero_ds.config import ConfigError, RunConfig, validate
+from zero_ds.cost import peak_flops
+from zero_ds.deepspeed_config import resolve_precision
+from zero_ds.monitor import read_metrics
+from zero_ds.plan.memory import CAUSES, GIB
+from zero_ds.plan.recipe import RunPlan, Words, plan_run
+from zero_ds.plan.speed import Cluster, gpu
+from zero_ds.plan.tables import number, table
+
+MIB = 2.0**20
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    gpus: Annotated[int, typer.Option(help="Ranks that it ran on.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="Ranks of a machine.")] = 8,
+    name: Annotated[str | None, typer.Option("--gpu", help="The accelerator; left out: CPU ranks.")] = None,
+    mfu: Annotated[float, typer.Option(help="As for `zero-ds plan`.")] = 0.4,
+) -> None:
+    """Prints a table: planned, measured, and by how much they differ."""
+    config, metrics = read(run)
+    config = config.model_copy(update={"precision": str(resolve_precision(config)).removeprefix("torch.")})
+    config = config.model_copy(
+        update={"precision": {"bfloat16": "bf16", "float16": "fp16"}.get(config.precision, "fp32")}
+    )
+    tail = metrics[1:] or metrics
+    tokens = median(m["tokens_per_second"] * m["seconds"] for m in tail) / config.global_batch
+    labels = median(m["supervised_tokens"] for m in tail) / config.global_batch
+    cluster = Cluster(gpus, gpus_per_node, memory_gib=1e6, mfu=mfu, host_gib=1e6, reserve_gib=0.0)
+    if name is None:
+        peak = peak_flops(torch.device("cpu"), resolve_precision(config))
+        cluster = replace(cluster, name="CPU", peak=peak, inside=5.0, between=5.0)
+    else:
+        called, peak, link = gpu(name)
+        cluster = replace(cluster, name=called, peak=peak, inside=0.8 * link)
+    plan = plan_run(config, cluster)
+    words = max(1, round(tokens - plan.sample.pictures * plan.parts.model.tokens_per_image()))
+    plan = plan_run(config, cluster, words=Words(tokens=words, supervised=max(1, round(labels))))
+    print(heading(plan, run, tokens))
+    print(table(["", "planned", "measured", "difference"], rows(plan, run, tail)))
+
+
+def read(run: Path) -> tuple[RunConfig, list[dict[str, float]]]:
+    """Configuration and step records of a run.
+
+    Raises:
+        ConfigError: no run, or one that made no step.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is no run: it holds no config.yaml.")
+    config = validate(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), what=str(path))
+    metrics = read_metrics(run)
+    if not metrics:
+        raise ConfigError(f"{run} has no metrics.jsonl, or it is empty; let the run make a step.")
+    return config, metrics
+
+
+def heading(plan: RunPlan, run: Path, tokens: float) -> str:
+    return (
+        f"{run} under {plan.config.zero} on {plan.cluster.gpus} ranks ({plan.cluster.name}, "
+        f"{plan.cluster.peak / 1e12:.3g} TFLOP/s), micro_batch={plan.config.micro_batch}, {tokens:.0f} tokens a sample"
+    )
+
+
+def rows(plan: RunPlan, run: Path, metrics: list[dict[str, float]]) -> list[list[str]]:
+    """What can be compared; by cause only what was planned."""
+    (option,) = (o for o in plan.options if o.zero == Path(plan.config.zero).stem)
+    on_cpu = plan.cluster.name == "CPU"
+    seconds = median(m["seconds"] - m.get("data_wait_seconds", 0.0) for m in metrics)
+    mfu = median(m["mfu"] for m in metrics)
+    found = [
+        ("seconds of a step", option.step.seconds, seconds),
+        ("MFU", option.step.mfu, mfu),
+    ]
+    peak = option.memory.peak["gpu"] + (option.memory.peak["host"] if on_cpu else 0.0)
+    place = "memory_gib/host" if on_cpu else "memory_gib/accelerator"
+    seen = [m[place] for m in metrics if place in m]
+    found += [(f"{place}, peak", peak / GIB, max(seen) if seen else None)]
+    for label, planned, path in commit_sizes(plan, run):
+        found.append((label, planned / MIB, path.stat().st_size / MIB if path.is_file() else None))
+    lines = [[name, number(planned), number(value), difference(planned, value)] for name, planned, value in found]
+    causes = [(cause, option.memory.total(cause)) for cause in CAUSES]
+    return [*lines, *([f"GiB of a rank: {cause}", number(size / GIB), "", ""] for cause, size in causes if size)]
+
+
+def commit_sizes(plan: RunPlan, run: Path) -> list[tuple[str, float, Path]]:
+    """Label, bytes planned and file of what a commit holds: weights, and 12 bytes a parameter to resume from."""
+    try:
+        folder = find_commit(run).folder
+    except (ConfigError, ValueError, OSError):
+        return []
+    trained = sum(plan.parts.trained)
+    return [
+        ("commit, weights, MiB", float(plan.parts.dtype.itemsize * trained), folder / "weights.safetensors"),
+        ("commit, optimizer, MiB", 12.0 * trained, folder / "resume" / "state.safetensors"),
+    ]
+
+
+def difference(planned: float, measured: Any) -> str:
+    return f"{100 * (planned / measured - 1):+.0f} %" if measured else ""
+
+
+if __name__ == "__main__":
+    import sys
+
+    try:
+        typer.run(main)
+    except ConfigError as error:
+        print(f"compare_plan: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

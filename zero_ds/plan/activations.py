@@ -1,0 +1,177 @@
+"""What a forward pass keeps for the backward pass: counted by autograd's own hooks, on meta tensors.
+
+The parts of the model run one after the other as they do in training; a hook notes every tensor that autograd saves,
+once a storage, parameters and buffers left out. So frozen layers, which keep less than those that train, and every
+family's own operations count as they are. Attention without a kept score matrix (sdpa, flash) is stood in for by an
+operation that saves what those kernels save: query, key, value, output, and one float32 a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from zero_ds.model import VisionLanguageModel
+
+SLICE = 1 << 28
+"""Float32 scores that the loss works on at a time on a GPU (`vocabulary.ROWS_BYTES`)."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes for one sample of `length` tokens with `pictures` pictures, or for a micro-batch of such samples."""
+
+    whole: float
+    """Everything that autograd keeps, without activation checkpointing."""
+    checkpointed: float
+    """With activation checkpointing in the decoder: its layers' inputs, and what the largest layer keeps again."""
+    logits: float
+    """Scores at the supervised positions, their gradient, and the float32 slice of the loss."""
+
+    def times(self, micro_batch: int) -> Kept:
+        """For so many samples at a time; the slice of float32 scores stays as large as it is."""
+        return Kept(self.whole * micro_batch, self.checkpointed * micro_batch, self.logits * micro_batch)
+
+
+def kept(
+    model: VisionLanguageModel, *, length: int, supervised: int, pictures: int, attention: str, distilled: bool = False
+) -> Kept:
+    """What one sample keeps: `length` tokens, of which `supervised` get logits, and `pictures` pictures.
+
+    model: on meta tensors, with what trains in it marked; attention: the run's implementation; distilled: whether the
+    translators follow the target, which runs the layers from the first of them on a second time.
+    """
+    width = cast(Any, model.decoder).config.get_text_config().hidden_size
+    dtype = next(model.decoder.parameters()).dtype
+    saved = _Saved(model)
+    with _attention_as_kernels(model, attention), saved.noting():
+        learns = False
+        if pictures and model.encoder is not None and model.encoder_family is not None:
+            size = model.encoder_family.vision_config(model.encoder).image_size
+            features = model.image_features(torch.empty(pictures, 3, size, size, dtype=dtype, device="meta"))
+            learns = features.requires_grad
+        layers = list(model.family.layers(model.decoder))
+        each = _by_layer(layers, saved)
+        embeddings = torch.empty(1, length, width, dtype=dtype, device="meta")
+        embedding = cast(Any, model.decoder).get_input_embeddings().weight
+        embeddings.requires_grad_(learns or embedding.requires_grad)
+        mask = torch.ones(1, length, dtype=torch.long, device="meta")
+        hidden = model.family.hidden_states(model.decoder, embeddings, mask)
+        for handle in each.handles:
+            handle.remove()
+        scores = model.logits(hidden[:, :supervised])
+    inside = sum(each.sizes)
+    rest = saved.total - inside + (2 * embeddings.nbytes if embeddings.requires_grad else 0)
+    inputs = embeddings.nbytes * sum(size > 0 for size in each.sizes)
+    again = 0.0
+    second_logits = 1
+    if distilled and model.plan is not None:
+        first = model.plan.translators[0]
+        again = sum(each.sizes[first:]) if learns else 0.0
+        second_logits = 3 if learns else 2
+    kept_again = embeddings.nbytes * (len(layers) - model.plan.translators[0]) if again and model.plan else 0
+    whole = rest + inside + again
+    checkpointed = rest + inputs + kept_again + max(each.sizes, default=0)
+    logits = 2.0 * scores.nbytes * second_logits + 3 * min(SLICE, scores.numel() * 4)
+    return Kept(whole, min(whole, checkpointed), logits)
+
+
+class _Saved:
+    """Storages that autograd saves, each counted once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        self._alive: list[torch.Tensor] = []  # a storage that is freed could give its number to another
+        self.total = 0
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if (key := _storage(tensor)) not in self._own:
+            self._own.add(key)
+            self._alive.append(tensor)
+            self.total += tensor.untyped_storage().nbytes()
+        return tensor
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass
+class _Layers:
+    sizes: list[float]
+    handles: list[Any]
+
+
+def _by_layer(layers: list[nn.Module], saved: _Saved) -> _Layers:
+    """Notes, for every layer, by how much `saved` grows in its forward pass."""
+    noted = _Layers([], [])
+    entered = [0]
+
+    def entering(*_: Any) -> None:
+        entered[0] = saved.total
+
+    def leaving(*_: Any) -> None:
+        noted.sizes.append(saved.total - entered[0])
+
+    for layer in layers:
+        noted.handles += [layer.register_forward_pre_hook(entering), layer.register_forward_hook(leaving)]
+    return noted
+
+
+# -- attention that keeps no score matrix ------------------------------------------------------------------------------
+
+KERNEL = "zero_ds_planned"
+
+
+class _KernelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.new_empty(query.shape)
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _kernel_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    output = cast(torch.Tensor, _KernelAttention.apply(query, key, value))
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterator[None]:
+    """Lets decoder and encoder attend as they will in training; eager attention stays what it is."""
+    if attention not in model.family.attentions:
+        attention = model.family.attentions[0]
+    if attention == "eager":
+        yield
+        return
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(KERNEL, _kernel_attention)
+    parts = [part for part in (model.decoder, model.encoder) if part is not None]
+    configs: dict[int, Any] = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._attn_implementation = KERNEL
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
