@@ -61,6 +61,9 @@ FLOORS: dict[str, int] = {
     "audit": 6,
     "evaluation": 6,
     "report": 6,
+    "nodes": 6,
+    "selftest": 6,
+    "doctor": 6,
     # 7: people
     "pipeline": 7,
     "launcher": 7,

@@ -15,6 +15,7 @@ import typer
 
 from zero_ds.commands.data import data
 from zero_ds.commands.demo import demo
+from zero_ds.commands.doctor import doctor
 from zero_ds.commands.evaluate import evaluate
 from zero_ds.commands.graft import export, graft
 from zero_ds.commands.quickstart import quickstart
@@ -111,6 +112,7 @@ app.command("export")(export)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("demo")(demo)
+app.command("doctor")(doctor)
 app.add_typer(data, name="data")
 app.command("quickstart")(quickstart)
 
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         if peer_ended(error):
             WATCH.record(WATCH.heard(wait=0.0))
         else:
-            WATCH.fail(sentence or f"{type(error).__name__}: {error}")
+            WATCH.fail(sentence or f"{type(error).__name__}: {error}", final=sentence is not None)
         WATCH.leave(status=2)
         if sentence is None:
             raise
