@@ -18,6 +18,7 @@ from zero_ds.commands.demo import demo
 from zero_ds.commands.doctor import doctor
 from zero_ds.commands.evaluate import evaluate
 from zero_ds.commands.graft import export, graft
+from zero_ds.commands.pipeline import pipeline
 from zero_ds.commands.quickstart import quickstart
 from zero_ds.commands.report import report
 from zero_ds.commands.surrogate import surrogate
@@ -115,6 +116,7 @@ app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(data, name="data")
 app.command("quickstart")(quickstart)
+app.command("pipeline")(pipeline)
 
 
 def train_module() -> None:

@@ -20,7 +20,7 @@ from zero_ds.config import ConfigError
 from zero_ds.nodes import checks
 from zero_ds.nodes.environment import Forwarded, argument, forwarded
 from zero_ds.nodes.hostfile import Node, is_this_machine, read_hostfile
-from zero_ds.nodes.ssh import PDSH_OPTIONS, Answer, Ssh
+from zero_ds.nodes.ssh import PATIENCE, PDSH_OPTIONS, Answer, Ssh
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Cluster:
         """Ends whatever is left of the run on the machines; how many processes there were, and machines that did not
         answer."""
         request = {"what": "end", "job": self.job, "patience": patience}
-        answers = self.ssh.ask(self.hosts, request, timeout=patience + 30)
+        answers = self.ssh.ask(self.hosts, request, timeout=patience + PATIENCE)
         silent = [answer.host for answer in answers if answer.content is None]
         return sum(answer.content["found"] for answer in answers if answer.content), silent
 

@@ -18,7 +18,7 @@ from zero_ds.nodes import probe
 
 CONNECT = 8
 """Seconds in which a machine must answer."""
-PATIENCE = 25.0
+PATIENCE = float(os.environ.get("ZERO_DS_NODE_PATIENCE", "25"))
 """Seconds in which it must have done what it was asked."""
 PDSH_OPTIONS = "PDSH_SSH_ARGS_APPEND"
 """Variable with options for ssh, which pdsh reads; so do we."""
@@ -57,7 +57,7 @@ class Ssh:
         ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}", "-o", "LogLevel=ERROR"]
         return ["ssh", *own, *port, *ours, host, remote]
 
-    def ask(self, hosts: Sequence[str], request: dict[str, Any], timeout: float = PATIENCE) -> list[Answer]:
+    def ask(self, hosts: Sequence[str], request: dict[str, Any], timeout: float | None = None) -> list[Answer]:
         """Runs the probe (probe.py) on every machine side by side; answers in the order of `hosts`.
 
         The probe's source and the request travel on the standard input: nothing of them is in a process list, and a
@@ -67,7 +67,7 @@ class Ssh:
 
         def ask(host: str) -> Answer:
             words = json.dumps({"folder": self.folder, "name": host, **request})
-            return self._ask(host, f"{source}\n_main({words!r})\n".encode(), timeout)
+            return self._ask(host, f"{source}\n_main({words!r})\n".encode(), timeout or PATIENCE)
 
         with ThreadPoolExecutor(min(FAN_OUT, len(hosts)) or 1) as pool:
             return list(pool.map(ask, hosts))
