@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import shlex
 import signal
@@ -119,6 +120,13 @@ class Job:
         self._kill_here()  # first, or it would start more
         self.cluster.end(patience=0.0)
 
+    def sweep(self) -> None:
+        """Kills what a launcher that was itself killed has left here: all of the command's session."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) == self.process.pid:
+                    process.kill()
+
     def _kill_here(self) -> None:
         for process in [*self._below(), self.process]:
             with contextlib.suppress(psutil.Error):
@@ -167,6 +175,7 @@ class Launch:
         if self.cluster is None:
             job = Job(self.command if "/dev/null" in self.options else self._on_this_machine())
             status = job.wait(self.out)
+            job.sweep()
         else:
             more, environment, what = self.cluster.prepare(wait=COMING_BACK if attempt else 0.0)
             say(told(what))

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Ssh:
 
     port: int | None = None
     python: str = sys.executable
-    folder: str = os.getcwd()  # noqa: PTH109 - the shell's word for it, as DeepSpeed's launcher says `cd`
+    folder: str = field(default_factory=lambda: str(Path.cwd()))
     local: bool = False
     """Run on this machine, without ssh."""
 
