@@ -61,6 +61,7 @@ def test_machines_are_those_that_deepspeed_takes(tmp_path: Path, include: str, e
         ("a slots=1\na slots=1\n", "", "", "line 2: a stands there twice"),
         ("a slots=0\n", "", "", "is no machine"),
         ("-oProxyCommand=id slots=1\n", "", "", "is no machine"),
+        ("-v slots=1\n", "", "", "is no machine"),
         ("# nothing\n", "", "", "names no machine"),
         ("node1 slots=1\n", "nod1", "", "has no machine 'nod1'; did you mean 'node1'"),
         ("node1 slots=2\n", "node1:2", "", "node1 has devices 0 to 1, and no 2"),
@@ -93,9 +94,16 @@ def test_ranks_meet_where_all_machines_look() -> None:
         return Answer(host, {"address": address, "addresses": ["10.0.0.1", "172.17.0.1"]})
 
     assert meeting_point("node1", [answer("node1", "10.0.0.1"), answer("node2", "10.0.0.1")]) == "node1"
-    assert meeting_point("node1", [answer("node1", "10.0.0.1"), answer("node2", None)]) == "10.0.0.1", (
-        "an alias of ssh's"
-    )
+    alias = [answer("node1", "10.0.0.1"), answer("node2", None)]
+    assert meeting_point("node1", alias) == "10.0.0.1", "ssh knows that name, and the machines do not"
+    own = [answer("node1", "127.0.1.1"), answer("node2", "10.0.0.1")]
+    assert meeting_point("node1", own) == "node1", "as in Debian's /etc/hosts"
+    copied = [answer("node1", "127.0.1.1"), answer("node2", "127.0.1.1")]
+    assert meeting_point("node1", copied) == "10.0.0.1", "that file, copied to another machine"
+    here = [answer("localhost", "127.0.0.1"), answer("node2", "127.0.0.1")]
+    assert meeting_point("localhost", here) == "10.0.0.1"
+    two = [answer("127.0.0.2", "127.0.0.2"), answer("127.0.0.3", "127.0.0.2")]
+    assert meeting_point("127.0.0.2", two) == "127.0.0.2"
 
 
 # -- environment -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 
 from zero_ds.config import ConfigError
 from zero_ds.nodes import checks
-from zero_ds.nodes.environment import Forwarded, argument, forwarded
+from zero_ds.nodes.environment import Forwarded, argument, forwarded, without_secrets
 from zero_ds.nodes.hostfile import Node, is_this_machine, read_hostfile
 from zero_ds.nodes.ssh import PATIENCE, PDSH_OPTIONS, Answer, Ssh
 
@@ -125,7 +125,7 @@ class Cluster:
         every = max(1, round(SILENCE * 2 / 3 / KEEPALIVE))
         alive = f"-o BatchMode=yes -o ServerAliveInterval={every} -o ServerAliveCountMax={KEEPALIVE}"
         own = os.environ.get(PDSH_OPTIONS, "")
-        return {**os.environ, "DS_ENV_FILE": str(path), PDSH_OPTIONS: f"{own} {alive}".strip()}
+        return {**without_secrets(os.environ), "DS_ENV_FILE": str(path), PDSH_OPTIONS: f"{own} {alive}".strip()}
 
     def ask_to_stop(self) -> int:
         """Asks all ranks to commit and stop; how many were asked."""
@@ -154,7 +154,13 @@ def meeting_point(host: str, answers: list[Answer]) -> str:
     Its name in the hostfile, if all resolve it (it may be an alias in ssh's configuration alone); else its first
     address, as DeepSpeed takes it.
     """
-    if all(answer.content and answer.content["address"] for answer in answers):
+    seen = {answer.host: (answer.content or {}).get("address") or "" for answer in answers}
+    # a machine's own name may mean its loopback address there, and nothing else may mean that
+    itself = [
+        other for other, address in seen.items() if address.startswith("127.") and address != host and other != host
+    ]
+    everybodys = host in ("localhost", "127.0.0.1") and len(answers) > 1
+    if all(seen.values()) and not itself and not everybodys:
         return host
     content = answers[0].content or {}
     return str((content.get("addresses") or [host])[0])

@@ -108,6 +108,12 @@ def forwarded(environment: Mapping[str, str], named: Sequence[str] = ()) -> Forw
     return Forwarded(plain, secret, tuple(name for name in withheld if name not in secret), verbatim)
 
 
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of DeepSpeed's launcher, which exports some prefixes (MLFLOW, PYTHON, UCX, ...) by itself, in
+    command lines."""
+    return {n: v for n, v in environment.items() if not is_secret(n) and not _PASSWORD_IN_URL.search(v)}
+
+
 def _users_own(environment: Mapping[str, str]) -> dict[str, str]:
     """Lines of the files that DeepSpeed itself would read, were it not given ours."""
     lines: dict[str, str] = {}

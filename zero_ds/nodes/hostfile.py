@@ -42,7 +42,7 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        found = re.match(r"([\w.:-]+)\s+slots=(\d+)(\s|$)", text)
+        found = re.match(r"(\w[\w.:-]*)\s+slots=(\d+)(\s|$)", text)
         if not found or int(found[2]) < 1:
             raise ConfigError(f"{path}, line {number}: {text!r} is no machine; write for instance: node1 slots=8.")
         if found[1] in slots:
