@@ -125,6 +125,11 @@ def test_the_paper_s_route_for_8b() -> None:
     assert "init_from=[runs/x/pretrain, runs/x/encoder]" in commands["decoder"]
     assert not any("surrogate=" in word for word in commands["decoder"])
     assert commands["export"][-2:] == ("--dtype", "bfloat16")
+    proposed = {step.name: step for step in plan("llama-3.1-8b", out, replace="trajectory")}
+    assert " ".join(proposed["surrogate"].commands[0]).endswith(
+        "--from-trajectory runs/x/trajectory --out runs/x/surrogate"
+    )
+    assert "--replace 16:29 --out runs/x/T16-29" in " ".join(plan("llama-3.1-8b", out, replace="16:29")[1].commands[0])
     elsewhere = plan("llama-3.1-8b", out, ("zero=zero2",), ("--hostfile", "others"))
     assert [step.fingerprint() for step in steps] == [step.fingerprint() for step in elsewhere], "machines may change"
     other = plan("llama-3.1-8b", out, ("zero=zero3",))

@@ -75,7 +75,7 @@ def plan(
     """The steps from a model's recipes; `options` are those of launch/train.sh.
 
     Raises:
-        ConfigError: no such model, a setting that the pipeline makes itself, no texts for the trajectory.
+        ConfigError: no such model, a setting that the pipeline makes itself, no texts for the trajectory, no range.
     """
     for override in overrides:
         if (key := override.partition("=")[0]) in OWN:
@@ -83,8 +83,12 @@ def plan(
     chain = chain_of(model, overrides)
     first, last = next(iter(chain.values())), list(chain.values())[-1]
     named = next(run.surrogate for run in chain.values() if run.surrogate)
-    surrogate = out / Path(named).name
     layers = replace or _named_layers(named) or "trajectory"
+    if layers != "trajectory":
+        from zero_ds.surrogate import Replaced
+
+        Replaced.parse(layers)  # what is no range ends it here
+    surrogate = out / ("surrogate" if layers == "trajectory" else f"T{layers.replace(':', '-')}")
     cut = ("--from-trajectory", str(out / "trajectory")) if layers == "trajectory" else ("--replace", layers)
     if texts is None and not first.data.sources:
         raise ConfigError("the first stage names no data; say which texts the trajectory reads: --texts FILE.")
