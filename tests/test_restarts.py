@@ -101,6 +101,24 @@ def test_what_a_killed_launcher_left_is_ended_before_a_restart(tmp_path: Path, m
         assert not state.strip() or state.startswith("Z"), "a rank has outlived its launcher"
 
 
+def test_a_hostfile_with_this_machine_alone_needs_no_ssh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSpeed would ask ssh for this machine's address, and take a fixed port."""
+    shim = tmp_path / "bin" / "deepspeed"
+    shim.parent.mkdir()
+    shim.write_text('#!/bin/sh\necho "called: $*"\n')
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", str(shim.parent), prepend=":")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    command = ["deepspeed", "--hostfile", str(hosts), "--module", "zero_ds.train", "smollm2-135m/encoder"]
+    assert launcher.main(["smollm2-135m/encoder", f"out={tmp_path / 'run'}", "--", *command]) == 0
+    called = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("called: "))
+    assert "--no_ssh_check --master_addr 127.0.0.1 --master_port " in called
+    assert called.endswith("--module zero_ds.train smollm2-135m/encoder")
+
+
 # -- the steps of a pipeline -------------------------------------------------------------------------------------------
 
 

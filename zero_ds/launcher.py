@@ -196,8 +196,15 @@ class Launch:
         return status, job.asked
 
     def _on_this_machine(self) -> list[str]:
-        more = ["--no_ssh_check"] + ([] if "--master_addr" in self.options else ["--master_addr", "127.0.0.1"])
-        return ["deepspeed", *self.options, *more, "--module", self.module, *self.words]
+        """The command for a hostfile that names this machine alone."""
+        from zero_ds.distributed import free_port
+
+        more = ["--no_ssh_check"]
+        for name, value in (("--master_addr", "127.0.0.1"), ("--master_port", str(free_port()))):
+            more += [] if name in self.options else [name, value]
+        command = ["deepspeed", *self.options, *more, "--module", self.module, *self.words]
+        print(f"+ {shlex.join(command)}", flush=True)
+        return command
 
     def _where(self, reason: str) -> str:
         """The machine of the rank that a reason names."""
