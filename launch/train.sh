@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # Trains one stage: on all local GPUs, on CPU ranks if there are none, or on the machines of a hostfile.
 #
-#   launch/train.sh RECIPE [--hostfile FILE] [--include LIST] [--ranks N] [-n] [key=value ...]
+#   launch/train.sh RECIPE [--hostfile FILE] [--include LIST] [--ranks N] [--max-restarts N] [-n] [key=value ...]
 #
 #   launch/train.sh smollm2-135m/encoder
 #   launch/train.sh smollm2-135m/encoder zero=zero2 optimizer.learning_rate=1e-4
-#   launch/train.sh llama-3.1-8b/encoder --hostfile hostfile --include 'node1:0,1@node2'
+#   launch/train.sh llama-3.1-8b/encoder --hostfile hostfile --include 'node1:0,1@node2' --max-restarts 3
 #
-#   --ranks N   processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2)
-#   -n          print the command and stop
+#   --ranks N            processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2)
+#   --max-restarts N     go on from the last commit when a rank or a machine dies, at most so often (default: 0)
+#   --forward NAME       a variable for the ranks on other machines beside the usual ones; the only way for a secret
+#   --exclude, --master_addr, --master_port, --ssh_port    as DeepSpeed's launcher
+#   -n                   print the command and stop
+#
+# Options of ssh go into PDSH_SSH_ARGS_APPEND. Before a long run: zero-ds doctor RECIPE --hostfile FILE
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 usage() { sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 
 recipe="" ranks="" print_only=""
 launcher=(--log_level warning)
+own=() forward=()
 overrides=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -23,6 +29,10 @@ while [ $# -gt 0 ]; do
     --hostfile | --include | --exclude | --master_addr | --master_port | --ssh_port)
       [ $# -ge 2 ] || fail "$1 needs a value"
       launcher+=("$1" "$2"); shift ;;
+    --max-restarts)
+      [[ $# -ge 2 && "$2" =~ ^[0-9]+$ ]] || fail "--max-restarts needs a number"
+      own+=("$1" "$2"); shift ;;
+    --forward) [ $# -ge 2 ] || fail "--forward needs the name of a variable"; own+=("$1" "$2") forward+=("$2"); shift ;;
     --ranks) [ $# -ge 2 ] || fail "--ranks needs a number"; ranks="$2"; shift ;;
     -*) fail "unknown option $1; see launch/train.sh --help" ;;
     *=*) overrides+=("$1") ;;
@@ -33,7 +43,9 @@ done
 [ -n "$recipe" ] || { usage; exit 2; }
 use_venv
 
+many=yes
 if [[ " ${launcher[*]} " != *" --hostfile "* ]]; then
+  many=""
   launcher+=(--hostfile /dev/null)
   if ! command -v nvidia-smi >/dev/null; then
     export DS_ACCELERATOR=cpu
@@ -47,10 +59,13 @@ if [[ " ${launcher[*]} " != *" --hostfile "* ]]; then
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
-printf '+ %s\n' "${command[*]}"
-[ -z "$print_only" ] || exit 0
+[ -n "$many" ] && [ -z "$print_only" ] || printf '+ %s\n' "${command[*]}" # with the address and port, further down
+if [ -n "$print_only" ]; then
+  [ -z "$many" ] || python -m zero_ds.nodes.environment "${forward[@]}"
+  exit 0
+fi
 for ((i = 0; i < ${#launcher[@]}; i++)); do # DeepSpeed would go on with this machine alone
   [ "${launcher[i]}" != --hostfile ] || [ -e "${launcher[i + 1]}" ] || fail "there is no hostfile ${launcher[i + 1]} in $PROJECT"
 done
 # a signal to this script reaches the ranks, and what went wrong is said last, where people look
-exec python -m zero_ds.launcher "$recipe" "${overrides[@]}" -- "${command[@]}"
+exec python -m zero_ds.launcher "${own[@]}" "$recipe" "${overrides[@]}" -- "${command[@]}"

@@ -68,6 +68,9 @@ FLOORS: dict[str, int] = {
     "evaluation": 6,
     "report": 6,
     "plan": 6,
+    "nodes": 6,
+    "selftest": 6,
+    "doctor": 6,
     # 7: people
     "pipeline": 7,
     "launcher": 7,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
 IDS = [str(path.relative_to(ROOT)) for path in SCRIPTS]
 BESIDE = Path(sys.executable).parent
 """Where this environment's programs lie."""
@@ -81,6 +82,74 @@ def test_train_passes_the_launchers_options_on() -> None:
     assert words[words.index("--num_gpus") + 1] == "3"
 
 
+def test_what_goes_to_other_machines_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("HF_HOME", "/caches"), ("HF_TOKEN", "hf_secret"), ("MINE", "my own"), ("OTHERS", "no")):
+        monkeypatch.setenv(name, value)
+    done = run(ROOT / "launch/train.sh", "r", "--hostfile", "hosts", "-n", "--max-restarts", "2", "--forward", "MINE")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    sent, withheld = last.removeprefix("forwarded to every node: ").split("; withheld, ")
+    assert {"HF_HOME", "MINE", "PATH"} <= set(sent.split()) and "OTHERS" not in sent
+    assert withheld == "for they look like secrets (name them with --forward): HF_TOKEN"
+    assert not any(value in done.stdout for value in ("/caches", "hf_secret", "my own"))
+
+
+def test_the_examples_can_be_used(tmp_path: Path) -> None:
+    from zero_ds.nodes.environment import forwarded
+    from zero_ds.nodes.hostfile import read_hostfile
+
+    nodes = read_hostfile(ROOT / "launch/hostfile.example")
+    assert len(nodes) == 16 and all(len(node.slots) == 8 for node in nodes)
+    done = run("shellcheck", ROOT / "launch/env.example")
+    assert done.returncode == 0, done.stdout
+    # every variable in it, also those in comments, reaches the machines
+    text = (ROOT / "launch/env.example").read_text()
+    names = set(re.findall(r"^(?:# )?export (\w+)=", text, flags=re.MULTILINE)) - {"HF_TOKEN", "ZERO_DS_FORWARD"}
+    assert len(names) > 10 and set(forwarded(dict.fromkeys(names, "x")).plain) == names
+
+
+def test_slurm_writes_a_hostfile_and_calls_the_same_script(tmp_path: Path) -> None:
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "4"}
+    done = subprocess.run(
+        ["bash", ROOT / "launch/slurm.sbatch", "smollm2-135m/encoder", "--max-restarts", "2", "seed=1", "-n"],
+        env={
+            **os.environ,
+            **job,
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "PATH": f"{scontrol.parent}:{BESIDE}:/usr/bin:/bin",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/hostfile-7").read_text() == "n1 slots=4\nn2 slots=4\n"
+    assert "+ deepspeed --log_level warning --hostfile runs/hostfile-7 --module zero_ds.train" in done.stdout
+
+
+def test_ci_does_not_let_the_tests_over_two_hosts_be_skipped(tmp_path: Path) -> None:
+    """Without sshd, a plain run says what to install and skips; CI fails. (.ci/run sets the variable.)"""
+    assert "ZERO_DS_TEST_NODES=must" in (ROOT / ".ci/run").read_text()
+    code = "import loopback, sys; loopback.SBIN = ''; import os; os.environ['PATH'] = '/nowhere'; import pytest; "
+    code += "sys.exit(pytest.main(['-p', 'no:cacheprovider', '-rs', 'test_nodes.py', '-k', 'busy']))"
+    for must, status, words in (("", 0, "install openssh-client, openssh-server, pdsh"), ("must", 1, "AssertionError")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "ZERO_DS_TEST_NODES": must, "PYTEST_ADDOPTS": ""},
+            cwd=ROOT / "tests",
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == status and words in done.stdout, done.stdout + done.stderr
+        assert ("1 skipped" in done.stdout) == (not must)
+
+
 def test_two_runs_on_one_machine_do_not_share_a_port() -> None:
     first, second = command("r"), command("r")
     assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
@@ -94,6 +163,8 @@ def test_two_runs_on_one_machine_do_not_share_a_port() -> None:
         (("a", "--frobnicate"), "unknown option --frobnicate"),
         (("a", "--hostfile"), "--hostfile needs a value"),
         (("a", "--ranks"), "--ranks needs a number"),
+        (("a", "--max-restarts", "many"), "--max-restarts needs a number"),
+        (("a", "--forward"), "--forward needs the name of a variable"),
     ],
 )
 def test_train_refuses(arguments: tuple[str, ...], complaint: str) -> None:

@@ -16,9 +16,11 @@ import typer
 from zero_ds.commands.checkpoints import consolidate, export_lora, import_released
 from zero_ds.commands.data import data
 from zero_ds.commands.demo import demo
+from zero_ds.commands.doctor import doctor
 from zero_ds.commands.evaluate import evaluate
 from zero_ds.commands.export import export
 from zero_ds.commands.graft import graft
+from zero_ds.commands.pipeline import pipeline
 from zero_ds.commands.plan import plan
 from zero_ds.commands.quickstart import quickstart
 from zero_ds.commands.report import report
@@ -118,8 +120,10 @@ app.command("consolidate")(consolidate)
 app.command("eval")(evaluate)
 app.command("report")(report)
 app.command("demo")(demo)
+app.command("doctor")(doctor)
 app.add_typer(data, name="data")
 app.command("quickstart")(quickstart)
+app.command("pipeline")(pipeline)
 
 
 def train_module() -> None:
@@ -142,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         if peer_ended(error):
             WATCH.record(WATCH.heard(wait=0.0))
         else:
-            WATCH.fail(sentence or f"{type(error).__name__}: {error}")
+            WATCH.fail(sentence or f"{type(error).__name__}: {error}", final=sentence is not None)
         WATCH.leave(status=2)
         if sentence is None:
             raise

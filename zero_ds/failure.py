@@ -20,6 +20,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 logger = logging.getLogger(__name__)
 
 FILE = "failure.txt"
+FINAL = "(the same would happen again: this run is not restarted)"
+"""Last line of the file where a restart cannot help."""
 BEAT = 2.0
 """Seconds between two signs of life."""
 SILENCE = float(os.environ.get("ZERO_DS_SILENCE", "30"))
@@ -76,9 +78,12 @@ class Watch:
         self._stopped.set()
         self._store = None
 
-    def fail(self, reason: str) -> None:
-        """Says why this rank ends; the first reason of a job stays. The rank with the store waits for the others."""
-        self.record(reason)
+    def fail(self, reason: str, final: bool = False) -> None:
+        """Says why this rank ends; the first reason of a job stays. The rank with the store waits for the others.
+
+        final: whether the next attempt would fail alike, as with a mistake in the recipe.
+        """
+        self.record(reason, final)
         store = self._store
         if store is not None:
             try:
@@ -102,13 +107,13 @@ class Watch:
             time.sleep(0.2)
         return self._heard or (read(self.folder) if self.folder else None) or UNKNOWN
 
-    def record(self, reason: str) -> None:
+    def record(self, reason: str, final: bool = False) -> None:
         """Writes the reason into the run folder unless another rank has written one."""
         if self.folder is None:
             return
         try:
             with (self.folder / FILE).open("x", encoding="utf-8") as file:
-                file.write(reason.strip() + "\n")
+                file.write(reason.strip() + "\n" + (FINAL + "\n" if final else ""))
         except OSError:
             logger.debug("there is a reason already, or no place for one")
 
@@ -175,6 +180,14 @@ def clear(folder: Path) -> None:
 def read(folder: Path) -> str | None:
     """Why the last attempt at a run failed; None if it did not."""
     try:
-        return (folder / FILE).read_text(encoding="utf-8").strip()
+        return (folder / FILE).read_text(encoding="utf-8").strip().removesuffix(FINAL).strip()
     except OSError:
         return None
+
+
+def is_final(folder: Path) -> bool:
+    """Whether the last attempt failed in a way that the next one would, too."""
+    try:
+        return (folder / FILE).read_text(encoding="utf-8").strip().endswith(FINAL)
+    except OSError:
+        return False

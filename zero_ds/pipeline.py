@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -38,9 +39,13 @@ class Step:
     """On two quiet CPU cores, for the estimate of the time left; a finished step's own time replaces it."""
     produces: tuple[Path, ...] = ()
     """Files that must exist for the step to count as done."""
+    same: tuple[tuple[str, ...], ...] | None = None
+    """The commands without what may differ from one attempt to the next, such as machines; None: the commands."""
+    patience: float | None = None
+    """Seconds that its commands get to end by themselves; None: PATIENCE."""
 
     def fingerprint(self) -> str:
-        return json.dumps(self.commands)
+        return json.dumps(self.commands if self.same is None else self.same)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Pipeline:
                     break
                 time.sleep(0.2)
         finally:
-            _end(processes)
+            _end(processes, step.patience or PATIENCE)
         for command, process in zip(step.commands, processes, strict=True):
             if process.returncode != 0:
                 raise StepError(
@@ -153,18 +158,41 @@ PATIENCE = 20.0
 """Seconds that a command gets to end by itself, with a commit, after it was asked to."""
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Asks what still runs to stop, waits, then kills: no process outlives its pipeline."""
+def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
+    """Asks what still runs to stop, waits, then kills: no process outlives its pipeline.
+
+    Interrupted once more, it hands that on, too, and waits no longer than PATIENCE.
+    """
+    _ask(processes)
+    deadline = time.monotonic() + patience
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        try:
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            _ask(processes)
+            deadline = min(deadline, time.monotonic() + PATIENCE)
     for process in processes:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
             # not by its group: ranks have a session of their own
             for each in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.Error):
                     each.kill()
             process.wait()
+
+
+def _ask(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+
+
+def start_fresh(out: Path) -> None:
+    """Removes an earlier run of a pipeline.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    if out.exists():
+        if not (out / "steps").is_dir():
+            raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
+        shutil.rmtree(out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from zero_ds.commands.demo import LLM
 from zero_ds.config import ConfigError, load_run
-from zero_ds.pipeline import Pipeline, Step
+from zero_ds.pipeline import Pipeline, Step, start_fresh
 
 FAMILY = "smollm2-135m"
 FULL = ("decoder=target", "distill.logits=0", "distill.next_token=1")
@@ -36,10 +35,8 @@ def quickstart(
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove an earlier run in --out first.")] = False,
 ) -> None:
     """The whole method on a 135M model, trajectory to report; steps that are finished are skipped."""
-    if fresh and out.exists():
-        if not (out / "steps").is_dir():
-            raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
-        shutil.rmtree(out)
+    if fresh:
+        start_fresh(out)
     if not (demo / "data/train.json").is_file():
         raise ConfigError(f"{demo} holds no demo data; make them with: zero-ds demo --out {demo}")
     plan = Plan(out, demo, steps_scale, seed, replace, translators, overrides=tuple(overrides or ()))
