@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.commands.chat import chat
 from zero_ds.commands.data import data
 from zero_ds.commands.demo import demo
 from zero_ds.commands.evaluate import evaluate
@@ -108,7 +109,8 @@ app.command("trajectory")(trajectory)
 app.command("surrogate")(surrogate)
 app.command("graft")(graft)
 app.command("export")(export)
-app.command("eval")(evaluate)
+app.add_typer(evaluate, name="eval")
+app.command("chat")(chat)
 app.command("report")(report)
 app.command("demo")(demo)
 app.add_typer(data, name="data")
