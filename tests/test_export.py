@@ -19,8 +19,10 @@ from zero_ds.config import ConfigError
 from zero_ds.data.conversations import IMAGE_TOKEN, Turn
 from zero_ds.data.sources import Sample
 from zero_ds.export import export_llava, prove
+from zero_ds.generate import Answerer
 from zero_ds.graft import load_graft, run_config
 from zero_ds.model import sample_encoder
+from zero_ds.named_model import find_model, load_model
 
 QUESTION = "which shape?"
 
@@ -40,6 +42,20 @@ def test_export_proves_itself(exported: Path) -> None:
         assert prompt["largest_log_prob_difference"] < 1e-4 and prompt["greedy_tokens_equal"]
     assert {"zero_ds", "torch", "transformers"} <= set(proof["versions"])
     assert sorted(path.name for path in exported.parent.iterdir()) == ["llava"]
+
+
+def test_the_folder_opens_by_its_name(exported: Path, trained: Path, made: Callable[..., Path], data: Path) -> None:
+    """As a model of ours again: the same prompts, features and answers as the graft that was exported."""
+    named = find_model(str(exported))
+    assert named.kind == "export" and named.sees
+    ours, theirs = load_model(find_model(str(trained / "encoder"), str(made("llama", tied=True)))), load_model(named)
+    picture = str(data.parent / "images" / "0.png")
+    asked = [Turn("user", f"<image>\n{QUESTION}")]
+    prompts = [m.encoder.encode(m.encoder.turns(Sample("x", tuple(asked), ())), generate=True) for m in (ours, theirs)]
+    assert prompts[0] == prompts[1]
+    answers = [Answerer(m.model, m.encoder, max_new_tokens=8) for m in (ours, theirs)]
+    torch.testing.assert_close(*(a.features([picture])[0] for a in answers), atol=1e-5, rtol=1e-5)
+    assert answers[0].reply(asked, [picture]) == answers[1].reply(asked, [picture])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (90, 40)])

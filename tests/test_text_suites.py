@@ -252,6 +252,13 @@ def test_what_is_not_known(tasks: Path, words: str, harness: str, complaint: str
         plan(words, harness, tasks)
 
 
+@pytest.mark.parametrize("words", ["paper-vision", "mmlu"])
+def test_a_harness_that_is_not_installed(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zero_ds.evaluation.harness.MODULES", {"lm-eval": "no_such_1", "lmms-eval": "no_such_2"})
+    with pytest.raises(ConfigError, match=r"lmm?s?-eval is not installed; pip install lm"):
+        plan(words, "auto", None)
+
+
 def test_data_that_cannot_be_had(target: str) -> None:
     named = find_model(target)
     (planned,) = plan("piqa", "lm-eval", None)

@@ -50,13 +50,17 @@ def backend(harness: Harness, folder: Path | None) -> Backend:
         raise ConfigError(f"{harness} is not installed; pip install {harness}")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--tasks-folder {folder} is no folder.")
-    if harness == "lm-eval":
-        from zero_ds.evaluation.text import LmEval
+    try:
+        if harness == "lm-eval":
+            from zero_ds.evaluation.text import LmEval
 
-        return LmEval(folder)
-    from zero_ds.evaluation.vision import LmmsEval
+            return LmEval(folder)
+        from zero_ds.evaluation.vision import LmmsEval
 
-    return LmmsEval(folder)
+        return LmmsEval(folder)
+    except (ImportError, RuntimeError) as error:  # a dependency that is missing, or torchvision of another build
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{harness} cannot be imported: {reason}; see docs/evaluation.md") from None
 
 
 def plan(words: str, harness: str, folder: Path | None) -> list[Planned]:

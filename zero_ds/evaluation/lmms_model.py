@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
@@ -80,16 +80,14 @@ class ZeroDs(lmms):
             limit = self.max_new_tokens or int(request.args[1].get("max_new_tokens") or LONGEST)
             return Query(_name(request), turns, images, max_new_tokens=limit)
 
-        return [
-            _until(reply.text, request.args[1].get("until"))
-            for request, reply in self._replies(requests, query, lambda request: request.args[2])
-        ]
+        return [_until(reply.text, request.args[1].get("until")) for request, reply in self._replies(requests, query)]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(loss, whether greedy decoding says it) of each continuation, without white space around it.
 
         As lmms-eval's own models do, and its scoring expects: the loss is the mean negative log-probability of the
-        continuation's tokens, so that the smallest wins.
+        continuation's tokens, so that the smallest wins. The pair comes wrapped, for lmms-eval (0.7.3) makes a text of
+        any bare one before it scores it.
         """
         counts = []
 
@@ -99,9 +97,10 @@ class ZeroDs(lmms):
             counts.append(max(1, len(self.answerer.template.encode_text(text))))
             return Query(_name(request), turns, images, text, (Choice(0, text, (text,)),), max_new_tokens=1)
 
-        replies = [reply for _, reply in self._replies(requests, query, lambda request: request.args[2])]
+        replies = [reply for _, reply in self._replies(requests, query)]
         return [
-            (-reply.log_probs[0][0] / count, reply.begins_true) for reply, count in zip(replies, counts, strict=True)
+            GenerationResult(cast(Any, (-reply.log_probs[0][0] / count, reply.begins_true)))
+            for reply, count in zip(replies, counts, strict=True)
         ]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -116,7 +115,6 @@ class ZeroDs(lmms):
         self,
         requests: Sequence[Instance],
         query: Callable[[Instance, tuple[Turn, ...], tuple[int, ...]], Query],
-        visuals: Callable[[Instance], Callable[[Any], Any]],
     ) -> Iterator[tuple[Instance, Reply]]:
         """Answers a few batches at a time, so that only their pictures are in memory; a document's are read once."""
         step = 8 * self.batch_size
@@ -128,7 +126,7 @@ class ZeroDs(lmms):
                 queries = []
                 for request in part:
                     if (key := request.args[-3:]) not in rows:
-                        shown = _pictures(request, visuals(request)(self._document(request)))
+                        shown = _pictures(request, request.args[2](self._document(request)))
                         rows[key] = tuple(range(len(pictures), len(pictures) + len(shown)))
                         pictures += shown
                     queries.append(query(request, (_asked(str(request.args[0]), len(rows[key])),), rows[key]))
