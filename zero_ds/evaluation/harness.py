@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +23,11 @@ MODULES: dict[Harness, str] = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
 
 
 class Backend(Protocol):
-    """One harness: the names of its tasks, and what it measures on a model."""
+    """One harness: its tasks, and what it measures on a model."""
 
-    def names(self) -> Collection[str]: ...
+    def knows(self, name: str) -> bool: ...
+
+    def names(self) -> list[str]: ...
 
     def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], request: Request) -> Measured | None:
         """On every rank alike; the result on rank 0, None elsewhere."""
@@ -76,7 +77,9 @@ def plan(words: str, harness: str, folder: Path | None) -> list[Planned]:
     if words in SUITES:
         suite = SUITES[words]
         found = backend(suite.harness, folder)
-        _check_known(suite.tasks, found.names())
+        for task in suite.tasks:
+            if not found.knows(task.name):
+                raise ConfigError(f"this version of {suite.harness} has no task '{task.name}'; choose tasks by name.")
         return [Planned(suite, found)]
     tasks = [parse_task(word.strip()) for word in words.split(",") if word.strip()]
     if not tasks:
@@ -84,27 +87,21 @@ def plan(words: str, harness: str, folder: Path | None) -> list[Planned]:
     wanted = list(MODULES) if harness == "auto" else [cast(Harness, harness)]
     installed = [name for name in wanted if importlib.util.find_spec(MODULES[name])] or wanted[:1]
     planned: list[Planned] = []
-    known: list[str] = list(SUITES)
+    backends = []
     for name in installed:
         here = backend(name, folder)
-        names = here.names()
-        known += names
-        mine = tuple(task for task in tasks if task.name in names and not (task.binary and name == "lm-eval"))
+        backends.append(here)
+        mine = tuple(task for task in tasks if here.knows(task.name) and not (task.binary and name == "lm-eval"))
         tasks = [task for task in tasks if task not in mine]
         if mine:
             label = mine[0].label if len(mine) == 1 else f"{name}-tasks"
             planned.append(Planned(Suite(label.replace(":", "-"), name, mine), here))
         if not tasks:
             return planned
+    known = [*SUITES, *(name for here in backends for name in here.names())]
     absent = [name for name in wanted if name not in installed]
     more = f" ({', '.join(absent)} is not installed; pip install {' '.join(absent)})" if absent else ""
     raise ConfigError(f"no harness knows the task '{tasks[0].name}'{more}{did_you_mean(tasks[0].name, known)}")
-
-
-def _check_known(tasks: tuple[Task, ...], names: Collection[str]) -> None:
-    for task in tasks:
-        if task.name not in names:
-            raise ConfigError(f"this version of the harness has no task '{task.name}'{did_you_mean(task.name, names)}")
 
 
 def evaluate_suite(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import defaultdict
@@ -53,18 +54,18 @@ class LmEval:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._local = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
-        self._whole: TaskManager | None = None
 
-    def names(self) -> Collection[str]:
-        return set(self._manager([]).all_tasks)
+    def knows(self, name: str) -> bool:
+        return name in self._manager([name]).all_tasks
+
+    def names(self) -> list[str]:
+        return list(self._manager([]).all_tasks)
 
     def _manager(self, wanted: Collection[str]) -> TaskManager:
         """One that knows these; the harness's own index takes seconds, so the folder's is asked first."""
         if wanted and self._local is not None and set(wanted) <= set(self._local.all_tasks):
             return self._local
-        if self._whole is None:
-            self._whole = TaskManager(include_path=str(self._folder) if self._folder is not None else None)
-        return self._whole
+        return _whole(self._folder)
 
     def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], request: Request) -> Measured | None:
         """See `Backend.measure`. One call of the harness for each number of examples.
@@ -124,3 +125,9 @@ class LmEval:
                 raise ConfigError(
                     f"{name} has {count} documents for {distributed.world_size()} ranks; take fewer ranks."
                 )
+
+
+@functools.lru_cache(maxsize=2)
+def _whole(folder: Path | None) -> TaskManager:
+    """The harness's own tasks and those of a folder; an index that nothing changes."""
+    return TaskManager(include_path=str(folder) if folder is not None else None)

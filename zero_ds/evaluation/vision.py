@@ -30,8 +30,11 @@ class LmmsEval:
         self._local = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
         self._whole: TaskManager | None = None
 
-    def names(self) -> Collection[str]:
-        return set(self._manager([]).all_tasks)
+    def knows(self, name: str) -> bool:
+        return name in self._manager([name]).all_tasks
+
+    def names(self) -> list[str]:
+        return list(self._manager([]).all_tasks)
 
     def _manager(self, wanted: Collection[str]) -> TaskManager:
         """One that knows these; the harness's own index takes seconds, so the folder's is asked first."""
