@@ -110,15 +110,15 @@ class LmEval:
         return Measured(tuple(scores), samples) if distributed.is_rank_zero() else None
 
     def _check_documents(self, manager: TaskManager, names: list[str], request: Request) -> None:
-        try:
-            with distributed.rank_zero_first():  # which fetches what is not in the cache
+        with distributed.rank_zero_first():  # which fetches what is not in the cache
+            try:
                 loaded = manager.load(list(names))
-        except (OSError, RuntimeError) as error:  # of the data set library and the hub's client
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"the data of {', '.join(names)} is not here and could not be fetched: {reason[:200]} "
-                "Check the network, or give local tasks with --tasks-folder."
-            ) from None
+            except OSError as error:  # of the data set library and the hub's client
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ConfigError(
+                    f"the data of {', '.join(names)} is not here and could not be fetched: {reason[:200]} "
+                    "Check the network, or give local tasks with --tasks-folder."
+                ) from None
         for name, task in loaded["tasks"].items():
             count = min(len(task.eval_docs), request.limit or math.inf)
             if count < distributed.world_size():

@@ -98,16 +98,16 @@ def _check_documents(manager: TaskManager, names: list[str], request: Request) -
     Raises:
         ConfigError: data that cannot be had, or fewer documents than ranks.
     """
-    try:
-        with distributed.rank_zero_first():
+    with distributed.rank_zero_first():
+        try:
             found = get_task_dict(list(names), manager, "simple")
-    except (OSError, RuntimeError, RetryError) as error:  # of the data set library and the hub's client
-        cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise ConfigError(
-            f"the data of {', '.join(names)} is not here and could not be fetched: {reason[:200]} "
-            "Check the network, or give local tasks with --tasks-folder."
-        ) from None
+        except (OSError, RetryError) as error:  # of the data set library and the hub's client
+            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise ConfigError(
+                f"the data of {', '.join(names)} is not here and could not be fetched: {reason[:200]} "
+                "Check the network, or give local tasks with --tasks-folder."
+            ) from None
     for task in get_task_list(found):
         count = min(len(task.task.eval_docs), request.limit or math.inf)
         if count < (ranks := distributed.world_size()):
