@@ -54,7 +54,8 @@ def run(
     """Run a suite of lm-evaluation-harness or lmms-eval on a model, on as many ranks as the launcher started."""
     from zero_ds import distributed
     from zero_ds.commands.models import loaded
-    from zero_ds.evaluation.harness import Request, evaluate_suite, plan
+    from zero_ds.evaluation.harness import evaluate_suite, plan
+    from zero_ds.evaluation.suites import Request
 
     for option, value in (("--batch", batch), ("--limit", limit), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
