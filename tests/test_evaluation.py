@@ -13,7 +13,9 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from zero_ds.cli import app
 from zero_ds.config import AdapterConfig, EncoderConfig
 from zero_ds.data.conversations import ChatTemplate, Turn
 from zero_ds.data.formats import DataError
@@ -423,6 +425,16 @@ def test_an_evaluation_survives_its_file(tmp_path: Path, evaluation: Evaluation)
             read_evaluation(path)
     with pytest.raises(DataError, match="no evaluation"):
         read_evaluation(tmp_path / "none.json")
+
+
+def test_command(trained: Path, made: Callable[..., Path], paths: list[str]) -> None:
+    """`zero-ds eval records`: the graft, on two pictures."""
+    folder = Path(paths[0]).parent
+    file = write(folder, [record("r0", "0.png"), record("r1", "1.png")])
+    command = ["eval", "records", "--weights", str(trained / "encoder"), "--decoder", str(made("llama", tied=True))]
+    done = CliRunner().invoke(app, [*command, "--records", str(file), "--out", str(folder / "out.json")])
+    assert done.exit_code == 0, done.output
+    assert "shuffled pictures" in done.stdout and len(read_evaluation(folder / "out.json").items) == 4
 
 
 def test_a_missing_picture_is_named(parts: Any, tmp_path: Path) -> None:

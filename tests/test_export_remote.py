@@ -22,8 +22,10 @@ from zero_ds.data.images import ImageProcessor
 from zero_ds.data.sources import Sample
 from zero_ds.export import card, export_model, llava, remote_code
 from zero_ds.export.source import open_source
+from zero_ds.generate import Answerer
 from zero_ds.graft import load_graft
 from zero_ds.model import sample_encoder
+from zero_ds.named_model import find_model, load_model
 
 GRID = ((1, 2), (2, 1), (2, 2))
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}
@@ -97,6 +99,21 @@ def test_sample_usage_and_pipeline_without_this_package(folders: Path) -> None:
     ).partition("CARD\n")
     assert len(said.split("PIPELINE ", 1)[1].strip()) > 2, "the pipeline answers"
     assert "What is in this image?" in printed and len(printed.split("assistant\n", 1)[1].strip()) > 0
+
+
+def test_the_folder_opens_by_its_name(folders: Path, made: Callable[..., Path]) -> None:
+    """As a model of ours again: the same prompts, features and answers as the run that was exported."""
+    named = find_model(str(folders / "plain"))
+    assert named.kind == "export" and named.sees
+    target = str(made("llama", tied=True))
+    ours, theirs = load_model(find_model(str(folders / "run-plain"), target)), load_model(named)
+    asked = [Turn("user", "<image>\nwhich shape?")]
+    prompts = [m.encoder.encode(m.encoder.turns(Sample("x", tuple(asked), ())), generate=True) for m in (ours, theirs)]
+    assert prompts[0] == prompts[1]
+    answers = [Answerer(m.model, m.encoder, max_new_tokens=8) for m in (ours, theirs)]
+    picture = str(folders / "picture.png")
+    torch.testing.assert_close(*(a.features([picture])[0] for a in answers), atol=1e-5, rtol=1e-5)
+    assert answers[0].reply(asked, [picture]) == answers[1].reply(asked, [picture])
 
 
 def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, made: Callable[..., Path]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.commands.chat import chat
 from zero_ds.commands.checkpoints import consolidate, export_lora, import_released
 from zero_ds.commands.data import data
 from zero_ds.commands.demo import demo
@@ -117,7 +118,8 @@ app.command("export")(export)
 app.command("export-lora")(export_lora)
 app.command("import-released")(import_released)
 app.command("consolidate")(consolidate)
-app.command("eval")(evaluate)
+app.add_typer(evaluate, name="eval")
+app.command("chat")(chat)
 app.command("report")(report)
 app.command("demo")(demo)
 app.command("doctor")(doctor)

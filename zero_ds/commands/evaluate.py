@@ -1,64 +1,101 @@
-"""`zero-ds eval`."""
+"""`zero-ds eval`: suites of the field's own harnesses, held-out records, and comparisons."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from zero_ds.commands.records import records
 from zero_ds.config import ConfigError
 
 
-def evaluate(
-    weights: Annotated[Path, typer.Option(help="Run or commit folder with a trained encoder.")],
-    decoder: Annotated[
-        str, typer.Option(help="Language model it is plugged into: its surrogate, or its target (the graft).")
+class SuiteFirst(TyperGroup):
+    """`zero-ds eval MODEL ...` is `zero-ds eval run MODEL ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+evaluate = typer.Typer(
+    cls=SuiteFirst,
+    no_args_is_help=True,
+    help="Measure models: MODEL --suite SUITE (short for: run MODEL ...), records, compare.",
+)
+
+
+@evaluate.command()
+def run(
+    model: Annotated[str, typer.Argument(help="Target, surrogate or export (folder or hub id), or a run folder.")],
+    suite: Annotated[
+        str, typer.Option(help="text, vision, paper-text, paper-vision, or tasks: NAME[:binary][,NAME...].")
     ],
-    records: Annotated[Path, typer.Option(help="Evaluation records: JSON list of questions about pictures.")],
-    out: Annotated[Path, typer.Option(help="Result file (JSON).")],
-    name: Annotated[str | None, typer.Option(help="Name in tables and plots; else the result file's.")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Use only the first n pictures.", min=2)] = None,
-    batch: Annotated[int, typer.Option(help="Records per pass.", min=1)] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 24,
-    seed: Annotated[int, typer.Option(help="Which picture the control shows instead of a record's own.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    accept: Annotated[
-        list[str] | None, typer.Option(help="Graft in spite of a difference that `zero-ds graft` names.")
+    target: Annotated[str | None, typer.Option(help="Full language model that the run is plugged into.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results: one JSON and one table a suite.")] = Path("results"),
+    name: Annotated[str | None, typer.Option(help="What tables call the model; else MODEL and its target.")] = None,
+    harness: Annotated[str, typer.Option(help="For tasks by name: auto, lm-eval or lmms-eval.")] = "auto",
+    tasks_folder: Annotated[Path | None, typer.Option(help="Folder with more task YAML files.")] = None,
+    batch: Annotated[int, typer.Option(help="Requests per pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Only the first n documents of each task: a trial.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in place of the task's own limit.")
     ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="lm-eval: prompts in the chat template.")
+    ] = False,
+    samples: Annotated[bool, typer.Option("--samples", help="Keep prompts and answers in the JSON.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
-    """Ask about held-out pictures: free answers and forced choice, with the right picture and with a shuffled one."""
-    import torch
+    """Run a suite of lm-evaluation-harness or lmms-eval on a model, on as many ranks as the launcher started."""
+    from zero_ds import distributed
+    from zero_ds.commands.models import loaded
+    from zero_ds.evaluation.harness import evaluate_suite, plan
+    from zero_ds.evaluation.suites import Request
 
-    from zero_ds.checkpoint import find_commit
-    from zero_ds.deepspeed_config import fast_dtype
-    from zero_ds.evaluation.records import read_records
-    from zero_ds.evaluation.run import CONDITIONS
-    from zero_ds.evaluation.run import evaluate as run
-    from zero_ds.generate import Answerer
-    from zero_ds.graft import load_graft, load_trained, run_config
-    from zero_ds.hub import local_folder
-    from zero_ds.model import sample_encoder
+    for option, value in (("--batch", batch), ("--limit", limit), ("--max-new-tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value}: at least 1.")
+    planned = plan(suite, harness, tasks_folder)  # what is wrong with it is said before the model is read
+    if distributed.world_size() > 1:
+        distributed.initialize()
+    named, found = loaded(model, target, dtype)
+    label = name or model + (f" + {target}" if target else "")
+    request = Request(batch, limit, max_new_tokens, chat_template, samples)
+    for part in planned:
+        result = evaluate_suite(named, found, part, request, label)
+        if result is not None:  # on rank 0
+            from zero_ds.evaluation.results import table
 
-    kinds = {"auto": fast_dtype(), "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in kinds:
-        raise ConfigError(f"--dtype {dtype} is not known; choose {' or '.join(kinds)}.")
-    questions = read_records(records, limit_pictures=pictures)
-    commit = find_commit(weights)
-    config = run_config(commit)
-    assert config.encoder is not None
-    folder = local_folder(decoder)
-    if (folder / "surrogate.json").is_file():
-        model = load_trained(weights, str(folder), dtype=kinds[dtype], attention="eager")
-    else:
-        model = load_graft(weights, str(folder), accept=accept or (), dtype=kinds[dtype], attention="eager")
-    encode = sample_encoder(model, folder, local_folder(config.encoder.path), config.data)
-    answerer = Answerer(model, encode, batch_size=batch, max_new_tokens=max_new_tokens)
-    setting = {"weights": str(commit.folder), "decoder": decoder, "stage": config.stage}
-    result = run(answerer, questions, name or out.stem, seed=seed, setting=setting)
-    result.write(out)
-    for condition in CONDITIONS:
-        words = [word for item in result.of(condition) for word in item.words]
-        free = sum(word.free_correct for word in words) / max(1, len(words))
-        forced = sum(word.forced_correct for word in words) / max(1, len(words))
-        print(f"{result.name}, {condition} pictures: {free:.1%} of {len(words)} words free, {forced:.1%} forced choice")
+            result.write(out / f"{result.suite}.json")
+            (out / f"{result.suite}.md").write_text(table(result), encoding="utf-8")
+            print(table(result), end="")
+
+
+@evaluate.command()
+def compare(
+    results: Annotated[
+        list[Path], typer.Argument(help="Result files, or folders of them; the first is the reference.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File for the table (Markdown).")] = None,
+) -> None:
+    """Lay results of several models side by side: differences with 95 % intervals, and whether language is kept."""
+    from zero_ds.evaluation.results import Result, read_results
+    from zero_ds.evaluation.results import compare as lay_out
+
+    models: dict[str, list[Result]] = {}
+    for path in results:
+        for result in read_results(path):
+            models.setdefault(result.name, []).append(result)
+    text = lay_out(models)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+evaluate.command()(records)

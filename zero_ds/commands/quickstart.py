@@ -209,7 +209,7 @@ class Plan:
     def _evaluations(self, name: str, of: dict[str, tuple[str, object]]) -> Step:
         commands = tuple(
             self._command(
-                ("eval", "--weights", str(self.out / weights), "--decoder", str(decoder)),
+                ("eval", "records", "--weights", str(self.out / weights), "--decoder", str(decoder)),
                 (
                     "--records",
                     str(self.demo / "data/heldout.json"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,13 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names the file."""
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Reads a picture as upright RGB.
+def open_image(path: str | Path | Image.Image) -> Image.Image:
+    """Reads a picture, a file or one that a program has opened, as upright RGB.
 
     Raises:
         ImageError: missing, unreadable, truncated or oversized file.
     """
-    with _opened(path) as file:
+    with contextlib.nullcontext(path) if isinstance(path, Image.Image) else _opened(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
             values = np.asarray(image, dtype=np.float64).clip(0, 65535)

@@ -1,0 +1,221 @@
+"""lmms-eval on local tasks with pictures: its scores are those of a direct computation, for any batch and ranks.
+
+lmms-eval is installed without its dependencies (launch/env.sh), of which none is needed for what it does here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import run_ranks
+
+from zero_ds.config import ConfigError
+from zero_ds.data.conversations import Turn
+from zero_ds.data.sources import Sample
+from zero_ds.evaluation.harness import evaluate_suite, plan
+from zero_ds.evaluation.results import Result, Score
+from zero_ds.evaluation.suites import BINARY_PROMPT, Request
+from zero_ds.named_model import LoadedModel, find_model, load_model
+
+TASKS = ("seen_answer", "seen_choice")
+QUESTIONS = [
+    (0, "what color is it?", ["red", "blue", "a small green circle"]),
+    (1, "is there a circle on the left side?", ["Yes", "No"]),
+    (2, "describe the image briefly.", ["The image shows a star.", "red"]),
+    (0, "how many stars are there?", ["one", "two", "three"]),
+    (3, "which shape?", ["circle", "square", "triangle"]),
+    (4, "what color is it?", ["red", "blue", "yellow"]),
+    (5, "is the square large?", ["Yes", "No"]),
+]
+"""(picture, question, choices): seven, no multiple of two ranks, and of no batch size used here."""
+ANSWER_TOKENS = 5
+
+
+def inputs(loaded: LoadedModel, picture: Path, question: str) -> tuple[list[int], torch.Tensor]:
+    sample = Sample("x", (Turn("user", f"<image>\n{question}"),), (str(picture),))
+    ids = loaded.encoder.encode(loaded.encoder.turns(sample), generate=True).input_ids
+    return ids, loaded.encoder.pixels(sample)
+
+
+@torch.no_grad()
+def log_probs(loaded: LoadedModel, ids: list[int], pixels: torch.Tensor) -> torch.Tensor:
+    """Of every next token, in one pass over the whole prompt: (seq, vocabulary)."""
+    embeddings = loaded.model.embed(torch.tensor([ids]), pixels)
+    logits: torch.Tensor = loaded.model.decoder(inputs_embeds=embeddings, use_cache=False).logits[0]  # type: ignore[operator]
+    return logits.log_softmax(-1)
+
+
+def greedy(loaded: LoadedModel, picture: Path, question: str) -> str:
+    ids, pixels = inputs(loaded, picture, question)
+    start = len(ids)
+    for _ in range(ANSWER_TOKENS):
+        token = int(log_probs(loaded, ids, pixels)[-1].argmax())
+        if token == loaded.encoder.template.end_of_turn():
+            break
+        ids = [*ids, token]
+    return str(loaded.encoder.template.tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+
+
+def best(loaded: LoadedModel, picture: Path, question: str, choices: list[str]) -> int:
+    """The choice whose tokens have the highest log-probability on average, as lmms-eval counts."""
+    values = []
+    for choice in choices:
+        ids, pixels = inputs(loaded, picture, question)
+        said = loaded.encoder.template.encode_text(choice)
+        found = log_probs(loaded, ids + said, pixels)[len(ids) - 1 : -1]
+        values.append(float(found.gather(1, torch.tensor(said)[:, None]).mean()))
+    return values.index(max(values))
+
+
+def write_tasks(folder: Path, loaded: LoadedModel, pictures: Path) -> Path:
+    """Two tasks; the model's own answers stand in four of seven documents, its own choices in five."""
+    folder.mkdir(parents=True)
+    rows = []
+    for number, (name, question, choices) in enumerate(QUESTIONS):
+        picture = pictures / f"{name}.png"
+        said, chosen = greedy(loaded, picture, question), best(loaded, picture, question, choices)
+        rows.append(
+            {
+                "picture": str(picture),
+                "q": question,
+                "answer": said if number % 2 == 0 else f"not {said}",
+                "choices": choices,
+                "gold": chosen if number < 5 else (chosen + 1) % len(choices),
+            }
+        )
+    (folder / "docs.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "utils.py").write_text(
+        "from PIL import Image\n\n\ndef visuals(doc):\n    return [Image.open(doc['picture'])]\n\n\n"
+        "def score(doc, results):\n    return {'same': float(results[0] == doc['answer'])}\n",
+        encoding="utf-8",
+    )
+    shared = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'docs.json'}\ntest_split: test\n"
+        'doc_to_visual: !function utils.visuals\ndoc_to_text: "{{q}}"\nmetadata:\n  - version: 0\n'
+    )
+    mean = "    aggregation: mean\n    higher_is_better: true\n"
+    (folder / "seen_answer.yaml").write_text(
+        f"task: seen_answer\n{shared}output_type: generate_until\n"
+        'doc_to_target: "{{answer}}"\nprocess_results: !function utils.score\n'
+        f"generation_kwargs:\n  max_new_tokens: {ANSWER_TOKENS}\nmetric_list:\n  - metric: same\n{mean}",
+        encoding="utf-8",
+    )
+    (folder / "seen_choice.yaml").write_text(
+        f"task: seen_choice\n{shared}output_type: multiple_choice\n"
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\n'
+        f"metric_list:\n  - metric: acc\n{mean}",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def measured(run: Path, target: str, folder: Path, **options: Any) -> Result | None:
+    named = find_model(str(run), target)
+    (planned,) = plan(",".join(TASKS), "lmms-eval", folder)
+    return evaluate_suite(named, load_model(named), planned, Request(bootstrap=0, **options), "graft")
+
+
+def on_ranks(run: Path, target: str, folder: Path) -> list[Score] | None:
+    """One of several ranks."""
+    from zero_ds import distributed
+
+    distributed.initialize()
+    result = measured(run, target, folder, batch_size=2)
+    return list(result.scores) if result is not None else None
+
+
+@pytest.fixture(scope="module")
+def target(made: Callable[..., Path]) -> str:
+    return str(made("llama", tied=True))
+
+
+@pytest.fixture(scope="module")
+def tasks(trained: Path, target: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = load_model(find_model(str(trained / "encoder"), target))
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "seen", loaded, data.parent / "images")
+
+
+@pytest.fixture(scope="module")
+def result(trained: Path, target: str, tasks: Path) -> Result:
+    found = measured(trained / "encoder", target, tasks, batch_size=3, samples=True)
+    assert found is not None
+    return found
+
+
+def test_scores_are_those_of_a_direct_computation(result: Result) -> None:
+    found = {score.key: (score.value, score.n) for score in result.scores}
+    assert found == {
+        ("seen_answer", "same"): (pytest.approx(4 / 7), 7),
+        ("seen_choice", "acc"): (pytest.approx(5 / 7), 7),
+    }
+    assert list(next(s for s in result.scores if s.metric == "acc").items.values()) == [1.0] * 5 + [0.0] * 2
+    assert set(result.samples) == set(TASKS) and result.model["kind"] == "graft"
+
+
+@pytest.mark.parametrize("batch_size", [32])
+def test_the_batch_size_has_no_influence(
+    trained: Path, target: str, tasks: Path, result: Result, batch_size: int
+) -> None:
+    other = measured(trained / "encoder", target, tasks, batch_size=batch_size)
+    assert other is not None and other.scores == result.scores
+
+
+def test_two_ranks_give_the_scores_of_one(trained: Path, target: str, tasks: Path, result: Result) -> None:
+    """Seven documents: four for one rank, three for the other."""
+    first, second = run_ranks(on_ranks, 2, trained / "encoder", target, tasks)
+    assert second is None
+    assert {score.key: score.value for score in first} == {score.key: score.value for score in result.scores}
+    assert [score.items for score in first] == [score.items for score in result.scores]
+
+
+def test_from_the_harness_s_own_command_line(trained: Path, target: str, tasks: Path, tmp_path: Path) -> None:
+    """`lmms-eval --model zero_ds` finds the model by its entry point."""
+    command = [sys.executable, "-m", "lmms_eval", "--model", "zero_ds", "--tasks", "seen_answer", "--batch_size", "2"]
+    arguments = f"weights={trained / 'encoder'},target={target},dtype=float32"
+    options = ["--model_args", arguments, "--include_path", str(tasks), "--output_path", str(tmp_path)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (file,) = tmp_path.rglob("*results.json")
+    found = json.loads(file.read_text(encoding="utf-8"))["results"]["seen_answer"]
+    assert found["same,none"] == pytest.approx(4 / 7)
+
+
+def test_a_model_without_eyes_is_refused(target: str, tasks: Path) -> None:
+    named = find_model(target)
+    (planned,) = plan("seen_choice", "lmms-eval", tasks)
+    with pytest.raises(ConfigError, match="has no vision encoder; name a run"):
+        evaluate_suite(named, load_model(named), planned, Request(), "model")
+
+
+def test_the_suites_of_the_paper_are_in_the_harness() -> None:
+    """Appendix A.6 and CV-Bench; MME and POPE also with the prompt that asks for yes or no."""
+    (planned,) = plan("paper-vision", "auto", None)
+    labels = [task.label for task in planned.suite.tasks]
+    assert labels == [
+        *("mme", "mme:binary", "pope", "pope:binary", "seedbench", "mmbench_en_dev", "gqa", "vizwiz_vqa_val"),
+        *("cv_bench", "mmvet", "llava_in_the_wild"),
+    ]
+    import tempfile
+
+    from zero_ds.evaluation.vision import LmmsEval
+
+    assert isinstance(planned.backend, LmmsEval)
+    with tempfile.TemporaryDirectory() as scratch:
+        binary = [task for task in planned.suite.tasks if task.binary]
+        manager = planned.backend._with_binary(planned.backend._manager(["mme"]), binary, Path(scratch))
+        for task in binary:
+            plain, asked = manager._get_config(task.name), manager._get_config(f"{task.name}_binary")
+            assert asked["doc_to_text"] is not None and asked["dataset_path"] == plain["dataset_path"]
+            document = {"question": "Is there a dog? Please answer yes or no."}
+            text = asked["doc_to_text"](document, asked["lmms_eval_specific_kwargs"]["default"])
+            assert text.endswith(BINARY_PROMPT) and "single word" not in text
+            assert "single word" in plain["doc_to_text"](document, plain["lmms_eval_specific_kwargs"]["default"])
+    with pytest.raises(ConfigError, match="did you mean 'mmvet'"):
+        plan("mmvte", "lmms-eval", None)

@@ -1,0 +1,139 @@
+"""Suites on the field's own harnesses, unpatched: text through lm-evaluation-harness, pictures through lmms-eval."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol, cast
+
+from zero_ds import distributed
+from zero_ds.checkpoint import versions
+from zero_ds.config import ConfigError, did_you_mean
+from zero_ds.evaluation.results import Measured, Result
+from zero_ds.evaluation.suites import SUITES, Harness, Request, Suite, Task, parse_task
+from zero_ds.named_model import LoadedModel, NamedModel
+
+logger = logging.getLogger(__name__)
+
+MODULES: dict[Harness, str] = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
+
+
+class Backend(Protocol):
+    """One harness: its tasks, and what it measures on a model."""
+
+    def knows(self, name: str) -> bool: ...
+
+    def names(self) -> list[str]: ...
+
+    def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], request: Request) -> Measured | None:
+        """On every rank alike; the result on rank 0, None elsewhere."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A suite whose tasks are known to its harness."""
+
+    suite: Suite
+    backend: Backend
+
+
+def backend(harness: Harness, folder: Path | None) -> Backend:
+    """The harness, with the task files of a folder beside its own.
+
+    Raises:
+        ConfigError: it is not installed, or there is no such folder.
+    """
+    if importlib.util.find_spec(MODULES[harness]) is None:
+        raise ConfigError(f"{harness} is not installed; pip install {harness}")
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--tasks-folder {folder} is no folder.")
+    try:
+        if harness == "lm-eval":
+            from zero_ds.evaluation.text import LmEval
+
+            return LmEval(folder)
+        from zero_ds.evaluation.vision import LmmsEval
+
+        return LmmsEval(folder)
+    except (ImportError, RuntimeError) as error:  # a dependency that is missing, or torchvision of another build
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{harness} cannot be imported: {reason}; see docs/evaluation.md") from None
+
+
+def plan(words: str, harness: str, folder: Path | None) -> list[Planned]:
+    """What `--suite` asks for: a suite by its name, or tasks by theirs, of one harness or of both.
+
+    harness: where tasks are looked for; `auto` looks in lm-eval first.
+
+    Raises:
+        ConfigError: a harness that is not installed, or a task that none of them knows, with names like it.
+    """
+    if harness not in ("auto", *MODULES):
+        raise ConfigError(f"--harness {harness} is not known; choose auto, {' or '.join(MODULES)}.")
+    if words in SUITES:
+        suite = SUITES[words]
+        found = backend(suite.harness, folder)
+        for task in suite.tasks:
+            if not found.knows(task.name):
+                raise ConfigError(f"this version of {suite.harness} has no task '{task.name}'; choose tasks by name.")
+        return [Planned(suite, found)]
+    tasks = [parse_task(word.strip()) for word in words.split(",") if word.strip()]
+    if not tasks:
+        raise ConfigError(f"--suite names no task; choose {', '.join(SUITES)}, or tasks.")
+    wanted = list(MODULES) if harness == "auto" else [cast(Harness, harness)]
+    installed = [name for name in wanted if importlib.util.find_spec(MODULES[name])] or wanted[:1]
+    planned: list[Planned] = []
+    backends = []
+    for name in installed:
+        here = backend(name, folder)
+        backends.append(here)
+        mine = tuple(task for task in tasks if here.knows(task.name) and not (task.binary and name == "lm-eval"))
+        tasks = [task for task in tasks if task not in mine]
+        if mine:
+            label = mine[0].label if len(mine) == 1 else f"{name}-tasks"
+            planned.append(Planned(Suite(label.replace(":", "-"), name, mine), here))
+        if not tasks:
+            return planned
+    known = [*SUITES, *(name for here in backends for name in here.names())]
+    absent = [name for name in wanted if name not in installed]
+    more = f" ({', '.join(absent)} is not installed; pip install {' '.join(absent)})" if absent else ""
+    raise ConfigError(f"no harness knows the task '{tasks[0].name}'{more}{did_you_mean(tasks[0].name, known)}")
+
+
+def evaluate_suite(
+    named: NamedModel, loaded: LoadedModel, planned: Planned, request: Request, label: str
+) -> Result | None:
+    """Runs a suite on this rank's share of its documents; the result on rank 0, None elsewhere.
+
+    Raises:
+        ConfigError: a task whose data cannot be had, or a model without a vision encoder for a suite with pictures.
+    """
+    suite = planned.suite
+    if suite.harness == "lmms-eval" and not named.sees:
+        raise ConfigError(f"{named.name} has no vision encoder; name a run, with --target for its graft, or an export.")
+    started = time.monotonic()
+    measured = planned.backend.measure(loaded, suite.tasks, request)
+    if measured is None:
+        return None
+    parameter = next(loaded.model.decoder.parameters())
+    setting = {
+        **asdict(request),
+        "ranks": distributed.world_size(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return Result(
+        name=label,
+        suite=suite.name,
+        harness={"name": suite.harness, "version": version(suite.harness)},
+        model=named.identity(),
+        setting=setting,
+        versions=versions(),
+        scores=measured.scores,
+        samples=measured.samples,
+    )

@@ -1,0 +1,162 @@
+"""The model `zero_ds` of lmms-eval: any model of ours behind that harness's interface.
+
+lmms-eval --model zero_ds --model_args weights=RUN,target=MODEL --tasks mme --batch_size 8
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from PIL import Image
+from tqdm import tqdm
+
+from zero_ds import distributed
+from zero_ds.config import ConfigError
+from zero_ds.data.conversations import PLACEHOLDER, Turn
+from zero_ds.deepspeed_config import fast_dtype
+from zero_ds.generate import Answerer, Choice, Query, Reply
+from zero_ds.named_model import LoadedModel, find_model, load_model
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 1024
+"""Tokens of an answer to a task that sets no limit."""
+
+
+class ZeroDs(lmms):
+    """A target, surrogate, run, graft or export; answers are greedy."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        weights: str | LoadedModel,
+        target: str | None = None,
+        *,
+        dtype: str = "auto",
+        batch_size: int | str | None = 8,
+        max_new_tokens: int | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        """weights: what `zero-ds eval` calls MODEL, or a model in memory; target: the model that a run is plugged into;
+        dtype: auto, float32 or bfloat16; max_new_tokens: in place of the tasks' own limits; device: of this rank if
+        empty; max_batch_size: of no use here, for lmms-eval passes it to every model.
+
+        Raises:
+            ConfigError: as `find_model` and `load_model`, a batch size or limit below 1.
+        """
+        super().__init__()
+        size = 1 if batch_size is None else int(batch_size)
+        for name, value in (("batch_size", size), ("max_new_tokens", max_new_tokens)):
+            if value is not None and int(value) < 1:
+                raise ConfigError(f"{name}={value}: at least 1.")
+        if isinstance(weights, str):
+            kinds = {"auto": fast_dtype(), "float32": torch.float32, "bfloat16": torch.bfloat16}
+            if dtype not in kinds:
+                raise ConfigError(f"dtype={dtype} is not known; choose {' or '.join(kinds)}.")
+            place = torch.device(device) if device else distributed.device()
+            weights = load_model(find_model(weights, target), dtype=kinds[dtype], device=place)
+        self.max_new_tokens = None if max_new_tokens is None else int(max_new_tokens)
+        self.batch_size = size
+        self.answerer = Answerer(weights.model, weights.encoder, batch_size=size)
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
+
+    @property
+    def device(self) -> torch.device:
+        return self.answerer.device
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy answers, cut off at the task's stop strings."""
+        if any(request.args[1].get("do_sample") for request in requests):
+            logger.warning("a task asks for sampled answers; these are greedy")
+
+        def query(request: Instance, turns: tuple[Turn, ...], images: tuple[int, ...]) -> Query:
+            limit = self.max_new_tokens or int(request.args[1].get("max_new_tokens") or LONGEST)
+            return Query(_name(request), turns, images, max_new_tokens=limit)
+
+        return [_until(reply.text, request.args[1].get("until")) for request, reply in self._replies(requests, query)]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """(loss, whether greedy decoding says it) of each continuation, without white space around it.
+
+        As lmms-eval's own models do, and its scoring expects: the loss is the mean negative log-probability of the
+        continuation's tokens, so that the smallest wins. The pair comes wrapped, for lmms-eval (0.7.3) makes a text of
+        any bare one before it scores it.
+        """
+        counts = []
+
+        def query(request: Instance, turns: tuple[Turn, ...], images: tuple[int, ...]) -> Query:
+            wanted = request.args[1]
+            text = str(wanted if isinstance(wanted, str) else wanted(self._document(request))).strip()
+            counts.append(max(1, len(self.answerer.template.encode_text(text))))
+            return Query(_name(request), turns, images, text, (Choice(0, text, (text,)),), max_new_tokens=1)
+
+        replies = [reply for _, reply in self._replies(requests, query)]
+        return [
+            GenerationResult(cast(Any, (-reply.log_probs[0][0] / count, reply.begins_true)))
+            for reply, count in zip(replies, counts, strict=True)
+        ]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("zero_ds answers one question at a time; choose a task of one round.")
+
+    def _document(self, request: Instance) -> Mapping[str, Any]:
+        *_, number, task, split = request.args
+        found: Mapping[str, Any] = self.task_dict[task][split][number]
+        return found
+
+    def _replies(
+        self,
+        requests: Sequence[Instance],
+        query: Callable[[Instance, tuple[Turn, ...], tuple[int, ...]], Query],
+    ) -> Iterator[tuple[Instance, Reply]]:
+        """Answers a few batches at a time, so that only their pictures are in memory; a document's are read once."""
+        step = 8 * self.batch_size
+        with tqdm(total=len(requests), desc="answering", disable=None if self.rank == 0 else True) as bar:
+            for start in range(0, len(requests), step):
+                part = requests[start : start + step]
+                pictures: list[Image.Image] = []
+                rows: dict[Any, tuple[int, ...]] = {}
+                queries = []
+                for request in part:
+                    if (key := request.args[-3:]) not in rows:
+                        shown = _pictures(request, request.args[2](self._document(request)))
+                        rows[key] = tuple(range(len(pictures), len(pictures) + len(shown)))
+                        pictures += shown
+                    queries.append(query(request, (_asked(str(request.args[0]), len(rows[key])),), rows[key]))
+                features = self.answerer.features(pictures) if pictures else ()
+                yield from zip(part, self.answerer.examine(queries, features, bar.update), strict=True)
+
+
+def _name(request: Instance) -> str:
+    *_, number, task, _ = request.args
+    return f"{task}/{number}"
+
+
+def _pictures(request: Instance, visuals: Any) -> list[Image.Image]:
+    shown = list(visuals or ())
+    for visual in shown:
+        if not isinstance(visual, Image.Image):
+            raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
+    return shown
+
+
+def _asked(text: str, pictures: int) -> Turn:
+    """A question; where its own placeholders do not stand for its pictures, they are put before it."""
+    if text.count(PLACEHOLDER) == pictures:
+        return Turn("user", text)
+    bare = text.replace(PLACEHOLDER, "").strip()
+    return Turn("user", PLACEHOLDER * pictures + "\n" * bool(pictures) + bare)
+
+
+def _until(text: str, stops: str | Sequence[str] | None) -> str:
+    """The text before the first of the stop strings."""
+    for stop in [stops] if isinstance(stops, str) else stops or ():
+        text = text.split(stop)[0] if stop else text
+    return text.strip()
