@@ -246,7 +246,7 @@ def test_it_is_evaluated_like_a_run(made: Callable[..., Path], small: Path, tmp_
     def evaluate(decoder: Path, *more: str) -> Any:
         words = ["--weights", tmp_path / "imported", "--decoder", decoder, "--records", tmp_path / "records.json"]
         options = ["--out", tmp_path / "result.json", "--max-new-tokens", 2, "--dtype", "float32", *more]
-        return CliRunner().invoke(app, ["eval", *map(str, [*words, *options])])
+        return CliRunner().invoke(app, ["eval", "records", *map(str, [*words, *options])])
 
     for decoder, more in ((small, ()), (target, ()), (tmp_path / "other", ("--accept", "template"))):
         done = evaluate(decoder, *more)
