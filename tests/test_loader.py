@@ -12,8 +12,10 @@ import psutil
 import pytest
 import tiny
 import torch
+from distributed_helper import run_ranks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from zero_ds.config import ConfigError, RunConfig, SourceConfig
 from zero_ds.data.batches import collate
@@ -176,6 +178,112 @@ def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
         assert padding(one) <= padding(plain)
 
 
+class Mixed(Lengths):
+    """Every third sample has a picture."""
+
+    def images(self, index: int) -> int:
+        return int(index % 3 == 0)
+
+
+def grouped_steps(records: Any, batch: int, first: int, last: int, seed: int = 0) -> list[list[int]]:
+    stream = Loader(records, Plain(), batch, batch, 0, 1, 0, seed, group_by_length=True)  # type: ignore[arg-type]
+    return [[n for micro in step for n in micro] for step in drawn(stream, first, last)]
+
+
+@given(st.integers(1, 70), st.sampled_from([2, 4]), st.integers(0, 5))
+@settings(max_examples=40)
+def test_grouped_epochs_hold_every_sample_once(samples: int, batch: int, seed: int) -> None:
+    steps = -(-3 * samples // batch)
+    flat = [
+        n
+        for step in grouped_steps(Mixed([n * 37 % 50 + 1 for n in range(samples)]), batch, 0, steps, seed)
+        for n in step
+    ]
+    for epoch in range(3):
+        assert sorted(flat[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
+
+
+def test_groups_are_steps_in_later_epochs_too() -> None:
+    """1,040 samples in steps of 32: the second epoch begins in the middle of a step."""
+    lengths = [n * 37 % 500 + 1 for n in range(1040)]
+
+    def used(first: int, last: int) -> float:
+        steps = grouped_steps(Lengths(lengths), 32, first, last)
+        return sum(lengths[n] for step in steps for n in step) / sum(32 * max(lengths[n] for n in s) for s in steps)
+
+    assert used(0, 32) > 0.86 and used(33, 64) > 0.86
+
+
+def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
+    sizes = {"flat": (128, 32), "small": (32, 32)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    talk = [("q?", "a.")]
+    names = ["flat", "small"] * 8
+    records = [tiny.record(f"{n}-{name}", talk, f"{name}.png") for n, name in enumerate(names)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    processor = ImageProcessor(tiny.IMAGE_SIZE, [0.5] * 3, [0.5] * 3, grid=((1, 2),))
+    stream = Loader(
+        Records([SourceConfig(path=str(tmp_path / "data.json"))]),
+        encoder(processor=processor),
+        4,
+        4,
+        0,
+        1,
+        pad_id=0,
+        seed=0,
+        group_by_length=True,
+    )
+    for (batch,) in stream.steps(0, 4):
+        assert len({name.split("-")[1] for name in batch["ids"]}) == 1
+        assert batch["attention_mask"].all()
+
+
+def plans(counts: list[dict[str, Any]]) -> str:
+    """What a rank says whose batches have the plan at its place."""
+    from zero_ds import distributed
+    from zero_ds.cost import Counts
+
+    distributed.initialize()
+    mine = float(counts[distributed.rank()]["plan"])
+    try:
+        Counts(0, 0, 0, 0, 0, 0, 0, mine, mine**2).over_ranks().check_plan(7)
+    except DataError as error:
+        return str(error)
+    return "alike"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "alike"), [((4, 4), True), ((65535, 65535), True), ((4, 5), False), ((0, 1), False)]
+)
+def test_ranks_that_plan_unlike_each_other_stop_before_the_step(numbers: tuple[int, int], alike: bool) -> None:
+    said = run_ranks(plans, 2, [{"plan": number} for number in numbers])
+    assert all("plan step 7 unlike each other" in s for s in said) if not alike else said == ["alike", "alike"]
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"group_by_length": True}, {}])
+def test_a_rank_that_reads_other_data_has_another_plan(data: Path, options: dict[str, Any]) -> None:
+    def numbers(rank: int, broken: bool) -> list[int]:
+        records: Any = Records([SourceConfig(path=str(data))])
+        if broken:
+            records.size = lambda index: 4 * (9000 - index)
+            read = records.__class__.__getitem__
+
+            class Torn(records.__class__):  # type: ignore[misc]
+                def __getitem__(self, index: int) -> Sample:
+                    if index == 2:
+                        raise DataError("sample 2: cannot be read now")
+                    return read(self, index)  # type: ignore[no-any-return]
+
+            records.__class__ = Torn
+        stream = Loader(records, encoder(), 8, 1, rank, 2, pad_id=0, seed=0, skip_bad=True, **options)
+        return [batch["plan"] for step in stream.steps(0, 1) for batch in step]
+
+    assert len({*numbers(0, False), *numbers(1, False)}) == 1
+    if options:
+        assert numbers(0, False)[0] != numbers(1, True)[0]
+
+
 def test_workers_change_nothing(data: Path) -> None:
     streams = []
     for workers in (0, 2):
@@ -191,14 +299,16 @@ def test_workers_change_nothing(data: Path) -> None:
 
 def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers(data: Path) -> None:
     records = Records([SourceConfig(path=str(data))])
+    others = psutil.Process().children()
     steps = Loader(records, encoder(), 4, 2, 0, 1, pad_id=0, seed=0, workers=2).steps(0, 12)
-    next(steps)
-    workers = psutil.Process().children()
-    assert len(workers) >= 2
+    for _ in range(2):  # both workers have begun
+        next(steps)
+    workers = [process for process in psutil.Process().children() if process not in others]
+    assert len(workers) == 2
     for process in workers:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             process.send_signal(number)
-    assert len(list(steps)) == 11
+    assert len(list(steps)) == 10
     psutil.wait_procs(workers, timeout=20)
     assert not any(process.is_running() for process in workers), "they end with their rank's loader"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from zero_ds.data.sources import Records
 from zero_ds.families import FAMILIES
 from zero_ds.families.base import Family
 from zero_ds.model import Assembly, assemble, sample_encoder
+from zero_ds.prepare import build
 
 LIMIT = 100
 
@@ -160,6 +162,25 @@ def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
         whole = torch.cat([step["gradients"][name].flatten() for name in names])
         assert apart(whole, expected) < (1e-6 if case[0] != "padded" else 5e-6), case
         assert step["loss"] == pytest.approx(one["loss"], rel=1e-6), case
+
+
+@pytest.mark.parametrize("order", [0.0, 0.5])
+def test_steps_of_more_and_of_fewer_passes(run_config: Callable[..., RunConfig], tmp_path: Path, order: float) -> None:
+    """Short and long samples in turns, so that steps differ in passes; also with dynamic loss weights."""
+    short = [tiny.record(f"s{n}", [("Which?", "The star.")]) for n in range(8)]
+    long = [tiny.record(f"l{n}", [("Which is it? " * 8, "It is the star. " * 4)]) for n in range(8)]
+    (tmp_path / "data.json").write_text(json.dumps((short + long) * 4))
+    base = {"sources": [{"path": str(tmp_path / "data.json")}], "max_length": 200, "system_prompt": ""}
+    configs = [
+        run_config("pretrain", data={**base, "packing": packing}, global_batch=8, dynamic_loss={"order": order})
+        for packing in (False, True)
+    ]
+    _, loader, _ = build(configs[1], {"zero_optimization": {}}, 1)
+    assert len({len(step) for step in loader.steps(0, 2)}) == 2
+    ((padded, packed),) = run_ranks(engine_run, 1, configs)
+    for expected, found in zip(padded["steps"][:2], packed["steps"][:2], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
 
 
 @pytest.fixture

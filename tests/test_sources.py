@@ -258,6 +258,10 @@ def test_other_forms_of_conversation(record: dict[str, Any], first: str, images:
         ([{"role": "user", "content": []}, CHAT[1]], "turn 0: the text is empty"),
         ([{"role": "user", "content": PARTS}, CHAT[1]], "has 0 images for 1 <image>"),
         ([{"role": "user", "content": [{"type": "image", "image": 5}, PARTS[1]]}, CHAT[1]], "'image' must be a path"),
+        (
+            [CHAT[0], {"role": "assistant", "content": PARTS}],
+            "turn 1: role 'assistant' shows an image; only a user's turn",
+        ),
     ],
 )
 def test_messages_that_cannot_be_used(messages: Any, complaint: str) -> None:

@@ -42,12 +42,19 @@ GEMMA_TEMPLATE = (
 """Gemma's: a role `model`, no system message; the turns' special tokens go by other names here."""
 
 
-def tokenizer(spare: tuple[str, ...] = ("<reponame>",), template: str | None = TEMPLATE) -> Any:
+def tokenizer(
+    spare: tuple[str, ...] = ("<reponame>",),
+    template: str | None = TEMPLATE,
+    plain: tuple[str, ...] = (),
+    named: dict[str, str] | None = None,
+) -> Any:
     """Byte-level BPE of some 400 tokens, trained on the demo's sentences; any text can be written with it.
 
-    `spare`: special tokens without a use, as real vocabularies have them.
+    As in the files of models, few special tokens have names (`named`, as bos_token), and the others are special by the
+    tokenizer's own file alone. `spare`: special tokens without a use, as real vocabularies have them; `plain`: added
+    tokens that are not called special.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(0)
@@ -69,13 +76,10 @@ def tokenizer(spare: tuple[str, ...] = ("<reponame>",), template: str | None = T
             show_progress=False,
         ),
     )
+    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    named = named or {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     result = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>", *spare],
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe, pad_token="<|endoftext|>", clean_up_tokenization_spaces=False, **named
     )
     result.chat_template = template
     return result

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zero_ds import distributed
 from zero_ds.data.batches import Batch
+from zero_ds.data.formats import DataError
 from zero_ds.data.loader import image_positions
 from zero_ds.families import family_of
 from zero_ds.hub import local_folder
@@ -193,6 +194,9 @@ class Counts:
     """Samples that could not be used."""
     too_long: float
     """Samples of which no answer fits."""
+    plan: float = 0.0
+    """Number that stands for the step's plan (`batches.plan_number`), summed over ranks, and its square likewise."""
+    plan_squared: float = 0.0
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
@@ -208,11 +212,24 @@ class Counts:
                 pictures, image_tokens = len(batch["pixel_values"]), int(images.sum())
                 shown += pictures
             flops += cost.flops(float(lengths.sum()), float((lengths**2).sum()), labels, pictures, image_tokens)
-        return cls(supervised, tokens, padded, shown, flops, skipped, too_long)
+        plan = float(batches[0].get("plan", len(batches)))
+        return cls(supervised, tokens, padded, shown, flops, skipped, too_long, plan, plan**2)
 
     def over_ranks(self) -> Counts:
         """The global batch's. A collective."""
         return Counts(*distributed.sum_over_ranks(*astuple(self)))
+
+    def check_plan(self, step: int) -> None:
+        """Of the sums over ranks: n numbers are alike if n times the sum of their squares is the square of their sum.
+
+        Raises:
+            DataError: ranks have other rows, or passes in other number, and would wait for each other; on every rank.
+        """
+        if distributed.world_size() * int(self.plan_squared) != int(self.plan) ** 2:
+            raise DataError(
+                f"the ranks plan step {step} unlike each other, as if one of them read other data; see what the log "
+                "says of samples left out, and run again from the last commit"
+            )
 
     def scalars(self, seconds: float) -> dict[str, float]:
         """What a monitor shows of them, for a step that took so long."""

@@ -156,10 +156,10 @@ def locate(tensors: dict[str, Stored]) -> dict[str, Span]:
     return {name: files[stored.file][stored.name] for name, stored in tensors.items()}
 
 
-def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: int | None = None) -> None:
     """Writes (name, bytes) into the existing folder `out`: model.safetensors, or numbered shards with their index.
 
-    shard_bytes: size of a shard, which only a single tensor may exceed.
+    shard_bytes: size of a shard, which only a single tensor may exceed; None: SHARD_BYTES.
 
     Raises:
         ConfigError: a source became shorter than its header says.
@@ -168,7 +168,7 @@ def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: 
     shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
     for name, span in tensors:
-        if shards[-1] and size + span.size > shard_bytes:
+        if shards[-1] and size + span.size > (SHARD_BYTES if shard_bytes is None else shard_bytes):
             shards.append([])
             size = 0
         shards[-1].append((name, span))

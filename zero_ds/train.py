@@ -146,6 +146,7 @@ def loop(
         micro = next(batches)
         waited = time.monotonic() - started
         counts = Counts.of(micro, cost).over_ranks()
+        counts.check_plan(step + 1)
         left_out.add(micro, counts)
         if config.dynamic_loss.order:
             weigh_(micro, config.dynamic_loss)

@@ -2,14 +2,15 @@
 
 The chat template is rendered once with stand-ins for the contents; what lies between the stand-ins is structure and is
 tokenised with its special tokens, what a person typed is tokenised as plain text. So the spans of every part are known
-by construction, and a special token that somebody types stays text.
+by construction, and a special token that somebody types stays text. A template that asks for the date gets a fixed one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,31 @@ IGNORE = -100
 IMAGE_TOKEN = -1
 """Stand-in for one image token in `input_ids`; no vocabulary has it."""
 PLACEHOLDER = "<image>"
+SENTENCEPIECE_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
+
+DATE = {
+    "%d": "26",
+    "%-d": "26",
+    "%m": "07",
+    "%b": "Jul",
+    "%B": "July",
+    "%Y": "2024",
+    "%y": "24",
+    "%a": "Fri",
+    "%A": "Friday",
+    "%j": "208",
+    "%H": "00",
+    "%M": "00",
+    "%S": "00",
+}
+"""What a template's `strftime_now` writes for each code: the day that Llama-3.1's template names if none is given."""
+_STRFTIME = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
+    + " }}{%- endmacro %}\n"
+)
+"""Stands before a template, in the place of transformers' function, for which nothing can be passed. The line break at
+the end goes with the tag (`trim_blocks`), and keeps the template's first line at the beginning of a line."""
 
 WRAPPERS = (
     "Based on the visual elements captured in this image of{image}, {question}",
@@ -65,9 +91,26 @@ class ChatTemplate:
         self.template = template
         if template is None and not tokenizer.chat_template:
             raise ConversationError("the tokenizer has no chat template; give one with data.chat_template=FILE")
-        self._special = set(tokenizer.all_special_ids)
-        self._cache: dict[tuple[str, ...], _Structure] = {}
+        try:
+            self._source = str(tokenizer.get_chat_template(template))
+        except ValueError as error:
+            raise ConversationError(f"the tokenizer's chat template cannot be used: {error}") from None
+        # all_special_ids are the named ones alone, bos, eos and such, and not every model names the marks of turns
+        added = tokenizer.added_tokens_decoder
+        self._special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = self._backend.get_vocab(with_added_tokens=False) if self._backend else {}
+        # what only a template may write, also tokens that are not called special, as Qwen3's </think>; but not Gemma's
+        # <table> or \n\n, which are words of its vocabulary
+        self._marks = self._special | {
+            number
+            for number, token in added.items()
+            if (token.content not in words or token.content in self._source)
+            and not token.content.replace(SENTENCEPIECE_BLANK, " ").isspace()
+        }
+        self._structures: dict[tuple[str, ...], _Structure] = {}
         self._structure_ids: dict[str, list[int]] = {}
+        self._typed: dict[str, list[int]] = {}
 
     def encode(
         self,
@@ -82,12 +125,12 @@ class ChatTemplate:
         Labels are as `supervise` says. With `generate` the structure that opens the assistant's answer is appended.
         """
         around = self._structure(tuple(turn.role for turn in turns), generate)
-        contents = [turn.text.strip() if trim else turn.text for turn, trim in zip(turns, around.trimmed, strict=True)]
+        contents = [around.trim(number, turn.text) for number, turn in enumerate(turns)]
         parts_of = [
             content.split(PLACEHOLDER) if turn.role == "user" else [content]
             for turn, content in zip(turns, contents, strict=True)
         ]
-        texts = iter(self.encode_texts([part for parts in parts_of for part in parts]))
+        texts = iter(self._encode_contents([part for parts in parts_of for part in parts]))
         ids: list[int] = []
         labels: list[int] = []
         responses: list[int] = []
@@ -131,12 +174,43 @@ class ChatTemplate:
         return self.encode_texts([text])[0]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same of several texts, in one call: a call costs more than the tokens of a short text."""
+        """The same of several texts, in one call: a call costs more than the tokens of a short text.
+
+        Raises:
+            ConversationError: a text of which the tokenizer makes a special token in any case.
+        """
         filled = [text for text in texts if text]
         if not filled:
             return [[] for _ in texts]
         found = iter(self.tokenizer(filled, add_special_tokens=False, split_special_tokens=True).input_ids)
-        return [list(next(found)) if text else [] for text in texts]
+        ids_of = [list(next(found)) if text else [] for text in texts]
+        for number, (text, ids) in enumerate(zip(texts, ids_of, strict=True)):
+            if not self._marks.isdisjoint(ids):
+                ids_of[number] = self._without_marks(text)
+        return ids_of
+
+    def _without_marks(self, text: str) -> list[int]:
+        """Tokens of a text in which somebody typed a mark that is no special token, as `</think>`.
+
+        No option of tokenizers has these split, so the text goes through all of its parts but the search for them.
+        """
+        if self._backend is None:
+            raise ConversationError("only fast tokenizers keep a typed token of the chat template as text")
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        words = [text]
+        if self._backend.pre_tokenizer is not None:
+            words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for word in words for token in self._backend.model.tokenize(word)]
+        if wrong := self._marks.intersection(ids):
+            raise ConversationError(f"the tokenizer makes {self.tokenizer.decode(min(wrong))} of a typed text")
+        return ids
+
+    def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_texts`; remembers one conversation's, of which `cut_turns` asks for the beginnings next."""
+        if any(text not in self._typed for text in texts):
+            self._typed = dict(zip(texts, self.encode_texts(texts), strict=True))
+        return [self._typed[text] for text in texts]
 
     def end_of_turn(self) -> int:
         """The token that closes an assistant's answer, where generation stops."""
@@ -148,31 +222,44 @@ class ChatTemplate:
 
     def _encode_structure(self, piece: str) -> list[int]:
         if piece not in self._structure_ids:
-            self._structure_ids[piece] = list(self.tokenizer(piece, add_special_tokens=False).input_ids)
+            ids = list(self.tokenizer(piece, add_special_tokens=False).input_ids)
+            _remember(self._structure_ids, piece, ids)
         return self._structure_ids[piece]
 
     def _structure(self, roles: tuple[Role, ...], generate: bool) -> _Structure:
         """The template's text around the contents, and which contents it trims."""
         key = (*roles, "generate") if generate else roles
-        if key not in self._cache:
-            stand_ins = [f" zq{index}qz " for index in range(len(roles))]
+        if key not in self._structures:
             try:
                 text = self.tokenizer.apply_chat_template(
-                    [{"role": role, "content": stand_in} for role, stand_in in zip(roles, stand_ins, strict=True)],
-                    chat_template=self.template,
+                    [{"role": role, "content": f" \tzq{number}qz\t "} for number, role in enumerate(roles)],
+                    chat_template=_STRFTIME + self._source if "strftime_now" in self._source else self._source,
                     tokenize=False,
                     add_generation_prompt=generate,
                     enable_thinking=False,  # Qwen3's: an empty thought opens answers in training, so also in prompts
                 )
             except Exception as error:  # a template raises what its author chose
                 raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
-            trimmed = tuple(stand_in not in text for stand_in in stand_ins)
-            marks = [s.strip() if trim else s for s, trim in zip(stand_ins, trimmed, strict=True)]
-            pieces = re.split("|".join(marks), text) if marks else [text]
-            if len(pieces) != len(roles) + 1:
+            # a stand-in whose white space is no template's own, to tell what is trimmed; one search finds all of them
+            found = list(re.finditer(r"( \t)?zq(\d+)qz(\t )?", text))
+            if [int(mark[2]) for mark in found] != list(range(len(roles))):
                 raise ConversationError("the chat template does not keep every turn's text")
-            self._cache[key] = _Structure(tuple(pieces), trimmed)
-        return self._cache[key]
+            ends = [0, *(mark.end() for mark in found)]
+            starts = [*(mark.start() for mark in found), len(text)]
+            pieces = tuple(sys.intern(text[end:start]) for end, start in zip(ends, starts, strict=True))
+            structure = _Structure(pieces, tuple((mark[1] is None, mark[3] is None) for mark in found))
+            _remember(self._structures, key, structure)
+        return self._structures[key]
+
+
+REMEMBERED = 128
+"""Entries of a cache of structures; data with turns in other numbers than so many render some of them again."""
+
+
+def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(cache) >= REMEMBERED:
+        del cache[next(iter(cache))]
+    cache[key] = value
 
 
 @dataclass(frozen=True)
@@ -181,8 +268,14 @@ class _Structure:
 
     pieces: tuple[str, ...]
     """The text before, between and behind the contents: n + 1 pieces."""
-    trimmed: tuple[bool, ...]
-    """Which contents lose the white space around them, as Llama's template has it."""
+    trimmed: tuple[tuple[bool, bool], ...]
+    """Which contents lose the white space before and behind them, as with Llama's template."""
+
+    def trim(self, turn: int, text: str) -> str:
+        """A turn's text as the template writes it."""
+        before, behind = self.trimmed[turn]
+        text = text.lstrip() if before else text
+        return text.rstrip() if behind else text
 
 
 def image_prompt(question: str, mode: Literal["fixed", "random", "off"], sample_id: str, seed: int = 0) -> str:
@@ -202,15 +295,22 @@ def image_prompt(question: str, mode: Literal["fixed", "random", "off"], sample_
     return WRAPPERS[choice].format(image=PLACEHOLDER, question=bare)
 
 
-def cut_turns(turns: Sequence[Turn], length: int, encode: Any) -> Encoded | None:
-    """Encodes as many leading turns as fit into `length` tokens; None if not even one answered turn does."""
-    kept = list(turns)
-    while kept:
-        encoded: Encoded = encode(kept)
+def cut_turns(turns: Sequence[Turn], length: int, encode: Callable[[Sequence[Turn]], Encoded]) -> Encoded | None:
+    """Encodes as many leading turns as fit into `length` tokens; None if not even one answered turn does.
+
+    Found by bisection: of two beginnings, the longer one has more tokens.
+    """
+    ends = [number for number, turn in enumerate(turns, 1) if turn.role == "assistant"]
+    ends = [end for end in ends if end == len(turns) or turns[end].role != "assistant"]  # an answer may be two turns
+    if len(turns) and (not ends or ends[-1] != len(turns)):
+        ends.append(len(turns))  # what follows the last answer is kept where everything fits
+    best, fits, fails = None, 0, len(ends) + 1
+    middle = len(ends)  # most conversations fit as a whole
+    while fails - fits > 1:
+        encoded = encode(turns[: ends[middle - 1]])
         if len(encoded.input_ids) <= length:
-            return encoded if any(label != IGNORE for label in encoded.labels) else None
-        while kept and kept[-1].role == "assistant":
-            kept.pop()
-        while kept and kept[-1].role != "assistant":
-            kept.pop()
-    return None
+            best, fits = encoded, middle
+        else:
+            fails = middle
+        middle = (fits + fails) // 2
+    return best if best is not None and any(label != IGNORE for label in best.labels) else None

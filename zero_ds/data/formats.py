@@ -48,7 +48,7 @@ def parse(record: Any, where: str) -> Row:
 
     Raises:
         DataError: a missing key, an unknown role, an empty turn, no question or answer, placeholders that do not match
-            the images.
+            the images, an image outside the user's turns.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")
@@ -93,6 +93,8 @@ def _turn(turn: Any, role_key: str, text_key: str, where: str) -> tuple[Role, st
             pieces.append(piece)
             pictures += picture
         content = "".join(pieces)
+        if ROLES[role] != "user" and any(part["type"] == "image" for part in turn[text_key]):
+            raise DataError(f"{where}: role {role!r} shows an image; only a user's turn can, so move the image there")
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"{where}: the text is empty")
     if not _writable(content):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import logging
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from zero_ds.config import ConfigError, RunConfig
-from zero_ds.data.batches import Batch, collate, collate_rows, plan_rows
+from zero_ds.data.batches import Batch, collate, collate_rows, plan_number, plan_rows
 from zero_ds.data.conversations import (
     IMAGE_TOKEN,
     ChatTemplate,
@@ -143,20 +146,27 @@ def sample_order(n: int, seed: int, epoch: int) -> Sequence[int]:
 
 
 WINDOW = 8
-"""Global batches in which samples are grouped by length: more saves little padding, and ties batches to lengths."""
+"""Global batches in which samples are grouped: more saves little padding, and ties batches to lengths."""
 
 
-def group_by_length(window: Sequence[int], length: Callable[[int], int], batch: int, seed: int) -> list[int]:
+def group_by_length(
+    window: Sequence[int], length: Callable[[int], Any], batch: int, seed: int, begun: int = 0
+) -> list[int]:
     """Reorders one window of samples so that those of like length share a batch; the batches come in random order.
 
-    A batch that the window does not fill stays last, so that batches begin where they began before. Pure function of
-    its arguments, whatever the number of ranks.
+    The first `begun` samples fill a batch up that an epoch before has begun, and a batch that the window does not fill
+    stays last, so that batches begin where they began before. Pure function of its arguments, whatever the number of
+    ranks.
+
+    length: sorts the samples; a number, or a tuple of them.
     """
     ranked = sorted(window, key=length)
+    ranked, first = ranked[: len(ranked) - begun], ranked[len(ranked) - begun :]
     batches = [ranked[start : start + batch] for start in range(0, len(ranked), batch)]
     whole = [b for b in batches if len(b) == batch]
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [sample for group in [*(whole[i] for i in order), *batches[len(whole) :]] for sample in group]
+    groups = [first, *(whole[i] for i in order), *batches[len(whole) :]]
+    return [sample for group in groups for sample in group]
 
 
 @dataclass(frozen=True)
@@ -202,10 +212,23 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals_to_the_rank,
         )
-        for batches in stream:
-            if isinstance(batches, DataError):
-                raise batches
-            yield batches
+        others = multiprocessing.active_children()
+        batches_of_steps = iter(stream)
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+
+        def end() -> None:
+            """At the exit of a rank that failed: Python would ask them to end, which they do not hear, and wait."""
+            for process in workers:
+                process.kill()
+
+        atexit.register(end)
+        try:
+            for batches in batches_of_steps:
+                if isinstance(batches, DataError):
+                    raise batches
+                yield batches
+        finally:
+            atexit.unregister(end)
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
@@ -230,7 +253,8 @@ class _Steps(Dataset[list[Batch] | DataError]):
         self._window: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
 
     def __getitem__(self, step: int) -> list[Batch] | DataError:
-        rows = self._packed(step) if self.loader.packing else self._plain(step)
+        numbers = [self.index(step * self.loader.global_batch + i) for i in range(self.loader.global_batch)]
+        plan, rows = self._packed(numbers) if self.loader.packing else self._plain(numbers)
         size = self.loader.encoder.processor.size if self.loader.encoder.processor else None
         batches = []
         for micro in rows:
@@ -245,21 +269,23 @@ class _Steps(Dataset[list[Batch] | DataError]):
                 batch = collate([sample for row in good for sample in row], self.loader.pad_id, size)
             batch["skipped"] = [str(error) for error in skipped]
             batch["too_long"] = [str(error) for error in wrong if isinstance(error, TooLongError)]
+            batch["plan"] = plan_number(plan)
             batches.append(batch)
         return batches
 
-    def _plain(self, step: int) -> list[_Rows]:
-        """For each micro-batch its rows, of one sample each."""
+    def _plain(self, numbers: list[int]) -> tuple[Any, list[_Rows]]:
+        """What all ranks should agree on, and for each micro-batch its rows, of one sample each."""
         loader = self.loader
         share = loader.global_batch // loader.world_size
-        start = step * loader.global_batch + loader.rank * share
-        samples = [self._encoded(self.index(position)) for position in range(start, start + share)]
-        return [[[s] for s in samples[i : i + loader.micro_batch]] for i in range(0, share, loader.micro_batch)]
+        mine = numbers[loader.rank * share : (loader.rank + 1) * share]
+        samples = [self._encoded(number) for number in mine]
+        return numbers, [
+            [[s] for s in samples[i : i + loader.micro_batch]] for i in range(0, share, loader.micro_batch)
+        ]
 
-    def _packed(self, step: int) -> list[_Rows]:
-        """For each micro-batch its rows, of several samples each, from a plan over the whole step."""
+    def _packed(self, numbers: list[int]) -> tuple[Any, list[_Rows]]:
+        """As `_plain`, with rows of several samples each, from a plan over the whole step."""
         loader = self.loader
-        numbers = [self.index(step * loader.global_batch + i) for i in range(loader.global_batch)]
         texts = [self._tokens(number) for number in numbers]
         lengths = [0 if isinstance(text, DataError) else len(text.input_ids) for text in texts]
         side_by_side = loader.micro_batch * loader.world_size
@@ -272,7 +298,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
         share = loader.global_batch // loader.world_size
         wrong = [text for text in texts[loader.rank * share : (loader.rank + 1) * share] if isinstance(text, DataError)]
         micros[0].append([*wrong])  # counted here, where their place would have been
-        return micros
+        return [numbers, plan], micros
 
     def _tokens(self, number: int) -> Encoded | DataError:
         try:
@@ -297,19 +323,27 @@ class _Steps(Dataset[list[Batch] | DataError]):
             self._order = (epoch, sample_order(len(records), seed, epoch))
         if not self.loader.group_by_length:
             return int(self._order[1][place])
-        size = self.loader.global_batch * WINDOW
-        number, inside = divmod(place, size)
-        if self._window[0] != (epoch, number):
-            window = self._order[1][place - inside : place - inside + size]
-            seed = ((seed * 1_000_003 + epoch) * 1_000_003 + number) % 2**63
-            grouped = group_by_length(window, self._length, self.loader.global_batch, seed)
-            self._window = ((epoch, number), grouped)
-        return int(self._window[1][inside])
+        batch = self.loader.global_batch
+        window = position // (batch * WINDOW)
+        # windows lie by steps, not by epochs, and end with an epoch: what is grouped together is a step together
+        first = max(epoch * len(records), window * batch * WINDOW)
+        last = min((epoch + 1) * len(records), (window + 1) * batch * WINDOW)
+        if self._window[0] != (epoch, window):
+            samples = self._order[1][first - epoch * len(records) : last - epoch * len(records)]
+            seed = ((seed * 1_000_003 + epoch) * 1_000_003 + window) % 2**63
+            begun = min(-first % batch, last - first)
+            self._window = ((epoch, window), group_by_length(samples, self._length, batch, seed, begun))
+        return int(self._window[1][position - first])
 
     def _length(self, index: int) -> int:
         """About how many tokens a sample has: four bytes a token, and its image tokens."""
-        records = self.loader.records
-        return records.size(index) // 4 + self.loader.encoder.tokens_per_image * records.images(index)
+        records, encoder = self.loader.records, self.loader.encoder
+        pictures = records.images(index)
+        shown = encoder.tokens_per_image * pictures
+        if pictures and encoder.processor is not None and encoder.processor.grid:
+            with contextlib.suppress(DataError):  # said when its turn comes
+                shown = sum(encoder.image_tokens(records[index]))
+        return records.size(index) // 4 + shown
 
 
 _Rows = list[list[dict[str, Any] | DataError]]

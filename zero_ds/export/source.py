@@ -228,7 +228,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
             raise ConfigError(f"{commit.folder} was trained with LoRA on its target, and {folder} is a surrogate.")
     else:
         for check in compatibility(commit, folder):
-            if not check.fits:
+            if check.fits is False:  # what was not recorded cannot be compared
                 raise ConfigError(
                     f"{commit.folder} cannot be exported on {target}: {check.what} is {check.here}, "
                     f"trained with {check.trained_with}."
