@@ -71,13 +71,22 @@ class SourceConfig(Section):
         """A word, or `name`, calls a registered data set, of which other keys replace entries; or it is a path."""
         known = registered_data()
         if isinstance(value, str):
-            return known.get(value, {"path": value})
+            return _entry(value, known[value]) if value in known else {"path": value}
         if isinstance(value, dict) and "name" in value:
             name, own = value["name"], {key: entry for key, entry in value.items() if key != "name"}
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise ValueError(f"there is no data set '{name}'{did_you_mean(str(name), list(known))}")
-            return {**known[name], **own}
+            return {**_entry(name, known[name]), **own}
         return value
+
+
+def _entry(name: str, entry: Any) -> dict[str, Any]:
+    """A registered data set as a mapping; one that is only a path may be written as that."""
+    if isinstance(entry, str):
+        return {"path": entry}
+    if not isinstance(entry, dict):
+        raise ValueError(f"data set '{name}' must be registered as a path or a mapping")
+    return entry
 
 
 def registered_data() -> dict[str, Any]:
@@ -186,8 +195,8 @@ class PreviewConfig(Section):
 
 
 WITHOUT_EFFECT = (
-    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.max_bad_samples", "data.packing"),
-    *("zero", "nvme_path", "micro_batch", "activation_checkpointing"),
+    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
+    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing"),
 )
 """Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
 
