@@ -159,8 +159,8 @@ def first_pixels(loader: Loader) -> torch.Tensor:
             break
     if not pictures:
         raise ConfigError(
-            "adapter.match_embeddings=true looks at pictures, and no sample of data.sources has one that can be used; set "
-            "it to false or add such samples."
+            "adapter.match_embeddings=true looks at pictures, and no sample of data.sources has one that can be used; "
+            "set it to false or add such samples."
         )
     return torch.stack(pictures[:16])
 

@@ -132,8 +132,8 @@ class LeftOut:
     def _check(self) -> None:
         if self.skipped + self.unread > self.limit:
             raise DataError(
-                f"{self.skipped + self.unread} samples could not be used, more than data.max_bad_samples={self.limit}; see what the "
-                "log says of them, and mend the data"
+                f"{self.skipped + self.unread} samples could not be used, more than data.max_bad_samples={self.limit}; "
+                "see what the log says of them, and mend the data"
             )
 
     def scalars(self) -> dict[str, float]:

@@ -128,8 +128,8 @@ class SampleEncoder:
         pixels = self.pixels(sample, encoded.images)
         if self.processor is not None and len(pixels) * self.tokens_per_image != encoded.input_ids.count(IMAGE_TOKEN):
             raise DataError(
-                f"sample {sample.id} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} views of "
-                f"{self.tokens_per_image}; its pictures changed while they were read, or their headers mislead"
+                f"sample {sample.id} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} views "
+                f"of {self.tokens_per_image}; its pictures changed while they were read, or their headers mislead"
             )
         return {
             "input_ids": encoded.input_ids,

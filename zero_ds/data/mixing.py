@@ -73,8 +73,8 @@ def plain(sample: Sample, home: Path) -> dict[str, Any]:
         for image in sample.images:
             if not Path(image).is_relative_to(home):
                 raise ConfigError(
-                    f"sample {named(sample.id)} has its picture in {Path(image).parent}, outside of {home}; write --out "
-                    "into a folder that holds the pictures of all sources."
+                    f"sample {named(sample.id)} has its picture in {Path(image).parent}, outside of {home}; write "
+                    "--out into a folder that holds the pictures of all sources."
                 )
         names = [os.path.relpath(image, home) for image in sample.images]
         record["image"] = names[0] if len(names) == 1 else names
