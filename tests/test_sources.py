@@ -443,7 +443,7 @@ def test_messages_stay_short_and_printable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a" * 300 + ".png", "loop/a.png", "loop"])
 def test_paths_that_lead_nowhere(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(DataError, match="sample x: image path .* (cannot be followed|leaves)"):
+    with pytest.raises(DataError, match=r"sample x: image path .* (cannot be followed|leaves)"):
         records(write(tmp_path, [good("x", image=name)]))[0]
 
 
