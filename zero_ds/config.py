@@ -71,22 +71,13 @@ class SourceConfig(Section):
         """A word, or `name`, calls a registered data set, of which other keys replace entries; or it is a path."""
         known = registered_data()
         if isinstance(value, str):
-            return _entry(value, known[value]) if value in known else {"path": value}
+            return known.get(value, {"path": value})
         if isinstance(value, dict) and "name" in value:
             name, own = value["name"], {key: entry for key, entry in value.items() if key != "name"}
             if not isinstance(name, str) or name not in known:
                 raise ValueError(f"there is no data set '{name}'{did_you_mean(str(name), list(known))}")
-            return {**_entry(name, known[name]), **own}
+            return {**known[name], **own}
         return value
-
-
-def _entry(name: str, entry: Any) -> dict[str, Any]:
-    """A registered data set as a mapping; one that is only a path may be written as that."""
-    if isinstance(entry, str):
-        return {"path": entry}
-    if not isinstance(entry, dict):
-        raise ValueError(f"data set '{name}' must be registered as a path or a mapping")
-    return entry
 
 
 def registered_data() -> dict[str, Any]:
@@ -99,7 +90,7 @@ def registered_data() -> dict[str, Any]:
     for path in (Path(__file__).parent / "data/datasets.yaml", Path("datasets.yaml")):
         if path.is_file():
             entries |= _read_yaml(path, what="list of data sets")
-    return entries
+    return {name: entry if isinstance(entry, dict) else {"path": entry} for name, entry in entries.items()}
 
 
 class DataConfig(Section):
