@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -277,3 +278,36 @@ def test_size_of_a_picture_that_lies_on_its_side(tmp_path: Path, orientation: in
     exif[0x0112] = orientation
     Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
     assert image_size(tmp_path / "x.jpg") == open_image(tmp_path / "x.jpg").size
+
+
+def test_a_thread_of_pixels_is_refused(tmp_path: Path) -> None:
+    """Padded to a square it would have billions."""
+    refused(saved(tmp_path, Image.new("1", (30_000, 1)), "a.png"), "20,000 on a side")
+
+
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    refused(tmp_path / "a.png", "no regular file")
+
+
+@pytest.mark.parametrize("orientation", [0, 5, 6, 8, 9])
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif", "a.png", "a.webp"])
+def test_the_size_is_that_of_the_opened_picture(tmp_path: Path, name: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.new("RGB", (128, 32)), name, exif=exif)
+    assert image_size(path) == open_image(path).size
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize("size", [(300, 37), (37, 300), (64, 64)])
+def test_bands_give_the_pixels_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], resample: Image.Resampling
+) -> None:
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    processor = ImageProcessor(32, [0.4, 0.5, 0.6], [1.0] * 3, resample)
+    side = max(size)
+    whole = Image.new("RGB", (side, side), (102, 127, 153))
+    whole.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
+    monkeypatch.setattr("zero_ds.data.images.BAND", 5 * side)
+    assert processor._fitted(picture, 1, 1).tobytes() == whole.resize((32, 32), resample).tobytes()

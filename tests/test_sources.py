@@ -128,7 +128,7 @@ def test_bad_file(tmp_path: Path, content: str, complaint: str) -> None:
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_bytes(b'[{"id": "\xff\xfe"}]')
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"#0: sample '.udcff.udcfe' has no"):
         records(path)
 
 
@@ -423,3 +423,52 @@ def test_paths_inside_the_root(tmp_path: Path) -> None:
     path = write(tmp_path, [good("a", image="images/../images/x.png"), good("b", image="inner/x.png")])
     for sample in records(path, root=str(root)):
         assert sample.images == (str(root / "images" / "x.png"),)
+
+
+def test_a_broken_line_does_not_lose_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    latin = json.dumps(good("latin")).encode().replace(b"q?", b"caf\xe9")
+    path.write_bytes(
+        b"\n".join([json.dumps(good("a")).encode(), b'{"id": "b", ', latin, json.dumps(good("c")).encode()])
+    )
+    found = Records([SourceConfig(path=str(path))], skip_bad=True)
+    assert [sample.id for sample in found] == ["a", "c"]
+    ((sentences, count),) = found.complaints()
+    assert count == 2 and "#1: line 2 (sample b)" in sentences[0] and "sample latin, turn 0" in sentences[1]
+
+
+def test_messages_stay_short_and_printable(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"id": "x\n\x1b[31m\ud800", "conversations": [{"from": "r" * 10**6, "value": "x"}]}])
+    with pytest.raises(DataError) as caught:
+        records(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "loop/a.png", "loop"])
+def test_paths_that_lead_nowhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match=r"sample x: image path .* (cannot be followed|leaves)"):
+        records(write(tmp_path, [good("x", image=name)]))[0]
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    import pyarrow
+
+    path = write(tmp_path, [good(f"{tmp_path} {n}") for n in range(10)])
+    with mock.patch("zero_ds.data.arrow.ROWS", 5):
+        found = records(path)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "zero_ds" / found._sources[0].tables[0].name
+    assert folder.stat().st_mode & 0o777 == 0o755
+    content = (folder / "records.arrow").read_bytes()
+    source = pyarrow.BufferReader(content)
+    pyarrow.ipc.open_stream(source).read_next_batch()
+    for cut in (source.tell(), source.tell() + 50):
+        (folder / "records.arrow").write_bytes(content[:cut])
+        assert len(records(path)) == 10
+
+
+@pytest.mark.parametrize("pattern", ["/tmp/*.json", "**x/y", "../*.json"])
+def test_patterns_that_are_refused(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, [good()])
+    with pytest.raises(ConfigError, match="files="):
+        records(tmp_path, files=pattern)

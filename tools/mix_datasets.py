@@ -30,6 +30,8 @@ def main(
         limits = limit or [0] * len(sources)
         if len(limits) != len(sources):
             raise ConfigError(f"{len(limits)} --limit for {len(sources)} sources; give one for each, 0 for all.")
+        if min(limits) < 0:
+            raise ConfigError(f"--limit {min(limits)} is negative; give the number of samples, 0 for all.")
         chosen = []
         for name, most in zip(sources, limits, strict=True):
             path, _, root = name.partition(":")

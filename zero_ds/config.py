@@ -74,7 +74,7 @@ class SourceConfig(Section):
             return known.get(value, {"path": value})
         if isinstance(value, dict) and "name" in value:
             name, own = value["name"], {key: entry for key, entry in value.items() if key != "name"}
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise ValueError(f"there is no data set '{name}'{did_you_mean(str(name), list(known))}")
             return {**known[name], **own}
         return value
@@ -90,7 +90,7 @@ def registered_data() -> dict[str, Any]:
     for path in (Path(__file__).parent / "data/datasets.yaml", Path("datasets.yaml")):
         if path.is_file():
             entries |= _read_yaml(path, what="list of data sets")
-    return entries
+    return {name: entry if isinstance(entry, dict) else {"path": entry} for name, entry in entries.items()}
 
 
 class DataConfig(Section):
@@ -186,8 +186,8 @@ class PreviewConfig(Section):
 
 
 WITHOUT_EFFECT = (
-    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.max_bad_samples", "data.packing"),
-    *("zero", "nvme_path", "micro_batch", "activation_checkpointing"),
+    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
+    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing"),
 )
 """Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
 

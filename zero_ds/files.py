@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from zero_ds.config import ConfigError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file in one step: readers see the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replaces a text file in one step: readers see the old content or the new one, whoever else writes it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -24,6 +27,19 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file to read its bytes, and nothing that might wait for ever, as pipes and devices do.
+
+    Raises:
+        OSError: as `open`, also where there is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def check_vacant(out: Path) -> None:

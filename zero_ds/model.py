@@ -172,6 +172,8 @@ class VisionLanguageModel(nn.Module):
         features = self.image_features(pixel_values).to(embeddings.dtype)
         if not images.any():  # the dummy picture of a text-only batch: in the graph on every rank, without effect
             return cast(torch.Tensor, embeddings + (0.0 * features).sum())
+        if (places := int(images.sum())) != features.shape[0] * features.shape[1]:
+            raise ValueError(f"{places} image positions for {features.shape[0] * features.shape[1]} image features")
         return cast(torch.Tensor, embeddings.masked_scatter(images.unsqueeze(-1), features))
 
     def hidden_states(

@@ -13,6 +13,7 @@ import torch
 from zero_ds import checkpoint, distributed, stages
 from zero_ds.checkpoint import Commit
 from zero_ds.config import WITHOUT_EFFECT, ConfigError, RunConfig
+from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.deepspeed_config import resolve_precision
@@ -142,13 +143,26 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
 
 
 def first_pixels(loader: Loader) -> torch.Tensor:
-    """Pixel values of up to 16 of the first pictures, the same on every rank: (images, 3, size, size)."""
+    """Pixel values of up to 16 of the first pictures, the same on every rank: (images, 3, size, size).
+
+    Raises:
+        DataError: a picture that cannot be used, unless bad samples are skipped; ConfigError: there is none.
+    """
     pictures: list[torch.Tensor] = []
     for index in range(len(loader.records)):
         if loader.records.images(index):
-            pictures += list(loader.encoder.pixels(loader.records[index]))
+            try:
+                pictures += list(loader.encoder.pixels(loader.records[index]))
+            except DataError:
+                if not loader.skip_bad:
+                    raise  # otherwise training counts it when its turn comes
         if len(pictures) >= 16:
             break
+    if not pictures:
+        raise ConfigError(
+            "adapter.match_embeddings=true looks at pictures, and no sample of data.sources has one that can be used; "
+            "set it to false or add such samples."
+        )
     return torch.stack(pictures[:16])
 
 

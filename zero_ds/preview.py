@@ -55,10 +55,10 @@ class Preview:
         for number in pictured or numbers:
             if len(self.samples) == self.config.samples:
                 return
-            sample = loader.records[number]
-            turns = self.encoder.turns(sample)
-            asked = turns[: next(i for i, turn in enumerate(turns) if turn.role == "assistant")]
             try:
+                sample = loader.records[number]
+                turns = self.encoder.turns(sample)
+                asked = turns[: next(i for i, turn in enumerate(turns) if turn.role == "assistant")]
                 prompt = self.encoder.encode(asked, generate=True, image_tokens=self.encoder.image_tokens(sample))
                 pixels = self.encoder.pixels(sample, prompt.images)
             except (ConversationError, DataError):

@@ -14,6 +14,7 @@ from zero_ds.cost import Counts, StepCost, peak_flops
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader, check_batches
+from zero_ds.data.sources import Records
 from zero_ds.deepspeed_config import ds_config
 from zero_ds.engine import Engine
 from zero_ds.files import write_atomically
@@ -51,6 +52,8 @@ def train(config: RunConfig) -> Path:
     seed_everything(config.seed)
 
     model, loader, hashes = build(config, ds, world_size)
+    left_out = LeftOut(config.data.max_bad_samples)
+    left_out.at_reading(loader.records)
     total = config.max_steps or max(1, math.ceil(len(loader.records) * config.epochs / config.global_batch))
     if resumed and resumed.step >= total:
         logger.info("%s is complete: step %d of %d", out, resumed.step, total)
@@ -70,7 +73,7 @@ def train(config: RunConfig) -> Path:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
     engine = Engine(config, model, groups, total, ds)
-    first, left_out = 0, LeftOut(config.data.max_bad_samples)
+    first = 0
     if resumed:
         progress = checkpoint.restore_(engine, resumed)
         first = progress["step"]
@@ -98,7 +101,23 @@ class LeftOut:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = self.too_long = 0
+        self.unread = 0
+        """Records left out when the files were read; not kept in commits, for a resumed run reads them again."""
         self._said = 0
+
+    def at_reading(self, records: Records) -> None:
+        """Counts the records that could not be used when the files were read.
+
+        Raises:
+            DataError: they are more than the limit; on every rank alike.
+        """
+        for sentences, count in records.complaints():
+            for sentence in sentences[: max(0, self.SHOWN - self._said)]:
+                if distributed.is_rank_zero():
+                    logger.warning("left out: %s", sentence)
+                self._said += 1
+            self.unread += count
+        self._check()
 
     def add(self, batches: list[Batch], counts: Counts) -> None:
         """Counts those of a step.
@@ -112,14 +131,17 @@ class LeftOut:
             self._said += 1
         self.skipped += int(counts.skipped)
         self.too_long += int(counts.too_long)
-        if self.skipped > self.limit:
+        self._check()
+
+    def _check(self) -> None:
+        if self.skipped + self.unread > self.limit:
             raise DataError(
-                f"{self.skipped} samples could not be used, more than data.max_bad_samples={self.limit}; see what the "
-                "log says of them, and mend the data"
+                f"{self.skipped + self.unread} samples could not be used, more than data.max_bad_samples={self.limit}; "
+                "see what the log says of them, and mend the data"
             )
 
     def scalars(self) -> dict[str, float]:
-        return {"skipped_samples": self.skipped, "too_long_samples": self.too_long}
+        return {"skipped_samples": self.skipped + self.unread, "too_long_samples": self.too_long}
 
 
 def loop(
@@ -189,8 +211,9 @@ def loop(
             raise SystemExit(
                 f"stopped by {stop.received or 'a signal to another rank'} after step {step + 1}; run again to resume."
             )
-    if left_out.skipped or left_out.too_long:
-        logger.info("left out: %d samples that could not be used, %d too long", left_out.skipped, left_out.too_long)
+    skipped = left_out.skipped + left_out.unread
+    if skipped or left_out.too_long:
+        logger.info("left out: %d samples that could not be used, %d too long", skipped, left_out.too_long)
     return folder
 
 

@@ -7,31 +7,35 @@ process before a row is asked for.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from zero_ds.data.conversations import Role
-from zero_ds.data.files import raw_records
+from zero_ds.data.files import BrokenLine, raw_records
 from zero_ds.data.formats import DataError, Row, parse
-from zero_ds.files import write_atomically
+from zero_ds.files import open_regular, write_atomically
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Changes when the meaning of the converted records changes, so that old ones are not read."""
 ROWS = 4096
-"""Records that are converted at a time."""
+"""Records that are converted at a time, at most."""
+CHARACTERS = 1 << 25
+"""Characters of records that are converted at a time, about; a list of texts holds 2 GiB at most."""
 KEPT_COMPLAINTS = 1000
 """Records that cannot be used, of which the reason is kept; the others are counted."""
 SETTLED = 2.0
@@ -63,6 +67,8 @@ class Table(Sequence[Row]):
         self.complaints = Complaints(content["count"], tuple(content["first"]))
         self._batches = [_Batch(batch) for batch in self._data.to_batches()]
         self._ends = [0, *accumulate(batch.rows for batch in self._batches)]
+        if len(self) != content["rows"]:
+            raise ValueError(f"{folder} holds {len(self)} of {content['rows']} records")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -146,13 +152,16 @@ def table_of(path: Path) -> Table:
         cache.mkdir(parents=True, exist_ok=True)
         digest = _digest(path, cache)
         folder = cache / digest
-        if not folder.is_dir():
-            with FileLock(cache / f"{digest}.lock"):
-                if not folder.is_dir():
-                    _convert(path, folder)
-        return Table(folder)
-    except FileNotFoundError:
-        raise DataError(f"there is no data file {path}") from None
+        if (table := _kept(folder)) is not None:
+            return table
+        _remove_left(cache, besides=digest)
+        with FileLock(cache / f"{digest}.lock"):
+            if (table := _kept(folder)) is not None:
+                return table
+            for left in (folder, *cache.glob(f".{digest}.*")):
+                shutil.rmtree(left, ignore_errors=True)
+            _convert(path, folder)
+            return Table(folder)
     except OSError as error:
         raise DataError(
             f"the records of {path} cannot be kept in {cache}: {error.strerror or error}; make room there, or choose "
@@ -160,10 +169,51 @@ def table_of(path: Path) -> Table:
         ) from None
 
 
+def _kept(folder: Path) -> Table | None:
+    """What was converted, if it is there and whole: a machine that failed may have cut off a file behind its name."""
+    import pyarrow
+
+    if not folder.is_dir():
+        return None
+    try:
+        return Table(folder)
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        logger.warning("%s is damaged and made again: %s", folder, error)
+        return None
+
+
+def _remove_left(cache: Path, besides: str) -> None:
+    """Removes what processes left that died while they converted; a lock that is free has no process any more."""
+    from filelock import FileLock, Timeout
+
+    for left in cache.glob(".*.*"):
+        digest = left.name.split(".")[1]
+        if left.is_dir() and digest != besides:
+            try:
+                with FileLock(cache / f"{digest}.lock", timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
+            except Timeout:
+                logger.debug("%s is being written", left)
+
+
 def _digest(path: Path, cache: Path) -> str:
-    """Hash of the file's content; remembered with its size and time of change, for a gigabyte takes a while."""
+    """Hash of the file's content; remembered with its size and time of change, for a gigabyte takes a while.
+
+    Raises:
+        DataError: a file that is not there or cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return _digest_of(path, file, cache)
+    except FileNotFoundError:
+        raise DataError(f"there is no data file {path}") from None
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
+
+
+def _digest_of(path: Path, file: BinaryIO, cache: Path) -> str:
     known = cache / f"known-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.json"
-    stat = path.stat()
+    stat = os.fstat(file.fileno())
     seen = [FORMAT, stat.st_size, stat.st_mtime_ns, stat.st_ino]
     try:
         content = json.loads(known.read_text(encoding="utf-8"))
@@ -172,11 +222,11 @@ def _digest(path: Path, cache: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         logger.debug("%s was not seen before", path)
     digest = hashlib.blake2b(f"{FORMAT}{path.suffix}".encode(), digest_size=12)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    while block := file.read(1 << 22):
+        digest.update(block)
     if time.time() - stat.st_mtime > SETTLED:
-        write_atomically(known, json.dumps({"seen": seen, "digest": digest.hexdigest()}) + "\n")
+        with contextlib.suppress(OSError):  # a note saves time; a cache that cannot be written is told of later
+            write_atomically(known, json.dumps({"seen": seen, "digest": digest.hexdigest()}) + "\n")
     return digest.hexdigest()
 
 
@@ -196,7 +246,7 @@ def _convert(path: Path, folder: Path) -> None:
         }
     )
     complaints: list[str] = []
-    bad = 0
+    good = bad = 0
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         size = path.stat().st_size
@@ -208,6 +258,7 @@ def _convert(path: Path, folder: Path) -> None:
             for batch in _batches(_parsed(path, bar.update)):
                 rows = [row for row in batch if isinstance(row, Row)]
                 wrong = [row for row in batch if isinstance(row, str)]
+                good += len(rows)
                 bad += len(wrong)
                 complaints += wrong[: KEPT_COMPLAINTS - len(complaints)]
                 columns = [
@@ -219,7 +270,12 @@ def _convert(path: Path, folder: Path) -> None:
                 ]
                 arrays = [pyarrow.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
                 writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-        (temporary / "complaints.json").write_text(json.dumps({"count": bad, "first": complaints}), encoding="utf-8")
+        content = {"rows": good, "count": bad, "first": complaints}
+        (temporary / "complaints.json").write_text(json.dumps(content), encoding="utf-8")
+        for name in ("records.arrow", "complaints.json"):
+            with (temporary / name).open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -228,13 +284,21 @@ def _convert(path: Path, folder: Path) -> None:
 
 def _parsed(path: Path, progress: Any) -> Iterator[Row | str]:
     """Each record, or what is wrong with it."""
-    for number, record in enumerate(raw_records(path, progress)):
+    for number, record in enumerate(raw_records(path, progress, tolerant=True)):
         try:
-            yield parse(record, f"#{number}")
+            yield f"#{number}: {record}" if isinstance(record, BrokenLine) else parse(record, f"#{number}")
         except DataError as error:
             yield str(error)
 
 
 def _batches(rows: Iterator[Row | str]) -> Iterator[list[Row | str]]:
-    while batch := list(islice(rows, ROWS)):
+    batch: list[Row | str] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += sum(map(len, row.texts)) if isinstance(row, Row) else len(row)
+        if len(batch) >= ROWS or characters >= CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch

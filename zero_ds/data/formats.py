@@ -8,6 +8,7 @@ root, or by `full_path`, the same with absolute paths.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,25 @@ class TooLongError(DataError):
     """A sample of which no answer fits into the length limit. It is left out and counted, whatever else is an error."""
 
 
+SHOWN = 80
+"""Characters that a message shows of a value from data."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxother = 2, 3, 2, SHOWN
+
+
+def quoted(value: Any, most: int = SHOWN) -> str:
+    """A value from data as a message shows it: its repr without control characters, cut to at most so many."""
+    _SHORT.maxstring = most
+    text = _SHORT.repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def named(value: Any, most: int = SHOWN) -> str:
+    """An id or path as a message names it: as it is where it is short and printable, else quoted."""
+    text = str(value) if isinstance(value, str | int | float) else ""
+    return text if text and len(text) <= most and text.isprintable() else quoted(value, most)
+
+
 class Row(NamedTuple):
     """A checked record."""
 
@@ -53,7 +73,7 @@ def parse(record: Any, where: str) -> Row:
     if not isinstance(record, dict):
         raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")
     name = record.get("id", record.get("idx"))
-    sample = f"{where}: sample {'?' if name is None else name}"
+    sample = f"{where}: sample {'?' if name is None else named(name)}"
     form = next((key for key in FORMS if record.get(key) is not None), "conversations")
     turns = record.get(form)
     if not isinstance(turns, list) or not turns:
@@ -85,7 +105,7 @@ def _turn(turn: Any, role_key: str, text_key: str, where: str) -> tuple[Role, st
     role = turn.get(role_key) if isinstance(turn, dict) else None
     content = turn.get(text_key) if isinstance(turn, dict) else None
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
+        raise DataError(f"{where}: unknown role {quoted(role)}; known: {', '.join(ROLES)}")
     pictures: list[Any] = []
     if isinstance(content, list) and text_key == "content":
         pieces = []
@@ -112,7 +132,7 @@ def _parts(content: list[Any], where: str) -> Iterator[tuple[str, list[Any]]]:
             named = part.get("image", part.get("path"))
             yield PLACEHOLDER, [] if named is None else [named]
         else:
-            raise DataError(f"{where}: a part of the content is neither text nor image: {str(part)[:60]}")
+            raise DataError(f"{where}: a part of the content is neither text nor image: {quoted(part)}")
 
 
 def _images(record: dict[str, Any], shown: list[Any], sample: str) -> tuple[list[str], bool]:

@@ -10,10 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from zero_ds.data.formats import named
+from zero_ds.files import open_regular
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are refused before they are decoded."""
+MAX_SIDE = 20_000
+"""Pictures with a longer side are refused, too: padded to a square they have its second power in pixels."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Kinds of pictures that are read (MPO as JPEG), whatever a file is called; of Pillow's others some run programs."""
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height; Pillow ignores what is no orientation."""
+BAND = 4_000_000
+"""Pixels that are padded and resized at a time."""
+PATH_SHOWN = 1000
+"""Characters that a message shows of a picture's path."""
 
 
 class ImageError(ValueError):
@@ -29,9 +42,16 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
     with contextlib.nullcontext(path) if isinstance(path, Image.Image) else _opened(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
-            values = np.asarray(image, dtype=np.float64).clip(0, 65535)
-            image = Image.fromarray((values / 257).round().astype(np.uint8))
+            image = Image.fromarray(_eight_bits(np.asarray(image)))
         return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """0..65535 -> the nearest of 0..255, row by row, for a picture's size in wider numbers would fill the memory."""
+    out = np.empty(values.shape, np.uint8)
+    for row, new in zip(values, out, strict=True):
+        new[:] = (row.clip(0, 65535).astype(np.uint32) + 128) // 257
+    return out
 
 
 def check_header(path: str | Path) -> None:
@@ -47,32 +67,40 @@ def check_header(path: str | Path) -> None:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The file with what is wrong with it as ImageErrors, here and in the block."""
+    name = named(str(path), PATH_SHOWN)
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
+        with open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS or max(file.size) > MAX_SIDE:
                 raise ImageError(
-                    f"image {path} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read"
+                    f"image {name} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read, and "
+                    f"{MAX_SIDE:,} on a side"
                 )
             yield file
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"there is no image {path}") from None
+        raise ImageError(f"there is no image {name}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"image {path} is refused: {error}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"image {path} cannot be read: {error}") from None
+        raise ImageError(f"image {name} is refused: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"image {name} cannot be read: it is none of {', '.join(FORMATS)}, or broken") from None
+    except Exception as error:  # Pillow's readers raise many kinds for bytes that they do not expect
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise ImageError(f"image {name} cannot be read: {named(reason, PATH_SHOWN)}") from None
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of a picture as it stands upright, from its header alone.
+    """Width and height of a picture as `open_image` gives it, from its header; of PNG all is read.
 
     Raises:
         ImageError: as `check_header`.
     """
     with _opened(path) as file:
-        sideways = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (file.height, file.width) if sideways else (file.width, file.height)
+        width, height = file.size
+        if isinstance(file, TiffImagePlugin.TiffImageFile):  # whose own size is upright already, in some versions
+            width, height = (int(file.tag_v2[tag]) for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
+        sideways = file.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+        return (height, width) if sideways else (width, height)
 
 
 class ImageProcessor:
@@ -143,9 +171,15 @@ class ImageProcessor:
         fill = tuple(int(255 * channel) for channel in self.mean)  # cut off, as LLaVA and transformers do
         width = max(image.width, -(-image.height * columns // rows))
         height = max(image.height, -(-image.width * rows // columns))
-        if image.size != (width, height):
-            padded = Image.new("RGB", (width, height), fill)
-            padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-            image = padded
-        target = (columns * self.size, rows * self.size)
-        return image if image.size == target else image.resize(target, self.resample)
+        left, top = (width - image.width) // 2, (height - image.height) // 2
+        across, down = columns * self.size, rows * self.size
+        # Pillow resizes rows first, each for itself, then columns: so the padded picture, which may be a hundred times
+        # as large as the picture, is never made as a whole
+        narrow = Image.new("RGB", (across, height), fill)
+        step = max(1, BAND // width)
+        for start in range(0, image.height, step):
+            end = min(start + step, image.height)
+            band = Image.new("RGB", (width, end - start), fill)
+            band.paste(image.crop((0, start, image.width, end)), (left, 0))
+            narrow.paste(band.resize((across, end - start), self.resample), (0, top + start))
+        return narrow.resize((across, down), self.resample)

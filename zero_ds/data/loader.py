@@ -128,11 +128,17 @@ class SampleEncoder:
 
     def with_pixels(self, sample: Sample, encoded: Encoded) -> dict[str, Any]:
         """What `tokens` made of a sample, and its pictures, as __call__ returns it."""
+        pixels = self.pixels(sample, encoded.images)
+        if self.processor is not None and len(pixels) * self.tokens_per_image != encoded.input_ids.count(IMAGE_TOKEN):
+            raise DataError(
+                f"sample {sample.id} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} views "
+                f"of {self.tokens_per_image}; its pictures changed while they were read, or their headers mislead"
+            )
         return {
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
             "responses": encoded.responses,
-            "pixels": self.pixels(sample, encoded.images),
+            "pixels": pixels,
             "id": sample.id,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from zero_ds.config import ConfigError, SourceConfig
 from zero_ds.data.conversations import Role
+from zero_ds.data.formats import named
 from zero_ds.data.sources import Records, Sample
 
 _FROM: dict[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -24,17 +26,20 @@ def mix(sources: Sequence[SourceConfig], out: Path, *, seed: int = 0, shuffle: b
     to the folder of `out`; a JSON list, or JSON lines if `out` ends in .jsonl.
 
     Raises:
-        ConfigError: `out` exists, has another ending, or lies where pictures cannot be named relative to it.
+        ConfigError: a negative seed, `out` exists, has another ending, or lies where pictures cannot be named
+            relative to it.
         DataError: a source that cannot be read, a path that leaves its root.
     """
     if out.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"--out {out} must end in .json or .jsonl.")
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} is negative; choose 0 or more.")
     if out.exists():
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
     records = Records(sources, permute=seed if shuffle else None)
     home = out.parent.resolve()
     lines = out.suffix == ".jsonl"
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write("" if lines else "[")
@@ -68,8 +73,8 @@ def plain(sample: Sample, home: Path) -> dict[str, Any]:
         for image in sample.images:
             if not Path(image).is_relative_to(home):
                 raise ConfigError(
-                    f"sample {sample.id} has its picture in {Path(image).parent}, outside of {home}; write --out into "
-                    "a folder that holds the pictures of all sources."
+                    f"sample {named(sample.id)} has its picture in {Path(image).parent}, outside of {home}; write "
+                    "--out into a folder that holds the pictures of all sources."
                 )
         names = [os.path.relpath(image, home) for image in sample.images]
         record["image"] = names[0] if len(names) == 1 else names

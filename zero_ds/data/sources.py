@@ -17,9 +17,12 @@ from zero_ds.config import ConfigError, SourceConfig
 from zero_ds.data.arrow import Table, table_of
 from zero_ds.data.conversations import Turn
 from zero_ds.data.files import data_files
-from zero_ds.data.formats import DataError, Row
+from zero_ds.data.formats import DataError, Row, named, quoted
 
 logger = logging.getLogger(__name__)
+
+PATH_SHOWN = 300
+"""Characters that a message shows of a path from data."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,12 @@ class _Source:
             return tuple(str(inside(self.root, name, record.id)) for name in record.images)
         if not self.config.full_path:
             raise DataError(
-                f"sample {record.id} names pictures by full_path, outside of the data root; allow that for this source "
-                "with full_path: true"
+                f"sample {named(record.id)} names pictures by full_path, outside of the data root; allow that for this "
+                "source with full_path: true"
             )
+        for name in record.images:
+            if not Path(name).is_absolute():
+                raise DataError(f"sample {named(record.id)}: full_path {quoted(name, PATH_SHOWN)} is no absolute path")
         return record.images
 
 
@@ -159,14 +165,19 @@ def inside(root: Path, name: str, sample_id: str) -> Path:
     """The file `name` below `root`.
 
     Raises:
-        DataError: an absolute path, or one that leaves the root, also through a symbolic link.
+        DataError: an absolute path, one that leaves the root, also through a symbolic link, or one that leads nowhere.
     """
-    named = Path(name)
-    path = _real_folder(root / named.parent) / named.name
-    if path.is_symlink() or named.name == "..":
-        path = path.resolve()
-    if named.is_absolute() or not path.is_relative_to(root):
-        raise DataError(f"sample {sample_id}: image path {name!r} leaves the data root {root}")
+    relative = Path(name)
+    where = f"sample {named(sample_id)}: image path {quoted(name, PATH_SHOWN)}"
+    try:
+        path = _real_folder(root / relative.parent) / relative.name
+        if path.is_symlink() or relative.name == "..":
+            path = path.resolve()
+    except (OSError, RuntimeError) as error:  # too long; a link to itself, which Python called a RuntimeError
+        reason = getattr(error, "strerror", None) or "a link leads to itself"
+        raise DataError(f"{where} cannot be followed: {reason}") from None
+    if relative.is_absolute() or not path.is_relative_to(root):
+        raise DataError(f"{where} leaves the data root {root}")
     return path
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from zero_ds.data.formats import DataError, TooLongError
+from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, check_header, open_image
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Records
@@ -109,7 +109,7 @@ class _Looked(Dataset[tuple[int, int, int, str, str]]):
                 elif self.look == "headers":
                     check_header(path)
         except ImageError as error:
-            return turns, pictures, length, "picture", f"sample {sample.id}: {error}"
+            return turns, pictures, length, "picture", f"sample {named(sample.id)}: {error}"
         return turns, pictures, length, "", ""
 
 
