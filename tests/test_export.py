@@ -112,7 +112,10 @@ def test_a_surrogate_with_its_translators(
     commit = run("pretrain-early", "qwen3", decoder=tmp_path / "run-surrogate")
     proof = export_model(commit, str(tmp_path / "run-surrogate"), tmp_path / "surrogate", form=form)
     assert proof["largest_logit_difference"] <= 1e-5
-    export_model(commit, str(target), tmp_path / "graft", form=form)
+    with pytest.raises(ConfigError, match="the source of the kept layers"):  # which this run has trained, too
+        export_model(commit, str(target), tmp_path / "graft", form=form)
+    plain = run("pretrain", "qwen3", decoder=tmp_path / "run-surrogate")
+    export_model(plain, str(target), tmp_path / "graft", form=form)
     two = [json.loads((tmp_path / name / "config.json").read_text())["text_config"] for name in ("surrogate", "graft")]
     assert [config["num_hidden_layers"] for config in two] == [4, 6]
     stored = load_file(tmp_path / "surrogate" / "model.safetensors")

@@ -126,7 +126,7 @@ def _relied_on(manifest: dict[str, Any], config: RunConfig, surrogate: str | Non
     """What the run recorded of tokenizer, template and embeddings, or else the surrogate it was trained in."""
     if recorded := manifest.get("relies_on"):
         return dict(recorded)
-    folder = _surrogate_folder(config, surrogate)
+    folder = _surrogate_folder(config, surrogate) if decoder_kind(config) == "surrogate" else None
     return relied_on(folder) if folder is not None else {}
 
 
