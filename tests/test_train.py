@@ -175,6 +175,7 @@ def test_run_folder_and_manifest(runs: Path, made: Callable[..., Path], small: P
     assert (run / "latest").read_text() == "step-000006\n"
     assert sorted(p.name for p in run.iterdir()) == [
         "config.yaml",
+        "deepspeed.json",
         "latest",
         "metrics.jsonl",
         "step-000003",
@@ -182,12 +183,15 @@ def test_run_folder_and_manifest(runs: Path, made: Callable[..., Path], small: P
         "tensorboard",
     ]
     assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+    resolved = json.loads((run / "deepspeed.json").read_text())
+    assert resolved["zero_optimization"]["stage"] == 2 and resolved["train_batch_size"] > 0
     config = load_run(str(run / "config.yaml"))
     manifest = json.loads((run / "step-000006" / "manifest.json").read_text())
     assert RunConfig.model_validate(manifest["config"]) == config
     assert manifest["fingerprint"] == config.fingerprint()
     assert manifest["target_hash"] == target_hash(made("llama", tied=True))
     assert manifest["encoder_hash"] == target_hash(made("clip"))
+    assert manifest["precision"] == "float32", "what `auto` was resolved to; another machine may not go on in another"
     assert manifest["plan"] == read_surrogate(small).plan.to_json()
     assert (manifest["stage"], manifest["step"], manifest["family"]) == ("pretrain", 6, "llama")
     assert {"torch", "deepspeed", "transformers", "zero_ds", "python"} <= set(manifest["versions"])

@@ -1,6 +1,6 @@
 """Commits of a run: trainable weights with a manifest, and apart from them the state to resume from.
 
-    RUN/config.yaml                     the resolved configuration
+    RUN/config.yaml                     the resolved configuration, and deepspeed.json as DeepSpeed got it
     RUN/latest                          name of the newest complete commit
     RUN/step-000200/weights.safetensors trainable parameters only, in the training precision
     RUN/step-000200/manifest.json       stage, base models with hashes, LayerPlan, step, versions, hash of the weights

@@ -138,6 +138,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
         "encoder_hash": target_hash(encoder) if encoder else None,
         "decoder_hash": target_hash(decoder),
         "data_hash": records.content(),
+        "precision": str(resolve_precision(config)).removeprefix("torch."),
     }
     return model, loader, hashes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -85,6 +86,7 @@ def train(config: RunConfig) -> Path:
         logger.info("the optimizer goes on for %s", ", ".join(parts) or "nothing")
     if distributed.is_rank_zero():
         write_atomically(out / "config.yaml", config.dump())
+        write_atomically(out / "deepspeed.json", json.dumps(ds, indent=2, default=str) + "\n")
     monitor = Monitor(out, engine.engine.monitor, config.log_every, first, total)
     try:
         return loop(config, engine, loader, monitor, Preview(config, loader), stop, manifest, first, total, left_out)
