@@ -169,7 +169,8 @@ def test_a_vocabulary_that_is_not_the_models(made: Callable[..., Path], tmp_path
     folder = tmp_path / "model"
     shutil.copytree(made("llama", tied=True), folder)
     words = AutoTokenizer.from_pretrained(folder)
-    words.add_tokens(["banana"])
+    words.add_tokens(["banana"], special_tokens=True)  # what a template writes; typed, it would be plain text
+    words.chat_template += "banana"
     words.save_pretrained(folder)
     (tmp_path / "data.json").write_text(json.dumps([tiny.record("x", [("a banana?", "yes")])]))
     for flags in ([], ["--stream-layers"]):
