@@ -90,9 +90,9 @@ class Plan:
                 ("--out", str(out / "surrogate")),
                 produces="surrogate/surrogate.json",
             ),
-            self._train("translator", "translator", 86),
-            self._train("pretrain", "pretrain", 70, starts=("translator",)),
-            self._train("encoder", "encoder", 247, starts=("translator", "pretrain")),
+            self._train("translator", "translator", 82),
+            self._train("pretrain", "pretrain", 68, starts=("translator",)),
+            self._train("encoder", "encoder", 225, starts=("translator", "pretrain")),
             self.cost("full-cost", 4, FULL),
             self._ours("graft", 2, ("graft", "--weights", str(out / "encoder"), "--target", self.target)),
             self._evaluations(
