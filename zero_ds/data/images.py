@@ -162,9 +162,8 @@ class ImageProcessor:
         pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = (torch.tensor(channels)[:, None, None] for channels in (self.mean, self.std))
-        return (
-            pixels.div_(255.0).sub_(mean).div_(std)
-        )  # channels first: long rows of one constant, and nothing is copied
+        # channels first: long rows of one constant, and nothing is copied
+        return pixels.div_(255.0).sub_(mean).div_(std)
 
     def _fitted(self, image: Image.Image, rows: int, columns: int) -> Image.Image:
         """The picture in the middle of so many squares, padded with the mean colour, resized."""

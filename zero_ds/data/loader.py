@@ -156,15 +156,13 @@ WINDOW = 8
 
 
 def group_by_length(
-    window: Sequence[int], length: Callable[[int], Any], batch: int, seed: int, begun: int = 0
+    window: Sequence[int], length: Callable[[int], int], batch: int, seed: int, begun: int = 0
 ) -> list[int]:
     """Reorders one window of samples so that those of like length share a batch; the batches come in random order.
 
     The first `begun` samples fill a batch up that an epoch before has begun, and a batch that the window does not fill
     stays last, so that batches begin where they began before. Pure function of its arguments, whatever the number of
     ranks.
-
-    length: sorts the samples; a number, or a tuple of them.
     """
     ranked = sorted(window, key=length)
     ranked, first = ranked[: len(ranked) - begun], ranked[len(ranked) - begun :]
