@@ -102,6 +102,25 @@ def test_objects_nested_too_deeply(tmp_path: Path) -> None:
             list(raw_records(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_a_number_of_thousands_of_digits(tmp_path: Path, name: str) -> None:
+    """Python refuses to make an integer of it, with an error that is no JSON error."""
+    number = '{"id": ' + "9" * 5000 + "}"
+    (tmp_path / name).write_text(f"[{number}]" if name == "x.json" else number, encoding="utf-8")
+    with pytest.raises(DataError, match="digits") as caught:
+        list(raw_records(tmp_path / name))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.parquet"])
+def test_a_pipe_is_no_data_file(tmp_path: Path, name: str) -> None:
+    """Opened like a file, it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / name)
+    for read in (raw_records, lambda path: Records([SourceConfig(path=str(path))])):
+        with pytest.raises(DataError, match="regular file"):
+            list(read(tmp_path / name))
+
+
 def as_list(folder: Path, records: list[Any]) -> Path:
     (folder / "x.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")  # with a byte order mark
     return folder / "x.json"

@@ -125,6 +125,12 @@ def test_no_picture(tmp_path: Path, content: bytes) -> None:
     refused(path, "cannot be read")
 
 
+def test_a_rare_format_under_a_common_name(tmp_path: Path) -> None:
+    """What a file is says its content; decoders that hardly anyone uses are not offered to strangers."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", format="DDS")
+    refused(tmp_path / "a.jpg", "cannot be read")
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 def test_truncated(tmp_path: Path, name: str) -> None:
     noise = Image.effect_noise((200, 200), 90).convert("RGB")

@@ -60,3 +60,28 @@ def test_a_run_goes_without_what_cannot_be_used(
     assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "what was committed stays"
     refused = run_ranks(train_all, 1, [config("none", bad_samples="error")])
     assert refused[0][0].startswith("DataError: sample picture-") and "cannot be read" in refused[0][0]
+    # a run that met bad samples may be told to end at them, and told again to go on without
+    (tmp_path / "alone" / "latest").write_text("step-000003\n")
+    shutil.rmtree(tmp_path / "alone" / "step-000006")
+    refused = run_ranks(train_all, 1, [config("alone", bad_samples="error")])
+    assert refused[0][0].startswith("DataError: sample picture-")
+    assert run_ranks(train_all, 1, [config("alone")]) == [["step-000006"]]
+    assert scalars(tmp_path / "alone", "skipped_samples") == scalars(tmp_path / "whole", "skipped_samples")
+
+
+def test_what_is_left_out_when_files_are_read_counts_as_well(
+    run_config: Callable[..., RunConfig], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data.parent / "images", tmp_path / "images")
+    wrong = [{"id": f"wrong-{n}", "conversations": [{"from": "robot", "value": "?"}]} for n in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps([*json.loads(data.read_text()), *wrong]))
+
+    def config(name: str, limit: int, steps: int) -> RunConfig:
+        settings = {"sources": [{"path": str(tmp_path / "data.json")}], "max_length": 512, "system_prompt": ""}
+        more = {"bad_samples": "skip", "max_bad_samples": limit}
+        return run_config("encoder", tmp_path / name, data={**settings, **more}, max_steps=steps)
+
+    few, enough, longer = run_ranks(train_all, 1, [config("few", 2, 1), config("run", 3, 1), config("run", 3, 2)])[0]
+    assert few.startswith("DataError: 3 samples could not be used, more than data.max_bad_samples=2")
+    assert (enough, longer) == ("step-000001", "step-000002")
+    assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], "read again behind a resume, not counted twice"

@@ -143,7 +143,7 @@ class Lengths(Sequence[int]):
 def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
     lengths: list[int], batch: int, ranks: int, seed: int, data: st.DataObject
 ) -> None:
-    def grouped(rank: int, ranks: int, grouped: bool = True) -> Loader:
+    def grouped(rank: int, ranks: int, grouping: str = "length") -> Loader:
         records: Any = Lengths(lengths)
         return Loader(
             records,
@@ -154,7 +154,7 @@ def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
             ranks,
             pad_id=0,
             seed=seed,
-            group_by_length=grouped,  # type: ignore[arg-type]
+            grouping=grouping,  # type: ignore[arg-type]
         )
 
     steps = len(lengths) // batch
@@ -169,7 +169,7 @@ def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
     for start in range(0, len(seen), window):
         usual = range(start, min(start + window, len(lengths)))
         assert set(seen[start : start + window]) <= set(usual), "no sample leaves its window"
-    plain = [[n for micro in step for n in micro] for step in drawn(grouped(0, 1, False), 0, steps)]
+    plain = [[n for micro in step for n in micro] for step in drawn(grouped(0, 1, "off"), 0, steps)]
 
     def padding(order: list[list[int]]) -> int:
         return sum(max(lengths[n] for n in step) * batch for step in order)
@@ -185,20 +185,19 @@ class Mixed(Lengths):
         return int(index % 3 == 0)
 
 
-def grouped_steps(records: Any, batch: int, first: int, last: int, seed: int = 0) -> list[list[int]]:
-    stream = Loader(records, Plain(), batch, batch, 0, 1, 0, seed, group_by_length=True)  # type: ignore[arg-type]
+def grouped_steps(
+    records: Any, batch: int, first: int, last: int, seed: int = 0, grouping: Any = "length"
+) -> list[list[int]]:
+    stream = Loader(records, Plain(), batch, batch, 0, 1, 0, seed, grouping=grouping)  # type: ignore[arg-type]
     return [[n for micro in step for n in micro] for step in drawn(stream, first, last)]
 
 
-@given(st.integers(1, 70), st.sampled_from([2, 4]), st.integers(0, 5))
+@given(st.integers(1, 70), st.sampled_from([2, 4]), st.integers(0, 5), st.sampled_from(["length", "modality"]))
 @settings(max_examples=40)
-def test_grouped_epochs_hold_every_sample_once(samples: int, batch: int, seed: int) -> None:
+def test_grouped_epochs_hold_every_sample_once(samples: int, batch: int, seed: int, grouping: str) -> None:
     steps = -(-3 * samples // batch)
-    flat = [
-        n
-        for step in grouped_steps(Mixed([n * 37 % 50 + 1 for n in range(samples)]), batch, 0, steps, seed)
-        for n in step
-    ]
+    records = Mixed([n * 37 % 50 + 1 for n in range(samples)])
+    flat = [n for step in grouped_steps(records, batch, 0, steps, seed, grouping) for n in step]
     for epoch in range(3):
         assert sorted(flat[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
 
@@ -212,6 +211,17 @@ def test_groups_are_steps_in_later_epochs_too() -> None:
         return sum(lengths[n] for step in steps for n in step) / sum(32 * max(lengths[n] for n in s) for s in steps)
 
     assert used(0, 32) > 0.86 and used(33, 64) > 0.86
+
+
+def test_pictures_and_plain_text_share_no_batch() -> None:
+    """But for the one in which a window of eight batches passes from one to the other; lengths alone mix them."""
+
+    def mixed(grouping: str) -> list[int]:
+        steps = grouped_steps(Mixed([n * 37 % 50 + 1 for n in range(512)]), 8, 0, 64, grouping=grouping)
+        return [len({n % 3 == 0 for n in step}) - 1 for step in steps]
+
+    assert all(sum(mixed("modality")[start : start + WINDOW]) <= 1 for start in range(0, 64, WINDOW))
+    assert sum(mixed("length")) > 32
 
 
 def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
@@ -232,7 +242,7 @@ def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
         1,
         pad_id=0,
         seed=0,
-        group_by_length=True,
+        grouping="length",
     )
     for (batch,) in stream.steps(0, 4):
         assert len({name.split("-")[1] for name in batch["ids"]}) == 1
@@ -261,7 +271,7 @@ def test_ranks_that_plan_unlike_each_other_stop_before_the_step(numbers: tuple[i
     assert all("plan step 7 unlike each other" in s for s in said) if not alike else said == ["alike", "alike"]
 
 
-@pytest.mark.parametrize("options", [{"packing": True}, {"group_by_length": True}, {}])
+@pytest.mark.parametrize("options", [{"packing": True}, {"grouping": "length"}, {}])
 def test_a_rank_that_reads_other_data_has_another_plan(data: Path, options: dict[str, Any]) -> None:
     def numbers(rank: int, broken: bool) -> list[int]:
         records: Any = Records([SourceConfig(path=str(data))])

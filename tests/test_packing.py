@@ -124,7 +124,7 @@ def test_flash_attention_gets_one_row() -> None:
 
 # -- losses and gradients ----------------------------------------------------------------------------------------------
 
-WAYS: dict[str, dict[str, Any]] = {"padded": {}, "grouped": {"group_by_length": True}, "packed": {"packing": True}}
+WAYS: dict[str, dict[str, Any]] = {"padded": {}, "grouped": {"grouping": "length"}, "packed": {"packing": True}}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "encoder", "decoder"])

@@ -21,7 +21,7 @@ def main(
         list[str], typer.Argument(help="Data files, or FILE:ROOT where pictures lie elsewhere; registered names.")
     ],
     out: Annotated[Path, typer.Option(help="New file, .json or .jsonl, in a folder that holds all pictures.")],
-    seed: Annotated[int, typer.Option(help="Of the random order within each source.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random order within each source.", min=0)] = 0,
     shuffle: Annotated[bool, typer.Option(help="Permute each source first.")] = True,
     limit: Annotated[list[int] | None, typer.Option(help="Take so many of a source; one a source, 0 for all.")] = None,
 ) -> None:

@@ -112,8 +112,9 @@ class DataConfig(Section):
     """System message of every conversation; empty keeps the chat template's own default."""
     chat_template: str | None = None
     """File with a chat template that replaces the tokenizer's own, kept by every export of the run."""
-    group_by_length: bool = False
-    """Put samples of like length into one batch, within windows of a few batches: less padding, another order."""
+    grouping: Literal["off", "length", "modality"] = "off"
+    """Put samples of like length into one batch, within windows of a few batches: less padding, another order;
+    modality: and, before that, those with pictures apart from those without."""
     packing: bool = False
     """Put several samples into a row of at most max_length: hardly any padding, the same losses and gradients."""
     workers: int = Field(default=0, ge=0)
@@ -227,7 +228,7 @@ class RunConfig(Section):
     """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     activation_checkpointing: bool = True
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     zero: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
     nvme_path: str | None = None

@@ -127,7 +127,7 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
         encode.template.tokenizer.pad_token_id or 0,
         config.seed,
         config.data.workers,
-        config.data.group_by_length,
+        config.data.grouping,
         config.data.bad_samples == "skip",
         config.data.packing,
     )

@@ -11,7 +11,6 @@ Draws its own data: JPEG pictures of 640 x 480 and conversations of the lengths 
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import tempfile
 import time
@@ -19,40 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
+
+from synthetic_data import draw_pictures, write_records
 
 from zero_ds.config import SourceConfig
 from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import Loader, SampleEncoder
 from zero_ds.data.sources import Records
-
-
-def draw(folder: Path, samples: int, pictures: int = 64) -> Path:
-    """Writes pictures with structure and noise, and a LLaVA JSON of samples about them."""
-    rng, noise = random.Random(0), np.random.default_rng(0)
-    for number in range(pictures):
-        coarse = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480))
-        fine = noise.integers(-12, 13, (480, 640, 3))
-        Image.fromarray((np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg")
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(3000)]
-
-    def text(count: float) -> str:
-        return " ".join(rng.choices(words, k=max(1, int(count))))
-
-    records = []
-    for number in range(samples):
-        turns = []
-        for turn in range(max(1, min(12, int(rng.lognormvariate(1.0, 0.7))))):
-            asked = ("<image>\n" if turn == 0 else "") + text(rng.randint(4, 14))
-            turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": text(rng.lognormvariate(3.0, 1.1))}]
-        records.append({"id": str(number), "image": f"{number % pictures}.jpg", "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder / "data.json"
 
 
 def in_the_step(
@@ -112,7 +89,8 @@ def main(
     tokens, limit = (size // 14) ** 2, 2048
     found: dict[str, list[float]] = {"in the step": [], "loader, padded": [], "loader, packed": []}
     with tempfile.TemporaryDirectory() as folder:
-        data = draw(Path(folder), samples)
+        data = Path(folder) / "data.json"
+        write_records(data, samples, draw_pictures(Path(folder), 64))
         processor: Any = ImageProcessor.from_folder(encoder, size)
         template = ChatTemplate(AutoTokenizer.from_pretrained(model))
         sample_encoder = SampleEncoder(template, "response", processor, tokens, limit)

@@ -51,7 +51,7 @@ def main(
     ways: dict[str, tuple[int, dict[str, bool]]] = {
         "padded": (micro_batch, {}),
         "padded, rows as many as packed": (max(micro_batch, 4), {}),
-        "grouped": (max(micro_batch, 4), {"group_by_length": True}),
+        "grouped": (max(micro_batch, 4), {"grouping": "length"}),
         "packed": (micro_batch, {"packing": True}),
     }
     for name, (micro, options) in ways.items():

@@ -19,7 +19,7 @@ LLM = Path("~/.cache/zero_ds/smollm2-135m-instruct")
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data set and vision encoder.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of pictures and encoder.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of pictures and encoder.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Warm-up steps of the vision encoder.", min=1)] = 2000,
 ) -> None:
     """Make the demo's language model, pictures and vision encoder, each once.

@@ -28,7 +28,7 @@ def quickstart(
         str, typer.Option(help="Layers to replace, first:last; or `trajectory`: those that the trajectory proposes.")
     ] = "24:28",
     translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights and sample order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights and sample order.", min=0)] = 0,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value for every training run, e.g. zero=zero2; repeatable.")
     ] = None,

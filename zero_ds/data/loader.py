@@ -27,7 +27,7 @@ from zero_ds.data.conversations import (
     cut_turns,
     image_prompt,
 )
-from zero_ds.data.formats import DataError, TooLongError
+from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Records, Sample
 
@@ -78,7 +78,7 @@ class SampleEncoder:
         try:
             views = [self.processor.views(*image_size(path)) for path in sample.images]
         except ImageError as error:
-            raise DataError(f"sample {sample.id}: {error}") from None
+            raise DataError(f"sample {named(sample.id)}: {error}") from None
         return [count * self.tokens_per_image for count in views]
 
     def pixels(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
@@ -90,13 +90,13 @@ class SampleEncoder:
         if self.processor is None:
             if sample.images:
                 raise DataError(
-                    f"sample {sample.id} has an image, but this stage has no vision encoder; drop image samples"
+                    f"sample {named(sample.id)} has an image, but this stage has no vision encoder; drop image samples"
                 )
             return torch.zeros(0, 3, 0, 0)
         try:
             views = [self.processor(open_image(path)) for path in sample.images[:pictures]]
         except ImageError as error:
-            raise DataError(f"sample {sample.id}: {error}") from None
+            raise DataError(f"sample {named(sample.id)}: {error}") from None
         if not views:
             return torch.zeros(0, 3, self.processor.size, self.processor.size)
         return views[0] if len(views) == 1 else torch.cat(views)
@@ -111,10 +111,10 @@ class SampleEncoder:
         try:
             encoded = cut_turns(self.turns(sample), self.max_length, encode)
         except ConversationError as error:
-            raise DataError(f"sample {sample.id}: {error}") from None
+            raise DataError(f"sample {named(sample.id)}: {error}") from None
         if encoded is None:
             raise TooLongError(
-                f"sample {sample.id} has no answer within {self.max_length} tokens; raise data.max_length"
+                f"sample {named(sample.id)} has no answer within {self.max_length} tokens; raise data.max_length"
             )
         return encoded
 
@@ -131,8 +131,8 @@ class SampleEncoder:
         pixels = self.pixels(sample, encoded.images)
         if self.processor is not None and len(pixels) * self.tokens_per_image != encoded.input_ids.count(IMAGE_TOKEN):
             raise DataError(
-                f"sample {sample.id} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} views "
-                f"of {self.tokens_per_image}; its pictures changed while they were read, or their headers mislead"
+                f"sample {named(sample.id)} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} "
+                f"views of {self.tokens_per_image}; its pictures changed while they were read, or their headers mislead"
             )
         return {
             "input_ids": encoded.input_ids,
@@ -155,16 +155,16 @@ WINDOW = 8
 """Global batches in which samples are grouped: more saves little padding, and ties batches to lengths."""
 
 
-def group_by_length(
-    window: Sequence[int], length: Callable[[int], int], batch: int, seed: int, begun: int = 0
+def group_alike(
+    window: Sequence[int], measure: Callable[[int], Any], batch: int, seed: int, begun: int = 0
 ) -> list[int]:
-    """Reorders one window of samples so that those of like length share a batch; the batches come in random order.
+    """Reorders one window of samples so that those of like measure share a batch; the batches come in random order.
 
     The first `begun` samples fill a batch up that an epoch before has begun, and a batch that the window does not fill
     stays last, so that batches begin where they began before. Pure function of its arguments, whatever the number of
     ranks.
     """
-    ranked = sorted(window, key=length)
+    ranked = sorted(window, key=measure)
     ranked, first = ranked[: len(ranked) - begun], ranked[len(ranked) - begun :]
     batches = [ranked[start : start + batch] for start in range(0, len(ranked), batch)]
     whole = [b for b in batches if len(b) == batch]
@@ -191,7 +191,7 @@ class Loader:
     pad_id: int
     seed: int
     workers: int = 0
-    group_by_length: bool = False
+    grouping: Literal["off", "length", "modality"] = "off"
     skip_bad: bool = False
     """Leave out samples that cannot be used, instead of ending the run."""
     packing: bool = False
@@ -325,7 +325,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
         epoch, place = divmod(position, len(records))
         if self._order[0] != epoch:
             self._order = (epoch, sample_order(len(records), seed, epoch))
-        if not self.loader.group_by_length:
+        if self.loader.grouping == "off":
             return int(self._order[1][place])
         batch = self.loader.global_batch
         window = position // (batch * WINDOW)
@@ -336,18 +336,18 @@ class _Steps(Dataset[list[Batch] | DataError]):
             samples = self._order[1][first - epoch * len(records) : last - epoch * len(records)]
             seed = ((seed * 1_000_003 + epoch) * 1_000_003 + window) % 2**63
             begun = min(-first % batch, last - first)
-            self._window = ((epoch, window), group_by_length(samples, self._length, batch, seed, begun))
+            self._window = ((epoch, window), group_alike(samples, self._measure, batch, seed, begun))
         return int(self._window[1][position - first])
 
-    def _length(self, index: int) -> int:
-        """About how many tokens a sample has: four bytes a token, and its image tokens."""
+    def _measure(self, index: int) -> tuple[bool, int]:
+        """Whether a sample has a picture, if that matters; about how many tokens: bytes of text / 4, and images'."""
         records, encoder = self.loader.records, self.loader.encoder
         pictures = records.images(index)
         shown = encoder.tokens_per_image * pictures
         if pictures and encoder.processor is not None and encoder.processor.grid:
             with contextlib.suppress(DataError):  # said when its turn comes
                 shown = sum(encoder.image_tokens(records[index]))
-        return records.size(index) // 4 + shown
+        return self.loader.grouping == "modality" and pictures > 0, records.size(index) // 4 + shown
 
 
 _Rows = list[list[dict[str, Any] | DataError]]
