@@ -55,7 +55,7 @@ if [[ " ${launcher[*]} " != *" --hostfile "* ]]; then
   [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
   # several runs on one machine must not meet on one port
   [[ " ${launcher[*]} " == *" --master_port "* ]] ||
-    launcher+=(--master_port "$(python -c 'from zero_ds.distributed import free_port; print(free_port())')")
+    launcher+=(--master_port "$(python -c 'from zero_ds.ports import free_port; print(free_port())')")
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")

@@ -56,7 +56,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     Raises:
         RankError: a rank raised, died or hung; every other rank has been killed.
     """
-    from zero_ds.distributed import free_port
+    from zero_ds.ports import free_port
 
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)

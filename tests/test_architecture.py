@@ -19,6 +19,8 @@ FLOORS: dict[str, int] = {
     "config": 0,
     "failure": 0,
     "distributed": 0,
+    "ports": 0,
+    "console": 0,
     "monitor": 0,
     "hub": 0,
     "files": 0,

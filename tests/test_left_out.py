@@ -76,12 +76,16 @@ def test_what_is_left_out_when_files_are_read_counts_as_well(
     wrong = [{"id": f"wrong-{n}", "conversations": [{"from": "robot", "value": "?"}]} for n in range(3)]
     (tmp_path / "data.json").write_text(json.dumps([*json.loads(data.read_text()), *wrong]))
 
-    def config(name: str, limit: int, steps: int) -> RunConfig:
+    def config(name: str, limit: int) -> RunConfig:
         settings = {"sources": [{"path": str(tmp_path / "data.json")}], "max_length": 512, "system_prompt": ""}
         more = {"bad_samples": "skip", "max_bad_samples": limit}
-        return run_config("encoder", tmp_path / name, data={**settings, **more}, max_steps=steps)
+        checkpoint = {"every_steps": 1, "keep": 9}
+        return run_config("encoder", tmp_path / name, data={**settings, **more}, checkpoint=checkpoint, max_steps=2)
 
-    few, enough, longer = run_ranks(train_all, 1, [config("few", 2, 1), config("run", 3, 1), config("run", 3, 2)])[0]
+    few, enough = run_ranks(train_all, 1, [config("few", 2), config("run", 3)])[0]
     assert few.startswith("DataError: 3 samples could not be used, more than data.max_bad_samples=2")
-    assert (enough, longer) == ("step-000001", "step-000002")
+    assert enough == "step-000002" and scalars(tmp_path / "run", "skipped_samples") == [3, 3]
+    shutil.rmtree(tmp_path / "run" / "step-000002")
+    (tmp_path / "run" / "latest").write_text("step-000001\n")
+    assert run_ranks(train_all, 1, [config("run", 3)]) == [["step-000002"]]
     assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], "read again behind a resume, not counted twice"

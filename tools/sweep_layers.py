@@ -24,7 +24,7 @@ from zero_ds.evaluation.run import read_evaluation
 from zero_ds.evaluation.summary import summary
 from zero_ds.files import write_atomically
 from zero_ds.graft import run_config
-from zero_ds.monitor import set_up_logging
+from zero_ds.console import set_up_logging
 from zero_ds.pipeline import Pipeline
 from zero_ds.report import step_seconds
 

@@ -48,7 +48,7 @@ Overrides = Annotated[
 def _every_command() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from zero_ds.monitor import set_up_logging
+    from zero_ds.console import set_up_logging
 
     set_up_logging()
 
@@ -136,8 +136,6 @@ def train_module() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what a user can mend ends as one sentence on stderr and exit status 2."""
-    from zero_ds import distributed
-
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # an exception, so that nothing half-written stays behind
             signal.signal(number, _end)
@@ -155,7 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"zero-ds: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
-        distributed.shutdown()
+        if distributed := sys.modules.get("zero_ds.distributed"):  # it loads torch; without it, no group was joined
+            distributed.shutdown()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -113,8 +113,7 @@ class DataConfig(Section):
     chat_template: str | None = None
     """File with a chat template that replaces the tokenizer's own, kept by every export of the run."""
     grouping: Literal["off", "length", "modality"] = "off"
-    """Put samples of like length into one batch, within windows of a few batches: less padding, another order;
-    modality: and, before that, those with pictures apart from those without."""
+    """Samples of like length share a batch, within windows of a few batches; modality: pictures and text apart, too."""
     packing: bool = False
     """Put several samples into a row of at most max_length: hardly any padding, the same losses and gradients."""
     workers: int = Field(default=0, ge=0)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from zero_ds.config import ConfigError
 from zero_ds.failure import WATCH
+from zero_ds.ports import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +82,6 @@ def _allow_two_models_under_hpz() -> None:
             made[group_size] = True
 
     groups._create_zero_param_parallel_group = make_once
-
-
-def free_port() -> int:
-    """A TCP port on this machine that is free now."""
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def rank() -> int:

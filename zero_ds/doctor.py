@@ -139,7 +139,7 @@ def judged(result: dict[str, Any], seconds: float) -> list[Check]:
 
 def _local(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
     """Options of `deepspeed` and environment for ranks of this machine, as launch/train.sh has them."""
-    from zero_ds.distributed import free_port
+    from zero_ds.ports import free_port
 
     ranks = len(cluster.nodes[0].slots)
     environment = dict(os.environ)

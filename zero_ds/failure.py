@@ -14,8 +14,10 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+if TYPE_CHECKING:  # programs that only start or ask others read reasons, and need no torch for that
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class Watch:
         """Joins the store at host:port by a connection of its own, since others may block theirs."""
         if world == 1 or self._store is not None:
             return
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
         self._rank, self._world = rank, world
         client = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an elastic agent's store outlives an attempt

@@ -197,7 +197,7 @@ class Launch:
 
     def _on_this_machine(self) -> list[str]:
         """The command for a hostfile that names this machine alone."""
-        from zero_ds.distributed import free_port
+        from zero_ds.ports import free_port
 
         more = ["--no_ssh_check"]
         for name, value in (("--master_addr", "127.0.0.1"), ("--master_port", str(free_port()))):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,32 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds import distributed
+from zero_ds.console import duration
 
 logger = logging.getLogger(__name__)
-
-
-def set_up_logging(level: int = logging.INFO) -> None:
-    """A handler for this package's loggers; ranks but 0 speak from warnings on. The root logger stays as it is."""
-    package = logging.getLogger("zero_ds")
-    if not package.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        prefix = "" if distributed.world_size() == 1 else f"[rank {distributed.rank()}] "
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
-        package.addHandler(handler)
-        package.propagate = False
-    package.setLevel(level if distributed.is_rank_zero() else logging.WARNING)
-    for noisy in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    import warnings
-
-    warnings.filterwarnings("ignore", message=".*TORCH_CUDA_ARCH_LIST.*")
-
-
-def duration(seconds: float) -> str:
-    """75 -> `1:15`, 4000 -> `1:06:40`."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
 
 
 class Progress:

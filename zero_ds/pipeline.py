@@ -23,8 +23,8 @@ from types import FrameType
 import psutil
 
 from zero_ds.config import ConfigError
+from zero_ds.console import duration
 from zero_ds.files import write_atomically
-from zero_ds.monitor import duration
 
 logger = logging.getLogger(__name__)
 
