@@ -2,6 +2,7 @@
 # The whole method in one command, on a real language model of 135M parameters, without a GPU.
 #
 #   launch/quickstart.sh [--steps-scale X] [--controls] [--fresh] [--out DIR] [--seed N] [--replace k:e|trajectory]
+#                        [--pictures N]
 #
 # Set-up (once): .venv with pinned packages; the language model, converted into ~/.cache/zero_ds; pictures and a small
 # vision encoder in runs/demo. Then the main job: trajectory, surrogate, training with DeepSpeed ZeRO-3, graft,

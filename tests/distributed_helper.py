@@ -7,6 +7,7 @@ under a second. What a rank prints goes into a file and is shown when it fails.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -125,6 +126,7 @@ def _story(function: Callable[..., Any], failed: str, folder: Path, world_size: 
 def _rank(
     function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], files: Path, timeout: float
 ) -> None:
+    gc.freeze()  # what the fork server has imported stays; DeepSpeed collects whenever an engine is made
     os.environ.update(environment)
     os.chdir(files.parent)
     log = os.open(f"{files}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)

@@ -19,12 +19,12 @@ import typer
 
 from zero_ds.checkpoint import find_commit
 from zero_ds.commands.quickstart import FULL, Plan
+from zero_ds.console import set_up_logging
 from zero_ds.cost import encoder_step_ratio
 from zero_ds.evaluation.run import read_evaluation
 from zero_ds.evaluation.summary import summary
 from zero_ds.files import write_atomically
 from zero_ds.graft import run_config
-from zero_ds.console import set_up_logging
 from zero_ds.pipeline import Pipeline
 from zero_ds.report import step_seconds
 

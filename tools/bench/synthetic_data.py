@@ -52,7 +52,7 @@ def write_records(path: Path, count: int, pictures: list[str], text_only: float 
             if shown:
                 record["image"] = pictures[number % len(pictures)]
             file.write("[" if number == 0 else ",\n")
-            json.dump(record, file)
+            json.dump(record, file, indent=2)  # as LLaVA's own file
         file.write("]\n")
 
 

@@ -28,6 +28,7 @@ def quickstart(
         str, typer.Option(help="Layers to replace, first:last; or `trajectory`: those that the trajectory proposes.")
     ] = "24:28",
     translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.", min=1)] = 1,
+    pictures: Annotated[int, typer.Option(help="Held-out pictures to evaluate on, of 500.", min=2)] = 250,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and sample order.", min=0)] = 0,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value for every training run, e.g. zero=zero2; repeatable.")
@@ -39,7 +40,7 @@ def quickstart(
         start_fresh(out)
     if not (demo / "data/train.json").is_file():
         raise ConfigError(f"{demo} holds no demo data; make them with: zero-ds demo --out {demo}")
-    plan = Plan(out, demo, steps_scale, seed, replace, translators, overrides=tuple(overrides or ()))
+    plan = Plan(out, demo, steps_scale, seed, replace, translators, pictures, tuple(overrides or ()))
     steps = plan.main() + (plan.controls() if controls else [])
     steps.append(plan.report(controls))
     Pipeline(out, steps).run()
@@ -100,7 +101,7 @@ class Plan:
             ),
             self._ours(
                 "export",
-                17,
+                25,
                 ("export", "--weights", str(out / "encoder"), "--target", self.target, "--out", str(out / "export")),
                 produces="export/proof.json",
             ),
@@ -220,7 +221,7 @@ class Plan:
             )
             for label, (weights, decoder) in of.items()
         )
-        return Step(name, commands, 50.0 * len(of), tuple(self.out / f"evaluation/{label}.json" for label in of))
+        return Step(name, commands, 60.0 * len(of), tuple(self.out / f"evaluation/{label}.json" for label in of))
 
     def _ours(self, name: str, seconds: float, *words: tuple[str, ...], produces: str | None = None) -> Step:
         files = (self.out / produces,) if produces else ()
