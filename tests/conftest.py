@@ -38,6 +38,15 @@ settings.register_profile(
 settings.load_profile("zero_ds")
 
 
+LONG = ("nodes", "failure", "kill", "mixed", "engine", "fp16", "packing", "train", "plan", "pains", "real_model")
+"""Files that take a minute or several: begun first, so that no worker ends with one of them alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def pytest_unconfigure() -> None:
     _SESSION.cleanup()
 

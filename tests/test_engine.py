@@ -159,7 +159,7 @@ CASES = [
     (stage, zero, again)
     for stage in ("pretrain", "decoder")
     for zero in ("zero0", "zero1", "zero2", "zero3")
-    for again in (True, False)
+    for again in ((True, False) if zero in ("zero2", "zero3") else (False,))
 ] + [(stage, zero, True) for stage in ("encoder", "encoder, all options") for zero in ("zero2", "zero3")]
 CASES += [
     (stage, zero, again)
@@ -198,6 +198,10 @@ def settings(run_config: Callable[..., RunConfig], stage: str, zero: str = "zero
     )
 
 
+ALONE = [case for case in CASES if case[1] in ("zero0", "zero2", "zero3") and case[2] != (case[0] == "pretrain")]
+"""What one rank runs: there ZeRO has nothing to divide, and four passes have to add up."""
+
+
 @pytest.fixture(scope="module")
 def expected(run_config: Callable[..., RunConfig]) -> dict[str, Any]:
     names = dict.fromkeys(stage for stage, _, _ in CASES)
@@ -208,9 +212,9 @@ def expected(run_config: Callable[..., RunConfig]) -> dict[str, Any]:
 def measured(run_config: Callable[..., RunConfig]) -> dict[int, dict[tuple[Any, ...], list[dict[str, Any]]]]:
     """World size -> case -> what each rank saw. One start of the ranks for all cases."""
     result = {}
-    for world_size in (1, 2):
-        ranks = run_ranks(engine_run, world_size, [settings(run_config, *case) for case in CASES])
-        result[world_size] = {case: [rank[number] for rank in ranks] for number, case in enumerate(CASES)}
+    for world_size, cases in ((1, ALONE), (2, CASES)):
+        ranks = run_ranks(engine_run, world_size, [settings(run_config, *case) for case in cases])
+        result[world_size] = {case: [rank[number] for rank in ranks] for number, case in enumerate(cases)}
     return result
 
 
@@ -234,8 +238,9 @@ def test_hybrid_shards_on_four_ranks(expected: dict[str, Any], run_config: Calla
             assert mine["loss"] == pytest.approx(plainly["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2], ids=["1 rank x 4", "2 ranks x 2"])
-@pytest.mark.parametrize(("stage", "zero", "again"), CASES)
+@pytest.mark.parametrize(
+    ("world_size", "stage", "zero", "again"), [*((1, *case) for case in ALONE), *((2, *case) for case in CASES)]
+)
 def test_gradients_and_updates_are_those_of_plain_pytorch(
     expected: dict[str, Any], measured: dict[int, Any], world_size: int, stage: str, zero: str, again: bool
 ) -> None:

@@ -224,13 +224,9 @@ def silent(ranks: tuple[int, ...]) -> None:
     time.sleep(600)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["first attempt", "another attempt"])
-def test_a_mistake_is_told_last_and_no_old_reason(
-    launch: Callable[..., subprocess.Popen[str]], tmp_path: Path, again: bool
-) -> None:
-    if again:
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / failure.FILE).write_text("yesterday's\n")
+def test_a_mistake_is_told_last_and_no_old_reason(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / failure.FILE).write_text("yesterday's\n")
     process = launch(global_batch=3)
     said, _ = process.communicate(timeout=LIMIT)
     assert process.returncode != 0 and "yesterday" not in said
