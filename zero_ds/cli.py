@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -153,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"zero-ds: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
+        gc.freeze()  # the interpreter, on its way out, would look through all of torch for garbage, for seconds
         if distributed := sys.modules.get("zero_ds.distributed"):  # it loads torch; without it, no group was joined
             distributed.shutdown()
 

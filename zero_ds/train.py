@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -53,6 +54,7 @@ def train(config: RunConfig) -> Path:
     seed_everything(config.seed)
 
     model, loader, hashes = build(config, ds, world_size)
+    gc.freeze()  # what is there by now stays; DeepSpeed looks for garbage more than once while it sets up
     left_out = LeftOut(config.data.max_bad_samples)
     left_out.at_reading(loader.records)
     total = config.max_steps or max(1, math.ceil(len(loader.records) * config.epochs / config.global_batch))

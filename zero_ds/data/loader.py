@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import logging
 import multiprocessing
 import signal
@@ -214,7 +215,7 @@ class Loader:
             num_workers=self.workers,
             multiprocessing_context="fork" if self.workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_rank,
+            worker_init_fn=_begin_worker,
         )
         others = multiprocessing.active_children()
         batches_of_steps = iter(stream)
@@ -235,8 +236,12 @@ class Loader:
             atexit.unregister(end)
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A signal to all processes of a job asks the ranks to commit and stop; their workers end with them."""
+def _begin_worker(worker: int) -> None:
+    """A signal to all processes of a job asks the ranks to commit and stop; their workers end with them.
+
+    What the rank has loaded is not looked through for garbage: that alone would copy every page of it.
+    """
+    gc.freeze()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
