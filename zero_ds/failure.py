@@ -14,8 +14,10 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class Watch:
 
     def start(self, rank: int, world: int, host: str, port: int) -> None:
         """Joins the store at host:port by a connection of its own, since others may block theirs."""
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # not for the launcher
+
         if world == 1 or self._store is not None:
             return
         self._rank, self._world = rank, world

@@ -57,6 +57,8 @@ def pipeline(
         for step in steps:
             print(*(f"+ {shlex.join(command)}" for command in step.commands), sep="\n")
         return
+    if not Path("launch/train.sh").is_file():
+        raise ConfigError(f"there is no launch/train.sh in {Path.cwd()}; go to the folder of the project first (cd).")
     if fresh:
         start_fresh(folder)
     Pipeline(folder, steps).run()
