@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -73,11 +74,21 @@ def test_train_starts_two_cpu_ranks_where_there_is_no_gpu() -> None:
         assert options["--num_gpus"] == "2"
 
 
+def test_what_is_printed_can_be_pasted_into_a_shell() -> None:
+    odd = ["init_from=[a, b]", "data.system_prompt=it's $HOME & more"]
+    done = run(ROOT / "launch" / "train.sh", "r", *odd, "-n")
+    assert shlex.split(done.stdout.removeprefix("+ "))[-2:] == odd
+
+
 def test_train_passes_the_launchers_options_on() -> None:
     words = command("r", "--hostfile", "hosts", "--include", "node1:0,1@node2", "--master_port", "1234", "seed=1")
     assert words[words.index("--hostfile") + 1] == "hosts"
     assert words[words.index("--include") + 1] == "node1:0,1@node2"
     assert words.count("--master_port") == 1 and "--num_gpus" not in words
+    assert (
+        command("r", "--hostfile=hosts", "--include=node1")[3:]
+        == command(*("r", "--hostfile", "hosts", "--include", "node1"))[3:]
+    ), "with = as well"
     words = command("r", "--ranks", "3")
     assert words[words.index("--num_gpus") + 1] == "3"
 
@@ -163,6 +174,14 @@ def test_two_runs_on_one_machine_do_not_share_a_port() -> None:
         (("a", "--frobnicate"), "unknown option --frobnicate"),
         (("a", "--hostfile"), "--hostfile needs a value"),
         (("a", "--ranks"), "--ranks needs a number"),
+        (("a", "--ranks", "0"), "--ranks needs a number"),
+        (("a", "--ranks", "a[$(touch /tmp/x)]"), "--ranks needs a number"),
+        (("a", "--ranks", "2", "--hostfile", "h"), "--ranks is for this machine alone; set slots=2 in the hostfile"),
+        (("a", "--include", "localhost:0"), "--include and --exclude choose GPUs, and this machine has none"),
+        (("a", "--include", "localhost:0", "--ranks", "2"), "give one"),
+        (("a", "--hostfile="), "--hostfile needs a value"),
+        (("a", "--master_port", "abc"), "--master_port needs a port"),
+        (("a", "--ssh_port", "99999"), "--ssh_port needs a port"),
         (("a", "--max-restarts", "many"), "--max-restarts needs a number"),
         (("a", "--forward"), "--forward needs the name of a variable"),
     ],

@@ -60,6 +60,10 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     Pipeline(tmp_path, [step("one", "x = 1")]).run()
     with pytest.raises(ConfigError, match="other settings"):
         Pipeline(tmp_path, [step("one", "x = 2")]).run()
+    before = step("before", append(tmp_path / "log", "x"))
+    with pytest.raises(ConfigError, match="step one differs"):
+        Pipeline(tmp_path, [before, step("one", "x = 2")]).run()
+    assert not (tmp_path / "log").exists(), "before anything runs"
 
 
 def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
@@ -71,9 +75,15 @@ def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    ("name", "background"),
+    [
+        *((signal.SIGINT, background) for background in (False, True)),
+        *((name, False) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)),
+    ],
+)
 def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, background: bool) -> None:
+    """Ctrl-C, a closed terminal, Slurm's signal before the time limit."""
     pid = tmp_path / "pid"
     code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     program = (

@@ -59,6 +59,10 @@ def pipeline(
         return
     if not Path("launch/train.sh").is_file():
         raise ConfigError(f"there is no launch/train.sh in {Path.cwd()}; go to the folder of the project first (cd).")
+    if hostfile is not None:
+        from zero_ds.nodes.hostfile import read_hostfile
+
+        read_hostfile(hostfile, include or "", exclude or "")  # what is wrong with it ends it here, not hours later
     if fresh:
         start_fresh(folder)
     Pipeline(folder, steps).run()

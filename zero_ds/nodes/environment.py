@@ -44,7 +44,7 @@ FORWARD = "ZERO_DS_FORWARD"
 """Variable with further names, separated by commas or spaces; the only way for a secret."""
 DEEPSPEED_FILE = ".deepspeed_env"
 
-_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASS|PASSPHRASE|CREDENTIAL)S?(_|$)", re.IGNORECASE)
+_SECRET = re.compile(r"((TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?|(?<![A-Z])PASS(PHRASE)?)(_|$)", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
