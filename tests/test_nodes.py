@@ -113,6 +113,12 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
     ),
     "clock": ("input='s#time.time()}#time.time() + 100}#'", (), "clocks", "127.0.0.3: (99|100) s ahead"),
     "variable": ("", ("--require", "ZERO_DS_TEST_ON_ONE"), "environment", "127.0.0.3: ZERO_DS_TEST_ON_ONE not set"),
+    "other recipe": (
+        "input='s#hashlib.sha256(path.read#hashlib.md5(path.read#'",
+        ("RECIPE",),
+        "recipe",
+        r"127.0.0.3: .*run\.yaml differs",
+    ),
     "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are wanted"),
 }
 """Fault -> bash lines on the second machine, options of doctor, the check that fails, and what it says."""
@@ -145,6 +151,13 @@ def test_doctor_names_a_machine_that_does_not_answer(machines: Machines, tmp_pat
     status, said = doctor(machines, "--hostfile", str(lost), "--no-launch")
     assert status == 1 and failed(said) == ["ssh"] and "127.0.0.4 does not answer: " in said, said
     assert time.monotonic() - started < 30
+
+
+def test_doctor_names_a_machine_that_takes_too_long(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zero_ds.nodes.ssh.PATIENCE", 4.0)
+    with machines.fault("sleep 10"):
+        status, said = doctor(machines, "--no-launch")
+    assert status == 1 and failed(said) == ["ssh"] and "127.0.0.3 does not answer: no answer in 4 s" in said, said
 
 
 def test_doctor_finds_a_busy_port(machines: Machines) -> None:
@@ -235,7 +248,9 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
     folders = {name: tmp_path_factory.mktemp("nodes") for name in ("two", "one")}
 
     def make(stage: str, hosts: str) -> RunConfig:
-        changes: dict[str, Any] = {"max_steps": STEPS, "checkpoint": {"every_steps": 3}}
+        changes: dict[str, Any] = {"max_steps": STEPS}
+        if hosts == "two":  # to have something to go on from
+            changes["checkpoint"] = {"every_steps": 3}
         if stage == "encoder":
             changes["init_from"] = [str(folders[hosts] / "pretrain")]
         return run_config(stage, folders[hosts] / stage, zero="zero3", **changes)
