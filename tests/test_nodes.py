@@ -192,6 +192,7 @@ class Run:
             **os.environ,
             "PATH": f"{beside}:{os.environ['PATH']}",
             "ZERO_DS_SILENCE": str(SILENCE),
+            "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and loading its libraries takes a second a rank
             "HF_TOKEN": "hf_verysecret",
             "MLFLOW_TRACKING_TOKEN": "ml_verysecret",  # DeepSpeed exports what begins with MLFLOW
             "ZERO_DS_ODD": ODD,

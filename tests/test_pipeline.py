@@ -139,7 +139,7 @@ class Route:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PATH": f"{beside}:{os.environ['PATH']}"},
+            env={**os.environ, "PATH": f"{beside}:{os.environ['PATH']}", "TORCHDYNAMO_DISABLE": "1"},
         )
 
     def stop_after(self, words: str) -> int:

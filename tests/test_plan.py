@@ -113,7 +113,7 @@ def test_a_gradient_that_no_bucket_holds_lies_whole_beside_it(
     planned = option.memory.by_cause["gpu"]["buckets"] / 4 - 2 * bucket
     assert planned == max(plan.parts.trained) > bucket
     (seen,) = run_ranks(whole_gradients, 1, config)
-    assert planned <= seen < planned * 1.5, "and what was reduced just before it"
+    assert planned <= seen < planned * 2, "and what came just before it, whose reduction is under way"
 
 
 def test_every_config_is_planned_and_the_more_is_sharded_the_less_is_needed(

@@ -140,8 +140,6 @@ def train_module() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what a user can mend ends as one sentence on stderr and exit status 2."""
-    from zero_ds import distributed
-
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # an exception, so that nothing half-written stays behind
             signal.signal(number, _end)
@@ -159,7 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"zero-ds: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
-        distributed.shutdown()
+        if loaded := sys.modules.get("zero_ds.distributed"):  # which loads torch; some commands do without
+            loaded.shutdown()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

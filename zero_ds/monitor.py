@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections import deque
@@ -11,21 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zero_ds import distributed
-
 logger = logging.getLogger(__name__)
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
     """A handler for this package's loggers; ranks but 0 speak from warnings on. The root logger stays as it is."""
     package = logging.getLogger("zero_ds")
+    rank = os.environ.get("RANK", "0")  # asking `distributed` would load torch, which many commands do without
     if not package.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        prefix = "" if distributed.world_size() == 1 else f"[rank {distributed.rank()}] "
+        prefix = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"[rank {rank}] "
         handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
         package.addHandler(handler)
         package.propagate = False
-    package.setLevel(level if distributed.is_rank_zero() else logging.WARNING)
+    package.setLevel(level if rank == "0" else logging.WARNING)
     for noisy in ("DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     import warnings
@@ -63,6 +63,8 @@ class Monitor:
         self.progress = Progress(first, total)
         self.path = out / "metrics.jsonl"
         self._file = None
+        from zero_ds import distributed
+
         if distributed.is_rank_zero():
             for path in (self.path, self.path.with_name("answers.jsonl")):
                 _truncate(path, first)

@@ -90,7 +90,7 @@ def plan(
     first, last = next(iter(chain.values())), list(chain.values())[-1]
     named = next(run.surrogate for run in chain.values() if run.surrogate)
     layers = replace or _named_layers(named) or "trajectory"
-    if layers != "trajectory":
+    if replace and layers != "trajectory":
         from zero_ds.surrogate import Replaced
 
         Replaced.parse(layers)  # what is no range ends it here

@@ -34,7 +34,19 @@ NAMES = (
 )
 """Variables that are forwarded where they are set."""
 PREFIXES = (
-    *("NCCL_", "FI_", "UCX_", "GLOO_", "OMPI_", "HF_", "TRANSFORMERS_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_"),
+    *(
+        "NCCL_",
+        "FI_",
+        "UCX_",
+        "GLOO_",
+        "OMPI_",
+        "HF_",
+        "TRANSFORMERS_",
+        "TORCH_",
+        "TORCHDYNAMO_",
+        "TORCHINDUCTOR_",
+        "PYTORCH_",
+    ),
     *("TRITON_", "WANDB_", "OMP_", "KMP_", "DS_", "ZERO_DS_", "CUDA_DEVICE_"),
 )
 """Beginnings of names that are."""
