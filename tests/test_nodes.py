@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,14 +261,16 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def one_machine(config: Callable[..., RunConfig]) -> None:
-    """The same two runs by two ranks of one machine, without ssh and without a fault."""
+def one_machine(config: Callable[..., RunConfig]) -> Iterator[Future[list[list[str]]]]:
+    """The same two runs by two ranks of one machine, without ssh and without a fault, while others wait for a fault."""
     runs = [config("pretrain", "one"), config("encoder", "one")]
-    assert run_ranks(train_all, 2, runs, timeout=500) == [[f"step-{STEPS:06d}"] * 2] * 2
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(run_ranks, train_all, 2, runs, timeout=500)
 
 
-def same(config: Callable[..., RunConfig], stage: str) -> None:
+def same(config: Callable[..., RunConfig], stage: str, one_machine: Future[list[list[str]]]) -> None:
     """Weights and loss curves on two machines are those on one."""
+    assert one_machine.result() == [[f"step-{STEPS:06d}"] * 2] * 2
     two, one = (Path(config(stage, hosts).out) for hosts in ("two", "one"))
     curves = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (two, one)]
     assert [line["step"] for line in curves[0]] == list(range(1, STEPS + 1))
@@ -284,7 +287,7 @@ def nothing_is_left(run: Run) -> None:
 
 
 def test_a_killed_rank_costs_a_restart_and_changes_nothing(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: None
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
 ) -> None:
     run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
     run.until("committed")
@@ -303,11 +306,11 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     nothing_is_left(run)
     kept = Path.home() / ".cache/zero_ds/jobs"
     assert not (kept / environment["ZERO_DS_JOB"]).exists(), "no secret stays on a machine"
-    same(config, "pretrain")
+    same(config, "pretrain", one_machine)
 
 
 def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: None
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
 ) -> None:
     """Everything on a machine stands still, its ssh connection too: a restart. Ctrl-C then commits; twice, it ends all
     at once; and the run goes on to the same weights."""
@@ -345,7 +348,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     run = Run(config("encoder", "two"), machines)
     assert run.end() == 0, run.said
     nothing_is_left(run)
-    same(config, "encoder")
+    same(config, "encoder", one_machine)
 
 
 def test_what_a_restart_cannot_mend_is_not_tried_again(machines: Machines, config: Callable[..., RunConfig]) -> None:

@@ -58,7 +58,8 @@ def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
 def held(engine: Any, rest: bool) -> dict[str, int]:
     """Of a `zero_ds.engine.Engine` between backward pass and update: frozen, trained, gradients, optimizer, buckets.
 
-    With `rest`, `other` is what the garbage collector finds beside them in tensors of more than 64 KiB.
+    With `rest`, `other` is what the garbage collector finds beside them in tensors of more than 64 KiB; also what
+    engines made before in this process have left, so that it means something for the first config alone.
     """
     optimizer = engine.optimizer
     model = list(engine.model.named_parameters())
