@@ -165,7 +165,7 @@ def test_a_real_pipeline_goes_on_inside_of_the_stage_in_which_it_was_stopped(
         f"encoder.path={made('clip')}",
         f"data.sources=[{{path: {data}}}]",
     ]
-    settings += ["data.max_length=512", "data.system_prompt=", "data.workers=0", "global_batch=4", "precision=fp32"]
+    settings += ["data.max_length=512", "data.system_prompt=", "data.workers=0", "global_batch=1", "precision=fp32"]
     settings += ["zero=zero1", f"max_steps={steps}", "checkpoint.every_steps=4", "preview.every_steps=null"]
     first = Route(out, *settings)
     assert first.stop_after("committed ") != 0
@@ -178,7 +178,8 @@ def test_a_real_pipeline_goes_on_inside_of_the_stage_in_which_it_was_stopped(
     assert second.stop_after("[4/6] encoder") != 0
     for step in ("[1/6] trajectory: done before", "[2/6] surrogate: done before"):
         assert step in second.said, second.said
-    assert second.said.count("+ ") == 3, "the commands of pretrain, its launch, and encoder"
+    assert "launch/train.sh llama-3.1-70b/pretrain" in second.said
+    assert "zero_ds trajectory" not in second.said and "zero_ds surrogate" not in second.said, "no command of these"
     resumed = re.search(rf"resumed .* after step (\d+) of {steps}", second.said)
     assert resumed and f"stopped by SIGUSR1 after step {resumed[1]}" in first.said, second.said
     assert made_before == {name: (out / name).stat().st_mtime_ns for name in made_before}
