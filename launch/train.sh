@@ -18,22 +18,37 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 usage() { sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 
+# quoted WORD...: each with a space before it, and in quotes where a shell needs them
+quoted() {
+  local word
+  for word; do
+    [[ "$word" =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    printf ' %s' "$word"
+  done
+}
+
 recipe="" ranks="" print_only=""
 launcher=(--log_level warning)
 own=() forward=()
 overrides=()
 while [ $# -gt 0 ]; do
+  case "$1" in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac # --hostfile=FILE, as --hostfile FILE
   case "$1" in
     -h | --help) usage; exit 0 ;;
     -n) print_only=yes ;;
-    --hostfile | --include | --exclude | --master_addr | --master_port | --ssh_port)
-      [ $# -ge 2 ] || fail "$1 needs a value"
+    --hostfile | --include | --exclude | --master_addr)
+      [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value"
+      launcher+=("$1" "$2"); shift ;;
+    --master_port | --ssh_port)
+      [[ $# -ge 2 && "$2" =~ ^[1-9][0-9]{0,4}$ && "$2" -lt 65536 ]] || fail "$1 needs a port, 1 to 65535"
       launcher+=("$1" "$2"); shift ;;
     --max-restarts)
       [[ $# -ge 2 && "$2" =~ ^[0-9]+$ ]] || fail "--max-restarts needs a number"
       own+=("$1" "$2"); shift ;;
     --forward) [ $# -ge 2 ] || fail "--forward needs the name of a variable"; own+=("$1" "$2") forward+=("$2"); shift ;;
-    --ranks) [ $# -ge 2 ] || fail "--ranks needs a number"; ranks="$2"; shift ;;
+    --ranks)
+      [[ $# -ge 2 && "$2" =~ ^[1-9][0-9]*$ ]] || fail "--ranks needs a number"
+      ranks="$2"; shift ;;
     -*) fail "unknown option $1; see launch/train.sh --help" ;;
     *=*) overrides+=("$1") ;;
     *) [ -z "$recipe" ] || fail "one recipe at a time: $recipe or $1?"; recipe="$1" ;;
@@ -43,23 +58,30 @@ done
 [ -n "$recipe" ] || { usage; exit 2; }
 use_venv
 
+given() { [[ " ${launcher[*]} " == *" $1 "* ]]; }
+filtered() { given --include || given --exclude; }
+
 many=yes
-if [[ " ${launcher[*]} " != *" --hostfile "* ]]; then
+[ -z "$ranks" ] || ! filtered || fail "--ranks counts devices, and --include or --exclude name them; give one"
+if given --hostfile; then
+  [ -z "$ranks" ] || fail "--ranks is for this machine alone; set slots=$ranks in the hostfile, or --include"
+else
   many=""
   launcher+=(--hostfile /dev/null)
-  if ! command -v nvidia-smi >/dev/null; then
+  if [ "${DS_ACCELERATOR:-}" = cpu ] || ! nvidia-smi -L >/dev/null 2>&1; then
+    ! filtered || fail "--include and --exclude choose GPUs, and this machine has none; give --ranks N"
     export DS_ACCELERATOR=cpu
     ranks="${ranks:-2}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + ranks - 1) / ranks))}"
   fi
   [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
   # several runs on one machine must not meet on one port
-  [[ " ${launcher[*]} " == *" --master_port "* ]] ||
+  given --master_port ||
     launcher+=(--master_port "$(python -c 'from zero_ds.ports import free_port; print(free_port())')")
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
-[ -n "$many" ] && [ -z "$print_only" ] || printf '+ %s\n' "${command[*]}" # with the address and port, further down
+[ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${command[@]}")" # with the address and port, further down
 if [ -n "$print_only" ]; then
   [ -z "$many" ] || python -m zero_ds.nodes.environment "${forward[@]}"
   exit 0

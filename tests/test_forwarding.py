@@ -34,7 +34,7 @@ ODD = [
 
 # -- hostfile ----------------------------------------------------------------------------------------------------------
 
-HOSTS = "# a comment\n\nnode1 slots=4\nnode2   slots=2\n10.0.0.3 slots=8\n"
+HOSTS = "# a comment\n\nnode1 slots=4 \r\n  # another\n\tnode2   slots=2\t# two\n10.0.0.3\tslots=8"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_machines_are_those_that_deepspeed_takes(tmp_path: Path, include: str, e
     from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 
     path = tmp_path / "hosts"
-    path.write_text(HOSTS)
+    path.write_bytes(HOSTS.encode())
     theirs = parse_inclusion_exclusion(fetch_hostfile(str(path)), include, exclude)
     ours = read_hostfile(path, include, exclude)
     assert {node.host: list(node.slots) for node in ours} == dict(theirs)
@@ -57,7 +57,14 @@ def test_machines_are_those_that_deepspeed_takes(tmp_path: Path, include: str, e
 @pytest.mark.parametrize(
     ("text", "include", "exclude", "words"),
     [
-        ("node1\n", "", "", "line 1: 'node1' is no machine; write for instance: node1 slots=8"),
+        ("node1\n", "", "", "line 1: 'node1' is no machine; say how many devices it has: node1 slots=8"),
+        ("node1 slots=x\n", "", "", "line 1: 'node1 slots=x' is no machine; write for instance: node1 slots=8"),
+        ("me@node1 slots=1\n", "", "", "the name of a user stands in ssh's configuration (User), not here"),
+        ("fe80::1 slots=1\n", "", "", "give an address of IPv6 a name, in /etc/hosts or ssh's configuration"),
+        ("node[1-4] slots=1\n", "", "", "write every machine on a line of its own"),
+        ("node1 slots=99999999\n", "", "", "is no machine"),
+        ("node1 slots=2\n", "node1:", "", "'node1:' names no devices"),
+        ("node1 slots=2\n", "node1@", "", "has no machine ''"),
         ("a slots=1\na slots=1\n", "", "", "line 2: a stands there twice"),
         ("a slots=0\n", "", "", "is no machine"),
         ("-oProxyCommand=id slots=1\n", "", "", "is no machine"),
@@ -78,6 +85,15 @@ def test_a_hostfile_is_refused_in_one_sentence(
     with pytest.raises(ConfigError) as caught:
         read_hostfile(path, include, exclude)
     assert words in str(caught.value)
+
+
+def test_a_hostfile_may_begin_with_a_mark_and_must_be_text(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("node1 slots=2\n", encoding="utf-8-sig")
+    assert [node.host for node in read_hostfile(path)] == ["node1"], "as editors on Windows write it"
+    path.write_text("node1 slots=2\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+        read_hostfile(path)
 
 
 def test_a_missing_hostfile_and_a_lone_machine(tmp_path: Path) -> None:
@@ -138,10 +154,15 @@ def test_the_list_is_explicit_and_secrets_go_by_name(tmp_path: Path, monkeypatch
     assert "HF_TOKEN" in told(sent) and "HF_TOKEN" in sent.file("job1")
     for text in (told(sent), repr(sent), sent.file("job1")):
         assert not any(value in text for value in ("hf_1", "w_1", "s_1", "pass"))
-    for name in ("HF_TOKEN", "OPENAI_API_KEY", "db_password", "AWS_SECRET_ACCESS_KEY", "GOOGLE_CREDENTIALS"):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "db_password", "DB_PASS", "AWS_SECRET_ACCESS_KEY", "GOOGLE_CREDENTIALS"):
         assert is_secret(name), name
-    for name in ("TOKENIZERS_PARALLELISM", "KEYBOARD", "NCCL_IB_HCA"):
+    for name in ("TOKENIZERS_PARALLELISM", "KEYBOARD", "NCCL_IB_HCA", "SSH_AUTH_SOCK", "COMPASS"):
         assert not is_secret(name), name
+
+
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="NCCL_X holds bytes that are no text"):
+        forwarded({"NCCL_X": os.fsdecode(b"\xff")})
 
 
 @pytest.mark.parametrize(("name", "words"), [("NOT_SET", "is not set here"), ("A=B", "'A=B' is no name")])
@@ -154,11 +175,13 @@ def test_the_users_own_deepspeed_file_counts_too(tmp_path: Path, monkeypatch: py
     """DeepSpeed would read it, were it not given ours; it names secrets, too."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".deepspeed_env").write_text('CACHE=$HOME/cache\n\nHF_TOKEN="hf_1"\nNCCL_DEBUG=WARN\n')
+    (tmp_path / ".deepspeed_env").write_text(
+        'CACHE=$HOME/cache\n\nHF_TOKEN="hf_1"\nNCCL_DEBUG=WARN\nhttps_proxy=http://me:pw@p\n'
+    )
     sent = forwarded({"NCCL_DEBUG": "INFO"})
     text = sent.file("job1")
     assert "CACHE=$HOME/cache\n" in text and "NCCL_DEBUG=WARN\n" in text and "hf_1" not in text
-    assert sent.secret == {"HF_TOKEN": "hf_1"}
+    assert sent.secret == {"HF_TOKEN": "hf_1", "https_proxy": "http://me:pw@p"} and "pw@" not in text
     (tmp_path / ".deepspeed_env").write_text("export A\n")
     with pytest.raises(ConfigError, match=r"\.deepspeed_env, line 1 is not NAME=VALUE"):
         forwarded({})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -73,11 +74,21 @@ def test_train_starts_two_cpu_ranks_where_there_is_no_gpu() -> None:
         assert options["--num_gpus"] == "2"
 
 
+def test_what_is_printed_can_be_pasted_into_a_shell() -> None:
+    odd = ["init_from=[a, b]", "data.system_prompt=it's $HOME & more"]
+    done = run(ROOT / "launch" / "train.sh", "r", *odd, "-n")
+    assert shlex.split(done.stdout.removeprefix("+ "))[-2:] == odd
+
+
 def test_train_passes_the_launchers_options_on() -> None:
     words = command("r", "--hostfile", "hosts", "--include", "node1:0,1@node2", "--master_port", "1234", "seed=1")
     assert words[words.index("--hostfile") + 1] == "hosts"
     assert words[words.index("--include") + 1] == "node1:0,1@node2"
     assert words.count("--master_port") == 1 and "--num_gpus" not in words
+    assert (
+        command("r", "--hostfile=hosts", "--include=node1")[3:]
+        == command(*("r", "--hostfile", "hosts", "--include", "node1"))[3:]
+    ), "with = as well"
     words = command("r", "--ranks", "3")
     assert words[words.index("--num_gpus") + 1] == "3"
 
@@ -135,19 +146,27 @@ def test_slurm_writes_a_hostfile_and_calls_the_same_script(tmp_path: Path) -> No
 def test_ci_does_not_let_the_tests_over_two_hosts_be_skipped(tmp_path: Path) -> None:
     """Without sshd, a plain run says what to install and skips; CI fails. (.ci/run sets the variable.)"""
     assert "ZERO_DS_TEST_NODES=must" in (ROOT / ".ci/run").read_text()
-    code = "import loopback, sys; loopback.SBIN = ''; import os; os.environ['PATH'] = '/nowhere'; import pytest; "
-    code += "sys.exit(pytest.main(['-p', 'no:cacheprovider', '-rs', 'test_nodes.py', '-k', 'busy']))"
-    for must, status, words in (("", 0, "install openssh-client, openssh-server, pdsh"), ("must", 1, "AssertionError")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "ZERO_DS_TEST_NODES": must, "PYTEST_ADDOPTS": ""},
-            cwd=ROOT / "tests",
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == status and words in done.stdout, done.stdout + done.stderr
-        assert ("1 skipped" in done.stdout) == (not must)
+    code = (
+        "import loopback, os, pytest, sys\n"
+        "loopback.SBIN, os.environ['PATH'] = '', '/nowhere'\n"
+        "for must in ('', 'must'):\n"
+        "    os.environ['ZERO_DS_TEST_NODES'] = must\n"
+        "    sys.modules.pop('test_nodes', None)\n"
+        "    status = pytest.main(['-p', 'no:cacheprovider', '-rs', 'test_nodes.py', '-k', 'busy'])\n"
+        "    print(f'status {int(status)}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTEST_ADDOPTS": ""},
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    plain, must, _ = done.stdout.split("status ")
+    assert "install openssh-client, openssh-server, pdsh" in plain and "1 skipped" in plain, done.stdout + done.stderr
+    assert must.startswith("0") and "AssertionError" in must and "1 skipped" not in must, done.stdout
+    assert done.stdout.strip().endswith("status 1"), done.stdout
 
 
 def test_two_runs_on_one_machine_do_not_share_a_port() -> None:
@@ -163,6 +182,14 @@ def test_two_runs_on_one_machine_do_not_share_a_port() -> None:
         (("a", "--frobnicate"), "unknown option --frobnicate"),
         (("a", "--hostfile"), "--hostfile needs a value"),
         (("a", "--ranks"), "--ranks needs a number"),
+        (("a", "--ranks", "0"), "--ranks needs a number"),
+        (("a", "--ranks", "a[$(touch /tmp/x)]"), "--ranks needs a number"),
+        (("a", "--ranks", "2", "--hostfile", "h"), "--ranks is for this machine alone; set slots=2 in the hostfile"),
+        (("a", "--include", "localhost:0"), "--include and --exclude choose GPUs, and this machine has none"),
+        (("a", "--include", "localhost:0", "--ranks", "2"), "give one"),
+        (("a", "--hostfile="), "--hostfile needs a value"),
+        (("a", "--master_port", "abc"), "--master_port needs a port"),
+        (("a", "--ssh_port", "99999"), "--ssh_port needs a port"),
         (("a", "--max-restarts", "many"), "--max-restarts needs a number"),
         (("a", "--forward"), "--forward needs the name of a variable"),
     ],

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,12 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
     ),
     "clock": ("input='s#time.time()}#time.time() + 100}#'", (), "clocks", "127.0.0.3: (99|100) s ahead"),
     "variable": ("", ("--require", "ZERO_DS_TEST_ON_ONE"), "environment", "127.0.0.3: ZERO_DS_TEST_ON_ONE not set"),
+    "other recipe": (
+        "input='s#hashlib.sha256(path.read#hashlib.md5(path.read#'",
+        ("RECIPE",),
+        "recipe",
+        r"127.0.0.3: .*run\.yaml differs",
+    ),
     "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are wanted"),
 }
 """Fault -> bash lines on the second machine, options of doctor, the check that fails, and what it says."""
@@ -147,6 +154,13 @@ def test_doctor_names_a_machine_that_does_not_answer(machines: Machines, tmp_pat
     assert time.monotonic() - started < 30
 
 
+def test_doctor_names_a_machine_that_takes_too_long(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zero_ds.nodes.ssh.PATIENCE", 4.0)
+    with machines.fault("sleep 10"):
+        status, said = doctor(machines, "--no-launch")
+    assert status == 1 and failed(said) == ["ssh"] and "127.0.0.3 does not answer: no answer in 4 s" in said, said
+
+
 def test_doctor_finds_a_busy_port(machines: Machines) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.2", 0))
@@ -179,6 +193,7 @@ class Run:
             **os.environ,
             "PATH": f"{beside}:{os.environ['PATH']}",
             "ZERO_DS_SILENCE": str(SILENCE),
+            "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and loading its libraries takes a second a rank
             "HF_TOKEN": "hf_verysecret",
             "MLFLOW_TRACKING_TOKEN": "ml_verysecret",  # DeepSpeed exports what begins with MLFLOW
             "ZERO_DS_ODD": ODD,
@@ -235,7 +250,9 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
     folders = {name: tmp_path_factory.mktemp("nodes") for name in ("two", "one")}
 
     def make(stage: str, hosts: str) -> RunConfig:
-        changes: dict[str, Any] = {"max_steps": STEPS, "checkpoint": {"every_steps": 3}}
+        changes: dict[str, Any] = {"max_steps": STEPS}
+        if hosts == "two":  # to have something to go on from
+            changes["checkpoint"] = {"every_steps": 3}
         if stage == "encoder":
             changes["init_from"] = [str(folders[hosts] / "pretrain")]
         return run_config(stage, folders[hosts] / stage, zero="zero3", **changes)
@@ -244,14 +261,16 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def one_machine(config: Callable[..., RunConfig]) -> None:
-    """The same two runs by two ranks of one machine, without ssh and without a fault."""
+def one_machine(config: Callable[..., RunConfig]) -> Iterator[Future[list[list[str]]]]:
+    """The same two runs by two ranks of one machine, without ssh and without a fault, while others wait for a fault."""
     runs = [config("pretrain", "one"), config("encoder", "one")]
-    assert run_ranks(train_all, 2, runs, timeout=500) == [[f"step-{STEPS:06d}"] * 2] * 2
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(run_ranks, train_all, 2, runs, timeout=500)
 
 
-def same(config: Callable[..., RunConfig], stage: str) -> None:
+def same(config: Callable[..., RunConfig], stage: str, one_machine: Future[list[list[str]]]) -> None:
     """Weights and loss curves on two machines are those on one."""
+    assert one_machine.result() == [[f"step-{STEPS:06d}"] * 2] * 2
     two, one = (Path(config(stage, hosts).out) for hosts in ("two", "one"))
     curves = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (two, one)]
     assert [line["step"] for line in curves[0]] == list(range(1, STEPS + 1))
@@ -268,7 +287,7 @@ def nothing_is_left(run: Run) -> None:
 
 
 def test_a_killed_rank_costs_a_restart_and_changes_nothing(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: None
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
 ) -> None:
     run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
     run.until("committed")
@@ -287,11 +306,11 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     nothing_is_left(run)
     kept = Path.home() / ".cache/zero_ds/jobs"
     assert not (kept / environment["ZERO_DS_JOB"]).exists(), "no secret stays on a machine"
-    same(config, "pretrain")
+    same(config, "pretrain", one_machine)
 
 
 def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: None
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
 ) -> None:
     """Everything on a machine stands still, its ssh connection too: a restart. Ctrl-C then commits; twice, it ends all
     at once; and the run goes on to the same weights."""
@@ -329,7 +348,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     run = Run(config("encoder", "two"), machines)
     assert run.end() == 0, run.said
     nothing_is_left(run)
-    same(config, "encoder")
+    same(config, "encoder", one_machine)
 
 
 def test_what_a_restart_cannot_mend_is_not_tried_again(machines: Machines, config: Callable[..., RunConfig]) -> None:

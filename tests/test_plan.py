@@ -79,6 +79,43 @@ def test_a_rank_holds_what_was_planned(
         assert option.memory.total(cause) == pytest.approx(most[cause], rel=0.1) and most[cause] > 0, cause
 
 
+def whole_gradients(config: RunConfig) -> int:
+    """Most elements of gradients that are there whole at a time, in the backward passes of two steps under ZeRO-3."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+    from held_memory import measure
+
+    from zero_ds import distributed
+
+    seen = []
+    inner = Stage3.reduce_independent_p_g_buckets_and_remove_grads
+
+    def noting(self: Any, parameter: Any) -> None:
+        gradients = [p.grad for group in self.fp16_groups for p in group if p.grad is not None]
+        seen.append(sum(gradient.numel() for gradient in gradients))
+        inner(self, parameter)
+
+    Stage3.reduce_independent_p_g_buckets_and_remove_grads = noting
+    distributed.initialize()
+    measure(config)
+    return max(seen)
+
+
+def test_a_gradient_that_no_bucket_holds_lies_whole_beside_it(
+    run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    ds = json.loads(Path(GATHERED).read_text())
+    ds["zero_optimization"]["reduce_bucket_size"] = bucket = 1000
+    own = tmp_path / "small.json"
+    own.write_text(json.dumps(ds))
+    config = run_config("decoder", zero=str(own))
+    plan = plan_run(config, Cluster(1))
+    (option,) = (option for option in plan.options if option.zero == "small")
+    planned = option.memory.by_cause["gpu"]["buckets"] / 4 - 2 * bucket
+    assert planned == max(plan.parts.trained) > bucket
+    (seen,) = run_ranks(whole_gradients, 1, config)
+    assert planned <= seen < planned * 2, "and what came just before it, whose reduction is under way"
+
+
 def test_every_config_is_planned_and_the_more_is_sharded_the_less_is_needed(
     run_config: Callable[..., RunConfig],
 ) -> None:
@@ -209,6 +246,10 @@ def test_70b_on_128_gpus(tmp_path: Path) -> None:
         *("zero3", "zero3_hpz", "zero3_offload", "zero3_offload_params", "zero3_nvme")
     }
     assert plan["fastest"] == "zero3_hpz"
+    largest, bucket = 128_256 * 8_192, 50_000_000
+    buckets = {zero: plan["options"][zero]["bytes"]["gpu"]["buckets"] for zero in ("zero2", "zero3")}
+    assert buckets["zero3"] == 2 * (2 * bucket + largest), "the embeddings' gradient is whole until it is reduced"
+    assert buckets["zero2"] == 2 * (2 * 500_000_000 + largest)
     routes = plan["routes"]
     for key in ("hours", "hours_in_groups_fitted"):
         ours, baseline = (sum(leg[key] for leg in routes[name].values()) for name in ("surrogate", "baseline"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from zero_ds import failure, launcher
+from zero_ds import cli, failure, launcher
 from zero_ds.commands.pipeline import chain_of, plan
 from zero_ds.config import ConfigError
 from zero_ds.failure import Watch
@@ -101,6 +103,37 @@ def test_what_a_killed_launcher_left_is_ended_before_a_restart(tmp_path: Path, m
         assert not state.strip() or state.startswith("Z"), "a rank has outlived its launcher"
 
 
+def test_a_stop_before_the_ranks_are_there_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes while the command starts."""
+    started = subprocess.Popen
+
+    def popen(*words: object, **options: object) -> subprocess.Popen[bytes]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started(*words, **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "--hostfile", "/dev/null", "--module", "x"]
+    begun = time.monotonic()
+    words = ["--max-restarts", "3", "smollm2-135m/encoder", f"out={tmp_path / 'run'}", "--", *command]
+    assert launcher.main(words) == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 20
+
+
+def test_a_stop_between_two_attempts_ends_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say = launcher.say
+    monkeypatch.setattr(
+        launcher, "say", lambda text: os.kill(os.getpid(), signal.SIGUSR1) if "restart" in text else say(text)
+    )
+    command = [sys.executable, "-c", "raise SystemExit(247)", "--hostfile", "/dev/null", "--module", "x"]
+    words = ["--max-restarts", "3", "smollm2-135m/encoder", f"out={tmp_path / 'run'}", "--", *command]
+    before = signal.getsignal(signal.SIGUSR1)
+    assert launcher.main(words) == 128 + signal.SIGINT
+    assert "stopped before the ranks were started" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_hostfile_with_this_machine_alone_needs_no_ssh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +186,18 @@ def test_the_paper_s_route_for_8b() -> None:
     other = plan("llama-3.1-8b", out, ("zero=zero3",))
     assert other[2].fingerprint() != steps[2].fingerprint()
     assert steps[3].patience and not other[3].patience, "a commit over many machines takes its time"
+
+
+def test_what_would_fail_hours_later_ends_a_pipeline_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*words: str) -> str:
+        done = CliRunner().invoke(cli.app, ["pipeline", "llama-3.1-8b", "--out", str(tmp_path / "out"), *words])
+        assert not (tmp_path / "out").exists()
+        return str(done.exception)
+
+    monkeypatch.chdir(tmp_path)
+    assert "go to the folder of the project first" in run()
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert "there is no hostfile" in run("--hostfile", str(tmp_path / "hosts"))
 
 
 @pytest.mark.parametrize("setting", ["out=x", "surrogate=x", "init_from=[]", "continue_from=x"])

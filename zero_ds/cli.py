@@ -40,14 +40,18 @@ app = typer.Typer(
 )
 logger = logging.getLogger("zero_ds.cli")
 
+STARTING = ("doctor", "pipeline")
+"""Commands whose processes run on other machines, too: what this one has must not decide what those compute on."""
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings as key=value, e.g. zero=zero2 optimizer.learning_rate=1e-4.")
 ]
 
 
 @app.callback()
-def _every_command() -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
+def _every_command(context: typer.Context) -> None:
+    if context.invoked_subcommand not in STARTING:
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if _has_cuda() else "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from zero_ds.console import set_up_logging
 

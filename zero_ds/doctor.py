@@ -86,7 +86,7 @@ def try_ranks(cluster: Cluster, zero: str, nvme_path: str | None = None) -> list
     """
     from zero_ds import selftest
 
-    word = selftest.encode({"zero": zero, "precision": "fp32", "nvme_path": nvme_path})
+    word = selftest.encode({"zero": zero, "precision": precision_of(zero), "nvme_path": nvme_path})
     options, environment = _local(cluster) if cluster.ssh.local else _remote(cluster)
     command = deepspeed_command(["--log_level", "warning", *options], [], "zero_ds.selftest", [word])
     command[0] = str(Path(sys.executable).with_name("deepspeed"))
@@ -109,6 +109,17 @@ def try_ranks(cluster: Cluster, zero: str, nvme_path: str | None = None) -> list
         why = result.get("error") or " | ".join(said.strip().splitlines()[-3:])[:600] or "they ended without a word"
         return [Check("ranks", FAIL, why, "see what they say; NCCL_DEBUG=INFO tells more of the network")]
     return judged(result, time.monotonic() - started)
+
+
+def precision_of(zero: str) -> str:
+    """In which numbers are compared: float32, unless the DeepSpeed JSON insists on bfloat16."""
+    if not zero.endswith(".json"):
+        return "fp32"
+    try:
+        section = json.loads(Path(zero).read_text(encoding="utf-8")).get("bf16", {})
+        return "bf16" if section.get("enabled") is True else "fp32"
+    except (OSError, ValueError, AttributeError):  # the ranks say what is wrong with it
+        return "fp32"
 
 
 def judged(result: dict[str, Any], seconds: float) -> list[Check]:

@@ -26,7 +26,7 @@ import psutil
 
 from zero_ds import failure
 from zero_ds.config import ConfigError, load_run
-from zero_ds.nodes.cluster import Cluster, deepspeed_command
+from zero_ds.nodes.cluster import Cluster, deepspeed_command, files_of
 from zero_ds.nodes.environment import told
 from zero_ds.nodes.hostfile import node_of_rank
 
@@ -53,9 +53,14 @@ class Job:
     ) -> None:
         self.asked = False
         self.cluster = cluster
+        self._started = False
+        # before it starts: whoever asks in between is heard as soon as there is something to end
+        self._before = {number: signal.signal(number, self._asked) for number in SIGNALS}
         # a session of its own: a Ctrl-C of the terminal comes here alone, and is handed on in an orderly way
         self.process = subprocess.Popen(command, start_new_session=True, env=environment)
-        self._before = {number: signal.signal(number, self._asked) for number in SIGNALS}
+        self._started = True
+        if self.asked:
+            self.process.terminate()
 
     def release(self) -> None:
         """Hands signals back; what the job has left is gone by now."""
@@ -94,6 +99,8 @@ class Job:
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         again, self.asked = self.asked, True
+        if not self._started:
+            return
         if self.cluster is not None:  # by ssh, which takes longer than a signal handler should
             threading.Thread(target=self._end_cluster if again else self._stop_cluster, daemon=True).start()
             return
@@ -143,12 +150,14 @@ def _words(process: psutil.Process) -> list[str]:
 class Launch:
     """A run, attempt after attempt."""
 
-    def __init__(self, command: list[str], out: Path, restarts: int, named: list[str]) -> None:
+    def __init__(
+        self, command: list[str], out: Path, restarts: int, named: list[str], files: tuple[str, ...] = ()
+    ) -> None:
         self.out, self.restarts = out, restarts
         split = command.index("--module")
         self.options, self.module, self.words = command[1:split], command[split + 1], command[split + 2 :]
         self.command = command
-        self.cluster = Cluster.of(self.options, named)
+        self.cluster = Cluster.of(self.options, named, files)
 
     def run(self) -> int:
         """Exit status of the last attempt.
@@ -227,14 +236,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--forward", action="append", default=[])
     parser.add_argument("run", nargs="+")
     options = parser.parse_args(arguments[:split])
+    before = {number: signal.signal(number, _interrupted) for number in SIGNALS}
     try:
-        out = Path(load_run(options.run[0], options.run[1:]).out)
-        return Launch(arguments[split + 1 :], out, options.max_restarts, options.forward).run()
+        recipe, *overrides = options.run
+        run = load_run(recipe, overrides)
+        command = arguments[split + 1 :]
+        return Launch(command, Path(run.out), options.max_restarts, options.forward, files_of(recipe, run)).run()
     except ConfigError as error:
         say(str(error))
         return 2
-    except KeyboardInterrupt:  # between two attempts
+    except KeyboardInterrupt:  # before the first attempt, or between two
+        say("stopped before the ranks were started.")
         return 128 + signal.SIGINT
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

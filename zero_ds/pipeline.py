@@ -75,7 +75,9 @@ class Pipeline:
             StepError: a command failed; running again goes on from there.
         """
         self._records.mkdir(parents=True, exist_ok=True)
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for step in self.steps:  # before anything runs
+            self.record(step)
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             # also where the shell that started us ignores SIGINT, as it does for what it runs in the background
             signal.signal(name, _interrupt)
         for number, step in enumerate(self.steps, 1):

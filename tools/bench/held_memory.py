@@ -27,8 +27,11 @@ from zero_ds.prepare import build, seed_everything
 CAUSES = ("frozen", "trained", "gradients", "optimizer")
 
 
-def measure(config: RunConfig) -> dict[str, int]:
-    """What this rank holds in the run's first two steps, the most of every cause. A collective."""
+def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
+    """What this rank holds in the run's first two steps, the most of every cause. A collective.
+
+    rest: also what lies beside these causes, which takes long to look for.
+    """
     seed_everything(config.seed)
     world_size = distributed.world_size()
     ds = ds_config(config, world_size)
@@ -42,7 +45,7 @@ def measure(config: RunConfig) -> dict[str, int]:
     update = engine.engine.step
 
     def step() -> None:
-        for cause, size in held(engine).items():
+        for cause, size in held(engine, rest).items():
             seen[cause] = max(size, seen.get(cause, 0))
         update()
 
@@ -52,10 +55,11 @@ def measure(config: RunConfig) -> dict[str, int]:
     return seen
 
 
-def held(engine: Any) -> dict[str, int]:
+def held(engine: Any, rest: bool) -> dict[str, int]:
     """Of a `zero_ds.engine.Engine` between backward pass and update: frozen, trained, gradients, optimizer, buckets.
 
-    `other` is what the garbage collector finds beside them in tensors of more than 64 KiB.
+    With `rest`, `other` is what the garbage collector finds beside them in tensors of more than 64 KiB; also what
+    engines made before in this process have left, so that it means something for the first config alone.
     """
     optimizer = engine.optimizer
     model = list(engine.model.named_parameters())
@@ -79,6 +83,8 @@ def held(engine: Any) -> dict[str, int]:
     groups["buckets"] += _tensors(getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", None))
     seen: set[int] = set()
     result = {cause: sum(_new(t, seen) for t in tensors) for cause, tensors in groups.items()}
+    if not rest:
+        return result
     everything = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
     result["other"] = sum(size for t in everything if (size := _new(t, seen)) > 65536)
     return result
@@ -146,7 +152,7 @@ def main(
     distributed.initialize()
     for name in zero or ["zero3"]:
         config = load_run(recipe, [*(overrides or []), f"zero={Path(name)}"])
-        seen = measure(config)
+        seen = measure(config, rest=True)
         gc.collect()
         most = distributed.max_over_ranks(*(seen[cause] for cause in (*CAUSES, "other")))
         plan = plan_run(config, Cluster(distributed.world_size()))

@@ -22,10 +22,15 @@ def doctor(
     hostfile: Annotated[Path | None, typer.Option(help="Machines; without it, this one.")] = None,
     include: Annotated[str, typer.Option(help="As for launch/train.sh.")] = "",
     exclude: Annotated[str, typer.Option(help="As for launch/train.sh.")] = "",
-    ssh_port: Annotated[int | None, typer.Option("--ssh_port", help="As for launch/train.sh.")] = None,
+    ssh_port: Annotated[
+        int | None, typer.Option("--ssh_port", help="As for launch/train.sh.", min=1, max=65535)
+    ] = None,
     master_addr: Annotated[str, typer.Option("--master_addr", help="As for launch/train.sh.")] = "",
     master_port: Annotated[
-        int | None, typer.Option("--master_port", help="Port that the run will use; left out, it takes a free one.")
+        int | None,
+        typer.Option(
+            "--master_port", help="Port that the run will use; left out, it takes a free one.", min=1, max=65535
+        ),
     ] = None,
     shared: Annotated[
         Path | None, typer.Option(help="Folder that all machines must see; the run's, or runs/ without a recipe.")
@@ -42,23 +47,28 @@ def doctor(
     from zero_ds import doctor as examination
     from zero_ds.config import load_run
     from zero_ds.nodes.checks import FAIL, Wanted
-    from zero_ds.nodes.cluster import Cluster
-    from zero_ds.nodes.hostfile import THIS_MACHINE, Node
+    from zero_ds.nodes.cluster import Cluster, files_of
+    from zero_ds.nodes.hostfile import THIS_MACHINE, Node, read_hostfile
     from zero_ds.nodes.probe import gpus
     from zero_ds.nodes.ssh import Ssh
 
     if recipe is not None and "=" in recipe:
         raise ConfigError(f"'{recipe}' stands where the recipe should; name the recipe before its settings.")
+    if hostfile is None and (include or exclude):
+        raise ConfigError("--include and --exclude choose machines of a hostfile; name it with --hostfile.")
+    if hostfile is not None and ranks is not None:
+        raise ConfigError(f"--ranks is for this machine alone; set slots={ranks} in {hostfile}, or --include.")
     run = load_run(recipe, overrides) if recipe else None
+    files = files_of(recipe, run) if recipe and run else ()
     options = ["--include", include, "--exclude", exclude, "--master_addr", master_addr]
     options += ["--hostfile", str(hostfile)] if hostfile else []
     for name, number in (("--ssh_port", ssh_port), ("--master_port", master_port)):
         options += [name, str(number)] if number is not None else []
-    cluster = Cluster.of(options, forward or ())
+    cluster = Cluster.of(options, forward or (), files)
     if cluster is None:
         count = ranks or (0 if os.environ.get("DS_ACCELERATOR") == "cpu" else len(gpus())) or 2
-        node = Node(THIS_MACHINE, tuple(range(count)))
-        cluster = Cluster([node], Ssh(local=True), port=master_port, named=tuple(forward or ()))
+        nodes = read_hostfile(hostfile, include, exclude) if hostfile else [Node(THIS_MACHINE, tuple(range(count)))]
+        cluster = Cluster(nodes, Ssh(local=True), port=master_port, named=tuple(forward or ()), files=files)
     place = shared or (Path(run.out) if run else Path("runs"))
     wanted = Wanted(
         shared=str(place.expanduser().absolute()),

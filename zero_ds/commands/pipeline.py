@@ -57,6 +57,12 @@ def pipeline(
         for step in steps:
             print(*(f"+ {shlex.join(command)}" for command in step.commands), sep="\n")
         return
+    if not Path("launch/train.sh").is_file():
+        raise ConfigError(f"there is no launch/train.sh in {Path.cwd()}; go to the folder of the project first (cd).")
+    if hostfile is not None:
+        from zero_ds.nodes.hostfile import read_hostfile
+
+        read_hostfile(hostfile, include or "", exclude or "")  # what is wrong with it ends it here, not hours later
     if fresh:
         start_fresh(folder)
     Pipeline(folder, steps).run()
@@ -84,7 +90,7 @@ def plan(
     first, last = next(iter(chain.values())), list(chain.values())[-1]
     named = next(run.surrogate for run in chain.values() if run.surrogate)
     layers = replace or _named_layers(named) or "trajectory"
-    if layers != "trajectory":
+    if replace and layers != "trajectory":
         from zero_ds.surrogate import Replaced
 
         Replaced.parse(layers)  # what is no range ends it here

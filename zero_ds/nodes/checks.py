@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +74,9 @@ def before_launch(here: Answer, answers: list[Answer], ssh: Ssh) -> list[Check]:
     )
     known = [answer for answer in answers if answer.content is not None]
     everywhere = f"{len(known)} of {len(answers)} machines" if len(known) < len(answers) else _count(len(known))
+    odd = [path for path in (ssh.folder, ssh.python) if not ssh.local and not re.fullmatch(r"[\w@+=:,./-]*", path)]
     return [
+        *_pdsh(ssh),
         _check(
             "ssh", silent, "make `ssh HOST true` work without a password, or leave HOST out (--exclude)", everywhere
         ),
@@ -83,6 +87,8 @@ def before_launch(here: Answer, answers: list[Answer], ssh: Ssh) -> list[Check]:
             "put the project under the same path on every machine",
             ssh.folder,
         ),
+        # DeepSpeed (0.19) pastes both into a shell's line as they are
+        _check("path", "".join(odd[:1]), "move the project to a path without spaces and signs, for DeepSpeed", "plain"),
         _check(
             "Python",
             _each(known, lambda c: _differs("Python", c["python"], mine["python"])),
@@ -101,8 +107,31 @@ def before_launch(here: Answer, answers: list[Answer], ssh: Ssh) -> list[Check]:
             _each(known, lambda c: "" if c["code"] == mine["code"] or not c["folder"] else _other_code(c, mine)),
             "bring every machine to the same commit, without changed files",
             f"{mine['commit'] or 'no git'}, files {mine['code']}",
-        ),
+        )
+        if mine["project"]
+        else Check("project", FAIL, f"{ssh.folder} is not the folder of the project", "go there first (cd)"),
+        *_recipe(known, mine["files"]),
     ]
+
+
+def _pdsh(ssh: Ssh) -> list[Check]:
+    """DeepSpeed's launcher needs it on this machine alone."""
+    if ssh.local:
+        return []
+    trouble = "" if shutil.which("pdsh") else "this machine: there is no pdsh"
+    return [_check("pdsh", trouble, "install it here (Debian: apt-get install pdsh)", "here")]
+
+
+def _recipe(known: list[Answer], mine: dict[str, str | None]) -> list[Check]:
+    """Every rank reads these files itself."""
+    if not mine:
+        return []
+
+    def of(content: dict[str, Any]) -> str:
+        other = [path for path, hash_ in content["files"].items() if hash_ is None or hash_ != mine[path]]
+        return ", ".join(f"{p} {'differs' if content['files'][p] else 'is not there'}" for p in other)
+
+    return [_check("recipe", _each(known, of), "copy it to every machine under the same path", ", ".join(mine))]
 
 
 def _count(machines: int) -> str:
@@ -129,10 +158,14 @@ def _other_code(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def of_machines(nodes: list[Node], answers: list[Answer], wanted: Wanted, sent: Forwarded) -> list[Check]:
-    """What each machine must have for a run. Machines without an answer are left to `before_launch`."""
+    """What each machine must have for a run. Machines without an answer are left to `before_launch`; of none there is
+    nothing to be said."""
     slots = {node.host: node.slots for node in nodes}
     known = [answer for answer in answers if answer.content is not None]
     contents = [(answer.host, answer.content) for answer in known if answer.content is not None]
+    if not known:
+        return []
+    first = answers[0]  # where the ranks meet
     return [
         *_devices(slots, known, contents),
         _check(
@@ -159,11 +192,11 @@ def of_machines(nodes: list[Node], answers: list[Answer], wanted: Wanted, sent: 
         ),
         _check(
             "master port",
-            f"{known[0].host}: port {wanted.port} cannot be used: {contents[0][1]['port']}"
-            if known and contents[0][1]["port"]
+            f"{first.host}: port {wanted.port} cannot be used: {first.content['port']}"
+            if first.content and first.content["port"]
             else "",
             "choose another one with --master_port, or leave the option out",
-            f"{wanted.port} is free on {known[0].host}" if wanted.port and known else "a free one is taken",
+            f"{wanted.port} is free on {first.host}" if wanted.port and first.content else "a free one is taken",
         ),
         _check(
             "clocks",
@@ -186,8 +219,11 @@ def of_machines(nodes: list[Node], answers: list[Answer], wanted: Wanted, sent: 
 def _devices(
     slots: dict[str, tuple[int, ...]], known: list[Answer], contents: list[tuple[str, dict[str, Any]]]
 ) -> list[Check]:
-    if not any(c["devices"] for _, c in contents) or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return [Check("devices", OK, "CPU ranks: " + ", ".join(f"{h} {len(slots[h])}" for h, _ in contents[:SHOWN]))]
+    on_cpus = "CPU ranks: " + ", ".join(f"{host} {len(slots[host])}" for host, _ in contents[:SHOWN])
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return [Check("devices", OK, on_cpus)]
+    if not any(c["devices"] for _, c in contents):
+        return [Check("devices", WARN, f"no GPU is seen, {on_cpus}", "see nvidia-smi, or set DS_ACCELERATOR=cpu")]
     kinds = sorted({device["name"] for _, c in contents for device in c["devices"]})
     troubles = []
     for host, content in contents:

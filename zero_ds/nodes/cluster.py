@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zero_ds.config import ConfigError
+from zero_ds.config import ConfigError, RunConfig
 from zero_ds.nodes import checks
 from zero_ds.nodes.environment import Forwarded, argument, forwarded, without_secrets
 from zero_ds.nodes.hostfile import Node, is_this_machine, read_hostfile
@@ -45,11 +45,14 @@ class Cluster:
     port: int | None = None
     named: tuple[str, ...] = ()
     """Variables to be forwarded besides the list of environment.py."""
+    files: tuple[str, ...] = ()
+    """Files outside of the package that say what the run is: alike on all machines."""
     job: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     _private: str | None = None
+    _secrets_out: bool = False
 
     @classmethod
-    def of(cls, options: Sequence[str], named: Sequence[str] = ()) -> Cluster | None:
+    def of(cls, options: Sequence[str], named: Sequence[str] = (), files: Sequence[str] = ()) -> Cluster | None:
         """The machines that options of `deepspeed` name; None where they mean this machine alone.
 
         Raises:
@@ -66,7 +69,7 @@ class Cluster:
         nodes = read_hostfile(Path(known.hostfile), known.include, known.exclude)
         if len(nodes) == 1 and is_this_machine(nodes[0].host):
             return None
-        return cls(nodes, Ssh(known.ssh_port), known.master_addr or None, known.master_port, tuple(named))
+        return cls(nodes, Ssh(known.ssh_port), known.master_addr or None, known.master_port, tuple(named), tuple(files))
 
     @property
     def hosts(self) -> list[str]:
@@ -74,11 +77,11 @@ class Cluster:
 
     def look(self, **request: Any) -> tuple[Answer, list[Answer]]:
         """What this machine, and each of the nodes, says of itself (probe.describe)."""
-        request = {"what": "describe", "resolve": self.hosts[0], "port": self.port, **request}
+        request = {"what": "describe", "resolve": self.hosts[0], "port": self.port, "files": self.files, **request}
         here = Ssh(python=self.ssh.python, folder=self.ssh.folder, local=True)
         with ThreadPoolExecutor(1) as beside:
             # its own port and files are asked of the nodes alone, of which this machine may be one
-            mine = beside.submit(here.ask, ["this machine"], {"what": "describe"})
+            mine = beside.submit(here.ask, ["this machine"], {"what": "describe", "files": self.files})
             answers = self.ssh.ask(self.hosts, request)
             return mine.result()[0], answers
 
@@ -92,10 +95,9 @@ class Cluster:
             ConfigError: machines on which the run cannot start: another Python, other packages, another project.
         """
         what = forwarded(os.environ, self.named)
-        secrets = {"secrets": what.secret, "job": self.job} if what.secret else {}
         deadline = time.monotonic() + wait
         while True:
-            here, answers = self.look(**secrets)
+            here, answers = self.look()
             bad = [check for check in checks.before_launch(here, answers, self.ssh) if check.status == checks.FAIL]
             if not bad:
                 break
@@ -112,7 +114,13 @@ class Cluster:
         options = ["--master_addr", address, "--master_port", str(port), "--no_ssh_check"]
         if len(self.nodes) == 1:
             options.append("--force_multi")  # DeepSpeed would start the ranks here
-        return options, self._environment(what), what
+        environment = self._environment(what)
+        if what.secret:  # only now, when all machines would run them
+            self._secrets_out = True
+            kept = self.ssh.ask(self.hosts, {"what": "keep", "job": self.job, "secrets": what.secret})
+            if trouble := [f"{a.host}: {a.trouble}" for a in kept if a.content is None]:
+                raise UnreachableError(f"secrets could not be brought to {trouble[0]}; see its home folder.")
+        return options, environment, what
 
     def _environment(self, what: Forwarded) -> dict[str, str]:
         from zero_ds.failure import SILENCE
@@ -137,15 +145,23 @@ class Cluster:
         answer."""
         request = {"what": "end", "job": self.job, "patience": patience}
         answers = self.ssh.ask(self.hosts, request, timeout=patience + PATIENCE)
+        self._secrets_out = False
         silent = [answer.host for answer in answers if answer.content is None]
         return sum(answer.content["found"] for answer in answers if answer.content), silent
 
     def forget(self) -> None:
-        """Removes what `prepare` has written on this machine."""
+        """Removes what `prepare` has written, on this machine, and on the others where `end` has not done it."""
+        if self._secrets_out:
+            self.end(patience=0.0)
         if self._private is not None:
             with contextlib.suppress(OSError):
                 shutil.rmtree(self._private)
             self._private = None
+
+
+def files_of(recipe: str, run: RunConfig) -> tuple[str, ...]:
+    """Files outside of the package that every rank of a run reads to know what it is."""
+    return tuple(name for name in (recipe, run.zero) if Path(name).suffix in (".yaml", ".yml", ".json"))
 
 
 def meeting_point(host: str, answers: list[Answer]) -> str:

@@ -28,12 +28,25 @@ NAMES = (
         "CURL_CA_BUNDLE",
         "XDG_CACHE_HOME",
         "HUGGINGFACE_HUB_CACHE",
+        "HUGGING_FACE_HUB_TOKEN",
     ),
     *("TOKENIZERS_PARALLELISM", "MKL_NUM_THREADS", "PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING"),
 )
 """Variables that are forwarded where they are set."""
 PREFIXES = (
-    *("NCCL_", "FI_", "UCX_", "GLOO_", "OMPI_", "HF_", "TRANSFORMERS_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_"),
+    *(
+        "NCCL_",
+        "FI_",
+        "UCX_",
+        "GLOO_",
+        "OMPI_",
+        "HF_",
+        "TRANSFORMERS_",
+        "TORCH_",
+        "TORCHDYNAMO_",
+        "TORCHINDUCTOR_",
+        "PYTORCH_",
+    ),
     *("TRITON_", "WANDB_", "OMP_", "KMP_", "DS_", "ZERO_DS_", "CUDA_DEVICE_"),
 )
 """Beginnings of names that are."""
@@ -43,7 +56,7 @@ FORWARD = "ZERO_DS_FORWARD"
 """Variable with further names, separated by commas or spaces; the only way for a secret."""
 DEEPSPEED_FILE = ".deepspeed_env"
 
-_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_|$)", re.IGNORECASE)
+_SECRET = re.compile(r"((TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?|(?<![A-Z])PASS(PHRASE)?)(_|$)", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
@@ -97,6 +110,8 @@ def forwarded(environment: Mapping[str, str], named: Sequence[str] = ()) -> Forw
         listed = name in NAMES or name.startswith(PREFIXES)
         if name in OURS or not (listed or name in wanted) or not _NAME.fullmatch(name):
             continue
+        if any("\ud800" <= letter <= "\udfff" for letter in value):  # Python's stand-ins for such bytes
+            raise ConfigError(f"{name} holds bytes that are no text, and cannot be forwarded; unset it here.")
         if is_secret(name) and name not in wanted:
             withheld.append(name)
         elif is_secret(name) or _PASSWORD_IN_URL.search(value) or "\n" in value:
@@ -104,7 +119,8 @@ def forwarded(environment: Mapping[str, str], named: Sequence[str] = ()) -> Forw
         else:
             plain[name] = value
     verbatim = _users_own(environment)
-    secret |= {name: verbatim.pop(name).strip("'\"") for name in list(verbatim) if is_secret(name)}
+    private = [name for name, value in verbatim.items() if is_secret(name) or _PASSWORD_IN_URL.search(value)]
+    secret |= {name: verbatim.pop(name).strip("'\"") for name in private}
     return Forwarded(plain, secret, tuple(name for name in withheld if name not in secret), verbatim)
 
 

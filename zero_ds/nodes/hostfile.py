@@ -21,6 +21,8 @@ class Node:
 
 
 THIS_MACHINE = "localhost"
+MOST = 1024
+"""Devices of one machine; more is a slip of the hand."""
 
 
 def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node]:
@@ -32,8 +34,10 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node
         ConfigError: no such file, a line of another form, a machine twice, an unknown machine or device, nothing left.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"the hostfile {path} is no text in UTF-8; see launch/hostfile.example.") from None
+    except OSError as error:
         raise ConfigError(
             f"there is no hostfile {path} ({type(error).__name__}); see launch/hostfile.example."
         ) from None
@@ -42,9 +46,9 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        found = re.match(r"(\w[\w.:-]*)\s+slots=(\d+)(\s|$)", text)
-        if not found or int(found[2]) < 1:
-            raise ConfigError(f"{path}, line {number}: {text!r} is no machine; write for instance: node1 slots=8.")
+        found = re.match(r"(\w[\w.-]*)\s+slots=(\d+)(\s|$)", text)
+        if not found or not 1 <= int(found[2]) <= MOST:
+            raise ConfigError(f"{path}, line {number}: {text!r} is no machine; {_advice(text)}.")
         if found[1] in slots:
             raise ConfigError(f"{path}, line {number}: {found[1]} stands there twice; give it one line.")
         slots[found[1]] = tuple(range(int(found[2])))
@@ -63,15 +67,28 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node
     return nodes
 
 
+def _advice(line: str) -> str:
+    host, *rest = line.split()
+    if "@" in host:  # DeepSpeed's filters end a machine's name there
+        return "the name of a user stands in ssh's configuration (User), not here"
+    if host.count(":") > 1:  # and there
+        return "give an address of IPv6 a name, in /etc/hosts or ssh's configuration (HostName)"
+    if "[" in host or "," in host:
+        return "write every machine on a line of its own"
+    if not rest:
+        return f"say how many devices it has: {host} slots=8"
+    return "write for instance: node1 slots=8"
+
+
 def _named(words: str, slots: dict[str, tuple[int, ...]], path: Path) -> dict[str, set[int]]:
     """Machine -> devices that a filter names."""
     named: dict[str, set[int]] = {}
     for word in words.split("@") if words else []:
-        host, _, numbers = word.partition(":")
+        host, colon, numbers = word.partition(":")
         if host not in slots:
             raise ConfigError(f"{path} has no machine '{host}'{did_you_mean(host, list(slots))}")
         try:
-            chosen = {int(number) for number in numbers.split(",")} if numbers else set(slots[host])
+            chosen = {int(number) for number in numbers.split(",")} if colon else set(slots[host])
         except ValueError:
             raise ConfigError(f"'{word}' names no devices; write for instance: {host}:0,1.") from None
         if missing := chosen - set(slots[host]):

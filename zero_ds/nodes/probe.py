@@ -28,8 +28,8 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     """Everything that the checks (checks.py) compare.
 
     request: folder; name, that of this machine; and where wanted: shared, token (a folder, and a file in it that holds
-    its own name), paths, disks, env (names), port, resolve (the first machine's name), secrets (values by name, to be
-    kept for the job), job.
+    its own name), paths, files (of which the content counts), disks, env (names), port, resolve (the first machine's
+    name).
     """
     folder = Path(request["folder"])
     answer: dict[str, Any] = {
@@ -37,24 +37,24 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
         "python": ".".join(map(str, sys.version_info[:3])),
         "folder": folder.is_dir(),
         "packages": _packages(),
+        "project": (folder / "zero_ds" / "__init__.py").is_file(),
         "code": _code(folder),
         "commit": _commit(folder),
         "devices": gpus(),
         "cores": os.cpu_count() or 1,
         "memory": _free_memory(),
         "paths": {path: (folder / Path(path).expanduser()).exists() for path in request.get("paths", [])},
+        "files": {path: _content(folder / Path(path).expanduser()) for path in request.get("files", [])},
         "disks": {path: _free_disk(folder / Path(path).expanduser()) for path in request.get("disks", [])},
         "env": {name: bool(os.environ.get(name)) for name in request.get("env", [])},
         "shared_memory": _free_disk(Path("/dev/shm")),
         "address": _address(request.get("resolve")),
         "addresses": _words("hostname", "-I"),
-        "free_port": _free_port(),
+        "free_port": free_port(),
         "port": _port_trouble(request["port"]) if request.get("port") else "",
     }
     if request.get("shared"):
         answer |= _shared(folder / Path(request["shared"]).expanduser(), request["token"], request["name"])
-    if request.get("secrets"):
-        keep_secrets(request["job"], request["secrets"])
     return answer
 
 
@@ -80,6 +80,14 @@ def _code(folder: Path) -> str:
         for path in sorted(folder.glob(kind)):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def _content(path: Path) -> str | None:
+    """Hash of a file; None if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError:
+        return None
 
 
 def _commit(folder: Path) -> str:
@@ -131,7 +139,8 @@ def _address(name: str | None) -> str | None:
         return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that is free here now."""
     with socket.socket() as server:
         server.bind(("", 0))
         return int(server.getsockname()[1])
@@ -167,6 +176,12 @@ def _shared(folder: Path, token: str, name: str) -> dict[str, Any]:
 def _kept(job: str) -> Path:
     assert job.isalnum()
     return Path.home() / ".cache" / "zero_ds" / "jobs" / job
+
+
+def keep(request: dict[str, Any]) -> dict[str, Any]:
+    """Secrets, values by name, stay here until `end`."""
+    keep_secrets(request["job"], request["secrets"])
+    return {}
 
 
 def keep_secrets(job: str, secrets: dict[str, str]) -> None:
@@ -234,6 +249,6 @@ def _signal(pid: int, number: int) -> None:
 
 def _main(words: str) -> None:
     request = json.loads(words)
-    kinds = {"describe": describe, "ask_to_stop": ask_to_stop, "end": end}
+    kinds = {"describe": describe, "keep": keep, "ask_to_stop": ask_to_stop, "end": end}
     answer = kinds[request["what"]](request)
     sys.stdout.write(MARK + json.dumps({**answer, "time": time.time()}) + "\n")

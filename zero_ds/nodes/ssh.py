@@ -55,6 +55,8 @@ class Ssh:
         own = shlex.split(os.environ.get(PDSH_OPTIONS, ""))
         port = ["-p", str(self.port)] if self.port is not None else []
         ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}", "-o", "LogLevel=ERROR"]
+        # a connection that is shared may be used; one that stays behind would keep our pipes open
+        ours += ["-o", "ControlMaster=no"]
         return ["ssh", *own, *port, *ours, host, remote]
 
     def ask(self, hosts: Sequence[str], request: dict[str, Any], timeout: float | None = None) -> list[Answer]:

@@ -167,7 +167,9 @@ def _sharded(parts: Architecture, ds: dict[str, Any], world_size: int) -> Bytes:
         pool = int(section.get("buffer_count", 5)) * float(section.get("buffer_size", 1e8))
         inside = min(trained, float(section.get("max_in_cpu", 1e9)))
         result["host"]["buckets"] = result["host"].get("buckets", 0.0) + b * (pool + inside)
-    result["gpu"]["buckets"] = float(b * int(zero.get("reduce_bucket_size", 5e8)))
+    bucket, largest = int(zero.get("reduce_bucket_size", 5e8)), max(parts.trained)
+    # the bucket, its copy in the order of the ranks, and the whole gradient of a parameter that no bucket holds
+    result["gpu"]["buckets"] = float(b * (2 * bucket + (largest if largest > bucket else 0)))
     result["gpu"]["gather"] = b * _gathered(parts, zero, threshold)
     return result
 
