@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,17 +59,22 @@ def here(monkeypatch: pytest.MonkeyPatch, questions: int = 2, tokens: int = 6) -
     """Proofs in this process, with fewer questions: a new one spends its seconds on imports. Some tests start one."""
     from zero_ds.export import fresh, proof
 
-    def run(scratch: Path) -> subprocess.CompletedProcess[str]:
-        finders = list(sys.meta_path)
-        try:
-            fresh.main(scratch)
-        except Exception as error:
-            return subprocess.CompletedProcess([], 1, "", f"{type(error).__name__}: {error}")
-        finally:
-            sys.meta_path[:] = finders
-        return subprocess.CompletedProcess([], 0, "", "")
+    @contextmanager
+    def run(scratch: Path) -> Iterator[proof.Finish]:
+        def finish() -> tuple[int, str]:
+            finders = list(sys.meta_path)
+            monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+            try:
+                fresh.main(scratch)
+            except Exception as error:
+                return 1, f"{type(error).__name__}: {error}"
+            finally:
+                sys.meta_path[:] = finders
+            return 0, ""
 
-    monkeypatch.setattr(proof, "start_fresh", run)
+        yield finish
+
+    monkeypatch.setattr(proof, "run_fresh", run)
     monkeypatch.setattr("zero_ds.export.fresh._Refuse.find_spec", lambda *arguments: None)
     monkeypatch.setattr(proof, "QUESTIONS", proof.QUESTIONS[:questions])
     monkeypatch.setattr(proof, "TOKENS", tokens)

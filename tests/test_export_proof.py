@@ -154,3 +154,18 @@ def test_a_commit_is_read_alike_by_both_readers(run: Path, exported: Path) -> No
     model = load_trained(source.commit.folder, str(source.folder))
     loaded = [proof.Loaded(*entry) for entry in llava.loaded(source, model)]
     assert count == proof.compare_loaded(exported, loaded) == len(load_file(exported / "model.safetensors"))
+
+
+def test_a_batch_is_asked_as_each_prompt_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(run, None)
+    model, words = load_trained(source.commit.folder, str(source.folder)), texts(source)
+    picture = proof.draw((32, 32), tmp_path / "picture.png")
+    together = proof.ask(source, words, model, picture)
+    assert len({len(one.ids) for one in together}) > 2, "prompts of several lengths are padded"
+    for question in proof.QUESTIONS:
+        monkeypatch.setattr(proof, "QUESTIONS", (question,))
+        for alone in proof.ask(source, words, model, picture):
+            same = next(one for one in together if (one.question, one.picture) == (question, alone.picture))
+            assert (same.ids, same.answer) == (alone.ids, alone.answer)
+            assert len(alone.logits) == proof.POSITIONS + len(alone.answer) - 1
+            torch.testing.assert_close(same.logits, alone.logits, atol=1e-5, rtol=0)

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from zero_ds.checkpoint import versions
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.data.sources import Sample
+from zero_ds.export.fresh import answer, batch
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import read, values
 from zero_ds.export.text import Texts
@@ -27,13 +29,15 @@ from zero_ds.model import VisionLanguageModel, sample_encoder
 from zero_ds.pretrained import shard_files
 from zero_ds.shards import Span, Tensor, spans
 
+Finish = Callable[[], tuple[int, str]]
+"""Waits for a process to end: -> exit status, what it said."""
 PROOFS = ("full", "tensors")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest difference of logits between source and exported folder."""
 PIXELS = 1e-5
 """Largest difference of pixel values between the two processors, on a picture of the encoder's size."""
 POSITIONS = 8
-"""Last positions of a prompt of which logits are compared."""
+"""Last positions of a prompt of which logits are compared, beside those of the answer."""
 TOKENS = 12
 """Longest greedy answer."""
 QUESTIONS = (
@@ -143,39 +147,60 @@ class Asked:
     pixels: torch.Tensor | None
     """(views, 3, size, size)"""
     logits: torch.Tensor
-    """(POSITIONS, vocabulary), of the last positions of the prompt."""
+    """(positions, vocabulary), of the last POSITIONS of the prompt and of the answer's tokens but the last."""
     answer: list[int]
 
 
 @torch.no_grad()
 def ask(source: Source, texts: Texts, model: VisionLanguageModel, picture: Path) -> list[Asked]:
-    """Every question with the picture and without, by the code of training."""
+    """Every question with the picture and without, by the code of training.
+
+    The questions with it are one batch, and those without it another; logits are taken where the answer is generated.
+    """
     fixed = "off" if source.config.data.image_prompt == "off" else "fixed"
     data = source.config.data.model_copy(update={"image_prompt": fixed})
     encoder = sample_encoder(model, source.folder, source.encoder_folder, data)
-    asked = []
-    for question in QUESTIONS:
-        for shown in (str(picture), None):
+    pad, stops = texts.generation["pad_token_id"], list(texts.stops)
+    decoder = cast(Any, model.decoder)
+    asked: dict[tuple[str, str | None], Asked] = {}
+    for shown in (str(picture), None):
+        prompts: list[dict[str, torch.Tensor]] = []
+        for question in QUESTIONS:
             text = f"{PLACEHOLDER}\n{question}" if shown else question
             sample = Sample("proof", (Turn("user", text),), (shown,) if shown else ())
             counts = encoder.image_tokens(sample)
             encoded = encoder.encode(encoder.turns(sample), generate=True, image_tokens=counts)
-            pixels = encoder.pixels(sample) if shown else None
             ids = torch.tensor([encoded.input_ids])
-            mask = torch.ones_like(ids)
-            hidden = model.hidden_states(ids, mask, pixels)[:, -POSITIONS:]
-            answer = cast(Any, model.decoder).generate(
-                inputs_embeds=model.embed(ids, pixels),
-                attention_mask=mask,
+            prompts.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            if shown:
+                prompts[-1]["pixel_values"] = encoder.pixels(sample)
+        inputs = batch(prompts, pad)
+
+        def generate(inputs: dict[str, torch.Tensor] = inputs) -> torch.Tensor:
+            done: torch.Tensor = decoder.generate(
+                inputs_embeds=model.embed(inputs["input_ids"], inputs.get("pixel_values")),
+                attention_mask=inputs["attention_mask"],
                 max_new_tokens=TOKENS,
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,
-                eos_token_id=list(texts.stops),
-                pad_token_id=texts.generation["pad_token_id"],
+                eos_token_id=stops,
+                pad_token_id=pad,
             )
-            asked.append(Asked(question, shown, encoded.input_ids, pixels, model.logits(hidden)[0], answer[0].tolist()))
-    return asked
+            return done
+
+        answers, logits = answer(
+            generate,
+            getattr(decoder, model.family.backbone),
+            lambda output: model.logits(output.last_hidden_state[:, -POSITIONS:]),
+            [prompt["input_ids"].shape[1] for prompt in prompts],
+            stops,
+            POSITIONS,
+        )
+        for question, prompt, found, scores in zip(QUESTIONS, prompts, answers, logits, strict=True):
+            read = prompt["input_ids"][0].tolist()
+            asked[question, shown] = Asked(question, shown, read, prompt.get("pixel_values"), scores, found)
+    return [asked[question, shown] for question in QUESTIONS for shown in (str(picture), None)]
 
 
 def draw(size: tuple[int, int], path: Path) -> Path:
@@ -188,29 +213,64 @@ def draw(size: tuple[int, int], path: Path) -> Path:
     return path
 
 
-def ask_fresh(folder: Path, asked: list[Asked], remote_code: bool, scratch: Path) -> dict[str, Any]:
-    """What the exported folder makes of the same prompts, in a new process that cannot import this package.
+@contextmanager
+def start_fresh(folder: Path, remote_code: bool, picture: Path, scratch: Path) -> Iterator[Finish]:
+    """Has the folder answer the same prompts in a new process that cannot import this package.
 
-    Raises:
-        ConfigError: transformers alone cannot load the folder, or some tensor of its class is not in it.
+    It imports its libraries and reads the prompts while the source answers; it loads the model when what is yielded is
+    called, so that both are never in memory together. Code that the folder brings is cached in `scratch` alone.
     """
-    from safetensors.torch import load_file, save_file
-
     content = {
         "folder": str(folder.resolve()),
         "remote_code": remote_code,
         "threads": torch.get_num_threads(),
         "positions": POSITIONS,
         "tokens": TOKENS,
-        "prompts": [[one.question, one.picture] for one in asked],
+        "prompts": [[question, shown] for question in QUESTIONS for shown in (str(picture), None)],
     }
     (scratch / "asked.json").write_text(json.dumps(content), encoding="utf-8")
+    with run_fresh(scratch) as finish:
+        yield finish
+
+
+@contextmanager
+def run_fresh(scratch: Path) -> Iterator[Finish]:
+    """fresh.py in a new interpreter, which ends with the block."""
+    script = (Path(__file__).parent / "fresh.py").read_text(encoding="utf-8")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, str(scratch)]
+    with (
+        (scratch / "said.txt").open("w+", encoding="utf-8", errors="replace") as said,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=said, stderr=said, text=True, cwd=scratch, env=environment
+        ) as process,
+    ):
+
+        def finish() -> tuple[int, str]:
+            process.communicate("\n")
+            said.seek(0)
+            return process.returncode, said.read()
+
+        try:
+            yield finish
+        finally:
+            process.kill()  # of no effect where it has ended
+
+
+def ask_fresh(finish: Finish, asked: list[Asked], scratch: Path) -> dict[str, Any]:
+    """What the exported folder makes of the same prompts; see `start_fresh`.
+
+    Raises:
+        ConfigError: transformers alone cannot load the folder, or some tensor of its class is not in it.
+    """
+    from safetensors.torch import load_file, save_file
+
     pixels = {str(number): one.pixels for number, one in enumerate(asked) if one.pixels is not None}
     save_file(pixels, scratch / "pixels.safetensors")
-    done = start_fresh(scratch)
+    status, said = finish()
     path = scratch / "answers.json"
-    if done.returncode or not path.is_file():
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
+    if status or not path.is_file():
+        reason = said.strip().splitlines()[-1] if said.strip() else f"exit status {status}"
         raise ConfigError(f"transformers alone could not load the exported folder: {reason}")
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if result["unfilled"]:
@@ -219,18 +279,6 @@ def ask_fresh(folder: Path, asked: list[Asked], remote_code: bool, scratch: Path
     for number, one in enumerate(result["answers"]):
         one["logits"] = logits[str(number)]
     return result
-
-
-def start_fresh(scratch: Path) -> subprocess.CompletedProcess[str]:
-    """Runs fresh.py in a new interpreter; code that the folder brings is cached in `scratch` alone."""
-    script = (Path(__file__).parent / "fresh.py").read_text(encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "-c", script, str(scratch)],
-        capture_output=True,
-        text=True,
-        cwd=scratch,
-        env={**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"},
-    )
 
 
 def compare_answers(source: Source, texts: Texts, asked: list[Asked], fresh: dict[str, Any]) -> list[dict[str, Any]]:
@@ -244,7 +292,7 @@ def compare_answers(source: Source, texts: Texts, asked: list[Asked], fresh: dic
     for ours, theirs in zip(asked, fresh["answers"], strict=True):
         kind = f"'{ours.question}' {'with a picture' if ours.picture else 'without a picture'}"
         ids = [texts.image_token_id if token == IMAGE_TOKEN else token for token in ours.ids]
-        gap = float((ours.logits.float() - theirs["logits"].float()).abs().max())
+        gap = _largest_difference(ours, theirs)
         for holds, what in (
             (ids == theirs["ids"], f"its prompt has other tokens ({len(theirs['ids'])}, not {len(ids)})"),
             (theirs["pixels"] <= PIXELS, f"pixel values are apart by {theirs['pixels']:.2g} (at most {PIXELS})"),
@@ -269,6 +317,17 @@ def compare_answers(source: Source, texts: Texts, asked: list[Asked], fresh: dic
     return lines
 
 
+def _largest_difference(ours: Asked, theirs: dict[str, Any]) -> float:
+    """Between logits, up to where the answers part."""
+    pairs = zip(ours.answer, theirs["answer"], strict=False)
+    parted = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    one, other = ours.logits.float(), theirs["logits"].float()
+    rows = min(len(one), len(other))
+    if parted is not None:  # behind the prompt's last position stands one token of the answer after the other
+        rows = min(rows, len(one) - (len(ours.answer) - 1) + parted)
+    return float((one[:rows] - other[:rows]).abs().max())
+
+
 def prove(kind: str, source: Source, texts: Texts, layout: Any, folder: Path) -> dict[str, Any]:
     """Content of proof.json; `layout` is the module of the format.
 
@@ -288,18 +347,20 @@ def prove(kind: str, source: Source, texts: Texts, layout: Any, folder: Path) ->
         proof["tensors_equal"] = compare_files(folder, layout.tensors(source))
         proof["loaded_by_transformers"] = False
         return proof
-    model = load_trained(source.commit.folder, str(source.folder), dtype=source.dtype)
-    loaded = (Loaded(*entry) for entry in layout.loaded(source, model))
-    proof["tensors_equal"] = compare_loaded(folder, loaded)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         side = source.vision.image_size
         # of another size, Llava's processor rounds once more to eight bits; ours pads, resizes and cuts as in training
         size = (2 * side + 10, side + 4) if layout.REMOTE_CODE else (side, side)
-        asked = ask(source, texts, model, draw(size, scratch / "picture.png"))
-        del model, loaded
-        gc.collect()
-        fresh = ask_fresh(folder, asked, layout.REMOTE_CODE, scratch)
+        picture = draw(size, scratch / "picture.png")
+        with start_fresh(folder, layout.REMOTE_CODE, picture, scratch) as finish:
+            model = load_trained(source.commit.folder, str(source.folder), dtype=source.dtype)
+            loaded = (Loaded(*entry) for entry in layout.loaded(source, model))
+            proof["tensors_equal"] = compare_loaded(folder, loaded)
+            asked = ask(source, texts, model, picture)
+            del model, loaded
+            gc.collect()
+            fresh = ask_fresh(finish, asked, scratch)
         lines = compare_answers(source, texts, asked, fresh)
     proof["loaded_by_transformers"] = fresh["class"]
     proof["tolerance"] = TOLERANCE[source.dtype]
