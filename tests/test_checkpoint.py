@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from zero_ds.checkpoint import CheckpointError, Commit, SafetensorsStream, check_manifest, find_commit, load_weights_
 from zero_ds.config import ConfigError
+from zero_ds.shards import HASH_VERSION
 
 
 def commit(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = None, **manifest: Any) -> Commit:
@@ -157,6 +158,10 @@ def test_check_manifest_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its absent is None, here it is 1"):
         check_manifest(made, {"absent": 1})
     check_manifest(made, {"target_hash": "xyz"}, allow=["target_hash"])
+    with pytest.raises(
+        ConfigError, match=r"cannot be compared: one of its target_hash, abc, .*; make both with one ver"
+    ):
+        check_manifest(made, {"target_hash": f"{HASH_VERSION}abc"})
 
 
 # -- host memory while saving ------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.data.sources import Records
 from zero_ds.graft import compatibility, load_graft, load_trained, run_config
 from zero_ds.model import VisionLanguageModel, sample_encoder
+from zero_ds.shards import target_hash
 
 
 def sample(model: VisionLanguageModel, made: Callable[..., Path], data: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,6 +120,40 @@ def test_weights_that_cannot_be_grafted(trained: Path, made: Callable[..., Path]
     save_file({n: t for n, t in weights.items() if n.startswith("translator.")}, commit / "weights.safetensors")
     with pytest.raises(ConfigError, match="holds no adapter, so there is nothing to graft"):
         load_graft(commit, made("llama", tied=True))
+
+
+def test_damaged_weights_are_refused_in_a_sentence(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    """By the command, which reads them whole, and by their header."""
+    commit, target = tmp_path / "damaged", made("llama", tied=True)
+    shutil.copytree(trained / "encoder" / "step-000002", commit)
+    file = commit / "weights.safetensors"
+    content = file.read_bytes()
+
+    def refused() -> str:
+        done = CliRunner().invoke(app, ["graft", "--weights", str(commit), "--target", str(target)])
+        assert isinstance(done.exception, CheckpointError), done.exception
+        return str(done.exception)
+
+    for damaged in (content[: len(content) // 2], content[:100], b"", b"no weights"):
+        file.write_bytes(damaged)
+        assert refused() == f"{file} is missing or damaged; use another commit, or zero-ds consolidate."
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "is damaged: its content is not what was saved" in refused()
+    file.unlink()
+    assert "is missing or damaged" in refused()
+
+
+def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    """A manifest of the first version, whose hashes were taken another way."""
+    commit, target = tmp_path / "early", made("llama", tied=True)
+    shutil.copytree(trained / "encoder" / "step-000002", commit)
+    manifest = json.loads((commit / "manifest.json").read_text())
+    early = {"target_hash": target_hash(target, "0" * 32), "encoder_hash": target_hash(made("clip"), "0" * 32)}
+    assert all(manifest[name] != taken for name, taken in early.items())
+    (commit / "manifest.json").write_text(json.dumps({**manifest, **early}))
+    report, _ = graft(commit, target)
+    assert report == dict.fromkeys(NAMES, "fits")
+    assert graft(commit, made("llama", tied=True, seed=1))[0]["target"] == "DIFFERS"
 
 
 def test_the_configuration_is_in_the_commit(trained: Path) -> None:

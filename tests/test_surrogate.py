@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -26,7 +27,7 @@ from zero_ds.cli import app
 from zero_ds.config import ConfigError
 from zero_ds.families import FAMILIES, family_of
 from zero_ds.pretrained import load_decoder
-from zero_ds.shards import target_hash
+from zero_ds.shards import spans, target_hash
 from zero_ds.streaming import LayerFiles
 from zero_ds.surrogate import LayerPlan, Replaced, SurrogateInfo, build_surrogate, read_surrogate
 
@@ -638,6 +639,36 @@ def test_target_hash_tells_models_apart(made: Callable[..., Path], tmp_path: Pat
     content[-1] ^= 1
     (changed / "model.safetensors").write_bytes(content)
     assert len(hashes | {target_hash(changed)}) == 4
+
+
+def early_hash(folder: Path) -> str:
+    """As the first version took it; the end of tensors between 4 and 64 KB is not in it."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    content = (folder / "model.safetensors").read_bytes()
+    for name, span in sorted(spans(folder / "model.safetensors").items()):
+        digest.update(f"{name}{span.dtype}{span.shape}".encode())
+        for piece in range(min(16, -(-span.size // 4096))):
+            start = span.start + piece * max(0, span.size - 4096) // 15
+            digest.update(content[start : start + min(4096, span.size)])
+    return digest.hexdigest()[:32]
+
+
+def test_target_hash_reads_small_tensors_whole(made: Callable[..., Path], tmp_path: Path) -> None:
+    """The last byte of every tensor, and of those up to 64 KB any; hashes of the first version are still compared."""
+    folder = copy(made("llama", tied=True), tmp_path / "model")
+    before, early = target_hash(folder), early_hash(folder)
+    assert target_hash(folder, like=early) == early != before == target_hash(folder, like=before)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    for span in spans(file).values():
+        for place in {0, span.size // 3, span.size // 2, span.size - 4097, span.size - 1}:
+            if 0 <= place < span.size:
+                changed = bytearray(content)
+                changed[span.start + place] ^= 1
+                file.write_bytes(changed)
+                assert target_hash(folder) != before
+    assert any(4096 < span.size < 1 << 16 for span in spans(file).values())
+    assert target_hash(folder, like=early) == early_hash(folder)
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -48,7 +48,7 @@ def audit(surrogate: Path, target: Path) -> dict[str, Any]:
         ConfigError: `surrogate` is none, or was cut from another model.
     """
     info = read_surrogate(surrogate)
-    if target_hash(target) != info.target_hash:
+    if target_hash(target, like=info.target_hash) != info.target_hash:
         raise ConfigError(f"{surrogate} was cut from another model than {target}; name the one it was cut from.")
     family = family_of(target)
     mine, theirs = decoder_spans(surrogate), decoder_spans(target)

@@ -16,14 +16,14 @@ import torch
 from tqdm import tqdm
 
 from zero_ds import lora
-from zero_ds.checkpoint import Commit, find_commit, load_weights_
+from zero_ds.checkpoint import CheckpointError, Commit, check_hash, find_commit, load_weights_
 from zero_ds.config import AdapterConfig, ConfigError, EncoderConfig, RunConfig, did_you_mean, validate
 from zero_ds.families import family_of
 from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble
 from zero_ds.peft_folder import is_peft_folder
 from zero_ds.pretrained import decoder_tensors, text_config
-from zero_ds.shards import content_hash, decoder_spans, locate, same_bytes, target_hash
+from zero_ds.shards import Span, content_hash, decoder_spans, locate, same_bytes, spans, target_hash
 from zero_ds.stages import SURROGATE_ONLY, decoder_kind, trained_parts
 from zero_ds.surrogate import LayerPlan, kept_tensors, read_surrogate, relied_on, text_hashes
 
@@ -60,10 +60,14 @@ def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surro
 
     Raises:
         ConfigError: weights without an adapter, a damaged or missing folder.
+        CheckpointError: damaged weights; of damage behind their header only where `thorough`.
     """
     manifest, config = commit.manifest, run_config(commit)
     width, here = manifest_width(commit), int(text_config(target).hidden_size)
-    recorded, now = str(manifest.get("target_hash")), target_hash(target)
+    if thorough:
+        check_hash(commit.folder / "weights.safetensors", str(manifest.get("weights_sha256")))
+    recorded = str(manifest.get("target_hash"))
+    now = target_hash(target, like=recorded)
     checks = [
         Check("stage", "stage", config.stage, _trained(config), True),
         _check("family", "family", str(manifest.get("family")), family_of(target).name),
@@ -81,8 +85,9 @@ def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surro
         embeddings = content_hash(locate(decoder_tensors(target))[family_of(target).embeddings])
         checks.append(_check("embeddings", "word embeddings", relied.get("embeddings"), embeddings))
     if config.encoder is not None:
-        encoder = target_hash(local_folder(config.encoder.path))
-        checks.append(_check("encoder", "vision encoder", manifest.get("encoder_hash"), encoder))
+        began_with = manifest.get("encoder_hash")
+        encoder = target_hash(local_folder(config.encoder.path), like=str(began_with))
+        checks.append(_check("encoder", "vision encoder", began_with, encoder))
     early = _trained_early(commit, config)
     if early is not None:
         what = "the source of the kept layers"
@@ -140,16 +145,25 @@ def _surrogate_folder(config: RunConfig, surrogate: str | None) -> Path | None:
 
 def _trained_early(commit: Commit, config: RunConfig) -> Path | None:
     """The commit, of this run or of those it started from, that holds trained kept layers (the starred control)."""
-    from safetensors import safe_open
-
     starts = [Path(start) for start in config.starts]
     commits = [find_commit(start) for start in starts if start.is_dir() and not is_peft_folder(start)]
     for one in [*commits, commit]:
-        path = one.folder / "weights.safetensors"
-        with safe_open(path, framework="pt") as file:
-            if any(name.startswith("early.") for name in file.keys()):  # noqa: SIM118 - a handle is no mapping
-                return one.folder
+        if any(name.startswith("early.") for name in _trained_tensors(one)):
+            return one.folder
     return None
+
+
+def _trained_tensors(commit: Commit) -> dict[str, Span]:
+    """The tensors of a commit by name, from its weights' header.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or none of safetensors.
+    """
+    path = commit.folder / "weights.safetensors"
+    try:
+        return spans(path)
+    except ConfigError:
+        raise CheckpointError(f"{path} is missing or damaged; use another commit, or zero-ds consolidate.") from None
 
 
 def _kept_layers(manifest: dict[str, Any], config: RunConfig, target: Path, surrogate: str | None) -> Check:
@@ -173,12 +187,10 @@ def _kept_layers(manifest: dict[str, Any], config: RunConfig, target: Path, surr
 
 def manifest_width(commit: Commit) -> int:
     """Width of the adapter's output, read from the weights' header."""
-    from safetensors import safe_open
-
-    with safe_open(commit.folder / "weights.safetensors", framework="pt") as file:
-        for name in ("aligner.weight", "adapter.2.weight", "adapter.2.bias"):
-            if name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                return int(file.get_slice(name).get_shape()[0])
+    held = _trained_tensors(commit)
+    for name in ("aligner.weight", "adapter.2.weight", "adapter.2.bias"):
+        if name in held:
+            return held[name].shape[0]
     raise ConfigError(f"{commit.folder} holds no adapter, so there is nothing to graft; name a run of a later stage.")
 
 

@@ -134,7 +134,7 @@ def _plan(file: Path, target: Path, surrogate: str | None, needed: bool) -> Laye
     depth = depth_of(target)
     if surrogate is not None:
         info = read_surrogate(local_folder(surrogate))
-        if info.target_hash != target_hash(target):
+        if info.target_hash != target_hash(target, like=info.target_hash):
             raise ConfigError(f"{surrogate} was cut from another model than {target}; name its own --target.")
         return info.plan
     if depth in RELEASED:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from zero_ds.pretrained import Stored, decoder_tensors, expected_shapes, shard_f
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that are not quantized, as safetensors names them."""
+HASH_VERSION = "2-"
+"""How `target_hash` takes its sample, written before it."""
+_EARLY_HASH = re.compile(r"[0-9a-f]{32}")
 SHARD_BYTES = 2 << 30
 WRITERS = 2
 """Shards written at a time."""
@@ -127,20 +131,25 @@ def decoder_spans(folder: Path) -> dict[str, Span]:
     return {name: span for name, span in tensors.items() if name not in beyond}
 
 
-def target_hash(folder: Path) -> str:
+def target_hash(folder: Path, like: str = "") -> str:
     """Hash of config.json and of every tensor's name, type, shape and a sample of its bytes: 16 pieces of 4 KB.
 
-    It tells one model from another in no time; a change of some bytes in the middle of a large tensor may escape it.
+    Tensors of up to 64 KB are read whole. It tells one model from another in no time; a change of some bytes in the
+    middle of a large tensor may escape it. like: a recorded hash that this one will be compared with, and is taken as
+    that one was: early versions left out the end of tensors between 4 and 64 KB.
     """
+    early = _EARLY_HASH.fullmatch(like) is not None
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(set(shard_files(folder).values())):
         with file.open("rb") as handle:
             for name, span in sorted(spans(file).items()):
                 digest.update(f"{name}{span.dtype}{span.shape}".encode())
-                for piece in range(min(16, -(-span.size // 4096))):
-                    handle.seek(span.start + piece * max(0, span.size - 4096) // 15)
+                pieces = min(16, -(-span.size // 4096))
+                steps = 15 if early else max(1, pieces - 1)
+                for piece in range(pieces):
+                    handle.seek(span.start + piece * max(0, span.size - 4096) // steps)
                     digest.update(handle.read(min(4096, span.size)))
-    return digest.hexdigest()[:32]
+    return ("" if early else HASH_VERSION) + digest.hexdigest()[:32]
 
 
 def locate(tensors: dict[str, Stored]) -> dict[str, Span]:

@@ -24,6 +24,7 @@ from zero_ds.data.sources import Records, Sample
 from zero_ds.files import new_folder
 from zero_ds.lens import Floats, TokenSample, batches, padded, progress
 from zero_ds.pretrained import load_tokenizer, text_config
+from zero_ds.shards import target_hash
 from zero_ds.surrogate import LayerPlan, Replaced
 from zero_ds.transition import Transition
 
@@ -120,8 +121,8 @@ def read_samples(
     return chosen, template
 
 
-def proposed_range(folder: Path, target_hash: str) -> str:
-    """The layers, first:last, that the trajectory in a folder proposes to replace.
+def proposed_range(folder: Path, model: Path) -> str:
+    """The layers, first:last, of the model in another folder that the trajectory in a folder proposes to replace.
 
     Raises:
         ConfigError: no trajectory there, one of another model, or one without a verdict.
@@ -133,7 +134,7 @@ def proposed_range(folder: Path, target_hash: str) -> str:
         replace = str(proposed["replace"]) if proposed else None
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder} holds no readable trajectory.json; run `zero-ds trajectory` first.") from None
-    if measured != target_hash:
+    if measured != target_hash(model, like=str(measured)):
         raise ConfigError(f"{path} was measured on another model ({content.get('model')}); measure this one.")
     if replace is None:
         raise ConfigError(f"{path} proposes no layers: {verdict} Give --replace.")

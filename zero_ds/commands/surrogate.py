@@ -62,11 +62,11 @@ def surrogate(
     # everything that can be wrong is looked at before anything is written
     chosen = read_samples(folder, kl, count=samples, seed=0)[0] if kl is not None else []
     if not only_report:
-        ranges = [proposed_range(from_trajectory, target_hash(folder))] if from_trajectory else list(replace or ())
+        ranges = [proposed_range(from_trajectory, folder)] if from_trajectory else list(replace or ())
         wanted = [Replaced.parse(text, translators) for text in ranges]
         if there is not None:
-            same = (there.target_hash, there.plan) == (target_hash(folder), LayerPlan(there.plan.depth, tuple(wanted)))
-            if not same:
+            same = there.target_hash == target_hash(folder, like=there.target_hash)
+            if not same or there.plan != LayerPlan(there.plan.depth, tuple(wanted)):
                 raise ConfigError(
                     f"{out} holds another surrogate, {there.plan} of {there.target}; choose another --out."
                 )

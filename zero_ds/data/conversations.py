@@ -37,7 +37,7 @@ DATE = {
     "%S": "00",
 }
 """What a template's `strftime_now` writes for each code: the day that Llama-3.1's template names if none is given."""
-_STRFTIME = (
+STRFTIME = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
     + " }}{%- endmacro %}\n"
@@ -233,7 +233,7 @@ class ChatTemplate:
             try:
                 text = self.tokenizer.apply_chat_template(
                     [{"role": role, "content": f" \tzq{number}qz\t "} for number, role in enumerate(roles)],
-                    chat_template=_STRFTIME + self._source if "strftime_now" in self._source else self._source,
+                    chat_template=STRFTIME + self._source if "strftime_now" in self._source else self._source,
                     tokenize=False,
                     add_generation_prompt=generate,
                     enable_thinking=False,  # Qwen3's: an empty thought opens answers in training, so also in prompts

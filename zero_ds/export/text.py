@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.config import ConfigError, DataConfig
-from zero_ds.data.conversations import PLACEHOLDER, WRAPPERS, ChatTemplate
+from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate
 from zero_ds.export.source import Source
 from zero_ds.families import Family
 from zero_ds.pretrained import load_tokenizer
@@ -77,12 +77,15 @@ def wrapper(data: DataConfig) -> tuple[str, str]:
 
 
 def chat_template(own: str, image_token: str, data: DataConfig) -> str:
-    """The target's template behind a few lines that turn lists of image and text into what training wrote.
+    """The target's template behind a few lines that turn contents with images into what training wrote.
 
-    A picture and a question become the fixed image prompt, a system prompt is set as in training, and plain string
-    contents stay as they are.
+    Contents are lists of image and text, or strings with `<image>`, as training's data and lmms-eval have them. In the
+    first user's words one image before or behind the text becomes the fixed image prompt; others stay where they are. A
+    system prompt is set as in training, the date of templates that write one is training's, and strings without an
+    image stay as they are.
     """
     before, between = wrapper(data)
+    token = json.dumps(image_token)
     system = ""
     if data.system_prompt is not None:
         system = (
@@ -90,26 +93,36 @@ def chat_template(own: str, image_token: str, data: DataConfig) -> str:
             f"{{%- set ns.messages = [{{'role': 'system', 'content': {json.dumps(data.system_prompt)}}}] -%}}"
             "{%- endif -%}"
         )
-    thinks = "{%- set enable_thinking = false -%}" if "enable_thinking" in own else ""
+    prompt = ""
+    if data.image_prompt != "off":
+        prompt = (
+            f"{{%- if ns.first and pieces|length == 2 and (not pieces[0] or not pieces[1]) -%}}"
+            f"{{%- set ns.text = {json.dumps(before)} + {token} + {json.dumps(between)} + pieces|join|trim -%}}"
+            "{%- endif -%}"
+        )
     return (
-        f"{thinks}"
-        "{%- set ns = namespace(messages=[], text='', images=0) -%}"
+        ("{%- set enable_thinking = false -%}" if "enable_thinking" in own else "")
+        + "{%- set ns = namespace(messages=[], text='', images='', first=true) -%}"
         + system
-        + "{%- for message in messages -%}{%- if message.content is string -%}"
-        "{%- set ns.messages = ns.messages + [message] -%}"
-        "{%- else -%}"
-        "{%- set ns.text = '' -%}{%- set ns.images = 0 -%}"
+        + "{%- for message in messages -%}"
+        # lists: images before the text, as in LLaVA's data
+        "{%- set ns.text = '' -%}{%- set ns.images = '' -%}"
+        "{%- if message.content is string -%}{%- set ns.text = message.content -%}"
+        "{%- elif message.content is iterable -%}"
         "{%- for part in message.content -%}"
-        "{%- if part.type == 'image' -%}{%- set ns.images = ns.images + 1 -%}"
+        f"{{%- if part.type == 'image' -%}}{{%- set ns.images = ns.images + {json.dumps(PLACEHOLDER)} -%}}"
         "{%- elif part.type == 'text' -%}{%- set ns.text = ns.text + part.text -%}{%- endif -%}"
         "{%- endfor -%}"
-        "{%- if ns.images -%}"
-        f"{{%- set ns.text = {json.dumps(before)} + {json.dumps(image_token)} * ns.images + {json.dumps(between)}"
-        " + ns.text -%}"
+        "{%- if ns.images -%}{%- set ns.text = ns.images + '\n' + ns.text -%}{%- endif -%}"
         "{%- endif -%}"
-        "{%- set ns.messages = ns.messages + [{'role': message.role, 'content': ns.text}] -%}"
-        "{%- endif -%}{%- endfor -%}"
-        "{%- set messages = ns.messages -%}" + own
+        "{%- if message.role == 'user' -%}"
+        f"{{%- set pieces = ns.text.split({json.dumps(PLACEHOLDER)}) -%}}"
+        f"{{%- set ns.text = pieces|join({token}) -%}}" + prompt + "{%- set ns.first = false -%}"
+        "{%- endif -%}"
+        # a message may have more than role and content, which stays
+        "{%- set ns.messages = ns.messages + [dict(message, content=ns.text)] -%}"
+        "{%- endfor -%}"
+        "{%- set messages = ns.messages -%}" + (STRFTIME if "strftime_now" in own else "") + own
     )
 
 

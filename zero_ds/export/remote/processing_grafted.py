@@ -96,7 +96,8 @@ class GraftedProcessor(ProcessorMixin):
         head, found, tail = text.partition(opening)
         if not found:
             head, opening, tail = "", "", text
-        return head + opening + self.before + self.image_token * pictures + self.between + tail
+        before, between = (self.before, self.between) if pictures == 1 else ("", "\n")
+        return head + opening + before + self.image_token * pictures + between + tail
 
     def _opening(self) -> str:
         """What the chat template writes before a user's words, whatever stands before it."""
