@@ -27,21 +27,52 @@ from turns import Group
 ENCODER_PARTS = ["vision_tower", "multi_modal_projector"]
 
 
+def settings(
+    runs: Path, zero: str, precision: str, global_batch: int, micro_batch: int, ranks: int
+) -> tuple[list[str], dict[str, Any]]:
+    """The same for both: our overrides, and the peer's arguments."""
+    from zero_ds.deepspeed_config import DS_CONFIG_ROOT
+
+    data = runs / "demo/data/train.json"
+    common = [
+        f"encoder.path={runs / 'demo/encoder'}",
+        f"data.sources=[{{path: {data}}}]",
+        f"zero={zero}",
+        f"precision={precision}",
+        f"global_batch={global_batch}",
+        f"micro_batch={micro_batch}",
+    ]
+    peer = {
+        "model": str(runs / "quickstart/export"),
+        "data": str(data),
+        "zero": zero if zero.endswith(".json") else str(DS_CONFIG_ROOT / f"{zero}.json"),
+        "micro_batch": micro_batch,
+        "accumulation": global_batch // (micro_batch * ranks),
+        "precision": precision,
+    }
+    return common, peer
+
+
+def build(target: Path, layers: str, out: Path) -> None:
+    """Cuts a surrogate, in a process of its own: this one stays small."""
+    command = [sys.executable, "-m", "zero_ds", "surrogate", "--target", str(target), "--replace", layers]
+    subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+
+
 def contestants(
-    stages: list[str], runs: Path, cuts: list[str], folder: Path, model: str, common: list[str], peer: dict[str, Any]
+    stage: str, cuts: list[str], folder: Path, model: str, common: list[str], peer: dict[str, Any]
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> function and its arguments, the peer of each stage first."""
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for stage in stages:
-        trains = ENCODER_PARTS if stage == "encoder" else []
-        found[f"{stage} Trainer"] = (trainers.llava, {**peer, "trains": trains, "out": str(folder / f"peer-{stage}")})
-        ways = {"decoder": {"ours": []}, "encoder": {"ours, full": ["decoder=target"]}}[stage]
-        if stage == "encoder":
-            ways |= {f"ours, T({cut.replace(':', ',')})": [f"surrogate={folder / cut}"] for cut in cuts}
-        for name, settings in ways.items():
-            out = folder / f"{stage}-{len(found)}"
-            overrides = [*common, *settings, f"out={out}", "init_from=[]"]
-            found[f"{stage} {name}"] = (trainers.ours, {"recipe": f"{model}/{stage}", "overrides": overrides})
+    """Name -> function and its arguments; the peer first, then ours through the full model."""
+    trains = ENCODER_PARTS if stage == "encoder" else []
+    found: dict[str, tuple[Any, dict[str, Any]]] = {
+        f"{stage}: Trainer": (trainers.llava, {**peer, "trains": trains, "out": str(folder / f"peer-{stage}")})
+    }
+    ways = {"ours": []} if stage == "decoder" else {"ours, full": ["decoder=target"]}
+    if stage == "encoder":
+        ways |= {f"ours, T({cut.replace(':', ',')})": [f"surrogate={folder / cut.replace(':', '-')}"] for cut in cuts}
+    for name, settings in ways.items():
+        overrides = [*common, *settings, f"out={folder / f'{stage}-{len(found)}'}", "init_from=[]"]
+        found[f"{stage}: {name}"] = (trainers.ours, {"recipe": f"{model}/{stage}", "overrides": overrides})
     return found
 
 
@@ -52,18 +83,12 @@ def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> fl
     from zero_ds.plan.architecture import architecture
 
     config = load_run(arguments["recipe"], arguments["overrides"])
-    model = architecture(config, dtype=_dtype("bf16"), replace=[], translators=1).model
+    model = architecture(config).model
     tokens = counted["pictures"] * model.tokens_per_image()
     whole = StepCost.of(model).flops(
         counted["tokens"], counted["pairs"], counted["supervised"], counted["pictures"], tokens
     )
     return whole / counted["samples"]
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def main(
@@ -84,45 +109,35 @@ def main(
 ) -> None:
     """Compare training steps."""
     from zero_ds.config import load_run
-    from zero_ds.deepspeed_config import DS_CONFIG_ROOT
 
     runs = runs.resolve()
-    names, cuts = stages.split(","), cut or ["24:28", "18:28"]
-    data, target = runs / "demo/data/train.json", load_run(f"{model}/decoder").target
-    common = [
-        f"encoder.path={runs / 'demo/encoder'}",
-        f"data.sources=[{{path: {data}}}]",
-        f"zero={zero}",
-        f"precision={precision}",
-        f"global_batch={global_batch}",
-        f"micro_batch={micro_batch}",
-        *(setting or []),
-    ]
-    peer = {
-        "model": str(runs / "quickstart/export"),
-        "data": str(data),
-        "zero": zero if zero.endswith(".json") else str(DS_CONFIG_ROOT / f"{zero}.json"),
-        "micro_batch": micro_batch,
-        "accumulation": global_batch // (micro_batch * ranks),
-        "precision": precision,
-    }
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+    names, cuts = stages.split(","), cut or ["24:28", "18:28", "12:28"]
+    target = load_run(f"{model}/decoder").target
+    common, peer = settings(runs, zero, precision, global_batch, micro_batch, ranks)
+    common += setting or []
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for layers in cuts if "encoder" in names else []:
             command = [sys.executable, "-m", "zero_ds", "surrogate", "--target", str(target), "--replace", layers]
-            subprocess.run([*command, "--out", str(folder / layers)], check=True, stdout=subprocess.DEVNULL)
-        entries = contestants(names, runs, cuts, folder, model, common, peer)
-        groups = []
-        for called, (function, arguments) in entries.items():
-            group = stack.enter_context(Group(called, function, ranks, folder, **arguments))
-            # one after the other: loading at the same time would need the memory at the same time
-            print(f"{called}: warm-up {group.turn(warm_up)['seconds']:.1f} s", file=sys.stderr, flush=True)
-            groups.append(group)
-        for _ in range(rounds):
-            for group in groups:
-                print(f"{group.name}: {group.turn(steps)['seconds']:.1f} s", file=sys.stderr, flush=True)
+            subprocess.run(
+                [*command, "--out", str(folder / layers.replace(":", "-"))], check=True, stdout=subprocess.DEVNULL
+            )
         limits = report.measured_limits()
-        found = summary(groups, entries, names, steps * global_batch, ranks * limits[f"{precision}_gflops"] * 1e9)
+        for stage in names:  # of one stage at a time: they are alive side by side
+            entries = contestants(stage, cuts, folder, model, common, peer)
+            groups = []
+            with contextlib.ExitStack() as stack:
+                for called, (function, arguments) in entries.items():
+                    group = stack.enter_context(Group(called, function, ranks, folder, **arguments))
+                    # one after the other: loading needs the most memory
+                    print(f"{called}: warm-up {group.turn(warm_up)['seconds']:.1f} s", file=sys.stderr, flush=True)
+                    groups.append(group)
+                for _ in range(rounds):
+                    for group in groups:
+                        print(f"{group.name}: {group.turn(steps)['seconds']:.1f} s", file=sys.stderr, flush=True)
+            peak = ranks * limits[f"{precision}_gflops"] * 1e9
+            found += summary(groups, [arguments for _, arguments in entries.values()], steps * global_batch, peak)
     print(
         report.table(
             ["contestant", "samples/s", "times", "supervised/s", "peak GiB", "share", "MFU", "positions used"],
@@ -144,33 +159,29 @@ def main(
     report.write(out, {"ranks": ranks, "zero": zero, "precision": precision, "settings": setting, "rows": found})
 
 
-def summary(
-    groups: list[Group], entries: dict[str, tuple[Any, dict[str, Any]]], names: list[str], samples: int, peak: float
-) -> list[dict[str, Any]]:
-    """A row each, beside the peer of its stage; the first turn was the warm-up."""
+def summary(groups: list[Group], methods: list[dict[str, Any]], samples: int, peak: float) -> list[dict[str, Any]]:
+    """A row each, beside the first, the peer; the first turn was the warm-up.
+
+    methods: the groups' arguments; the peer computes through the full model, as the second does.
+    """
     rows = []
-    for stage in names:
-        of_stage = [group for group in groups if group.name.startswith(f"{stage} ")]
-        # the peer computes through the full model, as the row behind it does
-        methods = {group.name: entries[group.name][1] for group in of_stage}
-        methods[of_stage[0].name] = methods[of_stage[1].name]
-        base = report.median([samples / turn["seconds"] for turn in of_stage[0].found[1:]])
-        for group in of_stage:
-            rates = [samples / turn["seconds"] for turn in group.found[1:]]
-            counted, memory = group.found[-1]["counted"], group.found[-1]["peak_gib"]
-            rate = report.median(rates)
-            rows.append(
-                {
-                    "contestant": group.name,
-                    "samples_per_second": rates,
-                    "times_the_peer": rate / base,
-                    "supervised_per_second": rate * counted["supervised"] / counted["samples"],
-                    "peak_gib": memory,
-                    "share_of_peers_memory": memory / of_stage[0].found[-1]["peak_gib"],
-                    "mfu": rate * flops_per_sample(methods[group.name], counted) / peak,
-                    "positions_used": counted["tokens"] / counted["places"],
-                }
-            )
+    base = report.median([samples / turn["seconds"] for turn in groups[0].found[1:]])
+    for number, group in enumerate(groups):
+        rates = [samples / turn["seconds"] for turn in group.found[1:]]
+        counted, memory = group.found[-1]["counted"], group.found[-1]["peak_gib"]
+        rate = report.median(rates)
+        rows.append(
+            {
+                "contestant": group.name,
+                "samples_per_second": rates,
+                "times_the_peer": rate / base,
+                "supervised_per_second": rate * counted["supervised"] / counted["samples"],
+                "peak_gib": memory,
+                "share_of_peers_memory": memory / groups[0].found[-1]["peak_gib"],
+                "mfu": rate * flops_per_sample(methods[max(1, number)], counted) / peak,
+                "positions_used": counted["tokens"] / counted["places"],
+            }
+        )
     return rows
 
 

@@ -68,6 +68,13 @@ class Decoder:
         return float(counter.get_total_flops())
 
 
+def depth(target: Path) -> int:
+    """Layers of the full model."""
+    from zero_ds.pretrained import depth_of
+
+    return depth_of(target)
+
+
 def measured(
     target: Path, cuts: list[str], shape: tuple[int, int, int], rounds: int, steps: int, precision: str
 ) -> list[dict[str, Any]]:
@@ -104,7 +111,7 @@ def measured(
 
 
 def planned(models: list[str], gpus: int, gpu_memory: float, gpu: str) -> list[dict[str, Any]]:
-    """Encoder stage on the surrogate and on the full model, by `zero_ds.plan`, each under the fastest config that fits."""
+    """Encoder stage on the surrogate and on the full model, by `zero_ds.plan`, under the fastest config that fits."""
     from zero_ds.config import load_run
     from zero_ds.plan.recipe import plan_run
     from zero_ds.plan.speed import Cluster
@@ -151,7 +158,10 @@ def main(
     """Compare the cost of steps."""
     rows = measured(target.expanduser(), cut or list(CUTS), (batch, length, supervised), rounds, steps, precision)
     keys = ["time_ratio", "flop_ratio", "time_over_flops"]
-    cells = [[r["cut"], r["layers"], report.spread(r["seconds"], 3), *(r[k] for k in keys), r["gflops_per_second"]] for r in rows]
+    cells = [
+        [r["cut"], r["layers"], report.spread(r["seconds"], 3), *(r[k] for k in keys), r["gflops_per_second"]]
+        for r in rows
+    ]
     print(report.table(["cut", "layers", "s a step", "time", "FLOPs", "time / FLOPs", "GFLOP/s"], cells))
     plans = planned(model or list(PAPER), gpus, gpu_memory, gpu)
     cells = [[p["model"], p["zero"], *p["seconds"], *(p[k] for k in keys)] for p in plans]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,11 +71,12 @@ def llava(
     out: str,
     attention: str = "sdpa",
     checkpointing: bool = False,
+    behind: Callable[[Any], None] | None = None,
 ) -> None:
     """Trainer on Llava: pictures and text through its processor, batches padded, labels at the answers.
 
     model: folder with processor; data: LLaVA's JSON; zero: DeepSpeed JSON; trains: beginnings of the names of what
-    trains, all of it if empty.
+    trains, all of it if empty; behind: called with the trainer after each step, in place of waiting for a turn.
     """
     import deepspeed
     import torch
@@ -157,13 +158,15 @@ def llava(
 
     class InTurns(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            turn.step()
+            if behind is None:
+                turn.step()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            turn.step()
+            if behind is None:
+                turn.step()
+            else:
+                behind(trainer)
 
     records = json.loads(Path(data).read_text(encoding="utf-8"))
-    trainer = Trainer(
-        model=whole, args=arguments, train_dataset=records, data_collator=collate, callbacks=[InTurns()]
-    )
+    trainer = Trainer(model=whole, args=arguments, train_dataset=records, data_collator=collate, callbacks=[InTurns()])
     trainer.train()

@@ -121,7 +121,9 @@ class Group:
         return found
 
     def _fail(self, what: str) -> None:
-        logs = "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in self.logs if log.is_file())
+        logs = "\n".join(
+            f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in self.logs if log.is_file()
+        )
         raise RuntimeError(f"{self.name}: {what}\n{logs}")
 
     def __enter__(self) -> Group:
