@@ -188,7 +188,7 @@ class PreviewConfig(Section):
 
 WITHOUT_EFFECT = (
     *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
-    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing"),
+    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward"),
 )
 """Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
 
@@ -228,6 +228,8 @@ class RunConfig(Section):
     """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     activation_checkpointing: bool = True
+    short_backward: bool = True
+    """Without a picture in the global batch the backward pass ends at the first layer that learns; the same numbers."""
     seed: int = Field(default=0, ge=0)
     zero: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""

@@ -101,6 +101,7 @@ def main(
     stage: Annotated[str, typer.Option(help="encoder or decoder.")] = "encoder",
     zero: Annotated[str, typer.Option(help="DeepSpeed config.")] = "zero3_resident",
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    setting: Annotated[list[str] | None, typer.Option(help="For ours: key=value of the recipe.")] = None,
     ranks: int = 2,
     rounds: int = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -111,7 +112,7 @@ def main(
         folder = Path(name)
         for part in ("ours", "theirs"):
             (folder / part).mkdir()
-        overrides = [*common, "decoder=target", "init_from=[]", f"out={folder / 'ours/run'}"]
+        overrides = [*common, *(setting or []), "decoder=target", "init_from=[]", f"out={folder / 'ours/run'}"]
         arguments = {"recipe": f"{model}/{stage}", "overrides": overrides, "zero": peer["zero"]}
         trains = step.ENCODER_PARTS if stage == "encoder" else []
         found: dict[str, list[dict[str, float]]] = {way: [] for way in (*OURS, *THEIRS)}

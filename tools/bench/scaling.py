@@ -55,6 +55,7 @@ def main(
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence.")] = None,
     tokens: Annotated[int, typer.Option(help="Of a step of the series over lengths.")] = 1024,
     zero: Annotated[str, typer.Option(help="DeepSpeed config.")] = "zero3_resident",
+    setting: Annotated[list[str] | None, typer.Option(help="key=value of the recipe.")] = None,
     steps: Annotated[int, typer.Option(help="Of a turn.")] = 8,
     rounds: int = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -64,7 +65,7 @@ def main(
     from zero_ds.surrogate import LayerPlan, Replaced
 
     runs, cuts = runs.resolve(), cut or ["24:28", "16:28", "8:28"]
-    target = Path(load_run(f"{model}/encoder").target).expanduser()
+    target = Path(load_run(f"{model}/encoder", setting).target).expanduser()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         groups: list[tuple[int, int, Group]] = []
@@ -77,7 +78,7 @@ def main(
                 small = folder / layers.replace(":", "-")
                 step.build(target, layers, small)
                 settings, kept = [f"surrogate={small}"], LayerPlan(full, (Replaced.parse(layers),)).surrogate_depth
-            overrides = [*common, *settings, "init_from=[]", f"out={folder / f'run-{len(groups)}'}"]
+            overrides = [*common, *(setting or []), *settings, "init_from=[]", f"out={folder / f'run-{len(groups)}'}"]
             called = f"{ranks} ranks, {kept} layers"
             given = {"recipe": f"{model}/encoder", "overrides": overrides}
             group = stack.enter_context(Group(called, trainers.ours, ranks, folder, **given))

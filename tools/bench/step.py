@@ -112,7 +112,7 @@ def main(
 
     runs = runs.resolve()
     names, cuts = stages.split(","), cut or ["24:28", "18:28", "12:28"]
-    target = load_run(f"{model}/decoder").target
+    target = load_run(f"{model}/decoder", setting).target
     common, peer = settings(runs, zero, precision, global_batch, micro_batch, ranks)
     common += setting or []
     found: list[dict[str, Any]] = []
