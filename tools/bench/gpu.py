@@ -38,7 +38,8 @@ def fill_(model: Any, device: Any) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if hasattr(child, "inv_freq"):
-                setattr(module, name, type(child)(config=child.config, device=device))
+                with torch.device(device):
+                    setattr(module, name, type(child)(child.config))
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name == "position_ids":
                 module.register_buffer(name, torch.arange(buffer.numel(), device=device).view(buffer.shape), False)

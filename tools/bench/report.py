@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ def machine(*, limits: bool = True) -> dict[str, Any]:
     return {**found, "limits": measured_limits()} if limits else found
 
 
+@functools.cache
 def measured_limits(folder: Path | None = None) -> dict[str, float]:
     """One thread's matrix products, and memory and disk rates: the limits that a bench's figures are held against."""
     import torch
