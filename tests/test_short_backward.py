@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_a_text_costs_less_where_its_backward_pass_ends(run_config: Callable[...
     """FLOPs by count: in `pretrain` less for text alone, in `decoder`, where all learns, the same."""
     cost = StepCost.of(model_of(run_config("pretrain")))
     work = {"tokens": 100.0, "pairs": 1000.0, "supervised": 10.0, "image_tokens": 0.0}
-    assert cost.flops(**work, pictures=0) < 0.8 * cost.flops(**work, pictures=1e-9)
+    assert cost.flops(**work, pictures=0) < 0.95 * cost.flops(**work, pictures=1e-9)
     whole = StepCost.of(model_of(run_config("decoder")))
     assert 0.9 < whole.flops(**work, pictures=0) / whole.flops(**work, pictures=1e-9) <= 1
 
@@ -72,7 +73,7 @@ def test_two_ranks_learn_the_same(
     mixed = json.loads(data.read_text())
     texts, pictures = ([r for r in mixed if ("image" in r) is shown] for shown in (False, True))
     records = [*texts, *texts, *pictures[:4], *texts, *texts, *pictures[2:6]]
-    (tmp_path / "images").symlink_to(data.parent / "images")
+    shutil.copytree(data.parent / "images", tmp_path / "images")
     (tmp_path / "mixed.json").write_text(json.dumps(records))
     configs = [
         run_config(

@@ -20,7 +20,9 @@ from typing import Annotated, Any
 import report
 import typer
 
-IMAGE, PADDING = -200, 0
+from zero_ds.data.conversations import IMAGE_TOKEN
+
+PADDING = 0
 
 
 def fill_(model: Any, device: Any) -> None:
@@ -58,7 +60,7 @@ def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: in
         blind = [-100] * (image_tokens + length - supervised)
         drawn.append(
             {
-                "input_ids": [IMAGE] * image_tokens + text,
+                "input_ids": [IMAGE_TOKEN] * image_tokens + text,
                 "labels": blind + text[-supervised:],
                 "responses": [-1] * len(blind) + [0] * supervised,
                 "pixels": torch.zeros(1, 3, size, size),
@@ -139,7 +141,7 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
             engine.set_gradient_accumulation_boundary(number + 1 == len(batches))
             ids = batch["input_ids"].to(device)
             output = engine(
-                input_ids=ids.masked_fill(ids == IMAGE, image_token),
+                input_ids=ids.masked_fill(ids == IMAGE_TOKEN, image_token),
                 attention_mask=batch["attention_mask"].to(device),
                 labels=batch["labels"].to(device),
                 pixel_values=batch["pixel_values"].to(device, model_dtype(config)),
