@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -382,22 +382,18 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"'{name}' is missing; set it in the recipe or with {name}=VALUE."
     message = first["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{message}."
-    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}." if location else f"{message}."
 
 
 def _keys(model: type[BaseModel], location: list[str]) -> list[str]:
     """Field names of the section at `location`, looked up through the annotations."""
-    import typing
-
     current: Any = model
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
             current = current.model_fields[part].annotation
         while not isinstance(current, type) or not issubclass(current, BaseModel):
-            inner = [a for a in typing.get_args(current) if a is not type(None) and a is not Ellipsis]
+            inner = [a for a in get_args(current) if a is not type(None) and a is not Ellipsis]
             if not inner:
                 return []
-            current = inner[-1] if typing.get_origin(current) is dict else inner[0]
+            current = inner[-1] if get_origin(current) is dict else inner[0]
     return list(current.model_fields)
