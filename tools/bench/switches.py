@@ -34,7 +34,9 @@ def difference(mine: list[float], base: list[float]) -> float:
 
 def main(
     runs: Annotated[Path, typer.Option(help="Folder with demo/ and quickstart/, as launch/quickstart.sh leaves it.")],
-    switch: Annotated[list[str], typer.Option(help="key=value, several with a blank between; one contestant each.")],
+    switch: Annotated[
+        list[str], typer.Option(help="key=value, env:NAME=value; several with a blank between. One contestant each.")
+    ],
     model: Annotated[str, typer.Option(help="Folder of recipes.")] = "smollm2-135m",
     stage: str = "encoder",
     text: Annotated[bool, typer.Option("--text", help="Data: the demo's texts without pictures.")] = False,
@@ -56,8 +58,10 @@ def main(
         folder = Path(name)
         groups = []
         for number, words in enumerate(["", *switch]):
-            overrides = [*common, *words.split(), f"out={folder / f'run-{number}'}"]
-            given = {"recipe": f"{model}/{stage}", "overrides": overrides}
+            env = dict(word[4:].split("=", 1) for word in words.split() if word.startswith("env:"))
+            own = [word for word in words.split() if not word.startswith("env:")]
+            overrides = [*common, *own, f"out={folder / f'run-{number}'}"]
+            given = {"recipe": f"{model}/{stage}", "overrides": overrides, "environment": env}
             groups.append(stack.enter_context(Group(words or "as it is", trainers.ours, ranks, folder, **given)))
             groups[-1].turn(steps)
         for _ in range(rounds):

@@ -52,13 +52,22 @@ class Turn:
 class Group:
     """Ranks of one contestant; a context, at whose end they are gone."""
 
-    def __init__(self, name: str, function: Callable[..., None], ranks: int, folder: Path, **arguments: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., None],
+        ranks: int,
+        folder: Path,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:
         """function: importable, called as function(turn, **arguments) in every rank; logs lie in `folder`."""
         self.name = name
         self.found: list[dict[str, Any]] = []
         """One entry a turn: seconds, peak_gib (of the rank that needs most), counted (sum over ranks)."""
         self.logs = [folder / f"{name.replace(' ', '-').replace('/', '-')}-{rank}.log" for rank in range(ranks)]
         environment = {
+            **(environment or {}),
             "WORLD_SIZE": str(ranks),
             "LOCAL_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
