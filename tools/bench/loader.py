@@ -21,9 +21,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
-
 from synthetic_data import draw_pictures, write_records
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from zero_ds.config import SourceConfig
 from zero_ds.data.conversations import ChatTemplate

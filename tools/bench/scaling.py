@@ -2,8 +2,8 @@
 
     python tools/bench/scaling.py --runs runs --out scaling.json
 
-Ranks and layers: the encoder stage of the recipe on the demo's data, one group of ranks for each number of ranks and for
-each cut, in turns. Length: the decoder's part of a step in one process, with as many tokens in every step, on random
+Ranks and layers: the encoder stage of the recipe on the demo's data, a group of ranks for each number of ranks and each
+cut, in turns. Length: the decoder's part of a step in one process, with as many tokens in every step, on random
 weights. Trends are least squares: a line over layers, and a + b x length for the seconds a token.
 """
 
