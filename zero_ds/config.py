@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -187,7 +187,7 @@ class PreviewConfig(Section):
 
 WITHOUT_EFFECT = (
     *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
-    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing"),
+    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward"),
 )
 """Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
 
@@ -227,6 +227,8 @@ class RunConfig(Section):
     """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     activation_checkpointing: bool = True
+    short_backward: bool = True
+    """Without a picture in the global batch the backward pass ends at the first layer that learns; the same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     zero: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
@@ -379,22 +381,18 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"'{name}' is missing; set it in the recipe or with {name}=VALUE."
     message = first["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{message}."
-    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}." if location else f"{message}."
 
 
 def _keys(model: type[BaseModel], location: list[str]) -> list[str]:
     """Field names of the section at `location`, looked up through the annotations."""
-    import typing
-
     current: Any = model
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
             current = current.model_fields[part].annotation
         while not isinstance(current, type) or not issubclass(current, BaseModel):
-            inner = [a for a in typing.get_args(current) if a is not type(None) and a is not Ellipsis]
+            inner = [a for a in get_args(current) if a is not type(None) and a is not Ellipsis]
             if not inner:
                 return []
-            current = inner[-1] if typing.get_origin(current) is dict else inner[0]
+            current = inner[-1] if get_origin(current) is dict else inner[0]
     return list(current.model_fields)

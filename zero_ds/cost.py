@@ -141,6 +141,9 @@ class StepCost:
     per_image_token: float
     decoder: Tower
     per_supervised: float
+    of_text: Tower
+    """The decoder where there is no picture: nothing before its first trained layer needs a gradient."""
+    per_supervised_text: float
 
     @classmethod
     def of(cls, model: VisionLanguageModel) -> StepCost:
@@ -164,16 +167,23 @@ class StepCost:
         config = cast(Any, model.decoder).config.get_text_config()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers = list(model.family.layers(model.decoder))
-        decoder = Tower.of(layers, head_size * config.num_attention_heads, input_learns=learns)
-        learns = learns or any(p.requires_grad for layer in layers for p in layer.parameters())
         head = cast(Any, model.decoder).get_output_embeddings()
-        return cls(encoder, patches, picture, image_token, decoder, Tower.of([head], 0, input_learns=learns).per_token)
+        learns_in_layers = any(p.requires_grad for layer in layers for p in layer.parameters())
+        towers = []
+        for input_learns in (learns, False):
+            behind = Tower.of([head], 0, input_learns=input_learns or learns_in_layers).per_token
+            width = head_size * config.num_attention_heads
+            towers.append((Tower.of(layers, width, input_learns=input_learns), behind))
+        (decoder, behind), (of_text, behind_text) = towers
+        return cls(encoder, patches, picture, image_token, decoder, behind, of_text, behind_text)
 
     def flops(self, tokens: float, pairs: float, supervised: float, pictures: float, image_tokens: float) -> float:
         """Of so much data: tokens of sequences, their pairs (the sum of squared lengths), pictures, their tokens."""
-        of_text = self.decoder.per_token * tokens + self.decoder.per_pair * pairs + self.per_supervised * supervised
+        text = self.patches > 0 and pictures == 0
+        decoder, behind = (self.of_text, self.per_supervised_text) if text else (self.decoder, self.per_supervised)
+        of_tokens = decoder.per_token * tokens + decoder.per_pair * pairs + behind * supervised
         of_picture = self.per_picture + self.encoder.per_token * self.patches + self.encoder.per_pair * self.patches**2
-        return of_text + pictures * of_picture + self.per_image_token * image_tokens
+        return of_tokens + pictures * of_picture + self.per_image_token * image_tokens
 
 
 def _linear(part: torch.nn.Module) -> list[torch.nn.Module]:

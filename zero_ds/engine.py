@@ -84,6 +84,7 @@ class Engine:
         self.stage = ds["zero_optimization"]["stage"]
         self.scaled = bool(ds["fp16"]["enabled"])
         self.accumulation = ds["gradient_accumulation_steps"]
+        self.short_backward = config.short_backward and model.teacher is None and self._gathers_nothing()
         self._unseen: dict[Part, int] = dict.fromkeys(groups, 0)
         self._keep_frozen()
         self.state = OptimizerState(self.optimizer, list(self.named.values()), self.stage)
@@ -107,7 +108,7 @@ class Engine:
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # their number may vary
             inputs = {k: batch[k].to(self.engine.device, non_blocking=True) for k in INPUTS if k in batch}
-            outcome = self.engine(**inputs)
+            outcome = self.engine(**inputs, text_only=self.short_backward and pictures == 0)
             loss = outcome.total / max(1.0, supervised_tokens)
             value = float(loss.detach())
             if not math.isfinite(value):
@@ -128,6 +129,14 @@ class Engine:
             if not math.isfinite(norm) and not self.scaled:  # DeepSpeed leaves such a step out, and says nothing
                 self._refuse_gradient(step)
         return StepResult(share, norm, by_length)
+
+    def _gathers_nothing(self) -> bool:
+        """Whether every parameter is whole on every rank.
+
+        Where ZeRO-3 gathers, it gathers ahead in the order of the step before; a backward pass that ends before that
+        one did would leave a gather unanswered.
+        """
+        return self.stage < 3 or all(getattr(p, "ds_persist", False) for p in self.model.parameters())
 
     def _refuse_gradient(self, step: int) -> None:
         raise FloatingPointError(

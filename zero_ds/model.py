@@ -198,15 +198,18 @@ class VisionLanguageModel(nn.Module):
         pixel_values: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        text_only: bool = False,
     ) -> Loss:
         """Loss summed over the supervised tokens of a micro-batch.
 
         input_ids, labels, attention_mask: (batch, seq); pixel_values: (images, 3, height, width), in the order in which
         their tokens stand in the batch; token_weights: (batch, seq), a factor for the next-token loss of each label;
-        position_ids: (batch, seq), where rows hold several samples: each starts at 0.
+        position_ids: (batch, seq), where rows hold several samples: each starts at 0; text_only: no rank has a picture,
+        so that the dummy picture may join the loss instead of the embeddings, and the backward pass ends where the
+        first layer learns.
         """
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
-        embeddings = self.embed(input_ids, pixel_values)
+        embeddings = self.embed(input_ids, None if text_only else pixel_values)
         with watching as watched:
             hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
         rows = supervised_rows(labels)
@@ -216,6 +219,8 @@ class VisionLanguageModel(nn.Module):
         if self.teacher is not None:
             counted = attention_mask if position_ids is None else attention_mask * (position_ids > 0)
             loss = loss + self.teacher.loss(self, watched, logits, tokens, labels, rows, counted, token_weights)
+        if text_only and pixel_values is not None and self.encoder is not None:
+            loss = loss + (0.0 * self.image_features(pixel_values)).sum()
         return Loss(loss, tokens.detach())
 
 

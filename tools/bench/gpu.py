@@ -1,0 +1,236 @@
+"""One part of gpu.sh: steps of a recipe with random weights of the real shapes on one GPU, ours or the peer's.
+
+    python tools/bench/gpu.py --recipe llama-3.1-8b/encoder --zero zero2 --out part.json
+
+Nothing is read but config.json, of which the paper's come with zero_ds. The samples are drawn: a picture and text of
+log-normal length, a third of it with loss. The peer is Llava with the full model, labels masked, batches padded, scores
+at every position, under the same DeepSpeed JSON; `--peer` measures it. Without a GPU everything runs on the CPU, which
+is good for a trial with small shapes.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import report
+import typer
+
+from zero_ds.data.conversations import IMAGE_TOKEN
+
+PADDING = 0
+
+
+def fill_(model: Any, device: Any) -> None:
+    """Gives a module of meta tensors memory on the device, and random weights; what is computed is computed anew."""
+    import torch
+
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)  # norms; a bias of one does no harm to what is measured
+            else:
+                parameter.normal_(std=0.02, generator=generator)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if hasattr(child, "inv_freq"):
+                with torch.device(device):
+                    setattr(module, name, type(child)(child.config))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name == "position_ids":
+                module.register_buffer(name, torch.arange(buffer.numel(), device=device).view(buffer.shape), False)
+
+
+def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: int) -> list[dict[str, Any]]:
+    """Drawn samples as a SampleEncoder makes them."""
+    import torch
+
+    rng = random.Random(0)
+    drawn = []
+    for number in range(count):
+        length = max(16, min(limit - image_tokens, int(rng.lognormvariate(5.3, 0.6))))
+        supervised = max(1, length // 3)
+        text = [rng.randrange(1, vocabulary) for _ in range(length)]
+        blind = [-100] * (image_tokens + length - supervised)
+        drawn.append(
+            {
+                "input_ids": [IMAGE_TOKEN] * image_tokens + text,
+                "labels": blind + text[-supervised:],
+                "responses": [-1] * len(blind) + [0] * supervised,
+                "pixels": torch.zeros(1, 3, size, size),
+                "id": str(number),
+            }
+        )
+    return drawn
+
+
+def micro_batches(drawn: list[dict[str, Any]], rows: int, packed: bool, limit: int, size: int) -> list[Any]:
+    """The samples in micro-batches of so many rows."""
+    from zero_ds.data.batches import collate, collate_rows, plan_rows
+
+    if not packed:
+        return [collate(drawn[start : start + rows], PADDING, size) for start in range(0, len(drawn), rows)]
+    plan = plan_rows([len(sample["input_ids"]) for sample in drawn], limit, rows)
+    filled = [[drawn[number] for number in row] for row in plan]
+    return [collate_rows(filled[start : start + rows], PADDING, size) for start in range(0, len(filled), rows)]
+
+
+def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
+    """Steps of this package's engine; yields before each."""
+    from zero_ds import stages
+    from zero_ds.engine import Engine
+    from zero_ds.losses import count_supervised
+
+    fill_(model, device)
+    groups = stages.freeze_(model, config)
+    if config.activation_checkpointing:
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    engine = Engine(config, model, groups, 1000, ds)
+    engine.accumulation = len(batches)
+    supervised = sum(count_supervised(batch["labels"]) for batch in batches)
+    step = 0
+    while True:
+        yield
+        engine.step(batches, step, supervised)
+        step += 1
+
+
+def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
+    """Steps of Llava under DeepSpeed, as Trainer makes them; yields before each. `model`: ours, for its shapes."""
+    import deepspeed
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    from zero_ds import stages
+    from zero_ds.plan.architecture import config_folder
+    from zero_ds.pretrained import text_config
+
+    text = text_config(config_folder(config.target)[0])  # the full model, also where ours has a surrogate
+    image_token = text.vocab_size - 1
+    settings = LlavaConfig(
+        vision_config=model.encoder_family.vision_config(model.encoder).to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=image_token,
+        vision_feature_layer=config.encoder.feature_layer,
+    )
+    with torch.device("meta"):
+        build: Any = LlavaForConditionalGeneration._from_config
+        whole = build(settings, dtype=model_dtype(config), attn_implementation="sdpa")
+    fill_(whole, device)
+    trained = stages.trained_parts(config)
+    parts = {"encoder": "vision_tower", "adapter": "multi_modal_projector", "decoder": "language_model"}
+    names = [parts[part] for part in trained if part in parts]
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(any(part in name for part in names))
+    if config.activation_checkpointing:
+        whole.gradient_checkpointing_enable({"use_reentrant": False})
+    whole.train()
+    learning = [p for p in whole.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-5)
+    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=ds)
+    while True:
+        yield
+        for number, batch in enumerate(batches):
+            engine.set_gradient_accumulation_boundary(number + 1 == len(batches))
+            ids = batch["input_ids"].to(device)
+            output = engine(
+                input_ids=ids.masked_fill(ids == IMAGE_TOKEN, image_token),
+                attention_mask=batch["attention_mask"].to(device),
+                labels=batch["labels"].to(device),
+                pixel_values=batch["pixel_values"].to(device, model_dtype(config)),
+            )
+            engine.backward(output.loss)
+            engine.step()
+
+
+def model_dtype(config: Any) -> Any:
+    """As the run computes."""
+    from zero_ds.deepspeed_config import resolve_precision
+
+    return resolve_precision(config)
+
+
+def main(
+    recipe: Annotated[str, typer.Option(help="Recipe such as llama-3.1-8b/encoder.")],
+    setting: Annotated[list[str] | None, typer.Option(help="key=value of the recipe.")] = None,
+    replace: Annotated[str | None, typer.Option(help="Layers that one translator replaces, first:last.")] = None,
+    zero: Annotated[str, typer.Option(help="DeepSpeed config.")] = "zero2",
+    peers: Annotated[bool, typer.Option("--peer", help="Measure the peer instead.")] = False,
+    rows: Annotated[int, typer.Option(help="Rows of a micro-batch.")] = 4,
+    batch: Annotated[int, typer.Option(help="Samples of a step.")] = 32,
+    packed: Annotated[bool, typer.Option(help="Ours: several samples in a row.")] = True,
+    steps: int = 8,
+    warm_up: int = 2,
+    minutes: Annotated[float, typer.Option(help="No step begins behind so many minutes.")] = 8.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure one part."""
+    import torch
+
+    from zero_ds import distributed
+    from zero_ds.config import load_run
+    from zero_ds.cost import Counts, StepCost, peak_flops
+    from zero_ds.deepspeed_config import ds_config
+    from zero_ds.plan.architecture import architecture
+
+    began = time.monotonic()
+    config = load_run(recipe, [*(setting or []), f"zero={zero}", f"global_batch={batch}", f"micro_batch={rows}"])
+    distributed.initialize()
+    device = distributed.device()
+    model = architecture(config, dtype=model_dtype(config), replace=[replace] if replace else None).model
+    model.decoder.set_attn_implementation(config.attention)
+    model.encoder.set_attn_implementation("sdpa")
+    cost = StepCost.of(model)
+    size, limit = model.encoder_family.vision_config(model.encoder).image_size, config.data.max_length
+    vocabulary = model.decoder.config.vocab_size - 1
+    drawn = samples(batch, model.tokens_per_image(), vocabulary, size, limit)
+    batches = micro_batches(drawn, rows, packed and not peers, limit, size)
+    for made in batches:
+        made.update(skipped=[], too_long=[])
+    counts = Counts.of(batches, cost)
+    ds = ds_config(config, 1)
+    ds["tensorboard"]["enabled"] = False
+    ds["gradient_accumulation_steps"] = len(batches)
+    ds["train_batch_size"] = ds["train_micro_batch_size_per_gpu"] * len(batches)
+    found: dict[str, Any] = {"recipe": recipe, "who": "peer" if peers else "ours", "zero": zero, "settings": setting}
+    seconds: list[float] = []
+    try:
+        stepping = (peer if peers else ours)(config, ds, batches, model, device)
+        next(stepping)
+        for number in range(warm_up + steps):
+            if (time.monotonic() - began) / 60 > minutes:
+                break
+            started = time.perf_counter()
+            next(stepping)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number >= warm_up:
+                seconds.append(time.perf_counter() - started)
+    except torch.cuda.OutOfMemoryError as error:
+        found["does_not_fit"] = str(error).splitlines()[0]
+    if seconds:
+        middle = report.median(seconds)
+        found |= {
+            "seconds": seconds,
+            "tokens_per_second": counts.tokens / middle,
+            "supervised_per_second": counts.supervised / middle,
+            "samples_per_second": batch / middle,
+            "mfu": None if peers else counts.flops / middle / peak_flops(device, model_dtype(config)),
+            "positions_used": counts.tokens / counts.padded,
+        }
+    memory = torch.cuda.max_memory_allocated() / report.GIB if device.type == "cuda" else report.resident()
+    found["peak_gib"] = memory
+    print(report.table(["figure", "value"], [[k, v] for k, v in found.items() if k != "seconds"]))
+    report.write(out, found, limits=False)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    typer.run(main)

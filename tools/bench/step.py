@@ -1,0 +1,189 @@
+"""A training step, ours against transformers' Trainer on Llava: encoder and decoder stage, in one run, in turns.
+
+    launch/quickstart.sh          # once: demo data, surrogate, and the exported Llava that the peer trains
+    python tools/bench/step.py --runs runs --out step.json
+
+Same model, data, precision, DeepSpeed JSON, global batch, micro-batch and ranks. In the encoder stage ours trains
+against a surrogate, the peer through the full model, which is what the surrogate is for; a row `full` shows ours
+through the full model, too. A round gives every contestant so many steps; medians are over rounds. Memory is the peak
+resident set of a rank, libraries included. MFU counts what each method needs (zero_ds/cost.py), over what one thread a
+rank reaches in a matrix product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import report
+import trainers
+import typer
+from turns import Group
+
+ENCODER_PARTS = ["vision_tower", "multi_modal_projector"]
+
+
+def settings(
+    runs: Path, zero: str, precision: str, global_batch: int, micro_batch: int, ranks: int
+) -> tuple[list[str], dict[str, Any]]:
+    """The same for both: our overrides, and the peer's arguments."""
+    from zero_ds.deepspeed_config import DS_CONFIG_ROOT
+
+    data = runs / "demo/data/train.json"
+    common = [
+        f"encoder.path={runs / 'demo/encoder'}",
+        f"data.sources=[{{path: {data}}}]",
+        f"zero={zero}",
+        f"precision={precision}",
+        f"global_batch={global_batch}",
+        f"micro_batch={micro_batch}",
+    ]
+    peer = {
+        "model": str(runs / "quickstart/export"),
+        "data": str(data),
+        "zero": zero if zero.endswith(".json") else str(DS_CONFIG_ROOT / f"{zero}.json"),
+        "micro_batch": micro_batch,
+        "accumulation": global_batch // (micro_batch * ranks),
+        "precision": precision,
+    }
+    return common, peer
+
+
+def build(target: Path, layers: str, out: Path) -> None:
+    """Cuts a surrogate, in a process of its own: this one stays small."""
+    command = [sys.executable, "-m", "zero_ds", "surrogate", "--target", str(target), "--replace", layers]
+    subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+
+
+def contestants(
+    stage: str, cuts: list[str], folder: Path, model: str, common: list[str], peer: dict[str, Any]
+) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name -> function and its arguments; the peer first, then ours through the full model."""
+    trains = ENCODER_PARTS if stage == "encoder" else []
+    found: dict[str, tuple[Any, dict[str, Any]]] = {
+        f"{stage}: Trainer": (trainers.llava, {**peer, "trains": trains, "out": str(folder / f"peer-{stage}")})
+    }
+    ways = {"ours": []} if stage == "decoder" else {"ours, full": ["decoder=target"]}
+    if stage == "encoder":
+        ways |= {f"ours, T({cut.replace(':', ',')})": [f"surrogate={folder / cut.replace(':', '-')}"] for cut in cuts}
+    for name, settings in ways.items():
+        overrides = [*common, *settings, f"out={folder / f'{stage}-{len(found)}'}", "init_from=[]"]
+        found[f"{stage}: {name}"] = (trainers.ours, {"recipe": f"{model}/{stage}", "overrides": overrides})
+    return found
+
+
+def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> float:
+    """What the method needs for an average sample of what was counted, forward and backward."""
+    from zero_ds.config import load_run
+    from zero_ds.cost import StepCost
+    from zero_ds.plan.architecture import architecture
+
+    config = load_run(arguments["recipe"], arguments["overrides"])
+    model = architecture(config).model
+    tokens = counted["pictures"] * model.tokens_per_image()
+    whole = StepCost.of(model).flops(
+        counted["tokens"], counted["pairs"], counted["supervised"], counted["pictures"], tokens
+    )
+    return whole / counted["samples"]
+
+
+def main(
+    runs: Annotated[Path, typer.Option(help="Folder with demo/ and quickstart/, as launch/quickstart.sh leaves it.")],
+    model: Annotated[str, typer.Option(help="Folder of recipes.")] = "smollm2-135m",
+    stages: Annotated[str, typer.Option(help="encoder, decoder, or both with a comma.")] = "encoder,decoder",
+    cut: Annotated[list[str] | None, typer.Option(help="Layers replaced by one translator, first:last.")] = None,
+    zero: Annotated[str, typer.Option(help="DeepSpeed config of all contestants.")] = "zero3_resident",
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    setting: Annotated[list[str] | None, typer.Option(help="For ours: key=value of the recipe.")] = None,
+    ranks: int = 2,
+    global_batch: int = 8,
+    micro_batch: int = 4,
+    steps: Annotated[int, typer.Option(help="Of a turn; a multiple of 8, so that all see the same samples.")] = 8,
+    warm_up: Annotated[int, typer.Option(help="Steps that do not count.")] = 8,
+    rounds: int = 5,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Compare training steps."""
+    from zero_ds.config import load_run
+
+    runs = runs.resolve()
+    names, cuts = stages.split(","), cut or ["24:28", "18:28", "12:28"]
+    target = load_run(f"{model}/decoder", setting).target
+    common, peer = settings(runs, zero, precision, global_batch, micro_batch, ranks)
+    common += setting or []
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for layers in cuts if "encoder" in names else []:
+            command = [sys.executable, "-m", "zero_ds", "surrogate", "--target", str(target), "--replace", layers]
+            subprocess.run(
+                [*command, "--out", str(folder / layers.replace(":", "-"))], check=True, stdout=subprocess.DEVNULL
+            )
+        limits = report.measured_limits()
+        for stage in names:  # of one stage at a time: they are alive side by side
+            entries = contestants(stage, cuts, folder, model, common, peer)
+            groups = []
+            with contextlib.ExitStack() as stack:
+                for called, (function, arguments) in entries.items():
+                    group = stack.enter_context(Group(called, function, ranks, folder, **arguments))
+                    # one after the other: loading needs the most memory
+                    print(f"{called}: warm-up {group.turn(warm_up)['seconds']:.1f} s", file=sys.stderr, flush=True)
+                    groups.append(group)
+                for _ in range(rounds):
+                    for group in groups:
+                        print(f"{group.name}: {group.turn(steps)['seconds']:.1f} s", file=sys.stderr, flush=True)
+            peak = ranks * limits[f"{precision}_gflops"] * 1e9
+            found += summary(groups, [arguments for _, arguments in entries.values()], steps * global_batch, peak)
+    print(
+        report.table(
+            ["contestant", "samples/s", "times", "supervised/s", "peak GiB", "share", "MFU", "positions used"],
+            [
+                [
+                    row["contestant"],
+                    report.spread(row["samples_per_second"]),
+                    row["times_the_peer"],
+                    row["supervised_per_second"],
+                    row["peak_gib"],
+                    row["share_of_peers_memory"],
+                    row["mfu"],
+                    row["positions_used"],
+                ]
+                for row in found
+            ],
+        )
+    )
+    report.write(out, {"ranks": ranks, "zero": zero, "precision": precision, "settings": setting, "rows": found})
+
+
+def summary(groups: list[Group], methods: list[dict[str, Any]], samples: int, peak: float) -> list[dict[str, Any]]:
+    """A row each, beside the first, the peer; the first turn was the warm-up.
+
+    methods: the groups' arguments; the peer computes through the full model, as the second does.
+    """
+    rows = []
+    base = report.median([samples / turn["seconds"] for turn in groups[0].found[1:]])
+    for number, group in enumerate(groups):
+        rates = [samples / turn["seconds"] for turn in group.found[1:]]
+        counted, memory = group.found[-1]["counted"], group.found[-1]["peak_gib"]
+        rate = report.median(rates)
+        rows.append(
+            {
+                "contestant": group.name,
+                "samples_per_second": rates,
+                "times_the_peer": rate / base,
+                "supervised_per_second": rate * counted["supervised"] / counted["samples"],
+                "peak_gib": memory,
+                "share_of_peers_memory": memory / groups[0].found[-1]["peak_gib"],
+                "mfu": rate * flops_per_sample(methods[max(1, number)], counted) / peak,
+                "positions_used": counted["tokens"] / counted["places"],
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)

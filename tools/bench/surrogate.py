@@ -1,0 +1,174 @@
+"""A step against a surrogate over a step against the full model: time beside FLOPs, for several cuts.
+
+    python tools/bench/surrogate.py --target MODEL --out surrogate.json
+
+Measured: the decoder's part of an encoder-stage step (forward from embeddings, logits and loss at the labels, backward
+to the embeddings through frozen weights), all cuts in turns in one process; `pass` is the time's ratio over the FLOPs'.
+By plan: the encoder stage of the paper's three models against the frozen full model, on GPUs that are named. A ratio of
+FLOPs counts the encoder there, too.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import report
+import typer
+
+CUTS = ("24:28", "18:28", "12:28", "6:28", "1:28", "19:20")
+PAPER = ("llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")
+
+
+class Decoder:
+    """A frozen decoder of random weights in the shape of a cut target, and its step."""
+
+    def __init__(self, target: Path, cut: str | None, dtype: Any, attention: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from zero_ds.families import family_of
+        from zero_ds.pretrained import text_config
+        from zero_ds.surrogate import LayerPlan, Replaced
+
+        config: Any = text_config(target)
+        self.depth = config.num_hidden_layers
+        self.family = family_of(target)
+        if cut is not None:
+            config.num_hidden_layers = LayerPlan(self.depth, (Replaced.parse(cut),)).surrogate_depth
+            if isinstance(types := getattr(config, "layer_types", None), list):
+                config.layer_types = types[: config.num_hidden_layers]
+        self.layers = config.num_hidden_layers
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        self.model: Any = model.requires_grad_(False)
+        self.hidden, self.vocabulary, self.dtype = config.hidden_size, config.vocab_size, dtype
+
+    def step(self, batch: int, length: int, supervised: int) -> None:
+        """One step on random numbers: `batch` sequences of `length` tokens, of which `supervised` carry loss."""
+        import torch
+
+        from zero_ds.losses import next_token_sum, supervised_rows
+
+        labels = torch.full((batch, length), -100)
+        labels[:, -supervised:] = torch.randint(0, self.vocabulary, (batch, supervised))
+        embeddings = torch.randn(batch, length, self.hidden, dtype=self.dtype).requires_grad_(True)
+        states = self.family.hidden_states(self.model, embeddings, torch.ones(batch, length, dtype=torch.long))
+        rows = supervised_rows(labels)
+        next_token_sum(self.family.logits(self.model, states[rows]), labels, rows).backward()
+
+    def flops(self, batch: int, length: int, supervised: int) -> float:
+        """Of that step, by PyTorch's own counter."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        counter = FlopCounterMode(display=False)
+        with counter:
+            self.step(batch, length, supervised)
+        return float(counter.get_total_flops())
+
+
+def depth(target: Path) -> int:
+    """Layers of the full model."""
+    from zero_ds.pretrained import depth_of
+
+    return depth_of(target)
+
+
+def measured(
+    target: Path, cuts: list[str], shape: tuple[int, int, int], rounds: int, steps: int, precision: str
+) -> list[dict[str, Any]]:
+    """Rows of the cuts, behind that of the full model."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    decoders = {cut: Decoder(target, cut, dtype, "eager") for cut in (None, *cuts)}
+    seconds: dict[str | None, list[float]] = {cut: [] for cut in decoders}
+    flops = {cut: decoder.flops(*shape) for cut, decoder in decoders.items()}  # and a first step, which does not count
+    for _ in range(rounds):
+        for cut, decoder in decoders.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                decoder.step(*shape)
+            seconds[cut].append((time.perf_counter() - started) / steps)
+    rows = []
+    for cut, decoder in decoders.items():
+        # each round's ratio: what slows the machine for a while slows both
+        ratios = [mine / full for mine, full in zip(seconds[cut], seconds[None], strict=True)]
+        by_flops = flops[cut] / flops[None]
+        rows.append(
+            {
+                "cut": f"T({cut.replace(':', ',')})" if cut else "full",
+                "layers": decoder.layers,
+                "seconds": seconds[cut],
+                "time_ratio": report.median(ratios),
+                "flop_ratio": by_flops,
+                "time_over_flops": report.median(ratios) / by_flops,
+                "gflops_per_second": flops[cut] / report.median(seconds[cut]) / 1e9,
+            }
+        )
+    return rows
+
+
+def planned(models: list[str], gpus: int, gpu_memory: float, gpu: str) -> list[dict[str, Any]]:
+    """Encoder stage on the surrogate and on the full model, by `zero_ds.plan`, under the fastest config that fits."""
+    from zero_ds.config import load_run
+    from zero_ds.plan.recipe import plan_run
+    from zero_ds.plan.speed import Cluster
+    from zero_ds.plan.speed import gpu as known
+
+    name, peak, link = known(gpu)
+    cluster = Cluster(gpus, min(8, gpus), gpu_memory, name, peak, inside=0.8 * link)
+    rows = []
+    for model in models:
+        small = plan_run(load_run(f"{model}/encoder"), cluster)
+        full = plan_run(load_run(f"{model}/full-encoder"), cluster)
+        if not small.fitting or not full.fitting:
+            raise SystemExit(f"{model} does not fit {gpus} GPUs of {gpu_memory:g} GiB; name more of them.")
+        mine, whole = small.fitting[0], full.fitting[0]
+        by_flops, by_time = mine.step.flops / whole.step.flops, mine.step.seconds / whole.step.seconds
+        cost = {
+            "model": model,
+            "surrogate": next(s for s in small.parts.sources if s.startswith("surrogate")),
+            "zero": f"{mine.zero}, full {whole.zero}",
+            "seconds": [mine.step.seconds, whole.step.seconds],
+            "time_ratio": by_time,
+            "flop_ratio": by_flops,
+            "time_over_flops": by_time / by_flops,
+        }
+        rows.append(cost)
+    return rows
+
+
+def main(
+    target: Annotated[Path, typer.Option(help="Folder whose config.json is cut; weights are random.")],
+    cut: Annotated[list[str] | None, typer.Option(help="Layers that one translator replaces, first:last.")] = None,
+    batch: int = 4,
+    length: int = 64,
+    supervised: Annotated[int, typer.Option(help="Tokens with loss of a sequence.")] = 24,
+    rounds: int = 7,
+    steps: Annotated[int, typer.Option(help="Of each cut in a round.")] = 2,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    model: Annotated[list[str] | None, typer.Option(help="Recipes that are planned; the paper's by default.")] = None,
+    gpus: int = 128,
+    gpu_memory: float = 80.0,
+    gpu: str = "A100",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Compare the cost of steps."""
+    rows = measured(target.expanduser(), cut or list(CUTS), (batch, length, supervised), rounds, steps, precision)
+    keys = ["time_ratio", "flop_ratio", "time_over_flops"]
+    cells = [
+        [r["cut"], r["layers"], report.spread(r["seconds"], 3), *(r[k] for k in keys), r["gflops_per_second"]]
+        for r in rows
+    ]
+    print(report.table(["cut", "layers", "s a step", "time", "FLOPs", "time / FLOPs", "GFLOP/s"], cells))
+    plans = planned(model or list(PAPER), gpus, gpu_memory, gpu)
+    cells = [[p["model"], p["zero"], *p["seconds"], *(p[k] for k in keys)] for p in plans]
+    head = ["by plan", "config", "s, surrogate", "s, full", "time", "FLOPs", "time / FLOPs"]
+    print("\n" + report.table(head, cells))
+    report.write(out, {"shape": [batch, length, supervised], "precision": precision, "cuts": rows, "planned": plans})
+
+
+if __name__ == "__main__":
+    typer.run(main)
