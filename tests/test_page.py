@@ -104,7 +104,9 @@ def test_both_models_answer_about_the_pictures(
     assert said(first) == [expected(models["surrogate"], [Turn("user", QUESTION)], [])]
 
 
-def test_what_the_page_refuses(visitor: Client, models: dict[str, LoadedModel], pictures: list[Path], tmp_path: Path) -> None:
+def test_what_the_page_refuses(
+    visitor: Client, models: dict[str, LoadedModel], pictures: list[Path], tmp_path: Path
+) -> None:
     """A sentence each, on the page, and nothing of it stays in the conversation."""
     (tmp_path / "none.png").write_text("no picture")
     with pytest.raises(AppError, match=r"^image none.png cannot be read: it is none of JPEG"):
@@ -121,6 +123,18 @@ def test_what_the_page_refuses(visitor: Client, models: dict[str, LoadedModel], 
     assert [said(first), said(second)] == [[expected(models[name], turns, [])] for name in ("surrogate", "grafted")]
 
 
+def stranger(address: str, visitor: Client, file: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the page answers to a question about a file that was not uploaded, only named."""
+    import httpx
+
+    number = next(d["id"] for d in visitor.config["dependencies"] if d["api_name"] == "ask")
+    payload = {"data": [{"text": QUESTION, "files": [file]}, "grafted", None], "session_hash": "stranger"}
+    httpx.post(f"{address}/gradio_api/queue/join", json={**payload, "fn_index": number}).raise_for_status()
+    query = {"session_hash": "stranger"}
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params=query, timeout=30) as lines:
+        return [json.loads(line.removeprefix("data:")) for line in lines.iter_lines() if line.startswith("data:")]
+
+
 def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path: Path, data: Path) -> None:
     """Neither by its address nor named as an upload; and no other site's name leads here."""
     import httpx
@@ -128,15 +142,10 @@ def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path:
     secret = data.parent / "images" / "3.png"
     for path in (secret, Path("/etc/hostname"), Path(__file__), Path("constraints.txt").absolute()):
         assert httpx.get(f"{address}/gradio_api/file={path}").status_code in (403, 404)
-    named = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    payload = {"data": [{"text": QUESTION, "files": [named]}, "grafted", None], "session_hash": "stranger"}
-    number = next(d["id"] for d in visitor.config["dependencies"] if d["api_name"] == "ask")
-    joined = httpx.post(f"{address}/gradio_api/queue/join", json={**payload, "fn_index": number})
-    assert joined.status_code == 200
-    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params={"session_hash": "stranger"}, timeout=30) as lines:
-        events = [json.loads(line.removeprefix("data:")) for line in lines.iter_lines() if line.startswith("data:")]
-    done = next(event for event in events if event["msg"] == "process_completed")
-    assert not done["success"] and "3.png" not in json.dumps([e for e in events if e["msg"] == "process_generating"])
+    for path in (str(secret), "http://192.0.2.1/3.png"):
+        events = stranger(address, visitor, {"path": path, "meta": {"_type": "gradio.FileData"}})
+        assert not next(event for event in events if event["msg"] == "process_completed")["success"]
+        assert not [event for event in events if event["msg"] == "process_generating"]
     assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
     assert httpx.get(address).status_code == 200
     assert visitor.config["analytics_enabled"] is False

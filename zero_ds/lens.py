@@ -101,7 +101,7 @@ class Lens:
         return chosen - total
 
     def most_probable(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the layer says: the token with the highest score. hidden_states: (rows, hidden), not normed; -> (rows,)."""
+        """What a layer says: its most probable tokens, (rows,). hidden_states: (rows, hidden), not normed."""
         normed = self.norm(hidden_states)
         best = torch.full((len(normed),), -torch.inf, device=normed.device)
         tokens = torch.zeros(len(normed), dtype=torch.long, device=normed.device)

@@ -160,6 +160,7 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
             autofocus=True,
             elem_id="question",
         )
+        _uploads_alone(box)
         with gr.Row():
             of = gr.Radio(names, value=names[-1], label="Trajectory of the last answer of", visible=len(names) > 1)
             fresh = gr.Button("New conversation", scale=0)
@@ -172,6 +173,20 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
         of.change(trajectory, [of, visit], picture, api_name="trajectory", **alone)
         fresh.click(new, None, [box, visit, *chats, picture], api_name="new", **alone)
     return page
+
+
+def _uploads_alone(box: Any) -> None:
+    """Keeps this machine from fetching what a visitor gives an address of."""
+    import gradio as gr
+
+    keep = box.async_move_resource_to_block_cache
+
+    async def kept(path: str | Path | None) -> Any:
+        if "://" in str(path):
+            raise gr.Error("pictures are uploaded, none is fetched from an address.", print_exception=False)
+        return await keep(path)
+
+    box.async_move_resource_to_block_cache = kept
 
 
 def check_installed() -> None:
@@ -191,7 +206,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         server = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
         raise ConfigError(f"the page cannot listen on {host}:{port} ({reason}); choose another --port.") from None
     if not _is_own(host):
         logger.warning(
@@ -230,6 +245,7 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
         page = build(models, **options)
         page.queue(api_open=False)
+        page.has_launched = True  # Gradio (6.31) looks where an input's file lies only where it was told to launch
         theme = gr.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
         app = gr.mount_gradio_app(
             app,

@@ -19,9 +19,7 @@ def records(
     pictures: Annotated[int | None, typer.Option(help="Use only the first n pictures.", min=2)] = None,
     batch: Annotated[int, typer.Option(help="Records per pass.", min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 24,
-    seed: Annotated[
-        int, typer.Option(help="Which picture the control shows instead of a record's own.", min=0)
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Which picture the control shows instead of a record's own.", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     accept: Annotated[
         list[str] | None, typer.Option(help="Graft in spite of a difference that `zero-ds graft` names.")
