@@ -19,6 +19,8 @@ from zero_ds.trajectory import draw_curves
 
 COLUMNS = 14
 """Tokens of an answer whose words are drawn; the curves are of all."""
+ROWS = 64
+"""Tokens that are read at a time: 32 MB of float32 for a vocabulary of 128k."""
 LETTERS = 9
 """Letters of a word that fit into its cell."""
 
@@ -51,15 +53,27 @@ def read_answer(
     before = context.rows(torch.tensor([0], device=reader.device), len(prompt) - 1)
     with tapped(model.family.layers(model.decoder), lambda _, output: states.append(output[0].to(reader.device))):
         reader.extend(before, [[prompt[-1], *answer[:-1]]])
-    final = lens.norm(states[-1])
-    normalizer = lens.normalizer(final)
-    curves = [lens.divergence(layer, final, normalizer).double().cpu().numpy() for layer in states[:-1]]
+    normed = [lens.norm(state) for state in states]
+    curves = np.zeros((len(states), len(answer)))
+    best = torch.zeros((len(states), len(answer)), dtype=torch.long)
+    for start in range(0, len(answer), ROWS):
+        rows = slice(start, start + ROWS)
+        log_p = _log_probs(lens, normed[-1][rows])
+        for number, state in enumerate(normed):
+            log_q = _log_probs(lens, state[rows])
+            best[number, rows] = log_q.argmax(1).cpu()
+            curves[number, rows] = (log_q.exp() * (log_q - log_p)).sum(1).double().cpu().numpy()
     return AnswerTrajectory(
         said=_words(answer, tokenizer),
-        read=tuple(_words(lens.most_probable(layer).tolist(), tokenizer) for layer in states),
-        divergences=np.stack([*curves, np.zeros(len(answer))]),
+        read=tuple(_words(layer, tokenizer) for layer in best.tolist()),
+        divergences=curves,
         translators=tuple(model.plan.translators) if model.plan is not None else (),
     )
+
+
+def _log_probs(lens: ResidentLens, normed: torch.Tensor) -> torch.Tensor:
+    """(rows, hidden) -> (rows, vocabulary), of the few rows of an answer."""
+    return torch.cat([lens.scores(normed, head) for _, head in lens.pieces(len(normed))], dim=1).log_softmax(1)
 
 
 def _words(tokens: list[int], tokenizer: Any) -> tuple[str, ...]:

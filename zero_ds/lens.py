@@ -100,18 +100,6 @@ class Lens:
                 chosen[rows] += torch.where(inside, found, 0.0)
         return chosen - total
 
-    def most_probable(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What a layer says: its most probable tokens, (rows,). hidden_states: (rows, hidden), not normed."""
-        normed = self.norm(hidden_states)
-        best = torch.full((len(normed),), -torch.inf, device=normed.device)
-        tokens = torch.zeros(len(normed), dtype=torch.long, device=normed.device)
-        for first, head in self.pieces(len(normed)):
-            for rows in _chunks(len(normed)):
-                value, place = self.scores(normed[rows], head).max(1)
-                tokens[rows] = torch.where(value > best[rows], place + first, tokens[rows])
-                best[rows] = torch.maximum(best[rows], value)
-        return tokens
-
     def divergence(self, hidden_states: torch.Tensor, final: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
         """Statistic of one layer for the `vocabulary` metric: KL(q^l || p) over the vocabulary at every row.
 

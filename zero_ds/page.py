@@ -39,6 +39,9 @@ KEPT = 3600
 FONTS = ("system-ui", "sans-serif")
 """The reader's own: a page that fetches none."""
 
+CSS = "button[aria-label=Share], [id^=chat-] button[aria-label=Clear] { display: none !important; }"
+"""Gradio's button that publishes a picture, and the one that empties a chat without ending its conversation."""
+
 
 @dataclass
 class Visit:
@@ -258,6 +261,7 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
             footer_links=[],
             ssr_mode=False,
             theme=theme,
+            css=CSS,
         )
         yield uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 

@@ -125,6 +125,7 @@ def evaluate_suite(
         "ranks": distributed.world_size(),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
+        "engine": "transformers" if loaded.served is None else f"vllm, {loaded.served.tensor_parallel} devices",
         "seconds": round(time.monotonic() - started, 1),
     }
     return Result(
