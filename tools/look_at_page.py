@@ -38,7 +38,9 @@ def main(
         address = re.search(r"http://127\.0\.0\.1:\d+", page.stdout.readline())
         assert address is not None, "the page did not say where it is"
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(
+                executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"]
+            )
             visit(
                 browser.new_page(viewport={"width": 1280, "height": 1120}),
                 address.group(),
@@ -104,7 +106,9 @@ def visit(
         assert not any(button.is_visible() for button in page.locator(f"button[aria-label={name}]").all()), name
     page.wait_for_timeout(1500)
     page.screenshot(path=screenshot, full_page=True)
-    Image.open(screenshot).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(screenshot, optimize=True)
+    Image.open(screenshot).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        screenshot, optimize=True
+    )
     others = sorted({url for url in requested if not url.startswith((address, "data:", "blob:"))})
     print(f"{len(requested)} requests, {len(others)} to other addresses; {len(errors)} errors in the page's scripts")
     assert not others, f"the page asks for {others}"

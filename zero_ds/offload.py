@@ -1,13 +1,12 @@
 """A decoder larger than its device: layers that lie in host memory or on disk and come when they are run.
 
-The work is accelerate's hooks. Only decoder layers, which hold nearly all weights, are moved out; embeddings, norm, head
-and the vision encoder stay on the device.
+The work is done by accelerate's hooks. Only decoder layers, which hold nearly all weights, are moved out; embeddings,
+norm, head and the vision encoder stay on the device.
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,8 +16,6 @@ import torch
 
 from zero_ds.config import ConfigError, did_you_mean
 from zero_ds.model import VisionLanguageModel
-
-logger = logging.getLogger(__name__)
 
 DEVICE_MAPS = ("auto", "cpu", "disk")
 RESERVE = 0.2
@@ -63,14 +60,7 @@ def spread_(
             disk_offload(layer, str(scratch / str(number)), execution_device=device, offload_buffers=True)
         elif device.type != "cpu":
             cpu_offload(layer, execution_device=device, offload_buffers=True)
-    logger.info(
-        "%d of %d decoder layers lie on %s", len(layers) if _whole(device_map, device) else here, len(layers), device
-    )
     return model
-
-
-def _whole(device_map: str, device: torch.device) -> bool:
-    return device_map != "disk" and device.type == "cpu"
 
 
 def _that_fit(layers: torch.nn.ModuleList, device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Answers by vLLM. Prompts with pictures go in as embeddings: our encoder, adapter and word embeddings, vLLM's decoder.
 
-vLLM reads an ordinary Hugging Face folder. A target, a surrogate and a graft have one, the last because grafting changes
-nothing in the full model; of any other model the decoder is written to a folder first, which ends with the process.
+vLLM reads an ordinary Hugging Face folder. A target, a surrogate and a graft have one, the last because grafting
+changes nothing in the full model; of any other the decoder is written to a folder first, which ends with the process.
 """
 
 from __future__ import annotations
@@ -104,9 +104,14 @@ def _llm(served: Served) -> Any:
         tensor_parallel_size=served.tensor_parallel,
         enable_prompt_embeds=True,
         generation_config="vllm",  # the folder's own would sample and penalise
-        gpu_memory_utilization=DEVICE_SHARE,
         disable_log_stats=True,
+        **device_options(),
     )
+
+
+def device_options() -> dict[str, Any]:
+    """What vLLM is told of the device; on the CPU it compiles nothing, which would want a C++ compiler."""
+    return {"gpu_memory_utilization": DEVICE_SHARE, "enforce_eager": not torch.cuda.is_available()}
 
 
 @torch.inference_mode()

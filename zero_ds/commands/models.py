@@ -86,5 +86,5 @@ def loaded(model: str, target: str | None, dtype: str, placing: Placing) -> tupl
         from zero_ds.vllm_engine import load_served
 
         return named, load_served(named, dtype=kind, device=device, tensor_parallel=placing.tensor_parallel)
-    where = {"device_map": placing.device_map, "offload_folder": placing.offload_folder}
-    return named, load_model(named, dtype=kind, device=device, **where)
+    spread, folder = placing.device_map, placing.offload_folder
+    return named, load_model(named, dtype=kind, device=device, device_map=spread, offload_folder=folder)

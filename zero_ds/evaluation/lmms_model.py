@@ -49,7 +49,8 @@ class ZeroDs(lmms):
     ) -> None:
         """weights: what `zero-ds eval` calls MODEL, or a model in memory; target: the model that a run is plugged into;
         dtype: auto, float32 or bfloat16; max_new_tokens: in place of the tasks' own limits; device: of this rank if
-        empty; engine: transformers or vllm; tensor_parallel: with vllm, how many GPUs share the model; max_batch_size: of no use here, for lmms-eval passes it to every model.
+        empty; engine: transformers or vllm; tensor_parallel: with vllm, how many GPUs share the model; max_batch_size:
+        of no use here, for lmms-eval passes it to every model.
 
         Raises:
             ConfigError: as `find_model` and `load_model`, a batch size or limit below 1.

@@ -23,7 +23,7 @@ from zero_ds.evaluation.figures import task_scores
 from zero_ds.evaluation.results import Measured, Score
 from zero_ds.evaluation.suites import Request, Task
 from zero_ds.named_model import LoadedModel
-from zero_ds.vllm_engine import DEVICE_SHARE
+from zero_ds.vllm_engine import device_options
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _served(loaded: LoadedModel) -> LM:
         dtype=cast(Any, served.dtype),
         max_length=served.max_length,
         tensor_parallel_size=served.tensor_parallel,
-        gpu_memory_utilization=DEVICE_SHARE,
+        **device_options(),
     )
 
 
