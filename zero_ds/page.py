@@ -7,6 +7,7 @@ with the process, and no file outside of it is served.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import logging
@@ -127,8 +128,7 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
             for grown in visit.ask(str(message.get("text") or ""), message.get("files") or ()):
                 histories = [list(visit.shown[name]) if name == grown else nothing for name in names]
                 yield gr.MultimodalTextbox(value=None, interactive=False), visit, *histories, nothing
-            histories = [list(visit.shown[name]) for name in names]
-            yield gr.MultimodalTextbox(interactive=True), visit, *histories, visit.trajectory(of)
+            yield nothing, visit, *(list(visit.shown[name]) for name in names), visit.trajectory(of)
 
     def trajectory(of: str, visit: Visit | None) -> Any:
         if visit is None:
@@ -172,7 +172,10 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
         )
         # one at a time, whoever asks: the models' layers are tapped while a trajectory is read
         alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
-        box.submit(ask, [box, of, visit], [box, visit, *chats, picture], api_name="ask", **alone)
+        asked = box.submit(ask, [box, of, visit], [box, visit, *chats, picture], api_name="ask", **alone)
+        asked.then(
+            lambda: gr.MultimodalTextbox(interactive=True), None, box, api_visibility="private"
+        )  # also if it fails
         of.change(trajectory, [of, visit], picture, api_name="trajectory", **alone)
         fresh.click(new, None, [box, visit, *chats, picture], api_name="new", **alone)
     return page
@@ -213,8 +216,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"the page cannot listen on {host}:{port} ({reason}); choose another --port.") from None
     if not _is_own(host):
         logger.warning(
-            "the page listens on %s: whoever reaches this machine can use the models and see what others uploaded, "
-            "without a password and unencrypted",
+            "the page listens on %s: whoever reaches this machine can use it, without a password and unencrypted",
             host,
         )
     return server
@@ -269,5 +271,6 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
 def serve(models: Mapping[str, LoadedModel], server: socket.socket, **options: Any) -> None:
     """Shows the page until the process is asked to stop (Ctrl-C)."""
     assert threading.current_thread() is threading.main_thread(), "signals reach the main thread alone"
-    with served(models, server, **options) as running:
+    # uvicorn sends the signal that has ended it once more, when all is closed
+    with served(models, server, **options) as running, contextlib.suppress(KeyboardInterrupt):
         running.run(sockets=[server])

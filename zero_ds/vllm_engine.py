@@ -196,6 +196,15 @@ class VllmConversation(Conversation):
             yield said
 
 
+def engine_setting(loaded: LoadedModel) -> dict[str, Any]:
+    """What a result says of who answered."""
+    if loaded.served is None:
+        return {"engine": "transformers"}
+    import vllm
+
+    return {"engine": f"vllm {vllm.__version__}", "tensor_parallel": loaded.served.tensor_parallel}
+
+
 def answerer(loaded: LoadedModel, **options: Any) -> Answerer:
     """Who answers for this model: vLLM where it serves it, else we."""
     return (

@@ -73,7 +73,12 @@ def run(
             raise ConfigError(f"{option} {value}: at least 1.")
     placing = Placing(engine, tensor_parallel, device_map, offload_folder)
     placing.check()
-    planned = plan(suite, harness, tasks_folder)  # what is wrong with it is said before the model is read
+    # what is wrong is said before the model is read
+    planned = plan(suite, harness, tasks_folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--out {out} is no folder; name one for the results.") from None
     if distributed.world_size() > 1:
         distributed.initialize()
     named, found = loaded(model, target, dtype, placing)
@@ -83,9 +88,10 @@ def run(
         result = evaluate_suite(named, found, part, request, label)
         if result is not None:  # on rank 0
             from zero_ds.evaluation.results import table
+            from zero_ds.files import write_atomically
 
             result.write(out / f"{result.suite}.json")
-            (out / f"{result.suite}.md").write_text(table(result), encoding="utf-8")
+            write_atomically(out / f"{result.suite}.md", table(result))
             print(table(result), end="")
 
 

@@ -136,7 +136,7 @@ class ZeroDs(lmms):
                 queries = []
                 for request in part:
                     if (key := request.args[-3:]) not in rows:
-                        shown = _pictures(request, request.args[2](self._document(request)))
+                        shown = _pictures(request, self._document(request))
                         rows[key] = tuple(range(len(pictures), len(pictures) + len(shown)))
                         pictures += shown
                     queries.append(query(request, (_asked(str(request.args[0]), len(rows[key])),), rows[key]))
@@ -149,11 +149,20 @@ def _name(request: Instance) -> str:
     return f"{task}/{number}"
 
 
-def _pictures(request: Instance, visuals: Any) -> list[Image.Image]:
-    shown = list(visuals or ())
-    for visual in shown:
-        if not isinstance(visual, Image.Image):
-            raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
+def _pictures(request: Instance, document: Mapping[str, Any]) -> list[Image.Image]:
+    """What the task shows with a document, read whole.
+
+    Raises:
+        ConfigError: something other than a picture, or one that cannot be read.
+    """
+    try:
+        shown = list(request.args[2](document) or ())
+        for visual in shown:
+            if not isinstance(visual, Image.Image):
+                raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
+            visual.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow says of a broken file
+        raise ConfigError(f"the picture of {_name(request)} cannot be read: {error}; mend the task's data.") from None
     return shown
 
 
