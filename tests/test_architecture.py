@@ -69,6 +69,9 @@ FLOORS: dict[str, int] = {
     "generate": 6,
     "named_model": 6,
     "chat": 6,
+    "answer_trajectory": 6,
+    "offload": 6,
+    "vllm_engine": 6,
     "audit": 6,
     "evaluation": 6,
     "report": 6,
@@ -77,6 +80,7 @@ FLOORS: dict[str, int] = {
     "selftest": 6,
     "doctor": 6,
     # 7: people
+    "page": 7,
     "pipeline": 7,
     "launcher": 7,
     "commands": 7,

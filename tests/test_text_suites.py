@@ -278,6 +278,15 @@ def test_limits_of_zero(target: str, option: str, value: str) -> None:
     assert isinstance(done.exception, ConfigError) and f"{option} 0: at least 1." in str(done.exception)
 
 
+def test_results_want_a_folder(target: str, tasks: Path, tmp_path: Path) -> None:
+    """Said before the model is read, not after hours."""
+    (tmp_path / "taken").write_text("")
+    command = ["eval", target, "--suite", "tiny_choice", "--harness", "lm-eval", "--tasks-folder", str(tasks)]
+    for out in (tmp_path / "taken", tmp_path / "taken" / "inside"):
+        done = CliRunner().invoke(app, [*command, "--out", str(out)])
+        assert isinstance(done.exception, ConfigError) and "is no folder" in str(done.exception)
+
+
 def test_the_real_model(tmp_path: Path) -> None:
     """SmolLM2-135M: the harness's scores are the direct ones, and it knows more than chance."""
     folder = LLM.expanduser()

@@ -16,13 +16,16 @@ import pytest
 import torch
 from distributed_helper import run_ranks
 
-from zero_ds.config import ConfigError
+from zero_ds.commands.demo import LLM, make_llm
+from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.conversations import Turn
 from zero_ds.data.sources import Sample
 from zero_ds.evaluation.harness import evaluate_suite, plan
 from zero_ds.evaluation.results import Result, Score
 from zero_ds.evaluation.suites import BINARY_PROMPT, Request
+from zero_ds.model import Assembly, assemble
 from zero_ds.named_model import LoadedModel, find_model, load_model
+from zero_ds.results import identity, in_pieces, write_result
 
 TASKS = ("seen_answer", "seen_choice")
 QUESTIONS = [
@@ -167,12 +170,63 @@ def test_the_batch_size_has_no_influence(
     assert other is not None and other.scores == result.scores
 
 
-def test_two_ranks_give_the_scores_of_one(trained: Path, target: str, tasks: Path, result: Result) -> None:
-    """Seven documents: four for one rank, three for the other."""
-    first, second = run_ranks(on_ranks, 2, trained / "encoder", target, tasks)
+@pytest.fixture(scope="module")
+def real(
+    made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A result on SmolLM2-135M: a small encoder and an adapter with random weights, as a run leaves them."""
+    make_llm(LLM.expanduser())
+    out = tmp_path_factory.mktemp("real") / "run"
+    config = run_config("encoder", out, target=str(LLM.expanduser()), surrogate=None, decoder="target")
+    vision = made("clip")
+    model = assemble(
+        Assembly(LLM.expanduser(), encoder=vision, encoder_config=config.encoder, adapter_config=config.adapter)
+    )
+    tensors = dict(model.parameters_of("encoder") + model.parameters_of("adapter"))
+    declared = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    write_result(out, config, identity(config, None), 0, declared, lambda name: in_pieces(10 * tensors[name]))
+    return out
+
+
+def test_the_real_model_on_one_rank_and_on_two(real: Path, data: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M with pictures: the harness's scores are the direct ones; seven documents are no multiple of two."""
+    target = str(LLM.expanduser())
+    loaded = load_model(find_model(str(real), target))
+    folder = write_tasks(tmp_path / "seen", loaded, data.parent / "images")
+    result = measured(real, target, folder, batch_size=3)
+    assert result is not None and result.model["kind"] == "graft"
+    found = {score.key: (score.value, score.n) for score in result.scores}
+    assert found == {
+        ("seen_answer", "same"): (pytest.approx(4 / 7), 7),
+        ("seen_choice", "acc"): (pytest.approx(5 / 7), 7),
+    }
+    assert list(next(s for s in result.scores if s.metric == "acc").items.values()) == [1.0] * 5 + [0.0] * 2
+    assert len({greedy(loaded, data.parent / "images" / f"{n}.png", QUESTIONS[0][1]) for n in range(3)}) > 1
+    del loaded
+    first, second = run_ranks(on_ranks, 2, real, target, folder)
     assert second is None
     assert {score.key: score.value for score in first} == {score.key: score.value for score in result.scores}
     assert [score.items for score in first] == [score.items for score in result.scores]
+
+
+@pytest.mark.parametrize("bytes_kept", [0])
+def test_a_picture_that_cannot_be_read(
+    bytes_kept: int, trained: Path, target: str, tasks: Path, data: Path, tmp_path: Path
+) -> None:
+    """No picture at all: one sentence with the document's number."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((data.parent / "images" / "0.png").read_bytes()[:bytes_kept] + b"no picture")
+    rows = [json.loads(line) for line in (tasks / "docs.json").read_text(encoding="utf-8").splitlines()]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "docs.json").write_text(json.dumps({**rows[0], "picture": str(broken)}), encoding="utf-8")
+    for name in ("utils.py", "seen_answer.yaml"):
+        text = (tasks / name).read_text(encoding="utf-8").replace(str(tasks), str(folder))
+        (folder / name).write_text(text, encoding="utf-8")
+    named = find_model(str(trained / "encoder"), target)
+    (planned,) = plan("seen_answer", "lmms-eval", folder)
+    with pytest.raises(ConfigError, match=r"the picture of seen_answer/0 cannot be read: .*; mend the task's data"):
+        evaluate_suite(named, load_model(named), planned, Request(bootstrap=0), "graft")
 
 
 def test_from_the_harness_s_own_command_line(trained: Path, target: str, tasks: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from zero_ds.answer_trajectory import AnswerTrajectory, read_answer
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.data.formats import DataError
@@ -45,21 +46,42 @@ class Conversation:
         self._read: list[int] = []
         """Token ids that the context holds."""
         self._context = Context(1, self._reader.device)
+        self._last: tuple[list[int], list[int]] | None = None
+        """Prompt and answer of the last question, in token ids."""
 
-    @torch.inference_mode()
     def show(self, picture: str | Path | Image.Image) -> None:
         """Adds a picture, which the next question is about.
 
         Raises:
             ConfigError: the model has no vision encoder. ImageError: a picture that cannot be read.
         """
+        self.show_features(self.features(picture))
+
+    @torch.inference_mode()
+    def features(self, picture: str | Path | Image.Image) -> torch.Tensor:
+        """What encoder and adapter make of a picture: (tokens, hidden).
+
+        A surrogate and the graft of the same run make the same of it.
+
+        Raises:
+            ConfigError, ImageError: as `show`.
+        """
         if self.encoder.processor is None:
             raise ConfigError(
                 "this model has no vision encoder; name a run, with --target for its graft, or an export."
             )
         views = self.encoder.processor(open_image(picture)).to(self._reader.device)
-        self._pictures.append(self._model.image_features(views).flatten(0, 1))
+        return self._model.image_features(views).flatten(0, 1)
+
+    def show_features(self, features: torch.Tensor) -> None:
+        """Adds a picture by its features."""
+        self._pictures.append(features.to(self._reader.device))
         self._new_pictures += 1
+
+    def withdraw(self) -> None:
+        """Takes back the pictures that no question has been asked about."""
+        del self._pictures[len(self._pictures) - self._new_pictures :]
+        self._new_pictures = 0
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer, in pieces as it is made; what was said before a caller stops listening counts as the answer.
@@ -90,6 +112,7 @@ class Conversation:
                 token = self._next([*ids, *tokens])
                 open_ended = token != self._stop and len(tokens) + 1 < room
                 tokens += [token] * (token != self._stop)
+                self._last = (ids, [*tokens, *[token] * (token == self._stop)])
                 text = str(self.encoder.template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
                 whole = text.rstrip(HALF) if open_ended else text  # no half of a character
                 if whole.startswith(said) and whole != said:
@@ -97,6 +120,16 @@ class Conversation:
                     yield piece
         finally:
             self.turns.append(Turn("assistant", said))
+
+    def trajectory(self) -> AnswerTrajectory:
+        """Layer by layer, what would have been said in the last answer.
+
+        Raises:
+            DataError: nothing has been answered yet.
+        """
+        if self._last is None:
+            raise DataError("there is no answer yet whose trajectory could be read; ask something first.")
+        return read_answer(self._reader, self._context, *self._last, self.encoder.template.tokenizer)
 
     @torch.inference_mode()
     def _next(self, ids: list[int]) -> int:

@@ -58,18 +58,25 @@ class Reader:
         padded = [[*row, *[0] * (longest - len(row))] for row in rows]
         ids = torch.tensor(padded, dtype=torch.long, device=self.device)
         filled = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
-        embeddings = self.model.embed(ids, None)
+        embeddings = self.embeddings(ids, features)
         if longest == 0:
             return embeddings
-        if features is not None:
-            images = image_positions(ids).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(images, features.to(embeddings.dtype))
         positions = context.filled.sum(1, keepdim=True) + filled.cumsum(1) - 1
         context.filled = torch.cat([context.filled, filled], dim=1)
         backbone = getattr(self.model.decoder, self.model.family.backbone)
         cached = {"past_key_values": context.cache, "use_cache": True}
         output = backbone(inputs_embeds=embeddings, attention_mask=context.filled, position_ids=positions, **cached)
         return cast(torch.Tensor, output.last_hidden_state)
+
+    def embeddings(self, ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+        """What the decoder reads: (rows, seq) -> (rows, seq, hidden).
+
+        features: (image positions, hidden), of all pictures of these rows, one behind the other.
+        """
+        embeddings = self.model.embed(ids, None)
+        if features is None or not ids.numel():
+            return embeddings
+        return embeddings.masked_scatter(image_positions(ids).unsqueeze(-1), features.to(embeddings.dtype))
 
     def read(self, hidden: torch.Tensor, wanted: Collection[Spot] = ()) -> tuple[list[int], dict[Spot, float]]:
         """Most probable token of every row, and the log-probability of every wanted (row, token).

@@ -39,7 +39,6 @@ class Monitor:
         self.progress = Progress(first, total)
         self.path = out / "metrics.jsonl"
         self._file = None
-
         if distributed.is_rank_zero():
             for path in (self.path, self.path.with_name("answers.jsonl")):
                 _truncate(path, first)

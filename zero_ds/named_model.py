@@ -19,6 +19,7 @@ from zero_ds.families import FAMILIES
 from zero_ds.graft import load_graft, load_trained, run_config
 from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, sample_encoder
+from zero_ds.offload import spread_
 from zero_ds.pretrained import load_complete
 from zero_ds.shards import target_hash
 from zero_ds.stages import decoder_folder
@@ -59,6 +60,19 @@ class LoadedModel:
 
     model: VisionLanguageModel
     encoder: SampleEncoder
+    served: Served | None = None
+    """How vLLM runs the decoder; then `model` holds none of its layers."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM is started with."""
+
+    folder: Path
+    """Of an ordinary Hugging Face model."""
+    dtype: str
+    max_length: int
+    tensor_parallel: int = 1
 
 
 def find_model(name: str, target: str | None = None) -> NamedModel:
@@ -95,8 +109,10 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
+    device_map: str | None = None,
+    offload_folder: Path | None = None,
 ) -> LoadedModel:
-    """Reads the model into memory, onto one device.
+    """Reads the model into memory, onto one device, or with a `device_map` (offload.py) decoder layers elsewhere.
 
     Prompts may be as long as the decoder allows, whatever `data.max_length` was in training.
 
@@ -118,7 +134,8 @@ def load_model(
             model, named.folder, vision, config.data.model_copy(update={"image_prompt": prompt}), seed=config.seed
         )
     longest = int(cast(Any, model.decoder).config.get_text_config().max_position_embeddings)
-    return LoadedModel(model.to(device), replace(encoder, max_length=longest))
+    model = model.to(device) if device_map is None else spread_(model, device_map, torch.device(device), offload_folder)
+    return LoadedModel(model, replace(encoder, max_length=longest))
 
 
 def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[VisionLanguageModel, SampleEncoder]:

@@ -223,22 +223,28 @@ def write(trajectory: Trajectory, out: Path) -> None:
         plot(trajectory, folder)
 
 
-def plot(trajectory: Trajectory, folder: Path) -> None:
-    """trajectory.png and trajectory.pdf in the look of Figure 3: one thin line a sample, an arrow at the transition."""
-    from matplotlib.figure import Figure
+def draw_curves(axes: Any, curves: Floats) -> None:
+    """One thin line a curve, and their mean: the look of Figure 3. curves: (number, layers), in nats."""
     from matplotlib.ticker import MaxNLocator
 
-    curves, transition = trajectory.curves, trajectory.transition
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
     axes.plot(curves.T, linewidth=0.5, alpha=max(0.15, min(0.8, 30 / len(curves))))
     axes.plot(curves.mean(axis=0), linewidth=1.2, color="black", label="mean")
     axes.set_xlabel("layer")
     axes.set_ylabel("divergence from the last layer (nats)")
-    axes.set_title(f"{Path(trajectory.setting.model).name}, {len(curves)} samples, {trajectory.setting.metric} metric")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, curves.shape[1] - 1)
     axes.set_ylim(0, max(1e-3, float(np.percentile(curves.max(axis=0), 95)) * 1.25))
+
+
+def plot(trajectory: Trajectory, folder: Path) -> None:
+    """trajectory.png and trajectory.pdf in the look of Figure 3: one thin line a sample, an arrow at the transition."""
+    from matplotlib.figure import Figure
+
+    curves, transition = trajectory.curves, trajectory.transition
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    draw_curves(axes, curves)
+    axes.set_title(f"{Path(trajectory.setting.model).name}, {len(curves)} samples, {trajectory.setting.metric} metric")
     if transition.layer is not None:
         sure = "" if transition.verdict == "clear" else " (uncertain)"
         text = f"transition: layer {transition.layer}{sure}\n95 %: {transition.low} to {transition.high}"

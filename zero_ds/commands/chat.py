@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zero_ds.commands.models import (
+    DeviceMapOption,
+    EngineOption,
+    OffloadOption,
+    Placing,
+    TensorParallelOption,
+    loaded,
+)
 from zero_ds.config import ConfigError
 
 if TYPE_CHECKING:
     from zero_ds.chat import Conversation
 
+LOCAL = "127.0.0.1"
 HELP = "/image FILE shows a picture, /new begins anew, /quit ends."
 
 
@@ -25,18 +34,36 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    engine: EngineOption = "transformers",
+    tensor_parallel: TensorParallelOption = 1,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadOption = None,
+    page: Annotated[bool, typer.Option("--page", help="A web page on this machine in place of the terminal.")] = False,
+    host: Annotated[str, typer.Option(help="With --page: address to listen on; others than this open it.")] = LOCAL,
+    port: Annotated[int, typer.Option(help="With --page: port to listen on; 0 takes a free one.")] = 7860,
 ) -> None:
-    """Talk to a model in the terminal, about any number of pictures."""
-    from zero_ds.chat import Conversation
-    from zero_ds.commands.models import loaded
+    """Talk to a model in the terminal or on a page, about any number of pictures.
 
+    The page of a run with --target shows the run's model, mostly the surrogate's, and the graft side by side.
+    """
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens}: an answer has at least 1 token.")
+    placing = Placing(engine, tensor_parallel, device_map, offload_folder)
+    placing.check()
+    if page:
+        if image:
+            raise ConfigError("--image is for the terminal; on the page pictures are uploaded.")
+        if engine != "transformers":
+            raise ConfigError("--page wants --engine transformers, whose layers it can read.")
+        _page(model, target, dtype, placing, host, port, max_new_tokens=max_new_tokens, system=system)
+        return
 
-    _, found = loaded(model, target, dtype)
+    from zero_ds.vllm_engine import conversation
+
+    _, found = loaded(model, target, dtype, placing)
 
     def begin() -> Conversation:
-        return Conversation(found, max_new_tokens=max_new_tokens, system=system)
+        return conversation(found, max_new_tokens=max_new_tokens, system=system)
 
     talk = begin()
     for path in image or ():
@@ -54,6 +81,24 @@ def chat(
             print(f"{line.split()[0]} is not known. {HELP}", file=sys.stderr)
         elif line:
             _say(talk, line)
+
+
+def _page(model: str, target: str | None, dtype: str, placing: Placing, host: str, port: int, **options: Any) -> None:
+    """Shows the page; what would end it is said before anything is loaded."""
+    from zero_ds import page
+    from zero_ds.named_model import LoadedModel, find_model
+
+    page.check_installed()
+    with page.bind(host, port) as server:
+        grafted = find_model(model, target).kind == "graft"
+        models: dict[str, LoadedModel] = {}
+        for into in (None, target) if grafted else (target,):
+            named, found = loaded(model, into, dtype, placing)
+            kind = "surrogate" if found.model.plan is not None else {"graft": "grafted"}.get(named.kind, named.kind)
+            models[f"{kind}: {found.model.plan or named.folder.name}"] = found
+        address = f"[{host}]" if ":" in host else host
+        print(f"http://{address}:{server.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+        page.serve(models, server, **options)
 
 
 def _line() -> str | None:

@@ -9,6 +9,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from zero_ds.commands.models import (
+    DeviceMapOption,
+    EngineOption,
+    OffloadOption,
+    Placing,
+    TensorParallelOption,
+    loaded,
+)
 from zero_ds.commands.records import records
 from zero_ds.config import ConfigError
 
@@ -50,29 +58,40 @@ def run(
     ] = False,
     samples: Annotated[bool, typer.Option("--samples", help="Keep prompts and answers in the JSON.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    engine: EngineOption = "transformers",
+    tensor_parallel: TensorParallelOption = 1,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadOption = None,
 ) -> None:
     """Run a suite of lm-evaluation-harness or lmms-eval on a model, on as many ranks as the launcher started."""
     from zero_ds import distributed
-    from zero_ds.commands.models import loaded
     from zero_ds.evaluation.harness import evaluate_suite, plan
     from zero_ds.evaluation.suites import Request
 
     for option, value in (("--batch", batch), ("--limit", limit), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: at least 1.")
-    planned = plan(suite, harness, tasks_folder)  # what is wrong with it is said before the model is read
+    placing = Placing(engine, tensor_parallel, device_map, offload_folder)
+    placing.check()
+    # what is wrong is said before the model is read
+    planned = plan(suite, harness, tasks_folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--out {out} is no folder; name one for the results.") from None
     if distributed.world_size() > 1:
         distributed.initialize()
-    named, found = loaded(model, target, dtype)
+    named, found = loaded(model, target, dtype, placing)
     label = name or model + (f" + {target}" if target else "")
     request = Request(batch, limit, max_new_tokens, chat_template, samples)
     for part in planned:
         result = evaluate_suite(named, found, part, request, label)
         if result is not None:  # on rank 0
             from zero_ds.evaluation.results import table
+            from zero_ds.files import write_atomically
 
             result.write(out / f"{result.suite}.json")
-            (out / f"{result.suite}.md").write_text(table(result), encoding="utf-8")
+            write_atomically(out / f"{result.suite}.md", table(result))
             print(table(result), end="")
 
 

@@ -16,6 +16,7 @@ from zero_ds.config import ConfigError, did_you_mean
 from zero_ds.evaluation.results import Measured, Result
 from zero_ds.evaluation.suites import SUITES, Harness, Request, Suite, Task, parse_task
 from zero_ds.named_model import LoadedModel, NamedModel
+from zero_ds.vllm_engine import engine_setting
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ def evaluate_suite(
         "ranks": distributed.world_size(),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
+        **engine_setting(loaded),
         "seconds": round(time.monotonic() - started, 1),
     }
     return Result(

@@ -19,8 +19,9 @@ from zero_ds import distributed
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import PLACEHOLDER, Turn
 from zero_ds.deepspeed_config import fast_dtype
-from zero_ds.generate import Answerer, Choice, Query, Reply
+from zero_ds.generate import Choice, Query, Reply
 from zero_ds.named_model import LoadedModel, find_model, load_model
+from zero_ds.vllm_engine import ENGINES, answerer, load_served
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,14 @@ class ZeroDs(lmms):
         batch_size: int | str | None = 8,
         max_new_tokens: int | None = None,
         device: str | None = None,
+        engine: str = "transformers",
+        tensor_parallel: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
         """weights: what `zero-ds eval` calls MODEL, or a model in memory; target: the model that a run is plugged into;
         dtype: auto, float32 or bfloat16; max_new_tokens: in place of the tasks' own limits; device: of this rank if
-        empty; max_batch_size: of no use here, for lmms-eval passes it to every model.
+        empty; engine: transformers or vllm; tensor_parallel: with vllm, how many GPUs share the model; max_batch_size:
+        of no use here, for lmms-eval passes it to every model.
 
         Raises:
             ConfigError: as `find_model` and `load_model`, a batch size or limit below 1.
@@ -61,10 +65,16 @@ class ZeroDs(lmms):
             if dtype not in kinds:
                 raise ConfigError(f"dtype={dtype} is not known; choose {' or '.join(kinds)}.")
             place = torch.device(device) if device else distributed.device()
-            weights = load_model(find_model(weights, target), dtype=kinds[dtype], device=place)
+            if engine not in ENGINES:
+                raise ConfigError(f"engine={engine} is not known; choose {' or '.join(ENGINES)}.")
+            named, kind = find_model(weights, target), kinds[dtype]
+            if engine == "vllm":
+                weights = load_served(named, dtype=kind, device=place, tensor_parallel=int(tensor_parallel))
+            else:
+                weights = load_model(named, dtype=kind, device=place)
         self.max_new_tokens = None if max_new_tokens is None else int(max_new_tokens)
         self.batch_size = size
-        self.answerer = Answerer(weights.model, weights.encoder, batch_size=size)
+        self.answerer = answerer(weights, batch_size=size)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
     @property
@@ -126,7 +136,7 @@ class ZeroDs(lmms):
                 queries = []
                 for request in part:
                     if (key := request.args[-3:]) not in rows:
-                        shown = _pictures(request, request.args[2](self._document(request)))
+                        shown = _pictures(request, self._document(request))
                         rows[key] = tuple(range(len(pictures), len(pictures) + len(shown)))
                         pictures += shown
                     queries.append(query(request, (_asked(str(request.args[0]), len(rows[key])),), rows[key]))
@@ -139,11 +149,20 @@ def _name(request: Instance) -> str:
     return f"{task}/{number}"
 
 
-def _pictures(request: Instance, visuals: Any) -> list[Image.Image]:
-    shown = list(visuals or ())
-    for visual in shown:
-        if not isinstance(visual, Image.Image):
-            raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
+def _pictures(request: Instance, document: Mapping[str, Any]) -> list[Image.Image]:
+    """What the task shows with a document, read whole.
+
+    Raises:
+        ConfigError: something other than a picture, or one that cannot be read.
+    """
+    try:
+        shown = list(request.args[2](document) or ())
+        for visual in shown:
+            if not isinstance(visual, Image.Image):
+                raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
+            visual.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow says of a broken file
+        raise ConfigError(f"the picture of {_name(request)} cannot be read: {error}; mend the task's data.") from None
     return shown
 
 

@@ -8,11 +8,12 @@ import math
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -22,6 +23,7 @@ from zero_ds.evaluation.figures import task_scores
 from zero_ds.evaluation.results import Measured, Score
 from zero_ds.evaluation.suites import Request, Task
 from zero_ds.named_model import LoadedModel
+from zero_ds.vllm_engine import device_options
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +75,7 @@ class LmEval:
         Raises:
             ConfigError: data that is not in the cache and cannot be fetched, or fewer documents than ranks.
         """
-        lm = Decoder(
-            pretrained=loaded.model.decoder,
-            tokenizer=loaded.encoder.template.tokenizer,
-            batch_size=request.batch_size,
-            max_length=loaded.encoder.max_length,
-            softmax_dtype="float32",
-        )
+        lm = _resident(loaded, request) if loaded.served is None else _served(loaded)
         by_shots: dict[int | None, list[Task]] = defaultdict(list)
         for task in tasks:
             by_shots[task.num_fewshot].append(task)
@@ -125,6 +121,31 @@ class LmEval:
                 raise ConfigError(
                     f"{name} has {count} documents for {distributed.world_size()} ranks; take fewer ranks."
                 )
+
+
+def _resident(loaded: LoadedModel, request: Request) -> LM:
+    return Decoder(
+        pretrained=loaded.model.decoder,
+        tokenizer=loaded.encoder.template.tokenizer,
+        batch_size=request.batch_size,
+        max_length=loaded.encoder.max_length,
+        softmax_dtype="float32",
+    )
+
+
+def _served(loaded: LoadedModel) -> LM:
+    """The harness's own class for vLLM, on the decoder's folder."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    assert loaded.served is not None
+    served = loaded.served
+    return VLLM(
+        pretrained=str(served.folder),
+        dtype=cast(Any, served.dtype),
+        max_length=served.max_length,
+        tensor_parallel_size=served.tensor_parallel,
+        **device_options(),
+    )
 
 
 @functools.lru_cache(maxsize=2)

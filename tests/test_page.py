@@ -1,0 +1,214 @@
+"""The page: answers of surrogate and graft side by side over HTTP, their trajectory, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+from typer.testing import CliRunner
+
+from zero_ds.answer_trajectory import draw
+from zero_ds.chat import Conversation
+from zero_ds.cli import app
+from zero_ds.config import ConfigError
+from zero_ds.data.conversations import Turn
+from zero_ds.data.formats import DataError
+from zero_ds.generate import Answerer
+from zero_ds.named_model import LoadedModel, find_model, load_model
+from zero_ds.page import bind, served
+
+TOKENS = 6
+QUESTION = "what color is it?"
+
+
+@pytest.fixture(scope="module")
+def models(trained: Path, made: Callable[..., Path]) -> dict[str, LoadedModel]:
+    run = str(trained / "encoder")
+    graft = find_model(run, str(made("llama", tied=True)))
+    return {"surrogate": load_model(find_model(run)), "grafted": load_model(graft)}
+
+
+@pytest.fixture(scope="module")
+def pictures(data: Path) -> list[Path]:
+    return [data.parent / "images" / f"{number}.png" for number in range(2)]
+
+
+@pytest.fixture(scope="module")
+def address(models: dict[str, LoadedModel]) -> Iterator[str]:
+    with bind("127.0.0.1", 0) as server, served(models, server, max_new_tokens=TOKENS) as running:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [server]}, daemon=True)
+        thread.start()
+        while not running.started:
+            assert thread.is_alive()
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        running.should_exit = True
+        thread.join(20)
+
+
+@pytest.fixture
+def visitor(address: str, tmp_path: Path) -> Client:
+    return Client(address, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
+
+
+def expected(loaded: LoadedModel, turns: list[Turn], pictures: list[Path]) -> str:
+    return Answerer(loaded.model, loaded.encoder, max_new_tokens=TOKENS).reply(turns, [str(path) for path in pictures])
+
+
+def said(messages: Any) -> list[str]:
+    """Texts of the assistant in what the page shows of a model."""
+    texts = []
+    for message in messages:
+        if message["role"] == "assistant":
+            content = message["content"]
+            texts.append(content if isinstance(content, str) else "".join(part["text"] for part in content))
+    return texts
+
+
+def asked(text: str, *files: Path) -> dict[str, Any]:
+    return {"text": text, "files": [handle_file(file) for file in files]}
+
+
+def test_both_models_answer_about_the_pictures(
+    visitor: Client, models: dict[str, LoadedModel], pictures: list[Path]
+) -> None:
+    """Two pictures, then a further question of the same visitor; the answers are those of the terminal."""
+    _, first, second, picture = visitor.predict(asked(QUESTION, *pictures), "grafted", api_name="/ask")
+    turns = [Turn("user", f"<image><image>\n{QUESTION}")]
+    answers = {name: expected(loaded, turns, pictures) for name, loaded in models.items()}
+    assert said(first) == [answers["surrogate"]] and said(second) == [answers["grafted"]]
+    assert answers["surrogate"] != answers["grafted"]
+    grafted = Image.open(picture).convert("RGB")
+    assert min(grafted.size) > 200
+
+    _, first, _, _ = visitor.predict(asked("why?"), "surrogate", api_name="/ask")
+    turns += [Turn("assistant", answers["surrogate"]), Turn("user", "why?")]
+    assert said(first) == [answers["surrogate"], expected(models["surrogate"], turns, pictures)]
+    other = Image.open(visitor.predict("grafted", api_name="/trajectory")).convert("RGB")
+    assert other.size != grafted.size or np.abs(np.asarray(other, float) - np.asarray(grafted, float)).max() > 0
+
+    *_, cleared, _, picture = visitor.predict(api_name="/new")
+    assert cleared == [] and picture is None
+    _, first, *_ = visitor.predict(asked(QUESTION), "grafted", api_name="/ask")
+    assert said(first) == [expected(models["surrogate"], [Turn("user", QUESTION)], [])]
+
+
+def test_what_the_page_refuses(
+    visitor: Client, models: dict[str, LoadedModel], pictures: list[Path], tmp_path: Path
+) -> None:
+    """A sentence each, on the page, and nothing of it stays in the conversation."""
+    (tmp_path / "none.png").write_text("no picture")
+    with pytest.raises(AppError, match=r"^image none.png cannot be read: it is none of JPEG"):
+        visitor.predict(asked(QUESTION, pictures[0], tmp_path / "none.png"), "grafted", api_name="/ask")
+    (tmp_path / "text.txt").write_text("no picture")
+    with pytest.raises(AppError, match=r"(?i)file type"):
+        visitor.predict(asked(QUESTION, tmp_path / "text.txt"), "grafted", api_name="/ask")
+    with pytest.raises(AppError, match="the question is empty"):
+        visitor.predict(asked("  ", pictures[0]), "grafted", api_name="/ask")
+    with pytest.raises(AppError, match="begin a new one"):
+        visitor.predict(asked("why? " * 3000, pictures[0]), "grafted", api_name="/ask")
+    _, first, second, _ = visitor.predict(asked(QUESTION), "grafted", api_name="/ask")
+    turns = [Turn("user", QUESTION)]
+    assert [said(first), said(second)] == [[expected(models[name], turns, [])] for name in ("surrogate", "grafted")]
+
+
+def stranger(address: str, visitor: Client, file: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the page answers to a question about a file that was not uploaded, only named."""
+    import httpx
+
+    number = next(d["id"] for d in visitor.config["dependencies"] if d["api_name"] == "ask")
+    payload = {"data": [{"text": QUESTION, "files": [file]}, "grafted", None], "session_hash": "stranger"}
+    httpx.post(f"{address}/gradio_api/queue/join", json={**payload, "fn_index": number}).raise_for_status()
+    query = {"session_hash": "stranger"}
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params=query, timeout=30) as lines:
+        return [json.loads(line.removeprefix("data:")) for line in lines.iter_lines() if line.startswith("data:")]
+
+
+def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path: Path, data: Path) -> None:
+    """Neither by its address nor named as an upload; and no other site's name leads here."""
+    import httpx
+
+    secret = data.parent / "images" / "3.png"
+    for path in (secret, Path("/etc/hostname"), Path(__file__), Path("constraints.txt").absolute()):
+        assert httpx.get(f"{address}/gradio_api/file={path}").status_code in (403, 404)
+    for path in (str(secret), "http://192.0.2.1/3.png"):
+        events = stranger(address, visitor, {"path": path, "meta": {"_type": "gradio.FileData"}})
+        assert not next(event for event in events if event["msg"] == "process_completed")["success"]
+        assert not [event for event in events if event["msg"] == "process_generating"]
+    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(address).status_code == 200
+    assert visitor.config["analytics_enabled"] is False
+
+
+def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+    """Against one pass over prompt and answer with every layer's output read by hand."""
+    loaded = models["surrogate"]
+    model, encoder = loaded.model, loaded.encoder
+    talk = Conversation(loaded, max_new_tokens=TOKENS)
+    with pytest.raises(DataError, match="ask something first"):
+        talk.trajectory()
+    talk.show(pictures[0])
+    "".join(talk.ask(QUESTION))
+    found = talk.trajectory()
+    assert talk._last is not None
+    prompt, answer = talk._last
+    with torch.no_grad():
+        embeddings = model.embed(torch.tensor([prompt + answer]), encoder.processor(Image.open(pictures[0])))
+        decoder: Any = model.decoder
+        states = decoder(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True).hidden_states[1:]
+        rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        normed = [*(decoder.model.norm(state[0, rows]) for state in states[:-1]), states[-1][0, rows]]
+        logs = torch.stack([decoder.lm_head(state).log_softmax(-1) for state in normed])
+    kl = (logs.exp() * (logs - logs[-1])).sum(-1)
+    np.testing.assert_allclose(found.divergences, kl.numpy(), rtol=1e-3, atol=1e-5)
+    words = encoder.template.tokenizer
+    assert found.read == tuple(tuple(words.decode([t]) for t in layer) for layer in logs.argmax(-1).tolist())
+    assert found.said == tuple(words.decode([token]) for token in answer) == found.read[-1]
+    assert found.translators == (1, 2) and kl[0].max() > 0.01
+    assert draw(found, "a $ in the title").size[0] > 400
+    again = "".join(talk.ask("why?"))  # reading a trajectory leaves the conversation as it was
+    turns = [*talk.turns[:-1]]
+    assert again == expected(loaded, turns, pictures[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--port", "70000"], "--port 70000 is no port"),
+        (["--host", "192.0.2.1"], r"cannot listen on 192.0.2.1:\d+ \(.*\); choose another --port"),
+        (["--image", "dog.png"], "--image is for the terminal"),
+    ],
+)
+def test_command_line(options: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(app, ["chat", "model", "--page", *options])
+    assert isinstance(done.exception, ConfigError)
+    with pytest.raises(ConfigError, match=complaint):
+        raise done.exception
+
+
+def test_a_port_in_use_and_gradio_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = CliRunner().invoke(app, ["chat", "model", "--page", "--port", str(port)])
+        assert f"cannot listen on 127.0.0.1:{port} (address already in use)" in str(done.exception)
+    monkeypatch.setattr("zero_ds.page.importlib.util.find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["chat", "model", "--page"])
+    assert str(done.exception) == "--page needs gradio, which is not installed; pip install 'zero_ds[page]'"
+
+
+def test_a_page_that_others_reach_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with bind("127.0.0.1", 0), bind("localhost", 0):
+        assert not caplog.records
+    with bind("0.0.0.0", 0):
+        assert "whoever reaches this machine" in caplog.text
