@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import logging
@@ -141,6 +142,7 @@ def train_module() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what a user can mend ends as one sentence on stderr and exit status 2."""
+    atexit.register(gc.freeze)  # or Python, on its way out, looks through all of torch for garbage, for seconds
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # an exception, so that nothing half-written stays behind
             signal.signal(number, _end)
@@ -158,7 +160,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"zero-ds: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     finally:
-        gc.freeze()  # the interpreter, on its way out, would look through all of torch for garbage, for seconds
         if distributed := sys.modules.get("zero_ds.distributed"):  # it loads torch; without it, no group was joined
             distributed.shutdown()
 
