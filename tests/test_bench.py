@@ -213,7 +213,7 @@ def test_obvious_scripts_do_the_same(runs: Path, made: Callable[..., Path], tmp_
     assert made_by[0].keys() == made_by[1].keys()
     assert all((made_by[0][name] == made_by[1][name]).all() for name in made_by[0])
     seconds, peak = scripts.run([sys.executable, "-c", "print(1)"], tmp_path)
-    assert seconds > 0 and 0 < peak < 1
+    assert seconds > 0 and peak > 0  # a child of a large process begins with its peak
 
 
 def gpu_part(recipe: str, settings: list[str], peers: bool, out: str) -> None:

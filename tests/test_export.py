@@ -259,7 +259,7 @@ def test_decoders_that_do_not_fit(commit: Path, made: Callable[..., Path], small
     refused("family is qwen2, trained with llama", commit, *out, "--target", made("qwen2", tied=True))
     shutil.copytree(small, tmp_path / "run-small")
     info = json.loads((small / "surrogate.json").read_text())
-    (tmp_path / "run-small" / "surrogate.json").write_text(json.dumps({**info, "target_hash": "other"}))
+    (tmp_path / "run-small" / "surrogate.json").write_text(json.dumps({**info, "target_hash": "2-other"}))
     refused("its target_hash is", commit, *out, "--target", tmp_path / "run-small")
     assert folders(tmp_path) == []
 

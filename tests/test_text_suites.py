@@ -195,7 +195,7 @@ def test_a_result_survives_its_file_and_says_what_it_is_of(result: Result, tmp_p
     result.write(tmp_path / "r.json")
     again = read_result(tmp_path / "r.json")
     assert again.scores == result.scores and set(again.samples) == set(TASKS)
-    assert again.model["kind"] == "target" and len(again.model["decoder_hash"]) == 32
+    assert again.model["kind"] == "target" and len(again.model["decoder_hash"]) == 34
     assert again.harness["name"] == "lm-eval" and again.setting["ranks"] == 1
 
 

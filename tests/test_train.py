@@ -233,7 +233,7 @@ def ends(
     (runs / "leftover" / "latest").unlink()
     damaged = cut(runs / "zero2", runs / "damaged")
     changed = cut(runs / "zero2", runs / "changed") / "step-000003" / "manifest.json"
-    changed.write_text(json.dumps({**json.loads(changed.read_text()), "encoder_hash": "another"}))
+    changed.write_text(json.dumps({**json.loads(changed.read_text()), "encoder_hash": "2-another"}))
     other_data = cut(runs / "zero2", runs / "other data") / "step-000003" / "manifest.json"
     other_data.write_text(json.dumps({**json.loads(other_data.read_text()), "data_hash": "another"}))
     # the newest commit is damaged, and `latest` set back to the one before
@@ -359,7 +359,7 @@ def test_weights_of_another_model_are_refused(ends: dict[str, str]) -> None:
     assert "ConfigError: " in ends["other target"] and "does not fit: its target_hash is" in ends["other target"]
     assert "does not fit: its plan is {'depth': 6, 'replaced': [[1, 2, 1], [3, 4, 1]]}" in ends["other plan"]
     assert "does not fit: its encoder_hash is" in ends["other encoder"]
-    assert "does not fit: its encoder_hash is 'another'" in ends["changed"], "a model that changed under a run"
+    assert "does not fit: its encoder_hash is '2-another'" in ends["changed"], "a model that changed under a run"
     assert "init_from names" in ends["no such start"] and "does not exist" in ends["no such start"]
 
 
