@@ -20,6 +20,7 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
+    TORCHDYNAMO_DISABLE="1",  # nothing is compiled here, and loading the compiler takes a second of every rank
     TRANSFORMERS_VERBOSITY="error",
 )
 
@@ -117,6 +118,7 @@ def run_config(
             "micro_batch": 1,
             "max_steps": 6,
             "precision": "fp32",
+            "activation_checkpointing": False,  # a third of a tiny model's step; test_engine and test_mixed ask for it
             "zero": "zero2",
             "out": str(out or nowhere),
         }

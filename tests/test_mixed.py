@@ -46,6 +46,7 @@ def test_every_arrangement_runs_and_learns_alike(
             init_from=[str(trained / "pretrain")],
             optimizer={"learning_rate": 1e-3},
             max_steps=last,
+            activation_checkpointing=stage == "encoder",
         )
 
     for ranks in (1, 2):

@@ -271,11 +271,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for part, peak in PEAK.items():
             if part in name:
                 return peak
-    size = 1024
-    left, right = torch.ones(2, size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        float((left @ right)[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best
+    size = 256
+    while True:
+        left, right = torch.ones(2, size, size, dtype=dtype, device=device)
+        best = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            float((left @ right)[0, 0])  # waits for the device
+            best = min(best, time.perf_counter() - started)
+        # long enough to be measured, and no longer: a CPU that has no half precision takes seconds for a large one
+        if best > 5e-3 or size == 4096:
+            return 2.0 * size**3 / best
+        size *= 2
