@@ -107,7 +107,6 @@ def llava(
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=10,
-        optim="adamw_torch",
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     whole = cast(Any, LlavaForConditionalGeneration).from_pretrained(model, dtype=dtype, attn_implementation=attention)
