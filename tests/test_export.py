@@ -15,7 +15,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from zero_ds import shards
@@ -101,6 +102,25 @@ def test_every_family(
         same = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
         assert same == tied
     assert folders(tmp_path) == ["out"]
+
+
+def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
+    """As Llama-3's and Gemma's: the chat template has written that token already. Gemma's ends texts, but not turns."""
+    target = tmp_path / "run-target"
+    shutil.copytree(made("llama", tied=True), target)
+    words = AutoTokenizer.from_pretrained(target)
+    begin, closing, words.eos_token = words.bos_token, words.eos_token, words.pad_token
+    special = [(begin, words.bos_token_id)]
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=special
+    )
+    words.chat_template = words.chat_template.replace("{% if add", "{{ eos_token }}{% if add")
+    words.save_pretrained(target)
+    export_model(run("encoder", target=str(target)), None, tmp_path / "out")
+    read = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words("a").input_ids == [words.bos_token_id, *read("a").input_ids] and read.eos_token == closing
+    asked = [{"role": "user", "content": "a"}]
+    assert read.apply_chat_template(asked) == words.apply_chat_template(asked), "the template writes the same end"
 
 
 @pytest.mark.parametrize("form", ["llava", "remote-code"])
@@ -307,8 +327,6 @@ def test_a_full_disk(commit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_vocabulary_without_a_spare_token(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoTokenizer
-
     from zero_ds.export import text
     from zero_ds.families.base import Family
 

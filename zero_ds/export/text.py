@@ -47,10 +47,28 @@ def texts(source: Source) -> Texts:
         own = Path(data.chat_template).read_text(encoding="utf-8") if data.chat_template else None
     except OSError as error:
         raise ConfigError(f"data.chat_template={data.chat_template} cannot be read: {error.strerror}.") from None
+    written = own or tokenizer.chat_template
     end = ChatTemplate(tokenizer, own).end_of_turn()
     generation = _generation(source.folder, source.text, end)
     stops = generation["eos_token_id"]
-    return Texts(tokenizer, token, chat_template(own or tokenizer.chat_template, token, data), tuple(stops), generation)
+    if "eos_token" in written:  # what the target's template writes by that name stays
+        written = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} -%}}{written}"
+    for_templates_(tokenizer, end)
+    return Texts(tokenizer, token, chat_template(written, token, data), tuple(stops), generation)
+
+
+def for_templates_(tokenizer: Any, end: int) -> None:
+    """Fits a tokenizer to prompts that its chat template has written, as software for Llava reads them.
+
+    Such software (lmms-eval's `llava_hf`) tokenises a written prompt without saying that its special tokens stand in
+    it already, so the first one must not be put there twice. And it ends an answer at the tokenizer's own end, not at
+    those of generation_config.json: that becomes `end`, the token which closes a turn.
+    """
+    if tokenizer.num_special_tokens_to_add():
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False
+        tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}  # what is saved
+    if tokenizer.eos_token_id != end:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
 
 
 def placeholder_token(family: Family, tokenizer: Any) -> str:
