@@ -34,8 +34,8 @@ venv="${STOCK_ENVIRONMENT:-.venv-stock}"
 if [ ! -f "$venv/stock.stamp" ]; then
   say "Installing transformers and lmms-eval into $venv (several minutes the first time)"
   "$(find_python)" -m venv "$venv"
-  # lmms-eval 0.7.3 reaches into filelock._api, which newer versions of filelock have not
-  grep -v '^filelock' constraints.txt >"$scratch/constraints.txt"
+  # lmms-eval's own dependencies choose the rest; 0.7.3 reaches into filelock._api, which filelock 4 has not
+  grep -E '^(transformers|torch|lmms-eval)==' constraints.txt >"$scratch/constraints.txt"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$scratch/constraints.txt" \
     transformers torch pillow accelerate lmms-eval decord 'filelock<4' ||
     fail "the stock environment could not be installed; check the network and the space, then run again"
@@ -71,9 +71,33 @@ done
 if [[ "$steps" == *" vllm "* ]]; then
   served="${VLLM_ENVIRONMENT:-.venv-vllm}"
   [ -x "$served/bin/python" ] || fail "$served is not there; run launch/test_vllm.sh once, which makes it"
-  served="$(cd "$served" && pwd)"
+  served="$(cd "$served" && pwd)/bin/python"
+  # vLLM's llava.py imports pixtral.py, and that torchvision. PyPI's is built for CUDA: beside a CPU build of torch its
+  # operators are missing, and its import fails for want of one name (nms), which is declared here. None is called.
+  if ! "$served" -c 'import torchvision' 2>/dev/null; then
+    version="$("$served" -c 'import torch; print("0.%d.*" % (int(torch.__version__.split(".")[1]) + 15))')"
+    "$served" -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/vision" "torchvision==$version" ||
+      fail "torchvision $version could not be fetched; check the network and run again"
+    cat >"$scratch/vision/sitecustomize.py" <<'EOF'
+import sys
+
+
+class Declare:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torchvision":
+            import torch
+
+            sys.meta_path.remove(Declare)
+            torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, Declare)
+EOF
+    export PYTHONPATH="$scratch/vision"
+  fi
   export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
   say "Token for token: transformers, then vLLM"
-  stock tokens "$scratch" "$export_folder"
-  (cd "$scratch" && "$served/bin/python" "$tools/check_served.py" "$scratch" "$export_folder")
+  (unset PYTHONPATH && stock tokens "$scratch" "$export_folder")
+  (cd "$scratch" && "$served" "$tools/check_served.py" "$scratch" "$export_folder")
 fi

@@ -235,8 +235,8 @@ def commit(run: Callable[..., Path]) -> Path:
     return run("encoder")
 
 
-def refused(complaint: str, *arguments: object) -> None:
-    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+def refused(complaint: str, *arguments: object, command: str = "export") -> None:
+    result = CliRunner().invoke(app, [command, *map(str, arguments)])
     assert isinstance(result.exception, ConfigError | CheckpointError), result.exception
     import re
 
@@ -263,6 +263,15 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     half = tmp_path / "run-half"
     (half / ".step-000001.tmp").mkdir(parents=True)
     refused("run-half holds no commit .*; was the run finished", half, *out)
+    manifest = commit / "step-000001" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))
+    refused("manifest of .*: Input should be a valid dictionary", commit, *out)
+    refused("manifest of .*: Input should be a valid dictionary", "--weights", commit, *out, command="export-lora")
+    (tmp_path / "run-template").write_bytes(b"\xff")
+    content["config"]["data"]["chat_template"] = str(tmp_path / "run-template")
+    manifest.write_text(json.dumps(content))
+    refused(r"data\.chat_template=.* cannot be read: it is no UTF-8 text", commit, *out)
     weights = commit / "step-000001" / "weights.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1])

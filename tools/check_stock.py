@@ -92,6 +92,30 @@ def check_tiny(folder: Path) -> bool:
     return good and bool(names)
 
 
+def write_tokens(export: Path, asked: dict[str, Any], scratch: Path) -> bool:
+    """What transformers' class answers, token by token, for tools/check_served.py to compare with vLLM's."""
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(export)
+    model = LlavaForConditionalGeneration.from_pretrained(export, dtype=torch.float32).eval()
+    lines = []
+    for one in asked["asked"]:
+        contents = [*([{"type": "image"}] if one["picture"] else []), {"type": "text", "text": one["question"]}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": contents}], add_generation_prompt=True)
+        image = Image.open(one["picture"]) if one["picture"] else None
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
+        found = model.generate(**inputs, max_new_tokens=asked["tokens"], do_sample=False)
+        ids = inputs["input_ids"][0].tolist()
+        lines.append({**one, "prompt": ids, "tokens": found[0, len(ids) :].tolist()})
+    (scratch / "tokens.json").write_text(json.dumps({"limit": asked["tokens"], "lines": lines}), encoding="utf-8")
+    texts = [str(processor.decode(line["tokens"], skip_special_tokens=True)).strip() for line in lines]
+    return count(
+        "transformers", [(one["question"], text, one["answer"]) for one, text in zip(lines, texts, strict=True)]
+    )
+
+
 TASK = """task: seen
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {documents}}}}}
@@ -136,9 +160,9 @@ def check_lmms(export: Path, asked: dict[str, Any], scratch: Path) -> bool:
         return False
     lines = []
     for row in map(json.loads, samples[0].read_text(encoding="utf-8").splitlines()):
-        found = row["filtered_resps"][0]
+        found = row["filtered_resps"]
         one = shown[row["doc_id"]]
-        lines.append((one["question"], str(found).strip(), one["answer"]))
+        lines.append((one["question"], str(found if isinstance(found, str) else found[0]).strip(), one["answer"]))
     return count("lmms_eval --model llava_hf", lines)
 
 
@@ -148,7 +172,12 @@ def main(kind: str, scratch: Path, export: Path | None) -> int:
         return not check_tiny(scratch / "tiny")
     assert export is not None
     asked = json.loads((scratch / "asked.json").read_text(encoding="utf-8"))
-    return not (check_pipeline(export, asked) if kind == "pipeline" else check_lmms(export, asked, scratch))
+    checks = {
+        "pipeline": lambda: check_pipeline(export, asked),
+        "lmms": lambda: check_lmms(export, asked, scratch),
+        "tokens": lambda: write_tokens(export, asked, scratch),
+    }
+    return not checks[kind]()
 
 
 if __name__ == "__main__":

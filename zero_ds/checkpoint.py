@@ -224,7 +224,7 @@ def find_commit(path: str | Path) -> Commit:
     folder = Path(path)
     latest = folder / "latest"
     if latest.is_file():
-        name = latest.read_text(encoding="utf-8").strip()
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
         if not COMMIT.fullmatch(name):
             raise CheckpointError(f"{latest} names no commit; write the name of a step-* folder into it.")
         folder = folder / name
@@ -233,7 +233,7 @@ def find_commit(path: str | Path) -> Commit:
         raise CheckpointError(f"{path} holds no commit (no manifest.json); was the run finished?")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        int(manifest["step"])
+        int(manifest["step"]), dict(manifest.get("relies_on") or {})
         return Commit(folder, manifest)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); use another commit.") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.config import ConfigError, DataConfig
-from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate
+from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate, read_template
 from zero_ds.export.source import Source
 from zero_ds.families import Family
 from zero_ds.pretrained import load_tokenizer
@@ -43,10 +43,7 @@ def texts(source: Source) -> Texts:
     tokenizer = load_tokenizer(source.folder)
     token = placeholder_token(source.family, tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
-    try:
-        own = Path(data.chat_template).read_text(encoding="utf-8") if data.chat_template else None
-    except OSError as error:
-        raise ConfigError(f"data.chat_template={data.chat_template} cannot be read: {error.strerror}.") from None
+    own = read_template(data.chat_template)
     written = own or tokenizer.chat_template
     end = ChatTemplate(tokenizer, own).end_of_turn()
     generation = _generation(source.folder, source.text, end)
