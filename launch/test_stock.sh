@@ -55,6 +55,9 @@ if [[ "$steps" == *" tiny "* ]]; then
   say "Tiny models of every family and encoder"
   python tools/ask_source.py tiny --out "$scratch/tiny"
   stock tiny "$scratch"
+  # whose tokenizer begins every text, and whose texts end with another token than its turns, as Gemma's
+  say "lmms-eval's llava_hf on a tiny Gemma-3"
+  stock lmms "$scratch/tiny/gemma3-tied-clip" "$scratch/tiny/gemma3-tied-clip/export"
 fi
 [[ "$steps" =~ pipeline|lmms|vllm ]] || exit 0
 

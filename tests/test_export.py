@@ -29,6 +29,7 @@ from zero_ds.export.tensors import merged, read
 from zero_ds.families import FAMILIES
 from zero_ds.graft import run_config as config_of
 from zero_ds.model import Assembly, assemble
+from zero_ds.named_model import find_model, load_model
 from zero_ds.surrogate import Replaced, build_surrogate
 
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}
@@ -119,6 +120,8 @@ def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callab
     export_model(run("encoder", target=str(target)), None, tmp_path / "out")
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert words("a").input_ids == [words.bos_token_id, *read("a").input_ids] and read.eos_token == closing
+    ours = load_model(find_model(str(tmp_path / "out"), None)).encoder.template.tokenizer
+    assert ours("a").input_ids == words("a").input_ids, "texts are measured as the target's"
     asked = [{"role": "user", "content": "a"}]
     assert read.apply_chat_template(asked) == words.apply_chat_template(asked), "the template writes the same end"
 
@@ -158,10 +161,13 @@ def test_the_runs_that_a_run_started_from(run: Callable[..., Path], tmp_path: Pa
     assert not torch.equal(before["adapter.0.weight"], after["adapter.0.weight"])
 
 
-def test_lora_merged_is_lora_applied(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
-    target = made("llama", tied=False)
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_merged_is_lora_applied(
+    run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path, tied: bool
+) -> None:
+    target = made("llama", tied=tied)
     commit = run(
-        "decoder", tied=False, lora={"rank": 3, "alpha": 7, "modules": ["q_proj", "down_proj"], "layers": [0, 4]}
+        "decoder", tied=tied, lora={"rank": 3, "alpha": 7, "modules": ["q_proj", "down_proj"], "layers": [0, 4]}
     )
     export_model(commit, None, tmp_path / "out")
     config = config_of(find_commit(commit))
@@ -290,6 +296,10 @@ def test_decoders_that_do_not_fit(commit: Path, made: Callable[..., Path], small
     info = json.loads((small / "surrogate.json").read_text())
     (tmp_path / "run-small" / "surrogate.json").write_text(json.dumps({**info, "target_hash": "2-other"}))
     refused("its target_hash is", commit, *out, "--target", tmp_path / "run-small")
+    shutil.copytree(made("llama", tied=True), tmp_path / "run-target")
+    for content in ('{"eos_token_id": "x"}', '{"eos_token_id": [2, null]}', "[]"):
+        (tmp_path / "run-target" / "generation_config.json").write_text(content)
+        refused("generation_config.json is damaged; fetch", commit, *out, "--target", tmp_path / "run-target")
     assert folders(tmp_path) == []
 
 

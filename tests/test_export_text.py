@@ -14,7 +14,8 @@ from zero_ds.config import DataConfig
 from zero_ds.data.conversations import IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Sample
-from zero_ds.export.text import chat_template, for_templates_
+from zero_ds.export.text import chat_template
+from zero_ds.pretrained import for_templates_, for_texts_
 
 TOKENIZER = tiny.tokenizer()
 TOKEN = "<reponame>"
@@ -118,3 +119,5 @@ def test_what_a_template_has_written_is_not_written_twice(make: Any, tmp_path: P
     for read in (words, AutoTokenizer.from_pretrained(tmp_path / "after")):
         assert read("hi").input_ids == read("hi", add_special_tokens=False).input_ids
         assert (read.eos_token_id, read.eos_token) == (end, "<|im_end|>") and read.bos_token is not None
+        for_texts_(read)
+        assert read("hi").input_ids == [words.bos_token_id, *read("hi", add_special_tokens=False).input_ids]

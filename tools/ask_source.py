@@ -152,7 +152,9 @@ def _export(config: RunConfig, out: Path, form: str) -> None:
         ids = [words.image_token_id if token == IMAGE_TOKEN else token for token in one.ids]
         tensors[f"{number}.ids"], tensors[f"{number}.answer"] = torch.tensor(ids), torch.tensor(one.answer)
         tensors[f"{number}.logits"] = one.logits[: min(proof.POSITIONS, len(ids))].contiguous()
-        asked.append({"picture": bool(one.picture), "question": one.question})
+        said = str(words.tokenizer.decode(one.answer, skip_special_tokens=True)).strip()
+        shown = str(picture.resolve()) if one.picture else None
+        asked.append({"picture": shown, "question": one.question, "answer": said})
     save_file(tensors, out / "asked.safetensors")
     content = {"tokens": proof.TOKENS, "remote_code": form == "remote-code", "asked": asked}
     (out / "asked.json").write_text(json.dumps(content, indent=2), encoding="utf-8")

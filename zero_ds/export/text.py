@@ -11,7 +11,7 @@ from zero_ds.config import ConfigError, DataConfig
 from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate, read_template
 from zero_ds.export.source import Source
 from zero_ds.families import Family
-from zero_ds.pretrained import load_tokenizer
+from zero_ds.pretrained import for_templates_, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,6 @@ def texts(source: Source) -> Texts:
         written = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} -%}}{written}"
     for_templates_(tokenizer, end)
     return Texts(tokenizer, token, chat_template(written, token, data), tuple(stops), generation)
-
-
-def for_templates_(tokenizer: Any, end: int) -> None:
-    """Fits a tokenizer to prompts that its chat template has written, as software for Llava reads them.
-
-    Such software (lmms-eval's `llava_hf`) tokenises a written prompt without saying that its special tokens stand in
-    it already, so the first one must not be put there twice. And it ends an answer at the tokenizer's own end, not at
-    those of generation_config.json: that becomes `end`, the token which closes a turn.
-    """
-    if tokenizer.num_special_tokens_to_add():
-        tokenizer.add_bos_token = tokenizer.add_eos_token = False
-        tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}  # what is saved
-    if tokenizer.eos_token_id != end:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
 
 
 def placeholder_token(family: Family, tokenizer: Any) -> str:
@@ -147,15 +133,17 @@ def _generation(folder: Path, text: Any, end: int) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if path.is_file():
         try:
-            settings = dict(json.loads(path.read_text(encoding="utf-8")))
+            settings = {**json.loads(path.read_text(encoding="utf-8"))}
             settings.pop("_from_model_config", None)  # it is read from its own file from now on
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             raise ConfigError(f"{path} is damaged; fetch the model again.") from None
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         if settings.get(name) is None and getattr(text, name, None) is not None:
             settings[name] = getattr(text, name)
     stops = settings.get("eos_token_id")
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(isinstance(token, int) for token in stops):
+        raise ConfigError(f"{path} is damaged; fetch the model again.")
     settings["eos_token_id"] = stops if end in stops else [*stops, end]
     settings.setdefault("pad_token_id", settings["eos_token_id"][0])
     return settings
