@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What an export is worth without this package: an environment of its own (.venv-stock), in which zero_ds is not
-# installed, reads exports and must answer as their sources do. Not part of launch/test.sh; wants the quickstart's run.
+# installed, reads exports and must answer as the runs that they come from. Not part of launch/test.sh; wants the
+# quickstart's run.
 #
 #   launch/test_stock.sh [STEP...]
 #
