@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -279,11 +280,14 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     manifest.write_text(json.dumps(content))
     refused(r"data\.chat_template=.* cannot be read: it is no UTF-8 text", commit, *out)
     weights = commit / "step-000001" / "weights.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1])
+    weights.write_bytes(weights.read_bytes()[:-1])
     refused("weights.safetensors is damaged: its content is not what was saved", commit, *out)
     weights.unlink()
     refused("weights.safetensors cannot be read: No such file", commit, *out)
+    os.mkfifo(weights)
+    refused("weights.safetensors cannot be read: it is no regular file", commit, *out)
+    graft = ("--weights", commit, "--target", content["config"]["target"])
+    refused("weights.safetensors is missing or damaged; use another commit", *graft, command="graft")
     assert folders(tmp_path) == []
 
 

@@ -30,7 +30,7 @@ from zero_ds import __version__, distributed
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.engine import Engine
 from zero_ds.failure import WATCH
-from zero_ds.files import write_atomically
+from zero_ds.files import open_regular, write_atomically
 from zero_ds.optimizer_state import KEYS, parameter_shape
 from zero_ds.shards import HASH_VERSION, spans
 from zero_ds.tensor_stream import SafetensorsStream
@@ -206,11 +206,11 @@ def check_hash(path: Path, expected: str) -> None:
     """Raises CheckpointError unless the file has this SHA-256."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; use another commit.") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; use another commit.") from None
     if digest.hexdigest() != expected:
         raise CheckpointError(f"{path} is damaged: its content is not what was saved; use another commit.")
 
