@@ -77,7 +77,7 @@ if [[ "$steps" == *" vllm "* ]]; then
   [ -x "$served/bin/python" ] || fail "$served is not there; run launch/test_vllm.sh once, which makes it"
   served="$(cd "$served" && pwd)/bin/python"
   # vLLM's llava.py imports pixtral.py, and that torchvision. PyPI's is built for CUDA: beside a CPU build of torch its
-  # operators are missing, and its import fails for want of one name (nms), which is declared here. None is called.
+  # operators are missing, and its import fails for want of two names, which are declared here. Neither is called.
   if ! "$served" -c 'import torchvision' 2>/dev/null; then
     version="$("$served" -c 'import torch; print("0.%d.*" % (int(torch.__version__.split(".")[1]) + 15))')"
     "$served" -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/vision" "torchvision==$version" ||
@@ -93,7 +93,9 @@ class Declare:
             import torch
 
             sys.meta_path.remove(Declare)
-            torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            for operator in ("nms", "qnms"):
+                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{operator}", schema)
 
 
 sys.meta_path.insert(0, Declare)
