@@ -126,7 +126,7 @@ def _config(root: Path, decoder: Path, encoder: Path, data: Path, name: str, **m
         "decoder": "target",
         "encoder": {"path": str(encoder), "patch_norm": more.pop("patch_norm", False)},
         "data": {"sources": [{"path": str(data)}], "max_length": 512, "system_prompt": None},
-        "optimizer": {"learning_rate": 1e-2},
+        "optimizer": {"learning_rate": 1e-4},  # answers to different questions stay different
         "global_batch": 4,
         "micro_batch": 1,
         "max_steps": 2,

@@ -80,12 +80,13 @@ def check_tiny(folder: Path) -> bool:
             same_answers += tokens[0, inputs["input_ids"].shape[1] :].tolist() == answered
             said = ask_pipeline(answer, one["question"], picture, asked["tokens"])
             through_pipeline += said == one["answer"]
-        total = len(asked["asked"])
+        total, different = len(asked["asked"]), len({one["answer"] for one in asked["asked"]})
         fits = gap <= TOLERANCE and same_ids == same_answers == through_pipeline == total
         good &= fits
         print(
             f"{'same ' if fits else 'OTHER'} {name} ({type(model).__name__}): prompts {same_ids}/{total}, "
-            f"logits within {gap:.1e}, answers {same_answers}/{total}, by pipeline {through_pipeline}/{total}",
+            f"logits within {gap:.1e}, answers {same_answers}/{total} ({different} different ones), by pipeline "
+            f"{through_pipeline}/{total}",
             flush=True,
         )
     print(f"{len(names)} tiny exports")
