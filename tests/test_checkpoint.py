@@ -93,15 +93,17 @@ def test_find_commit_takes_run_folders_and_commit_folders(tmp_path: Path) -> Non
         ("", None, "names no commit; write the name of a step-. folder into it"),
         ("../elsewhere", None, "names no commit"),
         ("step-000009", None, "holds no commit"),
+        ("\udcff", None, "names no commit"),
         ("step-000001", "{", "cannot be read .*use another commit"),
         ("step-000001", "[]", "cannot be read .*use another commit"),
         ("step-000001", '{"step": "x"}', "cannot be read .*use another commit"),
+        ("step-000001", '{"step": 1, "relies_on": "x"}', "cannot be read .*use another commit"),
     ],
 )
 def test_folders_without_a_commit(tmp_path: Path, latest: str | None, manifest: str | None, complaint: str) -> None:
     (tmp_path / "step-000001").mkdir()
     if latest is not None:
-        (tmp_path / "latest").write_text(latest)
+        (tmp_path / "latest").write_text(latest, errors="surrogateescape")
     if manifest is not None:
         (tmp_path / "step-000001" / "manifest.json").write_text(manifest)
     with pytest.raises(CheckpointError, match=complaint) as caught:

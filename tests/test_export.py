@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from zero_ds import shards
@@ -28,6 +30,7 @@ from zero_ds.export.tensors import merged, read
 from zero_ds.families import FAMILIES
 from zero_ds.graft import run_config as config_of
 from zero_ds.model import Assembly, assemble
+from zero_ds.named_model import find_model, load_model
 from zero_ds.surrogate import Replaced, build_surrogate
 
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}
@@ -103,6 +106,27 @@ def test_every_family(
     assert folders(tmp_path) == ["out"]
 
 
+def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
+    """As Llama-3's and Gemma's: the chat template has written that token already. Gemma's ends texts, but not turns."""
+    target = tmp_path / "run-target"
+    shutil.copytree(made("llama", tied=True), target)
+    words = AutoTokenizer.from_pretrained(target)
+    begin, closing, words.eos_token = words.bos_token, words.eos_token, words.pad_token
+    special = [(begin, words.bos_token_id)]
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=special
+    )
+    words.chat_template = words.chat_template.replace("{% if add", "{{ eos_token }}{% if add")
+    words.save_pretrained(target)
+    export_model(run("encoder", target=str(target)), None, tmp_path / "out")
+    read = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words("a").input_ids == [words.bos_token_id, *read("a").input_ids] and read.eos_token == closing
+    ours = load_model(find_model(str(tmp_path / "out"), None)).encoder.template.tokenizer
+    assert ours("a").input_ids == words("a").input_ids, "texts are measured as the target's"
+    asked = [{"role": "user", "content": "a"}]
+    assert read.apply_chat_template(asked) == words.apply_chat_template(asked), "the template writes the same end"
+
+
 @pytest.mark.parametrize("form", ["llava", "remote-code"])
 def test_a_surrogate_with_its_translators(
     run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path, form: str
@@ -138,10 +162,13 @@ def test_the_runs_that_a_run_started_from(run: Callable[..., Path], tmp_path: Pa
     assert not torch.equal(before["adapter.0.weight"], after["adapter.0.weight"])
 
 
-def test_lora_merged_is_lora_applied(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
-    target = made("llama", tied=False)
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_merged_is_lora_applied(
+    run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path, tied: bool
+) -> None:
+    target = made("llama", tied=tied)
     commit = run(
-        "decoder", tied=False, lora={"rank": 3, "alpha": 7, "modules": ["q_proj", "down_proj"], "layers": [0, 4]}
+        "decoder", tied=tied, lora={"rank": 3, "alpha": 7, "modules": ["q_proj", "down_proj"], "layers": [0, 4]}
     )
     export_model(commit, None, tmp_path / "out")
     config = config_of(find_commit(commit))
@@ -215,8 +242,8 @@ def commit(run: Callable[..., Path]) -> Path:
     return run("encoder")
 
 
-def refused(complaint: str, *arguments: object) -> None:
-    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+def refused(complaint: str, *arguments: object, command: str = "export") -> None:
+    result = CliRunner().invoke(app, [command, *map(str, arguments)])
     assert isinstance(result.exception, ConfigError | CheckpointError), result.exception
     import re
 
@@ -243,12 +270,24 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     half = tmp_path / "run-half"
     (half / ".step-000001.tmp").mkdir(parents=True)
     refused("run-half holds no commit .*; was the run finished", half, *out)
+    manifest = commit / "step-000001" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))
+    refused("manifest of .*: Input should be a valid dictionary", commit, *out)
+    refused("manifest of .*: Input should be a valid dictionary", "--weights", commit, *out, command="export-lora")
+    (tmp_path / "run-template").write_bytes(b"\xff")
+    content["config"]["data"]["chat_template"] = str(tmp_path / "run-template")
+    manifest.write_text(json.dumps(content))
+    refused(r"data\.chat_template=.* cannot be read: it is no UTF-8 text", commit, *out)
     weights = commit / "step-000001" / "weights.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1])
+    weights.write_bytes(weights.read_bytes()[:-1])
     refused("weights.safetensors is damaged: its content is not what was saved", commit, *out)
     weights.unlink()
     refused("weights.safetensors cannot be read: No such file", commit, *out)
+    os.mkfifo(weights)
+    refused("weights.safetensors cannot be read: it is no regular file", commit, *out)
+    graft = ("--weights", commit, "--target", content["config"]["target"])
+    refused("weights.safetensors is missing or damaged; use another commit", *graft, command="graft")
     assert folders(tmp_path) == []
 
 
@@ -261,6 +300,10 @@ def test_decoders_that_do_not_fit(commit: Path, made: Callable[..., Path], small
     info = json.loads((small / "surrogate.json").read_text())
     (tmp_path / "run-small" / "surrogate.json").write_text(json.dumps({**info, "target_hash": "2-other"}))
     refused("its target_hash is", commit, *out, "--target", tmp_path / "run-small")
+    shutil.copytree(made("llama", tied=True), tmp_path / "run-target")
+    for content in ('{"eos_token_id": "x"}', '{"eos_token_id": [2, null]}', "[]"):
+        (tmp_path / "run-target" / "generation_config.json").write_text(content)
+        refused("generation_config.json is damaged; fetch", commit, *out, "--target", tmp_path / "run-target")
     assert folders(tmp_path) == []
 
 
@@ -307,8 +350,6 @@ def test_a_full_disk(commit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_vocabulary_without_a_spare_token(made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoTokenizer
-
     from zero_ds.export import text
     from zero_ds.families.base import Family
 

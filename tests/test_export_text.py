@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import tiny
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GemmaTokenizer
 
 from zero_ds.config import DataConfig
 from zero_ds.data.conversations import IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.loader import SampleEncoder
 from zero_ds.data.sources import Sample
 from zero_ds.export.text import chat_template
+from zero_ds.pretrained import for_templates_, for_texts_
 
 TOKENIZER = tiny.tokenizer()
 TOKEN = "<reponame>"
@@ -86,3 +90,34 @@ def test_what_else_a_message_has_stays() -> None:
     messages = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": None, "name": "Bo"}]
     text = TOKENIZER.apply_chat_template(messages, chat_template=template, tokenize=False)
     assert text == "user:a:Ann;assistant::Bo;"
+
+
+def llama() -> Any:
+    """As Llama-3's: BOS by the file's post-processor, and no setting that says so."""
+    words = tiny.tokenizer(named={"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", words.bos_token_id)]
+    )
+    return words
+
+
+def gemma() -> Any:
+    """BOS by the class and its setting."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|im_end|>", "h", "i"]
+    return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], add_bos_token=True)
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_what_a_template_has_written_is_not_written_twice(make: Any, tmp_path: Path) -> None:
+    """Read by software that does not say a prompt has its special tokens, and that stops at the tokenizer's end."""
+    words = make()
+    words.save_pretrained(tmp_path / "before")
+    assert AutoTokenizer.from_pretrained(tmp_path / "before")("hi").input_ids[0] == words.bos_token_id
+    end = words.convert_tokens_to_ids("<|im_end|>")
+    for_templates_(words, end)
+    words.save_pretrained(tmp_path / "after")
+    for read in (words, AutoTokenizer.from_pretrained(tmp_path / "after")):
+        assert read("hi").input_ids == read("hi", add_special_tokens=False).input_ids
+        assert (read.eos_token_id, read.eos_token) == (end, "<|im_end|>") and read.bos_token is not None
+        for_texts_(read)
+        assert read("hi").input_ids == [words.bos_token_id, *read("hi", add_special_tokens=False).input_ids]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from zero_ds.config import ConfigError
 from zero_ds.data.images import MAX_PIXELS, ImageError, ImageProcessor, image_size, open_image
 
 RAMP = Image.linear_gradient("L").resize((40, 30))
@@ -234,6 +236,18 @@ def test_processor_reads_its_folder(made: Any) -> None:
     processor = ImageProcessor.from_folder(made("clip"), 32)
     assert (processor.size, processor.resample) == (32, Image.Resampling.BICUBIC)
     assert processor.mean == pytest.approx(MEAN) and processor.std == pytest.approx(STD)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "{}", '{"image_processor_type": "CLIPImageProcessor", "image_mean": 3}']
+)
+def test_a_folder_without_a_usable_processor(made: Any, tmp_path: Path, content: str | None) -> None:
+    shutil.copytree(made("clip"), tmp_path / "clip")
+    path = tmp_path / "clip" / "preprocessor_config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match="that says how pictures are normalised") as caught:
+        ImageProcessor.from_folder(tmp_path / "clip", 32)
+    assert "\n" not in str(caught.value)
 
 
 # -- tiles -------------------------------------------------------------------------------------------------------------

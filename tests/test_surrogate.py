@@ -107,6 +107,12 @@ def consistent(made: LayerPlan) -> None:
     assert LayerPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
+@pytest.mark.parametrize("content", ["x", [], {"a": 1}, {"depth": 6}, {"depth": "6", "replaced": [[1, 2, 1]]}])
+def test_a_damaged_plan(content: Any) -> None:
+    with pytest.raises(ConfigError, match="a layer plan is damaged"):
+        LayerPlan.from_json(content)
+
+
 def test_order_of_the_ranges_does_not_matter() -> None:
     assert plan(9, (5, 6), (1, 3, 2)) == plan(9, (1, 3, 2), (5, 6))
     assert str(plan(9, (5, 6), (1, 3, 2))) == "T(1,3)x2+T(5,6)"

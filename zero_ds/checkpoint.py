@@ -30,7 +30,7 @@ from zero_ds import __version__, distributed
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.engine import Engine
 from zero_ds.failure import WATCH
-from zero_ds.files import write_atomically
+from zero_ds.files import open_regular, write_atomically
 from zero_ds.optimizer_state import KEYS, parameter_shape
 from zero_ds.shards import HASH_VERSION, spans
 from zero_ds.tensor_stream import SafetensorsStream
@@ -206,11 +206,11 @@ def check_hash(path: Path, expected: str) -> None:
     """Raises CheckpointError unless the file has this SHA-256."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; use another commit.") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; use another commit.") from None
     if digest.hexdigest() != expected:
         raise CheckpointError(f"{path} is damaged: its content is not what was saved; use another commit.")
 
@@ -224,7 +224,7 @@ def find_commit(path: str | Path) -> Commit:
     folder = Path(path)
     latest = folder / "latest"
     if latest.is_file():
-        name = latest.read_text(encoding="utf-8").strip()
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
         if not COMMIT.fullmatch(name):
             raise CheckpointError(f"{latest} names no commit; write the name of a step-* folder into it.")
         folder = folder / name
@@ -233,7 +233,7 @@ def find_commit(path: str | Path) -> Commit:
         raise CheckpointError(f"{path} holds no commit (no manifest.json); was the run finished?")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        int(manifest["step"])
+        int(manifest["step"]), dict(manifest.get("relies_on") or {})
         return Commit(folder, manifest)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); use another commit.") from None

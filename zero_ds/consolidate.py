@@ -317,7 +317,7 @@ def consolidate_state(folder: Path, out: Path) -> Path:
     commit = find_commit(folder)
     path = commit.folder / "resume" / "state.safetensors"
     check_hash(path, str(commit.progress().get("state_sha256")))
-    config = validate(RunConfig, commit.manifest["config"], what=f"manifest of {commit.folder}")
+    config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
     held = {name.removeprefix("master/"): span for name, span in spans(path).items() if name.startswith("master/")}
     expected = str(commit.manifest.get("weights_sha256"))
     kinds = [torch.bfloat16, torch.float32, torch.float16]

@@ -49,7 +49,7 @@ ACCEPTABLE = ("family", "target", "tokenizer", "template", "embeddings", "encode
 
 def run_config(commit: Commit) -> RunConfig:
     """The configuration a commit was trained with."""
-    return validate(RunConfig, commit.manifest["config"], what=f"manifest of {commit.folder}")
+    return validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
 
 
 def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surrogate: str | None = None) -> list[Check]:

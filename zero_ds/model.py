@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from zero_ds import lora
-from zero_ds.config import AdapterConfig, ConfigError, DataConfig, EncoderConfig, LoraConfig
-from zero_ds.data.conversations import ChatTemplate, Supervision
+from zero_ds.config import AdapterConfig, DataConfig, EncoderConfig, LoraConfig
+from zero_ds.data.conversations import ChatTemplate, Supervision, read_template
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
@@ -304,10 +304,7 @@ def sample_encoder(
     """
     from transformers import AutoTokenizer
 
-    try:
-        template = Path(data.chat_template).read_text(encoding="utf-8") if data.chat_template else None
-    except OSError as error:
-        raise ConfigError(f"data.chat_template={data.chat_template} cannot be read: {error.strerror}.") from None
+    template = read_template(data.chat_template)
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
         size = model.encoder_family.vision_config(model.encoder).image_size

@@ -20,7 +20,7 @@ from zero_ds.graft import load_graft, load_trained, run_config
 from zero_ds.hub import local_folder
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, sample_encoder
 from zero_ds.offload import spread_
-from zero_ds.pretrained import load_complete
+from zero_ds.pretrained import for_texts_, load_complete
 from zero_ds.shards import target_hash
 from zero_ds.stages import decoder_folder
 
@@ -169,5 +169,6 @@ def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Visi
     projector = llava.model.multi_modal_projector
     model.adapter = nn.Sequential(projector.linear_1, nn.GELU(), projector.linear_2)
     encoder = sample_encoder(model.eval(), folder, folder, DataConfig())
+    for_texts_(encoder.template.tokenizer)
     wrapped = WRAPPERS[0].split("{image}")[0] in str(encoder.template.tokenizer.chat_template)
     return model, replace(encoder, image_prompt="fixed" if wrapped else "off")

@@ -75,7 +75,7 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
 
     check_vacant(out)
     commit = find_commit(weights)
-    config = validate(RunConfig, commit.manifest["config"], what=f"manifest of {commit.folder}")
+    config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
     path = commit.folder / "weights.safetensors"
     check_hash(path, str(commit.manifest.get("weights_sha256")))
     with safe_open(path, framework="pt") as held:

@@ -214,7 +214,7 @@ def to_released(weights: Path, out: Path) -> int:
     if out.exists():
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
     commit = find_commit(weights)
-    config = validate(RunConfig, commit.manifest["config"], what=f"manifest of {commit.folder}")
+    config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
     if config.encoder is None or not (config.encoder.patch_norm and config.adapter.boundary_tokens):
         raise ConfigError(
             f"{commit.folder} was trained without encoder.patch_norm and adapter.boundary_tokens, which the released "

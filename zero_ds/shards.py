@@ -84,6 +84,8 @@ def spans(file: Path) -> dict[str, Span]:
     from safetensors import safe_open
 
     try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is no regular file")  # a pipe would be waited for
         with safe_open(file, framework="pt"):
             pass  # the library checks the header against the file's size
         with file.open("rb") as handle:

@@ -137,7 +137,11 @@ class LayerPlan:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LayerPlan:
-        return cls(content["depth"], tuple(Replaced(*part) for part in content["replaced"]))
+        """Raises ConfigError where it is none."""
+        try:
+            return cls(content["depth"], tuple(Replaced(*part) for part in content["replaced"]))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"a layer plan is damaged ({type(error).__name__}: {error}).") from None
 
 
 @dataclass(frozen=True)

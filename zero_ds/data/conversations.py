@@ -12,7 +12,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from zero_ds.config import ConfigError
 
 IGNORE = -100
 """Label of a position without loss."""
@@ -81,6 +84,19 @@ class Encoded:
 
 class ConversationError(ValueError):
     """A conversation that cannot be turned into a sample."""
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of a chat template's file; None, where none is named.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(f"data.chat_template={path} cannot be read: {reason}.") from None
 
 
 class ChatTemplate:

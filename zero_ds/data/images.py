@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from zero_ds.config import ConfigError
 from zero_ds.data.formats import named
 from zero_ds.files import open_regular
 
@@ -126,11 +127,21 @@ class ImageProcessor:
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_size: int, grid: Sequence[tuple[int, int]] = ()) -> ImageProcessor:
-        """Mean, deviation and filter of the folder's preprocessor_config.json, the size of its model."""
+        """Mean, deviation and filter of the folder's preprocessor_config.json, the size of its model.
+
+        Raises:
+            ConfigError: the file is missing, damaged, or does not say them.
+        """
         from transformers import AutoImageProcessor
 
-        settings: Any = AutoImageProcessor.from_pretrained(folder)
-        return cls(image_size, list(settings.image_mean), list(settings.image_std), int(settings.resample), grid)
+        try:
+            settings: Any = AutoImageProcessor.from_pretrained(folder)
+            return cls(image_size, list(settings.image_mean), list(settings.image_std), int(settings.resample), grid)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # as the library says it, over many lines
+            raise ConfigError(
+                f"{folder} holds no preprocessor_config.json that says how pictures are normalised; fetch the encoder "
+                "again."
+            ) from None
 
     def tiling(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of a picture's tiles; (1, 1): it is shown as a whole alone."""

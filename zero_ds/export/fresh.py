@@ -84,7 +84,7 @@ def main(scratch: Path) -> None:
         contents = [{"type": "image"}] * bool(picture) + [{"type": "text", "text": question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": contents}], add_generation_prompt=True)
         images = [Image.open(picture)] if picture else None
-        prompts.append(processor(text=prompt, images=images, return_tensors="pt", add_special_tokens=False))
+        prompts.append(processor(text=prompt, images=images, return_tensors="pt"))
     if not sys.stdin.readline():
         return  # whoever asks is gone
     auto: Any = transformers.AutoModelForCausalLM if trust else transformers.AutoModelForImageTextToText

@@ -39,7 +39,7 @@ messages = [
 ]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 image = Image.open("picture.png")
-inputs = processor(text=prompt, images=image, add_special_tokens=False, return_tensors="pt").to(model.device)
+inputs = processor(text=prompt, images=image, return_tensors="pt").to(model.device)
 output_ids = model.generate(**inputs, max_new_tokens=50)
 print(processor.decode(output_ids[0], skip_special_tokens=True))
 """

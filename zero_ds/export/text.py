@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.config import ConfigError, DataConfig
-from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate
+from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate, read_template
 from zero_ds.export.source import Source
 from zero_ds.families import Family
-from zero_ds.pretrained import load_tokenizer
+from zero_ds.pretrained import for_templates_, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,15 @@ def texts(source: Source) -> Texts:
     tokenizer = load_tokenizer(source.folder)
     token = placeholder_token(source.family, tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
-    try:
-        own = Path(data.chat_template).read_text(encoding="utf-8") if data.chat_template else None
-    except OSError as error:
-        raise ConfigError(f"data.chat_template={data.chat_template} cannot be read: {error.strerror}.") from None
+    own = read_template(data.chat_template)
+    written = own or tokenizer.chat_template
     end = ChatTemplate(tokenizer, own).end_of_turn()
     generation = _generation(source.folder, source.text, end)
     stops = generation["eos_token_id"]
-    return Texts(tokenizer, token, chat_template(own or tokenizer.chat_template, token, data), tuple(stops), generation)
+    if "eos_token" in written:  # what the target's template writes by that name stays
+        written = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} -%}}{written}"
+    for_templates_(tokenizer, end)
+    return Texts(tokenizer, token, chat_template(written, token, data), tuple(stops), generation)
 
 
 def placeholder_token(family: Family, tokenizer: Any) -> str:
@@ -132,15 +133,17 @@ def _generation(folder: Path, text: Any, end: int) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if path.is_file():
         try:
-            settings = dict(json.loads(path.read_text(encoding="utf-8")))
+            settings = {**json.loads(path.read_text(encoding="utf-8"))}
             settings.pop("_from_model_config", None)  # it is read from its own file from now on
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             raise ConfigError(f"{path} is damaged; fetch the model again.") from None
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         if settings.get(name) is None and getattr(text, name, None) is not None:
             settings[name] = getattr(text, name)
     stops = settings.get("eos_token_id")
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if not all(isinstance(token, int) for token in stops):
+        raise ConfigError(f"{path} is damaged; fetch the model again.")
     settings["eos_token_id"] = stops if end in stops else [*stops, end]
     settings.setdefault("pad_token_id", settings["eos_token_id"][0])
     return settings

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# What an export is worth without this package: an environment of its own (.venv-stock), in which zero_ds is not
+# installed, reads exports and must answer as the runs that they come from. Not part of launch/test.sh; wants the
+# quickstart's run.
+#
+#   launch/test_stock.sh [STEP...]
+#
+# Steps, all but vllm where none is named:
+#   tiny      tiny models of every family and encoder, trained, exported, loaded: prompts, logits, answers, pipeline
+#   pipeline  transformers' pipeline("image-text-to-text") on the quickstart's export
+#   lmms      the command line of lmms-eval with its own model llava_hf on the same export
+#   vllm      vLLM's own LlavaForConditionalGeneration on the same export, in the environment of launch/test_vllm.sh
+#
+#   RUNS=runs launch/test_stock.sh
+#   EXPORT=some/export launch/test_stock.sh pipeline vllm
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+case "${1:-}" in -h | --help)
+  sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+  exit 0 ;;
+esac
+
+steps=" ${*:-tiny pipeline lmms} "
+for step in $steps; do
+  case "$step" in tiny | pipeline | lmms | vllm) ;; *) fail "$step is no step; choose tiny, pipeline, lmms or vllm" ;; esac
+done
+use_venv
+runs="${RUNS:-runs}"
+export_folder="${EXPORT:-$runs/quickstart/export}"
+target="$HOME/.cache/zero_ds/smollm2-135m-instruct"
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+
+venv="${STOCK_ENVIRONMENT:-.venv-stock}"
+if [ ! -f "$venv/stock.stamp" ]; then
+  say "Installing transformers and lmms-eval into $venv (several minutes the first time)"
+  "$(find_python)" -m venv "$venv"
+  # lmms-eval's own dependencies choose the rest; 0.7.3 reaches into filelock._api, which filelock 4 has not
+  grep -E '^(transformers|torch|lmms-eval)==' constraints.txt >"$scratch/constraints.txt"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$scratch/constraints.txt" \
+    transformers torch pillow accelerate lmms-eval decord 'filelock<4' ||
+    fail "the stock environment could not be installed; check the network and the space, then run again"
+  # beside another build of torch it breaks the import of transformers' processors, which do without it
+  "$venv/bin/python" -c 'import torchvision' 2>/dev/null ||
+    "$venv/bin/python" -m pip uninstall --quiet --yes torchvision
+  touch "$venv/stock.stamp"
+fi
+venv="$(cd "$venv" && pwd)"
+tools="$PROJECT/tools"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error HF_MODULES_CACHE="$scratch/modules"
+# away from this folder, for Python would find zero_ds in it
+stock() { (cd "$scratch" && "$venv/bin/python" "$tools/check_stock.py" "$@"); }
+"$venv/bin/python" -c 'import torch, transformers; print("transformers", transformers.__version__, "torch", torch.__version__)'
+
+if [[ "$steps" == *" tiny "* ]]; then
+  say "Tiny models of every family and encoder"
+  python tools/ask_source.py tiny --out "$scratch/tiny"
+  stock tiny "$scratch"
+  # whose tokenizer begins every text, and whose texts end with another token than its turns, as Gemma's
+  say "lmms-eval's llava_hf on a tiny Gemma-3"
+  stock lmms "$scratch/tiny/gemma3-tied-clip" "$scratch/tiny/gemma3-tied-clip/export"
+fi
+[[ "$steps" =~ pipeline|lmms|vllm ]] || exit 0
+
+[ -f "$export_folder/config.json" ] || fail "$export_folder holds no export; run launch/quickstart.sh first"
+export_folder="$(cd "$export_folder" && pwd)"
+say "The source's answers"
+python tools/ask_source.py run "$runs/quickstart/encoder" --target "$target" --records "$runs/demo/data/heldout.json" \
+  --out "$scratch"
+for step in pipeline lmms; do
+  [[ "$steps" == *" $step "* ]] || continue
+  say "Answers of $step"
+  stock "$step" "$scratch" "$export_folder"
+done
+if [[ "$steps" == *" vllm "* ]]; then
+  served="${VLLM_ENVIRONMENT:-.venv-vllm}"
+  [ -x "$served/bin/python" ] || fail "$served is not there; run launch/test_vllm.sh once, which makes it"
+  served="$(cd "$served" && pwd)/bin/python"
+  # vLLM's llava.py imports pixtral.py, and that torchvision. PyPI's is built for CUDA: beside a CPU build of torch its
+  # operators are missing, and its import fails for want of two names, which are declared here. Neither is called.
+  if ! "$served" -c 'import torchvision' 2>/dev/null; then
+    version="$("$served" -c 'import torch; print("0.%d.*" % (int(torch.__version__.split(".")[1]) + 15))')"
+    "$served" -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/vision" "torchvision==$version" ||
+      fail "torchvision $version could not be fetched; check the network and run again"
+    cat >"$scratch/vision/sitecustomize.py" <<'EOF'
+import sys
+
+
+class Declare:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torchvision":
+            import torch
+
+            sys.meta_path.remove(Declare)
+            for operator in ("nms", "qnms"):
+                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{operator}", schema)
+
+
+sys.meta_path.insert(0, Declare)
+EOF
+    export PYTHONPATH="$scratch/vision"
+  fi
+  export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
+  say "Token for token: transformers, then vLLM"
+  (unset PYTHONPATH && stock tokens "$scratch" "$export_folder")
+  (cd "$scratch" && "$served" "$tools/check_served.py" "$scratch" "$export_folder")
+fi
