@@ -20,7 +20,7 @@ from zero_ds.commands.demo import LLM, make_llm
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.conversations import Turn
 from zero_ds.data.sources import Sample
-from zero_ds.evaluation.harness import evaluate_suite, plan
+from zero_ds.evaluation.harness import check_suite, evaluate_suite, plan
 from zero_ds.evaluation.results import Result, Score
 from zero_ds.evaluation.suites import BINARY_PROMPT, Request
 from zero_ds.model import Assembly, assemble
@@ -245,7 +245,7 @@ def test_a_model_without_eyes_is_refused(target: str, tasks: Path) -> None:
     named = find_model(target)
     (planned,) = plan("seen_choice", "lmms-eval", tasks)
     with pytest.raises(ConfigError, match="has no vision encoder; name a run"):
-        evaluate_suite(named, load_model(named), planned, Request(), "model")
+        check_suite(named, planned, Request())
 
 
 def test_the_suites_of_the_paper_are_in_the_harness() -> None:
@@ -263,7 +263,7 @@ def test_the_suites_of_the_paper_are_in_the_harness() -> None:
     assert isinstance(planned.backend, LmmsEval)
     with tempfile.TemporaryDirectory() as scratch:
         binary = [task for task in planned.suite.tasks if task.binary]
-        manager = planned.backend._with_binary(planned.backend._manager(["mme"]), binary, Path(scratch))
+        manager = planned.backend._with_binary(planned.backend.manager(["mme"]), binary, Path(scratch))
         for task in binary:
             plain, asked = manager._get_config(task.name), manager._get_config(f"{task.name}_binary")
             assert asked["doc_to_text"] is not None and asked["dataset_path"] == plain["dataset_path"]
