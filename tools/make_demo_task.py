@@ -14,7 +14,7 @@ import typer
 
 from zero_ds.evaluation.records import read_records
 
-FUNCTIONS = '''from PIL import Image
+FUNCTIONS = """from PIL import Image
 
 from zero_ds.evaluation.scoring import first_choice
 
@@ -25,7 +25,7 @@ def visuals(doc):
 
 def score(doc, results):
     return {"right": float(first_choice(results[0], doc["choices"]) == doc["word"])}
-'''
+"""
 SHARED = """dataset_path: json
 dataset_kwargs:
   data_files:

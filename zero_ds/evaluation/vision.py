@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock._api  # noqa: F401 - lmms-eval wants it, once it measures; filelock 4.3 has it no more
 import lmms_eval.tasks
 import yaml
 from lmms_eval.evaluator import simple_evaluate
