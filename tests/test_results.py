@@ -107,7 +107,7 @@ def test_what_was_measured_otherwise_is_said() -> None:
     apart, paired = subtract(moved, first).high, subtract(second, first).high
     assert apart is not None and paired is not None and apart > paired
     odd = replace(result("b", moved), setting={"chat_template": True}, harness={"name": "lm-eval", "version": "2"})
-    told = "lm-eval 2 against 1; chat_template True against False; other documents in piqa"
+    told = "chat_template True against False; lm-eval 2 against 1; other documents in piqa"
     assert f"b was measured otherwise than a: {told}." in compare(
         {"a": [replace(result("a", first), setting={"chat_template": False})], "b": [odd]}
     )

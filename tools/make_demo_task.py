@@ -1,7 +1,7 @@
 """Writes held-out questions of the demo as tasks of lmms-eval: free answers, and a choice between words.
 
 python tools/make_demo_task.py runs/demo/data/heldout.json --out tasks --questions 7
-zero-ds eval runs/quickstart/encoder --target MODEL --suite demo_words,demo_choice --harness lmms-eval --tasks-folder tasks
+zero-ds eval runs/quickstart/encoder --target MODEL --suite demo_words,demo_choice --tasks-folder tasks
 """
 
 from __future__ import annotations

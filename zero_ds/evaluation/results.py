@@ -241,10 +241,9 @@ def _unlike(models: Models, reference: str, name: str) -> str | None:
     told: dict[str, None] = {}
     for result, score in (found for key, found in mine.items() if key in theirs):
         other, its = theirs[score.key]
-        pairs: list[tuple[str, Any, Any]] = [
-            (result.harness["name"], result.harness["version"], other.harness["version"])
-        ]
-        pairs += [(what, result.setting.get(what), other.setting.get(what)) for what in SETTINGS]
+        versions = result.harness["version"], other.harness["version"]
+        pairs = [(what, result.setting.get(what), other.setting.get(what)) for what in SETTINGS]
+        pairs.append((result.harness["name"], *versions))
         told |= {f"{what} {here} against {there}": None for what, here, there in pairs if here != there}
         if score.targets and its.targets and score.targets != its.targets:
             told[f"other documents in {score.task}"] = None
