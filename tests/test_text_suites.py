@@ -221,9 +221,9 @@ def test_command(target: str, small: Path, tasks: Path, tmp_path: Path) -> None:
     assert "surrogate - target" in compared.stdout and "Language ability of surrogate against target" in compared.stdout
 
 
-def test_the_suite_of_the_paper_is_in_the_harness() -> None:
+def test_the_suite_of_the_paper_is_in_the_harness(tasks: Path) -> None:
     """Table A.3: every task is known to the harness, with these examples and figures."""
-    (planned,) = plan("paper-text", "auto", None)
+    (planned,) = plan("paper-text", "auto", tasks)
     assert planned.suite.tasks == PAPER_TEXT
     table = {task.name: (task.num_fewshot, task.metric) for task in PAPER_TEXT}
     assert table == {
@@ -261,9 +261,9 @@ def test_a_harness_that_is_not_installed(words: str, monkeypatch: pytest.MonkeyP
         plan(words, "auto", None)
 
 
-def test_data_that_cannot_be_had(target: str) -> None:
+def test_data_that_cannot_be_had(target: str, tasks: Path) -> None:
     named = find_model(target)
-    (planned,) = plan("piqa", "lm-eval", None)
+    (planned,) = plan("piqa", "lm-eval", tasks)
     with pytest.raises(ConfigError, match="the data of piqa is not here and could not be fetched"):
         check_suite(named, planned, Request(limit=2))
 
