@@ -212,7 +212,7 @@ def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: 
     finders = len(sys.meta_path)
     for _ in range(2):
         vllm_engine.name_cpu_build()
-        assert version("vllm") == "9.8" and len(sys.meta_path) == finders + 1
+        assert version("vllm") == "9.8+cpu" and len(sys.meta_path) == finders + 1
     with pytest.raises(PackageNotFoundError):
         version("no-such-distribution")
 

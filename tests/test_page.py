@@ -197,8 +197,39 @@ def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path:
         assert not next(event for event in events if event["msg"] == "process_completed")["success"]
         assert not [event for event in events if event["msg"] == "process_generating"]
     assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    for origin, status in (("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:1", 403), (address, 200)):
+        files = {"files": ("0.png", secret.read_bytes(), "image/png")}
+        sent = httpx.post(f"{address}/gradio_api/upload", files=files, headers={"Origin": origin})
+        assert sent.status_code == status, origin
     assert httpx.get(address).status_code == 200
     assert visitor.config["analytics_enabled"] is False
+
+
+def test_large_uploads(address: str, visitor: Client, tmp_path: Path) -> None:
+    """Neither a file of more than 64 MB is taken, nor a small one decoded that would fill the memory."""
+    import httpx
+
+    huge = {"files": ("huge.png", b"0" * (65 << 20), "image/png")}
+    assert httpx.post(f"{address}/gradio_api/upload", files=huge, timeout=60).status_code == 413
+    Image.new("1", (20_000, 19_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 1 << 20
+    with pytest.raises(AppError, match=r"^image bomb.png (has 20000 x 19000 pixels|is refused)"):
+        visitor.predict(asked(QUESTION, tmp_path / "bomb.png"), "grafted", api_name="/ask")
+
+
+def test_the_end_of_the_page_is_quiet(models: dict[str, LoadedModel], capfd: pytest.CaptureFixture[str]) -> None:
+    """Also while a browser is still there, whose stream of messages never ends by itself."""
+    import httpx
+
+    with bind("127.0.0.1", 0) as server, served(models, server) as running:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [server]}, daemon=True)
+        thread.start()
+        here = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with httpx.stream("GET", f"{here}/gradio_api/heartbeat/stranger", timeout=30) as stream:
+            assert next(stream.iter_lines())
+            running.should_exit = True
+            thread.join(20)
+    assert not thread.is_alive() and capfd.readouterr().err == ""
 
 
 def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedModel], pictures: list[Path]) -> None:

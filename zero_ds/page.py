@@ -221,6 +221,24 @@ def _uploads_alone(box: Any) -> None:
     box.async_move_resource_to_block_cache = kept
 
 
+class _SameOrigin:
+    """Turns requests away that a page of another origin makes: a browser sends it a visitor's uploads, too."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        answer = self._app
+        if scope["type"] in ("http", "websocket"):
+            headers = dict(scope["headers"])
+            origin = headers.get(b"origin")
+            if origin is not None and origin.split(b"://")[-1] != headers.get(b"host"):
+                answer = PlainTextResponse("this page answers to no other one.", status_code=403)
+        await answer(scope, receive, send)
+
+
 def check_installed() -> None:
     """Raises ConfigError where Gradio is missing."""
     if importlib.util.find_spec("gradio") is None:
@@ -274,6 +292,7 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         if host == "127.0.0.1":  # another site's name that leads here is not answered
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+        app.add_middleware(_SameOrigin)
         page = build(models, **options)
         page.queue(api_open=False)
         page.has_launched = True  # Gradio (6.31) looks where an input's file lies only where it was told to launch
@@ -291,7 +310,10 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
             theme=theme,
             css=CSS,
         )
-        yield uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        # or it complains, with a traceback, of every browser that is still there when the page ends
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not running.should_exit)
+        yield running
 
 
 def serve(models: Mapping[str, LoadedModel], server: socket.socket, **options: Any) -> None:

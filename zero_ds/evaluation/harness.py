@@ -112,7 +112,7 @@ def plan(words: str, harness: str, folder: Path | None) -> list[Planned]:
             planned.append(Planned(Suite(re.sub(r"[^\w.-]", "-", label), name, mine), here))
         if not tasks:
             return planned
-    known = [*SUITES, *(name for here in backends for name in here.names())]
+    known = list(dict.fromkeys([*SUITES, *(name for here in backends for name in here.names())]))
     absent = [name for name in wanted if name not in installed]
     more = f" ({', '.join(absent)} is not installed; pip install {' '.join(absent)})" if absent else ""
     raise ConfigError(f"no harness knows the task '{tasks[0].name}'{more}{did_you_mean(tasks[0].name, known)}")
