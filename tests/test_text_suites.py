@@ -254,10 +254,13 @@ def test_what_is_not_known(tasks: Path, words: str, harness: str, complaint: str
         plan(words, harness, tasks)
 
 
-@pytest.mark.parametrize("words", ["paper-vision", "mmlu"])
-def test_a_harness_that_is_not_installed(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [("paper-vision", "lmms-eval is"), ("paper-text", "lm-eval is"), ("mmlu", "lm-eval and lmms-eval are")],
+)
+def test_a_harness_that_is_not_installed(words: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zero_ds.evaluation.harness.MODULES", {"lm-eval": "no_such_1", "lmms-eval": "no_such_2"})
-    with pytest.raises(ConfigError, match=r"lmm?s?-eval is not installed; pip install lm"):
+    with pytest.raises(ConfigError, match=rf"^{complaint} not installed; pip install 'zero_ds\[eval\]'$"):
         plan(words, "auto", None)
 
 

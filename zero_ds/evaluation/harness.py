@@ -24,6 +24,7 @@ from zero_ds.vllm_engine import engine_setting
 logger = logging.getLogger(__name__)
 
 MODULES: dict[Harness, str] = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
+INSTALL = "pip install 'zero_ds[eval]'"
 
 
 class Backend(Protocol):
@@ -60,7 +61,7 @@ def backend(harness: Harness, folder: Path | None) -> Backend:
         ConfigError: it is not installed, or there is no such folder.
     """
     if importlib.util.find_spec(MODULES[harness]) is None:
-        raise ConfigError(f"{harness} is not installed; pip install {harness}")
+        raise ConfigError(f"{harness} is not installed; {INSTALL}")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--tasks-folder {folder} is no folder.")
     try:
@@ -99,7 +100,9 @@ def plan(words: str, harness: str, folder: Path | None) -> list[Planned]:
     if not tasks:
         raise ConfigError(f"--suite names no task; choose {', '.join(SUITES)}, or tasks.")
     wanted = list(MODULES) if harness == "auto" else [cast(Harness, harness)]
-    installed = [name for name in wanted if importlib.util.find_spec(MODULES[name])] or wanted[:1]
+    installed = [name for name in wanted if importlib.util.find_spec(MODULES[name])]
+    if not installed:
+        raise ConfigError(f"{' and '.join(wanted)} {'is' if len(wanted) == 1 else 'are'} not installed; {INSTALL}")
     planned: list[Planned] = []
     backends = []
     for name in installed:
@@ -114,7 +117,7 @@ def plan(words: str, harness: str, folder: Path | None) -> list[Planned]:
             return planned
     known = list(dict.fromkeys([*SUITES, *(name for here in backends for name in here.names())]))
     absent = [name for name in wanted if name not in installed]
-    more = f" ({', '.join(absent)} is not installed; pip install {' '.join(absent)})" if absent else ""
+    more = f" ({', '.join(absent)} is not installed; {INSTALL})" if absent else ""
     raise ConfigError(f"no harness knows the task '{tasks[0].name}'{more}{did_you_mean(tasks[0].name, known)}")
 
 

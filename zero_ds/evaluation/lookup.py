@@ -72,8 +72,8 @@ def reading_data(names: Sequence[str]) -> Iterator[None]:
             if not isinstance(error, OSError | DatasetsError):  # of the data set library and the hub's client
                 raise
             raise ConfigError(
-                f"the data of {what} is not here and could not be fetched: {said(error)[:200]} "
-                "Check the network, or give local tasks with --tasks-folder."
+                f"the data of {what} is not here and could not be fetched: {said(error)[:200].rstrip('. ')}; "
+                "check the network, or give local tasks with --tasks-folder."
             ) from None
 
 
