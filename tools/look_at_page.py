@@ -109,6 +109,20 @@ def visit(
     Image.open(screenshot).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
         screenshot, optimize=True
     )
+
+    asked = page.locator("#chat-0 .bot.message"), page.locator("#chat-1 .bot.message")
+    box.fill("Tell me a long story about the sea.")
+    box.press("Enter")
+    expect(asked[0]).to_have_count(2, timeout=60_000)
+    page.get_by_role("button", name="Stop").click()
+    expect(box).to_be_editable(timeout=20_000)
+    print(f"stopped after {asked[0].last.inner_text().strip()!r}")
+    box.fill("why?")
+    box.press("Enter")
+    expect(asked[1]).to_have_count(2, timeout=120_000)  # its turn to tell the story had not come
+    expect(asked[0]).to_have_count(3)
+    expect(box).to_be_editable(timeout=120_000)
+
     others = sorted({url for url in requested if not url.startswith((address, "data:", "blob:"))})
     print(f"{len(requested)} requests, {len(others)} to other addresses; {len(errors)} errors in the page's scripts")
     assert not others, f"the page asks for {others}"
