@@ -10,6 +10,7 @@ import atexit
 import functools
 import importlib.util
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -61,6 +62,9 @@ def load_served(
     """
     check_installed()
     _check_shares(named, tensor_parallel)
+    # read when vLLM is imported; standard output is for answers and tables
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     loaded = load_model(named, dtype=dtype)
     folder = named.folder if _is_own(named) else _written(loaded)
     owner: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -102,6 +103,9 @@ class LmEval(Lookup[TaskManager]):
                 scores += task_scores(found, task, task.name)
             if request.samples:
                 samples |= found["samples"]
+        if loaded.served is not None:
+            del lm  # an engine of the harness's own, which holds its devices; the next suite wants another
+            gc.collect()
         order = {task.name: place for place, task in enumerate(tasks)}
         scores.sort(key=lambda score: order[score.task])
         return Measured(tuple(scores), samples) if distributed.is_rank_zero() else None
