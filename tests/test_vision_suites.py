@@ -21,7 +21,7 @@ from zero_ds.commands.demo import LLM, make_llm
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.conversations import Turn
 from zero_ds.data.sources import Sample
-from zero_ds.evaluation.harness import check_suite, evaluate_suite, plan
+from zero_ds.evaluation.harness import backend, check_suite, evaluate_suite, plan
 from zero_ds.evaluation.results import Result, Score
 from zero_ds.evaluation.suites import BINARY_PROMPT, Request
 from zero_ds.evaluation.vision import LmmsEval
@@ -301,6 +301,14 @@ def test_what_is_wrong_with_a_task_file(
     with pytest.raises(ConfigError, match=complaint):
         (planned,) = plan("seen_answer", "lmms-eval", folder)
         check_suite(find_model(str(trained / "encoder"), target), planned, Request())
+
+
+def test_a_filelock_that_the_harness_does_not_bear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval 0.7.3 would end in a traceback, and not before it measures."""
+    monkeypatch.setitem(sys.modules, "filelock._api", None)
+    monkeypatch.delitem(sys.modules, "zero_ds.evaluation.vision")
+    with pytest.raises(ConfigError, match=r"lmms-eval cannot be imported: .*filelock._api.*; see docs/evaluation.md"):
+        backend("lmms-eval", None)
 
 
 def test_from_the_harness_s_own_command_line(trained: Path, target: str, tasks: Path, tmp_path: Path) -> None:
