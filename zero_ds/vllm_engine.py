@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -65,6 +66,8 @@ def load_served(
     # read when vLLM is imported; standard output is for answers and tables
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if tensor_parallel > 1 and not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or each part wants a NUMA node of its own
     loaded = load_model(named, dtype=dtype)
     folder = named.folder if _is_own(named) else _written(loaded)
     owner: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)
@@ -116,18 +119,29 @@ def _written(loaded: LoadedModel) -> Path:
 @functools.lru_cache(maxsize=1)
 def _llm(served: Served) -> Any:
     """One engine a process; it holds the memory of its devices."""
-    from vllm import LLM
+    with starting():
+        from vllm import LLM
 
-    return LLM(
-        str(served.folder),
-        dtype=served.dtype,
-        max_model_len=served.max_length,
-        tensor_parallel_size=served.tensor_parallel,
-        enable_prompt_embeds=True,
-        generation_config="vllm",  # the folder's own would sample and penalise
-        disable_log_stats=True,
-        **device_options(),
-    )
+        return LLM(
+            str(served.folder),
+            dtype=served.dtype,
+            max_model_len=served.max_length,
+            tensor_parallel_size=served.tensor_parallel,
+            enable_prompt_embeds=True,
+            generation_config="vllm",  # the folder's own would sample and penalise
+            disable_log_stats=True,
+            **device_options(),
+        )
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A block that starts an engine; raises ConfigError where it does not, in place of vLLM's many kinds."""
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"vLLM does not start ({reason[:300].rstrip('.')}); its own lines above say why.") from None
 
 
 def device_options() -> dict[str, Any]:

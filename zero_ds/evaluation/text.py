@@ -22,7 +22,7 @@ from zero_ds.evaluation.lookup import Lookup, check_counts, check_limit, reading
 from zero_ds.evaluation.results import Measured, Score
 from zero_ds.evaluation.suites import Request, Task
 from zero_ds.named_model import LoadedModel
-from zero_ds.vllm_engine import device_options, name_cpu_build
+from zero_ds.vllm_engine import device_options, name_cpu_build, starting
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +141,15 @@ def _resident(loaded: LoadedModel, request: Request) -> LM:
 def _served(loaded: LoadedModel) -> LM:
     """The harness's own class for vLLM, on the decoder's folder."""
     name_cpu_build()
-    from lm_eval.models.vllm_causallms import VLLM
-
     assert loaded.served is not None
     served = loaded.served
-    return VLLM(
-        pretrained=str(served.folder),
-        dtype=cast(Any, served.dtype),
-        max_length=served.max_length,
-        tensor_parallel_size=served.tensor_parallel,
-        **device_options(),
-    )
+    with starting():
+        from lm_eval.models.vllm_causallms import VLLM
+
+        return VLLM(
+            pretrained=str(served.folder),
+            dtype=cast(Any, served.dtype),
+            max_length=served.max_length,
+            tensor_parallel_size=served.tensor_parallel,
+            **device_options(),
+        )
