@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from zero_ds import vllm_engine
 from zero_ds.chat import Conversation
-from zero_ds.cli import app
+from zero_ds.cli import _leave_garbage, app
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import Turn
 from zero_ds.evaluation.results import read_result
@@ -231,6 +231,18 @@ def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: 
         assert version("vllm") == "9.8+cpu" and len(sys.meta_path) == finders + 1
     with pytest.raises(PackageNotFoundError):
         version("no-such-distribution")
+
+
+def test_no_garbage_is_left_where_triton_would_complain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command ends sooner without a last search for garbage; Triton 3.9 prints a page about what nobody collected."""
+    frozen: list[bool] = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    for module, expected in ((None, [True]), (ModuleType("libtriton"), [True])):
+        monkeypatch.delitem(sys.modules, "triton._C.libtriton", raising=False)
+        if module is not None:
+            monkeypatch.setitem(sys.modules, "triton._C.libtriton", module)
+        _leave_garbage()
+        assert frozen == expected
 
 
 def test_no_page_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
