@@ -189,7 +189,7 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
         with gr.Row():
             of = gr.Radio(names, value=names[-1], label="Trajectory of the last answer of", visible=len(names) > 1)
             stop = gr.Button("Stop", scale=0)
-            fresh = gr.Button("New conversation", scale=0)
+            fresh = gr.Button("New conversation", scale=0, min_width=200)
         picture = gr.Image(
             label="Prediction trajectory of the answer", format="png", buttons=["fullscreen"], elem_id="trajectory"
         )
