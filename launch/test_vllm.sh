@@ -28,7 +28,7 @@ if [ "$(cat "$venv/zero_ds.stamp" 2>/dev/null)" != "$want" ]; then
   printf '%s' "$want" >"$venv/zero_ds.stamp"
 fi
 PATH="$venv/bin:$PATH"
-export PATH HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
+export PATH HF_HUB_OFFLINE=1
 python -c 'import torch, transformers, vllm; print("vllm", vllm.__version__, "torch", torch.__version__, "transformers", transformers.__version__)'
 
 say "Answers of vLLM and transformers"

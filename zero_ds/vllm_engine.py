@@ -21,6 +21,7 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 
 from zero_ds.chat import Conversation
@@ -66,8 +67,12 @@ def load_served(
     # read when vLLM is imported; standard output is for answers and tables
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if tensor_parallel > 1 and not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or each part wants a NUMA node of its own
+    if not torch.cuda.is_available():
+        # or each part wants 85 % of all memory, whoever else uses it, and a NUMA node of its own
+        spare = psutil.virtual_memory().available >> 32  # a quarter, in GiB
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, spare // tensor_parallel)))
+        if tensor_parallel > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     loaded = load_model(named, dtype=dtype)
     folder = named.folder if _is_own(named) else _written(loaded)
     owner: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)
