@@ -124,7 +124,9 @@ def visit(
     box.press("Enter")
     until(page, lambda: all(len(answers(page, number)) == len(told[number]) + 1 for number in range(2)))
     expect(box).to_be_editable(timeout=120_000)
-    assert [answers(page, number)[:-1] for number in range(2)] == told
+    for number, before in enumerate(told):  # a word may have been on its way when it was stopped
+        for now, then in zip(answers(page, number), before, strict=False):
+            assert now.startswith(then), (now, then)
 
     others = sorted({url for url in requested if not url.startswith((address, "data:", "blob:"))})
     print(f"{len(requested)} requests, {len(others)} to other addresses; {len(errors)} errors in the page's scripts")
