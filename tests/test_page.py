@@ -26,7 +26,7 @@ from zero_ds.data.conversations import Turn
 from zero_ds.data.formats import DataError
 from zero_ds.generate import Answerer
 from zero_ds.named_model import LoadedModel, find_model, load_model
-from zero_ds.page import bind, served
+from zero_ds.page import Visit, bind, served
 
 TOKENS = 6
 QUESTION = "what color is it?"
@@ -123,6 +123,56 @@ def test_what_the_page_refuses(
     assert [said(first), said(second)] == [[expected(models[name], turns, [])] for name in ("surrogate", "grafted")]
 
 
+def visit(models: dict[str, LoadedModel]) -> Visit:
+    talks = {name: Conversation(loaded, max_new_tokens=TOKENS) for name, loaded in models.items()}
+    return Visit(talks, threading.Lock())
+
+
+def test_who_stops_an_answer_goes_on_with_both_models(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+    """Both have heard the question and seen its picture, also the one whose turn to answer had not come."""
+    here = visit(models)
+    answers = here.ask(QUESTION, [pictures[0]])
+    while not (said_first := said(here.shown.get("surrogate", []))) or not said_first[0]:
+        next(answers)
+    answers.close()
+    assert [len(messages) for messages in here.shown.values()] == [3, 2]
+    asked_first = Turn("user", f"<image>\n{QUESTION}")
+    for _ in here.ask("why?", []):
+        pass
+    for name, first in (("surrogate", said_first[0]), ("grafted", "")):
+        turns = [asked_first, Turn("assistant", first), Turn("user", "why?")]
+        assert said(here.shown[name])[-1] == expected(models[name], turns, pictures[:1])
+
+
+def test_a_question_is_for_all_models_or_for_none(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+    """One conversation is as long as the models read, the other is not yet."""
+    here = visit(models)
+    full = [Turn("user", "why? " * 350), Turn("assistant", "so")]
+    here.talks["grafted"].turns = list(full)
+    with pytest.raises(DataError, match="begin a new one"):
+        list(here.ask("why? " * 160, [pictures[0]]))
+    assert [talk.turns for talk in here.talks.values()] == [[], full] and here.shown == {}
+    list(here.ask("why?", []))
+    assert here.talks["surrogate"].turns[0] == Turn("user", "why?")
+
+
+def test_two_visitors_at_once(address: str, models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+    """Each gets the answers to their own questions about their own pictures."""
+    visitors = [Client(address, verbose=False, analytics_enabled=False) for _ in range(2)]
+    for question in (QUESTION, "why?"):
+        files = [pictures[:1], pictures[1:]] if question == QUESTION else [[], []]
+        jobs = [
+            one.submit(asked(question, *mine), "grafted", api_name="/ask")
+            for one, mine in zip(visitors, files, strict=True)
+        ]
+        found = [job.result(60)[2] for job in jobs]
+    for messages, picture in zip(found, pictures, strict=True):
+        turns = [Turn("user", f"<image>\n{QUESTION}")]
+        first = expected(models["grafted"], turns, [picture])
+        turns += [Turn("assistant", first), Turn("user", "why?")]
+        assert said(messages) == [first, expected(models["grafted"], turns, [picture])]
+
+
 def stranger(address: str, visitor: Client, file: dict[str, Any]) -> list[dict[str, Any]]:
     """What the page answers to a question about a file that was not uploaded, only named."""
     import httpx
@@ -147,8 +197,39 @@ def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path:
         assert not next(event for event in events if event["msg"] == "process_completed")["success"]
         assert not [event for event in events if event["msg"] == "process_generating"]
     assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    for origin, status in (("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:1", 403), (address, 200)):
+        files = {"files": ("0.png", secret.read_bytes(), "image/png")}
+        sent = httpx.post(f"{address}/gradio_api/upload", files=files, headers={"Origin": origin})
+        assert sent.status_code == status, origin
     assert httpx.get(address).status_code == 200
     assert visitor.config["analytics_enabled"] is False
+
+
+def test_large_uploads(address: str, visitor: Client, tmp_path: Path) -> None:
+    """Neither a file of more than 64 MB is taken, nor a small one decoded that would fill the memory."""
+    import httpx
+
+    huge = {"files": ("huge.png", b"0" * (65 << 20), "image/png")}
+    assert httpx.post(f"{address}/gradio_api/upload", files=huge, timeout=60).status_code == 413
+    Image.new("1", (20_000, 3_300)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 1 << 20
+    with pytest.raises(AppError, match=r"^image bomb.png has 20000 x 3300 pixels; at most 64,000,000 are read"):
+        visitor.predict(asked(QUESTION, tmp_path / "bomb.png"), "grafted", api_name="/ask")
+
+
+def test_the_end_of_the_page_is_quiet(models: dict[str, LoadedModel], capfd: pytest.CaptureFixture[str]) -> None:
+    """Also while a browser is still there, whose stream of messages never ends by itself."""
+    import httpx
+
+    with bind("127.0.0.1", 0) as server, served(models, server) as running:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [server]}, daemon=True)
+        thread.start()
+        here = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with httpx.stream("GET", f"{here}/gradio_api/heartbeat/stranger", timeout=30) as stream:
+            assert next(stream.iter_lines())
+            running.should_exit = True
+            thread.join(20)
+    assert not thread.is_alive() and capfd.readouterr().err == ""
 
 
 def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedModel], pictures: list[Path]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from zero_ds.cli import app
+from zero_ds.config import ConfigError
 from zero_ds.data.formats import DataError
 from zero_ds.evaluation.figures import task_scores
 from zero_ds.evaluation.results import Result, Score, compare, read_result, subtract
@@ -83,6 +84,35 @@ def test_what_cannot_be_compared() -> None:
         compare({"a": one, "b": [result("b", score(9, of=100, num_fewshot=5))]})
 
 
+def test_sums_over_other_documents_are_no_comparison() -> None:
+    """MME's figures are sums, without scores of documents; how many there were is known all the same."""
+    some = {name: [result(name, Score("mme", "sum", 900.0, documents=n))] for name, n in (("a", 100), ("b", 2374))}
+    with pytest.raises(DataError, match=r"mme was measured with different settings \(n: a: 100, b: 2374\)"):
+        compare(some)
+
+
+def test_two_results_of_one_name() -> None:
+    """The second would hide the first, and the comparison would be of either with itself."""
+    twice = [result("runs/my", score(9)), result("runs/my", score(90))]
+    with pytest.raises(DataError, match=r"2 results are called 'runs/my' and hold piqa acc; .* --name"):
+        compare({"runs/my": twice, "target": [result("target", score(9))]})
+
+
+def test_what_was_measured_otherwise_is_said() -> None:
+    """Other documents under the same numbers are not paired; other templates and versions are named."""
+    first, second = score(100, targets="a"), score(110, targets="a")
+    plain = compare({"a": [result("a", first)], "b": [result("b", second)]})
+    assert "otherwise" not in plain
+    moved = replace(second, targets="b")
+    apart, paired = subtract(moved, first).high, subtract(second, first).high
+    assert apart is not None and paired is not None and apart > paired
+    odd = replace(result("b", moved), setting={"chat_template": True}, harness={"name": "lm-eval", "version": "2"})
+    told = "chat_template True against False; lm-eval 2 against 1; other documents in piqa"
+    assert f"b was measured otherwise than a: {told}." in compare(
+        {"a": [replace(result("a", first), setting={"chat_template": False})], "b": [odd]}
+    )
+
+
 def test_command(tmp_path: Path) -> None:
     for name, right in (("target", 120), ("graft", 119)):
         result(name, score(right)).write(tmp_path / name / "text.json")
@@ -101,6 +131,8 @@ def test_command(tmp_path: Path) -> None:
     ):
         bad = CliRunner().invoke(app, ["eval", "compare", str(tmp_path / path)])
         assert isinstance(bad.exception, DataError) and complaint in str(bad.exception)
+    nowhere = CliRunner().invoke(app, [*command, str(tmp_path / "odd.json/both.md")])
+    assert isinstance(nowhere.exception, ConfigError) and "name one in a folder" in str(nowhere.exception)
 
 
 def test_a_group_is_the_mean_of_its_documents() -> None:
@@ -110,7 +142,7 @@ def test_a_group_is_the_mean_of_its_documents() -> None:
         "groups": {},
         "group_subtasks": {"mmlu": ["stem", "law"], "stem": ["maths"]},
         "samples": {
-            "maths": [{"doc_id": n, "filter": "none", "acc": float(n < 2)} for n in range(3)],
+            "maths": [{"doc_id": n, "filter": "none", "acc": float(n < 2), "target": n} for n in range(3)],
             "law": [{"doc_id": n, "filter": "none", "acc": 1.0 - n} for n in range(2)],
         },
         "n-shot": {"maths": 5, "law": 5},
@@ -119,7 +151,10 @@ def test_a_group_is_the_mean_of_its_documents() -> None:
     (whole,) = task_scores(found, Task("mmlu", 5, "acc"), "mmlu")
     assert (whole.value, whole.stderr, whole.num_fewshot, whole.n) == (0.6, 0.1, 5, 5)
     found["results"]["mmlu"]["acc,none"] = 0.5
-    assert task_scores(found, Task("mmlu", 5, "acc"), "mmlu")[0].items == {}
+    (sums,) = task_scores(found, Task("mmlu", 5, "acc"), "mmlu")
+    assert (sums.items, sums.n, sums.targets) == ({}, 5, whole.targets)
+    found["samples"]["maths"][0]["target"] = 7
+    assert task_scores(found, Task("mmlu", 5, "acc"), "mmlu")[0].targets != whole.targets
 
 
 def test_results_are_written_whole(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from zero_ds.cli import app
 from zero_ds.commands.demo import LLM, make_llm
 from zero_ds.config import ConfigError
-from zero_ds.evaluation.harness import Planned, evaluate_suite, plan
+from zero_ds.evaluation.harness import Planned, check_suite, evaluate_suite, plan
 from zero_ds.evaluation.results import Result, Score, read_result
 from zero_ds.evaluation.suites import PAPER_TEXT, Request
 from zero_ds.named_model import LoadedModel, find_model, load_model
@@ -149,7 +149,7 @@ def too_many_ranks(model: str, folder: Path) -> str:
     named = find_model(model)
     (planned,) = plan("tiny_cloze", "lm-eval", folder)
     with pytest.raises(ConfigError) as caught:
-        evaluate_suite(named, load_model(named), planned, Request(limit=1), "model")
+        check_suite(named, planned, Request(limit=1))
     distributed.barrier()  # the other rank wants this one's store
     return str(caught.value)
 
@@ -172,7 +172,7 @@ def result(target: str, tasks: Path) -> Result:
 def test_scores_are_those_of_a_direct_computation(target: str, result: Result) -> None:
     assert values(result) == pytest.approx(directly(load_model(find_model(target))), rel=1e-4)
     assert values(result)["tiny_answer", "exact_match,bare"] == pytest.approx(4 / 7)
-    assert [score.n for score in result.scores] == [7, 7, None, 7, 7]
+    assert [score.n for score in result.scores] == [7] * 5
     assert not next(score for score in result.scores if score.metric == "perplexity").higher_is_better
 
 
@@ -221,9 +221,9 @@ def test_command(target: str, small: Path, tasks: Path, tmp_path: Path) -> None:
     assert "surrogate - target" in compared.stdout and "Language ability of surrogate against target" in compared.stdout
 
 
-def test_the_suite_of_the_paper_is_in_the_harness() -> None:
+def test_the_suite_of_the_paper_is_in_the_harness(tasks: Path) -> None:
     """Table A.3: every task is known to the harness, with these examples and figures."""
-    (planned,) = plan("paper-text", "auto", None)
+    (planned,) = plan("paper-text", "auto", tasks)
     assert planned.suite.tasks == PAPER_TEXT
     table = {task.name: (task.num_fewshot, task.metric) for task in PAPER_TEXT}
     assert table == {
@@ -242,10 +242,11 @@ def test_the_suite_of_the_paper_is_in_the_harness() -> None:
     ("words", "harness", "complaint"),
     [
         ("tiny_chioce", "lm-eval", "did you mean 'tiny_choice'"),
-        ("hellaswga", "lm-eval", "did you mean 'hellaswag'"),
+        ("hellaswga", "lm-eval", r"did you mean 'hellaswag' or '(?!hellaswag')"),
         ("mmlu:binary", "auto", ":binary is for mme and pope"),
         ("text", "harness", "--harness harness is not known"),
         (",", "auto", "names no task"),
+        ("mmmu_val", "lm-eval", "no harness knows the task 'mmmu_val'"),  # it has pictures
     ],
 )
 def test_what_is_not_known(tasks: Path, words: str, harness: str, complaint: str) -> None:
@@ -253,18 +254,21 @@ def test_what_is_not_known(tasks: Path, words: str, harness: str, complaint: str
         plan(words, harness, tasks)
 
 
-@pytest.mark.parametrize("words", ["paper-vision", "mmlu"])
-def test_a_harness_that_is_not_installed(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [("paper-vision", "lmms-eval is"), ("paper-text", "lm-eval is"), ("mmlu", "lm-eval and lmms-eval are")],
+)
+def test_a_harness_that_is_not_installed(words: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zero_ds.evaluation.harness.MODULES", {"lm-eval": "no_such_1", "lmms-eval": "no_such_2"})
-    with pytest.raises(ConfigError, match=r"lmm?s?-eval is not installed; pip install lm"):
+    with pytest.raises(ConfigError, match=rf"^{complaint} not installed; pip install 'zero_ds\[eval\]'$"):
         plan(words, "auto", None)
 
 
-def test_data_that_cannot_be_had(target: str) -> None:
+def test_data_that_cannot_be_had(target: str, tasks: Path) -> None:
     named = find_model(target)
-    (planned,) = plan("piqa", "lm-eval", None)
+    (planned,) = plan("piqa", "lm-eval", tasks)
     with pytest.raises(ConfigError, match="the data of piqa is not here and could not be fetched"):
-        evaluate_suite(named, load_model(named), planned, Request(limit=2), "model")
+        check_suite(named, planned, Request(limit=2))
 
 
 def test_fewer_documents_than_ranks(target: str, tasks: Path) -> None:
@@ -272,10 +276,47 @@ def test_fewer_documents_than_ranks(target: str, tasks: Path) -> None:
     assert said == ["tiny_cloze has 1 documents for 2 ranks; take fewer ranks."] * 2
 
 
+def test_a_task_s_own_limit_of_zero(target: str, tasks: Path, tmp_path: Path) -> None:
+    text = (tasks / "tiny_answer.yaml").read_text(encoding="utf-8")
+    (tmp_path / "none.yaml").write_text(text.replace(f"max_gen_toks: {ANSWER_TOKENS}", "max_gen_toks: 0"))
+    (planned,) = plan("tiny_answer", "lm-eval", tmp_path)
+    with pytest.raises(ConfigError, match="tiny_answer allows answers of 0 tokens; give it at least 1"):
+        check_suite(find_model(target), planned, Request())
+    check_suite(find_model(target), planned, Request(max_new_tokens=3))
+
+
+def test_a_task_named_twice(target: str, tasks: Path, tmp_path: Path) -> None:
+    """By itself: it counts once. In a group beside itself: the harness would stop."""
+    (planned,) = plan("tiny_answer,tiny_answer", "lm-eval", tasks)
+    assert [task.name for task in planned.suite.tasks] == ["tiny_answer"]
+    for name in TASKS:
+        (tmp_path / f"{name}.yaml").write_text((tasks / f"{name}.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "group.yaml").write_text("group: tiny\ntask: [tiny_answer, tiny_cloze]\n")
+    (planned,) = plan("tiny,tiny_answer", "lm-eval", tmp_path)
+    with pytest.raises(ConfigError, match=r"Duplicate task 'tiny_answer'.*; name it once"):
+        check_suite(find_model(target), planned, Request())
+
+
 @pytest.mark.parametrize(("option", "value"), [("--max-new-tokens", "0"), ("--limit", "0"), ("--batch", "0")])
 def test_limits_of_zero(target: str, option: str, value: str) -> None:
     done = CliRunner().invoke(app, ["eval", target, "--suite", "text", option, value])
     assert isinstance(done.exception, ConfigError) and f"{option} 0: at least 1." in str(done.exception)
+
+
+def test_results_of_another_model_are_kept(target: str, small: Path, tasks: Path, tmp_path: Path) -> None:
+    """A result gives way to a new one of the same tasks on the same model alone; said before the model is read."""
+    score = Score("tiny_choice", "acc", 0.5)
+    result = Result(target, "tiny_choice", {"name": "lm-eval", "version": "1"}, {}, {}, {}, (score,))
+    result.write(tmp_path / "tiny_choice.json")
+    command = ["--suite", "tiny_choice", "--harness", "lm-eval", "--tasks-folder", str(tasks), "--out", str(tmp_path)]
+    other = CliRunner().invoke(app, ["eval", str(small), *command])
+    assert "holds tiny_choice of " in str(other.exception) and "choose another --out" in str(other.exception)
+    assert read_result(tmp_path / "tiny_choice.json") == result
+    again = CliRunner().invoke(app, ["eval", target, *command])
+    assert again.exit_code == 0 and read_result(tmp_path / "tiny_choice.json").scores != result.scores
+    (tmp_path / "tiny_choice.json").write_text("{}")
+    odd = CliRunner().invoke(app, ["eval", target, *command])
+    assert "is no result of zero-ds eval" in str(odd.exception) and "choose another --out" in str(odd.exception)
 
 
 def test_results_want_a_folder(target: str, tasks: Path, tmp_path: Path) -> None:

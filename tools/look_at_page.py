@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -109,10 +111,40 @@ def visit(
     Image.open(screenshot).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
         screenshot, optimize=True
     )
+
+    box.fill("Tell me a long story about the sea.")
+    box.press("Enter")
+    until(page, lambda: len(answers(page, 0)) == 2)
+    page.get_by_role("button", name="Stop").click()
+    expect(box).to_be_editable(timeout=20_000)
+    page.wait_for_timeout(1500)
+    told = [answers(page, number) for number in range(2)]  # the second one's turn may not have come
+    print(f"stopped after {[each[1:] for each in told]}")
+    box.fill("why?")
+    box.press("Enter")
+    until(page, lambda: all(len(answers(page, number)) == len(told[number]) + 1 for number in range(2)))
+    expect(box).to_be_editable(timeout=120_000)
+    for number, before in enumerate(told):  # a word may have been on its way when it was stopped
+        for now, then in zip(answers(page, number), before, strict=False):
+            assert now.startswith(then), (now, then)
+
     others = sorted({url for url in requested if not url.startswith((address, "data:", "blob:"))})
     print(f"{len(requested)} requests, {len(others)} to other addresses; {len(errors)} errors in the page's scripts")
     assert not others, f"the page asks for {others}"
     assert not errors, errors
+
+
+def answers(page: Page, number: int) -> list[str]:
+    """What a model has said so far, without the sign that it is at work."""
+    texts = page.locator(f"#chat-{number} .bot.message").all_inner_texts()
+    return [text.strip() for text in texts if text.strip() not in ("", "Loading content")]
+
+
+def until(page: Page, met: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline, "the page does not come to it"
+        page.wait_for_timeout(50)
 
 
 if __name__ == "__main__":

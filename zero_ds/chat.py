@@ -83,22 +83,33 @@ class Conversation:
         del self._pictures[len(self._pictures) - self._new_pictures :]
         self._new_pictures = 0
 
+    def unask(self) -> None:
+        """Takes back the last question, whose answer has not begun; its pictures wait for the next one."""
+        assert self._unanswered()
+        self._new_pictures += self.turns.pop().text.count(PLACEHOLDER)
+
+    def _unanswered(self) -> bool:
+        return bool(self.turns) and self.turns[-1].role == "user"
+
     def ask(self, question: str) -> Iterator[str]:
         """The answer, in pieces as it is made; what was said before a caller stops listening counts as the answer.
+
+        A question that nobody listened to at all stays asked, and its answer is empty.
 
         Raises:
             DataError: the conversation has become longer than the model reads; the question then was not asked.
         """
         typed = question.replace(PLACEHOLDER, "image")  # somebody's text stands for no picture
         asked = Turn("user", PLACEHOLDER * self._new_pictures + "\n" * bool(self._new_pictures) + typed)
-        turns = self.encoder.turns(Sample("chat", (*self.turns, asked), ()))
+        before = [*self.turns, *[Turn("assistant", "")] * self._unanswered()]
+        turns = self.encoder.turns(Sample("chat", (*before, asked), ()))
         encoded = self.encoder.encode(turns, generate=True, image_tokens=[len(tokens) for tokens in self._pictures])
         if len(encoded.input_ids) >= self.encoder.max_length:
             raise DataError(
                 f"the conversation would have {len(encoded.input_ids)} tokens, and the model reads "
                 f"{self.encoder.max_length}; begin a new one."
             )
-        self.turns.append(asked)
+        self.turns = [*before, asked]
         self._new_pictures = 0
         return self._answer(encoded.input_ids)
 

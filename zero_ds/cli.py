@@ -142,7 +142,7 @@ def train_module() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; what a user can mend ends as one sentence on stderr and exit status 2."""
-    atexit.register(gc.freeze)  # or Python, on its way out, looks through all of torch for garbage, for seconds
+    atexit.register(_leave_garbage)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # an exception, so that nothing half-written stays behind
             signal.signal(number, _end)
@@ -162,6 +162,15 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         if distributed := sys.modules.get("zero_ds.distributed"):  # it loads torch; without it, no group was joined
             distributed.shutdown()
+
+
+def _leave_garbage() -> None:
+    """Or Python, on its way out, looks through all of torch for garbage, for seconds.
+
+    Not with Triton (3.9), which prints a page about what nobody collected.
+    """
+    if "triton._C.libtriton" not in sys.modules:
+        gc.freeze()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -36,8 +36,8 @@ def local_folder(name: str) -> Path:
     except Exception as error:  # the hub client raises many kinds; each means that the model is not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"'{name}' is no local folder and could not be fetched from the hub: {reason[:200]} "
-            "Give a local folder, or check the network, the id and your access token."
+            f"'{name}' is no local folder and could not be fetched from the hub: {reason[:200].rstrip('. ')}; "
+            "give a local folder, or check the network, the id and your access token."
         ) from None
     if (folder / PICKLED).is_file() and not any(folder.glob("*.safetensors")):
         return _with_safetensors(folder, name)

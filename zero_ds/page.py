@@ -49,36 +49,54 @@ class Visit:
     """One visitor's conversations, by model, and what the page shows of them."""
 
     talks: dict[str, Conversation]
+    alone: threading.Lock
+    """Held while a model computes: its layers are tapped while a trajectory is read, and a stopped answer may still be
+    at its last word when somebody else's turn comes."""
     shown: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Gradio's messages: role and content."""
 
     def ask(self, question: str, files: Sequence[str | Path]) -> Iterator[str]:
-        """Asks every model in turn; yields the name of the one whose answer in `shown` has grown.
+        """Asks every model, then has one after the other answer; yields the name of the one whose `shown` has grown.
+
+        Whoever stops listening leaves the answers as far as they came; all models have heard the question.
 
         Raises:
             DataError: an empty question, or a conversation that has become too long. ImageError: a picture that is
-            none. ConfigError: pictures for a model without a vision encoder. No turn is added then.
+            none. ConfigError: pictures for a model without a vision encoder. No model has heard the question then.
         """
         if not question.strip():
             raise DataError("the question is empty; type one, pictures alone are not answered.")
         pictures = [_opened(Path(file)) for file in files]
         first = next(iter(self.talks.values()))
-        features = [first.features(picture) for picture in pictures]
-        for name, talk in self.talks.items():
-            for picture in features:
-                talk.show_features(picture)
-            try:
-                pieces = talk.ask(question)
-            except DataError:
+        with self.alone:
+            features = [first.features(picture) for picture in pictures]
+        answers: dict[str, Iterator[str]] = {}
+        try:
+            for name, talk in self.talks.items():
+                for picture in features:
+                    talk.show_features(picture)
+                answers[name] = talk.ask(question)
+        except DataError:
+            for name, talk in self.talks.items():
+                if name in answers:
+                    talk.unask()
                 talk.withdraw()
-                raise
+            raise
+        for name in answers:
             messages = self.shown.setdefault(name, [])
             messages += [{"role": "user", "content": {"path": str(file)}} for file in files]
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
-            yield name
-            for piece in pieces:
-                messages[-1]["content"] += piece
+            messages += [{"role": "user", "content": question}]
+        yield from answers
+        for name, pieces in answers.items():
+            answer = {"role": "assistant", "content": ""}
+            self.shown[name].append(answer)
+            while (piece := self._next(pieces)) is not None:
+                answer["content"] += piece
                 yield name
+
+    def _next(self, pieces: Iterator[str]) -> str | None:
+        with self.alone:
+            return next(pieces, None)
 
     def trajectory(self, name: str) -> Image.Image:
         """The picture of the trajectory of a model's last answer.
@@ -86,7 +104,8 @@ class Visit:
         Raises:
             DataError: nothing has been answered yet.
         """
-        found = self.talks[name].trajectory()
+        with self.alone:
+            found = self.talks[name].trajectory()
         return draw(found, f"{name}: {len(found.divergences)} layers, prediction of each at the answer's tokens")
 
 
@@ -110,8 +129,11 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
     names = list(models)
     sees = all(model.encoder.processor is not None for model in models.values())
 
+    alone = threading.Lock()
+
     def begin() -> Visit:
-        return Visit({n: Conversation(m, max_new_tokens=max_new_tokens, system=system) for n, m in models.items()})
+        talks = {n: Conversation(m, max_new_tokens=max_new_tokens, system=system) for n, m in models.items()}
+        return Visit(talks, alone)
 
     @contextmanager
     def sentences() -> Iterator[None]:
@@ -166,18 +188,22 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
         _uploads_alone(box)
         with gr.Row():
             of = gr.Radio(names, value=names[-1], label="Trajectory of the last answer of", visible=len(names) > 1)
-            fresh = gr.Button("New conversation", scale=0)
+            stop = gr.Button("Stop", scale=0)
+            fresh = gr.Button("New conversation", scale=0, min_width=200)
         picture = gr.Image(
             label="Prediction trajectory of the answer", format="png", buttons=["fullscreen"], elem_id="trajectory"
         )
-        # one at a time, whoever asks: the models' layers are tapped while a trajectory is read
-        alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
-        asked = box.submit(ask, [box, of, visit], [box, visit, *chats, picture], api_name="ask", **alone)
-        asked.then(
-            lambda: gr.MultimodalTextbox(interactive=True), None, box, api_visibility="private"
-        )  # also if it fails
-        of.change(trajectory, [of, visit], picture, api_name="trajectory", **alone)
-        fresh.click(new, None, [box, visit, *chats, picture], api_name="new", **alone)
+        # one at a time, whoever asks
+        turns: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
+        asked = box.submit(ask, [box, of, visit], [box, visit, *chats, picture], api_name="ask", **turns)
+
+        def ready() -> Any:
+            return gr.MultimodalTextbox(interactive=True)
+
+        asked.then(ready, None, box, api_visibility="private")  # also if it fails
+        stop.click(ready, None, box, cancels=[asked], queue=False, api_visibility="private")
+        of.change(trajectory, [of, visit], picture, api_name="trajectory", **turns)
+        fresh.click(new, None, [box, visit, *chats, picture], api_name="new", **turns)
     return page
 
 
@@ -193,6 +219,24 @@ def _uploads_alone(box: Any) -> None:
         return await keep(path)
 
     box.async_move_resource_to_block_cache = kept
+
+
+class _SameOrigin:
+    """Turns requests away that a page of another origin makes: a browser sends it a visitor's uploads, too."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        answer = self._app
+        if scope["type"] in ("http", "websocket"):
+            headers = dict(scope["headers"])
+            origin = headers.get(b"origin")
+            if origin is not None and origin.split(b"://")[-1] != headers.get(b"host"):
+                answer = PlainTextResponse("this page answers to no other one.", status_code=403)
+        await answer(scope, receive, send)
 
 
 def check_installed() -> None:
@@ -248,6 +292,7 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         if host == "127.0.0.1":  # another site's name that leads here is not answered
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+        app.add_middleware(_SameOrigin)
         page = build(models, **options)
         page.queue(api_open=False)
         page.has_launched = True  # Gradio (6.31) looks where an input's file lies only where it was told to launch
@@ -265,7 +310,10 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
             theme=theme,
             css=CSS,
         )
-        yield uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        # or it complains, with a traceback, of every browser that is still there when the page ends
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not running.should_exit)
+        yield running
 
 
 def serve(models: Mapping[str, LoadedModel], server: socket.socket, **options: Any) -> None:

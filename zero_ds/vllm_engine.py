@@ -10,13 +10,18 @@ import atexit
 import functools
 import importlib.util
 import logging
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 
 from zero_ds.chat import Conversation
@@ -58,6 +63,16 @@ def load_served(
         ConfigError, CheckpointError: as `load_model`; vLLM is not installed.
     """
     check_installed()
+    _check_shares(named, tensor_parallel)
+    # read when vLLM is imported; standard output is for answers and tables
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not torch.cuda.is_available():
+        # or each part wants 85 % of all memory, whoever else uses it, and a NUMA node of its own
+        spare = psutil.virtual_memory().available >> 32  # a quarter, in GiB
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, spare // tensor_parallel)))
+        if tensor_parallel > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     loaded = load_model(named, dtype=dtype)
     folder = named.folder if _is_own(named) else _written(loaded)
     owner: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)
@@ -65,6 +80,20 @@ def load_served(
     loaded.model.to(device)
     served = Served(folder, str(dtype).removeprefix("torch."), loaded.encoder.max_length, tensor_parallel)
     return replace(loaded, served=served)
+
+
+def _check_shares(named: NamedModel, count: int) -> None:
+    """Raises ConfigError where so many devices cannot share the decoder: vLLM splits it by attention heads."""
+    from transformers import AutoConfig
+
+    heads = int(cast(Any, AutoConfig.from_pretrained(named.folder)).get_text_config().num_attention_heads)
+    if heads % count:
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            f"--tensor-parallel {count} does not divide the {heads} attention heads of {named.name}; choose of {fits}."
+        )
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        raise ConfigError(f"--tensor-parallel {count}: this machine has {torch.cuda.device_count()} GPUs.")
 
 
 def _is_own(named: NamedModel) -> bool:
@@ -95,18 +124,29 @@ def _written(loaded: LoadedModel) -> Path:
 @functools.lru_cache(maxsize=1)
 def _llm(served: Served) -> Any:
     """One engine a process; it holds the memory of its devices."""
-    from vllm import LLM
+    with starting():
+        from vllm import LLM
 
-    return LLM(
-        str(served.folder),
-        dtype=served.dtype,
-        max_model_len=served.max_length,
-        tensor_parallel_size=served.tensor_parallel,
-        enable_prompt_embeds=True,
-        generation_config="vllm",  # the folder's own would sample and penalise
-        disable_log_stats=True,
-        **device_options(),
-    )
+        return LLM(
+            str(served.folder),
+            dtype=served.dtype,
+            max_model_len=served.max_length,
+            tensor_parallel_size=served.tensor_parallel,
+            enable_prompt_embeds=True,
+            generation_config="vllm",  # the folder's own would sample and penalise
+            disable_log_stats=True,
+            **device_options(),
+        )
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """A block that starts an engine; raises ConfigError where it does not, in place of vLLM's many kinds."""
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"vLLM does not start ({reason[:300].rstrip('.')}); its own lines above say why.") from None
 
 
 def device_options() -> dict[str, Any]:
@@ -194,6 +234,41 @@ class VllmConversation(Conversation):
         self.turns.append(Turn("assistant", said))
         if said:
             yield said
+
+
+class _CpuBuild(Distribution):
+    """The CPU build, whose distribution is called `vllm-cpu`, under the version that vLLM itself gives it."""
+
+    def __init__(self) -> None:
+        self._found = distribution("vllm-cpu")
+
+    @property
+    def version(self) -> str:
+        return f"{self._found.version}+cpu"
+
+    def read_text(self, filename: str) -> str | None:
+        return self._found.read_text(filename)
+
+    def locate_file(self, path: Any) -> Any:
+        return self._found.locate_file(path)
+
+
+class _ByOtherName(DistributionFinder):
+    """Finds the CPU build for those who ask for `vllm`."""
+
+    def find_spec(self, *_: Any) -> None:
+        return None  # it is for metadata alone
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> list[Distribution]:
+        return [_CpuBuild()] if context is not None and context.name == "vllm" else []
+
+
+def name_cpu_build() -> None:
+    """Lets lm-eval, which asks for the version of `vllm` (0.4.13), use the CPU build where that is installed."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        sys.meta_path.append(cast(Any, _ByOtherName()))
 
 
 def engine_setting(loaded: LoadedModel) -> dict[str, Any]:

@@ -58,16 +58,18 @@ def chat(
         _page(model, target, dtype, placing, host, port, max_new_tokens=max_new_tokens, system=system)
         return
 
+    from zero_ds.data.images import open_image
     from zero_ds.vllm_engine import conversation
 
+    pictures = [open_image(path) for path in image or ()]  # before the model is read
     _, found = loaded(model, target, dtype, placing)
 
     def begin() -> Conversation:
         return conversation(found, max_new_tokens=max_new_tokens, system=system)
 
     talk = begin()
-    for path in image or ():
-        _show(talk, str(path))
+    for picture in pictures:
+        talk.show(picture)
     if sys.stdin.isatty():
         print(HELP)
     while (line := _line()) is not None:
@@ -75,7 +77,7 @@ def chat(
             break
         elif line == "/new":
             talk = begin()
-        elif line.startswith("/image"):
+        elif line.split()[:1] == ["/image"]:
             _show(talk, line.removeprefix("/image").strip())
         elif line.startswith("/"):
             print(f"{line.split()[0]} is not known. {HELP}", file=sys.stderr)
@@ -114,6 +116,8 @@ def _show(talk: Conversation, path: str) -> None:
     from zero_ds.data.images import ImageError
 
     try:
+        if not path:
+            raise ConfigError("/image names no file; type one behind it.")
         talk.show(path)
     except (ConfigError, ImageError) as error:
         print(f"zero-ds: {error}", file=sys.stderr)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -15,10 +16,14 @@ from zero_ds.commands.models import (
     OffloadOption,
     Placing,
     TensorParallelOption,
-    loaded,
+    load,
+    precision,
 )
 from zero_ds.commands.records import records
 from zero_ds.config import ConfigError
+
+if TYPE_CHECKING:
+    from zero_ds.evaluation.harness import Planned
 
 
 class SuiteFirst(TyperGroup):
@@ -65,25 +70,27 @@ def run(
 ) -> None:
     """Run a suite of lm-evaluation-harness or lmms-eval on a model, on as many ranks as the launcher started."""
     from zero_ds import distributed
-    from zero_ds.evaluation.harness import evaluate_suite, plan
+    from zero_ds.evaluation.harness import check_suite, evaluate_suite, plan
     from zero_ds.evaluation.suites import Request
+    from zero_ds.named_model import find_model
 
     for option, value in (("--batch", batch), ("--limit", limit), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: at least 1.")
     placing = Placing(engine, tensor_parallel, device_map, offload_folder)
     placing.check()
-    # what is wrong is said before the model is read
+    # what is wrong is said before the model is read, and not after hours
+    precision(dtype)
+    named = find_model(model, target)
     planned = plan(suite, harness, tasks_folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--out {out} is no folder; name one for the results.") from None
+    label = name or model + (f" + {target}" if target else "")
+    _check_vacant(out, label, planned)
     if distributed.world_size() > 1:
         distributed.initialize()
-    named, found = loaded(model, target, dtype, placing)
-    label = name or model + (f" + {target}" if target else "")
     request = Request(batch, limit, max_new_tokens, chat_template, samples)
+    for part in planned:
+        check_suite(named, part, request)
+    found = load(named, dtype, placing)
     for part in planned:
         result = evaluate_suite(named, found, part, request, label)
         if result is not None:  # on rank 0
@@ -93,6 +100,32 @@ def run(
             result.write(out / f"{result.suite}.json")
             write_atomically(out / f"{result.suite}.md", table(result))
             print(table(result), end="")
+
+
+def _check_vacant(out: Path, label: str, planned: Sequence[Planned]) -> None:
+    """Makes the folder of the results; a model's result gives way to none but a new one of the same tasks on it.
+
+    Raises:
+        ConfigError: no folder, or one with results of another model or of other tasks under the same names.
+    """
+    from zero_ds.data.formats import DataError
+    from zero_ds.evaluation.results import read_result
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--out {out} is no folder; name one for the results.") from None
+    for part in planned:
+        path = out / f"{part.suite.name}.json"
+        if not path.exists():
+            continue
+        try:
+            before = read_result(path)
+        except DataError as error:
+            raise ConfigError(f"{error}, or choose another --out.") from None
+        tasks = {score.task for score in before.scores}
+        if before.name != label or not tasks <= {task.label for task in part.suite.tasks}:
+            raise ConfigError(f"{path} holds {', '.join(sorted(tasks))} of {before.name}; choose another --out.")
 
 
 @evaluate.command()
@@ -112,8 +145,13 @@ def compare(
             models.setdefault(result.name, []).append(result)
     text = lay_out(models)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        from zero_ds.files import write_atomically
+
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, text)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            raise ConfigError(f"--out {out} cannot be a file there; name one in a folder.") from None
     sys.stdout.write(text)
 
 

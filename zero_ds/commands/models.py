@@ -77,14 +77,21 @@ def loaded(model: str, target: str | None, dtype: str, placing: Placing) -> tupl
     Raises:
         ConfigError, CheckpointError: see `find_model`, `load_model` and `Placing.check`.
     """
+    from zero_ds.named_model import find_model
+
+    named = find_model(model, target)
+    return named, load(named, dtype, placing)
+
+
+def load(named: NamedModel, dtype: str, placing: Placing) -> LoadedModel:
+    """A model that was found; see `loaded`."""
     from zero_ds import distributed
-    from zero_ds.named_model import find_model, load_model
+    from zero_ds.named_model import load_model
 
     kind, device = precision(dtype), distributed.device()
-    named = find_model(model, target)
     if placing.engine == "vllm":
         from zero_ds.vllm_engine import load_served
 
-        return named, load_served(named, dtype=kind, device=device, tensor_parallel=placing.tensor_parallel)
+        return load_served(named, dtype=kind, device=device, tensor_parallel=placing.tensor_parallel)
     spread, folder = placing.device_map, placing.offload_folder
-    return named, load_model(named, dtype=kind, device=device, device_map=spread, offload_folder=folder)
+    return load_model(named, dtype=kind, device=device, device_map=spread, offload_folder=folder)

@@ -28,6 +28,7 @@ def records(
     """Ask about held-out pictures: free answers and forced choice, with the right picture and with a shuffled one."""
     from zero_ds.checkpoint import find_commit
     from zero_ds.commands.models import precision
+    from zero_ds.config import ConfigError
     from zero_ds.evaluation.records import read_records
     from zero_ds.evaluation.run import CONDITIONS
     from zero_ds.evaluation.run import evaluate as run
@@ -40,7 +41,8 @@ def records(
     questions = read_records(records, limit_pictures=pictures)
     commit = find_commit(weights)
     config = run_config(commit)
-    assert config.encoder is not None
+    if config.encoder is None:
+        raise ConfigError(f"{weights} has no vision encoder; name the run of an encoder stage.")
     folder = local_folder(decoder)
     if (folder / "surrogate.json").is_file():
         model = load_trained(weights, str(folder), dtype=kind, attention="eager")

@@ -84,8 +84,8 @@ def _fetched(name: str, pattern: str | None) -> Path:
     except Exception as error:  # the hub client raises many kinds; each means that the data are not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"'{name}' is no local file or folder and could not be fetched from the hub: {reason[:200]} "
-            "Give a local path, or check the network, the id and your access token."
+            f"'{name}' is no local file or folder and could not be fetched from the hub: {reason[:200].rstrip('. ')}; "
+            "give a local path, or check the network, the id and your access token."
         ) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +16,11 @@ def task_scores(found: Mapping[str, Any], task: Task, name: str) -> list[Score]:
     """A task's or group's figures in a harness's results, where it is called `name`: its metric, or all it has."""
     figures = found["results"].get(name) or found.get("groups", {})[name]
     members = _members(found, name)
+    targets = {
+        f"{member}/{sample['doc_id']}": sample.get("target")
+        for member in members
+        for sample in found["samples"].get(member, ())
+    }
     scores = []
     for key, value in figures.items():
         metric, _, selection = key.partition(",")
@@ -39,9 +46,16 @@ def task_scores(found: Mapping[str, Any], task: Task, name: str) -> list[Score]:
                 num_fewshot=found["n-shot"].get(members[0]),
                 higher_is_better=better is not False,
                 items=items if whole else {},
+                documents=len(targets) or None,
+                targets=_hash(targets) if targets else None,
             )
         )
     return scores
+
+
+def _hash(targets: Mapping[str, Any]) -> str:
+    content = json.dumps(sorted(targets.items()), default=lambda other: type(other).__name__)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _members(found: Mapping[str, Any], name: str) -> list[str]:

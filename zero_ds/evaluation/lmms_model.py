@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from zero_ds import distributed
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import PLACEHOLDER, Turn
 from zero_ds.deepspeed_config import fast_dtype
+from zero_ds.evaluation.lookup import check_limit, raised_by_pillow, said
 from zero_ds.generate import Choice, Query, Reply
 from zero_ds.named_model import LoadedModel, find_model, load_model
 from zero_ds.vllm_engine import ENGINES, answerer, load_served
@@ -56,10 +58,10 @@ class ZeroDs(lmms):
             ConfigError: as `find_model` and `load_model`, a batch size or limit below 1.
         """
         super().__init__()
-        size = 1 if batch_size is None else int(batch_size)
+        size = 1 if batch_size is None else batch_size
         for name, value in (("batch_size", size), ("max_new_tokens", max_new_tokens)):
-            if value is not None and int(value) < 1:
-                raise ConfigError(f"{name}={value}: at least 1.")
+            if value is not None and not (str(value).isdecimal() and int(value)):
+                raise ConfigError(f"{name}={value}: a number, at least 1.")
         if isinstance(weights, str):
             kinds = {"auto": fast_dtype(), "float32": torch.float32, "bfloat16": torch.bfloat16}
             if dtype not in kinds:
@@ -73,8 +75,8 @@ class ZeroDs(lmms):
             else:
                 weights = load_model(named, dtype=kind, device=place)
         self.max_new_tokens = None if max_new_tokens is None else int(max_new_tokens)
-        self.batch_size = size
-        self.answerer = answerer(weights, batch_size=size)
+        self.batch_size = int(size)
+        self.answerer = answerer(weights, batch_size=self.batch_size)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
     @property
@@ -87,7 +89,9 @@ class ZeroDs(lmms):
             logger.warning("a task asks for sampled answers; these are greedy")
 
         def query(request: Instance, turns: tuple[Turn, ...], images: tuple[int, ...]) -> Query:
-            limit = self.max_new_tokens or int(request.args[1].get("max_new_tokens") or LONGEST)
+            limit = self.max_new_tokens
+            if limit is None:
+                limit = check_limit(_name(request), request.args[1].get("max_new_tokens")) or LONGEST
             return Query(_name(request), turns, images, max_new_tokens=limit)
 
         return [_until(reply.text, request.args[1].get("until")) for request, reply in self._replies(requests, query)]
@@ -121,6 +125,28 @@ class ZeroDs(lmms):
         found: Mapping[str, Any] = self.task_dict[task][split][number]
         return found
 
+    def _pictures(self, request: Instance) -> list[Image.Image]:
+        """What the task shows with a document, read whole.
+
+        Raises:
+            ConfigError: something other than a picture, or one that cannot be read.
+        """
+        try:
+            with whole_pictures():
+                shown = list(request.args[2](self._document(request)) or ())
+                for visual in shown:
+                    if isinstance(visual, Image.Image):
+                        visual.load()
+        except Exception as error:
+            if not (isinstance(error, OSError) or raised_by_pillow(error)):
+                raise
+            name = _name(request)
+            raise ConfigError(f"the picture of {name} cannot be read: {said(error)}; mend the task's data.") from None
+        for visual in shown:
+            if not isinstance(visual, Image.Image):
+                raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
+        return shown
+
     def _replies(
         self,
         requests: Sequence[Instance],
@@ -136,7 +162,7 @@ class ZeroDs(lmms):
                 queries = []
                 for request in part:
                     if (key := request.args[-3:]) not in rows:
-                        shown = _pictures(request, self._document(request))
+                        shown = self._pictures(request)
                         rows[key] = tuple(range(len(pictures), len(pictures) + len(shown)))
                         pictures += shown
                     queries.append(query(request, (_asked(str(request.args[0]), len(rows[key])),), rows[key]))
@@ -149,21 +175,18 @@ def _name(request: Instance) -> str:
     return f"{task}/{number}"
 
 
-def _pictures(request: Instance, document: Mapping[str, Any]) -> list[Image.Image]:
-    """What the task shows with a document, read whole.
+@contextmanager
+def whole_pictures() -> Iterator[None]:
+    """A block in which a picture that ends too early is an error, and not filled up with grey.
 
-    Raises:
-        ConfigError: something other than a picture, or one that cannot be read.
+    lmms-eval (0.7.3) has Pillow fill up all of them, for the sake of one data set.
     """
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        shown = list(request.args[2](document) or ())
-        for visual in shown:
-            if not isinstance(visual, Image.Image):
-                raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
-            visual.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow says of a broken file
-        raise ConfigError(f"the picture of {_name(request)} cannot be read: {error}; mend the task's data.") from None
-    return shown
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _asked(text: str, pictures: int) -> Turn:

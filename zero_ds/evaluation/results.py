@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,10 @@ class Score:
     higher_is_better: bool = True
     items: dict[str, float] = field(default_factory=dict)
     """Document -> its score, where the value is their mean."""
+    documents: int | None = None
+    """How many were asked about."""
+    targets: str | None = None
+    """Hash of the documents' numbers and right answers: which documents they were."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -38,7 +43,7 @@ class Score:
 
     @property
     def n(self) -> int | None:
-        return len(self.items) or None
+        return self.documents or len(self.items) or None
 
     def interval(self) -> tuple[float, float] | None:
         """95 %: Wilson's for shares, else from the standard error."""
@@ -158,7 +163,7 @@ def subtract(score: Score, reference: Score) -> Difference:
     else from both standard errors, as of independent samples; without either there is no interval.
     """
     value = score.value - reference.value
-    if score.items and set(score.items) == set(reference.items):
+    if score.items and set(score.items) == set(reference.items) and score.targets == reference.targets:
         keys = sorted(score.items)
         first = np.array([score.items[key] for key in keys])
         second = np.array([reference.items[key] for key in keys])
@@ -191,6 +196,8 @@ def compare(models: Models) -> str:
         name: {score.key: score for result in results for score in result.scores} for name, results in models.items()
     }
     reference, *others = scores
+    for name, results in models.items():
+        _check_once(name, results)
     keys = [key for key in scores[reference] if any(key in scores[name] for name in others)]
     if not keys:
         raise DataError(f"{reference} and {others[0]} share no task; evaluate both on the same suite")
@@ -206,14 +213,47 @@ def compare(models: Models) -> str:
             score = scores[name].get(key)
             cells += [f"{score.value:.4g}", str(subtract(score, scores[reference][key]))] if score else ["", ""]
         lines.append(f"| {key[0]} | {key[1]} | " + " | ".join(cells) + " |")
-    verdicts = [sentence for name in others if (sentence := _language(models, reference, name))]
-    return "\n".join([*lines, *([""] if verdicts else []), *verdicts]) + "\n"
+    notes = [note for name in others if (note := _unlike(models, reference, name))]
+    notes += [sentence for name in others if (sentence := _language(models, reference, name))]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def _check_once(name: str, results: Sequence[Result]) -> None:
+    """Raises DataError where two results of one name hold the same figure: one would hide the other."""
+    for key, count in Counter(score.key for result in results for score in result.scores).items():
+        if count > 1:
+            raise DataError(
+                f"{count} results are called {name!r} and hold {key[0]} {key[1]}; name models apart with zero-ds eval "
+                "--name, or leave one out"
+            )
+
+
+SETTINGS = ("chat_template", "max_new_tokens")
+"""Settings that a figure depends on; batch size, ranks and engine are none."""
+
+
+def _unlike(models: Models, reference: str, name: str) -> str | None:
+    """A sentence on what a model was measured with that the reference was not; None: nothing."""
+    mine, theirs = (
+        {score.key: (result, score) for result in models[owner] for score in result.scores}
+        for owner in (name, reference)
+    )
+    told: dict[str, None] = {}
+    for result, score in (found for key, found in mine.items() if key in theirs):
+        other, its = theirs[score.key]
+        versions = result.harness["version"], other.harness["version"]
+        pairs = [(what, result.setting.get(what), other.setting.get(what)) for what in SETTINGS]
+        pairs.append((result.harness["name"], *versions))
+        told |= {f"{what} {here} against {there}": None for what, here, there in pairs if here != there}
+        if score.targets and its.targets and score.targets != its.targets:
+            told[f"other documents in {score.task}"] = None
+    return f"{name} was measured otherwise than {reference}: {'; '.join(told)}." if told else None
 
 
 def _check_alike(key: tuple[str, str], scores: Mapping[str, Score]) -> None:
     """Raises DataError where the figures were measured with different numbers of examples or documents."""
     for what in ("num_fewshot", "n"):
-        values = {getattr(score, what) for score in scores.values()}
+        values = {getattr(score, what) for score in scores.values()} - ({None} if what == "n" else set())
         if len(values) > 1:
             found = ", ".join(f"{name}: {getattr(score, what)}" for name, score in scores.items())
             raise DataError(f"{key[0]} was measured with different settings ({what}: {found}); evaluate it alike")

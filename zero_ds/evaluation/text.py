@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import logging
-import math
 from collections import defaultdict
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +18,11 @@ from lm_eval.tasks import TaskManager
 from zero_ds import distributed
 from zero_ds.config import ConfigError
 from zero_ds.evaluation.figures import task_scores
+from zero_ds.evaluation.lookup import Lookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.results import Measured, Score
 from zero_ds.evaluation.suites import Request, Task
 from zero_ds.named_model import LoadedModel
-from zero_ds.vllm_engine import device_options
+from zero_ds.vllm_engine import device_options, name_cpu_build, starting
 
 logger = logging.getLogger(__name__)
 
@@ -50,31 +49,36 @@ class Decoder(HFLM):
         distributed.barrier()
 
 
-class LmEval:
-    """lm-evaluation-harness with its own tasks, and those of a folder, which win over its own of the same name."""
+def _manager(folder: Path | None, defaults: bool) -> TaskManager:
+    return TaskManager(include_path=str(folder) if folder is not None else None, include_defaults=defaults)
+
+
+class LmEval(Lookup[TaskManager]):
+    """lm-evaluation-harness with its own tasks and those of a folder, but for tasks with pictures, sounds or films."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._local = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
+        super().__init__(_manager, folder)
 
     def knows(self, name: str) -> bool:
-        return name in self._manager([name]).all_tasks
+        return super().knows(name) and not _more_than_text(self.manager([name]), name)
 
-    def names(self) -> list[str]:
-        return list(self._manager([]).all_tasks)
-
-    def _manager(self, wanted: Collection[str]) -> TaskManager:
-        """One that knows these; the harness's own index takes seconds, so the folder's is asked first."""
-        if wanted and self._local is not None and set(wanted) <= set(self._local.all_tasks):
-            return self._local
-        return _whole(self._folder)
+    def check(self, tasks: tuple[Task, ...], request: Request) -> None:
+        """See `Backend.check`."""
+        names = [task.name for task in tasks]
+        try:
+            with reading_data(names):
+                found = self.manager(names).load(list(names))["tasks"]
+        except ValueError as error:
+            if not str(error).startswith("Duplicate task"):
+                raise
+            raise ConfigError(f"{error}; name it once, by itself or by its group.") from None
+        for name, task in found.items():
+            if request.max_new_tokens is None:
+                check_limit(name, (task.config.generation_kwargs or {}).get("max_gen_toks"))
+        check_counts({name: len(task.eval_docs) for name, task in found.items()}, request.limit)
 
     def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], request: Request) -> Measured | None:
-        """See `Backend.measure`. One call of the harness for each number of examples.
-
-        Raises:
-            ConfigError: data that is not in the cache and cannot be fetched, or fewer documents than ranks.
-        """
+        """See `Backend.measure`. One call of the harness for each number of examples."""
         lm = _resident(loaded, request) if loaded.served is None else _served(loaded)
         by_shots: dict[int | None, list[Task]] = defaultdict(list)
         for task in tasks:
@@ -83,15 +87,13 @@ class LmEval:
         samples: dict[str, Any] = {}
         for shots, group in by_shots.items():
             names = [task.name for task in group]
-            manager = self._manager(names)
-            self._check_documents(manager, names, request)
             found = simple_evaluate(
                 model=lm,
                 tasks=list(names),
                 num_fewshot=shots,
                 limit=request.limit,
                 bootstrap_iters=request.bootstrap,
-                task_manager=manager,
+                task_manager=self.manager(names),
                 apply_chat_template=request.chat_template,
                 gen_kwargs={"max_gen_toks": request.max_new_tokens} if request.max_new_tokens else None,
             )
@@ -101,26 +103,29 @@ class LmEval:
                 scores += task_scores(found, task, task.name)
             if request.samples:
                 samples |= found["samples"]
+        if loaded.served is not None:
+            del lm  # an engine of the harness's own, which holds its devices; the next suite wants another
+            gc.collect()
         order = {task.name: place for place, task in enumerate(tasks)}
         scores.sort(key=lambda score: order[score.task])
         return Measured(tuple(scores), samples) if distributed.is_rank_zero() else None
 
-    def _check_documents(self, manager: TaskManager, names: list[str], request: Request) -> None:
-        with distributed.rank_zero_first():  # which fetches what is not in the cache
-            try:
-                loaded = manager.load(list(names))
-            except OSError as error:  # of the data set library and the hub's client
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ConfigError(
-                    f"the data of {', '.join(names)} is not here and could not be fetched: {reason[:200]} "
-                    "Check the network, or give local tasks with --tasks-folder."
-                ) from None
-        for name, task in loaded["tasks"].items():
-            count = min(len(task.eval_docs), request.limit or math.inf)
-            if count < distributed.world_size():
-                raise ConfigError(
-                    f"{name} has {count} documents for {distributed.world_size()} ranks; take fewer ranks."
-                )
+
+MEDIA = ("doc_to_visual", "doc_to_image", "doc_to_audio", "doc_to_video")
+
+
+def _more_than_text(manager: TaskManager, name: str) -> bool:
+    """Whether a task shows pictures, or a group has one that does; a text model would be asked without them."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return False
+    config = entry.cfg or {}
+    if any(config.get(key) is not None for key in MEDIA):
+        return True
+    members = config.get("task")
+    return isinstance(members, list) and any(
+        _more_than_text(manager, member) for member in members if isinstance(member, str)
+    )
 
 
 def _resident(loaded: LoadedModel, request: Request) -> LM:
@@ -135,20 +140,16 @@ def _resident(loaded: LoadedModel, request: Request) -> LM:
 
 def _served(loaded: LoadedModel) -> LM:
     """The harness's own class for vLLM, on the decoder's folder."""
-    from lm_eval.models.vllm_causallms import VLLM
-
+    name_cpu_build()
     assert loaded.served is not None
     served = loaded.served
-    return VLLM(
-        pretrained=str(served.folder),
-        dtype=cast(Any, served.dtype),
-        max_length=served.max_length,
-        tensor_parallel_size=served.tensor_parallel,
-        **device_options(),
-    )
+    with starting():
+        from lm_eval.models.vllm_causallms import VLLM
 
-
-@functools.lru_cache(maxsize=2)
-def _whole(folder: Path | None) -> TaskManager:
-    """The harness's own tasks and those of a folder; an index that nothing changes."""
-    return TaskManager(include_path=str(folder) if folder is not None else None)
+        return VLLM(
+            pretrained=str(served.folder),
+            dtype=cast(Any, served.dtype),
+            max_length=served.max_length,
+            tensor_parallel_size=served.tensor_parallel,
+            **device_options(),
+        )
