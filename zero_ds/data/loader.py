@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import gc
 import logging
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.batches import Batch, collate, collate_rows, plan_number, plan_rows
@@ -31,6 +27,7 @@ from zero_ds.data.conversations import (
 from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Records, Sample
+from zero_ds.data.workers import steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +80,16 @@ class SampleEncoder:
         return [count * self.tokens_per_image for count in views]
 
     def pixels(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
-        """Views of the first so many pictures of a sample, or of all: (views, 3, size, size).
+        """Pixel values of the first so many pictures of a sample, or of all: (views, 3, size, size), float32.
+
+        Raises:
+            DataError: as `squares`.
+        """
+        squares = self.squares(sample, pictures)
+        return squares.float() if self.processor is None else self.processor.normalized(squares)
+
+    def squares(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
+        """The same as bytes, which are not normalised yet: (views, 3, size, size), uint8.
 
         Raises:
             DataError: a picture that cannot be read, or one in a stage without an encoder.
@@ -93,13 +99,13 @@ class SampleEncoder:
                 raise DataError(
                     f"sample {named(sample.id)} has an image, but this stage has no vision encoder; drop image samples"
                 )
-            return torch.zeros(0, 3, 0, 0)
+            return torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
         try:
-            views = [self.processor(open_image(path)) for path in sample.images[:pictures]]
+            views = [self.processor.squares(open_image(path)) for path in sample.images[:pictures]]
         except ImageError as error:
             raise DataError(f"sample {named(sample.id)}: {error}") from None
         if not views:
-            return torch.zeros(0, 3, self.processor.size, self.processor.size)
+            return torch.zeros(0, 3, self.processor.size, self.processor.size, dtype=torch.uint8)
         return views[0] if len(views) == 1 else torch.cat(views)
 
     def tokens(self, sample: Sample) -> Encoded:
@@ -120,7 +126,7 @@ class SampleEncoder:
         return encoded
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
-        """-> input_ids, labels, responses (lists of int), pixels (views, 3, size, size), id.
+        """-> input_ids, labels, responses (lists of int), pixels (views, 3, size, size) as bytes, id.
 
         Raises:
             TooLongError, DataError: as `tokens`, or a picture that cannot be read.
@@ -129,7 +135,7 @@ class SampleEncoder:
 
     def with_pixels(self, sample: Sample, encoded: Encoded) -> dict[str, Any]:
         """What `tokens` made of a sample, and its pictures, as __call__ returns it."""
-        pixels = self.pixels(sample, encoded.images)
+        pixels = self.squares(sample, encoded.images)
         if self.processor is not None and len(pixels) * self.tokens_per_image != encoded.input_ids.count(IMAGE_TOKEN):
             raise DataError(
                 f"sample {named(sample.id)} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} "
@@ -207,47 +213,7 @@ class Loader:
         Raises:
             DataError: a sample that cannot be used, unless bad ones are skipped.
         """
-        stream = DataLoader(
-            _Steps(self),
-            sampler=range(first, last),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=self.workers,
-            multiprocessing_context="fork" if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_begin_worker,
-        )
-        others = multiprocessing.active_children()
-        batches_of_steps = iter(stream)
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-
-        def end() -> None:
-            """At the exit of a rank that failed: Python would ask them to end, which they do not hear, and wait."""
-            for process in workers:
-                process.kill()
-
-        atexit.register(end)
-        try:
-            for batches in batches_of_steps:
-                if isinstance(batches, DataError):
-                    raise batches
-                yield batches
-        finally:
-            atexit.unregister(end)
-
-
-def _begin_worker(worker: int) -> None:
-    """A signal to all processes of a job asks the ranks to commit and stop; their workers end with them.
-
-    What the rank has loaded is not looked through for garbage: that alone would copy every page of it.
-    """
-    gc.freeze()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _as_it_is(batches: Any) -> Any:
-    return batches
+        yield from steps_of(_Steps(self), first, last, self.workers, self.encoder.processor)
 
 
 class _Steps(Dataset[list[Batch] | DataError]):
@@ -313,7 +279,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
         try:
             return self.loader.encoder.tokens(self.loader.records[number])
         except DataError as error:
-            return error
+            return _alone(error)
 
     def _encoded(self, number: int, text: Encoded | DataError | None = None) -> dict[str, Any] | DataError:
         try:
@@ -322,7 +288,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
                 return self.loader.encoder.with_pixels(sample, text)
             return self.loader.encoder(sample)
         except DataError as error:
-            return error
+            return _alone(error)
 
     def index(self, position: int) -> int:
         """Which sample stands at a position of the run."""
@@ -353,6 +319,12 @@ class _Steps(Dataset[list[Batch] | DataError]):
             with contextlib.suppress(DataError):  # said when its turn comes
                 shown = sum(encoder.image_tokens(records[index]))
         return self.loader.grouping == "modality" and pictures > 0, records.size(index) // 4 + shown
+
+
+def _alone(error: DataError) -> DataError:
+    """The error without its traceback, whose frames hold the whole step: kept with it, that would be a circle that only
+    a search for garbage ends, and a worker makes few of those."""
+    return type(error)(*error.args)
 
 
 _Rows = list[list[dict[str, Any] | DataError]]
