@@ -248,32 +248,36 @@ class _Steps(Dataset[list[Batch] | DataError]):
             batches.append(batch)
         return batches
 
-    def _plain(self, numbers: list[int]) -> tuple[Any, list[_Rows]]:
-        """What all ranks should agree on, and for each micro-batch its rows, of one sample each."""
+    def _plain(self, numbers: list[int]) -> tuple[Any, Iterator[_Rows]]:
+        """What all ranks should agree on, and for each micro-batch its rows, of one sample each.
+
+        They are made one after the other: a step's samples besides its batches would take as much memory again.
+        """
         loader = self.loader
         share = loader.global_batch // loader.world_size
         mine = numbers[loader.rank * share : (loader.rank + 1) * share]
-        samples = [self._encoded(number) for number in mine]
-        return numbers, [
-            [[s] for s in samples[i : i + loader.micro_batch]] for i in range(0, share, loader.micro_batch)
-        ]
+        places = range(0, share, loader.micro_batch)
+        return numbers, ([[self._encoded(number)] for number in mine[i : i + loader.micro_batch]] for i in places)
 
-    def _packed(self, numbers: list[int]) -> tuple[Any, list[_Rows]]:
+    def _packed(self, numbers: list[int]) -> tuple[Any, Iterator[_Rows]]:
         """As `_plain`, with rows of several samples each, from a plan over the whole step."""
         loader = self.loader
         texts = [self._tokens(number) for number in numbers]
         lengths = [0 if isinstance(text, DataError) else len(text.input_ids) for text in texts]
         side_by_side = loader.micro_batch * loader.world_size
         plan = plan_rows(lengths, loader.encoder.max_length, side_by_side)
-        first = loader.rank * loader.micro_batch
-        micros: list[_Rows] = []
-        for start in range(first, len(plan), side_by_side):
-            rows = plan[start : start + loader.micro_batch]
-            micros.append([[self._encoded(numbers[n], texts[n]) for n in row] for row in rows])
         share = loader.global_batch // loader.world_size
         wrong = [text for text in texts[loader.rank * share : (loader.rank + 1) * share] if isinstance(text, DataError)]
-        micros[0].append([*wrong])  # counted here, where their place would have been
-        return [numbers, plan], micros
+
+        def micros() -> Iterator[_Rows]:
+            first = loader.rank * loader.micro_batch
+            for start in range(first, len(plan), side_by_side):
+                rows: _Rows = [
+                    [self._encoded(numbers[n], texts[n]) for n in row] for row in plan[start:][: loader.micro_batch]
+                ]
+                yield [*rows, [*wrong]] if start == first else rows  # counted here, where their place would have been
+
+        return [numbers, plan], micros()
 
     def _tokens(self, number: int) -> Encoded | DataError:
         try:
