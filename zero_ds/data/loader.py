@@ -27,7 +27,7 @@ from zero_ds.data.conversations import (
 from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Records, Sample
-from zero_ds.data.workers import steps_of
+from zero_ds.data.workers import alone, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -216,27 +216,23 @@ class Loader:
         yield from steps_of(_Steps(self), first, last, self.workers, self.encoder.processor)
 
 
-class _Steps(Dataset[list[Batch] | DataError]):
-    """Number of a step -> a rank's micro-batches; holds no state, so any step can be the first.
-
-    A bad sample comes out as its error, which the loader raises: a worker process would wrap it in its own traceback.
-    """
+class _Steps(Dataset[Iterator[Batch]]):
+    """Number of a step -> a rank's micro-batches, made one by one; holds no state, so any step can be the first."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
         self._order: tuple[int, Sequence[int]] = (-1, [])
         self._window: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
 
-    def __getitem__(self, step: int) -> list[Batch] | DataError:
+    def __getitem__(self, step: int) -> Iterator[Batch]:
         numbers = [self.index(step * self.loader.global_batch + i) for i in range(self.loader.global_batch)]
         plan, rows = self._packed(numbers) if self.loader.packing else self._plain(numbers)
         size = self.loader.encoder.processor.size if self.loader.encoder.processor else None
-        batches = []
         for micro in rows:
             wrong = [sample for row in micro for sample in row if isinstance(sample, DataError)]
             skipped = [error for error in wrong if not isinstance(error, TooLongError)]
             if skipped and not self.loader.skip_bad:
-                return skipped[0]
+                raise skipped[0]
             good = [[sample for sample in row if isinstance(sample, dict)] for row in micro]
             if self.loader.packing:
                 batch = collate_rows([row for row in good if row], self.loader.pad_id, size)
@@ -245,8 +241,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
             batch["skipped"] = [str(error) for error in skipped]
             batch["too_long"] = [str(error) for error in wrong if isinstance(error, TooLongError)]
             batch["plan"] = plan_number(plan)
-            batches.append(batch)
-        return batches
+            yield batch
 
     def _plain(self, numbers: list[int]) -> tuple[Any, Iterator[_Rows]]:
         """What all ranks should agree on, and for each micro-batch its rows, of one sample each.
@@ -283,7 +278,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
         try:
             return self.loader.encoder.tokens(self.loader.records[number])
         except DataError as error:
-            return _alone(error)
+            return alone(error)
 
     def _encoded(self, number: int, text: Encoded | DataError | None = None) -> dict[str, Any] | DataError:
         try:
@@ -292,7 +287,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
                 return self.loader.encoder.with_pixels(sample, text)
             return self.loader.encoder(sample)
         except DataError as error:
-            return _alone(error)
+            return alone(error)
 
     def index(self, position: int) -> int:
         """Which sample stands at a position of the run."""
@@ -323,12 +318,6 @@ class _Steps(Dataset[list[Batch] | DataError]):
             with contextlib.suppress(DataError):  # said when its turn comes
                 shown = sum(encoder.image_tokens(records[index]))
         return self.loader.grouping == "modality" and pictures > 0, records.size(index) // 4 + shown
-
-
-def _alone(error: DataError) -> DataError:
-    """The error without its traceback, whose frames hold the whole step: kept with it, that would be a circle that only
-    a search for garbage ends, and a worker makes few of those."""
-    return type(error)(*error.args)
 
 
 _Rows = list[list[dict[str, Any] | DataError]]

@@ -1,6 +1,6 @@
 """Worker processes of a loader: how they begin and end, and how a step's batches get from them to their rank.
 
-A worker is forked, so that it shares what the rank has loaded. It hands over a step in one piece of shared memory: a
+A worker is forked, so that it shares what the rank has loaded. It hands over a step in one nameless file in memory: a
 descriptor, a message and a mapping for each tensor would cost as much as a small tensor's making.
 """
 
@@ -9,9 +9,12 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import mmap
 import multiprocessing
+import multiprocessing.reduction
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,13 +29,19 @@ ALIGNED = 64
 """Bytes to a multiple of which a tensor's place is rounded up."""
 
 
+def alone(error: DataError) -> DataError:
+    """The error without its traceback, whose frames hold the whole step: kept with it, that would be a circle that only
+    a search for garbage ends, and a worker makes few of those."""
+    return type(error)(*error.args)
+
+
 def steps_of(
-    made: Dataset[list[Batch] | DataError], first: int, last: int, workers: int, processor: ImageProcessor | None
+    made: Dataset[Iterator[Batch]], first: int, last: int, workers: int, processor: ImageProcessor | None
 ) -> Iterator[list[Batch]]:
-    """Yields made[first], ..., made[last - 1], with pixel values that the processor has normalised.
+    """Yields the batches of made[first], ..., made[last - 1], with pixel values that the processor has normalised.
 
     Raises:
-        DataError: one that stands in a step's place.
+        DataError: one that a step raised; a worker would wrap it in a traceback of its own, so it comes as a value.
     """
     stream = DataLoader(
         made,
@@ -83,14 +92,21 @@ def _finish_(processor: ImageProcessor | None, batch: Batch) -> None:
         batch["pixel_values"] = processor.normalized(pixels)
 
 
-def _finished(processor: ImageProcessor | None, batches: list[Batch] | DataError) -> list[Batch] | DataError:
-    for batch in [] if isinstance(batches, DataError) else batches:
+def _finished(processor: ImageProcessor | None, made: Iterator[Batch]) -> list[Batch] | DataError:
+    try:
+        batches = list(made)
+    except DataError as error:
+        return alone(error)
+    for batch in batches:
         _finish_(processor, batch)
     return batches
 
 
-def _handed_over(processor: ImageProcessor | None, batches: list[Batch] | DataError) -> _Parcel | DataError:
-    return batches if isinstance(batches, DataError) else _Parcel(processor, batches)
+def _handed_over(processor: ImageProcessor | None, made: Iterator[Batch]) -> _Parcel | DataError:
+    try:
+        return _Parcel(processor, made)
+    except DataError as error:
+        return alone(error)
 
 
 class _Place(NamedTuple):
@@ -102,41 +118,65 @@ class _Place(NamedTuple):
 
 
 class _Parcel:
-    """The micro-batches of a step, all tensors in one piece of shared memory, pictures as bytes.
+    """The micro-batches of a step, all tensors in one nameless file in memory, pictures as bytes.
 
     Pixel values are made of the bytes where they are used: as float32 they would take four times the memory in every
-    step that waits, and most of the time of a step's way to the rank.
+    step that waits, and most of the time of a step's way to the rank. Each batch is written when it is made, and not
+    mapped: a worker holds one of them at a time.
     """
 
-    def __init__(self, processor: ImageProcessor | None, batches: list[Batch]) -> None:
+    def __init__(self, processor: ImageProcessor | None, made: Iterator[Batch]) -> None:
         self.processor = processor
         self.batches: list[dict[str, Any]] = []
-        tensors: list[tuple[_Place, torch.Tensor]] = []
-        size = 0
-        for batch in batches:
-            self.batches.append(placed := dict(batch))
-            for key, value in batch.items():
-                if isinstance(value, torch.Tensor):
-                    placed[key] = place = _Place(size, value.dtype, value.shape)
-                    tensors.append((place, value))
-                    size += -(-value.nbytes // ALIGNED) * ALIGNED
-        self.memory = torch.tensor([], dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
-        for place, tensor in tensors:
-            self._at(place).copy_(tensor)
+        self.size = 0
+        descriptor = _nameless_file()
+        try:
+            for batch in made:
+                self.batches.append({k: self._put(descriptor, v) for k, v in batch.items()})
+            os.truncate(descriptor, self.size)
+            self.descriptor = multiprocessing.reduction.DupFd(descriptor)
+        finally:
+            os.close(descriptor)
 
-    def _at(self, place: _Place) -> torch.Tensor:
-        end = place.start + place.shape.numel() * place.dtype.itemsize
-        return self.memory[place.start : end].view(place.dtype).view(place.shape)
+    def _put(self, descriptor: int, value: Any) -> Any:
+        """Writes a tensor behind the others, and says where; what else a batch holds stays as it is."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        place = _Place(self.size, value.dtype, value.shape)
+        left = value.contiguous().flatten().view(torch.uint8).numpy().data
+        at = place.start
+        while left:
+            written = os.pwrite(descriptor, left, at)
+            left, at = left[written:], at + written
+        self.size += max(1, -(-value.nbytes // ALIGNED)) * ALIGNED
+        return place
 
     def unpacked(self) -> list[Batch]:
-        """The batches, whose tensors lie in the shared memory still."""
-        batches = [{k: self._at(v) if isinstance(v, _Place) else v for k, v in b.items()} for b in self.batches]
+        """The batches, whose tensors but the pictures lie in the file still."""
+        descriptor = self.descriptor.detach()
+        try:
+            memory = torch.frombuffer(mmap.mmap(descriptor, self.size), dtype=torch.uint8)
+        finally:
+            os.close(descriptor)
+        batches = [{k: _at(memory, v) if isinstance(v, _Place) else v for k, v in b.items()} for b in self.batches]
         for batch in batches:
             _finish_(self.processor, batch)
         return batches
 
     def pin_memory(self) -> list[Batch]:
         """The same in page-locked memory; torch's DataLoader calls this in a thread of its own."""
-        return [
-            {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in self.unpacked()
-        ]
+        batches = self.unpacked()
+        return [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in batches]
+
+
+def _at(memory: torch.Tensor, place: _Place) -> torch.Tensor:
+    end = place.start + place.shape.numel() * place.dtype.itemsize
+    return memory[place.start : end].view(place.dtype).view(place.shape)
+
+
+def _nameless_file() -> int:
+    """Descriptor of a file in memory, on Linux; elsewhere on the disk."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("zero_ds")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
