@@ -306,6 +306,15 @@ def test_added_tokens_that_are_words_stay_tokens() -> None:
         assert words.convert_tokens_to_ids(token) in ids
 
 
+def test_texts_are_those_of_the_tokenizer_whatever_was_asked_of_it_before() -> None:
+    """Its core is asked without transformers; a call that pads and cuts leaves the core set to do so."""
+    texts = ["The shape", "", "<|eot_id|> is typed", " a longer text of several words\n", "The shape"]
+    words = tiny.tokenizer()
+    expected = [words(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
+    words(texts, padding="max_length", max_length=3, truncation=True)
+    assert ChatTemplate(words).encode_texts(texts) == expected
+
+
 # -- templates that cannot be used -------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from zero_ds.data.conversations import IGNORE
@@ -25,8 +26,8 @@ def collate(samples: Sequence[dict[str, Any]], pad_id: int, image_size: int | No
     """Pads to the longest sample; no sample at all gives one row of one token without a label.
 
     Returns input_ids, labels, responses, attention_mask: (batch, seq), responses numbered through the batch;
-    pixel_values: (max(views, 1), 3, size, size), one blank picture where the batch has none, because every rank runs
-    the encoder exactly once a micro-batch; lengths: (samples,), tokens; ids.
+    pixel_values: (max(views, 1), 3, size, size), of the samples' type, one blank picture in float32 where the batch has
+    none, because every rank runs the encoder exactly once a micro-batch; lengths: (samples,), tokens; ids.
     """
     batch = collate_rows([[sample] for sample in samples], pad_id, image_size)
     del batch["position_ids"]
@@ -41,30 +42,30 @@ def collate_rows(rows: Sequence[Sequence[dict[str, Any]]], pad_id: int, image_si
     rows = rows or [[]]
     length = max(1, *(sum(len(sample["input_ids"]) for sample in row) for row in rows))
     shape = (len(rows), length)
-    input_ids, labels, responses = (torch.full(shape, value) for value in (pad_id, IGNORE, -1))
-    mask, positions = torch.zeros(2, *shape, dtype=torch.long)
+    input_ids, labels, responses = (np.full(shape, value) for value in (pad_id, IGNORE, -1))
+    mask, positions = np.zeros((2, *shape), np.int64)
     numbered = 0
     for number, row in enumerate(rows):
         start = 0
         for sample in row:
             place = (number, slice(start, start := start + len(sample["input_ids"])))
-            input_ids[place] = torch.tensor(sample["input_ids"])
-            labels[place] = torch.tensor(sample["labels"])
+            input_ids[place] = sample["input_ids"]
+            labels[place] = sample["labels"]
             labels[number, place[1].start] = IGNORE
             mask[place] = 1
-            positions[place] = torch.arange(len(sample["input_ids"]))
-            own = torch.tensor(sample["responses"])
-            responses[place] = torch.where(own >= 0, own + numbered, own)
+            positions[place] = np.arange(len(sample["input_ids"]))
+            own = np.array(sample["responses"])
+            responses[place] = np.where(own >= 0, own + numbered, own)
             numbered += int(own.max()) + 1
-        positions[number, start:] = torch.arange(length - start)
+        positions[number, start:] = np.arange(length - start)
         mask[number, 0] = 1  # also in an empty row: no position may attend to nothing
     samples = [sample for row in rows for sample in row]
     batch: Batch = {
-        "input_ids": input_ids,
-        "labels": labels,
-        "responses": responses,
-        "attention_mask": mask,
-        "position_ids": positions,
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "responses": torch.from_numpy(responses),
+        "attention_mask": torch.from_numpy(mask),
+        "position_ids": torch.from_numpy(positions),
         "lengths": torch.tensor([len(sample["input_ids"]) for sample in samples], dtype=torch.long),
         "ids": [sample["id"] for sample in samples],
     }

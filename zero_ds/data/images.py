@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,11 +39,17 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
     Raises:
         ImageError: missing, unreadable, truncated or oversized file.
     """
-    with contextlib.nullcontext(path) if isinstance(path, Image.Image) else _opened(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
-            image = Image.fromarray(_eight_bits(np.asarray(image)))
-        return image.convert("RGB")
+    if isinstance(path, Image.Image):
+        return _as_rgb(ImageOps.exif_transpose(path))
+    with _opened(path) as file:
+        ImageOps.exif_transpose(file, in_place=True)  # nobody else's: no copy
+        return _as_rgb(file)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -160,7 +165,11 @@ class ImageProcessor:
         return 1 if rows * columns == 1 else 1 + rows * columns
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture -> its views: (views, 3, size, size) float32, the whole first, then tiles row by row."""
+        """RGB picture -> pixel values of its views: (views, 3, size, size) float32."""
+        return self.normalized(self.squares(image))
+
+    def squares(self, image: Image.Image) -> torch.Tensor:
+        """RGB picture -> its views as bytes: (views, 3, size, size) uint8, the whole first, then tiles row by row."""
         rows, columns = self.tiling(*image.size)
         squares = [self._fitted(image, 1, 1)]
         if rows * columns > 1:
@@ -170,11 +179,18 @@ class ImageProcessor:
                 for row in range(rows)
                 for column in range(columns)
             ]
-        pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)
-        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        views = np.empty((len(squares), 3, self.size, self.size), np.uint8)
+        for view, square in zip(views, squares, strict=True):
+            view[:] = np.asarray(square).transpose(2, 0, 1)
+        return torch.from_numpy(views)
+
+    def normalized(self, views: torch.Tensor) -> torch.Tensor:
+        """Bytes of `squares`, or of several pictures' -> pixel values of the same shape, float32."""
+        pixels = torch.empty(views.shape, dtype=torch.float32)
         mean, std = (torch.tensor(channels)[:, None, None] for channels in (self.mean, self.std))
-        # channels first: long rows of one constant, and nothing is copied
-        return pixels.div_(255.0).sub_(mean).div_(std)
+        for new, view in zip(pixels, views, strict=True):  # one by one they stay in the processor's cache
+            new.copy_(view).div_(255.0).sub_(mean).div_(std)
+        return pixels
 
     def _fitted(self, image: Image.Image, rows: int, columns: int) -> Image.Image:
         """The picture in the middle of so many squares, padded with the mean colour, resized."""
@@ -183,13 +199,18 @@ class ImageProcessor:
         height = max(image.height, -(-image.width * rows // columns))
         left, top = (width - image.width) // 2, (height - image.height) // 2
         across, down = columns * self.size, rows * self.size
+        if (width, height) == image.size:
+            return image.resize((across, down), self.resample)
         # Pillow resizes rows first, each for itself, then columns: so the padded picture, which may be a hundred times
         # as large as the picture, is never made as a whole
         narrow = Image.new("RGB", (across, height), fill)
+        if width == image.width:
+            narrow.paste(image.resize((across, image.height), self.resample), (0, top))
+            return narrow.resize((across, down), self.resample)
         step = max(1, BAND // width)
         for start in range(0, image.height, step):
             end = min(start + step, image.height)
             band = Image.new("RGB", (width, end - start), fill)
-            band.paste(image.crop((0, start, image.width, end)), (left, 0))
+            band.paste(image, (left, -start))
             narrow.paste(band.resize((across, end - start), self.resample), (0, top + start))
         return narrow.resize((across, down), self.resample)

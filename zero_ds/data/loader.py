@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import gc
 import logging
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.batches import Batch, collate, collate_rows, plan_number, plan_rows
@@ -31,6 +27,7 @@ from zero_ds.data.conversations import (
 from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Records, Sample
+from zero_ds.data.workers import alone, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +80,16 @@ class SampleEncoder:
         return [count * self.tokens_per_image for count in views]
 
     def pixels(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
-        """Views of the first so many pictures of a sample, or of all: (views, 3, size, size).
+        """Pixel values of the first so many pictures of a sample, or of all: (views, 3, size, size), float32.
+
+        Raises:
+            DataError: as `squares`.
+        """
+        squares = self.squares(sample, pictures)
+        return squares.float() if self.processor is None else self.processor.normalized(squares)
+
+    def squares(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
+        """The same as bytes, which are not normalised yet: (views, 3, size, size), uint8.
 
         Raises:
             DataError: a picture that cannot be read, or one in a stage without an encoder.
@@ -93,13 +99,13 @@ class SampleEncoder:
                 raise DataError(
                     f"sample {named(sample.id)} has an image, but this stage has no vision encoder; drop image samples"
                 )
-            return torch.zeros(0, 3, 0, 0)
+            return torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
         try:
-            views = [self.processor(open_image(path)) for path in sample.images[:pictures]]
+            views = [self.processor.squares(open_image(path)) for path in sample.images[:pictures]]
         except ImageError as error:
             raise DataError(f"sample {named(sample.id)}: {error}") from None
         if not views:
-            return torch.zeros(0, 3, self.processor.size, self.processor.size)
+            return torch.zeros(0, 3, self.processor.size, self.processor.size, dtype=torch.uint8)
         return views[0] if len(views) == 1 else torch.cat(views)
 
     def tokens(self, sample: Sample) -> Encoded:
@@ -120,7 +126,7 @@ class SampleEncoder:
         return encoded
 
     def __call__(self, sample: Sample) -> dict[str, Any]:
-        """-> input_ids, labels, responses (lists of int), pixels (views, 3, size, size), id.
+        """-> input_ids, labels, responses (lists of int), pixels (views, 3, size, size) as bytes, id.
 
         Raises:
             TooLongError, DataError: as `tokens`, or a picture that cannot be read.
@@ -129,7 +135,7 @@ class SampleEncoder:
 
     def with_pixels(self, sample: Sample, encoded: Encoded) -> dict[str, Any]:
         """What `tokens` made of a sample, and its pictures, as __call__ returns it."""
-        pixels = self.pixels(sample, encoded.images)
+        pixels = self.squares(sample, encoded.images)
         if self.processor is not None and len(pixels) * self.tokens_per_image != encoded.input_ids.count(IMAGE_TOKEN):
             raise DataError(
                 f"sample {named(sample.id)} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} "
@@ -207,70 +213,26 @@ class Loader:
         Raises:
             DataError: a sample that cannot be used, unless bad ones are skipped.
         """
-        stream = DataLoader(
-            _Steps(self),
-            sampler=range(first, last),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=self.workers,
-            multiprocessing_context="fork" if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_begin_worker,
-        )
-        others = multiprocessing.active_children()
-        batches_of_steps = iter(stream)
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-
-        def end() -> None:
-            """At the exit of a rank that failed: Python would ask them to end, which they do not hear, and wait."""
-            for process in workers:
-                process.kill()
-
-        atexit.register(end)
-        try:
-            for batches in batches_of_steps:
-                if isinstance(batches, DataError):
-                    raise batches
-                yield batches
-        finally:
-            atexit.unregister(end)
+        yield from steps_of(_Steps(self), first, last, self.workers, self.encoder.processor)
 
 
-def _begin_worker(worker: int) -> None:
-    """A signal to all processes of a job asks the ranks to commit and stop; their workers end with them.
-
-    What the rank has loaded is not looked through for garbage: that alone would copy every page of it.
-    """
-    gc.freeze()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _as_it_is(batches: Any) -> Any:
-    return batches
-
-
-class _Steps(Dataset[list[Batch] | DataError]):
-    """Number of a step -> a rank's micro-batches; holds no state, so any step can be the first.
-
-    A bad sample comes out as its error, which the loader raises: a worker process would wrap it in its own traceback.
-    """
+class _Steps(Dataset[Iterator[Batch]]):
+    """Number of a step -> a rank's micro-batches, made one by one; holds no state, so any step can be the first."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
         self._order: tuple[int, Sequence[int]] = (-1, [])
         self._window: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
 
-    def __getitem__(self, step: int) -> list[Batch] | DataError:
+    def __getitem__(self, step: int) -> Iterator[Batch]:
         numbers = [self.index(step * self.loader.global_batch + i) for i in range(self.loader.global_batch)]
         plan, rows = self._packed(numbers) if self.loader.packing else self._plain(numbers)
         size = self.loader.encoder.processor.size if self.loader.encoder.processor else None
-        batches = []
         for micro in rows:
             wrong = [sample for row in micro for sample in row if isinstance(sample, DataError)]
             skipped = [error for error in wrong if not isinstance(error, TooLongError)]
             if skipped and not self.loader.skip_bad:
-                return skipped[0]
+                raise skipped[0]
             good = [[sample for sample in row if isinstance(sample, dict)] for row in micro]
             if self.loader.packing:
                 batch = collate_rows([row for row in good if row], self.loader.pad_id, size)
@@ -279,41 +241,44 @@ class _Steps(Dataset[list[Batch] | DataError]):
             batch["skipped"] = [str(error) for error in skipped]
             batch["too_long"] = [str(error) for error in wrong if isinstance(error, TooLongError)]
             batch["plan"] = plan_number(plan)
-            batches.append(batch)
-        return batches
+            yield batch
 
-    def _plain(self, numbers: list[int]) -> tuple[Any, list[_Rows]]:
-        """What all ranks should agree on, and for each micro-batch its rows, of one sample each."""
+    def _plain(self, numbers: list[int]) -> tuple[Any, Iterator[_Rows]]:
+        """What all ranks should agree on, and for each micro-batch its rows, of one sample each.
+
+        They are made one after the other: a step's samples besides its batches would take as much memory again.
+        """
         loader = self.loader
         share = loader.global_batch // loader.world_size
         mine = numbers[loader.rank * share : (loader.rank + 1) * share]
-        samples = [self._encoded(number) for number in mine]
-        return numbers, [
-            [[s] for s in samples[i : i + loader.micro_batch]] for i in range(0, share, loader.micro_batch)
-        ]
+        places = range(0, share, loader.micro_batch)
+        return numbers, ([[self._encoded(number)] for number in mine[i : i + loader.micro_batch]] for i in places)
 
-    def _packed(self, numbers: list[int]) -> tuple[Any, list[_Rows]]:
+    def _packed(self, numbers: list[int]) -> tuple[Any, Iterator[_Rows]]:
         """As `_plain`, with rows of several samples each, from a plan over the whole step."""
         loader = self.loader
         texts = [self._tokens(number) for number in numbers]
         lengths = [0 if isinstance(text, DataError) else len(text.input_ids) for text in texts]
         side_by_side = loader.micro_batch * loader.world_size
         plan = plan_rows(lengths, loader.encoder.max_length, side_by_side)
-        first = loader.rank * loader.micro_batch
-        micros: list[_Rows] = []
-        for start in range(first, len(plan), side_by_side):
-            rows = plan[start : start + loader.micro_batch]
-            micros.append([[self._encoded(numbers[n], texts[n]) for n in row] for row in rows])
         share = loader.global_batch // loader.world_size
         wrong = [text for text in texts[loader.rank * share : (loader.rank + 1) * share] if isinstance(text, DataError)]
-        micros[0].append([*wrong])  # counted here, where their place would have been
-        return [numbers, plan], micros
+
+        def micros() -> Iterator[_Rows]:
+            first = loader.rank * loader.micro_batch
+            for start in range(first, len(plan), side_by_side):
+                rows: _Rows = [
+                    [self._encoded(numbers[n], texts[n]) for n in row] for row in plan[start:][: loader.micro_batch]
+                ]
+                yield [*rows, [*wrong]] if start == first else rows  # counted here, where their place would have been
+
+        return [numbers, plan], micros()
 
     def _tokens(self, number: int) -> Encoded | DataError:
         try:
             return self.loader.encoder.tokens(self.loader.records[number])
         except DataError as error:
-            return error
+            return alone(error)
 
     def _encoded(self, number: int, text: Encoded | DataError | None = None) -> dict[str, Any] | DataError:
         try:
@@ -322,7 +287,7 @@ class _Steps(Dataset[list[Batch] | DataError]):
                 return self.loader.encoder.with_pixels(sample, text)
             return self.loader.encoder(sample)
         except DataError as error:
-            return error
+            return alone(error)
 
     def index(self, position: int) -> int:
         """Which sample stands at a position of the run."""
