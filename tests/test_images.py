@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from zero_ds.config import ConfigError
 from zero_ds.data.images import MAX_PIXELS, ImageError, ImageProcessor, image_size, open_image
@@ -142,13 +142,17 @@ def test_a_rare_format_under_a_common_name(tmp_path: Path) -> None:
     refused(tmp_path / "a.jpg", "cannot be read")
 
 
+@pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
-def test_truncated(tmp_path: Path, name: str) -> None:
+def test_truncated(tmp_path: Path, name: str, lenient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a library has told Pillow to fill up what is missing, as lmms-eval does."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     noise = Image.effect_noise((200, 200), 90).convert("RGB")
     path = saved(tmp_path, noise, name)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     refused(path, "cannot be read")
+    assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from zero_ds.config import ConfigError
 from zero_ds.data.formats import named
@@ -46,6 +46,20 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
         return _as_rgb(file)
 
 
+@contextmanager
+def whole_pictures() -> Iterator[None]:
+    """A block in which a picture that ends too early is an error, and not filled up with grey.
+
+    lmms-eval (0.7.3) has Pillow fill up all pictures of its process, for the sake of one data set.
+    """
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
         image = Image.fromarray(_eight_bits(np.asarray(image)))
@@ -75,7 +89,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The file with what is wrong with it as ImageErrors, here and in the block."""
     name = named(str(path), PATH_SHOWN)
     try:
-        with open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
+        with whole_pictures(), open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS or max(file.size) > MAX_SIDE:
                 raise ImageError(
                     f"image {name} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read, and "

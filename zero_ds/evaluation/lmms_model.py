@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from PIL import Image, ImageFile
+from PIL import Image
 from tqdm import tqdm
 
 from zero_ds import distributed
 from zero_ds.config import ConfigError
 from zero_ds.data.conversations import PLACEHOLDER, Turn
+from zero_ds.data.images import whole_pictures
 from zero_ds.deepspeed_config import fast_dtype
 from zero_ds.evaluation.lookup import check_limit, raised_by_pillow, said
 from zero_ds.generate import Choice, Query, Reply
@@ -173,20 +173,6 @@ class ZeroDs(lmms):
 def _name(request: Instance) -> str:
     *_, number, task, _ = request.args
     return f"{task}/{number}"
-
-
-@contextmanager
-def whole_pictures() -> Iterator[None]:
-    """A block in which a picture that ends too early is an error, and not filled up with grey.
-
-    lmms-eval (0.7.3) has Pillow fill up all of them, for the sake of one data set.
-    """
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _asked(text: str, pictures: int) -> Turn:

@@ -16,8 +16,9 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from tenacity import RetryError
 
 from zero_ds import distributed
+from zero_ds.data.images import whole_pictures
 from zero_ds.evaluation.figures import task_scores
-from zero_ds.evaluation.lmms_model import ZeroDs, whole_pictures
+from zero_ds.evaluation.lmms_model import ZeroDs
 from zero_ds.evaluation.lookup import Lookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.results import Measured, Score
 from zero_ds.evaluation.suites import BINARY_PROMPT, Request, Task
