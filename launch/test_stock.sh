@@ -15,19 +15,13 @@
 #   EXPORT=some/export launch/test_stock.sh pipeline vllm
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-case "${1:-}" in -h | --help)
-  sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
-  exit 0 ;;
-esac
-
+help_if_asked "$@"
 steps=" ${*:-tiny pipeline lmms} "
 for step in $steps; do
   case "$step" in tiny | pipeline | lmms | vllm) ;; *) fail "$step is no step; choose tiny, pipeline, lmms or vllm" ;; esac
 done
 use_venv
-runs="${RUNS:-runs}"
-export_folder="${EXPORT:-$runs/quickstart/export}"
-target="$HOME/.cache/zero_ds/smollm2-135m-instruct"
+export_folder="${EXPORT:-${RUNS:-runs}/quickstart/export}"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 
@@ -62,11 +56,11 @@ if [[ "$steps" == *" tiny "* ]]; then
 fi
 [[ "$steps" =~ pipeline|lmms|vllm ]] || exit 0
 
+demo_graft
 [ -f "$export_folder/config.json" ] || fail "$export_folder holds no export; run launch/quickstart.sh first"
 export_folder="$(cd "$export_folder" && pwd)"
 say "The source's answers"
-python tools/ask_source.py run "$runs/quickstart/encoder" --target "$target" --records "$runs/demo/data/heldout.json" \
-  --out "$scratch"
+python tools/ask_source.py run "$run" --target "$target" --records "$records" --out "$scratch"
 for step in pipeline lmms; do
   [[ "$steps" == *" $step "* ]] || continue
   say "Answers of $step"
