@@ -60,8 +60,8 @@ def own_memory(data: Path, model: str, workers: int) -> list[float]:
     template = ChatTemplate(load_tokenizer(local_folder(model)))
     encoder = WithoutPictures(template, "response", None, 576, 2048)
     records = Records([SourceConfig(path=str(data))])
-    stream = Loader(records, encoder, 128, 8, 0, 1, 0, 0, workers=workers).steps(0, 200)
-    for _ in range(50):
+    stream = Loader(records, encoder, 128, 8, 0, 1, 0, 0, workers=workers).steps(0, 300)
+    for _ in range(200):  # what a worker fails to give back shows late
         next(stream)
     maps = [process.memory_maps(grouped=False) for process in psutil.Process().children()]
     found = [sum(part.private_dirty for part in parts) / 1e6 for parts in maps]
