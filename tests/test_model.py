@@ -19,6 +19,7 @@ from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN
 from zero_ds.encoders import ENCODERS, encoder_of
 from zero_ds.families import FAMILIES, family_of
 from zero_ds.hub import local_folder
+from zero_ds.losses import supervised_rows
 from zero_ds.model import Assembly, VisionLanguageModel, assemble, match_embeddings_
 from zero_ds.surrogate import Replaced, build_surrogate
 
@@ -289,3 +290,30 @@ def test_nothing_is_dropped_at_random(made: Callable[..., Path], tmp_path: Path)
     ids = torch.arange(3, 13)[None]
     first, second = (model.hidden_states(ids, torch.ones_like(ids)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_pass_asks_the_device_for_nothing(build: Callable[..., VisionLanguageModel], images: int) -> None:
+    """On a GPU each question ends the head start that the host has. Tensors without values cannot answer one.
+
+    With eager attention: for the others transformers asks, once a pass, whether anything is padded.
+    """
+    model = build()
+    model.decoder.set_attn_implementation("eager")  # type: ignore[operator]
+    inputs = batch(model, images=images)
+    known = {
+        "rows": supervised_rows(inputs["labels"]),
+        "image_places": (inputs["input_ids"] == IMAGE_TOKEN).nonzero(as_tuple=True),
+    }
+    expected = model(**inputs)
+    torch.testing.assert_close(model(**inputs | known), expected, rtol=0, atol=0)
+
+    model.to("meta")
+    inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    known = {name: tuple(indices.to("meta") for indices in places) for name, places in known.items()}
+    found = model(**inputs | known)
+    found.total.backward()
+    assert found.tokens.shape == expected.tokens.shape
+    for name in known:
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            model(**inputs | {key: value for key, value in known.items() if key != name})

@@ -187,7 +187,7 @@ class PreviewConfig(Section):
 
 WITHOUT_EFFECT = (
     *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
-    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward"),
+    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward", "compile"),
 )
 """Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
 
@@ -227,6 +227,9 @@ class RunConfig(Section):
     """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     activation_checkpointing: bool = True
+    compile: bool = False
+    """Let torch compile decoder layers (the first steps take a minute longer): fewer passes over memory, and less kept
+    for the backward pass. Needs a C++ compiler."""
     short_backward: bool = True
     """Without a picture in the global batch the backward pass ends at the first layer that learns; the same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from zero_ds.config import ConfigError, DistillConfig
-from zero_ds.losses import hidden_distillation_sum, logit_distillation_sum, next_token_losses, weighted_sum
+from zero_ds.losses import Places, hidden_distillation_sum, logit_distillation_sum, next_token_losses, weighted_sum
 from zero_ds.model import VisionLanguageModel, gathered, zero_init
 from zero_ds.pretrained import decoder_tensors, text_config
 
@@ -95,14 +95,14 @@ class Teacher(nn.Module):
         logits: torch.Tensor,
         tokens: torch.Tensor,
         labels: torch.Tensor,
-        rows: torch.Tensor,
+        rows: Places,
         attention_mask: torch.Tensor,
         token_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What is added to the next-token loss, summed over supervised tokens (float32 scalar).
 
         logits, tokens: (n, vocabulary) and (n,), the forward pass's own scores and cross-entropies at the n positions
-        that predict a label, which `rows` (batch, seq) marks; labels, attention_mask, token_weights: (batch, seq), as
+        that predict a label, which `rows` names; labels, attention_mask, token_weights: (batch, seq), as
         the forward pass got them. Adds the weighted distillation losses and, as far as `next_token` < 1, takes back the
         translators' share of the next-token loss: its gradient to them, without any to what lies before them, and
         without value. In the hidden term every position counts like a supervised token.

@@ -6,13 +6,15 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from zero_ds import distributed, kernels
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.batches import INPUTS, Batch
-from zero_ds.losses import length_classes, sums_by_length
+from zero_ds.data.loader import image_positions
+from zero_ds.losses import length_classes, sums_by_length, supervised_rows
 from zero_ds.model import VisionLanguageModel
 from zero_ds.optimizer_state import OptimizerState, parameter_shape
 from zero_ds.stages import Part, learning_rate
@@ -63,8 +65,6 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        from zero_ds import distributed
-
         self.config = config
         self.named: dict[str, torch.nn.Parameter] = {n: p for group in groups.values() for n, p in group}
         self.parts = {part: [name for name, _ in group] for part, group in groups.items()}
@@ -78,8 +78,12 @@ class Engine:
             weight_decay=config.optimizer.weight_decay,
             fused=True,  # one pass over memory instead of a dozen; 9 times faster on a CPU
         )
+        layers = list(model.family.layers(model.decoder))
         if ds["zero_optimization"]["stage"] == 3:
-            _frozen_layers_as_leaves(model)
+            layers = _layers_as_leaves(model)
+        if config.compile:
+            kernels.check_compiler()
+            kernels.compile_(layers)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]
@@ -104,22 +108,19 @@ class Engine:
         """
         for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
             group["lr"] = rate * self.factor(step)
-        norm = 0.0
-        share, by_length = 0.0, torch.zeros(len(length_classes()), 2, dtype=torch.float64)
+        norm, share = 0.0, 0.0
+        shares: list[torch.Tensor] = []
+        tokens: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # their number may vary
-            inputs = {k: batch[k].to(self.engine.device, non_blocking=True) for k in INPUTS if k in batch}
-            outcome = self.engine(**inputs, text_only=self.short_backward and pictures == 0)
+            outcome = self.engine(**self._inputs(batch), text_only=self.short_backward and pictures == 0)
             loss = outcome.total / max(1.0, supervised_tokens)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the loss of step {step + 1} is {value}; samples: {', '.join(batch['ids'])}. Nothing was updated."
-                )
-            share += value
-            by_length += sums_by_length(outcome.tokens.cpu(), batch["labels"], batch["responses"])
+            shares.append(loss.detach())
+            tokens.append(outcome.tokens)
             self.engine.backward(loss * (self.accumulation * self.world_size))
             if self.engine.is_gradient_accumulation_boundary():
+                # read behind the passes: a GPU has work while the host waits for its numbers
+                share = self._finite_sum(shares, batches, step)
                 norm = self._unsharded_norm()
                 self._look_for_gradients(pictures > 0)
                 if not math.isfinite(norm):
@@ -129,7 +130,35 @@ class Engine:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
             if not math.isfinite(norm) and not self.scaled:  # DeepSpeed leaves such a step out, and says nothing
                 self._refuse_gradient(step)
+        by_length = torch.zeros(len(length_classes()), 2, dtype=torch.float64)
+        for of_batch, batch in zip(tokens, batches, strict=True):
+            by_length += sums_by_length(of_batch.cpu(), batch["labels"], batch["responses"])
         return StepResult(share, norm, by_length)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the forward pass takes, on the device, with what it would have to ask the device for."""
+        device = self.engine.device
+        inputs: dict[str, Any] = {k: batch[k].to(device, non_blocking=True) for k in INPUTS if k in batch}
+        known = {
+            "rows": supervised_rows(batch["labels"]),
+            "image_places": image_positions(batch["input_ids"]).nonzero(as_tuple=True),
+        }
+        return inputs | {k: tuple(t.to(device, non_blocking=True) for t in places) for k, places in known.items()}
+
+    @staticmethod
+    def _finite_sum(shares: list[torch.Tensor], batches: list[Batch], step: int) -> float:
+        """The rank's share of the loss.
+
+        Raises:
+            FloatingPointError: as `step`.
+        """
+        values: list[float] = torch.stack(shares).tolist()
+        for value, batch in zip(values, batches, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss of step {step + 1} is {value}; samples: {', '.join(batch['ids'])}. Nothing was updated."
+                )
+        return sum(values)
 
     def _gathers_nothing(self) -> bool:
         """Whether every parameter is whole on every rank.
@@ -140,6 +169,7 @@ class Engine:
         return self.stage < 3 or all(getattr(p, "ds_persist", False) for p in self.model.parameters())
 
     def _refuse_gradient(self, step: int) -> None:
+        distributed.barrier()  # a rank whose loss is not finite does not come here: what it says is said
         raise FloatingPointError(
             f"the gradient of step {step + 1} is not finite, though the loss is; the step was not made. Lower the "
             "rate, or try precision=fp32."
@@ -208,18 +238,20 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return parameter_shape(parameter).numel()
 
 
-def _frozen_layers_as_leaves(model: Any) -> None:
-    """Lets ZeRO-3 treat a frozen decoder layer as one unit: hooks around the layer instead of around each of its parts.
+def _layers_as_leaves(model: VisionLanguageModel) -> list[torch.nn.Module]:
+    """Lets ZeRO-3 treat a decoder layer as one unit: hooks around the layer instead of around each of its parts.
 
-    Layers that train stay as they are: DeepSpeed (0.19) releases a leaf whose input has no gradient before the
-    gradients of its weights are there.
+    Layers that train stay as they are unless the embeddings train, too: DeepSpeed (0.19) releases a leaf whose input
+    has no gradient before the gradients of its weights are there. Returns the layers that are units.
     """
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
-    kind = type(model.family.layers(model.decoder)[0])
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, kind) and not any(p.requires_grad for p in module.parameters())
-    ]
-    set_z3_leaf_modules_by_name(model, names)
+    words: Any = cast(Any, model.decoder).get_input_embeddings()
+    layers = {
+        f"decoder.{name}": module
+        for name, module in model.decoder.named_modules()
+        if any(module is layer for layer in model.family.layers(model.decoder))
+        and (words.weight.requires_grad or not any(p.requires_grad for p in module.parameters()))
+    }
+    set_z3_leaf_modules_by_name(model, list(layers))
+    return list(layers.values())

@@ -12,16 +12,17 @@ from zero_ds.config import DynamicLossConfig
 from zero_ds.data.conversations import IGNORE
 from zero_ds.vocabulary import cross_entropies, divergences
 
+Places = tuple[torch.Tensor, ...]
+"""Indices of n positions of a batch, by rows and within them: ((n,), (n,)), int64. `hidden[places]` is (n, hidden)."""
 
-def supervised_rows(labels: torch.Tensor) -> torch.Tensor:
-    """Mask of the positions whose hidden state predicts a label: (batch, seq) -> (batch, seq).
+
+def supervised_rows(labels: torch.Tensor) -> Places:
+    """The n positions whose hidden state predicts a label: (batch, seq) -> ((n,), (n,)).
 
     The state at position i predicts the token at i + 1. Logits are computed for these rows only: the vocabulary is wide
-    and most positions are image or prompt.
+    and most positions are image or prompt. Indices, not a mask: how many a mask holds, a GPU would have to be asked.
     """
-    rows = torch.zeros_like(labels, dtype=torch.bool)
-    rows[:, :-1] = labels[:, 1:] != IGNORE
-    return rows
+    return (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
 
 
 class Loss(NamedTuple):
@@ -33,16 +34,16 @@ class Loss(NamedTuple):
     """Cross-entropy of each supervised token, unweighted: (n,), float32, without gradient."""
 
 
-def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, rows: Places) -> torch.Tensor:
     """Cross-entropy of every supervised token: (n,), float32.
 
-    logits: (n, vocabulary), at the n positions that `rows` (batch, seq) marks; labels: (batch, seq).
+    logits: (n, vocabulary), at the n positions that `rows` names; labels: (batch, seq).
     """
     return cross_entropies(logits, supervised(labels, rows))
 
 
 def next_token_sum(
-    logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, token_weights: torch.Tensor | None = None
+    logits: torch.Tensor, labels: torch.Tensor, rows: Places, token_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Cross-entropy summed over the supervised tokens, float32 scalar; zero, and part of the graph, if there is none.
 
@@ -51,14 +52,14 @@ def next_token_sum(
     return weighted_sum(next_token_losses(logits, labels, rows), rows, token_weights)
 
 
-def weighted_sum(losses: torch.Tensor, rows: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
-    """(n,) losses of the supervised tokens -> scalar; token_weights, if any, and rows: (batch, seq)."""
+def weighted_sum(losses: torch.Tensor, rows: Places, token_weights: torch.Tensor | None) -> torch.Tensor:
+    """(n,) losses of the supervised tokens, which `rows` names -> scalar; token_weights, if any: (batch, seq)."""
     return losses.sum() if token_weights is None else (losses * supervised(token_weights, rows)).sum()
 
 
-def supervised(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Values that stand beside the labels which `rows` predicts: (batch, seq), (batch, seq) -> (n,)."""
-    return values[:, 1:][rows[:, :-1]]
+def supervised(values: torch.Tensor, rows: Places) -> torch.Tensor:
+    """Values that stand beside the n labels which `rows` predict: (batch, seq) -> (n,)."""
+    return values[rows[0], rows[1] + 1]
 
 
 def count_supervised(labels: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ from zero_ds.data.images import ImageProcessor
 from zero_ds.data.loader import SampleEncoder, image_positions
 from zero_ds.encoders import EncoderFamily, encoder_of
 from zero_ds.families import Family, family_of
-from zero_ds.losses import Loss, next_token_losses, supervised_rows, weighted_sum
+from zero_ds.losses import Loss, Places, next_token_losses, supervised_rows, weighted_sum
 from zero_ds.pretrained import load_complete, load_decoder
 from zero_ds.surrogate import LayerPlan, read_surrogate
 
@@ -163,18 +163,25 @@ class VisionLanguageModel(nn.Module):
             features = cast(torch.Tensor, self.boundary(features))
         return cast(torch.Tensor, self.aligner(features)) if self.aligner is not None else features
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Word embeddings with image features at the image positions: (batch, seq) -> (batch, seq, hidden)."""
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, places: Places | None = None
+    ) -> torch.Tensor:
+        """Word embeddings with image features at the image positions: (batch, seq) -> (batch, seq, hidden).
+
+        places: indices of the image positions, where they are known without asking the device.
+        """
         images = image_positions(input_ids)
         embeddings = cast(Any, self.decoder).get_input_embeddings()(input_ids.masked_fill(images, 0))
         if pixel_values is None or self.encoder is None:
             return cast(torch.Tensor, embeddings)
         features = self.image_features(pixel_values).to(embeddings.dtype)
-        if not images.any():  # the dummy picture of a text-only batch: in the graph on every rank, without effect
+        places = places or images.nonzero(as_tuple=True)
+        if not len(places[0]):  # the dummy picture of a text-only batch: in the graph on every rank, without effect
             return cast(torch.Tensor, embeddings + (0.0 * features).sum())
-        if (places := int(images.sum())) != features.shape[0] * features.shape[1]:
-            raise ValueError(f"{places} image positions for {features.shape[0] * features.shape[1]} image features")
-        return cast(torch.Tensor, embeddings.masked_scatter(images.unsqueeze(-1), features))
+        features = features.flatten(0, 1)
+        if len(places[0]) != len(features):
+            raise ValueError(f"{len(places[0])} image positions for {len(features)} image features")
+        return cast(torch.Tensor, embeddings.index_put(places, features))
 
     def hidden_states(
         self,
@@ -199,6 +206,8 @@ class VisionLanguageModel(nn.Module):
         token_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         text_only: bool = False,
+        rows: Places | None = None,
+        image_places: Places | None = None,
     ) -> Loss:
         """Loss summed over the supervised tokens of a micro-batch.
 
@@ -206,13 +215,14 @@ class VisionLanguageModel(nn.Module):
         their tokens stand in the batch; token_weights: (batch, seq), a factor for the next-token loss of each label;
         position_ids: (batch, seq), where rows hold several samples: each starts at 0; text_only: no rank has a picture,
         so that the dummy picture may join the loss instead of the embeddings, and the backward pass ends where the
-        first layer learns.
+        first layer learns; rows, image_places: what `supervised_rows` and `image_positions` say of labels and
+        input_ids, as indices: given by whoever has these in host memory, for a GPU would have to be waited for.
         """
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
-        embeddings = self.embed(input_ids, None if text_only else pixel_values)
+        embeddings = self.embed(input_ids, None if text_only else pixel_values, image_places)
         with watching as watched:
             hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
-        rows = supervised_rows(labels)
+        rows = rows or supervised_rows(labels)
         logits = self.logits(hidden[rows])
         tokens = next_token_losses(logits, labels, rows)
         loss = weighted_sum(tokens, rows, token_weights)
