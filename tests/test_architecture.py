@@ -45,6 +45,7 @@ FLOORS: dict[str, int] = {
     "model": 3,
     "distill": 3,
     "lora": 3,
+    "compilation": 3,
     # 4: what trains when
     "stages": 4,
     # 5: training

@@ -228,8 +228,8 @@ class RunConfig(Section):
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     activation_checkpointing: bool = True
     compile: bool = False
-    """Let torch compile decoder layers (the first steps take a minute longer): fewer passes over memory, and less kept
-    for the backward pass. Needs a C++ compiler."""
+    """Let torch compile the decoder's layers: fewer passes over memory, and less kept for the backward pass, but a minute
+    more before the first step. Needs a C++ compiler, and a `zero` under which parameters are whole on every rank."""
     short_backward: bool = True
     """Without a picture in the global batch the backward pass ends at the first layer that learns; the same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from zero_ds import distributed, kernels
+from zero_ds import compilation, distributed
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.data.batches import INPUTS, Batch
 from zero_ds.data.loader import image_positions
@@ -80,10 +80,7 @@ class Engine:
         )
         layers = list(model.family.layers(model.decoder))
         if ds["zero_optimization"]["stage"] == 3:
-            layers = _layers_as_leaves(model)
-        if config.compile:
-            kernels.check_compiler()
-            kernels.compile_(layers)
+            layers = _layers_as_leaves(model, trained=config.compile)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]
@@ -92,6 +89,8 @@ class Engine:
         self.short_backward = config.short_backward and model.teacher is None and self._gathers_nothing()
         self._unseen: dict[Part, int] = dict.fromkeys(groups, 0)
         self._keep_frozen()
+        if config.compile:
+            self._compile(layers)
         self.state = OptimizerState(self.optimizer, list(self.named.values()), self.stage)
 
     def step(self, batches: list[Batch], step: int, supervised_tokens: float, pictures: float = 1.0) -> StepResult:
@@ -168,6 +167,21 @@ class Engine:
         """
         return self.stage < 3 or all(getattr(p, "ds_persist", False) for p in self.model.parameters())
 
+    def _compile(self, layers: list[torch.nn.Module]) -> None:
+        """Compiles these decoder layers, in which DeepSpeed has no hooks.
+
+        Raises:
+            ConfigError: ZeRO-3 gathers; what is compiled would keep what was gathered until its backward pass.
+        """
+        if not self._gathers_nothing():
+            raise ConfigError(
+                "compile=true would keep all that ZeRO-3 gathers; set zero=zero3_resident or zero=zero2, where "
+                "parameters are whole on every rank, or compile=false."
+            )
+        compilation.compile_(layers)
+        count = len(self.model.family.layers(self.model.decoder))
+        logger.info("%d of %d decoder layers are compiled as they are first run (a minute)", len(layers), count)
+
     def _refuse_gradient(self, step: int) -> None:
         distributed.barrier()  # a rank whose loss is not finite does not come here: what it says is said
         raise FloatingPointError(
@@ -238,20 +252,17 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return parameter_shape(parameter).numel()
 
 
-def _layers_as_leaves(model: VisionLanguageModel) -> list[torch.nn.Module]:
+def _layers_as_leaves(model: VisionLanguageModel, trained: bool) -> list[torch.nn.Module]:
     """Lets ZeRO-3 treat a decoder layer as one unit: hooks around the layer instead of around each of its parts.
 
-    Layers that train stay as they are unless the embeddings train, too: DeepSpeed (0.19) releases a leaf whose input
-    has no gradient before the gradients of its weights are there. Returns the layers that are units.
+    Layers that train stay as they are unless they are wanted as well (`trained`) and the embeddings train: DeepSpeed
+    (0.19) releases a leaf whose input has no gradient before the gradients of its weights are there. Returns the units.
     """
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
-    words: Any = cast(Any, model.decoder).get_input_embeddings()
-    layers = {
-        f"decoder.{name}": module
-        for name, module in model.decoder.named_modules()
-        if any(module is layer for layer in model.family.layers(model.decoder))
-        and (words.weight.requires_grad or not any(p.requires_grad for p in module.parameters()))
-    }
-    set_z3_leaf_modules_by_name(model, list(layers))
-    return list(layers.values())
+    layers = set(model.family.layers(model.decoder))
+    if not (trained and cast(Any, model.decoder).get_input_embeddings().weight.requires_grad):
+        layers = {layer for layer in layers if not any(p.requires_grad for p in layer.parameters())}
+    units = {name: module for name, module in model.named_modules() if module in layers}
+    set_z3_leaf_modules_by_name(model, list(units))
+    return list(units.values())

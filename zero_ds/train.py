@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zero_ds import checkpoint, distributed, failure, stages
+from zero_ds import checkpoint, compilation, distributed, failure, stages
 from zero_ds.config import RunConfig
 from zero_ds.cost import Counts, StepCost, peak_flops
 from zero_ds.data.batches import Batch
@@ -46,6 +46,7 @@ def train(config: RunConfig) -> Path:
     failure.WATCH.folder = Path(config.out)
     stop = distributed.StopSignal()
     stages.stage_of(config)
+    compilation.check(config)
     world_size = distributed.world_size()
     check_batches(config, world_size)
     ds = ds_config(config, world_size)

@@ -2,12 +2,14 @@
 
     launch/quickstart.sh          # once: demo data, surrogate, and the exported Llava that the peer trains
     python tools/bench/step.py --runs runs --out step.json
+    python tools/bench/step.py --runs runs --also compile=true --also env:LD_PRELOAD=libtcmalloc_minimal.so.4
 
 Same model, data, precision, DeepSpeed JSON, global batch, micro-batch and ranks. In the encoder stage ours trains
 against a surrogate, the peer through the full model, which is what the surrogate is for; a row `full` shows ours
 through the full model, too. A round gives every contestant so many steps; medians are over rounds. Memory is the peak
 resident set of a rank, libraries included. MFU counts what each method needs (zero_ds/cost.py), over what one thread a
-rank reaches in a matrix product.
+rank reaches in a matrix product. `--also` shows ours with other settings besides, and where it has an `env:` the peer
+with that environment as well.
 """
 
 from __future__ import annotations
@@ -59,21 +61,40 @@ def build(target: Path, layers: str, out: Path) -> None:
     subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
 
 
+def words(text: str) -> tuple[list[str], dict[str, str]]:
+    """`key=value env:NAME=value ...` -> settings of a recipe, environment."""
+    parts = text.split()
+    environment = dict(part[4:].split("=", 1) for part in parts if part.startswith("env:"))
+    return [part for part in parts if not part.startswith("env:")], environment
+
+
 def contestants(
-    stage: str, cuts: list[str], folder: Path, model: str, common: list[str], peer: dict[str, Any]
-) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> function and its arguments; the peer first, then ours through the full model."""
+    stage: str, cuts: list[str], folder: Path, model: str, common: list[str], peer: dict[str, Any], also: list[str]
+) -> dict[str, tuple[Any, dict[str, Any], dict[str, str]]]:
+    """Name -> function, its arguments, environment; the peer first, of ours first through the full model."""
     trains = ENCODER_PARTS if stage == "encoder" else []
-    found: dict[str, tuple[Any, dict[str, Any]]] = {
-        f"{stage}: Trainer": (trainers.llava, {**peer, "trains": trains, "out": str(folder / f"peer-{stage}")})
-    }
+    found: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {}
+    for number, text in enumerate(["", *also]):
+        settings, environment = words(text)
+        if environment or not text:
+            named = ", ".join([f"{stage}: Trainer", *map(short, environment.values())])
+            given = {**peer, "trains": trains, "out": str(folder / f"peer-{stage}-{number}")}
+            found.setdefault(named, (trainers.llava, given, environment))
     ways = {"ours": []} if stage == "decoder" else {"ours, full": ["decoder=target"]}
     if stage == "encoder":
         ways |= {f"ours, T({cut.replace(':', ',')})": [f"surrogate={folder / cut.replace(':', '-')}"] for cut in cuts}
-    for name, settings in ways.items():
-        overrides = [*common, *settings, f"out={folder / f'{stage}-{len(found)}'}", "init_from=[]"]
-        found[f"{stage}: {name}"] = (trainers.ours, {"recipe": f"{model}/{stage}", "overrides": overrides})
+    for text in ["", *also]:
+        settings, environment = words(text)
+        for name, own in ways.items():
+            named = ", ".join([f"{stage}: {name}", *settings, *map(short, environment.values())])
+            overrides = [*common, *own, *settings, f"out={folder / f'{stage}-{len(found)}'}", "init_from=[]"]
+            found[named] = (trainers.ours, {"recipe": f"{model}/{stage}", "overrides": overrides}, environment)
     return found
+
+
+def short(value: str) -> str:
+    """A file's name without its folder and endings."""
+    return Path(value).name.split(".")[0]
 
 
 def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> float:
@@ -99,6 +120,10 @@ def main(
     zero: Annotated[str, typer.Option(help="DeepSpeed config of all contestants.")] = "zero3_resident",
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     setting: Annotated[list[str] | None, typer.Option(help="For ours: key=value of the recipe.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="Ours with key=value, env:NAME=value, too; several with a blank between."),
+    ] = None,
     ranks: int = 2,
     global_batch: int = 8,
     micro_batch: int = 4,
@@ -125,11 +150,11 @@ def main(
             )
         limits = report.measured_limits()
         for stage in names:  # of one stage at a time: they are alive side by side
-            entries = contestants(stage, cuts, folder, model, common, peer)
+            entries = contestants(stage, cuts, folder, model, common, peer, also or [])
             groups = []
             with contextlib.ExitStack() as stack:
-                for called, (function, arguments) in entries.items():
-                    group = stack.enter_context(Group(called, function, ranks, folder, **arguments))
+                for called, (function, arguments, environment) in entries.items():
+                    group = stack.enter_context(Group(called, function, ranks, folder, environment, **arguments))
                     # one after the other: loading needs the most memory
                     print(f"{called}: warm-up {group.turn(warm_up)['seconds']:.1f} s", file=sys.stderr, flush=True)
                     groups.append(group)
@@ -137,7 +162,10 @@ def main(
                     for group in groups:
                         print(f"{group.name}: {group.turn(steps)['seconds']:.1f} s", file=sys.stderr, flush=True)
             peak = ranks * limits[f"{precision}_gflops"] * 1e9
-            found += summary(groups, [arguments for _, arguments in entries.values()], steps * global_batch, peak)
+            methods = {
+                name: arguments for name, (function, arguments, _) in entries.items() if function is trainers.ours
+            }
+            found += summary(groups, methods, steps * global_batch, peak)
     print(
         report.table(
             ["contestant", "samples/s", "times", "supervised/s", "peak GiB", "share", "MFU", "positions used"],
@@ -159,14 +187,15 @@ def main(
     report.write(out, {"ranks": ranks, "zero": zero, "precision": precision, "settings": setting, "rows": found})
 
 
-def summary(groups: list[Group], methods: list[dict[str, Any]], samples: int, peak: float) -> list[dict[str, Any]]:
+def summary(groups: list[Group], methods: dict[str, dict[str, Any]], samples: int, peak: float) -> list[dict[str, Any]]:
     """A row each, beside the first, the peer; the first turn was the warm-up.
 
-    methods: the groups' arguments; the peer computes through the full model, as the second does.
+    methods: our groups' arguments by name; the peer computes through the full model, as the first of them does.
     """
     rows = []
     base = report.median([samples / turn["seconds"] for turn in groups[0].found[1:]])
-    for number, group in enumerate(groups):
+    through_all = next(iter(methods.values()))
+    for group in groups:
         rates = [samples / turn["seconds"] for turn in group.found[1:]]
         counted, memory = group.found[-1]["counted"], group.found[-1]["peak_gib"]
         rate = report.median(rates)
@@ -178,7 +207,7 @@ def summary(groups: list[Group], methods: list[dict[str, Any]], samples: int, pe
                 "supervised_per_second": rate * counted["supervised"] / counted["samples"],
                 "peak_gib": memory,
                 "share_of_peers_memory": memory / groups[0].found[-1]["peak_gib"],
-                "mfu": rate * flops_per_sample(methods[max(1, number)], counted) / peak,
+                "mfu": rate * flops_per_sample(methods.get(group.name, through_all), counted) / peak,
                 "positions_used": counted["tokens"] / counted["places"],
             }
         )

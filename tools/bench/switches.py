@@ -57,12 +57,11 @@ def main(
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         groups = []
-        for number, words in enumerate(["", *switch]):
-            env = dict(word[4:].split("=", 1) for word in words.split() if word.startswith("env:"))
-            own = [word for word in words.split() if not word.startswith("env:")]
+        for number, text in enumerate(["", *switch]):
+            own, environment = step.words(text)
             overrides = [*common, *own, f"out={folder / f'run-{number}'}"]
-            given = {"recipe": f"{model}/{stage}", "overrides": overrides, "environment": env}
-            groups.append(stack.enter_context(Group(words or "as it is", trainers.ours, ranks, folder, **given)))
+            given = {"recipe": f"{model}/{stage}", "overrides": overrides, "environment": environment}
+            groups.append(stack.enter_context(Group(text or "as it is", trainers.ours, ranks, folder, **given)))
             groups[-1].turn(steps)
         for _ in range(rounds):
             for group in groups:
