@@ -77,7 +77,7 @@ def settings(runs: Path, made: Callable[..., Path]) -> tuple[list[str], dict[str
 def test_both_ways_of_a_step_see_the_same_samples(settings: Any, tmp_path: Path) -> None:
     """Two steps of four samples each: the same pictures and text, and more places than tokens in the padded batches."""
     common, peer = settings
-    entries = step.contestants("encoder", [], tmp_path, "smollm2-135m", common, peer, [])
+    entries = step.contestants("encoder", [], tmp_path, "smollm2-135m", common, peer, [], True)
     (theirs,), (ours,) = (run_ranks(counted, 1, *entry[:2], 2) for entry in entries.values())
     assert ours["samples"] == 8 and theirs["samples"] >= 8  # it fetches a batch ahead
     per_sample = theirs["samples"] / ours["samples"]

@@ -69,7 +69,14 @@ def words(text: str) -> tuple[list[str], dict[str, str]]:
 
 
 def contestants(
-    stage: str, cuts: list[str], folder: Path, model: str, common: list[str], peer: dict[str, Any], also: list[str]
+    stage: str,
+    cuts: list[str],
+    folder: Path,
+    model: str,
+    common: list[str],
+    peer: dict[str, Any],
+    also: list[str],
+    plain: bool,
 ) -> dict[str, tuple[Any, dict[str, Any], dict[str, str]]]:
     """Name -> function, its arguments, environment; the peer first, of ours first through the full model."""
     trains = ENCODER_PARTS if stage == "encoder" else []
@@ -83,9 +90,11 @@ def contestants(
     ways = {"ours": []} if stage == "decoder" else {"ours, full": ["decoder=target"]}
     if stage == "encoder":
         ways |= {f"ours, T({cut.replace(':', ',')})": [f"surrogate={folder / cut.replace(':', '-')}"] for cut in cuts}
-    for text in ["", *also]:
+    for text in ["", *also] if plain else also:
         settings, environment = words(text)
         for name, own in ways.items():
+            if text and own == ["decoder=target"]:
+                continue  # shown once
             named = ", ".join([f"{stage}: {name}", *settings, *map(short, environment.values())])
             overrides = [*common, *own, *settings, f"out={folder / f'{stage}-{len(found)}'}", "init_from=[]"]
             found[named] = (trainers.ours, {"recipe": f"{model}/{stage}", "overrides": overrides}, environment)
@@ -124,6 +133,7 @@ def main(
         list[str] | None,
         typer.Option(help="Ours with key=value, env:NAME=value, too; several with a blank between."),
     ] = None,
+    plain: Annotated[bool, typer.Option(help="Ours as it is, too; without, more of --also fit into memory.")] = True,
     ranks: int = 2,
     global_batch: int = 8,
     micro_batch: int = 4,
@@ -150,7 +160,7 @@ def main(
             )
         limits = report.measured_limits()
         for stage in names:  # of one stage at a time: they are alive side by side
-            entries = contestants(stage, cuts, folder, model, common, peer, also or [])
+            entries = contestants(stage, cuts, folder, model, common, peer, also or [], plain)
             groups = []
             with contextlib.ExitStack() as stack:
                 for called, (function, arguments, environment) in entries.items():
@@ -190,11 +200,12 @@ def main(
 def summary(groups: list[Group], methods: dict[str, dict[str, Any]], samples: int, peak: float) -> list[dict[str, Any]]:
     """A row each, beside the first, the peer; the first turn was the warm-up.
 
-    methods: our groups' arguments by name; the peer computes through the full model, as the first of them does.
+    methods: our groups' arguments by name; the peer computes through the full model.
     """
     rows = []
     base = report.median([samples / turn["seconds"] for turn in groups[0].found[1:]])
-    through_all = next(iter(methods.values()))
+    some = next(iter(methods.values()))
+    through_all = {**some, "overrides": [*some["overrides"], "decoder=target"]}
     for group in groups:
         rates = [samples / turn["seconds"] for turn in group.found[1:]]
         counted, memory = group.found[-1]["counted"], group.found[-1]["peak_gib"]
