@@ -9,16 +9,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from distributed_helper import RankError, run_ranks, train_all
+from distributed_helper import run_ranks, train_all
 from test_engine import GATHERED
 from test_kernels import compare, learned
 from test_packing import encoded
 
-from zero_ds import compilation, stages
+from zero_ds import compilation
 from zero_ds.config import ConfigError, EncoderConfig, RunConfig
 from zero_ds.data.batches import collate, collate_rows
 from zero_ds.families import FAMILIES
@@ -34,3 +32,55 @@ def test_no_compiler_is_said_before_anything_is_loaded(
     compilation.check(run_config("encoder"))
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and none was found; install g\+\+"):
         compilation.check(run_config("encoder", compile=True))
+
+
+def test_what_zero3_gathers_is_not_compiled(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """What is compiled keeps its weights for the backward pass; with gathered ones that is the whole model."""
+    ((end,),) = run_ranks(train_all, 1, [run_config("encoder", tmp_path / "run", compile=True, zero=GATHERED)])
+    assert end.startswith("ConfigError: compile=true would keep all that ZeRO-3 gathers; set zero=zero3_resident")
+
+
+@compiles
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_decoder_learns_the_same(made: Callable[..., Path], family: str) -> None:
+    """Padded and packed rows of several lengths, everything trained, then the decoder frozen and recomputed."""
+    compiled, plain = (
+        assemble(Assembly(made(family, tied=True), made("clip"), EncoderConfig(path=str(made("clip"))), seed=1))
+        for _ in range(2)
+    )
+    layers = list(compiled.family.layers(compiled.decoder))
+    names = [name for name, _ in compiled.named_parameters()]
+    compilation.compile_(layers)
+    assert [name for name, _ in compiled.named_parameters()] == names
+    samples = encoded(0, [14, 11, 6], [1, 1, 0])
+    size = plain.encoder_family.vision_config(plain.encoder).image_size  # type: ignore[union-attr, arg-type]
+    batches = [
+        collate(samples, 0, size),
+        collate(encoded(1, [9, 7], [0, 1]), 0, size),
+        collate_rows([samples[:2], samples[2:]], 0, size),
+    ]
+    for batch in batches:
+        compare(learned(compiled, batch), learned(plain, batch))
+    for model in (compiled, plain):
+        model.decoder.requires_grad_(False)
+        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    for batch in batches[1:]:
+        compare(learned(compiled, batch), learned(plain, batch))
+
+
+@compiles
+@pytest.mark.parametrize("stage", ["pretrain", "encoder", "decoder"])
+@pytest.mark.parametrize("zero", ["zero2", "zero3_resident"])
+def test_a_compiled_run_is_the_same(
+    run_config: Callable[..., RunConfig], tmp_path: Path, stage: str, zero: str
+) -> None:
+    """Two ranks, six steps, of pictures and of text alone."""
+    ways = {"plain": False, "compiled": True}
+    configs = [run_config(stage, tmp_path / n, compile=on, zero=zero, log_every=1) for n, on in ways.items()]
+    assert run_ranks(train_all, 2, configs) == [["step-000006"] * 2] * 2
+    plain, compiled = (losses(tmp_path / name) for name in ways)
+    assert compiled == pytest.approx(plain, rel=1e-5) and len(plain) == 6
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
