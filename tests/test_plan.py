@@ -236,6 +236,7 @@ def test_70b_on_128_gpus(tmp_path: Path) -> None:
     """A.4 and Table 9: 16-way shards are the smallest that fit, and the surrogate's route saves nearly half."""
     out = tmp_path / "plan.json"
     command = ["plan", "llama-3.1-70b/decoder", "--gpus", "128", "--gpu-memory", "80", "--out", str(out)]
+    command += ["activation_checkpointing=true"]  # as in the paper's runs
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     plan = json.loads(out.read_text(encoding="utf-8"))
@@ -260,6 +261,18 @@ def test_70b_on_128_gpus(tmp_path: Path) -> None:
     assert "this one number is fitted" in " ".join(result.output.split())
     assert "comes with zero-ds, since the model is not at hand" in result.output
     assert "T(40,78), 42 of 80 layers" not in result.output, "this recipe trains the full model"
+    peaks = {group["ranks"]: group["peak"] / 2**30 for group in plan["groups"]}
+    assert [round(peaks[ranks]) for ranks in (1, 8, 16)] == [1059, 143, 77], "docs/planning.md"
+    assert CliRunner().invoke(app, command[:-1]).exit_code == 0
+    auto = json.loads(out.read_text(encoding="utf-8"))
+    assert auto["groups"] == plan["groups"], "these are the paper's, whatever DeepSpeed runs recompute"
+    layers = {zero: option["layers_recomputed"] for zero, option in auto["options"].items() if option["fits"]}
+    assert 0 == layers["zero3_offload"] < layers["zero3"] < layers["zero3_hpz"] < 80
+    for name, legs in auto["routes"].items():
+        for leg, found in legs.items():
+            assert found["hours"] <= plan["routes"][name][leg]["hours"]
+            assert found["hours_in_groups_fitted"] == plan["routes"][name][leg]["hours_in_groups_fitted"]
+    assert auto["routes"]["surrogate"]["encoder"]["hours"] < 0.7 * plan["routes"]["surrogate"]["encoder"]["hours"]
 
 
 def test_fitting_ends_where_no_rate_helps() -> None:

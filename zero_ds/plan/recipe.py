@@ -156,7 +156,10 @@ def plan_run(
     )
 
 
-WITHOUT_EFFECT = ("out", "init_from", "continue_from", "zero", "global_batch", "micro_batch", "optimizer", "checkpoint")
+WITHOUT_EFFECT = (
+    *("out", "init_from", "continue_from", "zero", "global_batch", "micro_batch", "optimizer", "checkpoint"),
+    "activation_checkpointing",
+)
 """Entries of a run on which neither its model depends nor what a sample keeps."""
 
 

@@ -79,7 +79,7 @@ def recompute_(model: VisionLanguageModel, layers: Collection[int]) -> None:
     for number, layer in enumerate(model.family.layers(model.decoder)):
         assert isinstance(layer, GradientCheckpointingLayer), "layers of another kind would ignore what is set here"
         layer.gradient_checkpointing = number in layers
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
 
 def usable_bytes() -> float:
