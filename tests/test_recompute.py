@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,19 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from distributed_helper import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from zero_ds import stages
 from zero_ds.config import RunConfig, load_run
 from zero_ds.data.batches import INPUTS
 from zero_ds.deepspeed_config import ds_config
-from zero_ds.plan.activations import Kept
+from zero_ds.plan.activations import Kept, kept
+from zero_ds.plan.architecture import architecture
 from zero_ds.plan.memory import PROCESS_GIB, Memory, recomputed
 from zero_ds.plan.recipe import plan_run
 from zero_ds.plan.recompute import Choice, choose, recompute_
@@ -99,6 +104,49 @@ def test_a_byte_less_is_a_layer_more(run_config: Callable[..., RunConfig], small
 
 
 # -- what comes of it --------------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operations have made and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.sizes:
+                self.sizes[key] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self.sizes.pop, key)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("stage", ["encoder", "decoder"])
+def test_the_peak_of_real_passes_falls_as_planned(run_config: Callable[..., RunConfig], stage: str) -> None:
+    """Forward and backward pass on a CPU: what each further layer saves, to 10 %."""
+    config = run_config(stage, global_batch=1)
+    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    stages.freeze_(model, config)
+    model.train()
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch["ids"][0])
+    length, labels = batch["input_ids"].shape[1], int((batch["labels"] != -100).sum())
+    parts = architecture(config, dtype=torch.float32)
+    of_one = kept(parts.model, length=length, supervised=labels, pictures=1, attention="sdpa")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    peaks = []
+    for count in of_one.counts:
+        recompute_(model, of_one.keeping[:count])
+        with Live() as live:
+            model(**{k: batch[k] for k in INPUTS if k in batch}).total.backward()
+        peaks.append(live.peak)
+    *some, _, _ = of_one.counts
+    saved = [peaks[0] - peaks[count] for count in some]
+    assert saved == pytest.approx([of_one.whole - of_one.recomputing(count) for count in some], rel=0.1)
+    assert len(saved) >= 3 and saved[-1] > 0.25 * peaks[0]
 
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.VARIANTS])
