@@ -249,6 +249,7 @@ configs = st.builds(
         }
     ),
     init_from=st.lists(words, max_size=2),
+    activation_checkpointing=st.sampled_from(["auto", True, False]),
     seed=st.integers(0, 2**31 - 1),
     out=words,
 )
@@ -267,7 +268,8 @@ def test_dump_repeats_the_run(tmp_path_factory: pytest.TempPathFactory, tree: di
 def test_fingerprint_ignores_what_changes_no_number(recipe: str) -> None:
     config = load_run(recipe)
     free = ["out=elsewhere", "log_every=3", "checkpoint.keep=9", "checkpoint.every_steps=1", "preview.every_steps=2"]
-    free += ["zero=zero1", "micro_batch=2", "activation_checkpointing=true", "data.workers=3", "nvme_path=/disk"]
+    free += ["zero=zero1", "micro_batch=2", *(f"activation_checkpointing={how}" for how in ("true", "false", "auto"))]
+    free += ["data.workers=3", "nvme_path=/disk"]
     for override in free:
         assert load_run(recipe, [override]).fingerprint() == config.fingerprint(), override
     changed = [

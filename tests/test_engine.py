@@ -23,6 +23,7 @@ from zero_ds.deepspeed_config import ds_config, resolve_precision
 from zero_ds.engine import Engine, schedule
 from zero_ds.losses import count_supervised, weigh_
 from zero_ds.optimizer_state import KEYS
+from zero_ds.plan.recompute import checkpoint_activations_
 
 STEPS = 2
 GATHERED = str(Path(__file__).parent / "zero3_gathered.json")
@@ -101,8 +102,7 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
     ds = ds_config(config, world_size)
     model, loader, _ = build(config, ds, world_size)
     groups = stages.freeze_(model, config)
-    if config.activation_checkpointing:
-        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, STEPS, ds)
     gc.freeze()  # of this case nothing goes before the ranks end; DeepSpeed collects whenever an engine is made

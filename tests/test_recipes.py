@@ -62,7 +62,7 @@ def test_table_a2(model: str) -> None:
         assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.999), 1e-8, 0)
         assert (optimizer.warmup_ratio, optimizer.max_grad_norm, config.epochs) == (0.03, 1.0, 1)
         assert optimizer.learning_rates == {} and config.max_steps is None and not config.distill.active
-        assert config.activation_checkpointing and config.precision == "bf16"
+        assert config.activation_checkpointing == "auto" and config.precision == "bf16"
         assert config.target.split("/")[1].lower() == f"{model}-instruct"
         assert config.encoder is not None and config.encoder.path == "openai/clip-vit-large-patch14-336"
         assert config.encoder.train_last_layers == (None if stage == "pretrain" else 8)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from distributed_helper import run_ranks, train_all
@@ -16,6 +17,7 @@ from zero_ds import stages
 from zero_ds.config import RunConfig
 from zero_ds.cost import StepCost
 from zero_ds.model import Assembly, VisionLanguageModel, assemble
+from zero_ds.plan.recompute import recompute_
 
 
 def model_of(config: RunConfig) -> VisionLanguageModel:
@@ -33,8 +35,13 @@ def model_of(config: RunConfig) -> VisionLanguageModel:
     return model
 
 
-def test_gradients_are_the_same_and_early_layers_are_left_out(run_config: Callable[..., RunConfig]) -> None:
+@pytest.mark.parametrize("recomputed", [0, 2, 4])
+def test_gradients_are_the_same_and_early_layers_are_left_out(
+    run_config: Callable[..., RunConfig], recomputed: int
+) -> None:
     model = model_of(run_config("pretrain"))
+    model.train()
+    recompute_(model, range(recomputed))
     passed: list[int] = []
     for number, layer in enumerate(model.family.layers(model.decoder)):
         layer.register_full_backward_pre_hook(lambda *_, number=number: passed.append(number))

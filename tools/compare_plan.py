@@ -5,7 +5,8 @@
 Reads RUN's config.yaml, metrics.jsonl and last commit. Memory is the peak of the rank that needs most, as metrics.jsonl
 has it: of the accelerator, or on CPU ranks of the process, with which the libraries come. Times are medians without the
 first step; the plan gets the run's own tokens a step. On CPU ranks the peak is what a matrix product reaches now, so
-the machine should be as it was.
+the machine should be as it was. Without `--gpu-memory` a run with `activation_checkpointing: auto` is planned as if it
+had recomputed nothing; its log says what it chose.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def main(
     gpus: Annotated[int, typer.Option(help="Ranks that it ran on.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="Ranks of a machine.")] = 8,
     name: Annotated[str | None, typer.Option("--gpu", help="The accelerator; left out: CPU ranks.")] = None,
+    gpu_memory: Annotated[
+        float, typer.Option(help="GiB of each rank: by them activation_checkpointing=auto is planned.")
+    ] = 1e6,
     mfu: Annotated[float, typer.Option(help="As for `zero-ds plan`.")] = 0.4,
 ) -> None:
     """Prints a table: planned, measured, and by how much they differ."""
@@ -48,7 +52,7 @@ def main(
     tail = metrics[1:] or metrics
     tokens = median(m["tokens_per_second"] * m["seconds"] for m in tail) / config.global_batch
     labels = median(m["supervised_tokens"] for m in tail) / config.global_batch
-    cluster = Cluster(gpus, gpus_per_node, memory_gib=1e6, mfu=mfu, host_gib=1e6, reserve_gib=0.0)
+    cluster = Cluster(gpus, gpus_per_node, memory_gib=gpu_memory, mfu=mfu, host_gib=1e6)
     if name is None:
         peak = peak_flops(torch.device("cpu"), resolve_precision(config))
         cluster = replace(cluster, name="CPU", peak=peak, inside=5.0, between=5.0)

@@ -226,7 +226,8 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    activation_checkpointing: bool = True
+    activation_checkpointing: Literal["auto", True, False] = "auto"
+    """Recompute decoder layers in the backward pass: all, none, or (auto) as few as fit by `zero-ds plan`."""
     compile: bool = False
     """Let torch compile the decoder's layers: fewer passes over memory, and less kept for the backward pass, but a minute
     more before the first step. Needs a C++ compiler, and a `zero` under which parameters are whole on every rank."""

@@ -11,8 +11,10 @@ import time
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -107,6 +109,20 @@ def is_rank_zero() -> bool:
 
 def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_bytes() -> float:
+    """Memory that this rank computes in: its GPU's, or without one its share of the machine's.
+
+    A container counts as a machine of its own, if a limit is set.
+    """
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[1])
+    sizes = [psutil.virtual_memory().total]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes) / local_world_size()
 
 
 def sum_over_ranks(*values: float) -> list[float]:

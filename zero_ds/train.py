@@ -24,6 +24,7 @@ from zero_ds.hub import local_folder
 from zero_ds.losses import length_classes, weigh_
 from zero_ds.monitor import Monitor
 from zero_ds.peft_folder import weights_hash
+from zero_ds.plan.recompute import checkpoint_activations_
 from zero_ds.prepare import build, commit_to_resume, make_folder, plan_of, seed_everything, start_
 from zero_ds.preview import Preview
 from zero_ds.surrogate import relied_on
@@ -73,8 +74,7 @@ def train(config: RunConfig) -> Path:
     groups = stages.freeze_(model, config)
     sizes = {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in group) for part, group in groups.items()}
     logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
-    if config.activation_checkpointing:
-        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, total, ds)
     first = 0

@@ -86,11 +86,11 @@ def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     from zero_ds import stages
     from zero_ds.engine import Engine
     from zero_ds.losses import count_supervised
+    from zero_ds.plan.recompute import checkpoint_activations_
 
     fill_(model, device)
     groups = stages.freeze_(model, config)
-    if config.activation_checkpointing:
-        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, 1000, ds)
     engine.accumulation = len(batches)
@@ -129,7 +129,7 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     names = [parts[part] for part in trained if part in parts]
     for name, parameter in whole.named_parameters():
         parameter.requires_grad_(any(part in name for part in names))
-    if config.activation_checkpointing:
+    if config.activation_checkpointing is not False:  # as Trainer has it: all layers or none
         whole.gradient_checkpointing_enable({"use_reentrant": False})
     whole.train()
     learning = [p for p in whole.parameters() if p.requires_grad]

@@ -21,6 +21,7 @@ from zero_ds.config import RunConfig, load_run
 from zero_ds.deepspeed_config import ds_config
 from zero_ds.engine import Engine
 from zero_ds.plan.recipe import plan_run
+from zero_ds.plan.recompute import checkpoint_activations_
 from zero_ds.plan.speed import Cluster
 from zero_ds.prepare import build, seed_everything
 
@@ -37,8 +38,7 @@ def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
     ds = ds_config(config, world_size)
     model, loader, _ = build(config, ds, world_size)
     groups = stages.freeze_(model, config)
-    if config.activation_checkpointing:
-        model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, 2, ds)
     seen: dict[str, int] = {}

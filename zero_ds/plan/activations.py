@@ -8,34 +8,105 @@ operation that saves what those kernels save: query, key, value, output, and one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from zero_ds.config import RunConfig
 from zero_ds.model import VisionLanguageModel
 
 SLICE = 1 << 28
-"""Float32 scores that the loss works on at a time on a GPU (`vocabulary.ROWS_BYTES`)."""
+"""Float32 scores that the loss works on at a time on a GPU (`vocabulary.ROWS_BYTES`), in bytes."""
+COPIES = 3
+"""Of such a slice, while the loss works on it."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """Bytes for one sample of `length` tokens with `pictures` pictures, or for a micro-batch of such samples."""
 
-    whole: float
-    """Everything that autograd keeps, without activation checkpointing."""
-    checkpointed: float
-    """With activation checkpointing in the decoder: its layers' inputs, and what the largest layer keeps again."""
-    logits: float
-    """Scores at the supervised positions, their gradient, and the float32 slice of the loss."""
+    outside: float
+    """What autograd keeps outside of the decoder's layers."""
+    layers: tuple[float, ...]
+    """What it keeps in each of them; 0 where nothing in it or before it learns."""
+    again: tuple[float, ...]
+    """The same of the layers that distillation runs a second time."""
+    input: float
+    """Of one layer: all that is left of a layer whose activations are recomputed in the backward pass."""
+    scores: float
+    """Logits at the supervised positions, and their gradient."""
+    slice: float
+    """Of these in float32, what the loss works on at a time."""
 
     def times(self, micro_batch: int) -> Kept:
-        """For so many samples at a time; the slice of float32 scores stays as large as it is."""
-        return Kept(self.whole * micro_batch, self.checkpointed * micro_batch, self.logits * micro_batch)
+        """For so many samples at a time; the slice grows no further than `SLICE`."""
+        return replace(
+            self,
+            outside=self.outside * micro_batch,
+            layers=tuple(size * micro_batch for size in self.layers),
+            again=tuple(size * micro_batch for size in self.again),
+            input=self.input * micro_batch,
+            scores=self.scores * micro_batch,
+            slice=min(self.slice * micro_batch, COPIES * SLICE),
+        )
+
+    @property
+    def logits(self) -> float:
+        """Bytes of scores at the supervised positions, their gradient, and the float32 slice of the loss."""
+        return self.scores + self.slice
+
+    @property
+    def keeping(self) -> tuple[int, ...]:
+        """Numbers of the decoder layers that keep something: only these can be recomputed."""
+        return tuple(number for number, size in enumerate(self.layers) if size)
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many of these may be recomputed, from none to all; nothing in between where some run a second time."""
+        most = len(self.keeping)
+        return (0, most) if self.again else range(most + 1)
+
+    @property
+    def whole(self) -> float:
+        """Bytes with nothing recomputed."""
+        return self.recomputing(0)
+
+    @property
+    def checkpointed(self) -> float:
+        """Bytes with all decoder layers recomputed: their inputs, and what the largest of them keeps again."""
+        return self.recomputing(len(self.keeping))
+
+    def recomputing(self, count: int) -> float:
+        """Bytes at the peak with the first `count` of the layers that keep something recomputed; one of `counts`.
+
+        The first layers' turn comes last in the backward pass, when what the later ones kept is freed. So the peak is
+        at the end of the forward pass, unless one of the first keeps more than all later ones together.
+        """
+        sizes = [self.layers[number] for number in self.keeping]
+        whole = self.outside + sum(sizes) + sum(self.again)
+        if not count:
+            return whole
+        inputs = self.input * (count + len(self.again))
+        return min(whole, self.outside + inputs + max(sum(sizes[count:]), max(sizes[:count])))
+
+
+def kept_by_longest(model: VisionLanguageModel, config: RunConfig) -> Kept:
+    """What one sample of the run's greatest length keeps; model: the run's, on meta tensors."""
+    length, vision = config.data.max_length, model.encoder is not None
+    only = all(source.images_only for source in config.data.sources) and bool(config.data.sources)
+    tiles = max((rows * columns for rows, columns in config.data.image_grid), default=0)
+    return kept(
+        model,
+        length=length,
+        supervised=max(1, length - (model.tokens_per_image() if vision and only else 0)),
+        pictures=1 + tiles if vision else 0,
+        attention=config.attention,
+        distilled=config.distill.active,
+    )
 
 
 def kept(
@@ -65,20 +136,14 @@ def kept(
         for handle in each.handles:
             handle.remove()
         scores = model.logits(hidden[:, :supervised])
-    inside = sum(each.sizes)
-    rest = saved.total - inside + (2 * embeddings.nbytes if embeddings.requires_grad else 0)
-    inputs = embeddings.nbytes * sum(size > 0 for size in each.sizes)
-    again = 0.0
+    outside = saved.total - sum(each.sizes) + (2 * embeddings.nbytes if embeddings.requires_grad else 0)
+    again: tuple[float, ...] = ()
     second_logits = 1
     if distilled and model.plan is not None:
-        first = model.plan.translators[0]
-        again = sum(each.sizes[first:]) if learns else 0.0
+        again = tuple(each.sizes[model.plan.translators[0] :]) if learns else ()
         second_logits = 3 if learns else 2
-    kept_again = embeddings.nbytes * (len(layers) - model.plan.translators[0]) if again and model.plan else 0
-    whole = rest + inside + again
-    checkpointed = rest + inputs + kept_again + max(each.sizes, default=0)
-    logits = 2.0 * scores.nbytes * second_logits + 3 * min(SLICE, scores.numel() * 4)
-    return Kept(whole, min(whole, checkpointed), logits)
+    part = float(COPIES * min(SLICE, scores.numel() * 4))
+    return Kept(outside, tuple(each.sizes), again, embeddings.nbytes, 2.0 * scores.nbytes * second_logits, part)
 
 
 class _Saved:

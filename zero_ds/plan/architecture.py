@@ -129,9 +129,14 @@ def layer_plan(config: RunConfig, target: Path, replace: list[str], translators:
 
 
 def architecture(
-    config: RunConfig, *, dtype: torch.dtype = torch.bfloat16, replace: list[str] | None = None, translators: int = 1
+    config: RunConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    replace: list[str] | None = None,
+    translators: int = 1,
+    plan: LayerPlan | None = None,
 ) -> Architecture:
-    """The run's model on meta tensors.
+    """The run's model on meta tensors; its surrogate as `plan` says, else as `layer_plan` finds.
 
     Raises:
         ConfigError: as `config_folder`, `layer_plan` and `stages.stage_of`.
@@ -141,9 +146,8 @@ def architecture(
     sources = [f"target {Path(config.target).name}: {WHENCE[whence]}"]
     family = family_of(target)
     text = text_config(target)
-    plan = None
     if stages.decoder_kind(config) == "surrogate":
-        plan, how = layer_plan(config, target, replace or [], translators)
+        plan, how = (plan, "as it is") if plan else layer_plan(config, target, replace or [], translators)
         _cut_(text, plan, family.per_layer_config)
         sources.append(f"surrogate {plan}, {plan.surrogate_depth} of {plan.depth} layers: {how}")
     encoder = encoder_family = None

@@ -18,10 +18,10 @@ float32 copy of the gradient in the update, and 16 MiB pieces in a commit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,10 @@ from zero_ds.plan.activations import Kept
 from zero_ds.plan.architecture import Architecture
 
 GIB = 2.0**30
+RESERVE_GIB = 3.0
+"""Of a GPU, for what is not planned: CUDA's context, NCCL's buffers, holes between blocks of memory."""
+PROCESS_GIB = 3.0
+"""Of a machine's memory, for each rank: Python, the libraries, workers of the loader."""
 CAUSES = ("frozen", "trained", "gradients", "optimizer", "buckets", "gather", "activations", "logits", "update", "save")
 """In the order of the tables. `update` and `save` are needed when activations, logits and what is gathered are not."""
 PLACES = ("gpu", "host", "disk")
@@ -49,13 +53,16 @@ class Memory:
         """Wherever it lies."""
         return sum(self.by_cause[place].get(cause, 0.0) for place in PLACES)
 
+    def keeping(self, activations: float) -> Memory:
+        """The same with so many bytes of activations."""
+        gpu = {**self.by_cause["gpu"], "activations": activations}
+        return Memory({**self.by_cause, "gpu": gpu}, {**self.peak, "gpu": _peak(gpu)})
 
-def memory(
-    parts: Architecture, ds: dict[str, Any], world_size: int, kept: Kept, *, checkpointing: bool, accumulation: int = 1
-) -> Memory:
-    """What a rank of `world_size` needs under the resolved DeepSpeed configuration `ds`.
 
-    kept: of one micro-batch; checkpointing: whether the decoder's activations are checkpointed.
+def memory(parts: Architecture, ds: dict[str, Any], world_size: int, kept: Kept, *, accumulation: int = 1) -> Memory:
+    """What a rank of `world_size` needs under the resolved DeepSpeed configuration `ds`, with nothing recomputed.
+
+    kept: of one micro-batch.
     """
     states = (
         _sharded(parts, ds, world_size)
@@ -63,11 +70,29 @@ def memory(
         else _whole(parts, ds, world_size, accumulation)
     )
     gpu = states["gpu"]
-    gpu["activations"] = kept.checkpointed if checkpointing else kept.whole
+    gpu["activations"] = kept.whole
     gpu["logits"] = kept.logits
     gpu["save"] = 2.0 * 4 * PIECE
     states["host"]["save"] = 3.0 * 4 * PIECE
     return Memory(states, {place: _peak(states[place]) for place in PLACES})
+
+
+def recomputed(
+    whole: Memory, kept: Kept, fits: Callable[[Memory], bool], checkpointing: Literal["auto", True, False]
+) -> tuple[int, Memory]:
+    """How many decoder layers are recomputed (the first that keep something), and what a rank then needs.
+
+    whole, kept: a micro-batch's, as for `memory`; fits: whether there is room for so much; checkpointing: the recipe's
+    `activation_checkpointing`. `auto` takes the fewest that fit, and all where not even that fits.
+    """
+    counts = kept.counts
+    if checkpointing != "auto":
+        counts = counts[-1:] if checkpointing else counts[:1]
+    for count in counts:
+        need = whole.keeping(kept.recomputing(count))
+        if fits(need):
+            break
+    return count, need
 
 
 def _peak(by_cause: dict[str, float]) -> float:

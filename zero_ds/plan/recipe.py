@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +14,10 @@ from zero_ds import stages
 from zero_ds.config import ConfigError, RunConfig
 from zero_ds.cost import StepCost
 from zero_ds.deepspeed_config import ds_config, ds_config_names
-from zero_ds.plan.activations import Kept, kept
+from zero_ds.plan.activations import Kept, kept_by_longest
 from zero_ds.plan.architecture import Architecture, architecture
 from zero_ds.plan.data import Data, Sample, data_of, steps_of
-from zero_ds.plan.memory import GIB, Memory, memory
+from zero_ds.plan.memory import GIB, Memory, memory, recomputed
 from zero_ds.plan.speed import Cluster, Step, flops, step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": torch.bfloat16}
@@ -39,14 +40,18 @@ class Option:
     zero: str
     memory: Memory
     """At the recipe's micro-batch, or the next smaller one that divides a rank's share."""
-    other: Memory
-    """The same with activation checkpointing the other way round."""
+    recomputed: int
+    """Decoder layers that are then recomputed, as the recipe's `activation_checkpointing` says."""
+    bounds: tuple[Memory, Memory]
+    """The same with none and with all of them recomputed."""
     least: Memory
     """At the smallest micro-batch."""
     fits: bool
     """Whether it fits at the smallest micro-batch."""
     micro_batch: int
-    """The largest that fits, and 1 if none does."""
+    """The fastest that fits, of equally fast ones the largest; 1 if none fits."""
+    again: int
+    """Decoder layers that are recomputed at that micro-batch."""
     step: Step
     """At that micro-batch."""
 
@@ -121,7 +126,11 @@ def plan_run(
     )
     micro_batches = [n for n in range(1, of_rank + 1) if of_rank % n == 0]
     shown = max(n for n in micro_batches if n <= max(1, config.micro_batch))
-    work = flops(parts, StepCost.of(parts.model), sample, config.global_batch, config.activation_checkpointing)
+    cost = StepCost.of(parts.model)
+
+    def work(layers: int) -> tuple[float, float]:
+        return flops(parts, cost, sample, config.global_batch, layers / len(of_one.layers))
+
     options, refused = [], {}
     for name in zero_names(config):
         changed = config.model_copy(update={"zero": name, "nvme_path": config.nvme_path or "/nvme"})
@@ -147,7 +156,10 @@ def plan_run(
     )
 
 
-WITHOUT_EFFECT = ("out", "init_from", "continue_from", "zero", "global_batch", "micro_batch", "optimizer", "checkpoint")
+WITHOUT_EFFECT = (
+    *("out", "init_from", "continue_from", "zero", "global_batch", "micro_batch", "optimizer", "checkpoint"),
+    "activation_checkpointing",
+)
 """Entries of a run on which neither its model depends nor what a sample keeps."""
 
 
@@ -162,18 +174,7 @@ def _model(text: str, replace: tuple[str, ...], translators: int) -> tuple[Archi
     """The run's model, and what one sample of the greatest length keeps."""
     config = RunConfig.model_validate_json(text)
     parts = architecture(config, dtype=DTYPES[config.precision], replace=list(replace), translators=translators)
-    length, vision = config.data.max_length, parts.model.encoder is not None
-    only = all(source.images_only for source in config.data.sources) and bool(config.data.sources)
-    tiles = max((rows * columns for rows, columns in config.data.image_grid), default=0)
-    of_one = kept(
-        parts.model,
-        length=length,
-        supervised=max(1, length - (parts.model.tokens_per_image() if vision and only else 0)),
-        pictures=1 + tiles if vision else 0,
-        attention=config.attention,
-        distilled=config.distill.active,
-    )
-    return parts, of_one
+    return parts, kept_by_longest(parts.model, config)
 
 
 def zero_names(config: RunConfig) -> list[str]:
@@ -197,19 +198,26 @@ def _option(
     of_one: Kept,
     micro_batches: list[int],
     shown: int,
-    work: tuple[float, float],
+    work: Callable[[int], tuple[float, float]],
     config: RunConfig,
 ) -> Option:
+    """work: FLOPs by the number of decoder layers that are recomputed, as `flops` has them."""
     of_rank = micro_batches[-1]
+    bounds: dict[int, tuple[Memory, Memory]] = {}
+    needs: dict[int, tuple[int, Memory]] = {}
+    for n in micro_batches:
+        kept = of_one.times(n)
+        whole = memory(parts, ds, cluster.gpus, kept, accumulation=of_rank // n)
+        bounds[n] = whole, whole.keeping(kept.checkpointed)
+        needs[n] = recomputed(whole, kept, lambda need: fits(need, cluster), config.activation_checkpointing)
 
-    def at(micro_batch: int, checkpointing: bool = config.activation_checkpointing) -> Memory:
-        accumulation = of_rank // micro_batch
-        whole = of_one.times(micro_batch)
-        return memory(parts, ds, cluster.gpus, whole, checkpointing=checkpointing, accumulation=accumulation)
+    def at(n: int) -> Step:
+        layers, need = needs[n]
+        return step(parts, ds, need, cluster, work(layers), of_rank // n)
 
-    fitting = [n for n in micro_batches if fits(at(n), cluster)]
-    chosen = max(fitting, default=1)
-    used = at(chosen)
-    seconds = step(parts, ds, used, cluster, work, of_rank // chosen)
-    other = at(shown, not config.activation_checkpointing)
-    return Option(Path(name).stem, at(shown), other, at(1), bool(fitting), chosen, seconds)
+    fitting = [n for n in micro_batches if fits(needs[n][1], cluster)]
+    fastest = min(fitting, key=lambda n: (at(n).seconds, -n), default=1)
+    layers, need = needs[shown]
+    again = needs[fastest][0]
+    zero = Path(name).stem
+    return Option(zero, need, layers, bounds[shown], needs[1][1], bool(fitting), fastest, again, at(fastest))

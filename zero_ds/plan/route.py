@@ -155,10 +155,11 @@ def groups(plan: RunPlan, cluster: Cluster, ranks: int) -> Groups:
     unit = parts.largest_unit
     gathered = 0.0 if ranks == 1 else 2.0 * b * unit + b * unit * (trained > frozen)  # this unit, the next, a gradient
     of_rank = plan.config.global_batch // cluster.gpus
+    always = plan.config.activation_checkpointing is not False  # as the paper's runs: `auto` recomputes no less here
 
     def peak(micro_batch: int) -> float:
         kept = plan.kept.times(micro_batch)
-        passes = kept.checkpointed if plan.config.activation_checkpointing else kept.whole
+        passes = kept.checkpointed if always else kept.whole
         return state + gathered + passes + kept.logits
 
     room = (cluster.memory_gib - cluster.reserve_gib) * GIB
@@ -168,9 +169,7 @@ def groups(plan: RunPlan, cluster: Cluster, ranks: int) -> Groups:
     whole = b * (frozen + trained)
     communication = accumulation * (2 * cluster.collective(whole, ranks) + cluster.collective(b * trained, ranks))
     communication += cluster.between_replicas(b * trained, ranks)
-    work = flops(
-        parts, StepCost.of(parts.model), plan.sample, plan.config.global_batch, plan.config.activation_checkpointing
-    )
+    work = flops(parts, StepCost.of(parts.model), plan.sample, plan.config.global_batch, float(always))
     computing = work[1] / (cluster.gpus * cluster.peak * cluster.mfu)
     step = Step(computing, communication, 0.0, work[0], cluster.gpus, cluster.peak)
     return Groups(ranks, cluster.gpus // ranks, state, peak(micro_batch), bool(fitting), micro_batch, step)

@@ -19,7 +19,7 @@ from zero_ds.config import ConfigError, did_you_mean
 from zero_ds.cost import PEAK, StepCost
 from zero_ds.plan.architecture import Architecture
 from zero_ds.plan.data import Sample
-from zero_ds.plan.memory import Memory
+from zero_ds.plan.memory import PROCESS_GIB, RESERVE_GIB, Memory
 
 LINKS = {"B200": 900.0, "H200": 450.0, "H100 PCIe": 64.0, "H100": 450.0, "A100": 300.0, "V100": 150.0}
 """GB/s of a GPU to the others of its node, one direction, as the makers state it (NVLink); others: PCIe."""
@@ -48,12 +48,12 @@ class Cluster:
     """GB/s that collectives reach for each GPU inside a node, one direction."""
     between: float = REACHED * ASSUMED["between"]
     """GB/s that they reach for each node to the others, one direction."""
-    reserve_gib: float = 3.0
-    """Of each GPU, for what is not planned: CUDA's context, NCCL's buffers, holes between blocks of memory."""
+    reserve_gib: float = RESERVE_GIB
+    """Of each GPU, for what is not planned."""
     host_gib: float = 1000.0
     """Host memory of a node."""
-    process_gib: float = 3.0
-    """Of it, for each rank: Python, the libraries, workers of the loader."""
+    process_gib: float = PROCESS_GIB
+    """Of it, for each rank's process."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -122,15 +122,14 @@ class Step:
 
 
 def flops(
-    parts: Architecture, cost: StepCost, sample: Sample, global_batch: int, checkpointing: bool
+    parts: Architecture, cost: StepCost, sample: Sample, global_batch: int, recomputed: float
 ) -> tuple[float, float]:
-    """FLOPs of a global batch: the method's, and with what activation checkpointing computes again."""
+    """FLOPs of a global batch: the method's, and with what is computed again in that share of the decoder's layers."""
     pictures = sample.pictures * (cost.patches > 0)
     image_tokens = pictures * parts.model.tokens_per_image()
     once = cost.flops(sample.length, sample.length**2, sample.supervised, pictures, image_tokens)
-    again = 0.0
-    if checkpointing and cost.decoder.backward:
-        again = cost.decoder.forward_token * sample.length + cost.decoder.forward_pair * sample.length**2
+    forward = cost.decoder.forward_token * sample.length + cost.decoder.forward_pair * sample.length**2
+    again = recomputed * forward if cost.decoder.backward else 0.0
     return global_batch * once, global_batch * (once + again)
 
 

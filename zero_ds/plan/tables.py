@@ -78,24 +78,25 @@ def heading(recipe: str, plan: RunPlan) -> str:
 def gpu_table(plan: RunPlan) -> str:
     """GPU memory of a rank by cause."""
     used = [cause for cause in CAUSES if any(o.memory.by_cause["gpu"].get(cause) for o in plan.options)]
-    other = "no ckpt" if plan.config.activation_checkpointing else "with ckpt"
-    header = ["config", *(HEADINGS.get(cause, cause) for cause in used), "peak", other, "fits", "micro batch"]
+    header = ["config", *(HEADINGS.get(cause, cause) for cause in used)]
+    header += ["peak", "recomputed", "none", "all", "fits", "micro batch"]
     rows = [
         [
             option.zero,
             *(gib(option.memory.by_cause["gpu"].get(cause, 0.0)) for cause in used),
             gib(option.memory.peak["gpu"]),
-            gib(option.other.peak["gpu"]),
+            str(option.recomputed),
+            *(gib(memory.peak["gpu"]) for memory in option.bounds),
             "yes" if option.fits else "no",
             str(option.micro_batch) if option.fits else "-",
         ]
         for option in plan.options
     ]
-    checkpointing = "with" if plan.config.activation_checkpointing else "without"
+    setting = str(plan.config.activation_checkpointing).lower()
     lines = [
-        f"GPU memory of a rank in GiB at micro_batch={plan.micro_batch}, {checkpointing} activation checkpointing "
-        f"(`{other}`: the peak the other way); {plan.cluster.reserve_gib:g} GiB more stay free; `micro batch`: the "
-        "largest that fits",
+        f"GPU memory of a rank in GiB at micro_batch={plan.micro_batch} and activation_checkpointing={setting}; "
+        f"`recomputed`: of {len(plan.kept.layers)} decoder layers, and the peak with `none` and `all` of them; "
+        f"{plan.cluster.reserve_gib:g} GiB more stay free; `micro batch`: the fastest that fits",
         table(header, rows),
         *(f"{name}: {reason}" for name, reason in plan.refused.items()),
     ]
@@ -127,6 +128,7 @@ def speed_table(plan: RunPlan) -> str:
         [
             option.zero,
             str(option.micro_batch),
+            str(option.again),
             number(option.step.computing),
             number(option.step.communication),
             number(option.step.update),
@@ -136,11 +138,11 @@ def speed_table(plan: RunPlan) -> str:
         ]
         for option in plan.fitting
     ]
-    header = ["config", "micro batch", "computing", "communication", "update", "step", "MFU", "hours"]
+    header = ["config", "micro batch", "recomputed", "computing", "communication", "update", "step", "MFU", "hours"]
     steps = "their number is not known: give --samples" if plan.steps is None else f"{plan.steps} steps"
     best = plan.fitting[0]
     return (
-        f"Seconds of a step at the largest micro-batch that fits ({steps})\n"
+        f"Seconds of a step at the fastest micro-batch that fits ({steps}); `recomputed`: decoder layers\n"
         + table(header, rows)
         + f"\nFastest that fits: zero={best.zero} micro_batch={best.micro_batch}"
     )
@@ -157,10 +159,8 @@ def group_table(plan: RunPlan) -> str:
     )
     return (
         "Everything sharded over groups of ranks, with replicas (FSDP's hybrid shards, the paper's layout; no config "
-        "in ds_configs/ does this), 16 bytes a trained parameter; GiB and seconds\n"
-        + table(header, rows)
-        + "\n"
-        + verdict
+        "in ds_configs/ does this), 16 bytes a trained parameter, all decoder layers recomputed unless "
+        "activation_checkpointing=false; GiB and seconds\n" + table(header, rows) + "\n" + verdict
     )
 
 
@@ -255,7 +255,10 @@ def as_json(recipe: str, plan: RunPlan, found: list[Route]) -> dict[str, Any]:
         },
         "average_sample": dict(vars(plan.sample)),
         "longest_sample": plan.longest,
-        "kept_of_one_sample": dict(vars(plan.kept)),
+        "kept_of_one_sample": {
+            **vars(plan.kept),
+            **{name: getattr(plan.kept, name) for name in ("whole", "checkpointed", "logits")},
+        },
         "micro_batch": plan.micro_batch,
         "options": {option.zero: _option(plan, option) for option in plan.options},
         "refused": plan.refused,
@@ -292,10 +295,12 @@ def _option(plan: RunPlan, option: Option) -> dict[str, Any]:
     return {
         "bytes": {place: option.memory.by_cause[place] for place in PLACES},
         "peak": option.memory.peak,
-        "peak_with_checkpointing_the_other_way": option.other.peak,
+        "layers_recomputed": option.recomputed,
+        "peak_recomputing_none": option.bounds[0].peak,
+        "peak_recomputing_all": option.bounds[1].peak,
         "fits": option.fits,
-        "largest_micro_batch": option.micro_batch if option.fits else None,
-        "step": _step(option.step),
+        "micro_batch": option.micro_batch if option.fits else None,
+        "step": {**_step(option.step), "layers_recomputed": option.again},
         "hours": plan.hours(option.step.seconds),
     }
 
