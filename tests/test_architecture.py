@@ -43,6 +43,7 @@ FLOORS: dict[str, int] = {
     "losses": 3,
     "vocabulary": 3,
     "model": 3,
+    "kernels": 3,
     "distill": 3,
     "lora": 3,
     # 4: what trains when

@@ -268,6 +268,7 @@ def test_fingerprint_ignores_what_changes_no_number(recipe: str) -> None:
     config = load_run(recipe)
     free = ["out=elsewhere", "log_every=3", "checkpoint.keep=9", "checkpoint.every_steps=1", "preview.every_steps=2"]
     free += ["zero=zero1", "micro_batch=2", "activation_checkpointing=true", "data.workers=3", "nvme_path=/disk"]
+    free += ["kernels=liger"]
     for override in free:
         assert load_run(recipe, [override]).fingerprint() == config.fingerprint(), override
     changed = [

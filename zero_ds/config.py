@@ -187,9 +187,9 @@ class PreviewConfig(Section):
 
 WITHOUT_EFFECT = (
     *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
-    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward"),
+    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward", "kernels"),
 )
-"""Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
+"""Entries of a run that change no more of its numbers than their rounding, so that they may differ on a resume."""
 
 
 class RunConfig(Section):
@@ -226,6 +226,8 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: fused norms, rotary embedding and gated MLPs in the decoder, on a GPU; the same but for rounding."""
     activation_checkpointing: bool = True
     short_backward: bool = True
     """Without a picture in the global batch the backward pass ends at the first layer that learns; the same numbers."""

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zero_ds import checkpoint, distributed, failure, stages
+from zero_ds import checkpoint, distributed, failure, kernels, stages
 from zero_ds.config import RunConfig
 from zero_ds.cost import Counts, StepCost, peak_flops
 from zero_ds.data.batches import Batch
@@ -48,6 +48,7 @@ def train(config: RunConfig) -> Path:
     stages.stage_of(config)
     world_size = distributed.world_size()
     check_batches(config, world_size)
+    kernels.check(config)
     ds = ds_config(config, world_size)
     out = Path(config.out)
     resumed = commit_to_resume(out, config)
@@ -72,6 +73,8 @@ def train(config: RunConfig) -> Path:
     groups = stages.freeze_(model, config)
     sizes = {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in group) for part, group in groups.items()}
     logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
+    if config.kernels == "liger":
+        kernels.fuse_(model.decoder)
     if config.activation_checkpointing:
         model.decoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
