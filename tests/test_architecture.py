@@ -44,6 +44,7 @@ FLOORS: dict[str, int] = {
     "vocabulary": 3,
     "model": 3,
     "kernels": 3,
+    "quantized": 3,
     "distill": 3,
     "lora": 3,
     # 4: what trains when
