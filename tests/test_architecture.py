@@ -43,6 +43,8 @@ FLOORS: dict[str, int] = {
     "losses": 3,
     "vocabulary": 3,
     "model": 3,
+    "kernels": 3,
+    "quantized": 3,
     "distill": 3,
     "lora": 3,
     "compilation": 3,

@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "tools" / "bench")]
 
 import checkpoints  # noqa: E402
 import report  # noqa: E402
+import rounding  # noqa: E402
 import scaling  # noqa: E402
 import scripts  # noqa: E402
 import step  # noqa: E402
@@ -251,6 +252,13 @@ def test_groups_take_turns(tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match="for the test"),
     ):
         group.turn(2)
+
+
+def test_rounding_is_held_against_float32(trained: Path) -> None:
+    exact, rounded, quantized, both = rounding.compare(trained / "encoder", batches=2)
+    assert exact["gradient_difference"] == 0 < rounded["gradient_difference"]
+    assert 0 < quantized["gradient_difference"] < 0.15 and both["gradient_difference"] > 0
+    assert both["megabytes"] < rounded["megabytes"] and quantized["megabytes"] < exact["megabytes"] / 2
 
 
 def test_a_table_is_markdown() -> None:

@@ -270,6 +270,7 @@ def test_fingerprint_ignores_what_changes_no_number(recipe: str) -> None:
     free = ["out=elsewhere", "log_every=3", "checkpoint.keep=9", "checkpoint.every_steps=1", "preview.every_steps=2"]
     free += ["zero=zero1", "micro_batch=2", *(f"activation_checkpointing={how}" for how in ("true", "false", "auto"))]
     free += ["data.workers=3", "nvme_path=/disk"]
+    free += ["kernels=liger", "compile=true"]
     for override in free:
         assert load_run(recipe, [override]).fingerprint() == config.fingerprint(), override
     changed = [

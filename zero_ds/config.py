@@ -7,6 +7,7 @@ Every key is known: an unknown one is an error that names its nearest neighbour,
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -187,9 +188,12 @@ class PreviewConfig(Section):
 
 WITHOUT_EFFECT = (
     *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
-    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward", "compile"),
+    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward", "kernels"),
+    "compile",
 )
-"""Entries of a run that change no more of its numbers than the order of sums, so that they may differ on a resume."""
+"""Entries of a run that change no more of its numbers than their rounding, so that they may differ on a resume."""
+YOUNGER = {"frozen_weights": "native"}
+"""Entries that are younger than some commits: at these values a run is what it was without them."""
 
 
 class RunConfig(Section):
@@ -226,11 +230,15 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else fp32."""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    kernels: Literal["torch", "liger"] = "torch"
+    """liger: fused norms, rotary embedding and gated MLPs in the decoder, on a GPU; the same but for rounding."""
+    frozen_weights: Literal["native", "int8"] = "native"
+    """int8: linear layers of frozen decoder layers in 8 bits, half of bf16's memory; under ZeRO stages 0 to 2."""
+    compile: bool = False
+    """Let torch compile the decoder's layers: fewer passes over memory, less kept for the backward pass, but a minute
+    more before the first step. Needs a C++ compiler, and a `zero` under which parameters are whole on every rank."""
     activation_checkpointing: Literal["auto", True, False] = "auto"
     """Recompute decoder layers in the backward pass: all, none, or (auto) as few as fit by `zero-ds plan`."""
-    compile: bool = False
-    """Let torch compile the decoder's layers: fewer passes over memory, and less kept for the backward pass, but a minute
-    more before the first step. Needs a C++ compiler, and a `zero` under which parameters are whole on every rank."""
     short_backward: bool = True
     """Without a picture in the global batch the backward pass ends at the first layer that learns; the same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -248,6 +256,8 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.decoder == "surrogate" and not self.surrogate:
             raise ValueError("decoder is 'surrogate' but no surrogate is given; set surrogate=FOLDER")
+        if self.compile and self.kernels == "liger":
+            raise ValueError("kernels=liger and compile=true fuse the same operations; leave one of them out")
         return self
 
     @property
@@ -262,12 +272,9 @@ class RunConfig(Section):
     def fingerprint(self) -> str:
         """Hash of everything that changes the run's numbers by more than rounding."""
         content = self.model_dump(mode="json")
-        for name in WITHOUT_EFFECT:
+        for name in (*WITHOUT_EFFECT, *(key for key, value in YOUNGER.items() if content[key] == value)):
             *path, last = name.split(".")
-            section = content
-            for key in path:
-                section = section[key]
-            del section[last]
+            del functools.reduce(dict.__getitem__, path, content)[last]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -348,11 +355,8 @@ def _read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return merged
+    both = {key for key, value in top.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return {**base, **top, **{key: _merge(base[key], top[key]) for key in both}}
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:

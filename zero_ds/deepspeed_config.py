@@ -110,6 +110,11 @@ def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     _fill_from_machine(content["zero_optimization"], config, path, ranks_per_node)
     _check_values(content, path)
     _refuse_bad_combinations(content, world_size, path)
+    if config.frozen_weights == "int8" and content["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            f"frozen_weights=int8 keeps whole weights on each rank, which {path.name} shards; set zero=zero2, or "
+            "frozen_weights=native."
+        )
     if ranks_per_node is None:
         _refuse_missing_compiler(content["zero_optimization"], path)
     content["tensorboard"] = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}

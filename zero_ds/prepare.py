@@ -12,7 +12,7 @@ import torch
 
 from zero_ds import checkpoint, distributed, stages
 from zero_ds.checkpoint import Commit
-from zero_ds.config import WITHOUT_EFFECT, ConfigError, RunConfig
+from zero_ds.config import WITHOUT_EFFECT, YOUNGER, ConfigError, RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
@@ -67,7 +67,7 @@ def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
     """The first entry in which two configurations differ: `key: old -> new`."""
     for key in [*new, *(k for k in old if k not in new)]:
-        a, b = old.get(key), new.get(key)
+        a, b = old.get(key, YOUNGER.get(f"{prefix}{key}")), new.get(key)
         if a == b or f"{prefix}{key}" in WITHOUT_EFFECT:
             continue
         if isinstance(a, dict) and isinstance(b, dict):

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zero_ds import checkpoint, compilation, distributed, failure, stages
-from zero_ds.config import RunConfig
+from zero_ds import checkpoint, compilation, distributed, failure, kernels, stages
+from zero_ds.config import ConfigError, RunConfig
 from zero_ds.cost import Counts, StepCost, peak_flops
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
@@ -27,6 +27,7 @@ from zero_ds.peft_folder import weights_hash
 from zero_ds.plan.recompute import checkpoint_activations_
 from zero_ds.prepare import build, commit_to_resume, make_folder, plan_of, seed_everything, start_
 from zero_ds.preview import Preview
+from zero_ds.quantized import quantize_
 from zero_ds.surrogate import relied_on
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def train(config: RunConfig) -> Path:
     stop = distributed.StopSignal()
     stages.stage_of(config)
     compilation.check(config)
+    kernels.check(config)
     world_size = distributed.world_size()
     check_batches(config, world_size)
     ds = ds_config(config, world_size)
@@ -74,6 +76,10 @@ def train(config: RunConfig) -> Path:
     groups = stages.freeze_(model, config)
     sizes = {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in group) for part, group in groups.items()}
     logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
+    if config.frozen_weights == "int8" and not quantize_(model):
+        raise ConfigError("frozen_weights=int8 needs frozen decoder layers, and all of them train; set it to native.")
+    if config.kernels == "liger":
+        kernels.fuse_(model.decoder)
     checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, total, ds)

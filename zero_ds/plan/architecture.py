@@ -21,6 +21,7 @@ from zero_ds.encoders import encoder_of, vision_config
 from zero_ds.families import family_of
 from zero_ds.model import VisionLanguageModel
 from zero_ds.pretrained import depth_of, text_config
+from zero_ds.quantized import quantize_
 from zero_ds.surrogate import LayerPlan, Replaced, read_surrogate
 
 SHIPPED = Path(__file__).parent / "architectures"
@@ -46,6 +47,8 @@ class Architecture:
     """Parameters of every part that trains: the optimizer's groups."""
     replaced: int = 0
     """Parameters of the target's layers that distillation loads beside the surrogate."""
+    int8: bool = False
+    """Whether frozen decoder layers are in 8 bits."""
     sources: tuple[str, ...] = ()
     """Where every architecture comes from, a sentence each."""
 
@@ -59,6 +62,12 @@ class Architecture:
         """Sizes of all other parameters."""
         sizes = [p.numel() for p in self.model.parameters() if not p.requires_grad]
         return [*sizes, self.replaced] if self.replaced else sizes
+
+    @cached_property
+    def frozen_bytes(self) -> int:
+        """Of them where they are whole: those in 8 bits have one each."""
+        own = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
+        return own + self.replaced * (1 if self.int8 else self.dtype.itemsize)
 
     @cached_property
     def largest_unit(self) -> int:
@@ -180,7 +189,9 @@ def architecture(
     if config.distill.active and plan is not None:
         layer = next(iter(family.layers(cast(nn.Module, decoder))))
         replaced = len(plan.dropped) * sum(p.numel() for p in layer.parameters())
-    return Architecture(model, dtype, groups, replaced, tuple(sources))
+    if int8 := config.frozen_weights == "int8":
+        quantize_(model)
+    return Architecture(model, dtype, groups, replaced, int8, tuple(sources))
 
 
 def _cut_(text: Any, plan: LayerPlan, per_layer: tuple[str, ...]) -> None:

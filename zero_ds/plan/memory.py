@@ -9,6 +9,7 @@ gradients add up (4 under ZeRO-2 and 3 here, b under 0 and 1).
     2             b F      b T          g T / N     12 T / N
     3             b F / N  b T / N      g T / N     12 T / N
 
+With `frozen_weights=int8` (stages 0 to 2) a linear weight of a frozen decoder layer has one byte instead of b.
 Stage 1 without accumulation, and stage 2 where g = b, keep the gradients of all parameters that a rank's share touches,
 whole. ZeRO-3 keeps parameters up to `stage3_param_persistence_threshold` whole as well, and with hpZ a second shard of
 every other parameter within its group of ranks. An offloaded optimizer has 4 T / N bytes of float32 gradients with it.
@@ -118,9 +119,9 @@ def _whole(parts: Architecture, ds: dict[str, Any], world_size: int, accumulatio
     """ZeRO stages 0, 1 and 2: parameters whole on every rank."""
     zero = ds["zero_optimization"]
     b, g = _bytes(ds, parts.dtype)
-    frozen, trained = sum(parts.frozen), sum(parts.trained)
+    trained = sum(parts.trained)
     largest = max(parts.trained)
-    gpu: dict[str, float] = {"frozen": b * frozen, "trained": b * trained}
+    gpu: dict[str, float] = {"frozen": parts.frozen_bytes, "trained": b * trained}
     host: dict[str, float] = {}
     if zero["stage"] == 0:
         master = 0 if parts.dtype == torch.float32 else 4

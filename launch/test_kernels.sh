@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Liger's kernels (kernels=liger) against transformers' own layers, on a CPU in Triton's interpreter: losses, scores and
+# gradients of every family, and runs of two ranks. Then the same of compiled layers (compile=true), for which there must be
+# a C++ compiler. Minutes. Not part of launch/test.sh, for Triton is large and not everybody has a compiler.
+#
+#   launch/test_kernels.sh [PYTEST ARGUMENTS]
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+help_if_asked "$@"
+set_up dev
+python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt liger-kernel triton ||
+  fail "liger-kernel could not be fetched; check the network and run again"
+TRITON_INTERPRET=1 python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" tests/test_kernels.py "$@"
+TEST_COMPILE=1 python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" tests/test_compilation.py "$@"
