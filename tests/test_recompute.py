@@ -172,6 +172,10 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
         model(**{k: batch[k] for k in INPUTS if k in batch}).total.backward()
         assert sorted(ran) == sorted([*range(6), *layers])
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    auto = config.model_copy(update={"activation_checkpointing": "auto"})
+    assert [len(choose(auto, ds_config(auto, 1), 1, room).layers) for room in (math.inf, 0.0)] == [0, 6], (
+        "it is planned"
+    )
     whole, partly = found
     assert whole.keys() == partly.keys() and len(whole) > 50
     for name, gradient in whole.items():

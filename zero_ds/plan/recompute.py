@@ -1,7 +1,7 @@
 """Activation checkpointing of a run: which decoder layers are recomputed in the backward pass instead of kept.
 
 Under `activation_checkpointing: auto` these are as few as the plan of the run says that the memory at hand asks for.
-What is recomputed is the same to the bit, so the choice costs or saves time, and changes nothing else.
+Nothing is drawn at random in a pass, so what is recomputed comes out the same, and the choice costs or saves time only.
 """
 
 from __future__ import annotations
