@@ -257,7 +257,7 @@ def test_groups_take_turns(tmp_path: Path) -> None:
 def test_rounding_is_held_against_float32(trained: Path) -> None:
     exact, rounded, quantized, both = rounding.compare(trained / "encoder", batches=2)
     assert exact["gradient_difference"] == 0 < rounded["gradient_difference"]
-    assert 0 < quantized["gradient_difference"] < 0.15 and both["gradient_difference"] > 0
+    assert 0 < quantized["gradient_difference"] < 0.5 and both["gradient_difference"] > 0
     assert both["megabytes"] < rounded["megabytes"] and quantized["megabytes"] < exact["megabytes"] / 2
 
 
