@@ -33,6 +33,8 @@ def test_no_compiler_is_said_before_anything_is_loaded(
     compilation.check(run_config("encoder"))
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and none was found; install g\+\+"):
         compilation.check(run_config("encoder", compile=True))
+    with pytest.raises(ConfigError, match="fuse the same operations; leave one of them out"):
+        compilation.check(run_config("encoder", compile=True, kernels="liger"))
 
 
 def test_what_zero3_gathers_is_not_compiled(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ def check(config: RunConfig) -> None:
     """Says what compiling lacks on this machine, before anything is loaded.
 
     Raises:
-        ConfigError: there is no compiler.
+        ConfigError: there is no compiler, or other kernels stand where compiled code would.
     """
+    if config.compile and config.kernels != "torch":
+        raise ConfigError("kernels=liger and compile=true fuse the same operations; leave one of them out.")
     if config.compile and not _compiler():
         raise ConfigError("compile=true needs a C++ compiler, and none was found; install g++, or set compile=false.")
 

@@ -48,8 +48,7 @@ class AdapterConfig(Section):
     match_embeddings: bool = False
     """Scale the adapter's initial weights so that image tokens start with the standard deviation of word embeddings."""
     width: int | None = Field(default=None, ge=1)
-    """Hidden size of the decoder that the adapter was trained with, where it differs from this one's: then an aligner,
-    one linear layer behind the adapter, brings image tokens to this decoder's width (A.8)."""
+    """Hidden size that the adapter was trained for, if not this decoder's: then an aligner, a linear layer, follows (A.8)."""
 
 
 class SourceConfig(Section):
@@ -187,13 +186,11 @@ class PreviewConfig(Section):
 
 
 WITHOUT_EFFECT = (
-    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples"),
-    *("data.packing", "zero", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward", "kernels"),
-    "compile",
+    *("out", "log_every", "checkpoint", "preview", "data.workers", "data.bad_samples", "data.max_bad_samples", "zero"),
+    *("data.packing", "nvme_path", "micro_batch", "activation_checkpointing", "short_backward", "kernels", "compile"),
 )
 """Entries of a run that change no more of its numbers than their rounding, so that they may differ on a resume."""
-YOUNGER = {"frozen_weights": "native"}
-"""Entries that are younger than some commits: at these values a run is what it was without them."""
+YOUNGER = {"frozen_weights": "native"}  # of entries that old commits lack: with these values a run is what it was
 
 
 class RunConfig(Section):
@@ -235,8 +232,7 @@ class RunConfig(Section):
     frozen_weights: Literal["native", "int8"] = "native"
     """int8: linear layers of frozen decoder layers in 8 bits, half of bf16's memory; under ZeRO stages 0 to 2."""
     compile: bool = False
-    """Let torch compile the decoder's layers: fewer passes over memory, less kept for the backward pass, but a minute
-    more before the first step. Needs a C++ compiler, and a `zero` under which parameters are whole on every rank."""
+    """Let torch compile the decoder's layers; needs a C++ compiler, and parameters that are whole on every rank."""
     activation_checkpointing: Literal["auto", True, False] = "auto"
     """Recompute decoder layers in the backward pass: all, none, or (auto) as few as fit by `zero-ds plan`."""
     short_backward: bool = True
@@ -256,8 +252,6 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.decoder == "surrogate" and not self.surrogate:
             raise ValueError("decoder is 'surrogate' but no surrogate is given; set surrogate=FOLDER")
-        if self.compile and self.kernels == "liger":
-            raise ValueError("kernels=liger and compile=true fuse the same operations; leave one of them out")
         return self
 
     @property
