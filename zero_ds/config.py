@@ -48,7 +48,7 @@ class AdapterConfig(Section):
     match_embeddings: bool = False
     """Scale the adapter's initial weights so that image tokens start with the standard deviation of word embeddings."""
     width: int | None = Field(default=None, ge=1)
-    """Hidden size that the adapter was trained for, if not this decoder's: then an aligner, a linear layer, follows (A.8)."""
+    """Hidden size that the adapter was trained for, if not this decoder's; then a linear aligner follows it (A.8)."""
 
 
 class SourceConfig(Section):
