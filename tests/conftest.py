@@ -20,7 +20,8 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
-    TORCHDYNAMO_DISABLE="1",  # nothing is compiled here, and loading the compiler takes a second of every rank
+    # nothing is compiled but in tests of that, and loading the compiler takes a second of every rank
+    TORCHDYNAMO_DISABLE="0" if "TEST_COMPILE" in os.environ else "1",
     TRANSFORMERS_VERBOSITY="error",
 )
 

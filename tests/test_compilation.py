@@ -19,6 +19,7 @@ from test_packing import encoded
 from zero_ds import compilation
 from zero_ds.config import ConfigError, EncoderConfig, RunConfig
 from zero_ds.data.batches import collate, collate_rows
+from zero_ds.deepspeed_config import ds_config
 from zero_ds.families import FAMILIES
 from zero_ds.model import Assembly, assemble
 from zero_ds.plan.recompute import recompute_
@@ -35,12 +36,23 @@ def test_no_compiler_is_said_before_anything_is_loaded(
         compilation.check(run_config("encoder", compile=True))
     with pytest.raises(ConfigError, match="fuse the same operations; leave one of them out"):
         compilation.check(run_config("encoder", compile=True, kernels="liger"))
+    with pytest.raises(ConfigError, match="would keep the weights of frozen_weights=int8 whole"):
+        compilation.check(run_config("encoder", compile=True, frozen_weights="int8"))
 
 
 def test_what_zero3_gathers_is_not_compiled(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """What is compiled keeps its weights for the backward pass; with gathered ones that is the whole model."""
-    ((end,),) = run_ranks(train_all, 1, [run_config("encoder", tmp_path / "run", compile=True, zero=GATHERED)])
-    assert end.startswith("ConfigError: compile=true would keep all that ZeRO-3 gathers; set zero=zero3_resident")
+    for zero in ("zero3", GATHERED):
+        with pytest.raises(
+            ConfigError, match=rf"keep all that {Path(zero).stem}.json gathers; set zero=zero3_resident"
+        ):
+            ds_config(run_config("encoder", compile=True, zero=zero), 2)
+    assert ds_config(run_config("encoder", compile=True, zero="zero3_resident"), 2)
+    own = json.loads(Path(GATHERED).read_text())
+    own["zero_optimization"]["stage3_param_persistence_threshold"] = 1_000_000
+    few = tmp_path / "few.json"  # what is larger is gathered, and only the model knows whether there is such a thing
+    few.write_text(json.dumps(own))
+    assert ds_config(run_config("encoder", compile=True, zero=str(few)), 2)
 
 
 @compiles
@@ -59,16 +71,30 @@ def test_a_compiled_decoder_learns_the_same(made: Callable[..., Path], family: s
     size = plain.encoder_family.vision_config(plain.encoder).image_size  # type: ignore[union-attr, arg-type]
     batches = [
         collate(samples, 0, size),
-        collate(encoded(1, [9, 7], [0, 1]), 0, size),
+        collate(encoded(1, [9, 12], [0, 1]), 0, size),
         collate_rows([samples[:2], samples[2:]], 0, size),
     ]
     for batch in batches:
         compare(learned(compiled, batch), learned(plain, batch))
+    assert frames() > 0
     for model in (compiled, plain):
         model.decoder.requires_grad_(False)
         recompute_(model, range(len(layers)))
+    before = frames()
     for batch in batches[1:]:
         compare(learned(compiled, batch), learned(plain, batch))
+    assert frames() > before, "compiled anew, with what is recomputed"
+
+
+def frames() -> int:
+    """How often this process has compiled something."""
+    import torch
+
+    return int(torch._dynamo.utils.counters["frames"]["ok"])
+
+
+def train_compiling(configs: list[RunConfig]) -> tuple[list[str], int]:
+    return train_all(configs), frames()
 
 
 @compiles
@@ -80,7 +106,8 @@ def test_a_compiled_run_is_the_same(
     """Two ranks, six steps, of pictures and of text alone."""
     ways = {"plain": False, "compiled": True}
     configs = [run_config(stage, tmp_path / n, compile=on, zero=zero, log_every=1) for n, on in ways.items()]
-    assert run_ranks(train_all, 2, configs) == [["step-000006"] * 2] * 2
+    for ends, compiled_frames in run_ranks(train_compiling, 2, configs, timeout=900):
+        assert ends == ["step-000006"] * 2 and compiled_frames > 0
     plain, compiled = (losses(tmp_path / name) for name in ways)
     assert compiled == pytest.approx(plain, rel=1e-5) and len(plain) == 6
 

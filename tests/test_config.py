@@ -294,3 +294,10 @@ def test_did_you_mean() -> None:
     assert did_you_mean("adpter", ["adapter", "encoder"]) == "; did you mean 'adapter'?"
     assert did_you_mean("x", ["b", "a"]) == "; known: a, b."
     assert did_you_mean("x", [str(n) for n in range(50)]) == "."
+
+
+def test_old_commits_are_known_again() -> None:
+    """A fingerprint that was made before `compile`, `kernels` and `frozen_weights` were there."""
+    plain = RunConfig(stage="encoder", target="t", out="o")
+    assert plain.fingerprint() == "e114ee41a9cad954"
+    assert RunConfig(stage="encoder", target="t", out="o", frozen_weights="int8").fingerprint() != plain.fingerprint()

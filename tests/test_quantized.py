@@ -162,7 +162,7 @@ def test_a_run_commits_resumes_and_grafts(
         everything = configs[1].model_copy(update={"stage": "decoder", "out": str(tmp_path / "all")})
         ends = run_ranks(train_all, 2, [other, everything, resumed])[0]
         assert "holds another run (frozen_weights: 'int8' -> 'native')" in ends[0]
-        assert ends[1].startswith("ConfigError: frozen_weights=int8 needs frozen decoder layers")
+        assert ends[1].startswith("ConfigError: stage decoder trains the decoder; frozen_weights=int8 is for frozen")
         assert ends[2] == "step-000004"
         first, second = (load_file(run / "step-000004/weights.safetensors") for run in (tmp_path / "int8", again))
         assert all(torch.equal(first[name], second[name]) for name in first)

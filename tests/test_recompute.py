@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zero_ds import stages
+from zero_ds import distributed, stages
 from zero_ds.config import RunConfig, load_run
 from zero_ds.data.batches import INPUTS
 from zero_ds.deepspeed_config import ds_config
@@ -254,3 +254,65 @@ def test_a_plan_recomputes_less_the_more_memory_there_is() -> None:
     for less, more in zip(plans["auto"][:-1], plans["auto"][1:], strict=True):
         assert all(more[zero].recomputed <= option.recomputed for zero, option in less.items())
     assert all(option.recomputed == option.again == 0 for option in plans["auto"][-1].values() if option.fits)
+
+
+def test_limits_of_all_groups_around_a_process_count(tmp_path: Path) -> None:
+    """A job of Slurm's lies some folders below the root, and a limit may stand at any of them."""
+    groups = tmp_path / "cgroup"
+    root = tmp_path / "fs"
+    for name, limit in {"": "max", "slurm": "9000", "slurm/job_7": "max", "slurm/job_7/step_0": "5000"}.items():
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+    groups.write_text("0::/slurm/job_7/step_0\n")
+    assert distributed.memory_limits(groups, root) == [9000, 5000]
+    old = root / "memory/docker"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("7000")
+    groups.write_text("3:cpu,cpuacct:/slurm\n2:memory:/docker\n")
+    assert distributed.memory_limits(groups, root) == [7000]
+    assert distributed.memory_limits(tmp_path / "none", root) == []
+    assert distributed.device_bytes() > 0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_mask_is_counted(run_config: Callable[..., RunConfig], packed: bool) -> None:
+    """Sdpa with rows of unequal length, or of several samples, against what autograd saves in a real pass."""
+    config = run_config("encoder", attention="sdpa", micro_batch=2, global_batch=4)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packed})})
+    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    stages.freeze_(model, config)
+    model.train()
+    batches = [batch for step in loader.steps(0, 6) for batch in step]
+    batch = max(batches, key=lambda batch: len(batch["pixel_values"]) * (int((batch["attention_mask"] == 0).sum()) > 0))
+    rows, length = batch["input_ids"].shape
+    parts = architecture(config, dtype=torch.float32)
+    of_one = kept(
+        parts.model,
+        length=length,
+        supervised=int((batch["labels"] != -100).sum()) // rows,
+        pictures=len(batch["pixel_values"]) // rows,
+        attention="sdpa",
+    )
+    planned = (of_one.with_mask() if packed else of_one).times(rows)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    layers = dict.fromkeys(range(len(of_one.layers)), 0)
+    seen: set[int] = set()
+    alive, inside = [], [-1]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        key = tensor.untyped_storage().data_ptr()
+        if inside[0] >= 0 and key not in own and key not in seen:
+            layers[inside[0]] += tensor.untyped_storage().nbytes()
+        seen.add(key)
+        return tensor
+
+    for number, layer in enumerate(model.family.layers(model.decoder)):
+        layer.register_forward_pre_hook(lambda *_, number=number: inside.__setitem__(0, number))
+        layer.register_forward_hook(lambda *_: inside.__setitem__(0, -1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**{k: batch[k] for k in INPUTS if k in batch})
+    assert of_one.masked > 0
+    assert list(layers.values()) == pytest.approx(planned.layers, rel=0.1)
+    assert sum(of_one.layers) * rows < 0.95 * sum(layers.values()), "without the mask it is too little"

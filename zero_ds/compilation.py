@@ -12,7 +12,7 @@ from zero_ds.config import ConfigError, RunConfig
 
 VARIANTS = 64
 """Ways in which one layer's code may be compiled: with and without gradient, trained and frozen, by kind of attention
-and mask. torch stops at 8, and without a word runs what is left as it is."""
+and mask. torch stops at 8, and runs what is left as it is."""
 
 
 def check(config: RunConfig) -> None:
@@ -23,6 +23,8 @@ def check(config: RunConfig) -> None:
     """
     if config.compile and config.kernels != "torch":
         raise ConfigError("kernels=liger and compile=true fuse the same operations; leave one of them out.")
+    if config.compile and config.frozen_weights != "native":
+        raise ConfigError("compile=true would keep the weights of frozen_weights=int8 whole; leave one of them out.")
     if config.compile and not _compiler():
         raise ConfigError("compile=true needs a C++ compiler, and none was found; install g++, or set compile=false.")
 
@@ -42,8 +44,8 @@ def _compiler() -> str | None:
 def compile_(layers: Iterable[nn.Module]) -> None:
     """Lets torch compile the forward of layers when they are first run, once for all that share their code.
 
-    The shapes of batches may differ: what is compiled serves all of them. Hooks, and activation checkpointing, stay
-    outside.
+    The shapes of batches may differ: what is compiled serves all of them. Hooks stay outside; activation checkpointing
+    is compiled with its layer.
     """
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for layer in layers:

@@ -115,6 +115,13 @@ def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = N
             f"frozen_weights=int8 keeps whole weights on each rank, which {path.name} shards; set zero=zero2, or "
             "frozen_weights=native."
         )
+    if config.compile and content["zero_optimization"]["stage"] == 3:
+        kept = content["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)
+        if isinstance(kept, int | float) and kept < 1_000_000:  # any language model has larger matrices
+            raise ConfigError(
+                f"compile=true would keep all that {path.name} gathers; set zero=zero3_resident or zero=zero2, where "
+                "parameters are whole on every rank, or compile=false."
+            )
     if ranks_per_node is None:
         _refuse_missing_compiler(content["zero_optimization"], path)
     content["tensorboard"] = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}

@@ -114,15 +114,31 @@ def device() -> torch.device:
 def device_bytes() -> float:
     """Memory that this rank computes in: its GPU's, or without one its share of the machine's.
 
-    A container counts as a machine of its own, if a limit is set.
+    Of a GPU without what others have taken. A container, or a job of Slurm's, counts as a machine of its own.
     """
     if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[1])
-    sizes = [psutil.virtual_memory().total]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
-            sizes.append(int(Path(path).read_text()))
-    return min(sizes) / local_world_size()
+        return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+    return min([psutil.virtual_memory().total, *memory_limits(Path("/proc/self/cgroup"))]) / local_world_size()
+
+
+def memory_limits(groups: Path, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Limits of the control groups that a process is in, and of those around them, in bytes.
+
+    groups: /proc/PID/cgroup, a line `number:controllers:/path` each; without controllers it is version 2.
+    """
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for line in groups.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            folder = root / "memory" if controllers else root
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            parts = Path(path).parts[1:]
+            for depth in range(len(parts) + 1):
+                with contextlib.suppress(OSError, ValueError):  # not to be seen from inside, or `max`
+                    found.append(int(folder.joinpath(*parts[:depth], name).read_text()))
+    return found
 
 
 def sum_over_ranks(*values: float) -> list[float]:

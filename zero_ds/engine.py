@@ -171,8 +171,11 @@ class Engine:
         """Compiles these decoder layers, in which DeepSpeed has no hooks.
 
         Raises:
-            ConfigError: ZeRO-3 gathers; what is compiled would keep what was gathered until its backward pass.
+            ConfigError: ZeRO-3 gathers, and what is compiled would keep what was gathered until its backward pass; or
+                it has hooks inside of every layer.
         """
+        if not layers:
+            raise ConfigError("compile=true finds no decoder layer without ZeRO-3's hooks inside; set zero=zero2.")
         if not self._gathers_nothing():
             raise ConfigError(
                 "compile=true would keep all that ZeRO-3 gathers; set zero=zero3_resident or zero=zero2, where "
@@ -180,7 +183,7 @@ class Engine:
             )
         compilation.compile_(layers)
         count = len(self.model.family.layers(self.model.decoder))
-        logger.info("%d of %d decoder layers are compiled as they are first run (a minute)", len(layers), count)
+        logger.info("%d of %d decoder layers are compiled as they are first run (half a minute)", len(layers), count)
 
     def _refuse_gradient(self, step: int) -> None:
         distributed.barrier()  # a rank whose loss is not finite does not come here: what it says is said
@@ -256,13 +259,14 @@ def _layers_as_leaves(model: VisionLanguageModel, trained: bool) -> list[torch.n
     """Lets ZeRO-3 treat a decoder layer as one unit: hooks around the layer instead of around each of its parts.
 
     Layers that train stay as they are unless they are wanted as well (`trained`) and the embeddings train: DeepSpeed
-    (0.19) releases a leaf whose input has no gradient before the gradients of its weights are there. Returns the units.
+    (0.19) releases a leaf whose input has no gradient before the gradients of its weights are there. Returns the
+    decoder's units.
     """
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
-    layers = set(model.family.layers(model.decoder))
+    layers = list(model.family.layers(model.decoder))
+    units = {name: module for name, module in model.named_modules() if isinstance(module, type(layers[0]))}
     if not (trained and cast(Any, model.decoder).get_input_embeddings().weight.requires_grad):
-        layers = {layer for layer in layers if not any(p.requires_grad for p in layer.parameters())}
-    units = {name: module for name, module in model.named_modules() if module in layers}
-    set_z3_leaf_modules_by_name(model, list(units))
-    return list(units.values())
+        units = {n: layer for n, layer in units.items() if not any(p.requires_grad for p in layer.parameters())}
+    set_z3_leaf_modules_by_name(model, list(units))  # those of a distilling teacher as well
+    return [layer for layer in layers if layer in units.values()]

@@ -26,8 +26,9 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
         largest = weight.abs().amax(1, keepdim=True).float()
-        # rounded to the model's type before anything is divided by it: what is multiplied later is this number
-        scale = (largest / LARGEST).clamp_min(torch.finfo(weight.dtype).tiny).to(weight.dtype)
+        # rounded before anything is divided by it, for that is what is multiplied later; in float16 small ones vanish
+        kind = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        scale = (largest / LARGEST).clamp_min(torch.finfo(kind).tiny).to(kind)
         numbers = (weight.float() / scale.float()).round_().clamp_(-LARGEST, LARGEST)
         self.weight = nn.Parameter(numbers.to(torch.int8), requires_grad=False)
         self.scale: torch.Tensor
@@ -45,12 +46,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
-        return functional.linear(x, weight * scale)
+        return functional.linear(x, (weight * scale).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight, scale = ctx.saved_tensors
-        return upstream[0] @ (weight * scale), None, None
+        return upstream[0] @ (weight * scale).to(upstream[0].dtype), None, None
 
 
 def quantize_(model: VisionLanguageModel) -> int:

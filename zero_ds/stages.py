@@ -74,6 +74,10 @@ def stage_of(config: RunConfig) -> Stage:
         raise ConfigError(f"stage {stage.name} needs adapter.width, the hidden size that the adapter was trained for.")
     if config.lora and "decoder" not in stage.trains:
         raise ConfigError(f"stage {stage.name} does not train the decoder, so lora has no place in it; leave it out.")
+    if config.frozen_weights == "int8" and "decoder" in trained_parts(config):
+        raise ConfigError(
+            f"stage {stage.name} trains the decoder; frozen_weights=int8 is for frozen layers, leave it out."
+        )
     if not trained_parts(config):
         raise ConfigError(f"stage {stage.name} has nothing to train against the target; leave out decoder=target.")
     return stage

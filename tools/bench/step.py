@@ -154,10 +154,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for layers in cuts if "encoder" in names else []:
-            command = [sys.executable, "-m", "zero_ds", "surrogate", "--target", str(target), "--replace", layers]
-            subprocess.run(
-                [*command, "--out", str(folder / layers.replace(":", "-"))], check=True, stdout=subprocess.DEVNULL
-            )
+            build(Path(target), layers, folder / layers.replace(":", "-"))
         limits = report.measured_limits()
         for stage in names:  # of one stage at a time: they are alive side by side
             entries = contestants(stage, cuts, folder, model, common, peer, also or [], plain)
@@ -194,7 +191,9 @@ def main(
             ],
         )
     )
-    report.write(out, {"ranks": ranks, "zero": zero, "precision": precision, "settings": setting, "rows": found})
+    report.write(
+        out, {"ranks": ranks, "zero": zero, "precision": precision, "settings": setting, "also": also, "rows": found}
+    )
 
 
 def summary(groups: list[Group], methods: dict[str, dict[str, Any]], samples: int, peak: float) -> list[dict[str, Any]]:

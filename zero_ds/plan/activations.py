@@ -41,18 +41,28 @@ class Kept:
     """Logits at the supervised positions, and their gradient."""
     slice: float
     """Of these in float32, what the loss works on at a time."""
+    masked: float = 0.0
+    """What each layer keeps besides where a mask goes into sdpa: where rows are padded or packed."""
 
     def times(self, micro_batch: int) -> Kept:
-        """For so many samples at a time; the slice grows no further than `SLICE`."""
+        """For so many samples at a time, padded to the longest of them; the slice grows no further than `SLICE`."""
+        kept = self.with_mask() if micro_batch > 1 else self
         return replace(
-            self,
+            kept,
             outside=self.outside * micro_batch,
-            layers=tuple(size * micro_batch for size in self.layers),
-            again=tuple(size * micro_batch for size in self.again),
+            layers=tuple(size * micro_batch for size in kept.layers),
+            again=tuple(size * micro_batch for size in kept.again),
             input=self.input * micro_batch,
             scores=self.scores * micro_batch,
             slice=min(self.slice * micro_batch, COPIES * SLICE),
         )
+
+    def with_mask(self) -> Kept:
+        """For a row that is padded or packed."""
+        layers, again = (
+            tuple(size + self.masked if size else 0.0 for size in sizes) for sizes in (self.layers, self.again)
+        )
+        return replace(self, layers=layers, again=again, masked=0.0)
 
     @property
     def logits(self) -> float:
@@ -99,14 +109,18 @@ def kept_by_longest(model: VisionLanguageModel, config: RunConfig) -> Kept:
     length, vision = config.data.max_length, model.encoder is not None
     only = all(source.images_only for source in config.data.sources) and bool(config.data.sources)
     tiles = max((rows * columns for rows, columns in config.data.image_grid), default=0)
-    return kept(
+    pictures = 1 + tiles
+    if config.data.packing and vision:  # a row may be full of them
+        pictures = max(pictures, length // model.tokens_per_image())
+    of_row = kept(
         model,
         length=length,
         supervised=max(1, length - (model.tokens_per_image() if vision and only else 0)),
-        pictures=1 + tiles if vision else 0,
+        pictures=pictures if vision else 0,
         attention=config.attention,
         distilled=config.distill.active,
     )
+    return of_row.with_mask() if config.data.packing else of_row
 
 
 def kept(
@@ -120,7 +134,7 @@ def kept(
     width = cast(Any, model.decoder).config.get_text_config().hidden_size
     dtype = next(model.decoder.parameters()).dtype
     saved = _Saved(model)
-    with _attention_as_kernels(model, attention), saved.noting():
+    with _attention_as_kernels(model, attention) as masked, saved.noting():
         learns = False
         if pictures and model.encoder is not None and model.encoder_family is not None:
             size = model.encoder_family.vision_config(model.encoder).image_size
@@ -143,7 +157,8 @@ def kept(
         again = tuple(each.sizes[model.plan.translators[0] :]) if learns else ()
         second_logits = 3 if learns else 2
     part = float(COPIES * min(SLICE, scores.numel() * 4))
-    return Kept(outside, tuple(each.sizes), again, embeddings.nbytes, 2.0 * scores.nbytes * second_logits, part)
+    scores_kept = 2.0 * scores.nbytes * second_logits
+    return Kept(outside, tuple(each.sizes), again, embeddings.nbytes, scores_kept, part, max(masked, default=0.0))
 
 
 class _Saved:
@@ -212,31 +227,42 @@ class _KernelAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _kernel_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, None]:
-    output = cast(torch.Tensor, _KernelAttention.apply(query, key, value))
-    return output.transpose(1, 2).contiguous(), None
-
-
 @contextmanager
-def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterator[None]:
-    """Lets decoder and encoder attend as they will in training; eager attention stays what it is."""
+def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterator[list[float]]:
+    """Lets decoder and encoder attend as they will in training; eager attention stays what it is.
+
+    Notes the bytes that each attention of the decoder keeps besides with a mask, which transformers gives sdpa where it
+    cannot be left out: keys and values are then repeated for every head, and torch makes of the mask, in every layer,
+    numbers of the type that is computed in. Variable-length kernels take no mask.
+    """
+    masked: list[float] = []
     if attention not in model.family.attentions:
         attention = model.family.attentions[0]
     if attention == "eager":
-        yield
+        yield masked
         return
     from transformers import AttentionInterface
 
-    AttentionInterface.register(KERNEL, _kernel_attention)
+    inside = set(model.decoder.modules())
+
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        if module in inside and attention == "sdpa":
+            repeated = query.shape[1] // key.shape[1] - 1
+            scores = query.shape[0] * query.shape[2] * key.shape[2]
+            masked.append(float(repeated * (key.nbytes + value.nbytes) + scores * query.dtype.itemsize))
+        output = cast(torch.Tensor, _KernelAttention.apply(query, key, value))
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(KERNEL, attend)
     parts = [part for part in (model.decoder, model.encoder) if part is not None]
     configs: dict[int, Any] = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     for config, _ in before:
         config._attn_implementation = KERNEL
     try:
-        yield
+        yield masked
     finally:
         for config, name in before:
             config._attn_implementation = name

@@ -85,7 +85,7 @@ def recompute_(model: VisionLanguageModel, layers: Collection[int]) -> None:
 def usable_bytes() -> float:
     """Bytes of a rank's device that a plan may fill, the least over all ranks. A collective."""
     spared = RESERVE_GIB if distributed.device().type == "cuda" else PROCESS_GIB
-    return -distributed.max_over_ranks(spared * GIB - distributed.device_bytes())[0]
+    return max(0.0, -distributed.max_over_ranks(spared * GIB - distributed.device_bytes())[0])
 
 
 def choose(
