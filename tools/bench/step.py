@@ -161,7 +161,9 @@ def main(
             groups = []
             with contextlib.ExitStack() as stack:
                 for called, (function, arguments, environment) in entries.items():
-                    group = stack.enter_context(Group(called, function, ranks, folder, environment, **arguments))
+                    group = stack.enter_context(
+                        Group(called, function, ranks, folder, environment=environment, **arguments)
+                    )
                     # one after the other: loading needs the most memory
                     print(f"{called}: warm-up {group.turn(warm_up)['seconds']:.1f} s", file=sys.stderr, flush=True)
                     groups.append(group)
