@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from distributed_helper import run_ranks, train_all
+from learned import compare, learned
 from test_engine import GATHERED
-from test_kernels import compare, learned
 from test_packing import encoded
 
 from zero_ds import compilation

@@ -19,13 +19,14 @@ import tiny
 import torch
 from distributed_helper import run_ranks, train_all
 from interpreted import complete_
+from learned import TOLERANCE, apart, compare, learned
 from safetensors.torch import load_file
 from test_engine import GATHERED
 from test_packing import encoded
 
 from zero_ds import kernels, stages
 from zero_ds.config import ConfigError, EncoderConfig, RunConfig
-from zero_ds.data.batches import INPUTS, collate, collate_rows
+from zero_ds.data.batches import collate, collate_rows
 from zero_ds.distill import Teacher
 from zero_ds.families import FAMILIES
 from zero_ds.model import Assembly, VisionLanguageModel, assemble
@@ -34,31 +35,6 @@ from zero_ds.plan.recompute import recompute_
 interpreted = pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="run by launch/test_kernels.sh")
 if "TRITON_INTERPRET" in os.environ:  # in ranks as well, as far as they import this module
     complete_()
-
-TOLERANCE = 1e-5
-
-
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def learned(model: VisionLanguageModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What one step of training sees: losses, and the gradient of all that trains, but for the encoder's key biases.
-
-    A softmax does not change with those, so that their gradients are rounding.
-    """
-    model.train().zero_grad()
-    outcome = model(**{key: batch[key] for key in INPUTS if key in batch})
-    outcome.total.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    gradients = {n: g for n, g in gradients.items() if not (n.startswith("encoder.") and n.endswith("k_proj.bias"))}
-    return {"total": outcome.total.detach(), "tokens": outcome.tokens, **gradients}
-
-
-def compare(fused: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> None:
-    assert fused.keys() == plain.keys()
-    difference, name = max((apart(fused[name], plain[name]), name) for name in plain)
-    assert difference < TOLERANCE, name
 
 
 def test_what_is_lacking_is_said_before_anything_is_loaded(

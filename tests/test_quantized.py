@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from distributed_helper import run_ranks, train_all
+from learned import apart
 from safetensors.torch import load_file
 from test_packing import encoded
 from torch import nn
@@ -27,10 +28,6 @@ from zero_ds.model import Assembly, VisionLanguageModel, assemble
 from zero_ds.plan.architecture import architecture
 from zero_ds.prepare import difference
 from zero_ds.quantized import FrozenLinear, quantize_
-
-
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float(((ours.detach().float() - theirs.float()).norm() / theirs.float().norm()).detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

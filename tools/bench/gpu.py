@@ -83,13 +83,15 @@ def micro_batches(drawn: list[dict[str, Any]], rows: int, packed: bool, limit: i
 
 def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
     """Steps of this package's engine; yields before each."""
-    from zero_ds import stages
+    from zero_ds import kernels, stages
     from zero_ds.engine import Engine
     from zero_ds.losses import count_supervised
     from zero_ds.plan.recompute import checkpoint_activations_
 
     fill_(model, device)
     groups = stages.freeze_(model, config)
+    if config.kernels == "liger":
+        kernels.fuse_(model.decoder)
     checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, 1000, ds)
@@ -133,7 +135,7 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
         whole.gradient_checkpointing_enable({"use_reentrant": False})
     whole.train()
     learning = [p for p in whole.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-5)
+    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)  # as Trainer has it
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=ds)
     while True:
         yield
@@ -174,7 +176,7 @@ def main(
     """Measure one part."""
     import torch
 
-    from zero_ds import distributed
+    from zero_ds import compilation, distributed, kernels
     from zero_ds.config import load_run
     from zero_ds.cost import Counts, StepCost, peak_flops
     from zero_ds.deepspeed_config import ds_config
@@ -182,6 +184,8 @@ def main(
 
     began = time.monotonic()
     config = load_run(recipe, [*(setting or []), f"zero={zero}", f"global_batch={batch}", f"micro_batch={rows}"])
+    compilation.check(config)
+    kernels.check(config)
     distributed.initialize()
     device = distributed.device()
     model = architecture(config, dtype=model_dtype(config), replace=[replace] if replace else None).model

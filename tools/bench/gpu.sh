@@ -6,6 +6,9 @@
 # Parts: encoder-5b pretrain-5b (Llama-8B, T(17,30)), encoder-37b pretrain-37b (Llama-70B, T(40,78)), decoder-3b
 # (Llama-3.2-3B, everything trains). Each part is stopped after ten minutes, ours and the peer's apart; one that does not
 # fit or fails is told and the next one starts. The peer of the 37b parts is the full Llama-70B: it fits no single GPU.
+# WAYS says what is measured of each part, "ours peer" unless it is set; ours:key=value is ours with another setting:
+#
+#   WAYS="ours ours:kernels=liger ours:compile=true peer" tools/bench/gpu.sh OUT_FOLDER encoder-5b
 set -u
 
 case "${1:-}" in "" | -h | --help)
@@ -28,9 +31,15 @@ for part in "$@"; do
       echo "there is no part $part; see --help" >&2
       exit 2 ;;
   esac
-  for who in ours peer; do
-    words=()
-    [ "$who" = ours ] || words=(--peer)
+  for who in ${WAYS:-ours peer}; do
+    case "$who" in
+      ours) words=() ;;
+      ours:*) words=(--setting "${who#ours:}") ;;
+      peer) words=(--peer) ;;
+      *)
+        echo "WAYS holds $who; ours, ours:key=value and peer are known" >&2
+        exit 2 ;;
+    esac
     echo "== $part, $who"
     timeout 600 "${PYTHON:-python}" "$here/gpu.py" --recipe "$recipe" "${replace[@]}" "${words[@]}" \
       --out "$out/$part-$who.json" || {
