@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import torch
 from distributed_helper import RankError, alive, run_ranks
 
 from zero_ds import failure
@@ -203,6 +205,32 @@ def test_a_rank_whose_watchers_die_first_is_missed_all_the_same() -> None:
     with pytest.raises(RankError) as caught:
         run_ranks(silent, 4, (1, 2), timeout=LIMIT)
     assert re.search(r"rank [03] ends because rank [12] has given no sign of life for 4 s", str(caught.value))
+
+
+def test_no_watching_thread_is_left_in_the_store_when_a_rank_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's end would find it there, and the process would end by SIGABRT behind a run that went well."""
+    inside, left = threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def set(self, *_: object) -> None:
+            inside.set()
+            time.sleep(0.5)
+            left.set()
+
+        def check(self, *_: object) -> bool:
+            return False
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", Slow)
+    monkeypatch.setattr(torch.distributed, "PrefixStore", Slow)
+    monkeypatch.setattr(failure, "BEAT", 0.1)
+    before = threading.active_count()
+    watch = failure.Watch()
+    watch.start(rank=1, world=2, host="nowhere", port=1)
+    assert inside.wait(10) and not left.is_set()
+    watch.stop()
+    assert left.is_set() and threading.active_count() == before
 
 
 def test_a_silent_rank_counts_as_dead(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ class Watch:
         self._heard: str | None = None
         self._answered = 0.0
         self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def start(self, rank: int, world: int, host: str, port: int) -> None:
         """Joins the store at host:port by a connection of its own, since others may block theirs."""
@@ -75,12 +76,19 @@ class Watch:
         self._store = PrefixStore(f"zero_ds/watch/{attempt}", client)
         self._stopped.clear()
         self._answered = time.monotonic()
-        for run in (self._run, self._run_beside):
-            threading.Thread(target=run, daemon=True, name="watch").start()
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._run, self._run_beside)]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
+        """Ends watching, and waits for that: a thread that Python's end finds in the store takes the process with it
+        (`terminate called without an active exception`)."""
         self._stopped.set()
         self._store = None
+        deadline = time.monotonic() + LEAVE
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def fail(self, reason: str, final: bool = False) -> None:
         """Says why this rank ends; the first reason of a job stays. The rank with the store waits for the others.
