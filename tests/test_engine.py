@@ -325,6 +325,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run_config: Callable[
     assert same and "the loss of step 1 is nan; samples: picture-1. Nothing was updated." in message
 
 
+def one_loss_not_finite(config: RunConfig) -> None:
+    """A step in which the last of two ranks has an infinite loss."""
+    from zero_ds import distributed
+    from zero_ds.prepare import build
+
+    distributed.initialize()
+    ds = ds_config(config, 2)
+    model, loader, _ = build(config, ds, 2)
+    engine = Engine(config, model, stages.freeze_(model, config), STEPS, ds)
+    (micro,) = loader.steps(0, 1)
+    if distributed.rank() == 1:
+        micro[-1]["pixel_values"][:] = float("inf")
+    engine.step(micro, 0, 10)
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", GATHERED], ids=["zero0", "zero2", "zero3"])
+def test_the_rank_with_the_loss_that_is_not_finite_is_the_one_that_says_so(
+    run_config: Callable[..., RunConfig], zero: str
+) -> None:
+    """The other sees a gradient that is not, and leaves the word to it."""
+    with pytest.raises(RankError) as found:
+        run_ranks(one_loss_not_finite, 2, settings(run_config, "encoder", zero=zero))
+    assert "the loss of step 1 is nan; samples: " in str(found.value)
+    assert "though the loss is" not in str(found.value)
+
+
 def test_schedule_rises_and_falls_along_a_cosine(run_config: Callable[..., RunConfig]) -> None:
     config = run_config("pretrain", optimizer={"warmup_ratio": 0.1})
     factor = schedule(config, 100)
