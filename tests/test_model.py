@@ -315,5 +315,5 @@ def test_a_pass_asks_the_device_for_nothing(build: Callable[..., VisionLanguageM
     found.total.backward()
     assert found.tokens.shape == expected.tokens.shape
     for name in known:
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        with pytest.raises(RuntimeError, match="meta"):  # what tensors without values say when asked for one
             model(**inputs | {key: value for key, value in known.items() if key != name})

@@ -18,7 +18,7 @@ from test_packing import encoded
 from torch import nn
 
 from zero_ds import checkpoint, stages
-from zero_ds.config import ConfigError, EncoderConfig, RunConfig
+from zero_ds.config import ConfigError, EncoderConfig, LoraConfig, RunConfig
 from zero_ds.data.batches import INPUTS, collate
 from zero_ds.deepspeed_config import ds_config
 from zero_ds.distill import Teacher
@@ -157,10 +157,12 @@ def test_a_run_commits_resumes_and_grafts(
         resumed = configs[1].model_copy(update={"out": str(again)})
         other = configs[0].model_copy(update={"out": str(again)})
         everything = configs[1].model_copy(update={"stage": "decoder", "out": str(tmp_path / "all")})
-        ends = run_ranks(train_all, 2, [other, everything, resumed])[0]
+        adapted = everything.model_copy(update={"lora": LoraConfig(rank=2), "out": str(tmp_path / "adapted")})
+        ends = run_ranks(train_all, 2, [other, everything, adapted, resumed])[0]
         assert "holds another run (frozen_weights: 'int8' -> 'native')" in ends[0]
         assert ends[1].startswith("ConfigError: stage decoder trains the decoder; frozen_weights=int8 is for frozen")
-        assert ends[2] == "step-000004"
+        assert ends[2].startswith("ConfigError: frozen_weights=int8 needs frozen decoder layers, and all of them train")
+        assert ends[3] == "step-000004"
         first, second = (load_file(run / "step-000004/weights.safetensors") for run in (tmp_path / "int8", again))
         assert all(torch.equal(first[name], second[name]) for name in first)
     native, rounded = (
