@@ -4,7 +4,7 @@
 #   launch/test.sh [PYTEST ARGUMENTS]
 #
 #   launch/test.sh
-#   launch/test.sh tests/test_config.py -k extends
+#   launch/test.sh tests/config/test_config.py -k extends
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 help_if_asked "$@"
 

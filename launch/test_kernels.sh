@@ -9,5 +9,5 @@ help_if_asked "$@"
 set_up dev
 python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt liger-kernel triton ||
   fail "liger-kernel could not be fetched; check the network and run again"
-TRITON_INTERPRET=1 python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" tests/test_kernels.py "$@"
-TEST_COMPILE=1 python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" tests/test_compilation.py "$@"
+TRITON_INTERPRET=1 python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" tests/training/test_kernels.py "$@"
+TEST_COMPILE=1 python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" tests/training/test_compilation.py "$@"

@@ -77,17 +77,17 @@ else
   [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
   # several runs on one machine must not meet on one port
   given --master_port ||
-    launcher+=(--master_port "$(python -c 'from zero_ds.ports import free_port; print(free_port())')")
+    launcher+=(--master_port "$(python -c 'from zero_ds.runtime.ports import free_port; print(free_port())')")
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
 [ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${command[@]}")" # with the address and port, further down
 if [ -n "$print_only" ]; then
-  [ -z "$many" ] || python -m zero_ds.nodes.environment "${forward[@]}"
+  [ -z "$many" ] || python -m zero_ds.cluster.environment "${forward[@]}"
   exit 0
 fi
 for ((i = 0; i < ${#launcher[@]}; i++)); do # DeepSpeed would go on with this machine alone
   [ "${launcher[i]}" != --hostfile ] || [ -e "${launcher[i + 1]}" ] || fail "there is no hostfile ${launcher[i + 1]} in $PROJECT"
 done
 # a signal to this script reaches the ranks, and what went wrong is said last, where people look
-exec python -m zero_ds.launcher "${own[@]}" "$recipe" "${overrides[@]}" -- "${command[@]}"
+exec python -m zero_ds.cluster.launcher "${own[@]}" "$recipe" "${overrides[@]}" -- "${command[@]}"

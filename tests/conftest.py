@@ -30,7 +30,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, settings
 
-from zero_ds.config import RunConfig
+from zero_ds.config.schema import RunConfig
 
 torch.set_num_threads(1)
 
@@ -70,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(name: str, **options: object) -> Path:
         builders = {**tiny.FAMILIES, **tiny.VARIANTS, **tiny.ENCODERS}
-        assert name in builders, f"tests/tiny.py has no builder for '{name}'; add one to FAMILIES or ENCODERS"
+        assert name in builders, f"tests/support/tiny.py has no builder for '{name}'; add one to FAMILIES or ENCODERS"
         folder = root / "-".join([name, *(f"{key}={value}" for key, value in sorted(options.items()))])
         if not folder.exists():
             builders[name](folder, **options)
@@ -93,7 +93,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A surrogate of the tiny tied Llama: layers 1..2 and 3..4 replaced by a translator each."""
-    from zero_ds.surrogate import Replaced, build_surrogate
+    from zero_ds.model.layer_plan import Replaced
+    from zero_ds.surrogate.build import build_surrogate
 
     out = tmp_path_factory.mktemp("surrogates") / "small"
     build_surrogate(made("llama", tied=True), [Replaced(1, 2), Replaced(3, 4)], out)

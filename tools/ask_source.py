@@ -17,16 +17,16 @@ import typer
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from zero_ds.config import RunConfig
+from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
-from zero_ds.encoders import ENCODERS
 from zero_ds.export import export_model, proof
 from zero_ds.export.source import open_source
 from zero_ds.export.text import texts
-from zero_ds.families import FAMILIES
-from zero_ds.graft import load_trained
-from zero_ds.named_model import find_model, load_model
-from zero_ds.vllm_engine import answerer
+from zero_ds.grafting.engines.vllm import answerer
+from zero_ds.grafting.graft import load_trained
+from zero_ds.grafting.named_model import find_model, load_model
+from zero_ds.model.decoders import FAMILIES
+from zero_ds.model.encoders import ENCODERS
 
 TEXTS = (
     "What is the capital of France?",
@@ -69,7 +69,7 @@ def run(
 @app.command()
 def tiny(out: Annotated[Path, typer.Option(help="New folder.")]) -> None:
     """Trains, exports and asks tiny models; NAME/export lies beside NAME/asked.json and NAME/asked.safetensors."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
     from distributed_helper import run_ranks, train_all
     from tiny import ENCODERS as ENCODER_BUILDERS
     from tiny import FAMILIES as BUILDERS

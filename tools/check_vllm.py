@@ -14,9 +14,9 @@ import typer
 
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.data.sources import Sample
-from zero_ds.decoding import Context, Reader
-from zero_ds.named_model import find_model, load_model
-from zero_ds.vllm_engine import answerer, conversation, generate, load_served
+from zero_ds.grafting.engines.vllm import answerer, conversation, generate, load_served
+from zero_ds.grafting.named_model import find_model, load_model
+from zero_ds.model.decoding import Context, Reader
 
 TEXTS = (
     "What is the capital of France?",

@@ -20,15 +20,17 @@ import torch
 import typer
 import yaml
 
-from zero_ds.checkpoint import find_commit
-from zero_ds.config import ConfigError, RunConfig, validate
-from zero_ds.cost import peak_flops
-from zero_ds.deepspeed_config import resolve_precision
-from zero_ds.monitor import read_metrics
-from zero_ds.plan.memory import CAUSES, GIB
-from zero_ds.plan.recipe import RunPlan, Words, plan_run
-from zero_ds.plan.speed import Cluster, gpu
-from zero_ds.plan.tables import number, table
+from zero_ds.config.loading import validate
+from zero_ds.config.schema import RunConfig
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.deepspeed import resolve_precision
+from zero_ds.training.monitor import read_metrics
+from zero_ds.training.planning.cost import peak_flops
+from zero_ds.training.planning.memory import CAUSES, GIB
+from zero_ds.training.planning.recipe import RunPlan, Words, plan_run
+from zero_ds.training.planning.speed import Cluster, gpu
+from zero_ds.training.planning.tables import number, table
 
 MIB = 2.0**20
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from zero_ds.cli import main
+from zero_ds.cli.main import main
 
 if __name__ == "__main__":
     main(["export", *sys.argv[1:]])

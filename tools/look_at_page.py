@@ -19,8 +19,8 @@ import typer
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from zero_ds.chat import Conversation
-from zero_ds.named_model import find_model, load_model
+from zero_ds.grafting.chat import Conversation
+from zero_ds.grafting.named_model import find_model, load_model
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     screenshot: Annotated[Path, typer.Option(help="PNG file of what was seen.")] = Path("chat-page.png"),
     chromium: Annotated[str, typer.Option(help="The browser's program.")] = shutil.which("chromium") or "chromium",
 ) -> None:
-    command = [sys.executable, "-m", "zero_ds", "chat", run, "--target", target, "--page", "--port", "0"]
+    command = [sys.executable, "-m", "zero_ds.cli", "chat", run, "--target", target, "--page", "--port", "0"]
     page = subprocess.Popen(
         [*command, "--dtype", "float32", "--max-new-tokens", "40"], stdout=subprocess.PIPE, text=True
     )

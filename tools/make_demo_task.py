@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from zero_ds.evaluation.records import read_records
+from zero_ds.evaluation.heldout.records import read_records
 
 FUNCTIONS = """from PIL import Image
 

@@ -1,6 +1,6 @@
-"""Makes zero_ds/data/demo_text.json: prompts, and the language model's own greedy answers to them.
+"""Makes zero_ds/data/demo/texts.json: prompts, and the language model's own greedy answers to them.
 
-python tools/make_demo_text.py --model ~/.cache/zero_ds/smollm2-135m-instruct --out zero_ds/data/demo_text.json
+python tools/make_demo_text.py --model ~/.cache/zero_ds/smollm2-135m-instruct --out zero_ds/data/demo/texts.json
 """
 
 from __future__ import annotations

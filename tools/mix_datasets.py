@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
-from zero_ds.config import ConfigError, SourceConfig, validate
+from zero_ds.config.loading import validate
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.mixing import mix
+from zero_ds.runtime.errors import ConfigError
 
 
 def main(

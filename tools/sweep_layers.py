@@ -17,16 +17,16 @@ from typing import Annotated, Any
 import matplotlib
 import typer
 
-from zero_ds.checkpoint import find_commit
-from zero_ds.commands.quickstart import FULL, Plan
-from zero_ds.console import set_up_logging
-from zero_ds.cost import encoder_step_ratio
-from zero_ds.evaluation.run import read_evaluation
-from zero_ds.evaluation.summary import summary
-from zero_ds.files import write_atomically
-from zero_ds.graft import run_config
-from zero_ds.pipeline import Pipeline
-from zero_ds.report import step_seconds
+from zero_ds.cli.quickstart import FULL, Plan
+from zero_ds.cluster.pipeline import Pipeline
+from zero_ds.evaluation.heldout.run import read_evaluation
+from zero_ds.evaluation.heldout.summary import summary
+from zero_ds.evaluation.report.report import step_seconds
+from zero_ds.grafting.graft import run_config
+from zero_ds.runtime.console import set_up_logging
+from zero_ds.runtime.files import write_atomically
+from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.planning.cost import encoder_step_ratio
 
 STEPS = {"surrogate", "translator", "pretrain", "encoder", "evaluation"}
 TIMED_STEPS = 10

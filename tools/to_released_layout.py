@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from zero_ds.checkpoint import CheckpointError
-from zero_ds.config import ConfigError
-from zero_ds.released import to_released
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.checkpoint.checkpoint import CheckpointError
+from zero_ds.training.checkpoint.released import to_released
 
 
 def main(

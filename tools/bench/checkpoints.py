@@ -49,11 +49,13 @@ def saving(turn: Turn, folder: Path, ways: list[Callable[[str], Any]]) -> None:
 
 def ours(turn: Turn, recipe: str, overrides: list[str], zero: str, out: str) -> None:
     """Builds a run's engine, makes a step, and saves it in three ways."""
-    from zero_ds import checkpoint, distributed, stages
-    from zero_ds.config import load_run
-    from zero_ds.deepspeed_config import ds_config
-    from zero_ds.engine import Engine
-    from zero_ds.prepare import build, seed_everything
+    from zero_ds.config.loading import load_run
+    from zero_ds.runtime import distributed
+    from zero_ds.training import stages
+    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.deepspeed import ds_config
+    from zero_ds.training.engine import Engine
+    from zero_ds.training.setup import build, seed_everything
 
     content = json.loads(Path(zero).read_text(encoding="utf-8"))
     if content["zero_optimization"]["stage"] == 3:

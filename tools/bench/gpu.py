@@ -83,10 +83,11 @@ def micro_batches(drawn: list[dict[str, Any]], rows: int, packed: bool, limit: i
 
 def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
     """Steps of this package's engine; yields before each."""
-    from zero_ds import kernels, stages
-    from zero_ds.engine import Engine
-    from zero_ds.losses import count_supervised
-    from zero_ds.plan.recompute import checkpoint_activations_
+    from zero_ds.model.losses import count_supervised
+    from zero_ds.training import stages
+    from zero_ds.training.engine import Engine
+    from zero_ds.training.options import liger as kernels
+    from zero_ds.training.options.recompute import checkpoint_activations_
 
     fill_(model, device)
     groups = stages.freeze_(model, config)
@@ -110,9 +111,9 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from zero_ds import stages
-    from zero_ds.plan.architecture import config_folder
-    from zero_ds.pretrained import text_config
+    from zero_ds.model.decoders.folder import text_config
+    from zero_ds.training import stages
+    from zero_ds.training.planning.architecture import config_folder
 
     text = text_config(config_folder(config.target)[0])  # the full model, also where ours has a surrogate
     image_token = text.vocab_size - 1
@@ -154,7 +155,7 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
 
 def model_dtype(config: Any) -> Any:
     """As the run computes."""
-    from zero_ds.deepspeed_config import resolve_precision
+    from zero_ds.training.deepspeed import resolve_precision
 
     return resolve_precision(config)
 
@@ -176,11 +177,13 @@ def main(
     """Measure one part."""
     import torch
 
-    from zero_ds import compilation, distributed, kernels
-    from zero_ds.config import load_run
-    from zero_ds.cost import Counts, StepCost, peak_flops
-    from zero_ds.deepspeed_config import ds_config
-    from zero_ds.plan.architecture import architecture
+    from zero_ds.config.loading import load_run
+    from zero_ds.runtime import distributed
+    from zero_ds.training.deepspeed import ds_config
+    from zero_ds.training.options import compilation
+    from zero_ds.training.options import liger as kernels
+    from zero_ds.training.planning.architecture import architecture
+    from zero_ds.training.planning.cost import Counts, StepCost, peak_flops
 
     began = time.monotonic()
     config = load_run(recipe, [*(setting or []), f"zero={zero}", f"global_batch={batch}", f"micro_batch={rows}"])

@@ -16,14 +16,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from zero_ds import distributed, stages
-from zero_ds.config import RunConfig, load_run
-from zero_ds.deepspeed_config import ds_config
-from zero_ds.engine import Engine
-from zero_ds.plan.recipe import plan_run
-from zero_ds.plan.recompute import checkpoint_activations_
-from zero_ds.plan.speed import Cluster
-from zero_ds.prepare import build, seed_everything
+from zero_ds.config.loading import load_run
+from zero_ds.config.schema import RunConfig
+from zero_ds.runtime import distributed
+from zero_ds.training import stages
+from zero_ds.training.deepspeed import ds_config
+from zero_ds.training.engine import Engine
+from zero_ds.training.options.recompute import checkpoint_activations_
+from zero_ds.training.planning.recipe import plan_run
+from zero_ds.training.planning.speed import Cluster
+from zero_ds.training.setup import build, seed_everything
 
 CAUSES = ("frozen", "trained", "gradients", "optimizer")
 
@@ -56,7 +58,7 @@ def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
 
 
 def held(engine: Any, rest: bool) -> dict[str, int]:
-    """Of a `zero_ds.engine.Engine` between backward pass and update: frozen, trained, gradients, optimizer, buckets.
+    """Bytes that an `Engine` holds between backward pass and update: frozen, trained, gradients, optimizer, buckets.
 
     With `rest`, `other` is what the garbage collector finds beside them in tensors of more than 64 KiB; also what
     engines made before in this process have left, so that it means something for the first config alone.

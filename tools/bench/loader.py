@@ -24,10 +24,11 @@ from PIL import Image
 from synthetic_data import draw_pictures, write_records
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from zero_ds.config import SourceConfig
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.images import ImageProcessor
-from zero_ds.data.loader import Loader, SampleEncoder
+from zero_ds.data.loader import Loader
+from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records
 
 

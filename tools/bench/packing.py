@@ -17,12 +17,13 @@ import torch
 import typer
 from tqdm import tqdm
 
-from zero_ds.config import SourceConfig
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import ChatTemplate, Encoded
-from zero_ds.data.loader import Loader, SampleEncoder
+from zero_ds.data.loader import Loader
+from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records, Sample
-from zero_ds.hub import local_folder
-from zero_ds.pretrained import load_tokenizer
+from zero_ds.model.decoders.folder import load_tokenizer
+from zero_ds.runtime.hub import local_folder
 
 
 class WithoutPictures(SampleEncoder):

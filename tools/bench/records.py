@@ -24,12 +24,12 @@ import psutil
 import typer
 from packing import WithoutPictures
 
-from zero_ds.config import SourceConfig
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
-from zero_ds.hub import local_folder
-from zero_ds.pretrained import load_tokenizer
+from zero_ds.model.decoders.folder import load_tokenizer
+from zero_ds.runtime.hub import local_folder
 
 START = """
 import json, sys, time

@@ -17,14 +17,16 @@ import typer
 import yaml
 from torch import nn
 
-from zero_ds import checkpoint, distributed, stages
-from zero_ds.config import RunConfig
+from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import INPUTS
 from zero_ds.data.loader import Loader
-from zero_ds.losses import count_supervised
-from zero_ds.model import VisionLanguageModel
-from zero_ds.prepare import build, seed_everything
-from zero_ds.quantized import quantize_
+from zero_ds.model.losses import count_supervised
+from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.runtime import distributed
+from zero_ds.training import stages
+from zero_ds.training.checkpoint import checkpoint
+from zero_ds.training.options.int8 import quantize_
+from zero_ds.training.setup import build, seed_everything
 
 CONTESTANTS = (("fp32", "native"), ("bf16", "native"), ("fp32", "int8"), ("bf16", "int8"))
 

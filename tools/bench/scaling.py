@@ -61,8 +61,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure the three series."""
-    from zero_ds.config import load_run
-    from zero_ds.surrogate import LayerPlan, Replaced
+    from zero_ds.config.loading import load_run
+    from zero_ds.model.layer_plan import LayerPlan, Replaced
 
     runs, cuts = runs.resolve(), cut or ["24:28", "16:28", "8:28"]
     target = Path(load_run(f"{model}/encoder", setting).target).expanduser()

@@ -114,7 +114,7 @@ def run(command: list[str], folder: Path) -> tuple[float, float]:
 
 def commands(runs: Path, model: Path, replace: str, samples: int, out: Path) -> dict[str, dict[str, list[str]]]:
     """Task -> way -> command."""
-    ours = [sys.executable, "-m", "zero_ds"]
+    ours = [sys.executable, "-m", "zero_ds.cli"]
     script = [sys.executable, str(Path(__file__).resolve())]
     data, run_folder = str(runs / "demo/data/trajectory.json"), runs / "quickstart/encoder"
     commit = run_folder / (run_folder / "latest").read_text(encoding="utf-8").strip()

@@ -7,9 +7,9 @@
 Same model, data, precision, DeepSpeed JSON, global batch, micro-batch and ranks. In the encoder stage ours trains
 against a surrogate, the peer through the full model, which is what the surrogate is for; a row `full` shows ours
 through the full model, too. A round gives every contestant so many steps; medians are over rounds. Memory is the peak
-resident set of a rank, libraries included. MFU counts what each method needs (zero_ds/cost.py), over what one thread a
-rank reaches in a matrix product. `--also` shows ours with other settings besides, and where it has an `env:` the peer
-with that environment as well.
+resident set of a rank, libraries included. MFU counts what each method needs
+(zero_ds/training/planning/cost.py), over what one thread a rank reaches in a matrix product. `--also` shows ours with
+other settings besides, and where it has an `env:` the peer with that environment as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def settings(
     runs: Path, zero: str, precision: str, global_batch: int, micro_batch: int, ranks: int
 ) -> tuple[list[str], dict[str, Any]]:
     """The same for both: our overrides, and the peer's arguments."""
-    from zero_ds.deepspeed_config import DS_CONFIG_ROOT
+    from zero_ds.training.deepspeed import DS_CONFIG_ROOT
 
     data = runs / "demo/data/train.json"
     common = [
@@ -57,7 +57,7 @@ def settings(
 
 def build(target: Path, layers: str, out: Path) -> None:
     """Cuts a surrogate, in a process of its own: this one stays small."""
-    command = [sys.executable, "-m", "zero_ds", "surrogate", "--target", str(target), "--replace", layers]
+    command = [sys.executable, "-m", "zero_ds.cli", "surrogate", "--target", str(target), "--replace", layers]
     subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -108,9 +108,9 @@ def short(value: str) -> str:
 
 def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> float:
     """What the method needs for an average sample of what was counted, forward and backward."""
-    from zero_ds.config import load_run
-    from zero_ds.cost import StepCost
-    from zero_ds.plan.architecture import architecture
+    from zero_ds.config.loading import load_run
+    from zero_ds.training.planning.architecture import architecture
+    from zero_ds.training.planning.cost import StepCost
 
     config = load_run(arguments["recipe"], arguments["overrides"])
     model = architecture(config).model
@@ -143,7 +143,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Compare training steps."""
-    from zero_ds.config import load_run
+    from zero_ds.config.loading import load_run
 
     runs = runs.resolve()
     names, cuts = stages.split(","), cut or ["24:28", "18:28", "12:28"]

@@ -28,9 +28,9 @@ class Decoder:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from zero_ds.families import family_of
-        from zero_ds.pretrained import text_config
-        from zero_ds.surrogate import LayerPlan, Replaced
+        from zero_ds.model.decoders import family_of
+        from zero_ds.model.decoders.folder import text_config
+        from zero_ds.model.layer_plan import LayerPlan, Replaced
 
         config: Any = text_config(target)
         self.depth = config.num_hidden_layers
@@ -49,7 +49,7 @@ class Decoder:
         """One step on random numbers: `batch` sequences of `length` tokens, of which `supervised` carry loss."""
         import torch
 
-        from zero_ds.losses import next_token_sum, supervised_rows
+        from zero_ds.model.losses import next_token_sum, supervised_rows
 
         labels = torch.full((batch, length), -100)
         labels[:, -supervised:] = torch.randint(0, self.vocabulary, (batch, supervised))
@@ -70,7 +70,7 @@ class Decoder:
 
 def depth(target: Path) -> int:
     """Layers of the full model."""
-    from zero_ds.pretrained import depth_of
+    from zero_ds.model.decoders.folder import depth_of
 
     return depth_of(target)
 
@@ -112,10 +112,10 @@ def measured(
 
 def planned(models: list[str], gpus: int, gpu_memory: float, gpu: str) -> list[dict[str, Any]]:
     """Encoder stage on the surrogate and on the full model, by `zero_ds.plan`, under the fastest config that fits."""
-    from zero_ds.config import load_run
-    from zero_ds.plan.recipe import plan_run
-    from zero_ds.plan.speed import Cluster
-    from zero_ds.plan.speed import gpu as known
+    from zero_ds.config.loading import load_run
+    from zero_ds.training.planning.recipe import plan_run
+    from zero_ds.training.planning.speed import Cluster
+    from zero_ds.training.planning.speed import gpu as known
 
     name, peak, link = known(gpu)
     cluster = Cluster(gpus, min(8, gpus), gpu_memory, name, peak, inside=0.8 * link)

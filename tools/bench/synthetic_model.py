@@ -18,8 +18,8 @@ import typer
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from zero_ds.files import new_folder
-from zero_ds.surrogate import COPIED
+from zero_ds.runtime.files import new_folder
+from zero_ds.surrogate.build import COPIED
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},

@@ -19,10 +19,10 @@ def ours(turn: Turn, recipe: str, overrides: list[str]) -> None:
     """Runs a recipe, and waits between steps for its turn."""
     import torch
 
-    from zero_ds.config import load_run
+    from zero_ds.config.loading import load_run
     from zero_ds.data.loader import Loader
-    from zero_ds.losses import count_supervised
-    from zero_ds.train import train
+    from zero_ds.model.losses import count_supervised
+    from zero_ds.training.train import train
 
     plain = Loader.steps
 

@@ -162,6 +162,6 @@ def _rank(
 
 
 def _free_port() -> int:
-    from zero_ds.distributed import free_port
+    from zero_ds.runtime.distributed import free_port
 
     return free_port()

@@ -26,7 +26,7 @@ import numpy as np
 from zero_ds.data.conversations import Role
 from zero_ds.data.files import BrokenLine, raw_records
 from zero_ds.data.formats import DataError, Row, parse
-from zero_ds.files import open_regular, write_atomically
+from zero_ds.runtime.files import open_regular, write_atomically
 
 logger = logging.getLogger(__name__)
 

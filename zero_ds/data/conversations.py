@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from zero_ds.config import ConfigError
+from zero_ds.runtime.errors import ConfigError
 
 IGNORE = -100
 """Label of a position without loss."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zero_ds.config import ConfigError
 from zero_ds.data.formats import DataError, named, quoted
-from zero_ds.files import open_regular
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import open_regular
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 BLOCK = 1 << 22

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from zero_ds.config import ConfigError
 from zero_ds.data.formats import named
-from zero_ds.files import open_regular
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import open_regular
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels are refused before they are decoded."""

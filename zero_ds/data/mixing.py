@@ -11,10 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from zero_ds.config import ConfigError, SourceConfig
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import Role
 from zero_ds.data.formats import named
 from zero_ds.data.sources import Records, Sample
+from zero_ds.runtime.errors import ConfigError
 
 _FROM: dict[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 

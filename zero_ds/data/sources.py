@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from zero_ds.config import ConfigError, SourceConfig
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.arrow import Table, table_of
 from zero_ds.data.conversations import Turn
 from zero_ds.data.files import data_files
 from zero_ds.data.formats import DataError, Row, named, quoted
+from zero_ds.runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

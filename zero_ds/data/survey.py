@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, check_header, open_image
-from zero_ds.data.loader import SampleEncoder
+from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records
 
 Look = Literal["decode", "headers", "none"]

@@ -11,13 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zero_ds.config import ConfigError, did_you_mean
 from zero_ds.export import card, llava, remote_code
 from zero_ds.export.proof import PROOFS, prove
 from zero_ds.export.source import open_source
 from zero_ds.export.text import texts
-from zero_ds.files import check_vacant, new_folder
-from zero_ds.shards import SHARD_BYTES, write_shards
+from zero_ds.runtime.errors import ConfigError, did_you_mean
+from zero_ds.runtime.files import check_vacant, new_folder
+from zero_ds.runtime.safetensors import SHARD_BYTES, write_shards
 
 logger = logging.getLogger(__name__)
 

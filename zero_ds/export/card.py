@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from zero_ds.config import ConfigError
-from zero_ds.evaluation.run import CONDITIONS, Evaluation, read_evaluation
+from zero_ds.evaluation.heldout.run import CONDITIONS, Evaluation, read_evaluation
 from zero_ds.export.source import Source
+from zero_ds.runtime.errors import ConfigError
 
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 

@@ -13,14 +13,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from zero_ds import lora
-from zero_ds.config import ConfigError
 from zero_ds.data.images import ImageProcessor
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype, in_memory
 from zero_ds.export.text import Texts
-from zero_ds.model import VisionLanguageModel
-from zero_ds.shards import Tensor
+from zero_ds.model import lora
+from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.safetensors import Tensor
 
 REMOTE_CODE = False
 TOWERS = {"clip": "vision_tower.vision_model."}

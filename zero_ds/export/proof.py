@@ -16,18 +16,17 @@ from typing import Any, cast
 
 import torch
 
-from zero_ds.checkpoint import versions
-from zero_ds.config import ConfigError
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.data.sources import Sample
 from zero_ds.export.fresh import answer, batch
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import read, values
 from zero_ds.export.text import Texts
-from zero_ds.graft import load_trained
-from zero_ds.model import VisionLanguageModel, sample_encoder
-from zero_ds.pretrained import shard_files
-from zero_ds.shards import Span, Tensor, spans
+from zero_ds.grafting.graft import load_trained
+from zero_ds.model.vlm import VisionLanguageModel, sample_encoder
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.safetensors import Span, Tensor, shard_files, spans
+from zero_ds.training.checkpoint.checkpoint import versions
 
 Finish = Callable[[], tuple[int, str]]
 """Waits for a process to end: -> exit status, what it said."""

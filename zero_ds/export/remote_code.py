@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from zero_ds import lora
 from zero_ds.data.images import ImageProcessor
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype
 from zero_ds.export.text import Texts, wrapper
-from zero_ds.model import VisionLanguageModel
-from zero_ds.shards import Tensor
+from zero_ds.model import lora
+from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.runtime.safetensors import Tensor
 
 REMOTE_CODE = True
 CODE = ("configuration_grafted.py", "modeling_grafted.py", "processing_grafted.py")
@@ -75,7 +75,7 @@ def loaded(source: Source, model: VisionLanguageModel) -> Iterator[tuple[str, to
 
 def expected(source: Source, texts: Texts) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the folder's class has; its parts are transformers' own classes."""
-    from zero_ds.pretrained import expected_shapes
+    from zero_ds.model.decoders.folder import expected_shapes
 
     shapes = {f"encoder.{name}": tuple(tensor.shape) for name, tensor in source.encoder.state_dict().items()}
     shapes |= {name: span.shape for name, span in source.adapter_spans().items()}

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from zero_ds.checkpoint import CheckpointError, Commit, check_hash, check_manifest, find_commit
-from zero_ds.config import ConfigError, EncoderConfig, LoraConfig, RunConfig
-from zero_ds.encoders import EncoderFamily, encoder_of
+from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
 from zero_ds.export.tensors import NAMES, as_dtype, in_memory, merged, read
-from zero_ds.families import Family, family_of
-from zero_ds.graft import compatibility, run_config
-from zero_ds.hub import local_folder
-from zero_ds.pretrained import expected_shapes, load_complete, text_config
-from zero_ds.shards import Span, Tensor, decoder_spans, spans
-from zero_ds.stages import SURROGATE_ONLY
-from zero_ds.surrogate import LayerPlan, SurrogateInfo, read_surrogate
+from zero_ds.grafting.graft import compatibility, run_config
+from zero_ds.model.decoders import Family, family_of
+from zero_ds.model.decoders.folder import decoder_spans, expected_shapes, load_complete, text_config
+from zero_ds.model.encoders import EncoderFamily, encoder_of
+from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.hub import local_folder
+from zero_ds.runtime.safetensors import Span, Tensor, spans
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, Commit, check_hash, check_manifest, find_commit
+from zero_ds.training.stages import SURROGATE_ONLY
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that an export can have, by the names of the command line."""

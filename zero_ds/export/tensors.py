@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from zero_ds.config import ConfigError
-from zero_ds.shards import Computed, Span, Tensor
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.safetensors import Computed, Span, Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights as safetensors names them."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zero_ds.config import ConfigError, DataConfig
+from zero_ds.config.schema import DataConfig
 from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate, read_template
 from zero_ds.export.source import Source
-from zero_ds.families import Family
-from zero_ds.pretrained import for_templates_, load_tokenizer
+from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.folder import for_templates_, load_tokenizer
+from zero_ds.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,277 @@
+"""Every recipe resolves with every DeepSpeed config; a config that says something else than the recipe is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from zero_ds.cli.main import app
+from zero_ds.config.loading import load_run, recipe_names
+from zero_ds.config.schema import RunConfig
+from zero_ds.data.loader import check_batches
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.training import stages
+from zero_ds.training.deepspeed import DS_CONFIG_ROOT, ds_config, ds_config_names
+from zero_ds.training.engine import schedule
+
+
+def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:
+    """The run and the DeepSpeed configuration that `zero-ds train ... --dry-run` prints."""
+    result = CliRunner().invoke(app, ["train", *arguments, "--dry-run"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.stdout.splitlines() if line.startswith("# DeepSpeed: "))
+    return RunConfig.model_validate(yaml.safe_load(result.stdout)), json.loads(line.removeprefix("# DeepSpeed: "))
+
+
+class Ranks:
+    """Stands for a process group of n ranks where DeepSpeed asks how many there are."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.n
+
+
+def test_there_are_recipes_and_configs() -> None:
+    assert "smollm2-135m/encoder" in recipe_names() and not any(name.endswith("common") for name in recipe_names())
+    assert set(ds_config_names()) == {
+        *("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_resident", "zero3_offload"),
+        *("zero3_offload_params", "zero3_nvme", "zero3_hpz"),
+    }
+
+
+PAPER = {  # Table A.2: rate and global batch of pretrain, encoder, decoder
+    "llama-3.2-3b": {"pretrain": (1e-4, 256), "encoder": (5e-5, 128), "decoder": (5e-5, 128)},
+    "llama-3.1-8b": {"pretrain": (1e-4, 256), "encoder": (5e-5, 128), "decoder": (5e-5, 128)},
+    "llama-3.1-70b": {"pretrain": (1e-4, 256), "encoder": (5e-5, 128), "decoder": (2e-5, 128)},
+}
+CUTS = {"llama-3.2-3b": "T16-26", "llama-3.1-8b": "T17-30", "llama-3.1-70b": "T40-78"}
+
+
+@pytest.mark.parametrize("model", PAPER)
+def test_table_a2(model: str) -> None:
+    for stage, (rate, batch) in PAPER[model].items():
+        config = load_run(f"{model}/{stage}")
+        optimizer = config.optimizer
+        assert (config.stage, optimizer.learning_rate, config.global_batch) == (stage, rate, batch)
+        assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.999), 1e-8, 0)
+        assert (optimizer.warmup_ratio, optimizer.max_grad_norm, config.epochs) == (0.03, 1.0, 1)
+        assert optimizer.learning_rates == {} and config.max_steps is None and not config.distill.active
+        assert config.activation_checkpointing == "auto" and config.precision == "bf16"
+        assert config.target.split("/")[1].lower() == f"{model}-instruct"
+        assert config.encoder is not None and config.encoder.path == "openai/clip-vit-large-patch14-336"
+        assert config.encoder.train_last_layers == (None if stage == "pretrain" else 8)
+        assert [source.images_only for source in config.data.sources] == (
+            [False] * 2 if stage == "pretrain" else [True]
+        )
+        if stage != "decoder":
+            assert config.surrogate == f"runs/{model}/{CUTS[model]}"
+        assert config.dynamic_loss.order == (0.5 if stage == "decoder" and "70b" not in model else 0)
+
+
+@pytest.mark.parametrize("model", PAPER)
+def test_baselines_and_controls(model: str) -> None:
+    recipes = {name.split("/")[1]: load_run(name) for name in recipe_names() if name.startswith(f"{model}/")}
+    trained = {name: stages.trained_parts(config) for name, config in recipes.items()}
+    assert trained["baseline-adapter"] == ("adapter",)
+    assert trained["baseline-decoder"] == trained["decoder"] == ("encoder", "adapter", "decoder")
+    assert trained["full-encoder"] == trained["encoder"] == ("encoder", "adapter")
+    assert trained["lora"] == trained["lora-large"] == ("encoder", "adapter", "lora")
+    small, large = recipes["lora"].lora, recipes["lora-large"].lora
+    assert small is not None and large is not None
+    assert (small.rank, small.alpha, small.modules) == (8, 32, ("q_proj", "k_proj"))
+    assert (large.rank, large.alpha, len(large.modules)) == (128, 256, 7)
+    assert trained["starred-pretrain"] == ("adapter", "translator", "early")
+    assert stages.decoder_kind(recipes["full-encoder"]) == stages.decoder_kind(recipes["baseline-adapter"]) == "target"
+    early = {name: config.surrogate for name, config in recipes.items() if name.startswith("early-")}
+    assert len(early) == (4 if model == "llama-3.1-8b" else 2)
+    for name, surrogate in early.items():
+        first, last = name.split("-")[1:3]
+        assert surrogate == f"runs/{model}/T{first[1:]}-{last}" and recipes[name].stage == name.split("-")[-1]
+    for config in recipes.values():  # what a run starts from is what another recipe makes
+        assert set(config.starts) <= {other.out for other in recipes.values()}
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where DeepSpeed can compile what swaps to a disk; whether it can here is not asked."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+
+
+@pytest.mark.usefixtures("disk")
+@pytest.mark.parametrize("zero", ds_config_names())
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_with_every_config(recipe: str, zero: str) -> None:
+    overrides = [f"zero={zero}", "nvme_path=/disk"]
+    config, ds = dry_run(recipe, *overrides)
+    assert config == load_run(recipe, overrides)
+    assert stages.trained_parts(config) and stages.decoder_folder(config)
+    assert config.data.sources, "a recipe names its data"
+    assert 0 < schedule(config, 100)(0) <= 1
+    accept(ds, 1)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_recipe_on_more_ranks(recipe: str, world_size: int) -> None:
+    config = load_run(recipe)
+    if config.global_batch % (config.micro_batch * world_size):
+        with pytest.raises(ConfigError, match="no multiple of micro_batch"):
+            check_batches(config, world_size)
+        return
+    ds = ds_config(config, world_size)
+    assert ds["gradient_accumulation_steps"] == check_batches(config, world_size)
+    accept(ds, world_size)
+
+
+def accept(ds: dict[str, Any], world_size: int) -> None:
+    """DeepSpeed's own reading of the configuration, which checks types, stages and batch arithmetic."""
+    import deepspeed.comm
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # it asks for rank and size in one breath
+        read = DeepSpeedConfig(copy.deepcopy(ds), mpu=Ranks(world_size))
+    assert read.world_size == world_size
+    assert read.train_batch_size == ds["train_batch_size"]
+    assert read.gradient_accumulation_steps == ds["gradient_accumulation_steps"]
+    assert read.gradient_clipping == ds["gradient_clipping"]
+    assert read.zero_optimization_stage in (0, 1, 2, 3)
+
+
+def test_dry_run_asks_for_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, ds = dry_run("smollm2-135m/encoder", "global_batch=16", "micro_batch=2")
+    assert ds["gradient_accumulation_steps"] == 4
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    result = CliRunner().invoke(app, ["train", "smollm2-135m/encoder", "global_batch=16", "micro_batch=2", "--dry-run"])
+    assert isinstance(result.exception, ConfigError) and "set global_batch to a multiple of 6" in str(result.exception)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dry_run("smollm2-135m/encoder", "out=somewhere")
+    assert not list(tmp_path.iterdir())
+
+
+# -- DeepSpeed's JSON --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def json_file(tmp_path: Path) -> Any:
+    """`json_file({...})`: zero2.json with these entries set, as a file."""
+
+    def write(changes: dict[str, Any] | str) -> str:
+        path = tmp_path / "mine.json"
+        if isinstance(changes, str):
+            path.write_text(changes)
+        else:
+            base = json.loads((DS_CONFIG_ROOT / "zero2.json").read_text())
+            for key, value in changes.items():
+                section, _, entry = key.partition("/")
+                if entry:
+                    base.setdefault(section, {})[entry] = value
+                else:
+                    base[section] = value
+            path.write_text(json.dumps(base))
+        return str(path)
+
+    return write
+
+
+def resolve(path: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
+    return ds_config(load_run("smollm2-135m/encoder", [f"zero={path}", "precision=fp32", *overrides]), world_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'; did you mean 'zero_optimization'"),
+        ({"zero_optimization/stge": 2}, "zero_optimization: unknown key 'stge'; did you mean 'stage'"),
+        (
+            {"zero_optimization/offload_optimizer": {"devise": "cpu"}},
+            "zero_optimization: unknown key 'offload_optimizer.devise'; did you mean 'device'",
+        ),
+        ({"bf16/enable": True}, "bf16: unknown key 'enable'; did you mean 'enabled'"),
+        ({"fp16/loss_scal": 0}, "fp16: unknown key 'loss_scal'; did you mean 'loss_scale'"),
+        ({"optimizer": {"type": "AdamW"}}, "unknown key 'optimizer'"),
+        ({"train_batch_size": 999}, "train_batch_size=999, but the recipe gives 8"),
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu=3, but the recipe gives 4"),
+        ({"gradient_accumulation_steps": 7}, "gradient_accumulation_steps=7, but the recipe gives 2"),
+        ({"gradient_clipping": 5.0}, "gradient_clipping=5.0, but the recipe gives 1.0"),
+        ({"bf16/enabled": True}, "bf16.enabled=True, but the recipe's precision is float32"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=True, but the recipe's precision is float32"),
+        (
+            {"zero_optimization/zero_hpz_partition_size": 2, "zero_optimization/offload_optimizer": {"device": "cpu"}},
+            "hpz",
+        ),
+        ({"zero_optimization/stage": 4}, "zero_optimization: stage=4"),
+        ({"zero_optimization/stage": "two"}, "zero_optimization: stage='two'"),
+        (
+            {"zero_optimization/stage": 0, "zero_optimization/offload_optimizer": {"device": "cpu"}},
+            "ZeRO stage 0 has neither offload nor fp16",
+        ),
+        ({"zero_optimization/offload_param": {"device": "cpu"}}, "offload_param and offload to nvme need ZeRO stage 3"),
+        ({"zero_optimization/zero_hpz_partition_size": 2}, "zero_hpz_partition_size needs ZeRO stage 3"),
+        (
+            {"zero_optimization/stage": 3, "zero_optimization/zero_hpz_partition_size": 2},
+            "1 ranks are no multiple of zero_hpz_partition_size=2",
+        ),
+        (
+            {"zero_optimization/stage": 3, "zero_optimization/offload_param": {"device": "nvme", "nvme_path": "auto"}},
+            "swaps to a disk; name a folder on it: nvme_path=",
+        ),
+        ({"zero_optimization/mics_shard_size": 16}, "MiCS ZeRO-3 sharding has been removed"),
+        ({"aio/block_sise": 1}, "aio: unknown key 'block_sise'; did you mean 'block_size'"),
+        ({"flops_profiler/enable": True}, "flops_profiler: unknown key 'enable'; did you mean 'enabled'"),
+        ({"data_types/grad_acum_dtype": "fp32"}, "data_types: unknown key 'grad_acum_dtype'; did you mean 'grad_accum"),
+        ({"data_types/grad_accum_dtype": "fp64"}, "data_types.grad_accum_dtype='fp64'; choose fp32, bf16 or fp16"),
+        ({"wandb/projekt": "x"}, "wandb: unknown key 'projekt'; did you mean 'project'"),
+        ({"comms_logger/verbos": True}, "comms_logger: unknown key 'verbos'; did you mean 'verbose'"),
+        ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "the key 'gradient_clipping' stands twice"),
+        ({"zero_optimization/overlap_comm": "perhaps"}, "zero_optimization: overlap_comm='perhaps'"),
+        ({"zero_optimization": 2}, "zero_optimization"),
+        ({"zero_optimization": None}, "zero_optimization"),
+        ({"bf16": True}, "bf16"),
+        ("[1, 2]", "must hold a JSON object"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_json_that_cannot_be_meant(json_file: Any, changes: Any, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(json_file(changes))
+    assert complaint in str(caught.value) and "mine.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_may_agree_with_the_recipe_or_leave_out(json_file: Any) -> None:
+    ds = resolve(json_file({"train_batch_size": 8, "gradient_clipping": 1.0, "bf16": {}}))
+    assert (ds["train_batch_size"], ds["bf16"]["enabled"], ds["fp16"]["enabled"]) == (8, False, False)
+    assert resolve(json_file('{"zero_optimization": {"stage": 1}}'))["gradient_accumulation_steps"] == 2
+
+
+def test_values_of_the_json_reach_deepspeed(json_file: Any) -> None:
+    ds = resolve(json_file({"zero_optimization/reduce_bucket_size": 12345, "wall_clock_breakdown": True}))
+    assert ds["zero_optimization"]["reduce_bucket_size"] == 12345 and ds["wall_clock_breakdown"] is True
+
+
+def test_unknown_zero_config_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="there is no DeepSpeed config 'zero33'; did you mean 'zero3'"):
+        resolve("zero33")
+
+
+def test_tensorboard_goes_into_the_run_folder(json_file: Any) -> None:
+    assert resolve(json_file({}), "out=here/run")["tensorboard"] == {
+        "enabled": True,
+        "output_path": "here/run",
+        "job_name": "tensorboard",
+    }

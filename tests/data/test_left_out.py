@@ -1,0 +1,91 @@
+"""Samples that cannot be used: a run goes without them where it may, counts them, and ends where they are too many."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_helper import run_ranks, train_all
+
+from zero_ds.config.schema import RunConfig
+
+
+@pytest.fixture
+def spoiled(data: Path, tmp_path: Path) -> Path:
+    """The eight samples, of which two pictures are no pictures and one answer never comes within the limit."""
+    shutil.copytree(data.parent / "images", tmp_path / "images")
+    records = json.loads(data.read_text())
+    pictured = [record for record in records if "image" in record]
+    for record in pictured[:2]:
+        (tmp_path / record["image"]).write_bytes(b"no picture")
+    pictured[2]["conversations"][0]["value"] += " more" * 900
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return tmp_path / "data.json"
+
+
+def scalars(run: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_without_what_cannot_be_used(
+    run_config: Callable[..., RunConfig], spoiled: Path, tmp_path: Path
+) -> None:
+    def config(name: str, **more: Any) -> RunConfig:
+        settings = {"sources": [{"path": str(spoiled)}], "max_length": 512, "system_prompt": "", "bad_samples": "skip"}
+        changes = {"data": {**settings, **more}, "checkpoint": {"every_steps": 3}, "max_steps": 6}
+        return run_config("encoder", tmp_path / name, zero="zero3", **changes)
+
+    whole = config("whole")
+    assert run_ranks(train_all, 2, [whole]) == [["step-000006"]] * 2
+    # two steps are an epoch: two pictures and one long sample each
+    assert scalars(tmp_path / "whole", "skipped_samples")[1::2] == [2, 4, 6]
+    assert scalars(tmp_path / "whole", "too_long_samples")[1::2] == [1, 2, 3]
+    # another number of ranks sees the same samples; behind a resume the counts go on
+    shutil.copytree(tmp_path / "whole", tmp_path / "alone")
+    shutil.rmtree(tmp_path / "alone" / "step-000006")
+    (tmp_path / "alone" / "latest").write_text("step-000003\n")
+    assert run_ranks(train_all, 1, [config("alone")]) == [["step-000006"]]
+    for name in ("skipped_samples", "too_long_samples"):
+        assert scalars(tmp_path / "alone", name) == scalars(tmp_path / "whole", name)
+    pairs = zip(scalars(tmp_path / "alone", "loss"), scalars(tmp_path / "whole", "loss"), strict=True)
+    assert all(one == pytest.approx(two, rel=1e-5) for one, two in pairs)
+
+    endings = run_ranks(train_all, 2, [config("few", max_bad_samples=3)])
+    sentence = "4 samples could not be used, more than data.max_bad_samples=3; see what the log says of them"
+    assert endings == [[f"DataError: {sentence}, and mend the data"]] * 2
+    assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "what was committed stays"
+    refused = run_ranks(train_all, 1, [config("none", bad_samples="error")])
+    assert refused[0][0].startswith("DataError: sample picture-") and "cannot be read" in refused[0][0]
+    # a run that met bad samples may be told to end at them, and told again to go on without
+    (tmp_path / "alone" / "latest").write_text("step-000003\n")
+    shutil.rmtree(tmp_path / "alone" / "step-000006")
+    refused = run_ranks(train_all, 1, [config("alone", bad_samples="error")])
+    assert refused[0][0].startswith("DataError: sample picture-")
+    assert run_ranks(train_all, 1, [config("alone")]) == [["step-000006"]]
+    assert scalars(tmp_path / "alone", "skipped_samples") == scalars(tmp_path / "whole", "skipped_samples")
+
+
+def test_what_is_left_out_when_files_are_read_counts_as_well(
+    run_config: Callable[..., RunConfig], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data.parent / "images", tmp_path / "images")
+    wrong = [{"id": f"wrong-{n}", "conversations": [{"from": "robot", "value": "?"}]} for n in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps([*json.loads(data.read_text()), *wrong]))
+
+    def config(name: str, limit: int) -> RunConfig:
+        settings = {"sources": [{"path": str(tmp_path / "data.json")}], "max_length": 512, "system_prompt": ""}
+        more = {"bad_samples": "skip", "max_bad_samples": limit}
+        checkpoint = {"every_steps": 1, "keep": 9}
+        return run_config("encoder", tmp_path / name, data={**settings, **more}, checkpoint=checkpoint, max_steps=2)
+
+    few, enough = run_ranks(train_all, 1, [config("few", 2), config("run", 3)])[0]
+    assert few.startswith("DataError: 3 samples could not be used, more than data.max_bad_samples=2")
+    assert enough == "step-000002" and scalars(tmp_path / "run", "skipped_samples") == [3, 3]
+    shutil.rmtree(tmp_path / "run" / "step-000002")
+    (tmp_path / "run" / "latest").write_text("step-000001\n")
+    assert run_ranks(train_all, 1, [config("run", 3)]) == [["step-000002"]]
+    assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], "read again behind a resume, not counted twice"

@@ -1,0 +1,476 @@
+"""LLaVA JSON -> records: every way to write it wrong is one sentence naming the sample, and no path leaves its root."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import pytest
+import tiny
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from zero_ds.config.loading import load_run, validate
+from zero_ds.config.schema import SourceConfig
+from zero_ds.data import arrow
+from zero_ds.data.conversations import Turn
+from zero_ds.data.formats import DataError, parse
+from zero_ds.data.sources import Records, evenly_spaced
+from zero_ds.runtime.errors import ConfigError
+
+
+def write(folder: Path, content: Any, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def records(path: Path, **options: Any) -> Records:
+    return Records([SourceConfig(path=str(path), **options)])
+
+
+def good(name: str = "good", **changes: Any) -> dict[str, Any]:
+    return {**tiny.record(name, [("q?", "a.")]), **changes}
+
+
+TALK = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ("just text", "must be an object, not str"),
+        (None, "must be an object, not NoneType"),
+        ({"id": "bad"}, "sample bad has no 'conversations'"),
+        ({"id": "bad", "conversations": []}, "sample bad has no 'conversations'"),
+        ({"id": "bad", "conversations": "hello"}, "sample bad has no 'conversations'"),
+        ({"id": "bad", "conversations": ["hello"]}, "sample bad, turn 0: unknown role None"),
+        ({"id": "bad", "conversations": [{"value": "x"}]}, "sample bad, turn 0: unknown role None"),
+        ({"id": "bad", "conversations": [{"from": "robot", "value": "x"}]}, "sample bad, turn 0: unknown role 'robot'"),
+        (
+            {"id": "bad", "conversations": [{"from": ["human"], "value": "x"}]},
+            "sample bad, turn 0: unknown role ['human']",
+        ),
+        ({"id": "bad", "conversations": [{"from": "human"}]}, "sample bad, turn 0: the text is empty"),
+        (
+            {"id": "bad", "conversations": [*TALK[:1], {"from": "gpt", "value": "  \n"}]},
+            "sample bad, turn 1: the text is empty",
+        ),
+        ({"id": "bad", "conversations": [{"from": "human", "value": 5}]}, "sample bad, turn 0: the text is empty"),
+        ({"id": "bad", "conversations": TALK[:1]}, "sample bad has no answer to learn from"),
+        ({"id": "bad", "conversations": TALK[1:]}, "sample bad has no question"),
+        ({"id": "bad", "conversations": [{"from": "system", "value": "s"}, *TALK[1:]]}, "sample bad has no question"),
+        ({"id": "bad", "image": "a.png", "conversations": TALK[1:]}, "sample bad has no question"),
+        ({"id": "bad", "image": 5, "conversations": TALK}, "sample bad: 'image' must be a path or a list of paths"),
+        (
+            {"id": "bad", "image": ["a.png", 5], "conversations": TALK},
+            "sample bad: 'image' must be a path or a list of paths",
+        ),
+        ({"id": "bad", "image": {"path": "a.png"}, "conversations": TALK}, "sample bad: 'image' must be a path"),
+        (
+            {
+                "id": "bad",
+                "image": ["a.png", "b.png"],
+                "conversations": [{"from": "human", "value": "<image> q"}, *TALK[1:]],
+            },
+            "sample bad has 2 images for 1 <image>",
+        ),
+        (
+            {"id": "bad", "conversations": [{"from": "human", "value": "<image> q"}, *TALK[1:]]},
+            "sample bad has 0 images for 1 <image>",
+        ),
+        (
+            {"id": "bad", "image": "a.png", "conversations": [{"from": "human", "value": "<image><image>"}, *TALK[1:]]},
+            "sample bad has 1 images for 2 <image>",
+        ),
+        (
+            {"id": "bad", "conversations": [TALK[0], {"from": "gpt", "value": "\ud800"}]},
+            "sample bad, turn 1: the text is no",
+        ),
+        ({"id": "bad\ud800", "conversations": TALK}, "is no valid text"),
+        ({"id": "bad", "image": "\ud800.png", "conversations": TALK}, "sample bad: 'image'"),
+        ({"id": "bad", "image": "a\0.png", "conversations": TALK}, "sample bad: 'image'"),
+        ({"id": "bad", "image": "", "conversations": TALK}, "sample bad: 'image'"),
+    ],
+)
+def test_bad_record_names_file_number_and_sample(tmp_path: Path, record: Any, complaint: str) -> None:
+    path = write(tmp_path, [good(), record])
+    with pytest.raises(DataError) as caught:
+        records(path)
+    message = str(caught.value)
+    assert f"{path} #1" in message and complaint in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "must hold a list of samples"),
+        ("[{]", "cannot be read"),
+        ("{}", "must hold a list of samples"),
+        ("[]", "must hold a list of samples"),
+        ('"text"', "must hold a list of samples"),
+    ],
+)
+def test_bad_file(tmp_path: Path, content: str, complaint: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(DataError, match=complaint) as caught:
+        records(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(b'[{"id": "\xff\xfe"}]')
+    with pytest.raises(DataError, match=r"#0: sample '.udcff.udcfe' has no"):
+        records(path)
+
+
+def test_missing_file_and_no_sources(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no data file"):
+        records(tmp_path / "nowhere.json")
+    with pytest.raises(ConfigError, match=r"set data\.sources"):
+        Records([])
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
+nearly = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": trees,
+        "image": trees | st.lists(st.text(max_size=5), max_size=2),
+        "conversations": trees
+        | st.lists(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "from": st.sampled_from(["human", "gpt", "system"]) | trees,
+                    "value": st.just("<image>") | trees,
+                },
+            ),
+            max_size=4,
+        ),
+    },
+)
+
+
+@given(nearly | trees)
+@example({"conversations": [{"from": {}, "value": "x"}]})
+def test_whatever_stands_there_is_a_record_or_a_data_error(record: Any) -> None:
+    try:
+        row = parse(record, "here")
+    except DataError as error:
+        assert str(error).startswith("here")
+    else:
+        assert {"user", "assistant"} <= set(row.roles) and len(row.roles) == len(row.texts)
+
+
+# -- good records ------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_becomes_turns_and_paths(tmp_path: Path) -> None:
+    path = write(tmp_path, [tiny.record("one", [("q?", "a."), ("r?", "b.")], "images/x.png"), good("two", id=7)])
+    first, second = records(path)
+    assert (first.id, first.images) == ("one", (str(tmp_path / "images" / "x.png"),))
+    assert first.turns == (
+        Turn("user", "<image>\nq?"),
+        Turn("assistant", "a."),
+        Turn("user", "r?"),
+        Turn("assistant", "b."),
+    )
+    assert (second.id, second.images) == ("7", ())
+
+
+def test_an_image_without_placeholder_goes_before_the_first_question(tmp_path: Path) -> None:
+    path = write(tmp_path, [good(image="x.png")])
+    assert records(path)[0].turns[0] == Turn("user", "<image>\nq?")
+
+
+def test_an_image_in_an_answer_is_no_placeholder() -> None:
+    talk = [TALK[0], {"from": "gpt", "value": "<image> is a tag"}]
+    assert parse({"id": "x", "conversations": talk}, "here").images == ()
+
+
+def test_limit_and_number_of_images(tmp_path: Path) -> None:
+    path = write(tmp_path, [good(str(n), **({"image": "x.png"} if n % 2 else {})) for n in range(6)])
+    chosen = records(path, limit=4)
+    assert [sample.id for sample in chosen] == ["0", "1", "2", "3"]
+    assert [chosen.images(n) for n in range(4)] == [0, 1, 0, 1]
+    assert len(records(path, limit=100)) == 6
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path, [good("old")])
+    assert records(path)[0].id == "old"
+    write(tmp_path, [good("new")])
+    assert records(path)[0].id == "new"
+
+
+CHAT = [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "a."}]
+PARTS = [{"type": "image"}, {"type": "text", "text": "q?"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "first", "images"),
+    [
+        ({"id": "m", "messages": CHAT}, "q?", ()),
+        ({"id": "m", "messages": CHAT, "images": ["x.png"]}, "<image>\nq?", ("x.png",)),
+        ({"id": "m", "messages": CHAT, "images": ["x.png", "y.png"]}, "<image><image>\nq?", ("x.png", "y.png")),
+        (
+            {"id": "m", "messages": [{"role": "user", "content": PARTS}, CHAT[1]], "images": ["x.png"]},
+            "<image>q?",
+            ("x.png",),
+        ),
+        (
+            {
+                "id": "m",
+                "messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}, PARTS[1]]}, CHAT[1]],
+            },
+            "<image>q?",
+            ("x.png",),
+        ),
+        ({"idx": 7, "text": CHAT, "prompt": "p", "template": "t", "category": "c"}, "q?", ()),
+        ({"id": "m", "conversations": None, "messages": CHAT}, "q?", ()),
+    ],
+)
+def test_other_forms_of_conversation(record: dict[str, Any], first: str, images: tuple[str, ...]) -> None:
+    row = parse(record, "here")
+    assert row.id == ("7" if "idx" in record else "m")
+    assert (row.roles, row.texts, row.images) == (("user", "assistant"), (first, "a."), images)
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([{"role": "tool", "content": "x"}, CHAT[1]], "turn 0: unknown role 'tool'"),
+        ([{"from": "human", "value": "x"}, CHAT[1]], "turn 0: unknown role None"),
+        ([{"role": "user", "content": [{"type": "video"}]}, CHAT[1]], "is neither text nor image"),
+        ([{"role": "user", "content": ["q?"]}, CHAT[1]], "is neither text nor image"),
+        ([{"role": "user", "content": []}, CHAT[1]], "turn 0: the text is empty"),
+        ([{"role": "user", "content": PARTS}, CHAT[1]], "has 0 images for 1 <image>"),
+        ([{"role": "user", "content": [{"type": "image", "image": 5}, PARTS[1]]}, CHAT[1]], "'image' must be a path"),
+        (
+            [CHAT[0], {"role": "assistant", "content": PARTS}],
+            "turn 1: role 'assistant' shows an image; only a user's turn",
+        ),
+    ],
+)
+def test_messages_that_cannot_be_used(messages: Any, complaint: str) -> None:
+    with pytest.raises(DataError, match=re.escape(complaint)):
+        parse({"id": "bad", "messages": messages}, "here")
+
+
+def test_full_path_is_followed_only_where_the_source_allows_it(tmp_path: Path) -> None:
+    outside = str(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "root").mkdir()
+    rows = [good("a", full_path=outside), good("b", full_path=True, image=outside), good("c", image="y.png")]
+    path = write(tmp_path / "root", rows)
+    allowed = records(path, full_path=True)
+    assert [sample.images[0] for sample in allowed] == [outside, outside, str(tmp_path / "root" / "y.png")]
+    for number in (0, 1):
+        with pytest.raises(DataError, match="allow that for this source with full_path: true"):
+            records(path)[number]
+    assert records(path)[2].images
+
+
+def test_a_word_names_a_registered_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, [good("own")])
+    (tmp_path / "datasets.yaml").write_text(f"mine:\n  path: {path}\n  limit: 1\n")
+    assert SourceConfig.model_validate("mine") == SourceConfig(path=str(path), limit=1)
+    assert SourceConfig.model_validate(str(path)) == SourceConfig(path=str(path))
+    assert SourceConfig.model_validate("llava-1.5-665k").root == "data/images"
+    assert SourceConfig.model_validate({"name": "mine", "limit": 7}) == SourceConfig(path=str(path), limit=7)
+    with pytest.raises(ConfigError, match=r"there is no data set 'main'; did you mean 'mine'"):
+        validate(SourceConfig, {"name": "main"}, what="data")
+    run = load_run("llama-3.1-8b/encoder", ["data.sources.0.limit=5"])
+    assert (run.data.sources[0].limit, run.data.sources[0].images_only) == (5, True)
+    (tmp_path / "datasets.yaml").write_text("mine: [")
+    with pytest.raises(ConfigError, match=r"list of data sets datasets\.yaml cannot be read"):
+        validate(SourceConfig, "mine", what="data")
+
+
+def test_bad_records_are_counted_and_left_out_where_that_is_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, [good("a"), {"id": "bad"}, good("b"), "text"])
+    with pytest.raises(DataError, match=r"#1: sample bad has no.*\(2 such records; data\.bad_samples=skip leaves them"):
+        records(path)
+    found = Records([SourceConfig(path=str(path))], skip_bad=True)
+    assert [sample.id for sample in found] == ["a", "b"]
+    assert [count for _, count in found.complaints()] == [2]
+    assert "2 of 4 records cannot be used and are left out; the first: #1: sample bad" in caplog.text
+    with pytest.raises(DataError, match="has no usable sample"):
+        Records([SourceConfig(path=str(write(tmp_path, ["text"], "b.json")))], skip_bad=True)
+
+
+def test_a_moved_file_is_not_converted_again_and_is_named_by_its_new_place(tmp_path: Path) -> None:
+    path = write(tmp_path, [good("moved"), {"id": "bad"}])
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        records(path)
+    path.rename(tmp_path / "new.json")
+    with (
+        mock.patch("zero_ds.data.arrow._convert", side_effect=AssertionError("was converted again")),
+        pytest.raises(DataError, match=re.escape(str(tmp_path / "new.json"))),
+    ):
+        records(tmp_path / "new.json")
+
+
+def test_a_file_of_an_hour_ago_is_not_even_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path, [good("old")])
+    os.utime(path, (time.time() - 3600,) * 2)
+    assert records(path)[0].id == "old"
+    with mock.patch("hashlib.blake2b", side_effect=AssertionError("was read again")):
+        assert records(path)[0].id == "old"
+    before = path.stat().st_mtime_ns
+    write(tmp_path, [good("new")])
+    os.utime(path, ns=(before, before - 1))
+    assert records(path)[0].id == "new"
+
+
+def test_two_processes_convert_once(tmp_path: Path) -> None:
+    path = write(tmp_path, [good(str(n)) for n in range(2000)])
+    with ThreadPoolExecutor(4) as pool, mock.patch("zero_ds.data.arrow._convert", wraps=arrow._convert) as convert:
+        found = list(pool.map(lambda _: len(records(path)), range(4)))
+    assert found == [2000] * 4 and convert.call_count == 1
+
+
+def test_a_full_disk_while_converting_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, [good(f"full {tmp_path}")])
+    with (
+        mock.patch("pyarrow.ipc.new_stream", side_effect=OSError(errno.ENOSPC, "No space left on device")),
+        pytest.raises(DataError, match=r"cannot be kept in .*: No space left on device; make room there"),
+    ):
+        records(path)
+    assert not [p for p in (Path(datasets.config.HF_DATASETS_CACHE) / "zero_ds").iterdir() if p.name.startswith(".")]
+    assert len(records(path)) == 1
+
+
+def test_rows_in_many_batches(tmp_path: Path) -> None:
+    rows = [good(f"{n}é", **({"image": f"{n}.png"} if n % 3 == 0 else {})) for n in range(23)]
+    with mock.patch("zero_ds.data.arrow.ROWS", 5):
+        found = records(write(tmp_path, rows))
+    assert [sample.id for sample in found] == [f"{n}é" for n in range(23)]
+    assert [found.images(n) for n in range(23)] == [int(n % 3 == 0) for n in range(23)]
+    sizes = [sum(len(turn.text.encode()) for turn in found[n].turns) for n in range(23)]
+    assert [found.size(n) for n in range(23)] == sizes
+    pictured = records(tmp_path / "data.json", images_only=True)
+    assert [sample.id for sample in pictured] == [f"{n}é" for n in range(0, 23, 3)]
+    with pytest.raises(IndexError):
+        found[23]
+
+
+def test_a_permuted_source_takes_its_limit_at_random(tmp_path: Path) -> None:
+    path = write(tmp_path, [good(str(n)) for n in range(50)])
+    drawn = [[s.id for s in Records([SourceConfig(path=str(path), limit=20)], permute=seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 20 and drawn[0] != sorted(drawn[0])
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=4))
+def test_evenly_spaced(lengths: list[int]) -> None:
+    order = evenly_spaced(lengths).tolist()
+    assert len(order) == sum(lengths)
+    for source, n in enumerate(lengths):
+        assert [row for s, row in order if s == source] == list(range(n)), "its own order, complete"
+        total = len(order)
+        for start in range(
+            0, total, max(1, total // 3)
+        ):  # any stretch holds its share, but for the rounding of each source
+            stretch = order[start : start + max(1, total // 3)]
+            share = sum(s == source for s, _ in stretch)
+            assert abs(share - n * len(stretch) / total) <= len(lengths)
+
+
+def test_sources_are_mixed_evenly(tmp_path: Path) -> None:
+    a = write(tmp_path, [good(f"a{n}") for n in range(4)], "a.json")
+    b = write(tmp_path, [good(f"b{n}") for n in range(2)], "b.json")
+    mixed = Records([SourceConfig(path=str(a)), SourceConfig(path=str(b))])
+    assert [sample.id for sample in mixed] == ["a0", "b0", "a1", "a2", "b1", "a3"]
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "images/../../secret.png", "link/secret.png", "link.png", "ABSOLUTE"]
+)
+def test_paths_that_leave_the_root(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "root"
+    (root / "images").mkdir(parents=True)
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(b"secret")
+    (root / "link").symlink_to(tmp_path)
+    (root / "link.png").symlink_to(outside)
+    name = str(outside) if name == "ABSOLUTE" else name
+    path = write(root, [good("sly", image=name)])
+    with pytest.raises(DataError, match=re.escape(f"sample sly: image path {name!r} leaves the data root {root}")):
+        records(path)[0]
+
+
+def test_paths_inside_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "images").mkdir(parents=True)
+    (root / "inner").symlink_to(root / "images")
+    path = write(tmp_path, [good("a", image="images/../images/x.png"), good("b", image="inner/x.png")])
+    for sample in records(path, root=str(root)):
+        assert sample.images == (str(root / "images" / "x.png"),)
+
+
+def test_a_broken_line_does_not_lose_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    latin = json.dumps(good("latin")).encode().replace(b"q?", b"caf\xe9")
+    path.write_bytes(
+        b"\n".join([json.dumps(good("a")).encode(), b'{"id": "b", ', latin, json.dumps(good("c")).encode()])
+    )
+    found = Records([SourceConfig(path=str(path))], skip_bad=True)
+    assert [sample.id for sample in found] == ["a", "c"]
+    ((sentences, count),) = found.complaints()
+    assert count == 2 and "#1: line 2 (sample b)" in sentences[0] and "sample latin, turn 0" in sentences[1]
+
+
+def test_messages_stay_short_and_printable(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"id": "x\n\x1b[31m\ud800", "conversations": [{"from": "r" * 10**6, "value": "x"}]}])
+    with pytest.raises(DataError) as caught:
+        records(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "loop/a.png", "loop"])
+def test_paths_that_lead_nowhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match=r"sample x: image path .* (cannot be followed|leaves)"):
+        records(write(tmp_path, [good("x", image=name)]))[0]
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    import pyarrow
+
+    path = write(tmp_path, [good(f"{tmp_path} {n}") for n in range(10)])
+    with mock.patch("zero_ds.data.arrow.ROWS", 5):
+        found = records(path)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "zero_ds" / found._sources[0].tables[0].name
+    assert folder.stat().st_mode & 0o777 == 0o755
+    content = (folder / "records.arrow").read_bytes()
+    source = pyarrow.BufferReader(content)
+    pyarrow.ipc.open_stream(source).read_next_batch()
+    for cut in (source.tell(), source.tell() + 50):
+        (folder / "records.arrow").write_bytes(content[:cut])
+        assert len(records(path)) == 10
+
+
+@pytest.mark.parametrize("pattern", ["/tmp/*.json", "**x/y", "../*.json"])
+def test_patterns_that_are_refused(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, [good()])
+    with pytest.raises(ConfigError, match="files="):
+        records(tmp_path, files=pattern)

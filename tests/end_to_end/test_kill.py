@@ -1,0 +1,187 @@
+"""A run that is killed again and again ends where an uninterrupted one ends, bit for bit; elsewhere to 1e-5."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import RankError, run_ranks, train_all
+from safetensors.torch import load_file
+
+from zero_ds.config.schema import RunConfig
+from zero_ds.training.checkpoint.checkpoint import find_commit
+
+STEPS = 40
+KILLS = 10
+
+
+def train_until_killed(config: RunConfig, after: float | None, write: int | None) -> list[str]:
+    """All ranks die by SIGKILL: `after` seconds into the steps, or at the n-th write of a file of a commit."""
+    from zero_ds.runtime import distributed
+    from zero_ds.training import train
+    from zero_ds.training.checkpoint import checkpoint
+
+    distributed.initialize()
+    import torch.distributed as dist
+
+    pids: list[int] = [0] * distributed.world_size()
+    dist.all_gather_object(pids, os.getpid())
+
+    def kill() -> None:
+        for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+
+    if after is not None and distributed.is_rank_zero():
+        loop = train.loop
+
+        def timed(*arguments: Any) -> Path:
+            threading.Timer(after, kill).start()
+            return loop(*arguments)
+
+        train.loop = timed
+    if write is not None:
+        put, writes = checkpoint.SafetensorsStream._put, 0
+        write_whole = checkpoint.write_atomically
+
+        def counted(self: Any, data: Any) -> None:
+            nonlocal writes
+            writes += 1
+            if writes == write:
+                self._file.write(bytes(data)[: len(data) // 2])  # half a tensor
+                self._file.flush()
+                kill()
+            put(self, data)
+
+        def moved(path: Path, text: str) -> None:
+            nonlocal writes
+            writes += path.name == "latest"
+            if writes == write and path.name == "latest":
+                kill()  # the commit is there, and `latest` does not name it yet
+            write_whole(path, text)
+
+        checkpoint.SafetensorsStream._put = counted  # type: ignore[method-assign]
+        checkpoint.write_atomically = moved
+    return train_all([config])
+
+
+def curve(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), "each step once, in order"
+    return [line["loss"] for line in lines]
+
+
+def held(run: Path, name: str = "weights.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(find_commit(run).folder / name)
+
+
+@pytest.fixture(scope="module")
+def config(run_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+    def make(out: Path) -> RunConfig:
+        return run_config(
+            "pretrain",
+            out,
+            zero="zero3",
+            global_batch=6,
+            max_steps=STEPS,
+            optimizer={"learning_rate": 1e-3},
+            checkpoint={"every_steps": 3, "keep": 2},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The uninterrupted run on two ranks, with a copy of its commit of step 21; seconds of its steps."""
+    out = tmp_path_factory.mktemp("kill") / "whole"
+    settings = config(out).model_copy(update={"checkpoint": config(out).checkpoint.model_copy(update={"keep": 99})})
+    assert run_ranks(train_all, 2, [settings]) == [[f"step-{STEPS:06d}"]] * 2
+    seconds = sum(json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
+    return out, seconds
+
+
+def test_killed_at_ten_instants_the_run_ends_as_if_nothing_had_happened(
+    whole: tuple[Path, float], config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    expected, seconds = whole
+    run, chance = config(tmp_path / "run"), random.Random(7)
+    writes = (
+        len(held(expected)) * 4 + 3
+    )  # two headers, each tensor in one file and its three states in the other, latest
+    instants: list[tuple[float | None, int | None]] = [
+        (chance.uniform(0, seconds / 2), None) for _ in range(KILLS // 2)
+    ]
+    instants += [(None, chance.randint(1, 2 * writes)) for _ in range(KILLS // 2 - 1)] + [(None, writes)]
+    chance.shuffle(instants)
+    killed = 0
+    for after, write in instants:
+        try:
+            run_ranks(train_until_killed, 2, run, after, write)
+        except RankError as error:
+            assert "exit code -9" in str(error), error
+            killed += 1
+        if (Path(run.out) / "latest").is_file():
+            commit = find_commit(run.out)
+            assert commit.weights(), "the newest commit is whole"
+    assert killed >= KILLS - 2, f"{killed} of {KILLS} attempts died before the end"
+    assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
+    assert curve(Path(run.out)) == curve(expected)
+    for name in ("weights.safetensors", "resume/state.safetensors"):
+        ours, theirs = held(Path(run.out), name), held(expected, name)
+        assert list(ours) == list(theirs) and all(torch.equal(ours[n], theirs[n]) for n in theirs), "bit for bit"
+    left = [p.name for p in Path(run.out).iterdir() if p.name.startswith((".", "step-"))]
+    assert sorted(left) == ["step-000039", "step-000040"], "nothing half-written, and no more than asked for"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {}),
+        (3, {}),
+        (2, {"zero": "zero2"}),
+        (3, {"zero": "zero1", "micro_batch": 2, "activation_checkpointing": False}),
+    ],
+)
+def test_other_ranks_and_another_zero_config_go_on_alike(
+    whole: tuple[Path, float],
+    config: Callable[..., RunConfig],
+    tmp_path: Path,
+    ranks: int,
+    changes: dict[str, object],
+) -> None:
+    """2 -> 1, 2 -> 3, ZeRO-3 -> ZeRO-2, and all at once, behind step 21."""
+    expected, _ = whole
+    shutil.copytree(expected, tmp_path / "run")
+    for commit in (tmp_path / "run").glob("step-*"):
+        if int(commit.name[5:]) > 21:
+            shutil.rmtree(commit)
+    (tmp_path / "run" / "latest").write_text("step-000021\n")
+    changed = config(tmp_path / "run").model_copy(update=changes)
+    assert run_ranks(train_all, ranks, [changed]) == [[f"step-{STEPS:06d}"]] * ranks
+    assert curve(tmp_path / "run") == pytest.approx(curve(expected), rel=1e-5)
+    ours, theirs = held(tmp_path / "run"), held(expected)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_more_ranks_take_over_from_one(
+    config: Callable[..., RunConfig], whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    """1 -> 2: begun on one rank, asked to stop there, and ended on two."""
+    run = config(tmp_path / "run")
+    started = time.monotonic()
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(train_until_killed, 1, run, None, 3 * (len(held(whole[0])) * 4 + 3))  # in its third commit
+    assert (tmp_path / "run" / "latest").read_text() == "step-000006\n", time.monotonic() - started
+    assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
+    assert curve(tmp_path / "run") == pytest.approx(curve(whole[0]), rel=1e-5)

@@ -1,0 +1,363 @@
+"""Runs over two machines, which are two loopback addresses behind a private sshd (loopback.py).
+
+DeepSpeed's own launcher over pdsh and ssh, faults of a machine, restarts, Ctrl-C, and what `zero-ds doctor` finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import run_ranks, train_all
+from loopback import HOSTS, Machines, missing
+from places import ROOT
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from zero_ds.cli import main as cli
+from zero_ds.config.schema import RunConfig
+from zero_ds.runtime import failure
+from zero_ds.training.checkpoint.checkpoint import find_commit
+
+ODD = """it's 100% "$HOME" `true` \\ ; & fine"""
+"""Words that shells on the way to the ranks would love to read."""
+SILENCE = 15
+STEPS = 18
+
+MUST = os.environ.get("ZERO_DS_TEST_NODES") == "must"
+"""Set by .ci/run: not even a machine without sshd is an excuse."""
+pytestmark = [
+    pytest.mark.skipif(missing() is not None and not MUST, reason=missing() or ""),
+    pytest.mark.timeout(1800),  # many launches, on machines that may have other things to do
+]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    assert missing() is None, missing()
+    both = Machines(tmp_path_factory.mktemp("ssh"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PDSH_SSH_ARGS_APPEND", both.ssh_options)
+        patch.setenv("ZERO_DS_NODE_PATIENCE", "100")  # the launcher's; a busy machine is no dead one
+        patch.setattr("zero_ds.cluster.ssh.PATIENCE", 100.0)
+        yield both
+    both.stop()
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def doctor(machines: Machines, *words: str) -> tuple[int, str]:
+    """Exit status, and what was said, with a folder of its own as the shared one."""
+    shared = ("--shared", str(machines.folder / "shared"), "--min-disk", "0.001")
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        done = CliRunner().invoke(cli.app, ["doctor", "--hostfile", str(machines.hostfile), *shared, *words])
+    finally:
+        os.chdir(here)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def failed(said: str) -> list[str]:
+    return re.findall(r"^FAIL  (.*?)  ", said, flags=re.MULTILINE)
+
+
+def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines) -> None:
+    """With ranks on both: bandwidth, and ZeRO-3 that computes what ZeRO-0 does."""
+    started = time.monotonic()
+    status, said = doctor(machines, "--forward", "DS_ACCELERATOR")
+    assert status == 0 and not failed(said), said
+    for line in ("ssh            2 machines", "ranks          2 on cpu", "GB/s bus bandwidth"):
+        assert line in said
+    assert re.search(r"ok  numbers +zero3 beside zero0, fp32: losses (\S+) and \1, .* apart by \d\.\de-0[5-9]", said), (
+        said
+    )
+    looked = float(re.search(r"looked at in ([\d.]+) s", said)[1])  # type: ignore[index]
+    assert looked < 30 and looked < (time.monotonic() - started) / 2, "machines are asked side by side"
+    assert not (machines.folder / "shared").exists(), "what it had to make for this is gone"
+
+
+FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
+    "no interpreter": (
+        f'command="${{command//"{sys.executable}"/nowhere}}"',
+        (),
+        "interpreter",
+        "127.0.0.3: .* cannot be run",
+    ),
+    "other version": ("PACKAGES", (), "packages", r"127.0.0.3: transformers 0\.0\.1, here \d"),
+    "other commit": (
+        "input='s#zero_ds/\\*\\*/\\*\\.py#zero_ds/*.py#'",
+        (),
+        "project",
+        "127.0.0.3: commit .* its files differ",
+    ),
+    "folder not shared": ("input='s#/shared\"#/nowhere\"#'", (), "shared folder", "127.0.0.3: does not see what this"),
+    "missing folder": (
+        "input='s#/clip#/nowhere#g'",
+        ("RECIPE",),
+        "paths",
+        "127.0.0.3: there is no .*/nowhere",
+    ),
+    "clock": ("input='s#time.time()}#time.time() + 100}#'", (), "clocks", "127.0.0.3: (99|100) s ahead"),
+    "variable": ("", ("--require", "ZERO_DS_TEST_ON_ONE"), "environment", "127.0.0.3: ZERO_DS_TEST_ON_ONE not set"),
+    "other recipe": (
+        "input='s#hashlib.sha256(path.read#hashlib.md5(path.read#'",
+        ("RECIPE",),
+        "recipe",
+        r"127.0.0.3: .*run\.yaml differs",
+    ),
+    "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are wanted"),
+}
+"""Fault -> bash lines on the second machine, options of doctor, the check that fails, and what it says."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_doctor_finds(machines: Machines, run_config: Callable[..., RunConfig], tmp_path: Path, fault: str) -> None:
+    lines, options, check, words = FAULTS[fault]
+    if lines == "PACKAGES":
+        other = tmp_path / "packages" / "transformers-0.0.1.dist-info"
+        other.mkdir(parents=True)
+        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
+        lines = f'command="${{command//PYTHONPATH=/PYTHONPATH={other.parent}:}}"'
+    if options == ("RECIPE",):
+        recipe = tmp_path / "run.yaml"
+        recipe.write_text(run_config("pretrain", tmp_path / "run").dump())
+        options = (str(recipe),)
+    with machines.fault(lines):
+        status, said = doctor(machines, *options, "--no-launch")
+    assert status == 1
+    assert failed(said) == [check], said
+    assert re.search(rf"FAIL  {check} +{words}", said), said
+    assert "-> " in said, "a remedy"
+
+
+def test_doctor_names_a_machine_that_does_not_answer(machines: Machines, tmp_path: Path) -> None:
+    lost = tmp_path / "hostfile"
+    lost.write_text(machines.hostfile.read_text() + "127.0.0.4 slots=1\n")
+    started = time.monotonic()
+    status, said = doctor(machines, "--hostfile", str(lost), "--no-launch")
+    assert status == 1 and failed(said) == ["ssh"] and "127.0.0.4 does not answer: " in said, said
+    assert time.monotonic() - started < 30
+
+
+def test_doctor_names_a_machine_that_takes_too_long(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zero_ds.cluster.ssh.PATIENCE", 4.0)
+    with machines.fault("sleep 10"):
+        status, said = doctor(machines, "--no-launch")
+    assert status == 1 and failed(said) == ["ssh"] and "127.0.0.3 does not answer: no answer in 4 s" in said, said
+
+
+def test_doctor_finds_a_busy_port(machines: Machines) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.2", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        status, said = doctor(machines, "--master_port", str(port), "--no-launch")
+    assert status == 1 and failed(said) == ["master port"], said
+    assert f"127.0.0.2: port {port} cannot be used: Address already in use" in said
+
+
+def test_doctor_warns_of_a_secret_that_stays_here(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    status, said = doctor(machines, "--no-launch")
+    assert status == 0 and "warn  secrets        HF_TOKEN set here, not forwarded" in said
+    status, said = doctor(machines, "--no-launch", "--forward", "HF_TOKEN", "--require", "HF_TOKEN")
+    assert status == 0 and "secrets" not in said and "verysecret" not in said, said
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """`launch/train.sh` over both machines."""
+
+    def __init__(self, config: RunConfig, machines: Machines, *options: str) -> None:
+        recipe = Path(config.out).with_suffix(".yaml")
+        recipe.write_text(config.dump())
+        beside = Path(sys.executable).parent
+        environment = {
+            **os.environ,
+            "PATH": f"{beside}:{os.environ['PATH']}",
+            "ZERO_DS_SILENCE": str(SILENCE),
+            "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and loading its libraries takes a second a rank
+            "HF_TOKEN": "hf_verysecret",
+            "MLFLOW_TRACKING_TOKEN": "ml_verysecret",  # DeepSpeed exports what begins with MLFLOW
+            "ZERO_DS_ODD": ODD,
+        }
+        self.out, self.machines = Path(config.out), machines
+        self.said = ""
+        self.process = subprocess.Popen(
+            [ROOT / "launch" / "train.sh", recipe, "--hostfile", machines.hostfile, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def until(self, *words: str) -> str:
+        """Reads until a line holds one of these."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said += line
+            if any(word in line for word in words):
+                return line
+        raise AssertionError(f"the run ended before it said '{words}':\n{self.said}")
+
+    def end(self) -> int:
+        rest, _ = self.process.communicate(timeout=900)
+        self.said += rest
+        return self.process.returncode
+
+    def rank_on(self, host: str) -> int:
+        """Process id of the rank on a machine."""
+        for pid in self.machines.processes(host):
+            if "zero_ds.train\0--local_rank" in Path(f"/proc/{pid}/cmdline").read_text():
+                return pid
+        raise AssertionError(f"no rank on {host}:\n{self.said}")
+
+
+def left_of(run: Path) -> list[str]:
+    """Command lines of processes that have to do with a run folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if str(run) in words:
+                found.append(words)
+    return found
+
+
+@pytest.fixture(scope="module")
+def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    folders = {name: tmp_path_factory.mktemp("nodes") for name in ("two", "one")}
+
+    def make(stage: str, hosts: str) -> RunConfig:
+        changes: dict[str, Any] = {"max_steps": STEPS}
+        if hosts == "two":  # to have something to go on from
+            changes["checkpoint"] = {"every_steps": 3}
+        if stage == "encoder":
+            changes["init_from"] = [str(folders[hosts] / "pretrain")]
+        return run_config(stage, folders[hosts] / stage, zero="zero3", **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_machine(config: Callable[..., RunConfig]) -> Iterator[Future[list[list[str]]]]:
+    """The same two runs by two ranks of one machine, without ssh and without a fault, while others wait for a fault."""
+    runs = [config("pretrain", "one"), config("encoder", "one")]
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(run_ranks, train_all, 2, runs, timeout=500)
+
+
+def same(config: Callable[..., RunConfig], stage: str, one_machine: Future[list[list[str]]]) -> None:
+    """Weights and loss curves on two machines are those on one."""
+    assert one_machine.result() == [[f"step-{STEPS:06d}"] * 2] * 2
+    two, one = (Path(config(stage, hosts).out) for hosts in ("two", "one"))
+    curves = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (two, one)]
+    assert [line["step"] for line in curves[0]] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in curves[0]] == pytest.approx([line["loss"] for line in curves[1]], rel=1e-5)
+    ours, theirs = (load_file(find_commit(out).folder / "weights.safetensors") for out in (two, one))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def nothing_is_left(run: Run) -> None:
+    left = [*left_of(run.out), *(pid for host in HOSTS for pid in run.machines.processes(host))]
+    assert not left, f"{left}\n{run.said}"
+
+
+def test_a_killed_rank_costs_a_restart_and_changes_nothing(
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
+) -> None:
+    run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
+    run.until("committed")
+    rank = run.rank_on(HOSTS[1])
+    environment = dict(e.split("=", 1) for e in Path(f"/proc/{rank}/environ").read_text().split("\0") if "=" in e)
+    assert environment["ZERO_DS_ODD"] == ODD and environment["HF_TOKEN"] == "hf_verysecret"
+    assert "MLFLOW_TRACKING_TOKEN" not in environment
+    assert environment["WORLD_SIZE"] == "2" and environment["RANK"] == "1"
+    assert len(left_of(run.out)) > 5 and not any("verysecret" in words for words in left_of(run.out)), "command lines"
+    os.kill(rank, signal.SIGKILL)
+    run.until("restart 1 of 1, from the last commit")
+    assert "zero-ds: the run failed: a rank ended without a word" in run.said
+    assert run.end() == 0, run.said
+    assert re.search(r"resumed .* after step \d+ of", run.said)
+    assert "verysecret" not in run.said
+    nothing_is_left(run)
+    kept = Path.home() / ".cache/zero_ds/jobs"
+    assert not (kept / environment["ZERO_DS_JOB"]).exists(), "no secret stays on a machine"
+    same(config, "pretrain", one_machine)
+
+
+def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
+) -> None:
+    """Everything on a machine stands still, its ssh connection too: a restart. Ctrl-C then commits; twice, it ends all
+    at once; and the run goes on to the same weights."""
+    run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
+    run.until("committed")
+    stopped = machines.processes(HOSTS[1], ssh=True)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    lost = time.monotonic()
+    run.until("127.0.0.3: ssh exited with exit code 255")
+    assert time.monotonic() - lost < 30, "named too late"
+    run.until("restart 1 of 2, from the last commit")
+    assert f"rank 1 has given no sign of life for {SILENCE} s" in run.said, run.said
+    assert "(rank 1 runs on 127.0.0.3)" in run.said
+    for pid in stopped:  # of those that belong to no run, sshd's
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+    run.until("committed")
+    assert machines.processes(HOSTS[0]) and machines.processes(HOSTS[1])
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() != 0
+    assert "the ranks commit and stop after this step" in run.said and "run again to resume" in run.said
+    assert "restart 2" not in run.said
+    nothing_is_left(run)
+
+    run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
+    run.until("127.0.0.3: ")  # its ranks are just starting
+    for _ in range(2):
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert run.end() != 0 and "restart" not in run.said
+    nothing_is_left(run)
+
+    run = Run(config("encoder", "two"), machines)
+    assert run.end() == 0, run.said
+    nothing_is_left(run)
+    same(config, "encoder", one_machine)
+
+
+def test_what_a_restart_cannot_mend_is_not_tried_again(machines: Machines, config: Callable[..., RunConfig]) -> None:
+    """A machine with other files is refused before anything starts; see test_failure.py for ranks."""
+    with machines.fault("input='s#zero_ds/\\*\\*/\\*\\.py#zero_ds/*.py#'"):
+        run = Run(config("encoder", "one"), machines, "--max-restarts", "3")
+        assert run.end() == 2
+    last = run.said.strip().splitlines()[-1]
+    assert last.startswith("zero-ds: 127.0.0.3: commit ") and "bring every machine to the same commit" in last
+    assert "restart" not in run.said
+    assert failure.read(run.out) is None

@@ -1,0 +1,239 @@
+"""What users of other trainers suffer from, and what has no test elsewhere: see the table in docs/training.md."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import RankError, run_ranks, train_all
+
+from zero_ds.config.schema import RunConfig
+from zero_ds.training import stages
+from zero_ds.training.options.recompute import recompute_
+from zero_ds.training.setup import build
+
+
+@pytest.mark.parametrize("stage", ["encoder", "decoder"])
+def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[..., RunConfig], stage: str) -> None:
+    """Bytes kept for the backward pass: a frozen decoder must not need more of them than one that trains."""
+    from zero_ds.data.batches import INPUTS
+
+    kept: dict[bool, int] = {}
+    for again in (False, True):
+        config = run_config(stage, micro_batch=4)
+        model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+        stages.freeze_(model, config)
+        recompute_(model, range(6) if again else ())
+        model.train()
+        (batch,) = next(loader.steps(0, 1))
+        seen: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen, weights: set[int] = weights) -> torch.Tensor:
+            if (place := tensor.untyped_storage().data_ptr()) not in weights:
+                seen[place] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        images = model.image_features(batch["pixel_values"]).detach()  # the encoder's own are not looked at
+        model.image_features = lambda pixels, images=images: images.requires_grad_()  # type: ignore[method-assign]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = model(**{k: batch[k] for k in INPUTS if k in batch}).total
+        kept[again] = sum(seen.values())
+        total.backward()
+    assert kept[True] < 0.4 * kept[False], f"{kept[True] / kept[False]:.2f} of the bytes without"
+
+
+def trained_with_a_cut(config: RunConfig, part: str) -> str:
+    """What a run ends with in which a part is cut off from the loss."""
+    from zero_ds.model.vlm import VisionLanguageModel
+    from zero_ds.training import engine
+
+    engine.PATIENCE = min(3, engine.PATIENCE)
+    if part == "encoder":
+
+        def cut(self: VisionLanguageModel, pixels: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                patches = self.encoder_family.features(self.encoder, pixels, -1, False)  # type: ignore[union-attr, arg-type]
+            return self.adapter(patches)  # type: ignore[misc]
+
+        VisionLanguageModel.image_features = cut  # type: ignore[method-assign]
+    return train_all([config])[0]
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_a_part_that_is_cut_off_is_noticed(
+    run_config: Callable[..., RunConfig], trained: Path, tmp_path: Path, zero: str
+) -> None:
+    config = run_config("encoder", tmp_path / zero, zero=zero, init_from=[str(trained / "pretrain")])
+    for said in run_ranks(trained_with_a_cut, 2, config, "encoder"):
+        assert "the encoder had no gradient in 3 steps, so it does not train" in said
+    whole = config.model_copy(update={"out": str(tmp_path / "whole")})
+    assert run_ranks(trained_with_a_cut, 2, whole, "nothing") == ["step-000006"] * 2
+
+
+def loaded_wrongly(config: RunConfig) -> str:
+    """A loader that leaves one layer random, as libraries have done under ZeRO-3."""
+    from zero_ds.model import vlm as model
+    from zero_ds.runtime import distributed
+    from zero_ds.runtime.errors import ConfigError
+    from zero_ds.runtime.zero3 import gathered
+    from zero_ds.training.deepspeed import ds_config
+
+    distributed.initialize()
+    load = model.load_decoder
+
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        decoder = load(*arguments, **options)
+        norm = decoder.model.layers[3].mlp.up_proj.weight  # type: ignore[union-attr, index]
+        with gathered([norm], modifier_rank=0), torch.no_grad():
+            norm.normal_()
+        return decoder
+
+    model.load_decoder = spoiled
+    try:
+        build(config, ds_config(config, distributed.world_size()), distributed.world_size())
+    except ConfigError as error:
+        return str(error)
+    distributed.barrier()
+    return "it went through"
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_weights_that_were_lost_on_the_way(run_config: Callable[..., RunConfig], zero: str) -> None:
+    for said in run_ranks(loaded_wrongly, 2, run_config("decoder", zero=zero)):
+        assert "layers.3.mlp.up_proj.weight was not loaded as it stands in" in said
+
+
+def slow_first(seconds: float) -> float:
+    """Rank 0 prepares something for longer than a collective may take."""
+    from zero_ds.runtime import distributed
+
+    distributed.TIMEOUT = timedelta(seconds=3)
+    distributed.initialize()
+    started = time.monotonic()
+    with distributed.rank_zero_first():
+        if distributed.is_rank_zero():
+            time.sleep(seconds)
+    distributed.barrier()
+    return time.monotonic() - started
+
+
+def test_long_work_of_rank_zero_exceeds_no_time_limit() -> None:
+    assert all(seconds >= 6 for seconds in run_ranks(slow_first, 2, 6.0))
+    with pytest.raises(RankError):  # the limit is there: a collective that waits as long fails
+        run_ranks(slow_barrier, 2, 8.0)
+
+
+def slow_barrier(seconds: float) -> None:
+    from zero_ds.runtime import distributed
+
+    distributed.TIMEOUT = timedelta(seconds=3)
+    distributed.initialize()
+    if distributed.is_rank_zero():
+        time.sleep(seconds)
+    distributed.barrier()
+
+
+def peak_of_loading(first: Path, folder: Path) -> float:
+    """GiB by which this rank's peak memory grows while a decoder is loaded into partitions, behind a small one."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from zero_ds.model.decoders.folder import load_decoder
+    from zero_ds.runtime import distributed
+
+    distributed.initialize()
+    ds = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    alive = HfDeepSpeedConfig(ds)
+    load_decoder(first, dtype=torch.float32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    load_decoder(folder, dtype=torch.float32)
+    assert alive
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def test_no_rank_but_the_first_reads_the_whole_model(made: Callable[..., Path], tmp_path: Path) -> None:
+    """512 MiB of weights on two ranks, of which each keeps half. Measured: a peak of 1.0 times the weights on a rank
+    that does not read, 2.0 on the first, which does."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size / 2**30
+    assert size > 0.4
+    first, second = run_ranks(peak_of_loading, 2, made("llama", tied=True), tmp_path / "model")
+    assert second < 1.4 * size, f"{second:.2f} of {size:.2f} GiB on the second rank, {first:.2f} on the first"
+
+
+def test_flash_attention_that_is_not_installed(
+    run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    from zero_ds.runtime.errors import ConfigError
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flash_attn" else find(name))
+    with pytest.raises(ConfigError, match=r"needs flash-attn, which is not installed; .*else attention=sdpa"):
+        build(run_config("decoder", attention="flash_attention_2"), {"zero_optimization": {}}, 1)
+
+
+def nan_gradient(config: RunConfig) -> str:
+    """A finite loss whose gradient is not, in the third step."""
+    from zero_ds.training.engine import Engine
+
+    step_of_engine = Engine.step
+
+    def spoiled(self: Engine, batches: Any, number: int, *counts: Any) -> Any:
+        if number == 2:
+            parameter = next(iter(self.named.values()))
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+        return step_of_engine(self, batches, number, *counts)
+
+    Engine.step = spoiled  # type: ignore[method-assign]
+    return train_all([config])[0]
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_spoils_no_commit(
+    run_config: Callable[..., RunConfig], tmp_path: Path, zero: str
+) -> None:
+    from zero_ds.training.checkpoint.checkpoint import find_commit
+
+    config = run_config("pretrain", tmp_path, zero=zero, checkpoint={"every_steps": 1, "keep": 1})
+    for said in run_ranks(nan_gradient, 2, config):
+        assert "the gradient of step 3 is not finite" in said
+    commit = find_commit(tmp_path)
+    assert commit.step == 2 and all(torch.isfinite(tensor).all() for tensor in commit.weights().values())
+
+
+def text_first(config: RunConfig) -> str:
+    from zero_ds.training import engine
+
+    engine.PATIENCE = 2
+    return trained_with_a_cut(config, "nothing")
+
+
+def test_text_before_the_pictures_is_no_reason_to_stop(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    import json
+
+    import tiny
+
+    records = json.loads(tiny.write_data(tmp_path, pictures=8, texts=8).read_text())
+    (tmp_path / "sorted.json").write_text(json.dumps(sorted(records, key=lambda record: "image" in record)))
+    data = {"sources": [{"path": str(tmp_path / "sorted.json")}], "max_length": 512, "system_prompt": ""}
+    config = run_config("pretrain", tmp_path / "run", data=data, global_batch=2)
+    assert run_ranks(text_first, 1, config) == ["step-000006"]

@@ -1,0 +1,172 @@
+"""The proof of an export: what differs is named, and nothing of a failed export stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import export_helper
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zero_ds.export as exporting
+from zero_ds.config.schema import RunConfig
+from zero_ds.export import export_model, llava, proof
+from zero_ds.export.source import open_source
+from zero_ds.export.text import texts
+from zero_ds.grafting.graft import load_trained
+from zero_ds.runtime.errors import ConfigError
+
+DAMAGED = "language_model.model.layers.3.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def run(
+    made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    target = made("llama", tied=True)
+    config = run_config("encoder", tmp_path_factory.mktemp("runs") / "encoder", decoder="target")
+    return export_helper.write_run(config, target)
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In a process of its own, with all questions."""
+    out = tmp_path_factory.mktemp("exported") / "llava"
+    export_model(run, None, out)
+    return out
+
+
+def test_a_process_of_its_own_answers(exported: Path) -> None:
+    content = json.loads((exported / "proof.json").read_text())
+    assert content["kind"] == "full" and content["loaded_by_transformers"] == "LlavaForConditionalGeneration"
+    asked = [(line["question"], line["picture"]) for line in content["prompts"]]
+    assert len(asked) == len(set(asked)) == 16 and sum(picture for _, picture in asked) == 8
+    assert all(line["answers_equal"] and line["answer_tokens"] for line in content["prompts"])
+    assert content["largest_logit_difference"] <= 1e-5 == content["tolerance"]
+    assert {"zero_ds", "torch", "transformers"} <= set(content["versions"])
+    assert [path.name for path in exported.parent.iterdir()] == ["llava"]
+
+
+def damage(tensors: dict[str, torch.Tensor], how: str) -> None:
+    if how == "one value":
+        tensors[DAMAGED].view(-1)[17] += 1e-6
+    elif how == "not a number":
+        tensors[DAMAGED] *= float("nan")
+    elif how == "shape":
+        tensors[DAMAGED] = tensors[DAMAGED][:-1].clone()
+    else:
+        del tensors[DAMAGED]
+
+
+@pytest.mark.parametrize("kind", proof.PROOFS)
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        ("one value", f"differs from its source, first in the tensor {DAMAGED} .by "),
+        ("not a number", f"differs from its source, first in the tensor {DAMAGED} .by nan"),
+        ("shape", rf"first in the tensor {DAMAGED} .it (has shape|is F32) \(47, 32\)"),
+        ("missing", f"the exported folder lacks {DAMAGED}"),
+    ],
+)
+def test_the_first_tensor_that_differs_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, how: str, complaint: str
+) -> None:
+    """Corrupted on the disk between writing and proof; later tensors are damaged, too."""
+    written = exporting.write_shards
+
+    def damaging(tensors: Any, folder: Path, size: int) -> None:
+        written(tensors, folder, size)
+        stored = load_file(folder / "model.safetensors")
+        damage(stored, how)
+        later = "language_model.model.layers.5.mlp.up_proj.weight"
+        if how != "missing":
+            stored[later] = -stored[later]
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(exporting, "write_shards", damaging)
+    with pytest.raises(ConfigError, match=complaint):
+        export_model(run, None, tmp_path / "deep" / "out", proof=kind)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_tensor_too_many_is_named(exported: Path, run: Path, tmp_path: Path) -> None:
+    stored = load_file(exported / "model.safetensors")
+    save_file({**stored, "a.stranger": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"the exported folder has a\.stranger"):
+        proof.compare_files(tmp_path, llava.tensors(open_source(run, None)))
+
+
+def test_a_folder_that_transformers_cannot_load(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the last line of what it said is the reason."""
+    written = llava.write
+
+    def spoiled(source: Any, words: Any, folder: Path) -> None:
+        written(source, words, folder)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(llava, "write", spoiled)
+    with pytest.raises(ConfigError, match=r"transformers alone could not load the exported folder: .*model"):
+        export_model(run, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        ({"chat_template.jinja": ("captured in this image", "seen in that image")}, "its prompt has other tokens"),
+        ({"processor_config.json": ("0.48145466", "0.5")}, "pixel values are apart by"),
+        ({"config.json": ('"vision_feature_layer": -1', '"vision_feature_layer": -2')}, "logits are apart by"),
+        ({"generation_config.json": ('"eos_token_id": [', '"eos_token_id": [STOP, ')}, "the greedy answers are not"),
+    ],
+)
+def test_what_tensors_do_not_show(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: dict[str, tuple[str, str]], complaint: str
+) -> None:
+    export_helper.here(monkeypatch)
+    source = open_source(run, None)
+    model = load_trained(source.commit.folder, str(source.folder))
+    picture = proof.draw((32, 32), tmp_path / "picture.png")
+    stop = next(token for token in proof.ask(source, texts(source), model, picture)[0].answer)
+    written = llava.write
+
+    def spoiled(source: Any, words: Any, folder: Path) -> None:
+        written(source, words, folder)
+        for name, (before, after) in spoil.items():
+            text = (folder / name).read_text()
+            assert before in text
+            (folder / name).write_text(text.replace(before, after.replace("STOP", str(stop))))
+
+    monkeypatch.setattr(llava, "write", spoiled)
+    with pytest.raises(
+        ConfigError, match=f"differs from its source on .*, although every tensor is the same: {complaint}"
+    ):
+        export_model(run, None, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_a_commit_is_read_alike_by_both_readers(run: Path, exported: Path) -> None:
+    """Streamed and loaded: two ways to every tensor of the folder."""
+    source = open_source(run, None)
+    count = proof.compare_files(exported, llava.tensors(source))
+    model = load_trained(source.commit.folder, str(source.folder))
+    loaded = [proof.Loaded(*entry) for entry in llava.loaded(source, model)]
+    assert count == proof.compare_loaded(exported, loaded) == len(load_file(exported / "model.safetensors"))
+
+
+def test_a_batch_is_asked_as_each_prompt_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(run, None)
+    model, words = load_trained(source.commit.folder, str(source.folder)), texts(source)
+    picture = proof.draw((32, 32), tmp_path / "picture.png")
+    together = proof.ask(source, words, model, picture)
+    assert len({len(one.ids) for one in together}) > 2, "prompts of several lengths are padded"
+    for question in proof.QUESTIONS:
+        monkeypatch.setattr(proof, "QUESTIONS", (question,))
+        for alone in proof.ask(source, words, model, picture):
+            same = next(one for one in together if (one.question, one.picture) == (question, alone.picture))
+            assert (same.ids, same.answer) == (alone.ids, alone.answer)
+            assert len(alone.logits) == proof.POSITIONS + len(alone.answer) - 1
+            torch.testing.assert_close(same.logits, alone.logits, atol=1e-5, rtol=0)

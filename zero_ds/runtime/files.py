@@ -1,0 +1,86 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from zero_ds.runtime.errors import ConfigError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a text file in one step: readers see the old content or the new one, whoever else writes it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file to read its bytes, and nothing that might wait for ever, as pipes and devices do.
+
+    Raises:
+        OSError: as `open`, also where there is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def check_vacant(out: Path) -> None:
+    """Refuses an output folder that holds something.
+
+    Raises:
+        ConfigError: `out` is a file, or a folder that is not empty.
+    """
+    if out.is_symlink():
+        raise ConfigError(f"{out} is a link; name the folder itself.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} already exists; choose another --out or remove it.")
+
+
+@contextmanager
+def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends, and is removed when the block fails.
+
+    need: bytes that will be written, checked beforehand where they are known.
+
+    Raises:
+        ConfigError: `out` holds something, its parent cannot be made, or the disk has not `need` bytes left.
+    """
+    try:
+        check_vacant(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another.") from None
+    if shutil.disk_usage(out.parent).free < need:
+        raise ConfigError(f"{out.parent} has not the {need / 1e6:,.0f} MB free that {out.name} needs; free some space.")
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", dir=out.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"nothing can be written into {out.parent} ({error.strerror}); choose another --out."
+        ) from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        check_vacant(out)
+        temporary.rename(out)  # onto nothing or an empty folder
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

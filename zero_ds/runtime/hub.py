@@ -1,0 +1,74 @@
+"""Model folders: a local path as it is, a hub id fetched into the library's cache."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import new_folder
+from zero_ds.runtime.torch_files import read_torch_file
+
+logger = logging.getLogger(__name__)
+
+PICKLED = "pytorch_model.bin"
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a model given by path or hub id.
+
+    Raises:
+        ConfigError: no such folder, and not an id that can be fetched (no network, unknown, or not permitted).
+    """
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder.resolve()
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
+        raise ConfigError(f"there is no model folder {name}.")
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, PICKLED]))
+    except Exception as error:  # the hub client raises many kinds; each means that the model is not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"'{name}' is no local folder and could not be fetched from the hub: {reason[:200].rstrip('. ')}; "
+            "give a local folder, or check the network, the id and your access token."
+        ) from None
+    if (folder / PICKLED).is_file() and not any(folder.glob("*.safetensors")):
+        return _with_safetensors(folder, name)
+    return folder
+
+
+def _with_safetensors(folder: Path, name: str) -> Path:
+    """The same model in a folder of ours with safetensors weights, made once.
+
+    Older repositories hold nothing but a pickle; what is in it is not run.
+
+    Raises:
+        ConfigError: a file that is damaged, or names code.
+    """
+    from filelock import FileLock
+    from huggingface_hub.constants import HF_HOME
+    from safetensors.torch import save_file
+
+    out = Path(HF_HOME) / "zero_ds" / f"{name.replace('/', '--')}-{folder.name[:12]}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.with_name(out.name + ".lock")):  # all ranks of a machine come here at once
+        if out.is_dir():
+            return out
+        logger.info("%s holds %s only; its tensors are written as safetensors into %s", name, PICKLED, out)
+        content = read_torch_file(folder / PICKLED)
+        if not isinstance(content, dict) or not all(hasattr(value, "contiguous") for value in content.values()):
+            raise ConfigError(f"{PICKLED} of {name} holds more than tensors by name; give a folder with safetensors.")
+        tensors = {key: value.contiguous() for key, value in content.items()}
+        with new_folder(out) as written:
+            save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
+            for file in folder.iterdir():
+                if file.suffix in (".json", ".jinja", ".model"):
+                    (written / file.name).write_bytes(file.read_bytes())
+    return out

@@ -1,0 +1,120 @@
+"""What a run says while it runs: TensorBoard through DeepSpeed's monitor, one console line, one JSONL record a step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zero_ds.runtime import distributed
+from zero_ds.runtime.console import duration
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Elapsed and remaining time from the steps of this process."""
+
+    def __init__(self, first: int, total: int) -> None:
+        self.first, self.total, self.started = first, total, time.monotonic()
+        self.recent: deque[float] = deque(maxlen=50)
+
+    def line(self, step: int) -> str:
+        elapsed = time.monotonic() - self.started
+        done = step - self.first
+        left = elapsed / done * (self.total - step) if done else 0.0
+        return f"step {step}/{self.total}  {duration(elapsed)} < {duration(left)} left"
+
+
+class Monitor:
+    """Writes the scalars of each step. Only rank 0 writes; every rank may call."""
+
+    def __init__(self, out: Path, engine_monitor: Any, log_every: int, first: int, total: int) -> None:
+        self.engine_monitor = engine_monitor
+        self.log_every = log_every
+        self.progress = Progress(first, total)
+        self.path = out / "metrics.jsonl"
+        self._file = None
+        if distributed.is_rank_zero():
+            for path in (self.path, self.path.with_name("answers.jsonl")):
+                _truncate(path, first)
+            self._file = self.path.open("a", encoding="utf-8")
+            if first:
+                _forget_events(self._writer(), first + 1)
+
+    def shows(self, step: int) -> bool:
+        """Whether a step gets a line on the console; the same on every rank."""
+        return step % self.log_every == 0 or step in (1, self.progress.total)
+
+    def step(self, step: int, samples: int, scalars: dict[str, float]) -> None:
+        """Records one optimizer step; `step` counts from 1."""
+        if self._file is None:
+            return
+        record = {"step": step, "samples": samples, **{name: float(value) for name, value in scalars.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        events = [(f"train/{name}", value, step) for name, value in scalars.items()]
+        if self.engine_monitor is not None and self.engine_monitor.enabled:
+            self.engine_monitor.write_events(events)
+        if self.shows(step):
+            rates = [name for name in scalars if name.startswith("learning_rate/")]
+            names = ("loss", *rates, "grad_norm", "tokens_per_second")
+            shown = "  ".join(f"{name} {scalars[name]:.4g}" for name in names)
+            logger.info("%s  %s", self.progress.line(step), shown)
+
+    def answers(self, step: int, records: list[dict[str, Any]], figure: Callable[[], Any]) -> None:
+        """Records what the model answers now: a figure in TensorBoard, and one JSONL record an answer."""
+        if self._file is None:
+            return
+        with self.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+        if (writer := self._writer()) is not None:
+            writer.add_figure("answers", figure(), step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if (writer := self._writer()) is not None:
+            writer.close()
+
+    def _writer(self) -> Any:
+        """TensorBoard's writer, which DeepSpeed made; None on other ranks."""
+        return getattr(getattr(self.engine_monitor, "tb_monitor", None), "summary_writer", None)
+
+
+def _forget_events(writer: Any, step: int) -> None:
+    """Tells readers of the event files that steps from `step` on come anew."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    if writer is not None:
+        start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
+        writer.file_writer.add_event(Event(session_log=start), step)
+
+
+def _truncate(path: Path, steps: int) -> None:
+    """Drops records behind step `steps`: a resumed run repeats those that no commit had covered."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= steps:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # a line cut off by a kill
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """All step records of a run folder."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,82 @@
+"""Fused kernels in the decoder's layers, a switch of a run: Liger's RMSNorm, rotary embedding, and SwiGLU or GeGLU."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from zero_ds.config.schema import RunConfig
+from zero_ds.runtime.errors import ConfigError
+
+ROTATE = "apply_rotary_pos_emb"
+"""What transformers calls the function that turns queries and keys, in the module of every model."""
+
+
+def check(config: RunConfig) -> None:
+    """Says what a run's kernels lack on this machine, before anything is loaded.
+
+    Raises:
+        ConfigError: Liger is not installed, or there is no GPU and no interpreter of Triton in its place.
+    """
+    if config.kernels == "torch":
+        return
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "kernels=liger needs liger-kernel, which is not installed; with a GPU: pip install 'zero_ds[kernels]', "
+            "else kernels=torch."
+        )
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("kernels=liger needs a GPU, and there is none here; set kernels=torch.")
+
+
+def fuse_(decoder: nn.Module) -> None:
+    """Puts Liger's kernels into the layers and the final norm of this decoder, and of no other model of the process.
+
+    Parameters keep their names, and module hooks their places.
+
+    Raises:
+        ConfigError: a model that Liger does not know, or that computes something else than its kernels do.
+    """
+    from liger_kernel import transformers as liger
+
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns that kernels for Ascend's chips do not load
+    config = cast(Any, decoder).config
+    apply = getattr(liger, f"apply_liger_kernel_to_{config.model_type}", None)
+    if apply is None:
+        raise ConfigError(f"Liger has no kernels for model_type '{config.model_type}'; set kernels=torch.")
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    fused = ("silu", "swish") if "swiglu" in inspect.signature(apply).parameters else ("gelu_pytorch_tanh",)
+    if activation not in fused:  # Liger looks at no activation where a model is there already
+        raise ConfigError(f"Liger's kernel computes {fused[0]}, and this decoder {activation}; set kernels=torch.")
+    modeling = vars(sys.modules[type(decoder).__module__])
+    before = dict(modeling)
+    try:
+        apply(model=decoder, cross_entropy=False, fused_linear_cross_entropy=False)
+        rotate = modeling[ROTATE]
+    finally:
+        modeling.update(before)  # what Liger replaced for every model made by this class, now or later
+    if not _rotate_with(decoder, rotate):
+        raise ConfigError("no attention of this decoder rotates as Liger does; set kernels=torch.")
+
+
+def _rotate_with(decoder: nn.Module, rotate: Callable[..., Any]) -> int:
+    """Lets the attention modules of this decoder call `rotate`, a global name of their code; their number."""
+    found = 0
+    for module in decoder.modules():
+        forward = cast(FunctionType, type(module).forward)
+        if ROTATE in forward.__code__.co_names:
+            names = {**forward.__globals__, ROTATE: rotate}
+            own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+            own.__kwdefaults__ = forward.__kwdefaults__
+            module.forward = MethodType(own, module)
+            found += 1
+    return found
