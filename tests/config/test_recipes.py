@@ -125,7 +125,7 @@ def test_every_recipe_with_every_config(recipe: str, zero: str) -> None:
 def test_every_recipe_on_more_ranks(recipe: str, world_size: int) -> None:
     config = load_run(recipe)
     if config.global_batch % (config.micro_batch * world_size):
-        with pytest.raises(ConfigError, match="no multiple of micro_batch"):
+        with pytest.raises(ConfigError, match="not a multiple of micro_batch"):
             check_batches(config, world_size)
         return
     ds = ds_config(config, world_size)

@@ -220,7 +220,7 @@ def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
         )
     whole, part = (check("somebody/talks", *more, home=tmp_path) for more in ((), ("--files", "data/math-*")))
     assert (whole.returncode, part.returncode) == (0, 0), whole.stderr + part.stderr
-    assert "12 samples, 0 pictures" in whole.stdout and "8 samples, 0 pictures" in part.stdout
+    assert "12 samples, 0 images" in whole.stdout and "8 samples, 0 images" in part.stdout
     other = check("somebody/else", home=tmp_path)
     assert other.returncode == 2 and "Traceback" not in other.stderr
     assert "could not be fetched from the hub" in other.stderr and len(other.stderr.strip().splitlines()) == 1

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from zero_ds.config.schema import SourceConfig
-from zero_ds.data.demo.scenes import BACKGROUNDS, COLORS, caption, draw, sample_scene, write_demo
+from zero_ds.data.demo.dataset import write_demo
+from zero_ds.data.demo.scenes import BACKGROUNDS, COLORS, caption, draw, sample_scene
 from zero_ds.data.demo.warmup import warm_up
 from zero_ds.data.sources import Records
 from zero_ds.evaluation.heldout.records import read_records

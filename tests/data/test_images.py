@@ -249,7 +249,7 @@ def test_a_folder_without_a_usable_processor(made: Any, tmp_path: Path, content:
     shutil.copytree(made("clip"), tmp_path / "clip")
     path = tmp_path / "clip" / "preprocessor_config.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ConfigError, match="that says how pictures are normalised") as caught:
+    with pytest.raises(ConfigError, match="that says how images are normalised") as caught:
         ImageProcessor.from_folder(tmp_path / "clip", 32)
     assert "\n" not in str(caught.value)
 

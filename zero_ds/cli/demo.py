@@ -27,14 +27,13 @@ def demo(
     The language model is SmolLM2-135M-Instruct from an installed package, converted once; the pictures are drawn; the
     vision encoder is warmed up by classification of training pictures, a stand-in for CLIP's pre-training.
     """
-    from zero_ds.data.demo import scenes as pictures
-    from zero_ds.data.demo import warmup
+    from zero_ds.data.demo import dataset, scenes, warmup
 
     make_llm(LLM.expanduser())
     # what was made by other code is made again, and never half of it kept
     code = (
-        b"".join(Path(str(module.__file__)).read_bytes() for module in (pictures, warmup))
-        + pictures.TEXT_FILE.read_bytes()
+        b"".join(Path(str(module.__file__)).read_bytes() for module in (scenes, dataset, warmup))
+        + dataset.TEXT_FILE.read_bytes()
     )
     stamp = {"code": hashlib.sha256(code).hexdigest(), "seed": seed, "steps": steps}
     path = out / "demo.json"
@@ -44,7 +43,7 @@ def demo(
         shutil.rmtree(out / part, ignore_errors=True)
     path.unlink(missing_ok=True)
     logger.info("drawing the demo's pictures in %s", out / "data")
-    pictures.write_demo(out / "data", seed=seed)
+    dataset.write_demo(out / "data", seed=seed)
     accuracy = warmup.warm_up(out / "data", out / "encoder", steps=steps, seed=seed)
     logger.info("vision encoder tells apart %s", ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items()))
     path.write_text(json.dumps(stamp), encoding="utf-8")

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from zero_ds.data.conversations import PLACEHOLDER, Turn
-from zero_ds.data.images import whole_pictures
+from zero_ds.data.images import truncated_images_are_errors
 from zero_ds.evaluation.suites.lookup import check_limit, raised_by_pillow, said
 from zero_ds.grafting.engines.vllm import ENGINES, answerer, load_served
 from zero_ds.grafting.generate import Choice, Query, Reply
@@ -132,7 +132,7 @@ class ZeroDs(lmms):
             ConfigError: something other than a picture, or one that cannot be read.
         """
         try:
-            with whole_pictures():
+            with truncated_images_are_errors():
                 shown = list(request.args[2](self._document(request)) or ())
                 for visual in shown:
                     if isinstance(visual, Image.Image):
