@@ -29,7 +29,8 @@ from zero_ds.evaluation.heldout.scoring import calibrated, first_choice
 from zero_ds.evaluation.heldout.statistics import difference, quantile, share
 from zero_ds.evaluation.heldout.summary import MODES, SHUFFLED, summary
 from zero_ds.grafting.generate import Answerer, Choice, Query, Reply
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.build import ModelSpec, build_model
+from zero_ds.model.vlm import VisionLanguageModel
 
 LONGEST = 12
 PICTURES = 5
@@ -38,11 +39,11 @@ PICTURES = 5
 def build(made: Callable[..., Path], dtype: torch.dtype = torch.float32, attention: str = "eager") -> Any:
     """-> (model, sample encoder). The head likes the end of a turn, so that some answers stop by themselves."""
     decoder, encoder = made("llama", tied=False), made("clip")
-    parts = Assembly(
+    parts = ModelSpec(
         decoder, encoder, EncoderConfig(path="clip"), AdapterConfig(boundary_tokens=True), dtype, attention
     )
     torch.manual_seed(0)
-    model = assemble(parts)
+    model = build_model(parts)
     words = tiny.tokenizer()
     template = ChatTemplate(words, tiny.TEMPLATE)
     with torch.no_grad():

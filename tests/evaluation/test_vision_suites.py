@@ -26,7 +26,7 @@ from zero_ds.evaluation.suites.results import Result, Score
 from zero_ds.evaluation.suites.suites import BINARY_PROMPT, Request
 from zero_ds.evaluation.suites.vision import LmmsEval
 from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
-from zero_ds.model.vlm import Assembly, assemble
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.foreign import identity, in_pieces, write_result
 
@@ -190,8 +190,8 @@ def real(
     out = tmp_path_factory.mktemp("real") / "run"
     config = run_config("encoder", out, target=str(LLM.expanduser()), surrogate=None, decoder="target")
     vision = made("clip")
-    model = assemble(
-        Assembly(LLM.expanduser(), encoder=vision, encoder_config=config.encoder, adapter_config=config.adapter)
+    model = build_model(
+        ModelSpec(LLM.expanduser(), encoder=vision, encoder_config=config.encoder, adapter_config=config.adapter)
     )
     tensors = dict(model.parameters_of("encoder") + model.parameters_of("adapter"))
     declared = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]

@@ -28,10 +28,10 @@ from zero_ds.export import export_model, shard_bytes
 from zero_ds.export.tensors import merged, read
 from zero_ds.grafting.graft import run_config as config_of
 from zero_ds.grafting.named_model import find_model, load_model
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.decoders.folder import decoder_spans
 from zero_ds.model.layer_plan import Replaced
-from zero_ds.model.vlm import Assembly, assemble
 from zero_ds.runtime import safetensors as shards
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
@@ -177,7 +177,7 @@ def test_lora_merged_is_lora_applied(
     export_model(commit, None, tmp_path / "out")
     config = config_of(find_commit(commit))
     assert config.encoder is not None
-    unmerged = assemble(Assembly(target, made("clip"), config.encoder, config.adapter, lora=config.lora)).eval()
+    unmerged = build_model(ModelSpec(target, made("clip"), config.encoder, config.adapter, lora=config.lora)).eval()
     load_weights_(unmerged.named_targets(), find_commit(commit), skip=lambda name: False)
     torch.testing.assert_close(exported_says(tmp_path / "out"), said(unmerged), atol=1e-5, rtol=0)
     plain = load_file(target / "model.safetensors")

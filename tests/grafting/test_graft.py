@@ -20,8 +20,9 @@ from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.data.sources import Records
 from zero_ds.grafting.graft import compatibility, load_graft, load_trained, run_config
-from zero_ds.model.decoders.folder import target_hash
-from zero_ds.model.vlm import VisionLanguageModel, sample_encoder
+from zero_ds.model.build import sample_encoder
+from zero_ds.model.loading import model_hash
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit
 
@@ -149,7 +150,7 @@ def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path
     commit, target = tmp_path / "early", made("llama", tied=True)
     shutil.copytree(trained / "encoder" / "step-000002", commit)
     manifest = json.loads((commit / "manifest.json").read_text())
-    early = {"target_hash": target_hash(target, "0" * 32), "encoder_hash": target_hash(made("clip"), "0" * 32)}
+    early = {"target_hash": model_hash(target, "0" * 32), "encoder_hash": model_hash(made("clip"), "0" * 32)}
     assert all(manifest[name] != taken for name, taken in early.items())
     (commit / "manifest.json").write_text(json.dumps({**manifest, **early}))
     report, _ = graft(commit, target)

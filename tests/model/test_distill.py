@@ -16,12 +16,13 @@ from zero_ds.data.batches import INPUTS
 from zero_ds.data.conversations import IGNORE
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
+from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.decoders.folder import load_decoder
 from zero_ds.model.distillation import Teacher
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.losses import hidden_distillation_sum, logit_distillation_sum, next_token_sum, supervised_rows
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble, sample_encoder
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.surrogate.build import build_surrogate
 from zero_ds.training import stages
 
@@ -49,7 +50,7 @@ def surrogates(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 def assembled(made: Callable[..., Path], decoder: Path, distill: DistillConfig | None = None) -> VisionLanguageModel:
     """Always the same adapter and, for the same decoder, the same model."""
     clip = made("clip")
-    model = assemble(Assembly(decoder, clip, EncoderConfig(path=str(clip)), seed=1))
+    model = build_model(ModelSpec(decoder, clip, EncoderConfig(path=str(clip)), seed=1))
     for layer in model.translators():  # as after some training; one that does what it was copied from is too easy
         generator = torch.Generator().manual_seed(7)
         for parameter in layer.parameters():
@@ -171,7 +172,7 @@ def test_a_translator_that_does_what_its_layer_did_has_nothing_to_learn(
     clip = made("clip")
 
     def build() -> VisionLanguageModel:
-        return assemble(Assembly(small, clip, EncoderConfig(path=str(clip)), seed=1))
+        return build_model(ModelSpec(small, clip, EncoderConfig(path=str(clip)), seed=1))
 
     plain, model = build(), build()
     model.teacher = Teacher(
@@ -244,7 +245,7 @@ def test_the_teacher_is_the_target_in_every_family(made: Callable[..., Path], tm
     """Layer kinds, scaled embeddings and capped logits are the family's: the loss is the divergence from the target."""
     target = made(family, tied=True)
     build_surrogate(target, [Replaced(1, 3)], tmp_path / "small")
-    model = assemble(Assembly(tmp_path / "small"))
+    model = build_model(ModelSpec(tmp_path / "small"))
     model.teacher = Teacher(model, target, DistillConfig(logits=1.0), torch.float32)
     ids = torch.arange(60).view(3, 20) * 7 % 250
     labels = ids.masked_fill(torch.arange(20) < 8, IGNORE)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from zero_ds.config.schema import LoraConfig, RunConfig
 from zero_ds.model import lora
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES, family_of
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -21,7 +22,7 @@ from zero_ds.runtime.errors import ConfigError
 def build(made: Callable[..., Path]) -> Callable[..., VisionLanguageModel]:
     def make(family: str = "llama", **options: object) -> VisionLanguageModel:
         config = LoraConfig.model_validate(options) if options else None
-        return assemble(Assembly(made(family, tied=True), lora=config)).eval()
+        return build_model(ModelSpec(made(family, tied=True), lora=config)).eval()
 
     return make
 
@@ -121,11 +122,11 @@ def test_a_graft_with_merged_adapters_answers_like_the_model_in_training(
     target = made("llama", tied=True)
     merged = load_graft(runs / "zero3", target)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    unmerged = assemble(Assembly(target, lora=run_config(find_commit(runs / "zero3")).lora)).eval()
+    unmerged = build_model(ModelSpec(target, lora=run_config(find_commit(runs / "zero3")).lora)).eval()
     commit = find_commit(runs / "zero3")
     load_weights_(unmerged.named_targets(), commit, skip=lambda name: not name.startswith("lora."))
     torch.testing.assert_close(said(merged), said(unmerged), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(said(merged), said(assemble(Assembly(target)).eval()), atol=1e-3), "they do something"
+    assert not torch.allclose(said(merged), said(build_model(ModelSpec(target)).eval()), atol=1e-3), "they do something"
     with pytest.raises(ConfigError, match=r"was trained with LoRA on its target, and .* is a surrogate"):
         load_trained(runs / "zero3", small)
 

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from zero_ds.config.schema import AdapterConfig, EncoderConfig
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN
+from zero_ds.model.adapter import match_embeddings_
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES, family_of
 from zero_ds.model.encoders import ENCODERS, encoder_of
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.losses import supervised_rows
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble, match_embeddings_
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
 from zero_ds.surrogate.build import build_surrogate
@@ -36,8 +38,8 @@ def build(made: Callable[..., Path]) -> Callable[..., VisionLanguageModel]:
         boundary = options.pop("boundary_tokens", False)
         torch.manual_seed(1)
         clip = made(options.pop("encoder", "clip"))
-        model = assemble(
-            Assembly(
+        model = build_model(
+            ModelSpec(
                 decoder or made(family, tied=True),
                 clip if vision else None,
                 EncoderConfig(path=str(clip), **options) if vision else None,
@@ -160,7 +162,7 @@ def test_loss_is_the_sum_over_samples_whatever_they_are_padded_with(build: Calla
 def test_attention_kernels_agree(
     made: Callable[..., Path], build: Callable[..., VisionLanguageModel], attention: str
 ) -> None:
-    model = assemble(Assembly(made("llama", tied=True), attention=attention)).eval()
+    model = build_model(ModelSpec(made("llama", tied=True), attention=attention)).eval()
     inputs = batch(build(), images=0)
     del inputs["pixel_values"]
     where = inputs["attention_mask"].bool()
@@ -220,7 +222,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(
     clip = tmp_path / "model" if which == "clip" else made("clip")
     llm = tmp_path / "model" if which == "llama" else made("llama", tied=True)
     with pytest.raises(ConfigError, match=r"do not fill the model: .*layers\.1"):
-        assemble(Assembly(llm, clip, EncoderConfig(path=str(clip))))
+        build_model(ModelSpec(llm, clip, EncoderConfig(path=str(clip))))
 
 
 def test_weights_of_another_shape_are_refused(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_weights_of_another_shape_are_refused(made: Callable[..., Path], tmp_pat
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 52}))
     with pytest.raises(ConfigError, match=r"weights in .* have other shapes than its config\.json says"):
-        assemble(Assembly(tmp_path / "model"))
+        build_model(ModelSpec(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no weights", "no json"])
@@ -243,7 +245,7 @@ def test_damaged_models_are_refused(made: Callable[..., Path], tmp_path: Path, d
     else:
         (folder / "config.json").write_text('{"model_type": "llama"')
     with pytest.raises(ConfigError) as caught:
-        assemble(Assembly(folder))
+        build_model(ModelSpec(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -287,7 +289,7 @@ def test_nothing_is_dropped_at_random(made: Callable[..., Path], tmp_path: Path)
     shutil.copytree(made("llama", tied=True), decoder)
     content = json.loads((decoder / "config.json").read_text())
     (decoder / "config.json").write_text(json.dumps({**content, "attention_dropout": 0.5}))
-    model = assemble(Assembly(decoder, attention="eager")).train()
+    model = build_model(ModelSpec(decoder, attention="eager")).train()
     assert model.decoder.config.attention_dropout == 0.5, "what is exported keeps it"  # type: ignore[union-attr]
     ids = torch.arange(3, 13)[None]
     first, second = (model.hidden_states(ids, torch.ones_like(ids)) for _ in range(2))

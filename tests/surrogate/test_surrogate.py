@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.model.decoders import FAMILIES, family_of
-from zero_ds.model.decoders.folder import load_decoder, target_hash
+from zero_ds.model.decoders.folder import load_decoder
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo, read_surrogate
+from zero_ds.model.loading import model_hash
 from zero_ds.runtime import safetensors as module
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import spans
@@ -237,7 +238,7 @@ def test_surrogate_is_an_ordinary_folder(made: Callable[..., Path], tmp_path: Pa
     out = tmp_path / "new" / "small"
     sizes = (info.kept_parameters, info.target_parameters)
     assert set(info.hashes) == {"tokenizer", "template", "embeddings"} and all(info.hashes.values())
-    assert info == SurrogateInfo(family, str(target), target_hash(target), plan(6, (2, 4)), *sizes, info.hashes)
+    assert info == SurrogateInfo(family, str(target), model_hash(target), plan(6, (2, 4)), *sizes, info.hashes)
     assert read_surrogate(out) == info
     assert folders(tmp_path / "new") == ["small"], "no temporary folder stays"
     assert out.stat().st_mode & 0o777 == 0o755
@@ -401,7 +402,7 @@ def test_layers_that_the_weights_lack(made: Callable[..., Path], tmp_path: Path)
     (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8}))
     refused(target, tmp_path / "small", r"lack model\.layers\.6\.")
     (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
-    refused(target, tmp_path / "small", r"hold model\.layers\.5\..*, which config\.json knows nothing of")
+    refused(target, tmp_path / "small", r"hold model\.layers\.5\..*, which config\.json does not know")
 
 
 @pytest.mark.parametrize(
@@ -557,8 +558,9 @@ def test_bytes_of_every_type_are_copied(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_signal_to_end_leaves_nothing(made: Callable[..., Path], tmp_path: Path) -> None:
     script = (
         "import os, sys, time\n"
-        "from zero_ds import cli, shards\n"
-        "shards.BLOCK = 100\n"
+        "from zero_ds.cli import main as cli\n"
+        "from zero_ds.runtime import safetensors\n"
+        "safetensors.BLOCK = 100\n"
         "def slow(*arguments):\n    print('copying', flush=True)\n    time.sleep(0.5)\n    return 100\n"
         "os.copy_file_range = slow\n"
         "cli.main(sys.argv[1:])\n"
@@ -592,7 +594,7 @@ def test_a_finished_surrogate_is_only_taken_for_the_same(made: Callable[..., Pat
 def test_from_a_trajectory(made: Callable[..., Path], tmp_path: Path) -> None:
     target, out, folder = made("llama", tied=True), tmp_path / "small", tmp_path / "trajectory"
     folder.mkdir()
-    content = {"target_hash": target_hash(target), "model": "m", "transition": {"reason": "Too few."}}
+    content = {"target_hash": model_hash(target), "model": "m", "transition": {"reason": "Too few."}}
 
     def ask(text: str) -> Any:
         (folder / "trajectory.json").write_text(text)
@@ -635,17 +637,17 @@ def test_no_surrogate(tmp_path: Path) -> None:
 
 def test_target_hash_tells_models_apart(made: Callable[..., Path], tmp_path: Path) -> None:
     target = made("llama", tied=True)
-    assert target_hash(target) == target_hash(copy(target, tmp_path / "same"))
+    assert model_hash(target) == model_hash(copy(target, tmp_path / "same"))
     hashes = {
-        target_hash(target),
-        target_hash(made("llama", tied=False)),
-        target_hash(made("llama", tied=True, seed=1)),
+        model_hash(target),
+        model_hash(made("llama", tied=False)),
+        model_hash(made("llama", tied=True, seed=1)),
     }
     changed = copy(target, tmp_path / "changed")
     content = bytearray((changed / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (changed / "model.safetensors").write_bytes(content)
-    assert len(hashes | {target_hash(changed)}) == 4
+    assert len(hashes | {model_hash(changed)}) == 4
 
 
 def early_hash(folder: Path) -> str:
@@ -663,8 +665,8 @@ def early_hash(folder: Path) -> str:
 def test_target_hash_reads_small_tensors_whole(made: Callable[..., Path], tmp_path: Path) -> None:
     """The last byte of every tensor, and of those up to 64 KB any; hashes of the first version are still compared."""
     folder = copy(made("llama", tied=True), tmp_path / "model")
-    before, early = target_hash(folder), early_hash(folder)
-    assert target_hash(folder, like=early) == early != before == target_hash(folder, like=before)
+    before, early = model_hash(folder), early_hash(folder)
+    assert model_hash(folder, like=early) == early != before == model_hash(folder, like=before)
     file = folder / "model.safetensors"
     content = file.read_bytes()
     for span in spans(file).values():
@@ -673,9 +675,9 @@ def test_target_hash_reads_small_tensors_whole(made: Callable[..., Path], tmp_pa
                 changed = bytearray(content)
                 changed[span.start + place] ^= 1
                 file.write_bytes(changed)
-                assert target_hash(folder) != before
+                assert model_hash(folder) != before
     assert any(4096 < span.size < 1 << 16 for span in spans(file).values())
-    assert target_hash(folder, like=early) == early_hash(folder)
+    assert model_hash(folder, like=early) == early_hash(folder)
 
 
 def test_every_family_has_a_tiny_model() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from zero_ds.model.decoders.folder import HASH_VERSION
+from zero_ds.model.loading import HASH_VERSION
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import (
     CheckpointError,

@@ -32,8 +32,9 @@ from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.grafting.graft import compatibility, load_graft, load_trained, run_config
+from zero_ds.model.build import sample_encoder
 from zero_ds.model.layer_plan import Replaced
-from zero_ds.model.vlm import VisionLanguageModel, sample_encoder
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit

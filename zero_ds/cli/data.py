@@ -44,7 +44,7 @@ def check(
     from zero_ds.data.samples import SampleEncoder
     from zero_ds.data.sources import Records
     from zero_ds.data.survey import survey, write
-    from zero_ds.model.decoders.folder import load_tokenizer
+    from zero_ds.model.loading import load_tokenizer
     from zero_ds.runtime.hub import local_folder
 
     if pictures not in LOOKS:

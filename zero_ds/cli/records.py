@@ -32,7 +32,7 @@ def records(
     from zero_ds.evaluation.heldout.run import evaluate as run
     from zero_ds.grafting.generate import Answerer
     from zero_ds.grafting.graft import load_graft, load_trained, run_config
-    from zero_ds.model.vlm import sample_encoder
+    from zero_ds.model.build import sample_encoder
     from zero_ds.runtime.errors import ConfigError
     from zero_ds.runtime.hub import local_folder
     from zero_ds.training.checkpoint.checkpoint import find_commit

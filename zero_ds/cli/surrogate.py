@@ -43,8 +43,9 @@ def surrogate(
 
     The result is an ordinary Hugging Face folder. Tensors are streamed from file to file; no model is loaded.
     """
-    from zero_ds.model.decoders.folder import decoder_spans, target_hash
+    from zero_ds.model.decoders.folder import decoder_spans
     from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
+    from zero_ds.model.loading import model_hash
     from zero_ds.runtime.hub import local_folder
     from zero_ds.surrogate.build import build_surrogate
     from zero_ds.trajectory.trajectory import proposed_range, read_samples
@@ -66,7 +67,7 @@ def surrogate(
         ranges = [proposed_range(from_trajectory, folder)] if from_trajectory else list(replace or ())
         wanted = [Replaced.parse(text, translators) for text in ranges]
         if there is not None:
-            same = there.target_hash == target_hash(folder, like=there.target_hash)
+            same = there.target_hash == model_hash(folder, like=there.target_hash)
             if not same or there.plan != LayerPlan(there.plan.depth, tuple(wanted)):
                 raise ConfigError(
                     f"{out} holds another surrogate, {there.plan} of {there.target}; choose another --out."

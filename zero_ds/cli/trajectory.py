@@ -75,7 +75,7 @@ def trajectory(
 
     from zero_ds.data.formats import DataError
     from zero_ds.model.decoders import family_of
-    from zero_ds.model.decoders.folder import target_hash
+    from zero_ds.model.loading import model_hash
     from zero_ds.runtime.hub import local_folder
     from zero_ds.runtime.precision import fast_dtype
     from zero_ds.trajectory.trajectory import Setting
@@ -91,7 +91,7 @@ def trajectory(
             digest.update(block)
     setting = Setting(
         model=model,
-        target_hash=target_hash(folder),
+        target_hash=model_hash(folder),
         data=str(data),
         data_hash=digest.hexdigest()[:32],
         metric=metric,

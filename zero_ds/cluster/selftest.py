@@ -176,9 +176,9 @@ def _model(dtype: torch.dtype) -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     from zero_ds.config.schema import EncoderConfig
+    from zero_ds.model.build import ModelSpec, Modules, build_model
     from zero_ds.model.decoders import FAMILIES
     from zero_ds.model.encoders import ENCODERS
-    from zero_ds.model.vlm import VisionLanguageModel
 
     decoder = LlamaForCausalLM(
         LlamaConfig(
@@ -202,13 +202,8 @@ def _model(dtype: torch.dtype) -> Any:
             projection_dim=64,
         )
     )
-    return VisionLanguageModel(
-        decoder,
-        FAMILIES["llama"],
-        encoder=encoder,
-        encoder_family=ENCODERS["clip"],
-        encoder_config=EncoderConfig(path="random"),
-    ).to(dtype)
+    modules = Modules(decoder, FAMILIES["llama"], encoder, ENCODERS["clip"])
+    return build_model(ModelSpec(modules, encoder_config=EncoderConfig(path="random"))).to(dtype)
 
 
 def _batch(number: int) -> Batch:

@@ -14,10 +14,12 @@ from torch import nn
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
 from zero_ds.export.tensors import NAMES, as_dtype, in_memory, merged, read
 from zero_ds.grafting.graft import compatibility, run_config
+from zero_ds.model.adapter import adapter_shapes
 from zero_ds.model.decoders import Family, family_of
-from zero_ds.model.decoders.folder import decoder_spans, expected_shapes, load_complete, text_config
+from zero_ds.model.decoders.folder import decoder_spans, expected_shapes, text_config
 from zero_ds.model.encoders import EncoderFamily, encoder_of
 from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
+from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import Span, Tensor, spans
@@ -176,18 +178,7 @@ class Source:
         Raises:
             ConfigError: a tensor that no result holds or that has another shape.
         """
-        adapter, hidden, vision = self.config.adapter, self.text.hidden_size, self.vision.hidden_size
-        width = adapter.width or hidden
-        shapes: dict[str, tuple[int, ...]] = {
-            "adapter.0.weight": (width, vision),
-            "adapter.0.bias": (width,),
-            "adapter.2.weight": (width, width),
-            "adapter.2.bias": (width,),
-        }
-        if adapter.boundary_tokens:
-            shapes["boundary.embeddings.weight"] = (2, width)
-        if adapter.width:
-            shapes |= {"aligner.weight": (hidden, width), "aligner.bias": (hidden,)}
+        shapes = adapter_shapes(self.config.adapter, self.vision.hidden_size, self.text.hidden_size)
         for name, shape in shapes.items():
             if name not in self.weights:
                 raise ConfigError(f"{self.commit.folder} holds no {name}; name a run of a later stage.")

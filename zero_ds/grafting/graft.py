@@ -18,17 +18,13 @@ from tqdm import tqdm
 from zero_ds.config.loading import validate
 from zero_ds.config.schema import AdapterConfig, EncoderConfig, RunConfig
 from zero_ds.model import lora
+from zero_ds.model.adapter import output_width
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import (
-    decoder_spans,
-    decoder_tensors,
-    relied_on,
-    target_hash,
-    text_config,
-    text_hashes,
-)
+from zero_ds.model.decoders.folder import decoder_spans, decoder_tensors, relied_on, text_config, text_hashes
 from zero_ds.model.layer_plan import LayerPlan, read_surrogate
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.loading import model_hash
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import Span, content_hash, locate, same_bytes, spans
@@ -77,7 +73,7 @@ def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surro
     if thorough:
         check_hash(commit.folder / "weights.safetensors", str(manifest.get("weights_sha256")))
     recorded = str(manifest.get("target_hash"))
-    now = target_hash(target, like=recorded)
+    now = model_hash(target, like=recorded)
     checks = [
         Check("stage", "stage", config.stage, _trained(config), True),
         _check("family", "family", str(manifest.get("family")), family_of(target).name),
@@ -96,7 +92,7 @@ def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surro
         checks.append(_check("embeddings", "word embeddings", relied.get("embeddings"), embeddings))
     if config.encoder is not None:
         began_with = manifest.get("encoder_hash")
-        encoder = target_hash(local_folder(config.encoder.path), like=str(began_with))
+        encoder = model_hash(local_folder(config.encoder.path), like=str(began_with))
         checks.append(_check("encoder", "vision encoder", began_with, encoder))
     early = _trained_early(commit, config)
     if early is not None:
@@ -197,10 +193,9 @@ def _kept_layers(manifest: dict[str, Any], config: RunConfig, target: Path, surr
 
 def manifest_width(commit: Commit) -> int:
     """Width of the adapter's output, read from the weights' header."""
-    held = _trained_tensors(commit)
-    for name in ("aligner.weight", "adapter.2.weight", "adapter.2.bias"):
-        if name in held:
-            return held[name].shape[0]
+    width = output_width({name: span.shape for name, span in _trained_tensors(commit).items()})
+    if width is not None:
+        return width
     raise ConfigError(f"{commit.folder} holds no adapter, so there is nothing to graft; name a run of a later stage.")
 
 
@@ -226,8 +221,8 @@ def load_trained(
     if config.lora is not None and not plain:
         raise ConfigError(f"{commit.folder} was trained with LoRA on its target, and {folder} is a surrogate.")
     assert config.encoder is None or isinstance(config.encoder, EncoderConfig)
-    model = assemble(
-        Assembly(
+    model = build_model(
+        ModelSpec(
             decoder=folder,
             encoder=local_folder(config.encoder.path) if config.encoder else None,
             encoder_config=config.encoder,

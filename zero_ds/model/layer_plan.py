@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +109,21 @@ class LayerPlan:
             starts = [*part.sources, part.last + 1]
             spans += [(first, after - 1) for first, after in pairwise(starts)]
         return spans[translator]
+
+    def cut_(self, config: Any, per_layer: Iterable[str]) -> None:
+        """Turns a target's text config into its surrogate's: number of layers, and lists with one entry a layer.
+
+        per_layer: names of those lists (`Family.per_layer_config`).
+        """
+        config.num_hidden_layers = self.surrogate_depth
+        for key in per_layer:
+            values = getattr(config, key, None)
+            if isinstance(values, list):
+                setattr(config, key, self.cut_list(values))
+
+    def cut_list(self, values: Sequence[Any]) -> list[Any]:
+        """Returns the surrogate's list, one entry a layer, from the target's."""
+        return [values[source] for source, _ in self.layers]
 
     def __str__(self) -> str:
         return "+".join(

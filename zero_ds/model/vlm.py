@@ -4,42 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from zero_ds.config.schema import AdapterConfig, DataConfig, EncoderConfig, LoraConfig
-from zero_ds.data.conversations import ChatTemplate, Supervision, read_template
-from zero_ds.data.images import ImageProcessor
-from zero_ds.data.samples import SampleEncoder, image_positions
+from zero_ds.config.schema import AdapterConfig, EncoderConfig
+from zero_ds.data.samples import image_positions
 from zero_ds.model import lora
-from zero_ds.model.decoders import Family, family_of
-from zero_ds.model.decoders.folder import load_complete, load_decoder
-from zero_ds.model.encoders import EncoderFamily, encoder_of
-from zero_ds.model.layer_plan import LayerPlan, read_surrogate
+from zero_ds.model.adapter import Adapter, Boundary, adapter_modules
+from zero_ds.model.decoders import Family
+from zero_ds.model.encoders import EncoderFamily
+from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.losses import Loss, Places, next_token_losses, supervised_rows, weighted_sum
-from zero_ds.runtime.zero3 import gathered, partition_
 
 logger = logging.getLogger(__name__)
 
 NamedParameters = list[tuple[str, nn.Parameter]]
-
-
-class Boundary(nn.Module):
-    """Learned start- and end-of-image embeddings. A module with a forward, so that ZeRO-3 gathers it when used."""
-
-    def __init__(self, hidden_size: int, std: float) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding.from_pretrained(torch.empty(2, hidden_size).normal_(std=std), freeze=False)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, hidden) -> (images, tokens + 2, hidden)."""
-        both = self.embeddings(torch.arange(2, device=features.device)).to(features.dtype)
-        start, end = both.view(2, 1, 1, -1).expand(2, len(features), 1, -1)
-        return torch.cat([start, features, end], dim=1)
 
 
 class VisionLanguageModel(nn.Module):
@@ -64,19 +45,15 @@ class VisionLanguageModel(nn.Module):
         self.encoder_family = encoder_family
         self.encoder_config = encoder_config
         self.boundary: Boundary | None = None
-        self.adapter: nn.Sequential | None = None
+        self.adapter: Adapter | None = None
         self.aligner: nn.Linear | None = None
         self.teacher: Any = None  # a distill.Teacher, if the run distils
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
-            width = encoder_family.vision_config(encoder).hidden_size
-            target = cast(Any, decoder).config.get_text_config().hidden_size
-            hidden = (adapter_config.width if adapter_config else None) or target
-            self.adapter = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-            if adapter_config and adapter_config.boundary_tokens:
-                self.boundary = Boundary(hidden, std=0.02)
-            if adapter_config and adapter_config.width:
-                self.aligner = nn.Linear(hidden, target)
+            vision_width = encoder_family.vision_config(encoder).hidden_size
+            decoder_width = cast(Any, decoder).config.get_text_config().hidden_size
+            for name, module in adapter_modules(adapter_config or AdapterConfig(), vision_width, decoder_width).items():
+                setattr(self, name, module)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -233,128 +210,3 @@ class VisionLanguageModel(nn.Module):
         if text_only and pixel_values is not None and self.encoder is not None:
             loss = loss + (0.0 * self.image_features(pixel_values)).sum()
         return Loss(loss, tokens.detach())
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """What `assemble` builds a model from."""
-
-    decoder: Path
-    encoder: Path | None = None
-    encoder_config: EncoderConfig | None = None
-    adapter_config: AdapterConfig | None = None
-    dtype: torch.dtype = torch.float32
-    attention: str = "sdpa"
-    seed: int = 0
-    """Of the random weights of adapter and LoRA."""
-    lora: LoraConfig | None = None
-
-
-def assemble(parts: Assembly) -> VisionLanguageModel:
-    """Loads the parts from their folders. Under an active HfDeepSpeedConfig they go straight into ZeRO-3 partitions.
-
-    Raises:
-        ConfigError: a folder that is no model, an unknown family, weights that lack a tensor of the model.
-    """
-    family = family_of(parts.decoder)
-    plan = read_surrogate(parts.decoder).plan if (parts.decoder / "surrogate.json").is_file() else None
-    decoder = load_decoder(parts.decoder, dtype=parts.dtype, attention=parts.attention)
-    encoder = encoder_family = None
-    if parts.encoder is not None:
-        encoder_family = encoder_of(parts.encoder)
-        attention = "sdpa" if parts.attention == "flash_attention_2" else parts.attention
-        encoder = load_complete(encoder_family.load, parts.encoder, dtype=parts.dtype, attn_implementation=attention)
-    torch.manual_seed(parts.seed)  # loading draws random numbers under ZeRO-3, and none without
-    model = VisionLanguageModel(
-        decoder,
-        family,
-        plan=plan,
-        encoder=encoder,
-        encoder_family=encoder_family,
-        encoder_config=parts.encoder_config,
-        adapter_config=parts.adapter_config,
-    )
-    # new layers are drawn whole, on the CPU and in float32, so that a run starts alike under every ZeRO stage
-    for module in (model.adapter, model.boundary, model.aligner):
-        if module is not None:
-            module.to(parts.dtype)
-    if parts.lora is not None:
-        lora.inject_(decoder, family, parts.lora, parts.dtype)
-    partition_(model)
-    without_dropout_(model)
-    return model
-
-
-def without_dropout_(model: nn.Module) -> None:
-    """Switches off what some models' configs drop at random in training.
-
-    The method drops nothing, and neither the state of a random generator is part of a commit nor a rank's own: with
-    dropout a resumed run would be another one.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def sample_encoder(
-    model: VisionLanguageModel,
-    decoder: Path,
-    encoder: Path | None,
-    data: DataConfig,
-    *,
-    supervise: Supervision = "response",
-    seed: int = 0,
-) -> SampleEncoder:
-    """Tokenizer, template and image processor as a run's data section words them: the same for training and answering.
-
-    Raises:
-        ConfigError: a chat template file that cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    template = read_template(data.chat_template)
-    processor = None
-    if encoder is not None and model.encoder is not None and model.encoder_family is not None:
-        size = model.encoder_family.vision_config(model.encoder).image_size
-        processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
-    return SampleEncoder(
-        template=ChatTemplate(AutoTokenizer.from_pretrained(decoder), template),
-        supervise=supervise,
-        processor=processor,
-        tokens_per_image=model.tokens_per_image(),
-        max_length=data.max_length,
-        image_prompt=data.image_prompt,
-        system_prompt=data.system_prompt,
-        seed=seed,
-    )
-
-
-@torch.no_grad()
-def match_embeddings_(model: VisionLanguageModel, pixel_values: torch.Tensor) -> float:
-    """Scales the last layer of adapter or aligner so that image tokens have the standard deviation of word embeddings.
-
-    Measured on `pixel_values`, the same on every rank. Returns the factor. A step of initialisation: the trained
-    adapter is an ordinary Linear-GELU-Linear.
-    """
-    assert model.adapter is not None
-    words = cast(Any, model.decoder).get_input_embeddings().weight
-    last = model.aligner if model.aligner is not None else cast(nn.Linear, model.adapter[2])
-    boundary, model.boundary = model.boundary, None
-    try:
-        # before the engine exists nobody gathers partitioned parameters for a forward pass
-        parts = [model.encoder, model.adapter, model.aligner]
-        with gathered([words, *(p for part in parts if part is not None for p in part.parameters())]):
-            scale = model.family.embedding_scale(model.decoder)
-            features = model.image_features(pixel_values.to(last.weight.device))  # of the gathered weights
-            measured = scale * float(words.float().std()) / float(features.float().std())
-    finally:
-        model.boundary = boundary
-    # three digits: what is left out depends on threads and kernels, and a start should not
-    factor = float(f"{measured:.3g}")
-    with gathered(list(last.parameters()), modifier_rank=0):
-        last.weight.mul_(factor)
-        last.bias.mul_(factor)
-    return factor

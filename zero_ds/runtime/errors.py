@@ -15,3 +15,9 @@ def did_you_mean(word: str, known: list[str]) -> str:
     if near:
         return f"; did you mean {' or '.join(repr(n) for n in near)}?"
     return f"; known: {', '.join(sorted(known))}." if len(known) <= 40 else "."
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the type and the first 200 characters of a library's error, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import decoder_spans, depth_of, is_multimodal, target_hash, text_config, text_hashes
+from zero_ds.model.decoders.folder import decoder_spans, depth_of, is_multimodal, text_config, text_hashes
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo
+from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
 from zero_ds.runtime.safetensors import Span, content_hash, write_shards
@@ -52,7 +53,7 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
         info = SurrogateInfo(
             family=family.name,
             target=str(target),
-            target_hash=target_hash(target),
+            target_hash=model_hash(target),
             plan=plan,
             kept_parameters=sum(span.parameters for _, span in written),
             target_parameters=sum(span.parameters for span in tensors.values()),
@@ -82,7 +83,7 @@ def _cut_config(target: Path, plan: LayerPlan) -> dict[str, Any]:
                 raise ConfigError(
                     f"{target / 'config.json'} lists {len(values)} {key} for {plan.depth} layers; fetch it again."
                 )
-            config[key] = [values[source] for source, _ in plan.layers]
+            config[key] = plan.cut_list(values)
     return config
 
 

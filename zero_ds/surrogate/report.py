@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from zero_ds.model.build import ModelSpec, Modules, build_model
 from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import decoder_spans, load_decoder, target_hash, text_hashes
+from zero_ds.model.decoders.folder import decoder_spans, load_decoder, text_hashes
 from zero_ds.model.layer_plan import read_surrogate
-from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import content_hash
 from zero_ds.training.checkpoint.checkpoint import check_manifest, find_commit, load_weights_
@@ -48,7 +49,7 @@ def audit(surrogate: Path, target: Path) -> dict[str, Any]:
         ConfigError: `surrogate` is none, or was cut from another model.
     """
     info = read_surrogate(surrogate)
-    if target_hash(target, like=info.target_hash) != info.target_hash:
+    if model_hash(target, like=info.target_hash) != info.target_hash:
         raise ConfigError(f"{surrogate} was cut from another model than {target}; name the one it was cut from.")
     family = family_of(target)
     mine, theirs = decoder_spans(surrogate), decoder_spans(target)
@@ -113,7 +114,7 @@ def divergence(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = load_decoder(surrogate, dtype=dtype).eval()
     if weights is not None:
-        model = VisionLanguageModel(small, family, plan=read_surrogate(surrogate).plan)
+        model = build_model(ModelSpec(Modules(small, family), plan=read_surrogate(surrogate).plan))
         loaded = load_weights_(
             model.named_targets(), find_commit(weights), skip=lambda name: not name.startswith("translator.")
         )

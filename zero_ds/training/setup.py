@@ -14,9 +14,12 @@ from zero_ds.config.schema import WITHOUT_EFFECT, YOUNGER, RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
-from zero_ds.model.decoders.folder import decoder_tensors, target_hash
+from zero_ds.model.adapter import match_embeddings_
+from zero_ds.model.build import ModelSpec, build_model, sample_encoder
+from zero_ds.model.decoders.folder import decoder_tensors
 from zero_ds.model.distillation import Teacher
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble, match_embeddings_, sample_encoder
+from zero_ds.model.loading import model_hash
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
@@ -95,8 +98,8 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
     keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"].get("stage") == 3 else None
     decoder = local_folder(stages.decoder_folder(config))
     encoder = local_folder(config.encoder.path) if stage.vision and config.encoder else None
-    model = assemble(
-        Assembly(
+    model = build_model(
+        ModelSpec(
             decoder=decoder,
             encoder=encoder,
             encoder_config=config.encoder,
@@ -137,9 +140,9 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
     hashes = {
         "family": model.family.name,
         "target": config.target,
-        "target_hash": target_hash(local_folder(config.target)),
-        "encoder_hash": target_hash(encoder) if encoder else None,
-        "decoder_hash": target_hash(decoder),
+        "target_hash": model_hash(local_folder(config.target)),
+        "encoder_hash": model_hash(encoder) if encoder else None,
+        "decoder_hash": model_hash(decoder),
         "data_hash": records.content(),
         "precision": str(resolve_precision(config)).removeprefix("torch."),
     }

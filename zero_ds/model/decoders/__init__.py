@@ -27,11 +27,20 @@ def family_of(folder: str | Path) -> Family:
         model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} names no model_type.") from None
+    return family_of_type(model_type, folder)
+
+
+def family_of_type(model_type: str, folder: str | Path) -> Family:
+    """Returns the family that claims a `model_type`, found in `folder`.
+
+    Raises:
+        ConfigError: no family claims it.
+    """
     for family in FAMILIES.values():
         if model_type in family.model_types:
             return family
-    registered = ", ".join(t for family in FAMILIES.values() for t in family.model_types)
+    registered = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
     raise ConfigError(f"no family is registered for model_type '{model_type}' of {folder}; registered: {registered}.")
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "family_of_type"]

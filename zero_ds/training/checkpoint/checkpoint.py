@@ -28,7 +28,7 @@ import torch
 
 from zero_ds import __version__
 from zero_ds.config.schema import RunConfig
-from zero_ds.model.decoders.folder import HASH_VERSION
+from zero_ds.model.loading import HASH_VERSION
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import WATCH

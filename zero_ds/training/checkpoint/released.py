@@ -25,8 +25,9 @@ import torch
 from zero_ds.config.loading import load_run, validate
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import depth_of, target_hash
+from zero_ds.model.decoders.folder import depth_of
 from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
+from zero_ds.model.loading import model_hash
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant
@@ -135,7 +136,7 @@ def _plan(file: Path, target: Path, surrogate: str | None, needed: bool) -> Laye
     depth = depth_of(target)
     if surrogate is not None:
         info = read_surrogate(local_folder(surrogate))
-        if info.target_hash != target_hash(target, like=info.target_hash):
+        if info.target_hash != model_hash(target, like=info.target_hash):
             raise ConfigError(f"{surrogate} was cut from another model than {target}; name its own --target.")
         return info.plan
     if depth in RELEASED:
