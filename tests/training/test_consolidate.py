@@ -212,7 +212,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import torch
-from zero_ds import consolidate
+from zero_ds.training.checkpoint import consolidate
 from zero_ds.config import RunConfig
 from zero_ds.results import write_result
 
