@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pace import scaled
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
@@ -21,7 +22,7 @@ BESIDE = Path(sys.executable).parent
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{BESIDE}:{os.environ['PATH']}"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=scaled(120))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
@@ -136,7 +137,7 @@ def test_slurm_writes_a_hostfile_and_calls_the_same_script(tmp_path: Path) -> No
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=scaled(120),
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/hostfile-7").read_text() == "n1 slots=4\nn2 slots=4\n"
@@ -161,7 +162,7 @@ def test_ci_does_not_let_the_tests_over_two_hosts_be_skipped(tmp_path: Path) -> 
         cwd=ROOT / "tests",
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=scaled(200),
     )
     plain, must, _ = done.stdout.split("status ")
     assert "install openssh-client, openssh-server, pdsh" in plain and "1 skipped" in plain, done.stdout + done.stderr
@@ -211,7 +212,7 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
             env={**environment, "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=scaled(120),
         )
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("zero-ds: ")]

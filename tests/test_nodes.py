@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,17 +24,19 @@ import pytest
 import torch
 from distributed_helper import run_ranks, train_all
 from loopback import HOSTS, Machines, missing
+from pace import scaled
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from zero_ds import cli, failure
 from zero_ds.checkpoint import find_commit
 from zero_ds.config import RunConfig
+from zero_ds.nodes.ssh import Answer, Ssh
 
 ROOT = Path(__file__).parent.parent
 ODD = """it's 100% "$HOME" `true` \\ ; & fine"""
 """Words that shells on the way to the ranks would love to read."""
-SILENCE = 15
+SILENCE = round(scaled(12))
 STEPS = 18
 
 MUST = os.environ.get("ZERO_DS_TEST_NODES") == "must"
@@ -50,8 +53,9 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     both = Machines(tmp_path_factory.mktemp("ssh"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PDSH_SSH_ARGS_APPEND", both.ssh_options)
-        patch.setenv("ZERO_DS_NODE_PATIENCE", "100")  # the launcher's; a busy machine is no dead one
-        patch.setattr("zero_ds.nodes.ssh.PATIENCE", 100.0)
+        patience = scaled(100)  # a busy machine is no dead one
+        patch.setenv("ZERO_DS_NODE_PATIENCE", str(patience))  # the launcher's
+        patch.setattr("zero_ds.nodes.ssh.PATIENCE", patience)
         yield both
     both.stop()
 
@@ -76,9 +80,16 @@ def failed(said: str) -> list[str]:
     return re.findall(r"^FAIL  (.*?)  ", said, flags=re.MULTILINE)
 
 
-def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines) -> None:
-    """With ranks on both: bandwidth, and ZeRO-3 that computes what ZeRO-0 does."""
-    started = time.monotonic()
+def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ranks on both: bandwidth, and ZeRO-3 that computes what ZeRO-0 does. Machines are asked side by side: no
+    question is sent before there is one for the other machine, too."""
+    both, ask = threading.Barrier(2, timeout=scaled(120)), Ssh._ask
+
+    def together(self: Ssh, *words: Any) -> Answer:
+        both.wait()
+        return ask(self, *words)
+
+    monkeypatch.setattr(Ssh, "_ask", together)
     status, said = doctor(machines, "--forward", "DS_ACCELERATOR")
     assert status == 0 and not failed(said), said
     for line in ("ssh            2 machines", "ranks          2 on cpu", "GB/s bus bandwidth"):
@@ -86,8 +97,7 @@ def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines) -> 
     assert re.search(r"ok  numbers +zero3 beside zero0, fp32: losses (\S+) and \1, .* apart by \d\.\de-0[5-9]", said), (
         said
     )
-    looked = float(re.search(r"looked at in ([\d.]+) s", said)[1])  # type: ignore[index]
-    assert looked < 30 and looked < (time.monotonic() - started) / 2, "machines are asked side by side"
+    assert re.search(r"looked at in ([\d.]+) s", said)
     assert not (machines.folder / "shared").exists(), "what it had to make for this is gone"
 
 
@@ -148,16 +158,23 @@ def test_doctor_finds(machines: Machines, run_config: Callable[..., RunConfig], 
 def test_doctor_names_a_machine_that_does_not_answer(machines: Machines, tmp_path: Path) -> None:
     lost = tmp_path / "hostfile"
     lost.write_text(machines.hostfile.read_text() + "127.0.0.4 slots=1\n")
-    started = time.monotonic()
     status, said = doctor(machines, "--hostfile", str(lost), "--no-launch")
     assert status == 1 and failed(said) == ["ssh"] and "127.0.0.4 does not answer: " in said, said
-    assert time.monotonic() - started < 30
+    assert "no answer in" not in said, "nobody has waited for its time to be over"
 
 
 def test_doctor_names_a_machine_that_takes_too_long(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zero_ds.nodes.ssh.PATIENCE", 4.0)
-    with machines.fault("sleep 10"):
+    """It sleeps until the test is over; the time limit of the other, which is sound, is not looked at here."""
+    ask = Ssh._ask
+
+    def impatient(self: Ssh, host: str, program: bytes, timeout: float) -> Answer:
+        return ask(self, host, program, 4.0 if host == HOSTS[1] else timeout)
+
+    monkeypatch.setattr(Ssh, "_ask", impatient)
+    with machines.fault("exec sleep 3600"):
         status, said = doctor(machines, "--no-launch")
+    for pid in machines.processes(HOSTS[1]):
+        os.kill(pid, signal.SIGKILL)
     assert status == 1 and failed(said) == ["ssh"] and "127.0.0.3 does not answer: no answer in 4 s" in said, said
 
 
@@ -219,7 +236,7 @@ class Run:
         raise AssertionError(f"the run ended before it said '{words}':\n{self.said}")
 
     def end(self) -> int:
-        rest, _ = self.process.communicate(timeout=900)
+        rest, _ = self.process.communicate(timeout=scaled(900))
         self.said += rest
         return self.process.returncode
 
@@ -316,12 +333,15 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     at once; and the run goes on to the same weights."""
     run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
     run.until("committed")
+    options = " ".join(left_of(run.out))
+    every, times = (
+        int(found[1]) for word in ("Interval", "CountMax") if (found := re.search(rf"ServerAlive{word}=(\d+)", options))
+    )
+    assert every * times <= SILENCE, "ssh gives a machine up before the ranks do"
     stopped = machines.processes(HOSTS[1], ssh=True)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    lost = time.monotonic()
     run.until("127.0.0.3: ssh exited with exit code 255")
-    assert time.monotonic() - lost < 30, "named too late"
     run.until("restart 1 of 2, from the last commit")
     assert f"rank 1 has given no sign of life for {SILENCE} s" in run.said, run.said
     assert "(rank 1 runs on 127.0.0.3)" in run.said
@@ -341,7 +361,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     run.until("127.0.0.3: ")  # its ranks are just starting
     for _ in range(2):
         run.process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(scaled(0.3))  # the first is being handled
     assert run.end() != 0 and "restart" not in run.said
     nothing_is_left(run)
 

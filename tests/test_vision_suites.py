@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_helper import run_ranks
+from pace import scaled
 from PIL import ImageFile
 
 from zero_ds.commands.demo import LLM, make_llm
@@ -315,7 +316,7 @@ def test_from_the_harness_s_own_command_line(trained: Path, target: str, tasks: 
     command = [sys.executable, "-m", "lmms_eval", "--model", "zero_ds", "--tasks", "seen_answer", "--batch_size", "2"]
     arguments = f"weights={trained / 'encoder'},target={target},dtype=float32"
     options = ["--model_args", arguments, "--include_path", str(tasks), "--output_path", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=scaled(300))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (file,) = tmp_path.rglob("*results.json")
     found = json.loads(file.read_text(encoding="utf-8"))["results"]["seen_answer"]
