@@ -152,7 +152,12 @@ def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment:
         status = 0
         try:
             result = pickle.dumps(function(*arguments))
-            Path(f"{files}.result").write_bytes(result)
+            Path(f"{files}.written").write_bytes(result)
+            Path(f"{files}.written").rename(f"{files}.result")
+            # the store is rank 0's, and a rank without it counts as lost; if another fails, the helper ends this one
+            others = [files.with_name(f"{r}.result") for r in range(int(environment["WORLD_SIZE"]))]
+            while not all(other.exists() for other in others):
+                time.sleep(0.02)
         except BaseException:
             Path(f"{files}.error").write_text(traceback.format_exc())
             status = 1

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,46 @@ def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, backg
     assert process.wait(scaled(120)) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_a_signal_that_comes_while_a_command_is_looked_at_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There Popen holds a lock, and would wait for itself if an exception came in between."""
+    pid, polled = tmp_path / "pid", subprocess.Popen.poll
+
+    class Lock:
+        """Popen's, with a signal just after it was taken without waiting for it."""
+
+        def __init__(self) -> None:
+            self.inner = threading.Lock()
+
+        def acquire(self, blocking: bool = True) -> bool:
+            taken = self.inner.acquire(blocking)
+            if not blocking and pid.exists() and not sent:
+                sent.append(True)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return taken
+
+        def release(self) -> None:
+            self.inner.release()
+
+        def __enter__(self) -> None:
+            assert self.inner.acquire(timeout=scaled(60)), "the lock is never given back"
+
+        def __exit__(self, *_: object) -> None:
+            self.inner.release()
+
+    def poll(self: subprocess.Popen[bytes]) -> int | None:
+        if not isinstance(self._waitpid_lock, Lock):
+            self._waitpid_lock = Lock()
+        return polled(self)
+
+    sent: list[bool] = []
+    monkeypatch.setattr(subprocess.Popen, "poll", poll)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(tmp_path / "out", [step("slow", f"{telling(pid)}; time.sleep(600)")]).run()
+    assert sent and not alive(int(pid.read_text()))
 
 
 def test_what_hides_in_a_session_of_its_own_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
