@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -90,7 +91,13 @@ def test_a_bad_sample_on_one_rank_ends_the_job_with_its_reason_last(
     assert failure.read(tmp_path / "run") in last
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+def other(rank: int) -> Any:
+    """A case of the slow tier."""
+    reason = "as for the other rank; test_a_blocked_rank_is_ended_by_its_watch has what each of them notices"
+    return pytest.param(rank, marks=pytest.mark.slow(reason=reason))
+
+
+@pytest.mark.parametrize("rank", [other(0), 1])
 def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path, rank: int) -> None:
     process = launch()
     wait_for(process, "step 10/")
@@ -105,7 +112,7 @@ def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]]
     assert not any(map(alive, ranks.values()))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, other(1)])
 def test_a_rank_that_stands_still_ends_the_job_too(
     launch: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -287,16 +287,21 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def one_machine(config: Callable[..., RunConfig]) -> Iterator[Future[list[list[str]]]]:
-    """The same two runs by two ranks of one machine, without ssh and without a fault, while others wait for a fault."""
-    runs = [config("pretrain", "one"), config("encoder", "one")]
+def one_machine(config: Callable[..., RunConfig]) -> Iterator[Callable[[str], list[list[str]]]]:
+    """A stage by two ranks of one machine, without ssh and without a fault; what it ended with. The first one runs
+    while others wait for a fault."""
+
+    def train(stage: str) -> list[list[str]]:
+        return run_ranks(train_all, 2, [config(stage, "one")], timeout=500)
+
     with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(run_ranks, train_all, 2, runs, timeout=500)
+        first = beside.submit(train, "pretrain")
+        yield lambda stage: first.result() if stage == "pretrain" else beside.submit(train, stage).result()
 
 
-def same(config: Callable[..., RunConfig], stage: str, one_machine: Future[list[list[str]]]) -> None:
+def same(config: Callable[..., RunConfig], stage: str, one_machine: Callable[[str], list[list[str]]]) -> None:
     """Weights and loss curves on two machines are those on one."""
-    assert one_machine.result() == [[f"step-{STEPS:06d}"] * 2] * 2
+    assert one_machine(stage) == [[f"step-{STEPS:06d}"]] * 2
     two, one = (Path(config(stage, hosts).out) for hosts in ("two", "one"))
     curves = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (two, one)]
     assert [line["step"] for line in curves[0]] == list(range(1, STEPS + 1))
@@ -313,7 +318,7 @@ def nothing_is_left(run: Run) -> None:
 
 
 def test_a_killed_rank_costs_a_restart_and_changes_nothing(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Callable[[str], list[list[str]]]
 ) -> None:
     run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
     run.until("committed")
@@ -336,10 +341,10 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
 
 
 def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
+    machines: Machines, config: Callable[..., RunConfig]
 ) -> None:
     """Everything on a machine stands still, its ssh connection too: a restart. Ctrl-C then commits; twice, it ends all
-    at once; and the run goes on to the same weights."""
+    at once."""
     run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
     run.until("committed")
     options = " ".join(left_of(run.out))
@@ -374,6 +379,13 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     assert run.end() != 0 and "restart" not in run.said
     nothing_is_left(run)
 
+
+@pytest.mark.slow(reason="another launch and two more runs; the first stage has the same weights after a restart, too")
+def test_the_run_goes_on_to_the_same_weights(
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Callable[[str], list[list[str]]]
+) -> None:
+    """After the fault and the stops before."""
+    one_machine("pretrain")
     run = Run(config("encoder", "two"), machines)
     assert run.end() == 0, run.said
     nothing_is_left(run)

@@ -199,6 +199,15 @@ def real(
     return out
 
 
+def test_two_ranks_find_what_one_finds(trained: Path, target: str, tasks: Path, result: Result) -> None:
+    """Seven documents are no multiple of two."""
+    first, second = run_ranks(on_ranks, 2, trained / "encoder", target, tasks)
+    assert second is None
+    assert {score.key: score.value for score in first} == {score.key: score.value for score in result.scores}
+    assert [score.items for score in first] == [score.items for score in result.scores]
+
+
+@pytest.mark.slow(reason="minutes of a 135M model, for what test_two_ranks_find_what_one_finds shows on a tiny one")
 def test_the_real_model_on_one_rank_and_on_two(real: Path, data: Path, tmp_path: Path) -> None:
     """SmolLM2-135M with pictures: the harness's scores are the direct ones; seven documents are no multiple of two."""
     target = str(LLM.expanduser())
