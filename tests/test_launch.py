@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pace
 import pytest
 from pace import scaled
 
@@ -221,3 +222,28 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
         "choose a free one with --master_port."
     ]
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_slow_test_says_why_and_limits_follow_the_pace(request: pytest.FixtureRequest) -> None:
+    """What tests/conftest.py does with a test, done to this one."""
+    rules, item = sys.modules["conftest"], request.node
+    for mark in (pytest.mark.slow, pytest.mark.slow("just so"), pytest.mark.slow(reason=" ")):
+        item.own_markers[:] = [mark.mark]
+        with pytest.raises(pytest.UsageError, match=r"a slow test says why, as slow\(reason=...\)"):
+            rules.pytest_collection_modifyitems(request.config, [item])
+    item.own_markers[:] = [pytest.mark.slow(reason="for the test").mark, pytest.mark.timeout(70).mark]
+    rules.pytest_collection_modifyitems(request.config, [item])
+    skipped = item.get_closest_marker("skip")
+    assert request.config.getoption("--all") or skipped.kwargs["reason"] == "slow tier (--all): for the test"
+    assert item.get_closest_marker("timeout").args == (scaled(70),)
+
+
+def test_the_estimate_follows_the_last_run_and_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "RECORD", tmp_path / "cache" / "record.json")
+    monkeypatch.setattr(pace, "PACE", 2.0)
+    assert re.match(r"about \d+ minutes of tests on \d+ cores: this machine needs 2.0 times", pace.estimate("default"))
+    pace.note_run("default", 480.0, 2700)
+    pace.note_run("all", 900.0, 2712)
+    monkeypatch.setattr(pace, "PACE", 3.0)
+    assert pace.estimate("default").startswith("about 12 minutes of tests: the last run took 8.0")
+    assert pace.measure() >= 1
