@@ -79,13 +79,14 @@ class Pipeline:
             self.record(step)
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             # also where the shell that started us ignores SIGINT, as it does for what it runs in the background
-            signal.signal(name, _interrupt)
+            signal.signal(name, _interrupts)
         for number, step in enumerate(self.steps, 1):
             record = self.record(step)
             head = f"[{number}/{len(self.steps)}] {step.name}"
             if record is not None and all(path.exists() for path in step.produces):
                 logger.info("%s: done before, in %s", head, duration(record.seconds))
                 continue
+            _interrupts.wait(0.0)
             logger.info("%s  (about %s left)", head, duration(self.seconds_left(number - 1)))
             started = time.monotonic()
             self._run(step)
@@ -141,7 +142,7 @@ class Pipeline:
             while any(process.poll() is None for process in processes):
                 if any(process.poll() not in (None, 0) for process in processes):
                     break
-                time.sleep(0.2)
+                _interrupts.wait(0.2)
         finally:
             _end(processes, step.patience or PATIENCE)
         for command, process in zip(step.commands, processes, strict=True):
@@ -152,8 +153,40 @@ class Pipeline:
                 )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Interrupts:
+    """Handler of signals that ends a wait, and comes to nothing else.
+
+    Raised inside of Popen, an exception may leave its lock taken, for which the next call would wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._waiting = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._waiting:
+            self._end()
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps, unless a signal has come since the last time.
+
+        Raises:
+            KeyboardInterrupt: one has, or comes.
+        """
+        try:
+            self._waiting = True
+            if self._asked:
+                self._end()
+            time.sleep(seconds)
+        finally:
+            self._waiting = False
+
+    def _end(self) -> None:
+        self._asked = self._waiting = False
+        raise KeyboardInterrupt
+
+
+_interrupts = _Interrupts()
 
 
 PATIENCE = 20.0
@@ -169,7 +202,7 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
     deadline = time.monotonic() + patience
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         try:
-            time.sleep(0.1)
+            _interrupts.wait(0.1)
         except KeyboardInterrupt:
             _ask(processes)
             deadline = min(deadline, time.monotonic() + PATIENCE)
