@@ -103,9 +103,9 @@ def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines, mon
     assert status == 0 and not failed(said), said
     for line in ("ssh            2 machines", "ranks          2 on cpu", "GB/s bus bandwidth"):
         assert line in said
-    assert re.search(r"ok  numbers +zero3 beside zero0, fp32: losses (\S+) and \1, .* apart by \d\.\de-0[5-9]", said), (
-        said
-    )
+    assert re.search(
+        r"ok  numbers +zero3 compared with zero0, fp32: losses (\S+) and \1, .* apart by \d\.\de-0[5-9]", said
+    ), said
     assert re.search(r"looked at in [\d.]+ s", said) and 2 in [barrier.parties for barrier in asked.values()]
     assert not (machines.folder / "shared").exists(), "what it had to make for this is gone"
 
