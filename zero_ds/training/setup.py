@@ -23,7 +23,8 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import locate
+from zero_ds.runtime.safetensors import locate, torch_dtype
+from zero_ds.runtime.zero3 import held_part, is_partitioned
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
 from zero_ds.training.checkpoint.checkpoint import Commit
@@ -60,9 +61,9 @@ def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
         if before != config.fingerprint():
             changed = difference(resumed.manifest["config"], config.model_dump(mode="json"))
             raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
-    step = float(resumed.step) if resumed else 0.0
-    last, first = distributed.max_over_ranks(step, -step)
-    if last != -first:
+    step = resumed.step if resumed else 0
+    if not distributed.same_on_all_ranks(step):
+        last, first = distributed.max_over_ranks(step, -step)
         raise ConfigError(
             f"the ranks see different commits in {out} (steps {-first:.0f} and {last:.0f}); out= must be a folder that "
             "all machines share."
@@ -219,14 +220,13 @@ def check_loaded(model: VisionLanguageModel, folder: Path, elements: int = 16) -
         ConfigError: naming the first tensor that differs.
     """
     places = locate(decoder_tensors(folder))
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for name, parameter in model.parameters_of("decoder"):
         place = places.get(name.removeprefix("decoder."))
-        shard = getattr(parameter, "ds_tensor", parameter).detach().flatten()
-        start = distributed.rank() * len(shard) if hasattr(parameter, "ds_tensor") else 0
+        shard = held_part(parameter).detach().flatten()
+        start = distributed.rank() * len(shard) if is_partitioned(parameter) else 0
         if place is None or shard.numel() <= 1 or place.parameters <= start:
             continue  # made by the library, swapped out to a disk, or behind the end
-        kind = types[place.dtype]
+        kind = torch_dtype(place.dtype)
         count = min(elements, len(shard), place.parameters - start)
         with place.file.open("rb") as file:
             file.seek(place.start + start * kind.itemsize)

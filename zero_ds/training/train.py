@@ -22,6 +22,7 @@ from zero_ds.runtime import distributed, failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.hub import local_folder
+from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
 from zero_ds.training.checkpoint.peft_folder import weights_hash
@@ -80,7 +81,7 @@ def train(config: RunConfig) -> Path:
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)
 
     groups = stages.freeze_(model, config)
-    sizes = {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in group) for part, group in groups.items()}
+    sizes = {part: sum(parameter_shape(p).numel() for _, p in group) for part, group in groups.items()}
     logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
     if config.frozen_weights == "int8" and not quantize_(model):
         raise ConfigError("frozen_weights=int8 needs frozen decoder layers, and all of them train; set it to native.")

@@ -33,9 +33,9 @@ from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import WATCH
 from zero_ds.runtime.files import open_regular, write_atomically
-from zero_ds.runtime.safetensors import spans
-from zero_ds.runtime.tensor_stream import SafetensorsStream
-from zero_ds.training.checkpoint.optimizer_state import KEYS, parameter_shape
+from zero_ds.runtime.safetensors import SafetensorsStream, spans
+from zero_ds.runtime.zero3 import gathered, is_partitioned, parameter_shape
+from zero_ds.training.checkpoint.optimizer_state import KEYS
 from zero_ds.training.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -253,8 +253,6 @@ def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: 
     """
     from safetensors import safe_open
 
-    from zero_ds.runtime.zero3 import gathered
-
     copied = set()
     path = commit.folder / "weights.safetensors"
     _check_on_rank_zero(path, str(commit.manifest.get("weights_sha256")))
@@ -271,7 +269,7 @@ def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: 
             if stored != shape:
                 raise CheckpointError(f"{name} in {commit.folder} has shape {stored}, the model's has {shape}.")
             with gathered([parameter], modifier_rank=0), torch.no_grad():
-                if distributed.is_rank_zero() or not hasattr(parameter, "ds_id"):
+                if distributed.is_rank_zero() or not is_partitioned(parameter):
                     parameter.copy_(file.get_tensor(name).to(parameter.dtype))
             copied.add(name)
     return copied
