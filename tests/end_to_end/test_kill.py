@@ -19,7 +19,7 @@ from distributed_helper import RankError, run_ranks, train_all
 from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 STEPS = 40
 KILLS = 10
@@ -81,7 +81,7 @@ def curve(run: Path) -> list[float]:
 
 
 def held(run: Path, name: str = "weights.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(find_commit(run).folder / name)
+    return load_file(find_checkpoint(run).folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_killed_at_ten_instants_the_run_ends_as_if_nothing_had_happened(
             assert "exit code -9" in str(error), error
             killed += 1
         if (Path(run.out) / "latest").is_file():
-            commit = find_commit(run.out)
+            commit = find_checkpoint(run.out)
             assert commit.weights(), "the newest commit is whole"
     assert killed >= KILLS - 2, f"{killed} of {KILLS} attempts died before the end"
     assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
