@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
-from zero_ds.export.tensors import NAMES, as_dtype, in_memory, merged, read
+from zero_ds.export.tensors import as_dtype, in_memory, merged, read
 from zero_ds.grafting.graft import compatibility, run_config
 from zero_ds.model.adapter import adapter_shapes
 from zero_ds.model.decoders import Family, family_of
@@ -22,7 +22,7 @@ from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import Span, Tensor, spans
+from zero_ds.runtime.safetensors import Span, Tensor, dtype_name, spans
 from zero_ds.training.checkpoint.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -253,4 +253,4 @@ def _weights(commits: list[Checkpoint], surrogate: SurrogateInfo | None) -> dict
 def _stored(folder: Path) -> torch.dtype:
     """The type in which a decoder's embeddings are stored, as far as an export can have it."""
     stored = decoder_spans(folder)[family_of(folder).embeddings].dtype
-    return next((dtype for dtype in KINDS.values() if NAMES[dtype] == stored), torch.float32)
+    return next((dtype for dtype in KINDS.values() if dtype_name(dtype) == stored), torch.float32)

@@ -23,7 +23,7 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import locate
+from zero_ds.runtime.safetensors import locate, torch_dtype
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
 from zero_ds.training.checkpoint.checkpoint import Checkpoint
@@ -219,14 +219,13 @@ def check_loaded(model: VisionLanguageModel, folder: Path, elements: int = 16) -
         ConfigError: naming the first tensor that differs.
     """
     places = locate(decoder_tensors(folder))
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for name, parameter in model.parameters_of("decoder"):
         place = places.get(name.removeprefix("decoder."))
         shard = getattr(parameter, "ds_tensor", parameter).detach().flatten()
         start = distributed.rank() * len(shard) if hasattr(parameter, "ds_tensor") else 0
         if place is None or shard.numel() <= 1 or place.parameters <= start:
             continue  # made by the library, swapped out to a disk, or behind the end
-        kind = types[place.dtype]
+        kind = torch_dtype(place.dtype)
         count = min(elements, len(shard), place.parameters - start)
         with place.file.open("rb") as file:
             file.seek(place.start + start * kind.itemsize)

@@ -33,8 +33,7 @@ from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import WATCH
 from zero_ds.runtime.files import open_regular, write_atomically
-from zero_ds.runtime.safetensors import spans
-from zero_ds.runtime.tensor_stream import SafetensorsStream
+from zero_ds.runtime.safetensors import SafetensorsStream, spans
 from zero_ds.training.checkpoint.optimizer_state import KEYS, parameter_shape
 from zero_ds.training.engine import Engine
 

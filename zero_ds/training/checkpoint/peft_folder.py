@@ -18,15 +18,13 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
-from zero_ds.runtime.tensor_stream import SafetensorsStream
+from zero_ds.runtime.safetensors import SafetensorsStream, torch_dtype
 from zero_ds.runtime.zero3 import gathered
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
 from zero_ds.training.checkpoint.optimizer_state import parameter_shape
 
 OURS, THEIRS = "lora.", "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
@@ -101,7 +99,7 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
             settings.save_pretrained(str(folder))
             slices = {name: held.get_slice(name) for name in names}
             declared = [
-                (THEIRS + name.removeprefix(OURS), DTYPES[one.get_dtype()], torch.Size(one.get_shape()))
+                (THEIRS + name.removeprefix(OURS), torch_dtype(one.get_dtype()), torch.Size(one.get_shape()))
                 for name, one in slices.items()
             ]
             stream = SafetensorsStream(folder / WEIGHTS, declared)
