@@ -22,8 +22,6 @@ from zero_ds.training.setup import build
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
 def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[..., RunConfig], stage: str) -> None:
     """Bytes kept for the backward pass: a frozen decoder must not need more of them than one that trains."""
-    from zero_ds.data.batches import INPUTS
-
     kept: dict[bool, int] = {}
     for again in (False, True):
         config = run_config(stage, micro_batch=4)
@@ -40,10 +38,10 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
                 seen[place] = tensor.untyped_storage().nbytes()
             return tensor
 
-        images = model.image_features(batch["pixel_values"]).detach()  # the encoder's own are not looked at
+        images = model.image_features(batch.pixel_values).detach()  # the encoder's own are not looked at
         model.image_features = lambda pixels, images=images: images.requires_grad_()  # type: ignore[method-assign]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            total = model(**{k: batch[k] for k in INPUTS if k in batch}).total
+            total = model(**batch.inputs()).total
         kept[again] = sum(seen.values())
         total.backward()
     assert kept[True] < 0.4 * kept[False], f"{kept[True] / kept[False]:.2f} of the bytes without"

@@ -21,6 +21,7 @@ import torch
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch, collate
+from zero_ds.data.samples import EncodedSample
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
@@ -150,7 +151,7 @@ def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
         losses = []
         for step in range(STEPS):
             micro = [_batch(distributed.rank() * ACCUMULATION + number) for number in range(ACCUMULATION)]
-            labelled = distributed.sum_over_ranks(sum(count_supervised(batch["labels"]) for batch in micro))[0]
+            labelled = distributed.sum_over_ranks(sum(count_supervised(batch.labels) for batch in micro))[0]
             losses.append(distributed.sum_over_ranks(engine.step(micro, step, labelled).share)[0])
         engine.engine.destroy()
     return {"losses": losses, "gradients": caught}
@@ -218,13 +219,13 @@ def _batch(number: int) -> Batch:
     if len(pixels):
         ids[1 : 1 + tokens] = IMAGE_TOKEN
     answer = torch.arange(length) >= length // 2
-    sample = {
-        "id": str(number),
-        "input_ids": ids.tolist(),
-        "labels": torch.where(answer, ids, -100).tolist(),
-        "responses": torch.where(answer, 0, -1).tolist(),
-        "pixels": pixels,
-    }
+    sample = EncodedSample(
+        id=str(number),
+        input_ids=ids.tolist(),
+        labels=torch.where(answer, ids, -100).tolist(),
+        responses=torch.where(answer, 0, -1).tolist(),
+        pixels=pixels,
+    )
     return collate([sample], 0, SIZE)
 
 

@@ -205,24 +205,25 @@ class Counts:
     too_long: float
     """Samples of which no answer fits."""
     plan: float = 0.0
-    """Number that stands for the step's plan (`batches.plan_number`), summed over ranks, and its square likewise."""
+    """Checksum of the layout of the step's rows (`Batch.layout`), summed over ranks, and its square likewise."""
     plan_squared: float = 0.0
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
         supervised = tokens = padded = shown = flops = skipped = too_long = 0.0
         for batch in batches:
-            lengths = batch["lengths"].double()
-            labels = count_supervised(batch["labels"])
+            lengths = batch.lengths.double()
+            labels = count_supervised(batch.labels)
             supervised, tokens = supervised + labels, tokens + float(lengths.sum())
-            padded += batch["attention_mask"].numel()
-            skipped, too_long = skipped + len(batch["skipped"]), too_long + len(batch["too_long"])
+            padded += batch.attention_mask.numel()
+            skipped, too_long = skipped + len(batch.skipped), too_long + len(batch.too_long)
             pictures = image_tokens = 0
-            if "pixel_values" in batch and bool((images := image_positions(batch["input_ids"])).any()):
-                pictures, image_tokens = len(batch["pixel_values"]), int(images.sum())
+            if batch.pixel_values is not None and bool((images := image_positions(batch.input_ids)).any()):
+                pictures, image_tokens = len(batch.pixel_values), int(images.sum())
                 shown += pictures
             flops += cost.flops(float(lengths.sum()), float((lengths**2).sum()), labels, pictures, image_tokens)
-        plan = float(batches[0].get("plan", len(batches)))
+        layout = batches[0].layout
+        plan = float(len(batches) if layout is None else layout)
         return cls(supervised, tokens, padded, shown, flops, skipped, too_long, plan, plan**2)
 
     def over_ranks(self) -> Counts:
