@@ -23,7 +23,13 @@ from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import Span, Tensor, dtype_name, spans
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, Commit, check_hash, check_manifest, find_commit
+from zero_ds.training.checkpoint.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_hash,
+    check_manifest,
+    find_checkpoint,
+)
 from zero_ds.training.stages import SURROGATE_ONLY
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,7 +41,7 @@ _LORA = re.compile(r"lora\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 class Source:
     """A run on a decoder, as it is exported."""
 
-    commit: Commit
+    commit: Checkpoint
     config: RunConfig
     target: str
     """The decoder as the user named it."""
@@ -204,7 +210,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     Raises:
         ConfigError, CheckpointError: a run that is not finished or damaged, a decoder it was not trained for.
     """
-    commit = find_commit(run)
+    commit = find_checkpoint(run)
     config = run_config(commit)
     if config.encoder is None:
         raise ConfigError(f"{run} has no vision encoder to export.")
@@ -213,7 +219,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     target = target or config.target
     folder = local_folder(target)
     surrogate = read_surrogate(folder) if (folder / "surrogate.json").is_file() else None
-    weights = _weights([*(find_commit(path) for path in config.starts), commit], surrogate)
+    weights = _weights([*(find_checkpoint(path) for path in config.starts), commit], surrogate)
     if surrogate is not None:
         check_manifest(commit, {"target_hash": surrogate.target_hash, "family": surrogate.family})
         if config.lora is not None:
@@ -229,7 +235,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     return Source(commit, config, target, folder, kind, surrogate, weights)
 
 
-def _weights(commits: list[Commit], surrogate: SurrogateInfo | None) -> dict[str, Span]:
+def _weights(commits: list[Checkpoint], surrogate: SurrogateInfo | None) -> dict[str, Span]:
     """Trained tensors of several results, later ones winning; translators only where the decoder has them."""
     found: dict[str, Span] = {}
     for commit in commits:

@@ -27,7 +27,7 @@ from zero_ds.runtime.safetensors import locate, torch_dtype
 from zero_ds.runtime.zero3 import held_part, is_partitioned
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
-from zero_ds.training.checkpoint.checkpoint import Commit
+from zero_ds.training.checkpoint.checkpoint import Checkpoint
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_
 from zero_ds.training.deepspeed import resolve_precision
 
@@ -48,7 +48,7 @@ def make_folder(out: Path) -> None:
         raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
 
 
-def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
+def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
     """The commit in the run folder from which the run goes on, the same on every rank; None if there is none.
 
     Raises:
@@ -56,7 +56,7 @@ def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
     """
     resumed = None
     if (out / "latest").is_file():
-        resumed = checkpoint.find_commit(out)
+        resumed = checkpoint.find_checkpoint(out)
         before = resumed.manifest["fingerprint"]
         if before != config.fingerprint():
             changed = difference(resumed.manifest["config"], config.model_dump(mode="json"))
@@ -187,7 +187,7 @@ def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any]
             started |= load_peft_(model, folder, config.lora)
             logger.info("started the low-rank adapters from %s", folder)
             continue
-        commit = checkpoint.find_commit(folder)
+        commit = checkpoint.find_checkpoint(folder)
         if config.adapter.width is None:
             checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
         if commit.manifest.get("encoder_hash") and hashes["encoder_hash"]:

@@ -35,7 +35,7 @@ from zero_ds.training.options.int8 import quantize_
 from zero_ds.training.options.recompute import checkpoint_activations_
 from zero_ds.training.planning.cost import Counts, StepCost, peak_flops
 from zero_ds.training.preview import Preview
-from zero_ds.training.setup import build, commit_to_resume, make_folder, plan_of, seed_everything, start_
+from zero_ds.training.setup import build, checkpoint_to_resume, make_folder, plan_of, seed_everything, start_
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def train(config: RunConfig) -> Path:
     compilation.check(config)
     kernels.check(config)
     out = Path(config.out)
-    resumed = commit_to_resume(out, config)
+    resumed = checkpoint_to_resume(out, config)
     seed_everything(config.seed)
 
     model, loader, hashes = build(config, ds, world_size)
@@ -98,7 +98,7 @@ def train(config: RunConfig) -> Path:
         left_out.skipped, left_out.too_long = progress.get("skipped", 0), progress.get("too_long", 0)
         logger.info("resumed %s after step %d of %d", out, first, total)
     elif config.continue_from:
-        parts = checkpoint.carry_over_(engine, checkpoint.find_commit(config.continue_from))
+        parts = checkpoint.carry_over_(engine, checkpoint.find_checkpoint(config.continue_from))
         logger.info("the optimizer goes on for %s", ", ".join(parts) or "nothing")
     if distributed.is_rank_zero():
         write_atomically(out / "config.yaml", config.dump())

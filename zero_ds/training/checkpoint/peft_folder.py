@@ -20,7 +20,7 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
 from zero_ds.runtime.safetensors import SafetensorsStream, torch_dtype
 from zero_ds.runtime.zero3 import gathered, is_partitioned, parameter_shape
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
 
 OURS, THEIRS = "lora.", "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,7 +50,7 @@ def weights_hash(folder: Path) -> str | None:
         CheckpointError: neither of the two, or files that cannot be read.
     """
     if not is_peft_folder(folder):
-        return find_commit(folder).manifest.get("weights_sha256")
+        return find_checkpoint(folder).manifest.get("weights_sha256")
     path, digest = folder / WEIGHTS, hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -74,7 +74,7 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
     from safetensors import safe_open
 
     check_vacant(out)
-    commit = find_commit(weights)
+    commit = find_checkpoint(weights)
     config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
     path = commit.folder / "weights.safetensors"
     check_hash(path, str(commit.manifest.get("weights_sha256")))
