@@ -101,7 +101,7 @@ def test_what_goes_to_other_machines_is_told_by_name(monkeypatch: pytest.MonkeyP
     last = done.stdout.splitlines()[-1]
     sent, withheld = last.removeprefix("forwarded to every node: ").split("; withheld, ")
     assert {"HF_HOME", "MINE", "PATH"} <= set(sent.split()) and "OTHERS" not in sent
-    assert withheld == "for they look like secrets (name them with --forward): HF_TOKEN"
+    assert withheld == "because they look like secrets (name them with --forward): HF_TOKEN"
     assert not any(value in done.stdout for value in ("/caches", "hf_secret", "my own"))
 
 

@@ -70,6 +70,49 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists(), "before anything runs"
 
 
+def old_record(folder: Path, name: str, commands: list[list[str]]) -> None:
+    """Writes the record of a finished step as versions before `python -m zero_ds.cli` wrote it."""
+    (folder / "steps").mkdir(parents=True)
+    record = {"seconds": 12.5, "fingerprint": json.dumps(commands)}
+    (folder / "steps" / f"{name}.json").write_text(json.dumps(record) + "\n")
+
+
+@pytest.mark.parametrize("module", ["zero_ds", "zero_ds.cli"])
+def test_records_of_other_interpreters_and_older_versions_count(tmp_path: Path, module: str) -> None:
+    """The interpreter's path and the module's name are not part of the settings of a run."""
+    words = ("surrogate", "--target", "a folder", "--replace", "1:2")
+    step = Step("surrogate", (pipeline.zero_ds_command(*words),), 3.0)
+    old_record(tmp_path, "surrogate", [["/another/bin/python3", "-m", module, *words]])
+    runner = Pipeline(tmp_path, [step])
+    assert runner.seconds() == {"surrogate": 12.5}
+    runner.run()  # would fail if it ran the command
+    assert runner.seconds() == {"surrogate": 12.5}
+    other = Step("surrogate", (pipeline.zero_ds_command(*words[:-1], "1:3"),), 3.0)
+    with pytest.raises(ConfigError, match="step surrogate differs"):
+        Pipeline(tmp_path, [other]).run()
+
+
+def test_commands_of_other_programs_are_compared_as_they_are(tmp_path: Path) -> None:
+    old_record(tmp_path, "train", [["bash", "launch/train.sh", "smollm2-135m/encoder", "seed=0"]])
+    runner = Pipeline(tmp_path, [])
+    same = Step("train", (("bash", "launch/train.sh", "smollm2-135m/encoder", "seed=0"),), 1.0)
+    assert runner.record(same) is not None
+    for command in (
+        ("sh", "launch/train.sh", "smollm2-135m/encoder", "seed=0"),
+        ("python", "-m", "zero_ds.train", "smollm2-135m/encoder", "seed=0"),
+    ):
+        with pytest.raises(ConfigError, match="other settings"):
+            runner.record(Step("train", (command,), 1.0))
+
+
+@pytest.mark.parametrize("fingerprint", ["not JSON", "{}", None])
+def test_an_unreadable_fingerprint_is_not_taken_for_the_same_settings(tmp_path: Path, fingerprint: str | None) -> None:
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps/one.json").write_text(json.dumps({"seconds": 1.0, "fingerprint": fingerprint}))
+    with pytest.raises(ConfigError, match="other settings"):
+        Pipeline(tmp_path, []).record(step("one", "x = 1"))
+
+
 def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
     slow = (sys.executable, "-c", "import time; time.sleep(60)")
     fails = (sys.executable, "-c", "raise SystemExit(3)")

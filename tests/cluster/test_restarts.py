@@ -14,8 +14,9 @@ from places import ROOT
 from typer.testing import CliRunner
 
 from zero_ds.cli import main as cli
-from zero_ds.cli.pipeline import chain_of, plan
 from zero_ds.cluster import launcher
+from zero_ds.cluster.pipeline import Step
+from zero_ds.cluster.route import Route, training_runs
 from zero_ds.runtime import failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import Watch
@@ -68,7 +69,7 @@ def test_what_is_tried_again(
     assert launcher.main(words) == status
     assert len(log.read_text()) == made
     said = capsys.readouterr().err
-    assert said.count("from the last commit") == made - 1
+    assert said.count("from the last checkpoint") == made - 1
     assert failure.FINAL not in said
     if status and attempts[-1][1]:
         assert said.strip().splitlines()[-1] == f"zero-ds: the run failed: {attempts[-1][1].splitlines()[0]}"
@@ -159,15 +160,21 @@ def test_a_hostfile_with_this_machine_alone_needs_no_ssh(
 
 
 def test_stages_stand_behind_those_that_they_start_from() -> None:
-    assert list(chain_of("smollm2-135m")) == ["translator", "pretrain", "encoder", "decoder"]
-    assert list(chain_of("llama-3.1-70b")) == ["pretrain", "encoder", "decoder"]
+    assert list(training_runs("smollm2-135m")) == ["translator", "pretrain", "encoder", "decoder"]
+    assert list(training_runs("llama-3.1-70b")) == ["pretrain", "encoder", "decoder"]
     with pytest.raises(ConfigError, match=r"did you mean 'llama-3\.1-8b'"):
-        chain_of("llama-3.1-8")
+        training_runs("llama-3.1-8")
+
+
+def steps_of(
+    model: str, out: Path, overrides: tuple[str, ...] = (), options: tuple[str, ...] = (), replace: str | None = None
+) -> list[Step]:
+    return Route(model, out, overrides, options, replace).steps()
 
 
 def test_the_paper_s_route_for_8b() -> None:
     out = Path("runs/x")
-    steps = plan("llama-3.1-8b", out, ("zero=zero2",), ("--hostfile", "hosts", "--max-restarts", "3"))
+    steps = steps_of("llama-3.1-8b", out, ("zero=zero2",), ("--hostfile", "hosts", "--max-restarts", "3"))
     assert [step.name for step in steps] == ["trajectory", "surrogate", "pretrain", "encoder", "decoder", "export"]
     commands = {step.name: step.commands[0] for step in steps}
     surrogate = " ".join(commands["surrogate"])
@@ -179,14 +186,16 @@ def test_the_paper_s_route_for_8b() -> None:
     assert "init_from=[runs/x/pretrain, runs/x/encoder]" in commands["decoder"]
     assert not any("surrogate=" in word for word in commands["decoder"])
     assert commands["export"][-2:] == ("--dtype", "bfloat16")
-    proposed = {step.name: step for step in plan("llama-3.1-8b", out, replace="trajectory")}
+    proposed = {step.name: step for step in steps_of("llama-3.1-8b", out, replace="trajectory")}
     assert " ".join(proposed["surrogate"].commands[0]).endswith(
         "--from-trajectory runs/x/trajectory --out runs/x/surrogate"
     )
-    assert "--replace 16:29 --out runs/x/T16-29" in " ".join(plan("llama-3.1-8b", out, replace="16:29")[1].commands[0])
-    elsewhere = plan("llama-3.1-8b", out, ("zero=zero2",), ("--hostfile", "others"))
+    assert "--replace 16:29 --out runs/x/T16-29" in " ".join(
+        steps_of("llama-3.1-8b", out, replace="16:29")[1].commands[0]
+    )
+    elsewhere = steps_of("llama-3.1-8b", out, ("zero=zero2",), ("--hostfile", "others"))
     assert [step.fingerprint() for step in steps] == [step.fingerprint() for step in elsewhere], "machines may change"
-    other = plan("llama-3.1-8b", out, ("zero=zero3",))
+    other = steps_of("llama-3.1-8b", out, ("zero=zero3",))
     assert other[2].fingerprint() != steps[2].fingerprint()
     assert steps[3].patience and not other[3].patience, "a commit over many machines takes its time"
 
@@ -206,4 +215,4 @@ def test_what_would_fail_hours_later_ends_a_pipeline_at_once(tmp_path: Path, mon
 @pytest.mark.parametrize("setting", ["out=x", "surrogate=x", "init_from=[]", "continue_from=x"])
 def test_what_the_pipeline_sets_itself_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=r"the pipeline sets .* itself; choose the folder"):
-        plan("llama-3.1-8b", Path("x"), (setting,))
+        steps_of("llama-3.1-8b", Path("x"), (setting,))

@@ -19,12 +19,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from zero_ds.config.batches import check_batches
 from zero_ds.config.schema import RunConfig, SourceConfig
 from zero_ds.data.batches import collate
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
-from zero_ds.data.loader import WINDOW, Loader, check_batches, sample_order
+from zero_ds.data.loader import WINDOW, Loader, sample_order
 from zero_ds.data.samples import SampleEncoder, image_positions
 from zero_ds.data.sources import Records, Sample
 from zero_ds.runtime.errors import ConfigError

@@ -258,7 +258,7 @@ def test_a_mistake_is_told_last_and_no_old_reason(launch: Callable[..., subproce
     process = launch(global_batch=3)
     said, _ = process.communicate(timeout=LIMIT)
     assert process.returncode != 0 and "yesterday" not in said
-    assert "is no multiple of micro_batch=1 x 2 ranks" in said.strip().splitlines()[-1]
+    assert "is not a multiple of micro_batch=1 x 2 ranks" in said.strip().splitlines()[-1]
 
 
 # -- the reason in the run folder --------------------------------------------------------------------------------------

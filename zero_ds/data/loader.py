@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils.data import Dataset
 
-from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch, collate, collate_rows, plan_number, plan_rows
 from zero_ds.data.conversations import (
     Encoded,
@@ -20,7 +19,6 @@ from zero_ds.data.formats import DataError, TooLongError
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records
 from zero_ds.data.workers import alone, steps_of
-from zero_ds.runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -196,18 +194,3 @@ class _Steps(Dataset[Iterator[Batch]]):
 
 
 _Rows = list[list[dict[str, Any] | DataError]]
-
-
-def check_batches(config: RunConfig, world_size: int) -> int:
-    """Accumulation steps of a run.
-
-    Raises:
-        ConfigError: the global batch is no multiple of micro batch x ranks.
-    """
-    per_pass = config.micro_batch * world_size
-    if config.global_batch % per_pass:
-        raise ConfigError(
-            f"global_batch={config.global_batch} is no multiple of micro_batch={config.micro_batch} x {world_size} "
-            f"ranks; set global_batch to a multiple of {per_pass}."
-        )
-    return config.global_batch // per_pass

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zero_ds.config.batches import check_batches
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
-from zero_ds.data.loader import Loader, check_batches
+from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.model.decoders.folder import relied_on
 from zero_ds.model.losses import length_classes, weigh_
