@@ -81,7 +81,8 @@ else
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
-[ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${command[@]}")" # on many machines the launcher prints it, with address and port
+# on many machines the launcher prints it later, with address and port
+[ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${command[@]}")"
 if [ -n "$print_only" ]; then
   [ -z "$many" ] || python -m zero_ds.cluster.environment "${forward[@]}"
   exit 0

@@ -54,7 +54,7 @@ class Cluster:
     _private: str | None = None
     """Folder on this machine for the environment file, once there is one."""
     _secrets_out: bool = False
-    """Whether secrets may be on the machines."""
+    """True while secrets may be on the machines."""
 
     @classmethod
     def of(cls, options: Sequence[str], named: Sequence[str] = (), files: Sequence[str] = ()) -> Cluster | None:

@@ -36,7 +36,7 @@ class Answer:
     trouble: str = ""
     """Reason for a missing answer, in the words of ssh or the remote shell."""
     reached: bool = True
-    """Whether ssh reached the machine."""
+    """True if ssh reached the machine."""
     clock_offset: float = 0.0
     """Seconds by which its clock is certainly ahead of this machine's, given the time that request and answer took."""
 
@@ -49,7 +49,7 @@ class Ssh:
     python: str = sys.executable
     folder: str = field(default_factory=lambda: str(Path.cwd()))
     local: bool = False
-    """Whether the probe runs on this machine, without ssh."""
+    """True if the probe runs on this machine, without ssh."""
 
     def command(self, host: str, remote: str) -> list[str]:
         """Returns the ssh command for a remote command line; the user's own options come first, and win."""
