@@ -463,7 +463,7 @@ def test_damaged_tokenizer_config_is_noticed_before_the_copy(made: Callable[...,
 def test_out_that_is_a_link(made: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "small").symlink_to(tmp_path / "elsewhere")
-    refused(made("llama", tied=True), tmp_path / "small", "is a link; name the folder itself")
+    refused(made("llama", tied=True), tmp_path / "small", "is a symbolic link; name the folder itself")
 
 
 @pytest.mark.parametrize("depth", [None, "six", 0])

@@ -1,4 +1,4 @@
-"""`zero-ds eval`: suites of the field's own harnesses, held-out records, and comparisons."""
+"""`zero-ds eval`: suites of public harnesses, held-out records, and comparisons of their results."""
 
 from __future__ import annotations
 
@@ -38,37 +38,41 @@ class SuiteFirst(TyperGroup):
 evaluate = typer.Typer(
     cls=SuiteFirst,
     no_args_is_help=True,
-    help="Measure models: MODEL --suite SUITE (short for: run MODEL ...), records, compare.",
+    help="Evaluate models: zero-ds eval MODEL --suite SUITE (short for: eval run MODEL ...), records, compare.",
 )
 
 
 @evaluate.command()
 def run(
-    model: Annotated[str, typer.Argument(help="Target, surrogate or export (folder or hub id), or a run folder.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a target, surrogate or export; or a run folder.")],
     suite: Annotated[
         str, typer.Option(help="text, vision, paper-text, paper-vision, or tasks: NAME[:binary][,NAME...].")
     ],
-    target: Annotated[str | None, typer.Option(help="Full language model that the run is plugged into.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results: one JSON and one table a suite.")] = Path("results"),
-    name: Annotated[str | None, typer.Option(help="What tables call the model; else MODEL and its target.")] = None,
-    harness: Annotated[str, typer.Option(help="For tasks by name: auto, lm-eval or lmms-eval.")] = "auto",
-    tasks_folder: Annotated[Path | None, typer.Option(help="Folder with more task YAML files.")] = None,
-    batch: Annotated[int, typer.Option(help="Requests per pass.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="Only the first n documents of each task: a trial.")] = None,
+    target: Annotated[str | None, typer.Option(help="Full language model to graft the run's encoder into.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results: one JSON file and one table for each suite.")
+    ] = Path("results"),
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in tables. Default: MODEL and its target.")
+    ] = None,
+    harness: Annotated[str, typer.Option(help="Harness for tasks given by name: auto, lm-eval or lmms-eval.")] = "auto",
+    tasks_folder: Annotated[Path | None, typer.Option(help="Folder with further task files (YAML).")] = None,
+    batch: Annotated[int, typer.Option(help="Number of requests in a forward pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Use only the first n documents of each task, as a trial.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, in place of the task's own limit.")
+        int | None, typer.Option(help="Longest answer in tokens, instead of the task's own limit.")
     ] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="lm-eval: prompts in the chat template.")
+        bool, typer.Option("--chat-template", help="lm-eval: put prompts into the chat template.")
     ] = False,
-    samples: Annotated[bool, typer.Option("--samples", help="Keep prompts and answers in the JSON.")] = False,
+    samples: Annotated[bool, typer.Option("--samples", help="Keep prompts and answers in the JSON file.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     engine: EngineOption = "transformers",
     tensor_parallel: TensorParallelOption = 1,
     device_map: DeviceMapOption = None,
     offload_folder: OffloadOption = None,
 ) -> None:
-    """Run a suite of lm-evaluation-harness or lmms-eval on a model, on as many ranks as the launcher started."""
+    """Run a suite of lm-evaluation-harness or lmms-eval on a model, on all ranks that the launcher started."""
     from zero_ds.evaluation.suites.harness import check_suite, evaluate_suite, plan
     from zero_ds.evaluation.suites.suites import Request
     from zero_ds.grafting.named_model import find_model
@@ -79,7 +83,7 @@ def run(
             raise ConfigError(f"{option} {value}: at least 1.")
     placing = Placing(engine, tensor_parallel, device_map, offload_folder)
     placing.check()
-    # what is wrong is said before the model is read, and not after hours
+    # everything that can be wrong is checked before the model is read, not after hours
     precision(dtype)
     named = find_model(model, target)
     planned = plan(suite, harness, tasks_folder)
@@ -103,10 +107,10 @@ def run(
 
 
 def _check_vacant(out: Path, label: str, planned: Sequence[Planned]) -> None:
-    """Makes the folder of the results; a model's result gives way to none but a new one of the same tasks on it.
+    """Makes the folder of the results; a result may only be replaced by one of the same model on the same tasks.
 
     Raises:
-        ConfigError: no folder, or one with results of another model or of other tasks under the same names.
+        ConfigError: it is not a folder, or holds results of another model or of other tasks under the same names.
     """
     from zero_ds.data.formats import DataError
     from zero_ds.evaluation.suites.results import read_result
@@ -131,11 +135,11 @@ def _check_vacant(out: Path, label: str, planned: Sequence[Planned]) -> None:
 @evaluate.command()
 def compare(
     results: Annotated[
-        list[Path], typer.Argument(help="Result files, or folders of them; the first is the reference.")
+        list[Path], typer.Argument(help="Result files, or folders of result files; the first is the reference.")
     ],
-    out: Annotated[Path | None, typer.Option(help="File for the table (Markdown).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write the table into (Markdown).")] = None,
 ) -> None:
-    """Lay results of several models side by side: differences with 95 % intervals, and whether language is kept."""
+    """Compare results of several models: differences with 95 % intervals, and whether language ability is kept."""
     from zero_ds.evaluation.suites.results import Result, read_results
     from zero_ds.evaluation.suites.results import compare as lay_out
 

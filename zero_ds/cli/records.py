@@ -1,4 +1,4 @@
-"""`zero-ds eval records`."""
+"""`zero-ds eval records`: questions about held-out images."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ import typer
 
 
 def records(
-    weights: Annotated[Path, typer.Option(help="Run or commit folder with a trained encoder.")],
+    weights: Annotated[Path, typer.Option(help="Run or checkpoint folder with a trained vision encoder.")],
     decoder: Annotated[
-        str, typer.Option(help="Language model it is plugged into: its surrogate, or its target (the graft).")
+        str, typer.Option(help="Language model to join it with: its surrogate, or its target (the graft).")
     ],
-    records: Annotated[Path, typer.Option(help="Evaluation records: JSON list of questions about pictures.")],
+    records: Annotated[Path, typer.Option(help="Evaluation records: JSON file with a list of questions about images.")],
     out: Annotated[Path, typer.Option(help="Result file (JSON).")],
-    name: Annotated[str | None, typer.Option(help="Name in tables and plots; else the result file's.")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Use only the first n pictures.", min=2)] = None,
-    batch: Annotated[int, typer.Option(help="Records per pass.", min=1)] = 64,
+    name: Annotated[
+        str | None, typer.Option(help="Name in tables and plots. Default: the name of the result file.")
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(help="Use only the first n images.", min=2)] = None,
+    batch: Annotated[int, typer.Option(help="Number of records in a forward pass.", min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 24,
-    seed: Annotated[int, typer.Option(help="Which picture the control shows instead of a record's own.", min=0)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed that chooses the images of the control, which shows a wrong image with every question.", min=0
+        ),
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     accept: Annotated[
-        list[str] | None, typer.Option(help="Graft in spite of a difference that `zero-ds graft` names.")
+        list[str] | None,
+        typer.Option(help="Name of a difference in the report of `zero-ds graft` to accept; repeatable."),
     ] = None,
 ) -> None:
-    """Ask about held-out pictures: free answers and forced choice, with the right picture and with a shuffled one."""
+    """Ask about held-out images: free answers and forced choice, with the right image and with a shuffled one."""
     from zero_ds.cli.models import precision
     from zero_ds.evaluation.heldout.records import read_records
     from zero_ds.evaluation.heldout.run import CONDITIONS

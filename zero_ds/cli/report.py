@@ -1,4 +1,4 @@
-"""`zero-ds report`."""
+"""`zero-ds report`: the results of a quickstart run on one page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NOTES = (
 
 
 def report(
-    run: Annotated[Path, typer.Option(help="Folder of `zero-ds quickstart`.")],
-    controls: Annotated[bool, typer.Option("--controls", help="Show the controls, too.")] = False,
+    run: Annotated[Path, typer.Option(help="Folder of a `zero-ds quickstart` run.")],
+    controls: Annotated[bool, typer.Option("--controls", help="Show the controls as well.")] = False,
 ) -> None:
     """Write report.json, report.md and a self-contained report.html of a quickstart run."""
     from zero_ds.evaluation.report.report import ReportInputs, write_report
@@ -56,7 +56,7 @@ def report(
 
 
 def _plan_note(run: Path) -> tuple[str, ...]:
-    """Says so where the surrogate was not cut at the transition point."""
+    """Returns a note if the surrogate was not cut at the transition point."""
     from zero_ds.model.layer_plan import read_surrogate
 
     plan = read_surrogate(run / "surrogate").plan
@@ -74,7 +74,7 @@ def _plan_note(run: Path) -> tuple[str, ...]:
 
 
 def _distilled(stages: dict[str, Path]) -> list[str]:
-    """Stages in which translators learned from the target's late layers, which the paper's do not."""
+    """Returns the stages whose translators learned from the target's late layers, which the paper's do not."""
     from zero_ds.grafting.graft import run_config
     from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 

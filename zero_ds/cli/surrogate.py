@@ -1,4 +1,4 @@
-"""`zero-ds surrogate`."""
+"""`zero-ds surrogate`: a small model cut from a full one."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ if TYPE_CHECKING:
 
 
 def surrogate(
-    out: Annotated[Path, typer.Option(help="Folder of the surrogate; new, unless it is only reported on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the surrogate; an existing one with --report alone.")],
     target: Annotated[
-        str | None, typer.Option(help="Full model: folder or hub id; left out, the one an existing --out was cut from.")
+        str | None,
+        typer.Option(help="Folder or hub id of the full model. Default: the one that an existing --out was cut from."),
     ] = None,
     replace: Annotated[
-        list[str] | None, typer.Option(help="Layers to replace, first:last, both included; may be given several times.")
+        list[str] | None, typer.Option(help="Layers to replace, first:last, both included; repeatable.")
     ] = None,
     from_trajectory: Annotated[
-        Path | None, typer.Option(help="Folder of `zero-ds trajectory`, whose proposal is taken.")
+        Path | None, typer.Option(help="Folder of a `zero-ds trajectory` run: replace the layers that it proposes.")
     ] = None,
-    translators: Annotated[int, typer.Option(help="Trainable layers that take the place of each range.", min=1)] = 1,
+    translators: Annotated[int, typer.Option(help="Number of trainable layers in place of each range.", min=1)] = 1,
     report: Annotated[
         bool,
-        typer.Option("--report", help="Print and write report.json: parameters, bytes, cost of a step, hashes."),
+        typer.Option(
+            "--report", help="Print a report and write it to report.json: parameters, bytes, cost of a step, hashes."
+        ),
     ] = False,
     kl: Annotated[
         Path | None,
-        typer.Option(help="With --report: text data, on which predictions are compared with the target's."),
+        typer.Option(help="With --report: text data on which predictions are compared with the target's."),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="With --kl: also compare with the translators of this run.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="With --kl: samples, chosen at random.", min=1)] = 64,
+    samples: Annotated[int, typer.Option(help="With --kl: number of samples, chosen at random.", min=1)] = 64,
 ) -> None:
-    """Cut a surrogate: keep early and last layers, replace the range between by trainable translators.
+    """Cut a surrogate: keep the early and the last layers, and replace the range between by trainable translators.
 
     The result is an ordinary Hugging Face folder. Tensors are streamed from file to file; no model is loaded.
+
+    Example: zero-ds surrogate --target meta-llama/Llama-3.1-8B-Instruct --replace 17:30 --out runs/T17-30
     """
     from zero_ds.model.decoders.folder import decoder_spans
     from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
@@ -61,7 +66,7 @@ def surrogate(
     if target is None and not only_report:
         raise ConfigError("say which model to cut: --target FOLDER_OR_ID.")
     folder = local_folder(target or (there.target if there else ""))
-    # everything that can be wrong is looked at before anything is written
+    # everything that can be wrong is checked before anything is written
     chosen = read_samples(folder, kl, count=samples, seed=0)[0] if kl is not None else []
     if not only_report:
         ranges = [proposed_range(from_trajectory, folder)] if from_trajectory else list(replace or ())
