@@ -18,7 +18,7 @@ from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import load_decoder
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.distillation import Teacher
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.losses import hidden_distillation_sum, logit_distillation_sum, next_token_sum, supervised_rows
@@ -254,7 +254,7 @@ def test_the_teacher_is_the_target_in_every_family(made: Callable[..., Path], tm
     with torch.no_grad():
         loss = model(ids, labels, mask).total
         mine = model.logits(model.hidden_states(ids, mask)[rows])
-        theirs = load_decoder(target, dtype=torch.float32).eval()(input_ids=ids, attention_mask=mask).logits[rows]
+        theirs = DecoderFolder(target).load(dtype=torch.float32).eval()(input_ids=ids, attention_mask=mask).logits[rows]
         expected = next_token_sum(mine, labels, rows) + logit_distillation_sum(mine, theirs)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     assert logit_distillation_sum(mine, theirs) > 1, "surrogate and target differ"

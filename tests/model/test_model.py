@@ -229,7 +229,7 @@ def test_weights_of_another_shape_are_refused(made: Callable[..., Path], tmp_pat
     shutil.copytree(made("llama", tied=True), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 52}))
-    with pytest.raises(ConfigError, match=r"weights in .* have other shapes than its config\.json says"):
+    with pytest.raises(ConfigError, match=r"weights in .* do not have the shapes that its config\.json describes"):
         build_model(ModelSpec(tmp_path / "model"))
 
 

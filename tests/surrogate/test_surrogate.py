@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.model.decoders import FAMILIES, family_of
-from zero_ds.model.decoders.folder import load_decoder
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import model_hash
 from zero_ds.runtime import safetensors as module
@@ -267,7 +267,7 @@ def test_the_text_tower_of_a_multimodal_class(made: Callable[..., Path], tmp_pat
     whole = Gemma3ForConditionalGeneration.from_pretrained(target, dtype=torch.float32).eval()
     vocabulary = whole.config.text_config.vocab_size
     expected = logits(whole, vocabulary)
-    loaded = load_decoder(target, dtype=torch.float32).eval()
+    loaded = DecoderFolder(target).load(dtype=torch.float32).eval()
     torch.testing.assert_close(logits(loaded, vocabulary), expected, atol=1e-6, rtol=1e-6)
 
     info = build_surrogate(target, [Replaced(2, 4)], tmp_path / "small")

@@ -28,17 +28,15 @@ class Decoder:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from zero_ds.model.decoders import family_of
-        from zero_ds.model.decoders.folder import text_config
+        from zero_ds.model.decoders.folder import DecoderFolder
         from zero_ds.model.layer_plan import LayerPlan, Replaced
 
-        config: Any = text_config(target)
+        folder = DecoderFolder(target)
+        config: Any = folder.text_config()
         self.depth = config.num_hidden_layers
-        self.family = family_of(target)
+        self.family = folder.family
         if cut is not None:
-            config.num_hidden_layers = LayerPlan(self.depth, (Replaced.parse(cut),)).surrogate_depth
-            if isinstance(types := getattr(config, "layer_types", None), list):
-                config.layer_types = types[: config.num_hidden_layers]
+            LayerPlan(self.depth, (Replaced.parse(cut),)).cut_(config, self.family.per_layer_config)
         self.layers = config.num_hidden_layers
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -69,10 +67,10 @@ class Decoder:
 
 
 def depth(target: Path) -> int:
-    """Layers of the full model."""
-    from zero_ds.model.decoders.folder import depth_of
+    """Returns the number of layers of the full model."""
+    from zero_ds.model.decoders.folder import DecoderFolder
 
-    return depth_of(target)
+    return DecoderFolder(target).depth
 
 
 def measured(
