@@ -1,4 +1,4 @@
-"""What `zero-ds surrogate --report` says, against a second way of counting and the definition of the divergence."""
+"""The report of `zero-ds surrogate --report`, against a second way of counting and the definition of the divergence."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_divergence_is_the_definition(made: Callable[..., Path], tmp_path: Path)
 
 
 def test_command_with_trained_translators(small: Path, run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Before and after a translator stage that trains on the target's own predictions: nearer than before."""
+    """A translator stage that trains on the target's own predictions brings the surrogate nearer to the target."""
     shutil.copytree(small, tmp_path / "small")
     answer = {"from": "gpt", "value": "yes, a red square."}
     rows = [{"id": str(i), "conversations": [{"from": "human", "value": f"is {i} red?"}, answer]} for i in range(12)]
@@ -142,4 +142,4 @@ def test_bad_input(made: Callable[..., Path], tmp_path: Path, trained: Path) -> 
     ):
         result = command("--out", out, *arguments)
         assert isinstance(result.exception, ValueError) and complaint in str(result.exception), result.output
-        assert not out.exists(), "what is wrong with the text is seen before the surrogate is cut"
+        assert not out.exists(), "errors in the text are found before the surrogate is cut"

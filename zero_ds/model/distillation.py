@@ -3,7 +3,7 @@
 The surrogate shares the target's layers before the first replaced one. The target's answer to a batch therefore costs
 only its layers from there on, which are run without gradient on the surrogate's own hidden states. Only the replaced
 layers are loaded; the kept ones are the surrogate's. On image batches this is on-policy: the translator is compared
-with what the target would do with exactly the features that the adapter produces now. In the encoder stage it follows
+with the target on exactly the features that the adapter produces now. In the encoder stage it follows
 the encoder in this way, instead of being frozen as in the paper, so that what helps with the surrogate also helps with
 the target.
 
@@ -46,7 +46,7 @@ class SurrogateTrace:
     entered: torch.Tensor | None = None
     """Hidden states before the first translator, detached: (batch, seq, hidden)."""
     learns_before: bool = False
-    """Whether those hidden states have a gradient, that is, whether something before the translators trains."""
+    """True if those hidden states have a gradient, that is, if something before the translators trains."""
     left: dict[int, torch.Tensor] = field(default_factory=dict)
     """Hidden states after each translator, by its layer number in the surrogate: (batch, seq, hidden)."""
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)

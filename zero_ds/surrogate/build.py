@@ -35,8 +35,8 @@ def build_surrogate(target: DecoderFolder | Path, replaced: Iterable[Replaced], 
     nothing is written.
 
     Raises:
-        ConfigError: ranges that do not fit, an `out` that holds something else, missing or damaged weights, too little
-            disk space.
+        ConfigError: ranges that do not fit, an `out` that holds something else, missing or damaged weights, or not
+            enough disk space.
     """
     target, existing = DecoderFolder.of(target), DecoderFolder(out)
     if existing.surrogate is not None:

@@ -1,4 +1,4 @@
-"""Reports what a surrogate keeps of its target, what it costs, and how far its predictions are from the target's."""
+"""Reports on a surrogate: the share of its target that it keeps, its cost, and the distance of its predictions."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def write_report(
 
 
 def audit(surrogate: DecoderFolder | Path, target: DecoderFolder | Path) -> dict[str, Any]:
-    """Counts what a surrogate keeps: parameters, bytes, FLOPs of a step, and the parts that an encoder relies on.
+    """Counts kept and dropped parameters, bytes and FLOPs, and compares the parts that an encoder relies on.
 
     Reads the headers and the word embeddings of both folders, and the texts whose hashes `same` compares. Loads no
     model.

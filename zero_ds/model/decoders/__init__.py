@@ -31,7 +31,7 @@ def family_of(folder: str | Path) -> Family:
 
 
 def family_of_type(model_type: str, folder: str | Path) -> Family:
-    """Returns the family that a `model_type` belongs to. folder: where it was found, for the error message.
+    """Returns the family that a `model_type` belongs to. `folder` only appears in the error message.
 
     Raises:
         ConfigError: it belongs to no family.

@@ -289,7 +289,7 @@ class DecoderFolder:
     def relied_on(self) -> dict[str, str]:
         """Hashes of the parts that an encoder trained against this decoder relies on.
 
-        These are `text_hashes` and, for a surrogate, `embeddings`.
+        These are `text_hashes` and, in a surrogate, also `embeddings`.
 
         Raises:
             ConfigError: a damaged file.

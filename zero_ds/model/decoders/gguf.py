@@ -36,7 +36,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not file.is_file():
-        raise ConfigError(f"there is no GGUF file {file}.")
+        raise ConfigError(f"the GGUF file {file} does not exist.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
