@@ -94,13 +94,13 @@ class Teacher(nn.Module):
     @contextmanager
     def watch(self, model: VisionLanguageModel) -> Iterator[SurrogateTrace]:
         """Yields a trace that a forward pass of `model` inside the context fills in."""
-        trace = SurrogateTrace()
+        trace, first = SurrogateTrace(), self.plan.late.start
 
         def before(index: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
                 others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 trace.arguments[self._surrogate_types[index]] = others
-                if index == self.plan.late.start:
+                if index == first:
                     hidden = args[0] if args else kwargs["hidden_states"]
                     trace.entered, trace.learns_before = hidden.detach(), hidden.requires_grad
 
@@ -158,10 +158,11 @@ class Teacher(nn.Module):
         """
         hidden = cast(torch.Tensor, trace.entered)
         layers = self.family.layers(model.decoder)
+        translators = self.plan.translators
         outputs = {}
         for index in self.plan.late:
             hidden = _run(layers[index], hidden, trace.arguments[self._surrogate_types[index]])
-            if index in self.plan.translators:
+            if index in translators:
                 outputs[index] = hidden
         return outputs, model.logits(self.family.norm(model.decoder)(hidden[rows]))
 
