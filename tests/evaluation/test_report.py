@@ -23,7 +23,7 @@ from zero_ds.evaluation.report import report as module
 from zero_ds.evaluation.report.inputs import ReportInputs
 from zero_ds.evaluation.report.rendering import markdown, unbroken
 from zero_ds.evaluation.report.report import FILES, write_report
-from zero_ds.evaluation.report.samples import Sample
+from zero_ds.evaluation.report.samples import Sample, draw_samples
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo
 from zero_ds.runtime.errors import ConfigError
 
@@ -222,10 +222,9 @@ def test_markdown_links_files_that_are_there(make: Make) -> None:
 
 def test_samples_are_drawn_by_seed_not_by_answer(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Sample]] = []
-    samples = module.draw_samples
 
     def spy(*arguments: Any) -> Any:
-        seen.append(samples(*arguments))
+        seen.append(draw_samples(*arguments))
         return seen[-1]
 
     monkeypatch.setattr(module, "draw_samples", spy)
