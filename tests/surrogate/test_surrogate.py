@@ -18,6 +18,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pace import scaled
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -129,7 +130,7 @@ def test_several_translators_start_from_equal_parts() -> None:
 @pytest.mark.parametrize(
     ("ranges", "complaint"),
     [
-        ([(2, 6)], "layers 2:6 are not inside the model's layers 0:5; choose both in it."),
+        ([(2, 6)], "layers 2:6 are not inside the model's layers 0:5; choose both from them."),
         ([(-1, 2)], "layers -1:2 are not inside"),
         ([(3, 2)], "layers 3:2 are not inside"),
         ([(0, 2), (2, 4)], "the ranges 0:2 and 2:4 overlap; separate them."),
@@ -153,7 +154,7 @@ def test_parse(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "40", "40-78", "40:", ":78", "a:b", "40:78:80", "-1:2", "4.0:5"])
 def test_parse_refuses(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no layer range; write first:last"):
+    with pytest.raises(ConfigError, match="is not a layer range; write first:last"):
         Replaced.parse(text)
 
 
@@ -571,7 +572,7 @@ def test_a_signal_to_end_leaves_nothing(made: Callable[..., Path], tmp_path: Pat
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "copying\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(scaled(60)) == 128 + signal.SIGTERM
     assert folders(tmp_path) == []
 
 
@@ -631,7 +632,7 @@ def test_damaged_surrogate_json(tmp_path: Path, text: str) -> None:
 
 
 def test_no_surrogate(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="make one with `zero-ds surrogate`"):
+    with pytest.raises(ConfigError, match="build one with `zero-ds surrogate`"):
         read_surrogate(tmp_path)
 
 

@@ -31,7 +31,7 @@ from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.precision import fast_dtype
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def evaluate_records(
     options = options or RecordOptions()
     dtype = options.dtype or fast_dtype()
     questions = read_records(records, limit_images=options.limit_images)
-    checkpoint = find_commit(weights)
+    checkpoint = find_checkpoint(weights)
     config = run_config(checkpoint)
     if config.encoder is None:
         raise ConfigError(f"{weights} has no vision encoder; name the run of a stage that has one, such as `encoder`.")

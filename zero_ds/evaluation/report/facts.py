@@ -15,7 +15,7 @@ from zero_ds.evaluation.report.findings import findings
 from zero_ds.evaluation.report.inputs import ReportInputs
 from zero_ds.model.layer_plan import SurrogateInfo, read_surrogate
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import Commit, find_commit, versions
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint, versions
 from zero_ds.training.monitor import read_metrics
 
 
@@ -27,7 +27,7 @@ def facts(inputs: ReportInputs, evaluations: Mapping[str, Evaluation]) -> dict[s
     """
     scores = summary(evaluations)
     sentences = findings(scores)
-    checkpoints = {stage: find_commit(run) for stage, run in inputs.stages.items()}
+    checkpoints = {stage: find_checkpoint(run) for stage, run in inputs.stages.items()}
     surrogate = read_surrogate(inputs.surrogate) if inputs.surrogate else None
     transition = _transition(inputs.trajectory) if inputs.trajectory else None
     return {
@@ -84,7 +84,7 @@ def step_seconds(run: Path) -> float | None:
     return round(statistics.median(seconds[1:] or seconds), 4)
 
 
-def _checkpoint_bytes(checkpoint: Commit) -> dict[str, int | None]:
+def _checkpoint_bytes(checkpoint: Checkpoint) -> dict[str, int | None]:
     return {
         "weights": _size(checkpoint.folder / "weights.safetensors"),
         "resume": _size(checkpoint.folder / "resume"),
@@ -98,7 +98,7 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _parameters(surrogate: SurrogateInfo | None, checkpoints: Mapping[str, Commit]) -> dict[str, Any]:
+def _parameters(surrogate: SurrogateInfo | None, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
     """Returns numbers of parameters: of the full model, of the surrogate, and trained in each stage."""
     return {
         "full": surrogate.target_parameters if surrogate else None,
@@ -121,7 +121,7 @@ def _stored_parameters(path: Path) -> int:
         raise ConfigError(f"{path} cannot be read ({error}); use another checkpoint.") from None
 
 
-def _seeds(inputs: ReportInputs, checkpoints: Mapping[str, Commit], grafted: Evaluation) -> dict[str, Any]:
+def _seeds(inputs: ReportInputs, checkpoints: Mapping[str, Checkpoint], grafted: Evaluation) -> dict[str, Any]:
     return {
         **{stage: checkpoint.manifest["config"]["seed"] for stage, checkpoint in checkpoints.items()},
         "shuffled pictures": grafted.setting.get("seed"),

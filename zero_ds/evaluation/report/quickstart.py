@@ -11,7 +11,7 @@ from zero_ds.evaluation.report.inputs import ReportInputs
 from zero_ds.evaluation.report.report import write_report
 from zero_ds.grafting.graft import run_config
 from zero_ds.model.layer_plan import read_surrogate
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 from zero_ds.training.planning.cost import encoder_step_ratio
 
 STAGES = ("translator", "pretrain", "encoder")
@@ -67,7 +67,7 @@ def _cut_note(run: Path) -> tuple[str, ...]:
         transition = json.loads((run / "trajectory/trajectory.json").read_text(encoding="utf-8"))["transition"]["layer"]
     except (OSError, ValueError, KeyError):
         return ()
-    if transition is None or transition == plan.replaced[0].first:
+    if transition is None or transition == plan.first_replaced:
         return ()
     return (
         f"The surrogate {plan} was not cut at layer {transition}, the transition point that the trajectory shows; "
@@ -77,7 +77,7 @@ def _cut_note(run: Path) -> tuple[str, ...]:
 
 def _distilled_stages(stages: Mapping[str, Path]) -> list[str]:
     """Returns the stages in which translators learned from the target's late layers, an option beyond the paper."""
-    return [stage for stage, folder in stages.items() if run_config(find_commit(folder)).distill.active]
+    return [stage for stage, folder in stages.items() if run_config(find_checkpoint(folder)).distill.active]
 
 
 def _distillation_note(stages: list[str]) -> tuple[str, ...]:
