@@ -43,7 +43,8 @@ settings.register_profile(
 settings.load_profile("zero_ds")
 
 
-LONG = ("nodes", "failure", "kill", "mixed", "engine", "fp16", "packing", "train", "plan", "pains", "real_model")
+LONG = ("failure", "nodes", "pipeline", "kill", "engine", "vision_suites", "mixed", "real_model", "export", "distill")
+LONG += ("plan", "train", "packing", "recipes", "text_suites", "pains")
 """Files that take longest: begun first, so that no worker ends with one of them alone."""
 
 _STARTED = time.monotonic()

@@ -189,7 +189,7 @@ class _Interrupts:
 _interrupts = _Interrupts()
 
 
-PATIENCE = 20.0
+PATIENCE = float(os.environ.get("ZERO_DS_STOP_PATIENCE", "20"))
 """Seconds that a command gets to end by itself, with a commit, after it was asked to."""
 
 
