@@ -59,6 +59,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         patience = scaled(100)  # a busy machine is no dead one
         patch.setenv("ZERO_DS_NODE_PATIENCE", str(patience))  # the launcher's
         patch.setattr("zero_ds.cluster.ssh.PATIENCE", patience)
+        patch.setattr("zero_ds.cluster.doctor.RANKS_TIMEOUT", scaled(240))
         yield both
     both.stop()
 
