@@ -23,9 +23,9 @@ from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN
 from zero_ds.data.loader import Loader
 from zero_ds.data.samples import EncodedSample
 from zero_ds.data.sources import Records
+from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.decoders.base import Family
-from zero_ds.model.vlm import Assembly, assemble, sample_encoder
 from zero_ds.training.setup import build
 
 LIMIT = 100
@@ -87,7 +87,7 @@ def family_attentions(kind: str) -> list[str]:
 @pytest.mark.parametrize(("kind", "attention"), [(k, a) for k in KINDS for a in family_attentions(k)])
 def test_samples_of_a_row_do_not_see_each_other(made: Callable[..., Path], kind: str, attention: str) -> None:
     """Hidden states in a packed row equal those of the sample alone: 1e-5 in float32."""
-    model = assemble(Assembly(made(kind, tied=True), attention=attention)).eval()
+    model = build_model(ModelSpec(made(kind, tied=True), attention=attention)).eval()
     samples = encoded(1, [30, 11, 47, 5, 20], [0] * 5)
     packed = collate_rows([samples[:2], samples[2:]], 0, None)
     with torch.no_grad():
@@ -195,8 +195,8 @@ def stream(made: Callable[..., Path], data: Path) -> Callable[..., Loader]:
         nonlocal encoder, run
         if encoder is None:
             clip = made("clip")
-            model = assemble(
-                Assembly(
+            model = build_model(
+                ModelSpec(
                     target, encoder=clip, encoder_config=EncoderConfig(path=str(clip)), adapter_config=AdapterConfig()
                 )
             )

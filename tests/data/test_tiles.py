@@ -20,7 +20,7 @@ from zero_ds.config.schema import AdapterConfig, DataConfig, EncoderConfig, RunC
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.data.sources import Records, Sample
 from zero_ds.grafting.generate import Answerer, Query
-from zero_ds.model.vlm import Assembly, assemble, sample_encoder
+from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.runtime.errors import ConfigError
 
 GRID = [[1, 2], [2, 1], [2, 2]]
@@ -49,7 +49,7 @@ def data_of(pictures: Path, **more: Any) -> dict[str, Any]:
 def parts(made: Callable[..., Path], pictures: Path) -> Any:
     target, clip = made("llama", tied=True), made("clip")
     encoder = EncoderConfig(path=str(clip))
-    model = assemble(Assembly(target, encoder=clip, encoder_config=encoder, adapter_config=AdapterConfig())).eval()
+    model = build_model(ModelSpec(target, encoder=clip, encoder_config=encoder, adapter_config=AdapterConfig())).eval()
     return model, sample_encoder(model, target, clip, DataConfig.model_validate(data_of(pictures)))
 
 

@@ -25,7 +25,7 @@ from zero_ds.export.source import open_source
 from zero_ds.grafting.generate import Answerer
 from zero_ds.grafting.graft import load_graft
 from zero_ds.grafting.named_model import find_model, load_model
-from zero_ds.model.vlm import sample_encoder
+from zero_ds.model.build import sample_encoder
 
 GRID = ((1, 2), (2, 1), (2, 2))
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}

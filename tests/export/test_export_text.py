@@ -15,7 +15,7 @@ from zero_ds.data.conversations import IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Sample
 from zero_ds.export.text import chat_template
-from zero_ds.model.decoders.folder import for_templates_, for_texts_
+from zero_ds.grafting.tokenizers import for_templates_, for_texts_
 
 TOKENIZER = tiny.tokenizer()
 TOKEN = "<reponame>"

@@ -20,10 +20,11 @@ from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.data.sources import Records
 from zero_ds.grafting.graft import compatibility, load_graft, load_trained, run_config
-from zero_ds.model.decoders.folder import target_hash
-from zero_ds.model.vlm import VisionLanguageModel, sample_encoder
+from zero_ds.model.build import sample_encoder
+from zero_ds.model.loading import model_hash
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 
 
 def sample(model: VisionLanguageModel, made: Callable[..., Path], data: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +103,7 @@ def test_another_width_is_refused(trained: Path, made: Callable[..., Path], tmp_
     with pytest.raises(ConfigError, match="hidden size is 64, trained with 32"):
         load_graft(trained / "encoder", folder)
     report = {
-        check.name: check.fits for check in compatibility(find_commit(trained / "encoder"), folder, thorough=True)
+        check.name: check.fits for check in compatibility(find_checkpoint(trained / "encoder"), folder, thorough=True)
     }
     assert {name for name, fits in report.items() if not fits} == {"hidden-size", "target"}
     assert "embeddings" not in report and "kept-layers" not in report, "of another width nothing more is compared"
@@ -149,7 +150,7 @@ def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path
     commit, target = tmp_path / "early", made("llama", tied=True)
     shutil.copytree(trained / "encoder" / "step-000002", commit)
     manifest = json.loads((commit / "manifest.json").read_text())
-    early = {"target_hash": target_hash(target, "0" * 32), "encoder_hash": target_hash(made("clip"), "0" * 32)}
+    early = {"target_hash": model_hash(target, "0" * 32), "encoder_hash": model_hash(made("clip"), "0" * 32)}
     assert all(manifest[name] != taken for name, taken in early.items())
     (commit / "manifest.json").write_text(json.dumps({**manifest, **early}))
     report, _ = graft(commit, target)
@@ -158,7 +159,7 @@ def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path
 
 
 def test_the_configuration_is_in_the_commit(trained: Path) -> None:
-    config = run_config(find_commit(trained / "encoder"))
+    config = run_config(find_checkpoint(trained / "encoder"))
     assert (config.stage, config.init_from) == ("encoder", (str(trained / "pretrain"),))
 
 

@@ -1,4 +1,4 @@
-"""LoRA: without effect at first, on the layers that were asked for, saved whole under ZeRO-3, merged when grafted."""
+"""LoRA has no effect at first, is on the requested layers, is saved whole under ZeRO-3, and is merged in a graft."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from zero_ds.config.schema import LoraConfig, RunConfig
 from zero_ds.model import lora
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES, family_of
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -21,7 +22,7 @@ from zero_ds.runtime.errors import ConfigError
 def build(made: Callable[..., Path]) -> Callable[..., VisionLanguageModel]:
     def make(family: str = "llama", **options: object) -> VisionLanguageModel:
         config = LoraConfig.model_validate(options) if options else None
-        return assemble(Assembly(made(family, tied=True), lora=config)).eval()
+        return build_model(ModelSpec(made(family, tied=True), lora=config)).eval()
 
     return make
 
@@ -75,7 +76,7 @@ def test_what_the_decoder_does_not_have(
 
 @pytest.fixture(scope="module")
 def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Decoder stage with LoRA from a trained encoder: with ZeRO-2 and ZeRO-3, in one go and resumed on one rank."""
+    """Runs the decoder stage with LoRA from a trained encoder: with ZeRO-2, with ZeRO-3, and resumed on one rank."""
     import shutil
 
     root = tmp_path_factory.mktemp("lora")
@@ -116,16 +117,16 @@ def test_a_graft_with_merged_adapters_answers_like_the_model_in_training(
     runs: Path, made: Callable[..., Path], small: Path
 ) -> None:
     from zero_ds.grafting.graft import load_graft, load_trained, run_config
-    from zero_ds.training.checkpoint.checkpoint import find_commit, load_weights_
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint, load_weights_
 
     target = made("llama", tied=True)
     merged = load_graft(runs / "zero3", target)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    unmerged = assemble(Assembly(target, lora=run_config(find_commit(runs / "zero3")).lora)).eval()
-    commit = find_commit(runs / "zero3")
+    unmerged = build_model(ModelSpec(target, lora=run_config(find_checkpoint(runs / "zero3")).lora)).eval()
+    commit = find_checkpoint(runs / "zero3")
     load_weights_(unmerged.named_targets(), commit, skip=lambda name: not name.startswith("lora."))
     torch.testing.assert_close(said(merged), said(unmerged), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(said(merged), said(assemble(Assembly(target)).eval()), atol=1e-3), "they do something"
+    assert not torch.allclose(said(merged), said(build_model(ModelSpec(target)).eval()), atol=1e-3), "they do something"
     with pytest.raises(ConfigError, match=r"was trained with LoRA on its target, and .* is a surrogate"):
         load_trained(runs / "zero3", small)
 

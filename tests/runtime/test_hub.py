@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zero_ds.model.decoders.folder import load_complete, target_hash
 from zero_ds.model.encoders import encoder_of
+from zero_ds.model.loading import load_complete, model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
 
@@ -53,7 +53,7 @@ def test_weights_in_a_pickle_become_safetensors_once(hub: Path, made: Callable[.
     assert tensors and all(torch.equal(module.state_dict()[name], tensor) for name, tensor in tensors.items())
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert local_folder("openai/clip") == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
-    assert target_hash(folder) and (folder / "preprocessor_config.json").is_file()
+    assert model_hash(folder) and (folder / "preprocessor_config.json").is_file()
 
 
 def test_a_repository_with_safetensors_is_used_as_it_is(hub: Path, made: Callable[..., Path], tmp_path: Path) -> None:

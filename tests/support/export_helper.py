@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pace import scaled
 from safetensors.torch import save_file
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import target_hash
-from zero_ds.model.vlm import Assembly, assemble
+from zero_ds.model.loading import model_hash
 from zero_ds.training.checkpoint.checkpoint import manifest_of
 from zero_ds.training.setup import plan_of
 from zero_ds.training.stages import trained_parts
@@ -28,8 +29,8 @@ def write_run(config: RunConfig, decoder: Path, noise: float = 0.05) -> Path:
     """`config.out` as a finished run of one step on `decoder`, in which every trained tensor has moved."""
     assert config.encoder is not None
     encoder, target = Path(config.encoder.path), Path(config.target)
-    model = assemble(
-        Assembly(decoder, encoder, config.encoder, config.adapter, torch.float32, seed=1, lora=config.lora)
+    model = build_model(
+        ModelSpec(decoder, encoder, config.encoder, config.adapter, torch.float32, seed=1, lora=config.lora)
     )
     torch.manual_seed(2)
     tensors = {}
@@ -43,8 +44,8 @@ def write_run(config: RunConfig, decoder: Path, noise: float = 0.05) -> Path:
         **manifest_of(config),
         "family": family_of(target).name,
         "target": config.target,
-        "target_hash": target_hash(target),
-        "encoder_hash": target_hash(encoder),
+        "target_hash": model_hash(target),
+        "encoder_hash": model_hash(encoder),
         "plan": plan_of(model),
         "step": 1,
         "versions": {},
@@ -102,7 +103,12 @@ def run_alone(script: str, folder: Path) -> str:
 
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
-        [sys.executable, "-c", ALONE + script], capture_output=True, text=True, cwd=folder, env=environment, timeout=240
+        [sys.executable, "-c", ALONE + script],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=scaled(240),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -18,8 +18,8 @@ from test_packing import encoded
 
 from zero_ds.config.schema import EncoderConfig, RunConfig
 from zero_ds.data.batches import collate, collate_rows
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.vlm import Assembly, assemble
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options import compilation
@@ -61,7 +61,7 @@ def test_what_zero3_gathers_is_not_compiled(run_config: Callable[..., RunConfig]
 def test_a_compiled_decoder_learns_the_same(made: Callable[..., Path], family: str) -> None:
     """Padded and packed rows of several lengths, everything trained, then the decoder frozen and recomputed."""
     compiled, plain = (
-        assemble(Assembly(made(family, tied=True), made("clip"), EncoderConfig(path=str(made("clip"))), seed=1))
+        build_model(ModelSpec(made(family, tied=True), made("clip"), EncoderConfig(path=str(made("clip"))), seed=1))
         for _ in range(2)
     )
     layers = list(compiled.family.layers(compiled.decoder))

@@ -26,9 +26,10 @@ from test_packing import encoded
 
 from zero_ds.config.schema import EncoderConfig, RunConfig
 from zero_ds.data.batches import collate, collate_rows
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.distillation import Teacher
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.options import liger as kernels
@@ -66,7 +67,7 @@ def train_without_interpreter(config: RunConfig) -> list[str]:
 
 def tiny_model(made: Callable[..., Path], decoder: Path) -> VisionLanguageModel:
     clip = made("clip")
-    return assemble(Assembly(decoder, clip, EncoderConfig(path=str(clip)), seed=1))
+    return build_model(ModelSpec(decoder, clip, EncoderConfig(path=str(clip)), seed=1))
 
 
 @interpreted

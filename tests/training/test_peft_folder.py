@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from zero_ds.cli.main import app
 from zero_ds.config.schema import RunConfig
 from zero_ds.grafting.graft import load_graft
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.build import ModelSpec, build_model
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import CheckpointError
 from zero_ds.training.checkpoint.peft_folder import load_peft_, write_peft_folder
@@ -73,7 +74,7 @@ def test_a_run_starts_from_what_peft_saved(runs: Path, from_peft: Path, made: Ca
     target = made("llama", tied=True)
     theirs = said_by_peft(target, from_peft)
     torch.testing.assert_close(said(load_graft(runs / "still", target)), theirs, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(theirs, said(assemble(Assembly(target)).eval()), atol=1e-2), "they do something"
+    assert not torch.allclose(theirs, said(build_model(ModelSpec(target)).eval()), atol=1e-2), "they do something"
 
 
 def test_peft_loads_what_a_run_trained(runs: Path, made: Callable[..., Path], tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_peft_loads_what_a_run_trained(runs: Path, made: Callable[..., Path], tm
 
     from zero_ds.config.schema import LoraConfig as Ours
 
-    again = assemble(Assembly(target, lora=Ours.model_validate(LORA))).eval()
+    again = build_model(ModelSpec(target, lora=Ours.model_validate(LORA))).eval()
     assert len(load_peft_(again, tmp_path / "peft", Ours.model_validate(LORA))) == 8
     torch.testing.assert_close(said(again), ours, atol=1e-5, rtol=1e-5)
     with pytest.raises(ConfigError, match="already exists"):
@@ -150,7 +151,7 @@ def test_what_does_not_fit(case: str, from_peft: Path, made: Callable[..., Path]
     shutil.copytree(from_peft, folder)
     change(folder)
     config = Ours.model_validate(options) if options else None
-    model = assemble(Assembly(made("llama", tied=True), lora=config))
+    model = build_model(ModelSpec(made("llama", tied=True), lora=config))
     with pytest.raises((ConfigError, CheckpointError), match=complaint) as caught:
         load_peft_(model, folder, config)
     assert "\n" not in str(caught.value)

@@ -20,9 +20,10 @@ from torch import nn
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
 from zero_ds.data.batches import collate
 from zero_ds.grafting.graft import load_trained
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.distillation import Teacher
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
@@ -70,7 +71,7 @@ def test_a_layer_multiplies_with_rounded_weights(dtype: torch.dtype, bias: bool)
 
 def model_on(made: Callable[..., Path], decoder: Path) -> VisionLanguageModel:
     clip = made("clip")
-    return assemble(Assembly(decoder, clip, EncoderConfig(path=str(clip)), seed=1))
+    return build_model(ModelSpec(decoder, clip, EncoderConfig(path=str(clip)), seed=1))
 
 
 def learned(model: VisionLanguageModel, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:

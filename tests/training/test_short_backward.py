@@ -14,7 +14,8 @@ from distributed_helper import run_ranks, train_all
 from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.build import ModelSpec, build_model
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training import stages
 from zero_ds.training.options.recompute import recompute_
 from zero_ds.training.planning.cost import StepCost
@@ -23,8 +24,8 @@ from zero_ds.training.planning.cost import StepCost
 def model_of(config: RunConfig) -> VisionLanguageModel:
     """The run's model, and what trains in it."""
     assert config.encoder is not None
-    model = assemble(
-        Assembly(
+    model = build_model(
+        ModelSpec(
             decoder=Path(str(config.surrogate)),
             encoder=Path(config.encoder.path),
             encoder_config=config.encoder,

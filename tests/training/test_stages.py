@@ -10,8 +10,9 @@ import pytest
 from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, RunConfig
+from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.layer_plan import Replaced
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
 from zero_ds.training import stages
@@ -91,7 +92,7 @@ def model(made: Callable[..., Path], tmp_path: Path) -> Callable[..., VisionLang
             build_surrogate(folder, [Replaced(1, 2), Replaced(4, 5, 2)], tmp_path / "small")
             folder = tmp_path / "small"
         clip = made("clip")
-        return assemble(Assembly(folder, clip, EncoderConfig(path=str(clip), **encoder)))
+        return build_model(ModelSpec(folder, clip, EncoderConfig(path=str(clip), **encoder)))
 
     return build
 

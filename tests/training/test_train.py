@@ -168,8 +168,8 @@ def test_a_commit_holds_what_was_trained_and_nothing_else(runs: Path, small: Pat
 
 def test_run_folder_and_manifest(runs: Path, made: Callable[..., Path], small: Path) -> None:
     from zero_ds.config.loading import load_run
-    from zero_ds.model.decoders.folder import target_hash
     from zero_ds.model.layer_plan import read_surrogate
+    from zero_ds.model.loading import model_hash
 
     run = runs / "zero2"
     assert (run / "latest").read_text() == "step-000006\n"
@@ -189,8 +189,8 @@ def test_run_folder_and_manifest(runs: Path, made: Callable[..., Path], small: P
     manifest = json.loads((run / "step-000006" / "manifest.json").read_text())
     assert RunConfig.model_validate(manifest["config"]) == config
     assert manifest["fingerprint"] == config.fingerprint()
-    assert manifest["target_hash"] == target_hash(made("llama", tied=True))
-    assert manifest["encoder_hash"] == target_hash(made("clip"))
+    assert manifest["target_hash"] == model_hash(made("llama", tied=True))
+    assert manifest["encoder_hash"] == model_hash(made("clip"))
     assert manifest["precision"] == "float32", "what `auto` was resolved to; another machine may not go on in another"
     assert manifest["plan"] == read_surrogate(small).plan.to_json()
     assert (manifest["stage"], manifest["step"], manifest["family"]) == ("pretrain", 6, "llama")

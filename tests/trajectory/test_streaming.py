@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.model.decoders import FAMILIES, family_of
-from zero_ds.model.decoders.folder import load_decoder, load_tokenizer
+from zero_ds.model.decoders.folder import load_decoder
+from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory import lens, streaming
 from zero_ds.trajectory.lens import Floats, TokenSample, check_lens, measure

@@ -22,7 +22,7 @@ from zero_ds.data.conversations import ChatTemplate, EncodedConversation
 from zero_ds.data.loader import Loader
 from zero_ds.data.samples import EncodedSample, SampleEncoder
 from zero_ds.data.sources import Records, Sample
-from zero_ds.model.decoders.folder import load_tokenizer
+from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.hub import local_folder
 
 

@@ -28,12 +28,12 @@ from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
-from zero_ds.model.decoders.folder import load_tokenizer
+from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.hub import local_folder
 
 START = """
 import json, sys, time
-from zero_ds.config import SourceConfig
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.sources import Records
 started = time.perf_counter()
 records = Records([SourceConfig(path=sys.argv[1])])

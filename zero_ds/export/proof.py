@@ -23,7 +23,8 @@ from zero_ds.export.source import Source
 from zero_ds.export.tensors import read, values
 from zero_ds.export.text import Texts
 from zero_ds.grafting.graft import load_trained
-from zero_ds.model.vlm import VisionLanguageModel, sample_encoder
+from zero_ds.model.build import sample_encoder
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Span, Tensor, shard_files, spans
 from zero_ds.training.checkpoint.checkpoint import versions

@@ -10,8 +10,9 @@ from typing import Any
 from zero_ds.config.schema import DataConfig
 from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate, read_template
 from zero_ds.export.source import Source
+from zero_ds.grafting.tokenizers import for_templates_
 from zero_ds.model.decoders import Family
-from zero_ds.model.decoders.folder import for_templates_, load_tokenizer
+from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.errors import ConfigError
 
 

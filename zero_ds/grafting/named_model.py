@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 
-from zero_ds.config.schema import AdapterConfig, DataConfig, EncoderConfig
+from zero_ds.config.schema import DataConfig, EncoderConfig
 from zero_ds.data.conversations import WRAPPERS
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.grafting.engines.offload import spread_
 from zero_ds.grafting.graft import load_graft, load_trained, run_config
+from zero_ds.grafting.tokenizers import for_texts_
+from zero_ds.model.build import ModelSpec, Modules, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import for_texts_, load_complete, target_hash
 from zero_ds.model.encoders import ENCODERS
-from zero_ds.model.vlm import Assembly, VisionLanguageModel, assemble, sample_encoder
+from zero_ds.model.loading import load_complete, model_hash
+from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.checkpoint import Commit, find_commit
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
 from zero_ds.training.stages import decoder_folder
 
 EXPORT = "llava"
@@ -36,7 +37,7 @@ class NamedModel:
     kind: Literal["target", "surrogate", "trained", "graft", "export"]
     folder: Path
     """The decoder's folder; an export's own."""
-    commit: Commit | None = None
+    commit: Checkpoint | None = None
     """Where encoder and adapter come from, if a run was named."""
 
     @property
@@ -47,7 +48,7 @@ class NamedModel:
     def identity(self) -> dict[str, Any]:
         """Kind, folders and hashes: what a result says about the model that it was measured on."""
         found: dict[str, Any] = {"name": self.name, "kind": self.kind, "decoder": str(self.folder)}
-        found["decoder_hash"] = target_hash(self.folder)
+        found["decoder_hash"] = model_hash(self.folder)
         if self.commit is not None:
             found |= {"weights": str(self.commit.folder), "step": self.commit.step}
             found["weights_sha256"] = self.commit.manifest.get("weights_sha256")
@@ -84,7 +85,7 @@ def find_model(name: str, target: str | None = None) -> NamedModel:
     """
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():
-        commit = find_commit(folder)
+        commit = find_checkpoint(folder)
         decoder = local_folder(target or decoder_folder(run_config(commit)))
         grafted = target is not None and not (decoder / "surrogate.json").is_file()
         return NamedModel(name, "graft" if grafted else "trained", decoder, commit)
@@ -122,7 +123,7 @@ def load_model(
     if named.kind == "export":
         model, encoder = _load_export(named.folder, dtype, attention)
     elif named.commit is None:
-        model = assemble(Assembly(decoder=named.folder, dtype=dtype, attention=attention)).eval()
+        model = build_model(ModelSpec(decoder=named.folder, dtype=dtype, attention=attention)).eval()
         encoder = sample_encoder(model, named.folder, None, DataConfig())
     else:
         config = run_config(named.commit)
@@ -158,16 +159,15 @@ def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Visi
     setattr(decoder, family.backbone, llava.model.language_model)
     decoder.set_output_embeddings(llava.lm_head)
     decoder.generation_config = llava.generation_config
-    model = VisionLanguageModel(
-        decoder,
-        family,
-        encoder=llava.model.vision_tower,
-        encoder_family=tower,
-        encoder_config=EncoderConfig(path=str(folder), feature_layer=config.vision_feature_layer),
-        adapter_config=AdapterConfig(),
+    model = build_model(
+        ModelSpec(
+            Modules(decoder, family, llava.model.vision_tower, tower),
+            encoder_config=EncoderConfig(path=str(folder), feature_layer=config.vision_feature_layer),
+        )
     )
+    assert model.adapter is not None
     projector = llava.model.multi_modal_projector
-    model.adapter = nn.Sequential(projector.linear_1, nn.GELU(), projector.linear_2)
+    model.adapter[0], model.adapter[2] = projector.linear_1, projector.linear_2
     encoder = sample_encoder(model.eval(), folder, folder, DataConfig())
     for_texts_(encoder.template.tokenizer)
     wrapped = WRAPPERS[0].split("{image}")[0] in str(encoder.template.tokenizer.chat_template)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from zero_ds.config.schema import RunConfig
-from zero_ds.model import lora
-from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import text_config
-from zero_ds.model.encoders import encoder_of, vision_config
-from zero_ds.model.layer_plan import LayerPlan, read_surrogate
+from zero_ds.model.build import ModelSpec, build_model
+from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.hub import local_folder
 from zero_ds.training import stages
@@ -24,35 +20,21 @@ def blueprint(config: RunConfig, plan: LayerPlan | None = None) -> VisionLanguag
     Raises:
         ConfigError: a folder that is not there, or an unknown family.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    target = local_folder(config.target)
-    folder = target
+    folder = DecoderFolder(local_folder(config.target))
     if stages.decoder_kind(config) == "surrogate" and config.surrogate:
-        folder = local_folder(config.surrogate)
-        plan = read_surrogate(folder).plan
-    text = text_config(folder)
-    if folder == target and plan is not None:
-        text.num_hidden_layers = plan.surrogate_depth
-    encoder = encoder_family = None
-    with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(text)
-        if config.encoder is not None and stages.STAGES[config.stage].vision:
-            where = local_folder(config.encoder.path)
-            encoder_family = encoder_of(where)
-            encoder = AutoModel.from_config(vision_config(where))
-        model = VisionLanguageModel(
-            decoder,
-            family_of(folder),
-            plan=plan,
-            encoder=encoder,
-            encoder_family=encoder_family,
-            encoder_config=config.encoder if encoder is not None else None,
+        folder, plan = DecoderFolder(local_folder(config.surrogate)), None
+    sees = config.encoder is not None and stages.STAGES[config.stage].vision
+    return build_model(
+        ModelSpec(
+            folder,
+            encoder=local_folder(config.encoder.path) if config.encoder is not None and sees else None,
+            encoder_config=config.encoder,
             adapter_config=config.adapter,
+            lora=config.lora,
+            plan=plan,
+            on_meta=True,
         )
-        if config.lora is not None:
-            lora.inject_(decoder, model.family, config.lora, torch.float32)
-    return model
+    )
 
 
 def weights_names(model: VisionLanguageModel, parts: tuple[stages.Part, ...]) -> dict[str, str]:

@@ -21,8 +21,9 @@ from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import ChatTemplate, cut_turns
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records, Sample
-from zero_ds.model.decoders.folder import load_tokenizer, target_hash, text_config
+from zero_ds.model.decoders.folder import text_config
 from zero_ds.model.layer_plan import LayerPlan, Replaced
+from zero_ds.model.loading import load_tokenizer, model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import new_folder
 from zero_ds.trajectory.lens import Floats, TokenSample, batches, padded, progress
@@ -134,7 +135,7 @@ def proposed_range(folder: Path, model: Path) -> str:
         replace = str(proposed["replace"]) if proposed else None
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder} holds no readable trajectory.json; run `zero-ds trajectory` first.") from None
-    if measured != target_hash(model, like=str(measured)):
+    if measured != model_hash(model, like=str(measured)):
         raise ConfigError(f"{path} was measured on another model ({content.get('model')}); measure this one.")
     if replace is None:
         raise ConfigError(f"{path} proposes no layers: {verdict} Give --replace.")

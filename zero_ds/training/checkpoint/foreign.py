@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import relied_on, target_hash
+from zero_ds.model.decoders.folder import relied_on
 from zero_ds.model.layer_plan import LayerPlan
+from zero_ds.model.loading import model_hash
 from zero_ds.runtime.files import new_folder, write_atomically
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.tensor_stream import SafetensorsStream
+from zero_ds.runtime.safetensors import SafetensorsStream
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, manifest_of, sync_folder, versions
 from zero_ds.training.checkpoint.optimizer_state import PIECE
@@ -44,8 +45,8 @@ def identity(config: RunConfig, plan: LayerPlan | None) -> dict[str, Any]:
     return {
         "family": family_of(target).name,
         "target": config.target,
-        "target_hash": target_hash(target),
-        "encoder_hash": target_hash(local_folder(config.encoder.path)) if with_encoder and config.encoder else None,
+        "target_hash": model_hash(target),
+        "encoder_hash": model_hash(local_folder(config.encoder.path)) if with_encoder and config.encoder else None,
         "plan": plan.to_json() if plan else None,
         "relies_on": relied_on(local_folder(config.surrogate) if trained_in and config.surrogate else target),
     }

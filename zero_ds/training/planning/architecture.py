@@ -10,21 +10,19 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.model import lora
-from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import depth_of, text_config
-from zero_ds.model.encoders import encoder_of, vision_config
+from zero_ds.model.build import ModelSpec, build_model
+from zero_ds.model.decoders.folder import depth_of
 from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.options.int8 import quantize_
+from zero_ds.training.planning.cost import StepCost
 
 SHIPPED = Path(__file__).parent / "architectures"
 
@@ -70,6 +68,11 @@ class Architecture:
         """Of them where they are whole: those in 8 bits have one each."""
         own = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         return own + self.replaced * (1 if self.int8 else self.dtype.itemsize)
+
+    @cached_property
+    def cost(self) -> StepCost:
+        """FLOPs of a step. Counting them walks over all parameters, and a plan asks for them hundreds of times."""
+        return StepCost.of(self.model)
 
     @cached_property
     def largest_unit(self) -> int:
@@ -155,50 +158,32 @@ def architecture(
     stage = stages.stage_of(config)
     target, whence = config_folder(config.target)
     sources = [f"target {Path(config.target).name}: {WHENCE[whence]}"]
-    family = family_of(target)
-    text = text_config(target)
     if stages.decoder_kind(config) == "surrogate":
         plan, how = (plan, "as it is") if plan else layer_plan(config, target, replace or [], translators)
-        _cut_(text, plan, family.per_layer_config)
         sources.append(f"surrogate {plan}, {plan.surrogate_depth} of {plan.depth} layers: {how}")
-    encoder = encoder_family = None
-    with torch.device("meta"):
-        from transformers import AutoModel, AutoModelForCausalLM
-
-        if stage.vision and config.encoder is not None:
-            folder, whence = config_folder(config.encoder.path)
-            encoder_family = encoder_of(folder)
-            sources.append(f"encoder {Path(config.encoder.path).name}: {WHENCE[whence]}")
-            encoder = AutoModel.from_config(vision_config(folder), dtype=dtype, attn_implementation="eager")
-        decoder = AutoModelForCausalLM.from_config(text, dtype=dtype, attn_implementation="eager")
-        model = VisionLanguageModel(
-            decoder,
-            family,
-            plan=plan,
+    encoder = None
+    if stage.vision and config.encoder is not None:
+        encoder, whence = config_folder(config.encoder.path)
+        sources.append(f"encoder {Path(config.encoder.path).name}: {WHENCE[whence]}")
+    model = build_model(
+        ModelSpec(
+            target,
             encoder=encoder,
-            encoder_family=encoder_family,
             encoder_config=config.encoder,
             adapter_config=config.adapter,
+            dtype=dtype,
+            attention="eager",
+            lora=config.lora,
+            plan=plan,
+            on_meta=True,
         )
-        for module in (model.adapter, model.boundary, model.aligner):
-            if module is not None:
-                module.to(dtype)
-        if config.lora is not None:
-            lora.inject_(decoder, family, config.lora, dtype)
+    )
     groups = stages.freeze_(model, config)
     model.train()
     replaced = 0
     if config.distill.active and plan is not None:
-        layer = next(iter(family.layers(cast(nn.Module, decoder))))
+        layer = model.family.layers(model.decoder)[0]
         replaced = len(plan.dropped) * sum(p.numel() for p in layer.parameters())
     if int8 := config.frozen_weights == "int8":
         quantize_(model)
     return Architecture(model, dtype, groups, replaced, int8, tuple(sources))
-
-
-def _cut_(text: Any, plan: LayerPlan, per_layer: tuple[str, ...]) -> None:
-    """Makes the target's config the surrogate's."""
-    text.num_hidden_layers = plan.surrogate_depth
-    for key in per_layer:
-        if isinstance(values := getattr(text, key, None), list):
-            setattr(text, key, [values[source] for source, _ in plan.layers])

@@ -1,0 +1,119 @@
+"""The adapter between vision encoder and decoder: its modules, the names and shapes of its tensors, its initial scale.
+
+Three modules, of which the last two are options (`AdapterConfig`):
+
+    adapter    Linear, GELU, Linear: (images, tokens, vision width) -> (images, tokens, adapter width)
+    boundary   a learned embedding before and after the tokens of every image: tokens -> tokens + 2
+    aligner    Linear to the decoder's width, if the adapter was trained for a decoder of another width (appendix A.8)
+
+Weights files name their tensors `adapter.*`, `boundary.*` and `aligner.*`. Grafting, export, planning and the loaders
+ask this file for the names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from zero_ds.config.schema import AdapterConfig
+from zero_ds.runtime.zero3 import gathered
+
+PREFIXES = ("adapter.", "boundary.", "aligner.")
+"""Prefixes of the names of the adapter's tensors."""
+
+LINEARS = ("adapter.0", "adapter.2")
+"""Names of the adapter's linear layers, first to last; `.weight` and `.bias` follow."""
+
+BOUNDARY = "boundary.embeddings.weight"
+"""Name of the image-boundary embeddings: (2, adapter width), start before end."""
+
+BOUNDARY_STD = 0.02
+"""Standard deviation of the initial boundary embeddings."""
+
+
+class Adapter(nn.Sequential):
+    """Linear, GELU, Linear: (..., vision width) -> (..., width)."""
+
+    def __init__(self, vision_width: int, width: int) -> None:
+        super().__init__(nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The last linear layer."""
+        return cast(nn.Linear, self[-1])
+
+
+class Boundary(nn.Module):
+    """Learned start- and end-of-image embeddings; a module with a forward, so that ZeRO-3 gathers it when used."""
+
+    def __init__(self, width: int, std: float = BOUNDARY_STD) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding.from_pretrained(torch.empty(2, width).normal_(std=std), freeze=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Adds the two embeddings to every image: (images, tokens, width) -> (images, tokens + 2, width)."""
+        both = self.embeddings(torch.arange(2, device=features.device)).to(features.dtype)
+        start, end = both.view(2, 1, 1, -1).expand(2, len(features), 1, -1)
+        return torch.cat([start, features, end], dim=1)
+
+
+def adapter_modules(config: AdapterConfig, vision_width: int, decoder_width: int) -> dict[str, nn.Module]:
+    """Makes the modules between vision encoder and decoder, by their names in the model, with random weights."""
+    width = config.width or decoder_width
+    modules: dict[str, nn.Module] = {"adapter": Adapter(vision_width, width)}
+    if config.boundary_tokens:
+        modules["boundary"] = Boundary(width)
+    if config.width:
+        modules["aligner"] = nn.Linear(width, decoder_width)
+    return modules
+
+
+def adapter_shapes(config: AdapterConfig, vision_width: int, decoder_width: int) -> dict[str, tuple[int, ...]]:
+    """Returns name and shape of every tensor between vision encoder and decoder."""
+    with torch.device("meta"):
+        modules = adapter_modules(config, vision_width, decoder_width)
+    return {
+        f"{part}.{name}": tuple(parameter.shape)
+        for part, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def output_width(shapes: Mapping[str, Any]) -> int | None:
+    """Returns the width of the adapter's output, from the shapes of a result's tensors; None if it holds no adapter."""
+    for name in ("aligner.weight", f"{LINEARS[-1]}.weight", f"{LINEARS[-1]}.bias"):
+        if name in shapes:
+            return int(shapes[name][0])
+    return None
+
+
+@torch.no_grad()
+def match_embeddings_(model: Any, pixel_values: torch.Tensor) -> float:
+    """Scales the last layer of adapter or aligner so that image tokens have the standard deviation of word embeddings.
+
+    model: a VisionLanguageModel. pixel_values: (images, 3, height, width), on which the deviation is measured, the same
+    on every rank. Returns the factor. This only changes the initial weights: the trained adapter is an ordinary Linear,
+    GELU, Linear.
+    """
+    assert model.adapter is not None
+    words = cast(Any, model.decoder).get_input_embeddings().weight
+    last = model.aligner if model.aligner is not None else model.adapter.last
+    boundary, model.boundary = model.boundary, None
+    try:
+        # the engine, which would gather partitioned parameters for a forward pass, does not exist yet
+        parts = [model.encoder, model.adapter, model.aligner]
+        with gathered([words, *(p for part in parts if part is not None for p in part.parameters())]):
+            scale = model.family.embedding_scale(model.decoder)
+            features = model.image_features(pixel_values.to(last.weight.device))  # of the gathered weights
+            measured = scale * float(words.float().std()) / float(features.float().std())
+    finally:
+        model.boundary = boundary
+    # rounded to three digits, because the others depend on threads and kernels, and initial weights should not
+    factor = float(f"{measured:.3g}")
+    with gathered(list(last.parameters()), modifier_rank=0):
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)
+    return factor

@@ -1,0 +1,174 @@
+"""Builds the model for training, evaluation and export, and on the meta device for planning. No other file does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zero_ds.config.schema import AdapterConfig, DataConfig, EncoderConfig, LoraConfig
+from zero_ds.data.conversations import ChatTemplate, Supervision, read_template
+from zero_ds.data.images import ImageProcessor
+from zero_ds.data.samples import SampleEncoder
+from zero_ds.model import lora
+from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
+from zero_ds.model.layer_plan import LayerPlan
+from zero_ds.model.loading import load_complete
+from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.runtime.zero3 import partition_
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A decoder that has been loaded and, if the model sees, a vision encoder."""
+
+    decoder: nn.Module
+    family: Family
+    encoder: nn.Module | None = None
+    encoder_family: EncoderFamily | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that `build_model` builds a model from."""
+
+    decoder: DecoderFolder | Path | Modules
+    """Folder of the decoder, or loaded modules, with which `encoder`, `dtype` and `attention` have no effect."""
+    encoder: Path | None = None
+    """Folder of the vision encoder."""
+    encoder_config: EncoderConfig | None = None
+    adapter_config: AdapterConfig | None = None
+    dtype: torch.dtype = torch.float32
+    attention: str = "sdpa"
+    seed: int = 0
+    """Seed of the random weights of adapter and LoRA."""
+    lora: LoraConfig | None = None
+    plan: LayerPlan | None = None
+    """Plan of a surrogate that is to be cut out of `decoder` and has no folder yet. Used with loaded modules and with
+    `on_meta`; a folder's own plan wins."""
+    on_meta: bool = False
+    """If set, the model is built on the meta device from config.json files alone: names and shapes, no weights."""
+
+
+def build_model(spec: ModelSpec) -> VisionLanguageModel:
+    """Builds the model of a spec. Under an active HfDeepSpeedConfig its weights are loaded into ZeRO-3 partitions.
+
+    Raises:
+        ConfigError: a folder does not hold a model, its family is unknown, or its weights lack a tensor.
+    """
+    if isinstance(spec.decoder, Modules):
+        return _put_together(spec.decoder, spec, spec.plan)
+    folder = DecoderFolder.of(spec.decoder)
+    if spec.on_meta:
+        with torch.device("meta"):
+            modules = _modules_on_meta(folder, spec)
+            return _put_together(modules, spec, folder.plan or spec.plan, dtype=spec.dtype)
+    plan = folder.plan  # read first, so that a damaged surrogate.json is found before anything large is read
+    modules = _load_modules(folder, spec)
+    torch.manual_seed(spec.seed)  # loading draws random numbers under ZeRO-3, and none without
+    model = _put_together(modules, spec, plan, dtype=spec.dtype)
+    partition_(model)
+    without_dropout_(model)
+    return model
+
+
+def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:
+    decoder = folder.load(dtype=spec.dtype, attention=spec.attention)
+    if spec.encoder is None:
+        return Modules(decoder, folder.family)
+    encoder_family = encoder_of(spec.encoder)
+    attention = "sdpa" if spec.attention == "flash_attention_2" else spec.attention
+    encoder = load_complete(encoder_family.load, spec.encoder, dtype=spec.dtype, attn_implementation=attention)
+    return Modules(decoder, folder.family, encoder, encoder_family)
+
+
+def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = folder.text_config()
+    if folder.plan is None and spec.plan is not None:
+        spec.plan.cut_(config, folder.family.per_layer_config)
+    options: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": spec.attention}
+    encoder = encoder_family = None
+    if spec.encoder is not None:
+        encoder_family = encoder_of(spec.encoder)
+        encoder = AutoModel.from_config(vision_config(spec.encoder), **options)
+    decoder = AutoModelForCausalLM.from_config(config, **options)
+    return Modules(decoder, folder.family, encoder, encoder_family)
+
+
+def _put_together(
+    modules: Modules, spec: ModelSpec, plan: LayerPlan | None, dtype: torch.dtype | None = None
+) -> VisionLanguageModel:
+    model = VisionLanguageModel(
+        modules.decoder,
+        modules.family,
+        plan=plan,
+        encoder=modules.encoder,
+        encoder_family=modules.encoder_family,
+        encoder_config=spec.encoder_config if modules.encoder is not None else None,
+        adapter_config=spec.adapter_config,
+    )
+    if dtype is not None:
+        # new layers are drawn whole, on the CPU and in float32, so that a run starts equally under every ZeRO stage
+        for module in (model.adapter, model.boundary, model.aligner):
+            if module is not None:
+                module.to(dtype)
+        if spec.lora is not None:
+            lora.inject_(modules.decoder, modules.family, spec.lora, dtype)
+    return model
+
+
+def without_dropout_(model: nn.Module) -> None:
+    """Switches off the dropout that some models' configs ask for.
+
+    The method uses no dropout. Besides, checkpoints do not store the state of random generators, so a run with dropout
+    would not continue in the same way after it is resumed.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def sample_encoder(
+    model: VisionLanguageModel,
+    decoder: Path,
+    encoder: Path | None,
+    data: DataConfig,
+    *,
+    supervise: Supervision = "response",
+    seed: int = 0,
+) -> SampleEncoder:
+    """Builds the sample encoder of a run's data section, which training and answering share.
+
+    decoder, encoder: folders of tokenizer and image processor. supervise: the tokens that carry loss. seed: seed of the
+    random choice between image prompts.
+
+    Raises:
+        ConfigError: the chat template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    template = read_template(data.chat_template)
+    processor = None
+    if encoder is not None and model.encoder is not None and model.encoder_family is not None:
+        size = model.encoder_family.vision_config(model.encoder).image_size
+        processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
+    return SampleEncoder(
+        template=ChatTemplate(AutoTokenizer.from_pretrained(decoder), template),
+        supervise=supervise,
+        processor=processor,
+        tokens_per_image=model.tokens_per_image(),
+        max_length=data.max_length,
+        image_prompt=data.image_prompt,
+        system_prompt=data.system_prompt,
+        seed=seed,
+    )
