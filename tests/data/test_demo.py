@@ -1,4 +1,4 @@
-"""The demo's data set: seeded, without a held-out picture in training, and readable by what reads real data."""
+"""The demo's data set is seeded, has no held-out image in training, and is read like real data."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_scenes_are_drawn_as_described() -> None:
         colors = [color for _, color in image.getcolors(maxcolors=image.width * image.height)]
         red, green, blue = COLORS[scene.color]
         near = [c for c in colors if abs(c[0] - red) + abs(c[1] - green) + abs(c[2] - blue) < 90]
-        assert near, f"no {scene.color} in the picture of {scene}"
+        assert near, f"no {scene.color} in the image of {scene}"
 
 
 def test_an_existing_folder_is_left_alone(demo: Path) -> None:

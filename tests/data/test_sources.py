@@ -1,4 +1,4 @@
-"""LLaVA JSON -> records: every way to write it wrong is one sentence naming the sample, and no path leaves its root."""
+"""Every mistake in LLaVA's JSON is reported in one sentence that names the sample, and no path leaves its root."""
 
 from __future__ import annotations
 
@@ -386,7 +386,7 @@ def test_evenly_spaced(lengths: list[int]) -> None:
         total = len(order)
         for start in range(
             0, total, max(1, total // 3)
-        ):  # any stretch holds its share, but for the rounding of each source
+        ):  # any stretch holds its share, up to the rounding of each source
             stretch = order[start : start + max(1, total // 3)]
             share = sum(s == source for s, _ in stretch)
             assert abs(share - n * len(stretch) / total) <= len(lengths)
