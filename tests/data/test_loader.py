@@ -256,12 +256,12 @@ def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
 def plans(counts: list[dict[str, Any]]) -> str:
     """What a rank says whose batches have the plan at its place."""
     from zero_ds.runtime import distributed
-    from zero_ds.training.planning.cost import Counts
+    from zero_ds.training.metrics import StepCounts
 
     distributed.initialize()
     mine = float(counts[distributed.rank()]["plan"])
     try:
-        Counts(0, 0, 0, 0, 0, 0, 0, mine, mine**2).over_ranks().check_plan(7)
+        StepCounts(layout=mine, layout_squared=mine**2).over_ranks().check_layout(7)
     except DataError as error:
         return str(error)
     return "alike"

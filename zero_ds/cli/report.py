@@ -22,7 +22,7 @@ def report(
 ) -> None:
     """Write report.json, report.md and a self-contained report.html of a quickstart run."""
     from zero_ds.evaluation.report.report import ReportInputs, write_report
-    from zero_ds.training.planning.cost import encoder_step_ratio
+    from zero_ds.training.planning.flops import encoder_step_ratio
 
     stages = {s: run / s for s in ("translator", "pretrain", "encoder") if (run / s / "latest").is_file()}
     distilled = _distilled(stages)

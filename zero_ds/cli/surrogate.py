@@ -11,7 +11,7 @@ import typer
 from zero_ds.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from zero_ds.trajectory.lens import TokenSample
+    from zero_ds.trajectory.texts import TokenSample
 
 
 def surrogate(
@@ -48,7 +48,8 @@ def surrogate(
     from zero_ds.model.loading import model_hash
     from zero_ds.runtime.hub import local_folder
     from zero_ds.surrogate.build import build_surrogate
-    from zero_ds.trajectory.trajectory import proposed_range, read_samples
+    from zero_ds.trajectory.curves import proposed_range
+    from zero_ds.trajectory.texts import read_samples
 
     if kl is not None and not report:
         raise ConfigError("--kl is part of the report; add --report.")

@@ -19,8 +19,9 @@ from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import content_hash
 from zero_ds.training.checkpoint.checkpoint import check_manifest, find_commit, load_weights_
-from zero_ds.training.planning.cost import encoder_step_ratio
-from zero_ds.trajectory.lens import TokenSample, batches, padded, progress
+from zero_ds.training.planning.flops import encoder_step_ratio
+from zero_ds.trajectory.batching import batches, padded, progress
+from zero_ds.trajectory.texts import TokenSample
 
 RESAMPLES = 1000
 
