@@ -20,7 +20,7 @@ from zero_ds.data.conversations import (
     WRAPPERS,
     ChatTemplate,
     ConversationError,
-    Encoded,
+    EncodedConversation,
     Turn,
     cut_turns,
     image_prompt,
@@ -30,16 +30,16 @@ TOKENIZER = tiny.tokenizer()
 TEMPLATE = ChatTemplate(TOKENIZER)
 
 
-def encode(*turns: Turn, **options: Any) -> Encoded:
+def encode(*turns: Turn, **options: Any) -> EncodedConversation:
     return TEMPLATE.encode(turns, **{"tokens_per_image": 3, "supervise": "response", **options})
 
 
-def learned(encoded: Encoded) -> str:
+def learned(encoded: EncodedConversation) -> str:
     """The supervised tokens as text."""
     return str(TOKENIZER.decode([label for label in encoded.labels if label != IGNORE]))
 
 
-def text(encoded: Encoded) -> str:
+def text(encoded: EncodedConversation) -> str:
     return str(TOKENIZER.decode([token for token in encoded.input_ids if token != IMAGE_TOKEN]))
 
 
@@ -216,7 +216,7 @@ def test_cut_turns_drops_whole_turns_from_the_end() -> None:
     whole = len(encode(*turns).input_ids)
     half = len(encode(*turns[:2]).input_ids)
 
-    def cut(length: int) -> Encoded | None:
+    def cut(length: int) -> EncodedConversation | None:
         return cut_turns(turns, length, lambda kept: encode(*kept))
 
     for length in (whole, whole + 5):
@@ -248,7 +248,7 @@ def test_many_turns_are_cut_in_time() -> None:
     turns = [Turn(role, f"{role} {number}.") for number in range(800) for role in ("user", "assistant")]  # type: ignore[arg-type]
     calls: list[int] = []
 
-    def encode(kept: Sequence[Turn]) -> Encoded:
+    def encode(kept: Sequence[Turn]) -> EncodedConversation:
         calls.append(len(kept))
         return template.encode(kept, tokens_per_image=1, supervise="response")
 

@@ -17,6 +17,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pace import scaled
 from pyarrow import parquet
 
 from zero_ds.config.schema import SourceConfig
@@ -196,7 +197,7 @@ def test_a_folder_is_its_files_in_their_order(tmp_path: Path) -> None:
 def check(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zero_ds.cli", "data", "check", *words, "--workers", "0"]
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=scaled(120))
 
 
 def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def test_image_tokens_follow_the_tiles(parts: Any, pictures: Path) -> None:
     views = [5, 3, 1, 3, 6]
     for sample, count in zip(list(Records([SourceConfig(path=str(pictures / "data.json"))]))[:5], views, strict=True):
         encoded = encoder(sample)
-        assert encoded["pixels"].shape[0] == count
-        assert encoded["input_ids"].count(IMAGE_TOKEN) == count * model.tokens_per_image()
+        assert encoded.pixels.shape[0] == count
+        assert encoded.input_ids.count(IMAGE_TOKEN) == count * model.tokens_per_image()
 
 
 def test_packed_and_padded_learn_the_same(run_config: Callable[..., RunConfig], pictures: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_helper import run_ranks
+from pace import scaled
 from PIL import ImageFile
 
 from zero_ds.cli.demo import LLM, make_llm
@@ -199,6 +200,15 @@ def real(
     return out
 
 
+def test_two_ranks_find_what_one_finds(trained: Path, target: str, tasks: Path, result: Result) -> None:
+    """Seven documents are no multiple of two."""
+    first, second = run_ranks(on_ranks, 2, trained / "encoder", target, tasks)
+    assert second is None
+    assert {score.key: score.value for score in first} == {score.key: score.value for score in result.scores}
+    assert [score.items for score in first] == [score.items for score in result.scores]
+
+
+@pytest.mark.slow(reason="minutes of a 135M model, for what test_two_ranks_find_what_one_finds shows on a tiny one")
 def test_the_real_model_on_one_rank_and_on_two(real: Path, data: Path, tmp_path: Path) -> None:
     """SmolLM2-135M with pictures: the harness's scores are the direct ones; seven documents are no multiple of two."""
     target = str(LLM.expanduser())
@@ -316,7 +326,7 @@ def test_from_the_harness_s_own_command_line(trained: Path, target: str, tasks: 
     command = [sys.executable, "-m", "lmms_eval", "--model", "zero_ds", "--tasks", "seen_answer", "--batch_size", "2"]
     arguments = f"weights={trained / 'encoder'},target={target},dtype=float32"
     options = ["--model_args", arguments, "--include_path", str(tasks), "--output_path", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=scaled(300))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (file,) = tmp_path.rglob("*results.json")
     found = json.loads(file.read_text(encoding="utf-8"))["results"]["seen_answer"]

@@ -33,7 +33,7 @@ def sample(model: VisionLanguageModel, made: Callable[..., Path], data: Path) ->
 
     encode = sample_encoder(model, made("llama", tied=True), made("clip"), DataConfig(system_prompt=""))
     encoded = encode(next(s for s in Records([SourceConfig(path=str(data))]) if s.images))
-    return torch.tensor([encoded["input_ids"]]), encoded["pixels"]
+    return torch.tensor([encoded.input_ids]), encoded.pixels
 
 
 @torch.no_grad()

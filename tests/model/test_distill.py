@@ -12,7 +12,6 @@ import torch
 from distributed_helper import run_ranks, train_all
 
 from zero_ds.config.schema import DistillConfig, EncoderConfig, RunConfig, SourceConfig
-from zero_ds.data.batches import INPUTS
 from zero_ds.data.conversations import IGNORE
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
@@ -67,7 +66,7 @@ def batch(made: Callable[..., Path], model: VisionLanguageModel, data: Path) -> 
     encode = sample_encoder(model, made("llama", tied=True), made("clip"), DataConfig(system_prompt=""))
     loader = Loader(Records([SourceConfig(path=str(data))]), encode, 4, 4, 0, 1, pad_id=0, seed=0)
     ((found,),) = loader.steps(0, 1)
-    return {key: found[key] for key in INPUTS if key in found}
+    return found.inputs()
 
 
 def gradients(model: VisionLanguageModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pace import scaled
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -571,7 +572,7 @@ def test_a_signal_to_end_leaves_nothing(made: Callable[..., Path], tmp_path: Pat
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "copying\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(scaled(60)) == 128 + signal.SIGTERM
     assert folders(tmp_path) == []
 
 

@@ -213,8 +213,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from zero_ds.training.checkpoint import consolidate
-from zero_ds.config import RunConfig
-from zero_ds.results import write_result
+from zero_ds.config.schema import RunConfig
+from zero_ds.training.checkpoint.foreign import write_result
 
 folder, mapped = Path(sys.argv[1]), int(sys.argv[2])
 consolidate.MAPPED = mapped

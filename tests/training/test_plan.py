@@ -145,7 +145,6 @@ def test_what_passes_keep_is_what_autograd_saves(
 
     The first layers are recomputed: none, some, all but one, all.
     """
-    from zero_ds.data.batches import INPUTS
     from zero_ds.training.setup import build
     from zero_ds.training.stages import freeze_
 
@@ -153,8 +152,8 @@ def test_what_passes_keep_is_what_autograd_saves(
     model, loader, _ = build(config, {"zero_optimization": {}}, 1)
     freeze_(model, config)
     model.train()
-    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch["ids"][0])
-    length, labels = batch["input_ids"].shape[1], int((batch["labels"] != -100).sum())
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
+    length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
     of_one = activation_bytes(parts.model, length=length, supervised=labels, images=1, attention="eager")
     layers = of_one.recomputable[:recomputed]
@@ -170,7 +169,7 @@ def test_what_passes_keep_is_what_autograd_saves(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**{k: batch[k] for k in INPUTS if k in batch})
+        model(**batch.inputs())
     again = [of_one.layers[number] for number in layers]
     later = sum(of_one.layers) - sum(again)
     most = max(0.0, max(again, default=0.0) - later)  # activations of the largest, if more than those of the later ones

@@ -70,7 +70,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedConversation:
     """`input_ids`, `labels` and `responses`, all of length `seq`; an image position holds IMAGE_TOKEN and IGNORE.
 
     A token of a response, or the one that closes it, holds the response's number in `responses`, all others -1.
@@ -135,7 +135,7 @@ class ChatTemplate:
         tokens_per_image: int | Sequence[int],
         supervise: Supervision,
         generate: bool = False,
-    ) -> Encoded:
+    ) -> EncodedConversation:
         """Encodes turns, with stand-ins for every `<image>` in a user's text: as many for each, or one number an image.
 
         Labels are as `supervise` says. With `generate` the structure that opens the assistant's answer is appended.
@@ -185,7 +185,7 @@ class ChatTemplate:
                 ids += text
                 labels += text if learned or supervise == "full" else [IGNORE] * len(text)
                 responses += [answers - 1 if learned else -1] * len(text)
-        return Encoded(ids, labels, images, responses)
+        return EncodedConversation(ids, labels, images, responses)
 
     def encode_text(self, text: str) -> list[int]:
         """Tokens of plain text: no special token comes out of it, whatever was typed."""
@@ -333,7 +333,9 @@ def image_prompt(question: str, mode: Literal["fixed", "random", "off"], sample_
     return WRAPPERS[choice].format(image=PLACEHOLDER, question=bare)
 
 
-def cut_turns(turns: Sequence[Turn], length: int, encode: Callable[[Sequence[Turn]], Encoded]) -> Encoded | None:
+def cut_turns(
+    turns: Sequence[Turn], length: int, encode: Callable[[Sequence[Turn]], EncodedConversation]
+) -> EncodedConversation | None:
     """Encodes as many leading turns as fit into `length` tokens; None if not even one answered turn does.
 
     Found by bisection: of two beginnings, the longer one has more tokens.

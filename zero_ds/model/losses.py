@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from zero_ds.config.schema import DynamicLossConfig
+from zero_ds.data.batches import Batch
 from zero_ds.data.conversations import IGNORE
 from zero_ds.model.vocabulary import cross_entropies, divergences
 from zero_ds.runtime import distributed
@@ -142,17 +143,15 @@ class ResponseWeights:
         return values[responses].float()  # -1, outside of responses, is the last
 
 
-def weigh_(batches: list[dict[str, torch.Tensor]], config: DynamicLossConfig) -> None:
-    """Puts `token_weights` into a rank's micro-batches, from the lengths of the global batch. A collective.
-
-    batches: with `labels` and `responses`, (batch, seq) each.
+def with_token_weights(batches: list[Batch], config: DynamicLossConfig) -> list[Batch]:
+    """Returns a rank's micro-batches with `token_weights`, which follow from the lengths of the responses in the whole
+    global batch. A collective.
     """
-    lengths = torch.cat([response_lengths(batch["labels"], batch["responses"]) for batch in batches])
+    lengths = torch.cat([response_lengths(batch.labels, batch.responses) for batch in batches])
     (longest,) = distributed.max_over_ranks(float(lengths.max()) if len(lengths) else 0.0)
     weights = ResponseWeights(config.order, longest)
     weights = weights.normalized(config.normalize, *distributed.sum_over_ranks(*weights.sums(lengths)))
-    for batch in batches:
-        batch["token_weights"] = weights.token_weights(batch["labels"], batch["responses"])
+    return [replace(batch, token_weights=weights.token_weights(batch.labels, batch.responses)) for batch in batches]
 
 
 def hidden_distillation_sum(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.batches import INPUTS, Batch
+from zero_ds.data.batches import Batch
 from zero_ds.data.samples import image_positions
 from zero_ds.model.losses import length_classes, sums_by_length, supervised_rows
 from zero_ds.model.vlm import VisionLanguageModel
@@ -133,16 +133,16 @@ class Engine:
                 self._refuse_gradient(step)
         by_length = torch.zeros(len(length_classes()), 2, dtype=torch.float64)
         for of_batch, batch in zip(tokens, batches, strict=True):
-            by_length += sums_by_length(of_batch.cpu(), batch["labels"], batch["responses"])
+            by_length += sums_by_length(of_batch.cpu(), batch.labels, batch.responses)
         return StepResult(share, norm, by_length)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What the forward pass takes, on the device, with what it would have to ask the device for."""
         device = self.engine.device
-        inputs: dict[str, Any] = {k: batch[k].to(device, non_blocking=True) for k in INPUTS if k in batch}
+        inputs: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in batch.inputs().items()}
         known = {
-            "rows": supervised_rows(batch["labels"]),
-            "image_places": image_positions(batch["input_ids"]).nonzero(as_tuple=True),
+            "rows": supervised_rows(batch.labels),
+            "image_places": image_positions(batch.input_ids).nonzero(as_tuple=True),
         }
         return inputs | {k: tuple(t.to(device, non_blocking=True) for t in places) for k, places in known.items()}
 
@@ -157,7 +157,7 @@ class Engine:
         for value, batch in zip(values, batches, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss of step {step + 1} is {value}; samples: {', '.join(batch['ids'])}. Nothing was updated."
+                    f"the loss of step {step + 1} is {value}; samples: {', '.join(batch.ids)}. Nothing was updated."
                 )
         return sum(values)
 

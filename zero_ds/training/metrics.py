@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
@@ -31,53 +30,71 @@ class StepCounts:
     """Number of samples that could not be used."""
     too_long: float = 0.0
     """Number of samples of which no answer fits."""
-    layout: float = 0.0
-    """Checksum of the layout of the step's rows (`batches.plan_number`), summed over ranks."""
-    layout_squared: float = 0.0
-    """Square of every rank's checksum, summed over ranks."""
+    layout: int = 0
+    """Checksum of the layout of this rank's rows in the step (`Batch.layout`), or its number of passes."""
+    same_layout: bool = True
+    """Whether the layout is the same on all ranks."""
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> StepCounts:
         """Counts the micro-batches of a step on this rank."""
-        counts = reduce(StepCounts.__add__, [cls._of_batch(batch, cost) for batch in batches], cls())
-        layout = float(batches[0].get("plan", len(batches)))
-        return replace(counts, layout=layout, layout_squared=layout**2)
+        counts = [cls._of_batch(batch, cost) for batch in batches]
+        layout = batches[0].layout
+        return cls(
+            supervised=sum(one.supervised for one in counts),
+            tokens=sum(one.tokens for one in counts),
+            positions=sum(one.positions for one in counts),
+            images=sum(one.images for one in counts),
+            flops=sum(one.flops for one in counts),
+            skipped=sum(one.skipped for one in counts),
+            too_long=sum(one.too_long for one in counts),
+            layout=len(batches) if layout is None else layout,
+        )
 
     @classmethod
     def _of_batch(cls, batch: Batch, cost: StepCost) -> StepCounts:
-        lengths = batch["lengths"].double()
+        lengths = batch.lengths.double()
         tokens, pairs = float(lengths.sum()), float((lengths**2).sum())
-        supervised = count_supervised(batch["labels"])
+        supervised = count_supervised(batch.labels)
         images = image_tokens = 0
-        if "pixel_values" in batch:
-            image_tokens = int(image_positions(batch["input_ids"]).sum())
-            images = len(batch["pixel_values"]) if image_tokens else 0  # else the blank image of a text batch
+        if batch.pixel_values is not None:
+            image_tokens = int(image_positions(batch.input_ids).sum())
+            images = len(batch.pixel_values) if image_tokens else 0  # else the blank image of a text batch
         return cls(
             supervised=supervised,
             tokens=tokens,
-            positions=batch["attention_mask"].numel(),
+            positions=batch.attention_mask.numel(),
             images=images,
             flops=cost.flops(tokens, pairs, supervised, images, image_tokens),
-            skipped=len(batch["skipped"]),
-            too_long=len(batch["too_long"]),
+            skipped=len(batch.skipped),
+            too_long=len(batch.too_long),
         )
-
-    def __add__(self, other: StepCounts) -> StepCounts:
-        return StepCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def over_ranks(self) -> StepCounts:
         """Returns the counts of the global batch. A collective."""
-        return StepCounts(*distributed.sum_over_ranks(*astuple(self)))
+        values = (
+            self.supervised,
+            self.tokens,
+            self.positions,
+            self.images,
+            self.flops,
+            self.skipped,
+            self.too_long,
+        )
+        sums, same_layout = distributed.sum_and_compare(values, mark=self.layout)
+        supervised, tokens, positions, images, flops, skipped, too_long = sums
+        return StepCounts(
+            supervised, tokens, positions, images, flops, skipped, too_long, layout=self.layout, same_layout=same_layout
+        )
 
     def check_layout(self, step: int) -> None:
-        """Checks on the sums over ranks that all ranks have laid out the same rows for this step.
-
-        n numbers are equal if n times the sum of their squares is the square of their sum.
+        """Refuses a step that the ranks lay out differently; called on the counts of the global batch.
 
         Raises:
-            DataError: ranks have other rows, or other numbers of passes, and would wait for each other; on every rank.
+            DataError: the ranks have other rows or another number of passes, and would wait for each other. Raised on
+                every rank.
         """
-        if distributed.world_size() * int(self.layout_squared) != int(self.layout) ** 2:
+        if not self.same_layout:
             raise DataError(
                 f"the ranks plan step {step} unlike each other, as if one of them had read other data; look for "
                 "skipped samples in the log, and run again from the last checkpoint"

@@ -159,7 +159,7 @@ def first_pixels(loader: Loader) -> torch.Tensor:
     for index in range(len(loader.records)):
         if loader.records.images(index):
             try:
-                pictures += list(loader.encoder.pixels(loader.records[index]))
+                pictures += list(loader.sample_encoder.pixels(loader.records[index]))
             except DataError:
                 if not loader.skip_bad:
                     raise  # otherwise training counts it when its turn comes

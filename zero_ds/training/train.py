@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zero_ds.config.batches import check_batches
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
-from zero_ds.data.loader import Loader, check_batches
+from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.model.decoders.folder import relied_on
-from zero_ds.model.losses import length_classes, weigh_
+from zero_ds.model.losses import length_classes, with_token_weights
 from zero_ds.runtime import distributed, failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
@@ -142,7 +143,7 @@ class LeftOut:
         Raises:
             DataError: more than the limit could not be used; on every rank alike.
         """
-        for sentence in [sentence for batch in batches for sentence in (*batch["skipped"], *batch["too_long"])]:
+        for sentence in [sentence for batch in batches for sentence in (*batch.skipped, *batch.too_long)]:
             if self._said < self.SHOWN:
                 logger.warning("left out: %s", sentence)
             self._said += 1
@@ -188,7 +189,7 @@ def loop(
         counts.check_layout(step + 1)
         left_out.add(micro, counts)
         if config.dynamic_loss.order:
-            weigh_(micro, config.dynamic_loss)
+            micro = with_token_weights(micro, config.dynamic_loss)
         result = engine.step(micro, step, counts.supervised, counts.images)
         minutes = (time.monotonic() - saved_at) / 60
         loss, signals, late, *by_length = distributed.sum_over_ranks(

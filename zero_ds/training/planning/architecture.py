@@ -56,11 +56,6 @@ class Architecture:
     """Where every architecture comes from, one sentence each."""
 
     @cached_property
-    def cost(self) -> StepCost:
-        """FLOPs of a step."""
-        return StepCost.of(self.model)
-
-    @cached_property
     def trained(self) -> list[int]:
         """Sizes of the parameters that train."""
         return [p.numel() for group in self.groups.values() for _, p in group]
@@ -76,6 +71,11 @@ class Architecture:
         """Bytes of all other parameters where they are not sharded; those in 8 bits take one byte each."""
         own = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         return own + self.replaced * (1 if self.int8 else self.dtype.itemsize)
+
+    @cached_property
+    def cost(self) -> StepCost:
+        """FLOPs of a step. Counting them walks over all parameters, and a plan asks for them hundreds of times."""
+        return StepCost.of(self.model)
 
     @cached_property
     def largest_unit(self) -> int:

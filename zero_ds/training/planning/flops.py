@@ -20,7 +20,7 @@ from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.optimizer_state import parameter_shape
+from zero_ds.runtime.zero3 import parameter_shape
 
 LENGTH = 64
 """Number of tokens of a sequence of the demo; the ratios hardly depend on it."""
@@ -50,8 +50,7 @@ def encoder_step_ratio(
     flops = step_flops(small, length=LENGTH, supervised=SUPERVISED)
     if distilled:
         plan = info.plan
-        late = plan.depth - plan.replaced[0].first
-        again = plan.surrogate_depth - plan.translators[0]
+        late, again = len(plan.target_late), len(plan.late)
         flops += step_flops(large, length=LENGTH, supervised=SUPERVISED, layers=late, backward=False)
         flops += step_flops(small, length=LENGTH, supervised=SUPERVISED, layers=again, trained=len(plan.translators))
     return flops / step_flops(large, length=LENGTH, supervised=SUPERVISED)
