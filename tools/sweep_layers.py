@@ -26,7 +26,7 @@ from zero_ds.evaluation.report.report import step_seconds
 from zero_ds.grafting.graft import run_config
 from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.files import write_atomically
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 from zero_ds.training.planning.flops import encoder_step_ratio
 
 STEPS = {"surrogate", "translator", "pretrain", "encoder", "evaluation"}
@@ -88,7 +88,7 @@ def measured(run: Path) -> dict[str, Any]:
     """Accuracies with intervals, and the computed cost of an encoder step relative to the full model's."""
     evaluations = {name: read_evaluation(run / f"evaluation/{name}.json") for name in ("surrogate", "grafted")}
     result = summary(evaluations)
-    distilled = run_config(find_commit(run / "encoder")).distill.active
+    distilled = run_config(find_checkpoint(run / "encoder")).distill.active
     return {
         "accuracy": result["accuracy"],
         "accuracy_by": result["accuracy_by"],

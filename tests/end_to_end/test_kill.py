@@ -18,7 +18,7 @@ from distributed_helper import RankError, run_ranks, train_all
 from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 STEPS = 31
 """One more than a multiple of the steps between two commits, so that the last one makes a commit of its own."""
@@ -85,7 +85,7 @@ def curve(run: Path) -> list[float]:
 
 
 def held(run: Path, name: str = "weights.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(find_commit(run).folder / name)
+    return load_file(find_checkpoint(run).folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_killed_at_several_instants_the_run_ends_as_if_nothing_had_happened(
         with pytest.raises(RankError, match="exit code -9"):
             run_ranks(train_until_killed, 2, run, *instant)
         if (Path(run.out) / "latest").is_file():
-            commit = find_commit(run.out)
+            commit = find_checkpoint(run.out)
             assert commit.weights(), "the newest commit is whole"
     assert int((Path(run.out) / "latest").read_text()[5:]) < STEPS, "there is something to go on with"
     assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2

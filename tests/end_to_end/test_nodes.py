@@ -33,7 +33,7 @@ from zero_ds.cli import main as cli
 from zero_ds.cluster.ssh import Answer, Ssh
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime import failure
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 ODD = """it's 100% "$HOME" `true` \\ ; & fine"""
 """Words that shells on the way to the ranks would love to read."""
@@ -307,7 +307,7 @@ def same(config: Callable[..., RunConfig], stage: str, one_machine: Callable[[st
     curves = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (two, one)]
     assert [line["step"] for line in curves[0]] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in curves[0]] == pytest.approx([line["loss"] for line in curves[1]], rel=1e-5)
-    ours, theirs = (load_file(find_commit(out).folder / "weights.safetensors") for out in (two, one))
+    ours, theirs = (load_file(find_checkpoint(out).folder / "weights.safetensors") for out in (two, one))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)

@@ -221,12 +221,12 @@ def nan_gradient(config: RunConfig) -> str:
 def test_a_gradient_that_is_not_finite_spoils_no_commit(
     run_config: Callable[..., RunConfig], tmp_path: Path, zero: str
 ) -> None:
-    from zero_ds.training.checkpoint.checkpoint import find_commit
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
     config = run_config("pretrain", tmp_path, zero=zero, checkpoint={"every_steps": 1, "keep": 1})
     for said in run_ranks(nan_gradient, 2, config):
         assert "the gradient of step 3 is not finite" in said
-    commit = find_commit(tmp_path)
+    commit = find_checkpoint(tmp_path)
     assert commit.step == 2 and all(torch.isfinite(tensor).all() for tensor in commit.weights().values())
 
 

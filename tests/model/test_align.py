@@ -16,7 +16,7 @@ from zero_ds.export import export_model
 from zero_ds.grafting.graft import load_graft
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 WIDTH = 24
 
@@ -47,7 +47,7 @@ def runs(configs: dict[str, RunConfig]) -> dict[str, Path]:
 
 
 def test_only_the_aligner_trains(runs: dict[str, Path]) -> None:
-    weights = {name: find_commit(run).weights() for name, run in runs.items()}
+    weights = {name: find_checkpoint(run).weights() for name, run in runs.items()}
     assert {name: tuple(t.shape) for name, t in weights["align"].items()} == {
         "aligner.weight": (32, WIDTH),
         "aligner.bias": (32,),
@@ -67,7 +67,7 @@ def test_graft_and_export(
     export_helper.here(monkeypatch)
     large = made("llama", tied=True)
     model = load_graft(runs["align"], large)
-    trained = find_commit(runs["encoder"]).weights()
+    trained = find_checkpoint(runs["encoder"]).weights()
     assert model.aligner is not None and torch.equal(model.adapter[2].weight, trained["adapter.2.weight"])  # type: ignore[index]
     for form in ("llava", "remote-code"):
         proof = export_model(runs["align"], str(large), tmp_path / form, form=form)

@@ -117,13 +117,13 @@ def test_a_graft_with_merged_adapters_answers_like_the_model_in_training(
     runs: Path, made: Callable[..., Path], small: Path
 ) -> None:
     from zero_ds.grafting.graft import load_graft, load_trained, run_config
-    from zero_ds.training.checkpoint.checkpoint import find_commit, load_weights_
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint, load_weights_
 
     target = made("llama", tied=True)
     merged = load_graft(runs / "zero3", target)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    unmerged = build_model(ModelSpec(target, lora=run_config(find_commit(runs / "zero3")).lora)).eval()
-    commit = find_commit(runs / "zero3")
+    unmerged = build_model(ModelSpec(target, lora=run_config(find_checkpoint(runs / "zero3")).lora)).eval()
+    commit = find_checkpoint(runs / "zero3")
     load_weights_(unmerged.named_targets(), commit, skip=lambda name: not name.startswith("lora."))
     torch.testing.assert_close(said(merged), said(unmerged), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(said(merged), said(build_model(ModelSpec(target)).eval()), atol=1e-3), "they do something"

@@ -130,7 +130,7 @@ def test_several_translators_start_from_equal_parts() -> None:
 @pytest.mark.parametrize(
     ("ranges", "complaint"),
     [
-        ([(2, 6)], "layers 2:6 are not inside the model's layers 0:5; choose both in it."),
+        ([(2, 6)], "layers 2:6 are not inside the model's layers 0:5; choose both from them."),
         ([(-1, 2)], "layers -1:2 are not inside"),
         ([(3, 2)], "layers 3:2 are not inside"),
         ([(0, 2), (2, 4)], "the ranges 0:2 and 2:4 overlap; separate them."),
@@ -154,7 +154,7 @@ def test_parse(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "40", "40-78", "40:", ":78", "a:b", "40:78:80", "-1:2", "4.0:5"])
 def test_parse_refuses(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no layer range; write first:last"):
+    with pytest.raises(ConfigError, match="is not a layer range; write first:last"):
         Replaced.parse(text)
 
 
@@ -632,7 +632,7 @@ def test_damaged_surrogate_json(tmp_path: Path, text: str) -> None:
 
 
 def test_no_surrogate(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="make one with `zero-ds surrogate`"):
+    with pytest.raises(ConfigError, match="build one with `zero-ds surrogate`"):
         read_surrogate(tmp_path)
 
 

@@ -23,7 +23,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.grafting.graft import load_graft, load_trained
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.consolidate import ZeroCheckpoint, consolidate_shards, consolidate_state
 
 
@@ -75,7 +75,7 @@ def test_shards_become_what_the_ranks_gathered(case: str, runs: Path, tmp_path: 
         app, ["consolidate", str(runs / case / "deepspeed"), "--out", str(tmp_path / "out")], catch_exceptions=False
     )
     assert done.exit_code == 0 and "step-000002" in done.output
-    live, found = find_commit(runs / case), find_commit(tmp_path / "out")
+    live, found = find_checkpoint(runs / case), find_checkpoint(tmp_path / "out")
     gathered, tensors = (load_file(one.folder / "weights.safetensors") for one in (live, found))
     assert list(gathered) == list(tensors)
     for name, tensor in gathered.items():

@@ -37,7 +37,7 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.released import import_released, to_released
 
 RELEASED = {"3b": (28, True, (16, 26)), "8b": (32, False, (17, 30)), "70b": (80, False, (40, 78))}
@@ -171,11 +171,11 @@ def test_it_computes_what_the_layout_says(size: str, made: Callable[..., Path], 
     for one, other in pairwise(seen):
         assert not torch.allclose(one, other, atol=1e-2), "each of these is another model"
     report = compatibility(
-        find_commit(tmp_path / "encoder"), target, thorough=True, surrogate=str(tmp_path / "surrogate")
+        find_checkpoint(tmp_path / "encoder"), target, thorough=True, surrogate=str(tmp_path / "surrogate")
     )
     assert all(check.fits is not False for check in report)
     assert next(check for check in report if check.name == "kept-layers").fits is True
-    assert load_run(str(tmp_path / "encoder" / "config.yaml")) == run_config(find_commit(tmp_path / "encoder"))
+    assert load_run(str(tmp_path / "encoder" / "config.yaml")) == run_config(find_checkpoint(tmp_path / "encoder"))
 
 
 @pytest.mark.parametrize("kind", ["translator", "encoder"])
@@ -393,5 +393,5 @@ def test_the_weights_are_hashed(good: Path, made: Callable[..., Path], tmp_path:
     commit = import_released(good, str(target), tmp_path / "out", encoder=str(clip))
     held = load_file(commit / "weights.safetensors")
     digest = hashlib.sha256((commit / "weights.safetensors").read_bytes()).hexdigest()
-    assert find_commit(tmp_path / "out").manifest["weights_sha256"] == digest
+    assert find_checkpoint(tmp_path / "out").manifest["weights_sha256"] == digest
     assert torch.equal(held["boundary.embeddings.weight"][1], torch.load(good)["embd_eoi"])

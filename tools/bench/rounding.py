@@ -45,7 +45,7 @@ def load(run: Path, precision: str, full: bool) -> tuple[VisionLanguageModel, Lo
     for folder in (*stages.check_start(config), run):
         checkpoint.load_weights_(
             model.named_targets(),
-            checkpoint.find_commit(folder),
+            checkpoint.find_checkpoint(folder),
             skip=lambda name: stages.belongs_elsewhere(config, name),
         )
     stages.freeze_(model, config)

@@ -22,9 +22,9 @@ def graft(
     """Check that a trained encoder belongs to a full language model; the graft itself needs no training and no copy."""
     from zero_ds.grafting.graft import compatibility, refuse_differences
     from zero_ds.runtime.hub import local_folder
-    from zero_ds.training.checkpoint.checkpoint import find_commit
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
-    commit = find_commit(weights)
+    commit = find_checkpoint(weights)
     checks = compatibility(commit, local_folder(target), thorough=True, surrogate=surrogate)
     accepted = [check.name for check in checks if check.fits is False and check.name in (accept or ())]
     unknown = [check.name for check in checks if check.fits is None]

@@ -35,11 +35,11 @@ def records(
     from zero_ds.model.build import sample_encoder
     from zero_ds.runtime.errors import ConfigError
     from zero_ds.runtime.hub import local_folder
-    from zero_ds.training.checkpoint.checkpoint import find_commit
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
     kind = precision(dtype)
     questions = read_records(records, limit_pictures=pictures)
-    commit = find_commit(weights)
+    commit = find_checkpoint(weights)
     config = run_config(commit)
     if config.encoder is None:
         raise ConfigError(f"{weights} has no vision encoder; name the run of an encoder stage.")

@@ -64,7 +64,7 @@ def _plan_note(run: Path) -> tuple[str, ...]:
         transition = json.loads((run / "trajectory/trajectory.json").read_text(encoding="utf-8"))["transition"]["layer"]
     except (OSError, ValueError, KeyError):
         return ()
-    first = plan.replaced[0].first
+    first = plan.first_replaced
     if transition is None or transition == first:
         return ()
     return (
@@ -76,9 +76,9 @@ def _plan_note(run: Path) -> tuple[str, ...]:
 def _distilled(stages: dict[str, Path]) -> list[str]:
     """Stages in which translators learned from the target's late layers, which the paper's do not."""
     from zero_ds.grafting.graft import run_config
-    from zero_ds.training.checkpoint.checkpoint import find_commit
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
-    return [name for name, folder in stages.items() if run_config(find_commit(folder)).distill.active]
+    return [name for name, folder in stages.items() if run_config(find_checkpoint(folder)).distill.active]
 
 
 def _distillation_note(stages: list[str]) -> tuple[str, ...]:

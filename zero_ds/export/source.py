@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
-from zero_ds.export.tensors import NAMES, as_dtype, in_memory, merged, read
+from zero_ds.export.tensors import as_dtype, in_memory, merged, read
 from zero_ds.grafting.graft import compatibility, run_config
 from zero_ds.model.adapter import adapter_shapes
 from zero_ds.model.decoders import Family, family_of
@@ -22,8 +22,14 @@ from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import Span, Tensor, spans
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, Commit, check_hash, check_manifest, find_commit
+from zero_ds.runtime.safetensors import Span, Tensor, dtype_name, spans
+from zero_ds.training.checkpoint.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_hash,
+    check_manifest,
+    find_checkpoint,
+)
 from zero_ds.training.stages import SURROGATE_ONLY
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,7 +41,7 @@ _LORA = re.compile(r"lora\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 class Source:
     """A run on a decoder, as it is exported."""
 
-    commit: Commit
+    commit: Checkpoint
     config: RunConfig
     target: str
     """The decoder as the user named it."""
@@ -204,7 +210,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     Raises:
         ConfigError, CheckpointError: a run that is not finished or damaged, a decoder it was not trained for.
     """
-    commit = find_commit(run)
+    commit = find_checkpoint(run)
     config = run_config(commit)
     if config.encoder is None:
         raise ConfigError(f"{run} has no vision encoder to export.")
@@ -213,7 +219,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     target = target or config.target
     folder = local_folder(target)
     surrogate = read_surrogate(folder) if (folder / "surrogate.json").is_file() else None
-    weights = _weights([*(find_commit(path) for path in config.starts), commit], surrogate)
+    weights = _weights([*(find_checkpoint(path) for path in config.starts), commit], surrogate)
     if surrogate is not None:
         check_manifest(commit, {"target_hash": surrogate.target_hash, "family": surrogate.family})
         if config.lora is not None:
@@ -229,7 +235,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     return Source(commit, config, target, folder, kind, surrogate, weights)
 
 
-def _weights(commits: list[Commit], surrogate: SurrogateInfo | None) -> dict[str, Span]:
+def _weights(commits: list[Checkpoint], surrogate: SurrogateInfo | None) -> dict[str, Span]:
     """Trained tensors of several results, later ones winning; translators only where the decoder has them."""
     found: dict[str, Span] = {}
     for commit in commits:
@@ -247,4 +253,4 @@ def _weights(commits: list[Commit], surrogate: SurrogateInfo | None) -> dict[str
 def _stored(folder: Path) -> torch.dtype:
     """The type in which a decoder's embeddings are stored, as far as an export can have it."""
     stored = decoder_spans(folder)[family_of(folder).embeddings].dtype
-    return next((dtype for dtype in KINDS.values() if NAMES[dtype] == stored), torch.float32)
+    return next((dtype for dtype in KINDS.values() if dtype_name(dtype) == stored), torch.float32)

@@ -29,7 +29,13 @@ from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import Span, content_hash, locate, same_bytes, spans
 from zero_ds.surrogate.build import kept_tensors
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, Commit, check_hash, find_commit, load_weights_
+from zero_ds.training.checkpoint.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_hash,
+    find_checkpoint,
+    load_weights_,
+)
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder
 from zero_ds.training.stages import SURROGATE_ONLY, decoder_kind, trained_parts
 
@@ -53,12 +59,14 @@ ACCEPTABLE = ("family", "target", "tokenizer", "template", "embeddings", "encode
 """Checks whose difference may be accepted by name; of another hidden size nothing can be grafted."""
 
 
-def run_config(commit: Commit) -> RunConfig:
+def run_config(commit: Checkpoint) -> RunConfig:
     """The configuration a commit was trained with."""
     return validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
 
 
-def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surrogate: str | None = None) -> list[Check]:
+def compatibility(
+    commit: Checkpoint, target: Path, *, thorough: bool = False, surrogate: str | None = None
+) -> list[Check]:
     """Compares what the weights were trained with against a target model.
 
     thorough: also read the whole embeddings, and compare all that the surrogate kept with the target's, byte for byte,
@@ -103,7 +111,7 @@ def compatibility(commit: Commit, target: Path, *, thorough: bool = False, surro
     return checks
 
 
-def refuse_differences(commit: Commit, target: str | Path, checks: Iterable[Check], accept: Iterable[str]) -> None:
+def refuse_differences(commit: Checkpoint, target: str | Path, checks: Iterable[Check], accept: Iterable[str]) -> None:
     """Refuses weights that do not fit, unless the difference is accepted by name.
 
     Raises:
@@ -149,17 +157,17 @@ def _surrogate_folder(config: RunConfig, surrogate: str | None) -> Path | None:
     return local_folder(path)
 
 
-def _trained_early(commit: Commit, config: RunConfig) -> Path | None:
+def _trained_early(commit: Checkpoint, config: RunConfig) -> Path | None:
     """The commit, of this run or of those it started from, that holds trained kept layers (the starred control)."""
     starts = [Path(start) for start in config.starts]
-    commits = [find_commit(start) for start in starts if start.is_dir() and not is_peft_folder(start)]
+    commits = [find_checkpoint(start) for start in starts if start.is_dir() and not is_peft_folder(start)]
     for one in [*commits, commit]:
         if any(name.startswith("early.") for name in _trained_tensors(one)):
             return one.folder
     return None
 
 
-def _trained_tensors(commit: Commit) -> dict[str, Span]:
+def _trained_tensors(commit: Checkpoint) -> dict[str, Span]:
     """The tensors of a commit by name, from its weights' header.
 
     Raises:
@@ -191,7 +199,7 @@ def _kept_layers(manifest: dict[str, Any], config: RunConfig, target: Path, surr
     return Check(name, what, count, count, True)
 
 
-def manifest_width(commit: Commit) -> int:
+def manifest_width(commit: Checkpoint) -> int:
     """Width of the adapter's output, read from the weights' header."""
     width = output_width({name: span.shape for name, span in _trained_tensors(commit).items()})
     if width is not None:
@@ -214,7 +222,7 @@ def load_trained(
     Raises:
         ConfigError, CheckpointError: weights that do not fit the decoder, naming the tensor or the field.
     """
-    commit = find_commit(weights)
+    commit = find_checkpoint(weights)
     config = run_config(commit)
     folder = local_folder(str(decoder))
     plain = not (folder / "surrogate.json").is_file()
@@ -237,7 +245,7 @@ def load_trained(
         if is_peft_folder(start):
             continue  # the run has trained all of these adapters on
         load_weights_(
-            model.named_targets(), find_commit(start), skip=lambda name: plain and name.startswith(SURROGATE_ONLY)
+            model.named_targets(), find_checkpoint(start), skip=lambda name: plain and name.startswith(SURROGATE_ONLY)
         )
     if config.lora is not None:
         lora.merge_(model.decoder)
@@ -254,6 +262,6 @@ def load_graft(
     Raises:
         ConfigError: the weights were trained for another model; names what differs.
     """
-    commit = find_commit(weights)
+    commit = find_checkpoint(weights)
     refuse_differences(commit, target, compatibility(commit, local_folder(str(target))), accept)
     return load_trained(weights, target, **options)

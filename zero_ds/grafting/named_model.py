@@ -22,7 +22,7 @@ from zero_ds.model.loading import load_complete, model_hash
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.checkpoint import Commit, find_commit
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
 from zero_ds.training.stages import decoder_folder
 
 EXPORT = "llava"
@@ -37,7 +37,7 @@ class NamedModel:
     kind: Literal["target", "surrogate", "trained", "graft", "export"]
     folder: Path
     """The decoder's folder; an export's own."""
-    commit: Commit | None = None
+    commit: Checkpoint | None = None
     """Where encoder and adapter come from, if a run was named."""
 
     @property
@@ -85,7 +85,7 @@ def find_model(name: str, target: str | None = None) -> NamedModel:
     """
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():
-        commit = find_commit(folder)
+        commit = find_checkpoint(folder)
         decoder = local_folder(target or decoder_folder(run_config(commit)))
         grafted = target is not None and not (decoder / "surrogate.json").is_file()
         return NamedModel(name, "graft" if grafted else "trained", decoder, commit)

@@ -18,7 +18,7 @@ from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import content_hash
-from zero_ds.training.checkpoint.checkpoint import check_manifest, find_commit, load_weights_
+from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint, load_weights_
 from zero_ds.training.planning.flops import encoder_step_ratio
 from zero_ds.trajectory.batching import batches, padded, progress
 from zero_ds.trajectory.texts import TokenSample
@@ -117,7 +117,7 @@ def divergence(
     if weights is not None:
         model = build_model(ModelSpec(Modules(small, family), plan=read_surrogate(surrogate).plan))
         loaded = load_weights_(
-            model.named_targets(), find_commit(weights), skip=lambda name: not name.startswith("translator.")
+            model.named_targets(), find_checkpoint(weights), skip=lambda name: not name.startswith("translator.")
         )
         if not loaded:
             raise ConfigError(f"{weights} holds no translator; name a run of the translator or pretrain stage.")
@@ -158,7 +158,7 @@ def divergence(
 def check_weights(weights: Path, surrogate: Path) -> None:
     """Raises ConfigError where a run's translators were trained in another surrogate."""
     info = read_surrogate(surrogate)
-    check_manifest(find_commit(weights), {"plan": info.plan.to_json(), "target_hash": info.target_hash})
+    check_manifest(find_checkpoint(weights), {"plan": info.plan.to_json(), "target_hash": info.target_hash})
 
 
 def _log_probs(decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, followed: torch.Tensor) -> torch.Tensor:

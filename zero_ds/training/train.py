@@ -22,6 +22,7 @@ from zero_ds.runtime import distributed, failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.hub import local_folder
+from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
 from zero_ds.training.checkpoint.peft_folder import weights_hash
@@ -35,7 +36,7 @@ from zero_ds.training.options.int8 import quantize_
 from zero_ds.training.options.recompute import checkpoint_activations_
 from zero_ds.training.planning.flops import StepCost, peak_flops
 from zero_ds.training.preview import Preview
-from zero_ds.training.setup import build, commit_to_resume, make_folder, plan_of, seed_everything, start_
+from zero_ds.training.setup import build, checkpoint_to_resume, make_folder, plan_of, seed_everything, start_
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def train(config: RunConfig) -> Path:
     compilation.check(config)
     kernels.check(config)
     out = Path(config.out)
-    resumed = commit_to_resume(out, config)
+    resumed = checkpoint_to_resume(out, config)
     seed_everything(config.seed)
 
     model, loader, hashes = build(config, ds, world_size)
@@ -81,7 +82,7 @@ def train(config: RunConfig) -> Path:
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)
 
     groups = stages.freeze_(model, config)
-    sizes = {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in group) for part, group in groups.items()}
+    sizes = {part: sum(parameter_shape(p).numel() for _, p in group) for part, group in groups.items()}
     logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
     if config.frozen_weights == "int8" and not quantize_(model):
         raise ConfigError("frozen_weights=int8 needs frozen decoder layers, and all of them train; set it to native.")
@@ -98,7 +99,7 @@ def train(config: RunConfig) -> Path:
         left_out.skipped, left_out.too_long = progress.get("skipped", 0), progress.get("too_long", 0)
         logger.info("resumed %s after step %d of %d", out, first, total)
     elif config.continue_from:
-        parts = checkpoint.carry_over_(engine, checkpoint.find_commit(config.continue_from))
+        parts = checkpoint.carry_over_(engine, checkpoint.find_checkpoint(config.continue_from))
         logger.info("the optimizer goes on for %s", ", ".join(parts) or "nothing")
     if distributed.is_rank_zero():
         write_atomically(out / "config.yaml", config.dump())

@@ -24,7 +24,7 @@ from zero_ds.evaluation.report import charts
 from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
-from zero_ds.training.checkpoint.checkpoint import find_commit, versions
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint, versions
 from zero_ds.training.monitor import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def write_report(inputs: ReportInputs) -> dict[str, Any]:
 def facts(inputs: ReportInputs, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     """The content of report.json: every figure of the report, with what it was measured on."""
     scores = summary(evaluations)
-    commits = {stage: find_commit(run) for stage, run in inputs.stages.items()}
+    commits = {stage: find_checkpoint(run) for stage, run in inputs.stages.items()}
     info = read_surrogate(inputs.surrogate) if inputs.surrogate else None
     transition = _transition(inputs.trajectory)
     cost_stage = inputs.cost_stage or (list(inputs.stages)[-1] if inputs.stages else None)

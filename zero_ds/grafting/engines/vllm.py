@@ -32,7 +32,7 @@ from zero_ds.grafting.named_model import LoadedModel, NamedModel, Served, load_m
 from zero_ds.model.decoders.folder import is_multimodal
 from zero_ds.model.decoding import Reader
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _is_own(named: NamedModel) -> bool:
         return True
     from safetensors import safe_open
 
-    starts = [find_commit(path) for path in run_config(named.commit).starts if (Path(path) / "latest").is_file()]
+    starts = [find_checkpoint(path) for path in run_config(named.commit).starts if (Path(path) / "latest").is_file()]
     for commit in (*starts, named.commit):
         with safe_open(commit.folder / "weights.safetensors", framework="pt") as file:
             if any(name.startswith(OF_DECODERS) for name in file.keys()):  # noqa: SIM118 - a handle is no mapping

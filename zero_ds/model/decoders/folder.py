@@ -20,7 +20,7 @@ from zero_ds.model.decoders import Family, family_of_type
 from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import load_complete, load_tokenizer, model_hash
 from zero_ds.runtime.errors import ConfigError, one_line
-from zero_ds.runtime.safetensors import FLOATS, Span, Stored, content_hash, locate, shard_files
+from zero_ds.runtime.safetensors import DTYPES, Span, Stored, content_hash, locate, shard_files
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +243,7 @@ class DecoderFolder:
                 raise ConfigError(
                     f"{name} in {self.path} has shape {found.shape}, by config.json {shape}; fetch the model again."
                 )
-            if found.dtype not in FLOATS:
+            if found.dtype not in DTYPES:
                 raise ConfigError(f"{name} in {self.path} is quantized ({found.dtype}); give the unquantized model.")
         unknown = [
             name for name in tensors if name.startswith(self.family.layer_prefix) and name not in self.expected_shapes
