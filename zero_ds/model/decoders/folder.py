@@ -75,8 +75,9 @@ class DecoderFolder:
         Raises:
             ConfigError: config.json is missing or is not a JSON object with a model_type.
         """
+        text = self.config_bytes
         try:
-            content = json.loads(self.config_bytes)
+            content = json.loads(text)
             content["model_type"]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.config_file} names no model_type.") from None
