@@ -230,7 +230,12 @@ class Route:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PATH": f"{beside}:{os.environ['PATH']}", "TORCHDYNAMO_DISABLE": "1"},
+            env={
+                **os.environ,
+                "PATH": f"{beside}:{os.environ['PATH']}",
+                "TORCHDYNAMO_DISABLE": "1",
+                "ZERO_DS_STOP_PATIENCE": str(scaled(60)),  # a commit on a busy machine
+            },
         )
 
     def stop_after(self, words: str) -> int:

@@ -71,7 +71,7 @@ def test_what_is_tried_again(
     assert launcher.main(words) == status
     assert len(log.read_text()) == made
     said = capsys.readouterr().err
-    assert said.count("from the last commit") == made - 1
+    assert said.count("from the last checkpoint") == made - 1
     assert failure.FINAL not in said
     if status and attempts[-1][1]:
         assert said.strip().splitlines()[-1] == f"zero-ds: the run failed: {attempts[-1][1].splitlines()[0]}"

@@ -59,6 +59,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         patience = scaled(100)  # a busy machine is no dead one
         patch.setenv("ZERO_DS_NODE_PATIENCE", str(patience))  # the launcher's
         patch.setattr("zero_ds.cluster.ssh.PATIENCE", patience)
+        patch.setattr("zero_ds.cluster.doctor.RANKS_TIMEOUT", scaled(240))
         yield both
     both.stop()
 
@@ -330,7 +331,7 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     assert environment["WORLD_SIZE"] == "2" and environment["RANK"] == "1"
     assert len(left_of(run.out)) > 5 and not any("verysecret" in words for words in left_of(run.out)), "command lines"
     os.kill(rank, signal.SIGKILL)
-    run.until("restart 1 of 1, from the last commit")
+    run.until("restart 1 of 1, from the last checkpoint")
     assert "zero-ds: the run failed: a rank ended without a word" in run.said
     assert run.end() == 0, run.said
     assert re.search(r"resumed .* after step \d+ of", run.said)
@@ -357,7 +358,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     run.until("127.0.0.3: ssh exited with exit code 255")
-    run.until("restart 1 of 2, from the last commit")
+    run.until("restart 1 of 2, from the last checkpoint")
     assert f"rank 1 has given no sign of life for {SILENCE} s" in run.said, run.said
     assert "(rank 1 runs on 127.0.0.3)" in run.said
     for pid in stopped:  # of those that belong to no run, sshd's
@@ -368,7 +369,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     assert machines.processes(HOSTS[0]) and machines.processes(HOSTS[1])
     run.process.send_signal(signal.SIGINT)
     assert run.end() != 0
-    assert "the ranks commit and stop after this step" in run.said and "run again to resume" in run.said
+    assert "the ranks write a checkpoint and stop after this step" in run.said and "run again to resume" in run.said
     assert "restart 2" not in run.said
     nothing_is_left(run)
 

@@ -349,7 +349,7 @@ def test_a_full_disk(commit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert folders(tmp_path / "deep") == []
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    refused("has not the .* MB free that out needs", commit, "--out", tmp_path / "deep" / "out")
+    refused("does not have the .* MB free that out needs", commit, "--out", tmp_path / "deep" / "out")
     assert folders(tmp_path / "deep") == []
 
 

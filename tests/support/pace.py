@@ -80,12 +80,13 @@ def note_run(tier: str, seconds: float, tests: int) -> None:
 def estimate(tier: str) -> str:
     """A sentence about a tier: minutes, and where they come from."""
     speed = f"this machine needs {PACE:.1f} times the reference's seconds"
+    whole = "the tests with the slow tier" if tier == "all" else "the tests"
     if last := last_run(tier):
         minutes = last["seconds"] / 60 * PACE / last["pace"]
-        return f"about {minutes:.0f} minutes of tests: the last run took {last['seconds'] / 60:.1f}, and {speed}"
+        return f"{whole} take about {minutes:.0f} minutes: the last time {last['seconds'] / 60:.1f}, and {speed}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     minutes = _MINUTES["default"] + (_MINUTES["slow tier"] if tier == "all" else 0.0)
-    return f"about {minutes * PACE * 2 / min(cores, 4):.0f} minutes of tests on {cores} cores: {speed}"
+    return f"{whole} take about {minutes * PACE * 2 / min(cores, 4):.0f} minutes on {cores} cores: {speed}"
 
 
 if __name__ == "__main__":

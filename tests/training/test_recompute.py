@@ -30,8 +30,8 @@ from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options.recompute import Choice, choose, recompute_
 from zero_ds.training.planning.activations import ActivationBytes, activation_bytes
 from zero_ds.training.planning.architecture import architecture
-from zero_ds.training.planning.cluster import Cluster
-from zero_ds.training.planning.memory import PROCESS_GIB, Memory, recomputed
+from zero_ds.training.planning.cluster import PROCESS_GIB, Cluster
+from zero_ds.training.planning.memory import Memory, recomputed
 from zero_ds.training.planning.recipe import plan_run
 from zero_ds.training.setup import build
 

@@ -1,6 +1,6 @@
 """`zero-ds`: the list of commands, and what all of them have in common.
 
-Every command has a module of its own beside this one, which parses, calls the packages, and prints. These modules
+Every command has a module of its own in this package, which parses, calls the packages, and prints. These modules
 import what computes only when their command runs, so that `zero-ds --help` answers at once.
 """
 

@@ -1,4 +1,4 @@
-"""`zero-ds trajectory`: model + text -> curves, transition layer, proposed surrogate."""
+"""`zero-ds trajectory`: from a model and texts to curves, transition layer and proposed surrogate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trajectory(
         typer.Option(help=METRIC_HELP),
     ] = "sequence",
     greedy: Annotated[
-        bool, typer.Option("--greedy", help="Feed the model's own greedy answers, not the data's (appendix A.1).")
+        bool, typer.Option("--greedy", help="Read the model's own greedy answers instead of the data's (appendix A.1).")
     ] = False,
     stream_layers: Annotated[
         bool,
@@ -34,28 +34,30 @@ def trajectory(
         str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where the device multiplies it fast.")
     ] = "auto",
     batch: Annotated[int, typer.Option(help="Samples per forward pass.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of samples and of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of the bootstrap.")] = 0,
     system_prompt: Annotated[
-        str | None, typer.Option(help="System message of every conversation; by default the chat template's own.")
+        str | None, typer.Option(help="System message of every conversation. Default: the chat template's own.")
     ] = None,
 ) -> None:
     """Find the layer where a language model's early phase ends, and the surrogate T(k, e) that follows from it.
 
     The model reads text conversations, and its prediction of the next token after every layer is compared with its
-    final prediction (Eq. 1-4 of the paper). The curves of the samples spread out in the early phase, then come together
-    and fall; the layer where they do is the transition layer k. Replacing layers k to L-2 gives the surrogate, which
+    final prediction (Eq. 1-4 of the paper). The curves of the samples spread in the early phase, then come together and
+    fall; the layer where this happens is the transition layer k. Replacing layers k..L-2 gives the surrogate, which
     `zero-ds surrogate` builds.
     """
-    from zero_ds.trajectory.measure import TrajectoryOptions, measure_trajectory
+    from zero_ds.trajectory.options import TrajectoryOptions
 
     options = TrajectoryOptions(samples, metric, greedy, stream_layers, dtype, batch, seed, system_prompt)
+    options.check()  # before torch is loaded
+    from zero_ds.trajectory.measure import measure_trajectory
+
     print(summary(measure_trajectory(model, data, out, options), out))
 
 
 def summary(content: dict[str, Any], out: Path) -> str:
-    """Returns the result of a trajectory.json in a few lines: transition layer, interval, surrogate, files."""
-    transition = content["transition"]
-    lines = []
+    """Returns the lines for people about a trajectory.json: layer, interval, surrogate, files."""
+    transition, lines = content["transition"], []
     if transition["verdict"] == "clear":
         proposed = content["proposed"]
         lines.append(

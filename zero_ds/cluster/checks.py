@@ -71,7 +71,7 @@ class Machine:
 
     host: str
     facts: dict[str, Any]
-    """What it said of itself: the result of `probe.describe` there."""
+    """Result of `probe.describe` on that machine."""
     clock_offset: float
     """Seconds by which its clock is ahead of this machine's."""
 

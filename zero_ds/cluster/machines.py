@@ -54,7 +54,7 @@ class Cluster:
     _private: str | None = None
     """Folder on this machine for the environment file, once there is one."""
     _secrets_out: bool = False
-    """Whether secrets may be on the machines."""
+    """True while secrets may be on the machines."""
 
     @classmethod
     def of(cls, options: Sequence[str], named: Sequence[str] = (), files: Sequence[str] = ()) -> Cluster | None:
@@ -161,7 +161,7 @@ class Cluster:
         return sum(answer.content["found"] for answer in answers if answer.content), silent
 
     def forget(self) -> None:
-        """Removes what `prepare` wrote on this machine, and the secrets on other machines unless `end` has done so."""
+        """Removes what `prepare` wrote on this machine, and the secrets on others unless `end` has removed them."""
         if self._secrets_out:
             self.end(patience=0.0)
         if self._private is not None:

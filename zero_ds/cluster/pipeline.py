@@ -35,7 +35,7 @@ Command = tuple[str, ...]
 MODULES = ("zero_ds.cli", "zero_ds")
 """Modules that `python -m` has run for `zero-ds`, the present one first. Records of finished steps may name any."""
 
-PATIENCE = 20.0
+PATIENCE = float(os.environ.get("ZERO_DS_STOP_PATIENCE", "20"))
 """Seconds that a command gets to end by itself, with a checkpoint, after it was asked to stop."""
 
 

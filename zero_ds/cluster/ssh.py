@@ -36,7 +36,7 @@ class Answer:
     trouble: str = ""
     """Reason for a missing answer, in the words of ssh or the remote shell."""
     reached: bool = True
-    """Whether ssh reached the machine."""
+    """True if ssh reached the machine."""
     clock_offset: float = 0.0
     """Seconds by which its clock is certainly ahead of this machine's, given the time that request and answer took."""
 
@@ -49,7 +49,7 @@ class Ssh:
     python: str = sys.executable
     folder: str = field(default_factory=lambda: str(Path.cwd()))
     local: bool = False
-    """Whether the probe runs on this machine, without ssh."""
+    """True if the probe runs on this machine, without ssh."""
 
     def command(self, host: str, remote: str) -> list[str]:
         """Returns the ssh command for a remote command line; the user's own options come first, and win."""
@@ -61,7 +61,7 @@ class Ssh:
         return ["ssh", *own, *port, *ours, host, remote]
 
     def ask(self, hosts: Sequence[str], request: dict[str, Any], timeout: float | None = None) -> list[Answer]:
-        """Runs the probe (probe.py) on all machines at once, and returns their answers in the order of `hosts`.
+        """Runs the probe (probe.py) on all machines at the same time; returns their answers in the order of `hosts`.
 
         The probe's source and the request travel through standard input. So they are in no process list, and a machine
         without the project can still say that it lacks the project.

@@ -3,7 +3,7 @@
 The surrogate shares the target's layers before the first replaced one. The target's answer to a batch therefore costs
 only its layers from there on, which are run without gradient on the surrogate's own hidden states. Only the replaced
 layers are loaded; the kept ones are the surrogate's. On image batches this is on-policy: the translator is compared
-with what the target would do with exactly the features that the adapter produces now. In the encoder stage it follows
+with the target on exactly the features that the adapter produces now. In the encoder stage it follows
 the encoder in this way, instead of being frozen as in the paper, so that what helps with the surrogate also helps with
 the target.
 
@@ -46,7 +46,7 @@ class SurrogateTrace:
     entered: torch.Tensor | None = None
     """Hidden states before the first translator, detached: (batch, seq, hidden)."""
     learns_before: bool = False
-    """Whether those hidden states have a gradient, that is, whether something before the translators trains."""
+    """True if those hidden states have a gradient, that is, if something before the translators trains."""
     left: dict[int, torch.Tensor] = field(default_factory=dict)
     """Hidden states after each translator, by its layer number in the surrogate: (batch, seq, hidden)."""
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -94,13 +94,13 @@ class Teacher(nn.Module):
     @contextmanager
     def watch(self, model: VisionLanguageModel) -> Iterator[SurrogateTrace]:
         """Yields a trace that a forward pass of `model` inside the context fills in."""
-        trace = SurrogateTrace()
+        trace, first = SurrogateTrace(), self.plan.late.start
 
         def before(index: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
                 others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 trace.arguments[self._surrogate_types[index]] = others
-                if index == self.plan.late.start:
+                if index == first:
                     hidden = args[0] if args else kwargs["hidden_states"]
                     trace.entered, trace.learns_before = hidden.detach(), hidden.requires_grad
 
@@ -158,10 +158,11 @@ class Teacher(nn.Module):
         """
         hidden = cast(torch.Tensor, trace.entered)
         layers = self.family.layers(model.decoder)
+        translators = self.plan.translators
         outputs = {}
         for index in self.plan.late:
             hidden = _run(layers[index], hidden, trace.arguments[self._surrogate_types[index]])
-            if index in self.plan.translators:
+            if index in translators:
                 outputs[index] = hidden
         return outputs, model.logits(self.family.norm(model.decoder)(hidden[rows]))
 

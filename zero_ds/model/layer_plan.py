@@ -51,7 +51,7 @@ class LayerPlan:
     """The layers of a surrogate in terms of those of its target.
 
     Raises:
-        ConfigError: there is no range, or a range is outside the target, overlaps another, or has fewer layers than
+        ConfigError: no range is given, or a range is outside the target, overlaps another, or has fewer layers than
             translators.
     """
 

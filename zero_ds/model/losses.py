@@ -59,7 +59,7 @@ def count_supervised(labels: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a term of the loss can depend on: the outcome of a forward pass, and what it should have been."""
+    """Inputs of the terms of the loss: the outcome of a forward pass, and the labels that it is compared with."""
 
     hidden_states: torch.Tensor
     """Hidden states after the final norm: (batch, seq, hidden)."""
@@ -70,7 +70,7 @@ class Predictions:
     rows: Places
     """The n positions (`supervised_rows`)."""
     labels: torch.Tensor
-    """Token ids, or IGNORE where there is no loss: (batch, seq)."""
+    """Token ids, or IGNORE at positions without loss: (batch, seq)."""
     token_weights: torch.Tensor | None
     """Factor for the next-token loss of each label: (batch, seq); None: all 1."""
     attention_mask: torch.Tensor

@@ -223,7 +223,7 @@ class VisionLanguageModel(nn.Module):
         """Returns the loss of a micro-batch, summed over its supervised tokens.
 
             input_ids        (batch, seq)               token ids, IMAGE_TOKEN at image positions
-            labels           (batch, seq)               token ids, IGNORE where there is no loss
+            labels           (batch, seq)               token ids, IGNORE at positions without loss
             attention_mask   (batch, seq)               1 at tokens, 0 at padding
             pixel_values     (images, 3, height, width) images in the order of their tokens in the batch
             token_weights    (batch, seq)               factor for the next-token loss of each label

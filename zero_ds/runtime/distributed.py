@@ -113,7 +113,7 @@ def device_bytes() -> float:
 def memory_limits(groups: Path, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Returns the memory limits, in bytes, of the control groups that a process is in and of the groups around them.
 
-    groups: /proc/PID/cgroup, with a line `number:controllers:/path` per group; in version 2 there are no controllers.
+    groups: /proc/PID/cgroup, with a line `number:controllers:/path` per group; version 2 lists no controllers.
     """
     found: list[int] = []
     with contextlib.suppress(OSError):

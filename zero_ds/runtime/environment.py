@@ -1,4 +1,4 @@
-"""What the launcher and the machine say about this process, found out without loading torch where that is possible.
+"""Facts about this process and its machine, found without loading torch where that is possible.
 
 Commands that compute nothing (`zero-ds train --dry-run`, `zero-ds recipes`) answer in a fraction of a second this way;
 importing torch alone takes longer.

@@ -55,7 +55,7 @@ def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = Non
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
-# -- what a rank holds of a parameter ----------------------------------------------------------------------------------
+# -- partitioned parameters --------------------------------------------------------------------------------------------
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from zero_ds.config.schema import WITHOUT_EFFECT, YOUNGER, RunConfig
+from zero_ds.config.resume import MAY_DIFFER, OLD_BEHAVIOUR
+from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
@@ -74,8 +75,8 @@ def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
     """The first entry in which two configurations differ: `key: old -> new`."""
     for key in [*new, *(k for k in old if k not in new)]:
-        a, b = old.get(key, YOUNGER.get(f"{prefix}{key}")), new.get(key)
-        if a == b or f"{prefix}{key}" in WITHOUT_EFFECT:
+        a, b = old.get(key, OLD_BEHAVIOUR.get(f"{prefix}{key}")), new.get(key)
+        if a == b or f"{prefix}{key}" in MAY_DIFFER:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             return difference(a, b, f"{prefix}{key}.")

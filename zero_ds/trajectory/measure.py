@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import torch
 
 from zero_ds.data.formats import DataError
 from zero_ds.model.decoders.folder import DecoderFolder
-from zero_ds.runtime.errors import ConfigError, did_you_mean
+from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import new_folder
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.precision import fast_dtype
 from zero_ds.trajectory.curves import Setting, Trajectory
 from zero_ds.trajectory.lens import check_lens
 from zero_ds.trajectory.metrics import METRICS
+from zero_ds.trajectory.options import TrajectoryOptions
 from zero_ds.trajectory.plot import plot
 from zero_ds.trajectory.resident import measure_resident
 from zero_ds.trajectory.streaming import measure_streamed
@@ -28,52 +28,6 @@ from zero_ds.trajectory.texts import answer_greedily, read_samples
 from zero_ds.trajectory.transition import find_transition
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TrajectoryOptions:
-    """How a trajectory is measured; the options of `zero-ds trajectory`."""
-
-    samples: int = 300
-    """Number of samples, chosen at random."""
-    metric: str = "sequence"
-    """Name of a metric in metrics.py."""
-    greedy: bool = False
-    """Whether the model reads its own greedy answers instead of the data's (appendix A.1)."""
-    stream_layers: bool = False
-    """Whether the layers are read from the files one at a time, for models larger than the memory."""
-    dtype: str = "auto"
-    """float32, bfloat16, or auto: bfloat16 where the device multiplies it fast."""
-    batch: int = 16
-    """Number of samples per forward pass."""
-    seed: int = 0
-    """Seed of the choice of samples and of the bootstrap."""
-    system_prompt: str | None = None
-    """System message of every conversation; None for the chat template's own."""
-
-    def check(self) -> None:
-        """Checks everything that can be checked without reading a file.
-
-        Raises:
-            ConfigError: an option out of its range, or two that exclude each other.
-        """
-        if self.metric not in METRICS:
-            raise ConfigError(f"--metric {self.metric} is unknown{did_you_mean(self.metric, list(METRICS))}")
-        if self.dtype not in ("auto", *DTYPES):
-            raise ConfigError(f"--dtype {self.dtype} is unknown{did_you_mean(self.dtype, ['auto', *DTYPES])}")
-        for name, number in (("samples", self.samples), ("batch", self.batch)):
-            if number < 1:
-                raise ConfigError(f"--{name} {number} is too small; give at least 1.")
-        if self.stream_layers and self.greedy:
-            raise ConfigError("--greedy needs the whole model in memory to answer; leave out --stream-layers.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed} is negative; give 0 or more.")
-
-    def torch_dtype(self) -> torch.dtype:
-        """Returns the precision of the forward passes."""
-        return fast_dtype() if self.dtype == "auto" else DTYPES[self.dtype]
 
 
 def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOptions | None = None) -> dict[str, Any]:
@@ -102,7 +56,7 @@ def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOpt
         data=str(data),
         data_hash=_file_hash(data),
         metric=options.metric,
-        dtype=str(options.torch_dtype()).removeprefix("torch."),
+        dtype=str(dtype_of(options)).removeprefix("torch."),
         greedy=options.greedy,
         seed=options.seed,
         requested_samples=options.samples,
@@ -115,6 +69,13 @@ def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOpt
     trajectory = _measure(folder, setting, options, out)
     write(trajectory, out)
     return trajectory.to_json()
+
+
+def dtype_of(options: TrajectoryOptions) -> torch.dtype:
+    """Returns the precision of the forward passes."""
+    if options.dtype == "auto":
+        return fast_dtype()
+    return torch.float32 if options.dtype == "float32" else torch.bfloat16
 
 
 def _file_hash(path: Path) -> str:
@@ -162,7 +123,7 @@ def _measure(folder: DecoderFolder, setting: Setting, options: TrajectoryOptions
         greedy=options.greedy,
         system_prompt=options.system_prompt,
     )
-    dtype = options.torch_dtype()
+    dtype = dtype_of(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     metric = METRICS[options.metric]
     if options.stream_layers:

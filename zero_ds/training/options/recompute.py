@@ -22,7 +22,8 @@ from zero_ds.training import stages
 from zero_ds.training.deepspeed import resolve_precision
 from zero_ds.training.planning.activations import longest_sample_bytes
 from zero_ds.training.planning.architecture import architecture
-from zero_ds.training.planning.memory import GIB, PROCESS_GIB, RESERVE_GIB, Memory, memory, recomputed
+from zero_ds.training.planning.cluster import PROCESS_GIB, RESERVE_GIB
+from zero_ds.training.planning.memory import GIB, Memory, memory, recomputed
 
 logger = logging.getLogger(__name__)
 

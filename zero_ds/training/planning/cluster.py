@@ -11,9 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zero_ds.runtime.errors import ConfigError, did_you_mean
-from zero_ds.training.planning.flops import PEAK
-from zero_ds.training.planning.memory import PROCESS_GIB, RESERVE_GIB
 
+PEAK = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
+"""Dense bf16 (V100: fp16) FLOP/s that the makers state, by a part of the device's name; the first match counts."""
 LINKS = {"B200": 900.0, "H200": 450.0, "H100 PCIe": 64.0, "H100": 450.0, "A100": 300.0, "V100": 150.0}
 """GB/s of a GPU to the others of its node, one direction, as the makers state it (NVLink). All other GPUs: PCIe."""
 PCIE = 32.0
@@ -23,6 +33,10 @@ ASSUMED = {"between": 50.0, "gpu_memory": 1500.0, "host_memory": 200.0, "disk": 
 memory, a node's host memory, a node's disk."""
 REACHED = 0.8
 """Share of a link's nominal rate that collectives reach, where the rate is not given."""
+RESERVE_GIB = 3.0
+"""Memory of a GPU that stays free for what is not planned: CUDA's context, NCCL's buffers, holes between blocks."""
+PROCESS_GIB = 3.0
+"""Host memory of each rank for Python, the libraries, and workers of the loader."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ TEXT_SAMPLE_TOKENS = 600
 """Number of tokens of a sample of text alone."""
 TEXT_SAMPLE_SUPERVISED = 400
 """Number of these tokens that carry loss."""
+DECODER_SHARE = 0.2
+"""Share of the data for a decoder that starts from the grafted encoder: enough in the paper (Tables 8 and 9)."""
 
 
 @dataclass(frozen=True)

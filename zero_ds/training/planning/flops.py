@@ -21,6 +21,7 @@ from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.zero3 import parameter_shape
+from zero_ds.training.planning.cluster import PEAK
 
 LENGTH = 64
 """Number of tokens of a sequence of the demo; the ratios hardly depend on it."""
@@ -262,19 +263,6 @@ def _count_decoder(model: VisionLanguageModel, *, input_learns: bool) -> tuple[T
 
 
 # -- the device --------------------------------------------------------------------------------------------------------
-
-PEAK = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10": 125e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100": 125e12,
-}
-"""Dense bf16 (V100: fp16) FLOP/s that the makers state, by a part of the device's name; the first match counts."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -31,10 +31,6 @@ from zero_ds.training.planning.activations import ActivationBytes
 from zero_ds.training.planning.architecture import Architecture
 
 GIB = 2.0**30
-RESERVE_GIB = 3.0
-"""Memory of a GPU that stays free for what is not planned: CUDA's context, NCCL's buffers, holes between blocks."""
-PROCESS_GIB = 3.0
-"""Host memory of each rank for Python, the libraries, and workers of the loader."""
 CAUSES = ("frozen", "trained", "gradients", "optimizer", "buckets", "gather", "activations", "logits", "update", "save")
 """Causes in the order of the tables. `update` and `save` are needed when activations, logits and gathered parameters
 are not."""

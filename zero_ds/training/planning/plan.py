@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from zero_ds.config.loading import load_run
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.planning.cluster import Cluster
-from zero_ds.training.planning.data import DataOverrides
-from zero_ds.training.planning.memory import GIB
-from zero_ds.training.planning.recipe import RunPlan, plan_run
-from zero_ds.training.planning.route import DECODER_SHARE, Route, routes
+from zero_ds.training.planning.data import DECODER_SHARE, DataOverrides
+
+if TYPE_CHECKING:
+    from zero_ds.training.planning.recipe import RunPlan
+    from zero_ds.training.planning.route import Route
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ def plan_recipe(
     cluster.check()
     if not 0 < decoder_share <= 1:
         raise ConfigError(f"--decoder-share {decoder_share:g} is not a share; give more than 0 and at most 1.")
+    # torch is loaded only now, so that a mistake is reported at once
+    from zero_ds.training.planning.recipe import plan_run
+    from zero_ds.training.planning.route import routes
+
     run = plan_run(config, cluster, replace=replace, translators=translators, data=data)
     if not run.fitting:
         raise _nothing_fits(run)
@@ -74,8 +80,8 @@ def plan_recipe(
 
 def _nothing_fits(run: RunPlan) -> ConfigError:
     cluster, smallest = run.cluster, run.smallest
-    gpu = smallest.least.peak["gpu"] / GIB + cluster.reserve_gib
-    host = cluster.ranks_per_node * (smallest.least.peak["host"] / GIB + cluster.process_gib)
+    gpu = smallest.least.peak["gpu"] / 2**30 + cluster.reserve_gib
+    host = cluster.ranks_per_node * (smallest.least.peak["host"] / 2**30 + cluster.process_gib)
     return ConfigError(
         f"no config of ds_configs/ fits {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB; the smallest, "
         f"{smallest.zero}, needs {gpu:.1f} GiB per GPU at micro_batch=1 and {host:.0f} GiB of host memory per node."

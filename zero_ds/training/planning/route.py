@@ -16,13 +16,10 @@ from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.planning.cluster import Cluster
-from zero_ds.training.planning.data import DataOverrides
+from zero_ds.training.planning.data import DECODER_SHARE, DataOverrides
 from zero_ds.training.planning.memory import GIB
 from zero_ds.training.planning.recipe import RunPlan, plan_run
 from zero_ds.training.planning.speed import Step, work
-
-DECODER_SHARE = 0.2
-"""Share of the data for a decoder that starts from the grafted encoder: enough in the paper (Tables 8 and 9)."""
 
 PAPER_HOURS = {
     "Llama-3.1-70B-Instruct": {
