@@ -26,10 +26,10 @@ KILLS = 10
 
 
 def train_until_killed(config: RunConfig, after: float | None, write: int | None) -> list[str]:
-    """All ranks die by SIGKILL: `after` seconds into the steps, or at the n-th write of a file of a commit."""
+    """All ranks die by SIGKILL: `after` seconds into the steps, or at the n-th write of a file of a checkpoint."""
     from zero_ds.runtime import distributed
     from zero_ds.training import train
-    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.checkpoint import save
 
     distributed.initialize()
     import torch.distributed as dist
@@ -50,8 +50,8 @@ def train_until_killed(config: RunConfig, after: float | None, write: int | None
 
         train.loop = timed
     if write is not None:
-        put, writes = checkpoint.SafetensorsStream._put, 0
-        write_whole = checkpoint.write_atomically
+        put, writes = save.SafetensorsStream._put, 0
+        write_whole = save.write_atomically
 
         def counted(self: Any, data: Any) -> None:
             nonlocal writes
@@ -66,11 +66,11 @@ def train_until_killed(config: RunConfig, after: float | None, write: int | None
             nonlocal writes
             writes += path.name == "latest"
             if writes == write and path.name == "latest":
-                kill()  # the commit is there, and `latest` does not name it yet
+                kill()  # the checkpoint is complete, and `latest` does not name it yet
             write_whole(path, text)
 
-        checkpoint.SafetensorsStream._put = counted  # type: ignore[method-assign]
-        checkpoint.write_atomically = moved
+        save.SafetensorsStream._put = counted  # type: ignore[method-assign]
+        save.write_atomically = moved
     return train_all([config])
 
 
@@ -102,7 +102,7 @@ def config(run_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="module")
 def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The uninterrupted run on two ranks, with a copy of its commit of step 21; seconds of its steps."""
+    """The uninterrupted run on two ranks, with a copy of its checkpoint of step 21; seconds of its steps."""
     out = tmp_path_factory.mktemp("kill") / "whole"
     settings = config(out).model_copy(update={"checkpoint": config(out).checkpoint.model_copy(update={"keep": 99})})
     assert run_ranks(train_all, 2, [settings]) == [[f"step-{STEPS:06d}"]] * 2
@@ -131,8 +131,8 @@ def test_killed_at_ten_instants_the_run_ends_as_if_nothing_had_happened(
             assert "exit code -9" in str(error), error
             killed += 1
         if (Path(run.out) / "latest").is_file():
-            commit = find_checkpoint(run.out)
-            assert commit.weights(), "the newest commit is whole"
+            checkpoint = find_checkpoint(run.out)
+            assert checkpoint.weights(), "the newest checkpoint is whole"
     assert killed >= KILLS - 2, f"{killed} of {KILLS} attempts died before the end"
     assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
     assert curve(Path(run.out)) == curve(expected)
@@ -159,12 +159,12 @@ def test_other_ranks_and_another_zero_config_go_on_alike(
     ranks: int,
     changes: dict[str, object],
 ) -> None:
-    """2 -> 1, 2 -> 3, ZeRO-3 -> ZeRO-2, and all at once, behind step 21."""
+    """2 -> 1 ranks, 2 -> 3 ranks, ZeRO-3 -> ZeRO-2, and all at once, after step 21."""
     expected, _ = whole
     shutil.copytree(expected, tmp_path / "run")
-    for commit in (tmp_path / "run").glob("step-*"):
-        if int(commit.name[5:]) > 21:
-            shutil.rmtree(commit)
+    for folder in (tmp_path / "run").glob("step-*"):
+        if int(folder.name[5:]) > 21:
+            shutil.rmtree(folder)
     (tmp_path / "run" / "latest").write_text("step-000021\n")
     changed = config(tmp_path / "run").model_copy(update=changes)
     assert run_ranks(train_all, ranks, [changed]) == [[f"step-{STEPS:06d}"]] * ranks
@@ -181,7 +181,7 @@ def test_more_ranks_take_over_from_one(
     run = config(tmp_path / "run")
     started = time.monotonic()
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks(train_until_killed, 1, run, None, 3 * (len(held(whole[0])) * 4 + 3))  # in its third commit
+        run_ranks(train_until_killed, 1, run, None, 3 * (len(held(whole[0])) * 4 + 3))  # in its third checkpoint
     assert (tmp_path / "run" / "latest").read_text() == "step-000006\n", time.monotonic() - started
     assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
     assert curve(tmp_path / "run") == pytest.approx(curve(whole[0]), rel=1e-5)

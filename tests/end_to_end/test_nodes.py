@@ -1,4 +1,4 @@
-"""Runs over two machines, which are two loopback addresses behind a private sshd (loopback.py).
+"""Runs over two machines, which are two loopback addresses served by a private sshd (loopback.py).
 
 DeepSpeed's own launcher over pdsh and ssh, faults of a machine, restarts, Ctrl-C, and what `zero-ds doctor` finds.
 """
@@ -51,7 +51,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     both = Machines(tmp_path_factory.mktemp("ssh"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PDSH_SSH_ARGS_APPEND", both.ssh_options)
-        patch.setenv("ZERO_DS_NODE_PATIENCE", "100")  # the launcher's; a busy machine is no dead one
+        patch.setenv("ZERO_DS_NODE_PATIENCE", "100")  # the launcher's; a busy machine is not a dead one
         patch.setattr("zero_ds.cluster.ssh.PATIENCE", 100.0)
         yield both
     both.stop()
@@ -61,7 +61,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 def doctor(machines: Machines, *words: str) -> tuple[int, str]:
-    """Exit status, and what was said, with a folder of its own as the shared one."""
+    """Exit status and output, with a folder of its own as the shared one."""
     shared = ("--shared", str(machines.folder / "shared"), "--min-disk", "0.001")
     here = Path.cwd()
     os.chdir(ROOT)
@@ -89,7 +89,7 @@ def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines) -> 
     )
     looked = float(re.search(r"looked at in ([\d.]+) s", said)[1])  # type: ignore[index]
     assert looked < 30 and looked < (time.monotonic() - started) / 2, "machines are asked side by side"
-    assert not (machines.folder / "shared").exists(), "what it had to make for this is gone"
+    assert not (machines.folder / "shared").exists(), "the folder that it made for this check is gone"
 
 
 FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
@@ -123,7 +123,7 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
     ),
     "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are wanted"),
 }
-"""Fault -> bash lines on the second machine, options of doctor, the check that fails, and what it says."""
+"""Fault -> bash lines on the second machine, options of doctor, the check that fails, and its message."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -189,10 +189,10 @@ class Run:
     def __init__(self, config: RunConfig, machines: Machines, *options: str) -> None:
         recipe = Path(config.out).with_suffix(".yaml")
         recipe.write_text(config.dump())
-        beside = Path(sys.executable).parent
+        scripts = Path(sys.executable).parent
         environment = {
             **os.environ,
-            "PATH": f"{beside}:{os.environ['PATH']}",
+            "PATH": f"{scripts}:{os.environ['PATH']}",
             "ZERO_DS_SILENCE": str(SILENCE),
             "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and loading its libraries takes a second a rank
             "HF_TOKEN": "hf_verysecret",
@@ -263,10 +263,10 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def one_machine(config: Callable[..., RunConfig]) -> Iterator[Future[list[list[str]]]]:
-    """The same two runs by two ranks of one machine, without ssh and without a fault, while others wait for a fault."""
+    """Two ranks of one machine make the same two runs, without ssh and faults, while others wait for a fault."""
     runs = [config("pretrain", "one"), config("encoder", "one")]
-    with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(run_ranks, train_all, 2, runs, timeout=500)
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run_ranks, train_all, 2, runs, timeout=500)
 
 
 def same(config: Callable[..., RunConfig], stage: str, one_machine: Future[list[list[str]]]) -> None:
@@ -291,7 +291,7 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
 ) -> None:
     run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
-    run.until("committed")
+    run.until("saved checkpoint")
     rank = run.rank_on(HOSTS[1])
     environment = dict(e.split("=", 1) for e in Path(f"/proc/{rank}/environ").read_text().split("\0") if "=" in e)
     assert environment["ZERO_DS_ODD"] == ODD and environment["HF_TOKEN"] == "hf_verysecret"
@@ -313,10 +313,10 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
 def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
 ) -> None:
-    """Everything on a machine stands still, its ssh connection too: a restart. Ctrl-C then commits; twice, it ends all
-    at once; and the run goes on to the same weights."""
+    """Everything on a machine stands still, its ssh connection as well: the run restarts. Ctrl-C then saves a
+    checkpoint, a second one ends all at once, and the run goes on to the same weights."""
     run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
-    run.until("committed")
+    run.until("saved checkpoint")
     stopped = machines.processes(HOSTS[1], ssh=True)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
@@ -330,7 +330,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
-    run.until("committed")
+    run.until("saved checkpoint")
     assert machines.processes(HOSTS[0]) and machines.processes(HOSTS[1])
     run.process.send_signal(signal.SIGINT)
     assert run.end() != 0

@@ -35,7 +35,8 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime import safetensors as shards
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint, load_weights_
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
 
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}
 GRID = [(1, 2), (2, 1)]

@@ -1,4 +1,4 @@
-"""Frozen decoder layers in 8 bits: how far losses and gradients move, what stays as it was, and what is refused."""
+"""Frozen decoder layers in 8 bits: how far losses and gradients move, which weights stay as they were, and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zero_ds.training.checkpoint import checkpoint
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options.int8 import FrozenLinear, quantize_
 from zero_ds.training.planning.architecture import architecture
-from zero_ds.training.setup import difference
+from zero_ds.training.resume import difference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,7 +60,7 @@ def test_a_layer_multiplies_with_rounded_weights(dtype: torch.dtype, bias: bool)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = layer(ours)
-    assert all(t.dtype == torch.int8 or t.numel() == 32 for t in kept), "what was made of the 8 bits is not kept"
+    assert all(t.dtype == torch.int8 or t.numel() == 32 for t in kept), "the dequantized weight is not kept"
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
     assert apart(output, twin(theirs)) < tolerance
     upstream = torch.randn_like(output)

@@ -33,7 +33,7 @@ from zero_ds.training.planning.architecture import architecture
 from zero_ds.training.planning.memory import PROCESS_GIB, Memory, recomputed
 from zero_ds.training.planning.recipe import plan_run
 from zero_ds.training.planning.speed import Cluster
-from zero_ds.training.setup import build
+from zero_ds.training.setup import load_model, make_loader
 
 GIB = 2**30
 
@@ -87,7 +87,7 @@ def test_needs_of_layers_that_are_alike_and_of_one_that_is_not() -> None:
 
 
 def stairs(config: RunConfig, small: Path, world_size: int) -> list[Choice]:
-    """What is chosen with all the room there is, with a byte less than that needs, and so on."""
+    """Returns the choice with unlimited memory, with a byte less than that choice needs, and so on."""
     ds = ds_config(config, world_size)
     plan = read_surrogate(small).plan if stages.decoder_kind(config) == "surrogate" else None
     found = [choose(config, ds, world_size, math.inf, plan)]
@@ -129,7 +129,8 @@ class Live(TorchDispatchMode):
 def test_the_peak_of_real_passes_falls_as_planned(run_config: Callable[..., RunConfig], stage: str) -> None:
     """Forward and backward pass on a CPU: what each further layer saves, to 10 %."""
     config = run_config(stage, global_batch=1)
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
@@ -157,7 +158,8 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
     """Float32; relative difference below 1e-6 of every gradient's norm. The first three layers run twice, no other."""
     config = run_config("decoder", target=str(made(family, tied=True)), micro_batch=2)
     config = config.model_copy(update={"data": config.data.model_copy(update={"system_prompt": None})})
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batch = next(loader.steps(0, 1))[0]
@@ -184,7 +186,7 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
 
 
 def train_with(configs: list[RunConfig], limits: list[float]) -> list[list[str]]:
-    """What the runs say of activation checkpointing on devices of so many bytes; rank 1 has one of twice the size."""
+    """Returns what runs log about activation checkpointing on devices of so many bytes; rank 1 has twice as many."""
     from zero_ds.runtime import distributed
     from zero_ds.training.train import train
 
@@ -258,7 +260,7 @@ def test_a_plan_recomputes_less_the_more_memory_there_is() -> None:
 
 
 def test_limits_of_all_groups_around_a_process_count(tmp_path: Path) -> None:
-    """A job of Slurm's lies some folders below the root, and a limit may stand at any of them."""
+    """The control group of a Slurm job is some folders below the root, and any of them may have a limit."""
     groups = tmp_path / "cgroup"
     root = tmp_path / "fs"
     for name, limit in {"": "max", "slurm": "9000", "slurm/job_7": "max", "slurm/job_7/step_0": "5000"}.items():
@@ -281,7 +283,8 @@ def test_a_mask_is_counted(run_config: Callable[..., RunConfig], packed: bool) -
     """Sdpa with rows of unequal length, or of several samples, against what autograd saves in a real pass."""
     config = run_config("encoder", attention="sdpa", micro_batch=2, global_batch=4)
     config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packed})})
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batches = [batch for step in loader.steps(0, 6) for batch in step]

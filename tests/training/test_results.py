@@ -1,4 +1,4 @@
-"""Results of harnesses side by side: differences with their intervals, the check of Table A.1, and what is refused."""
+"""Results of harnesses side by side: differences with their intervals, the check of Table A.1, and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result(name: str, *scores: Score, harness: str = "lm-eval") -> Result:
 
 
 def test_a_difference_of_the_same_documents_is_paired() -> None:
-    """Nine documents in ten are answered alike: the paired interval is the narrower one, and it is the statistics'."""
+    """Nine documents in ten get the same answer: the paired interval is the narrower one, and it is the statistics'."""
     first, second = score(100), score(100, shift=10)
     gap = subtract(second, first)
     keys = sorted(first.items)
@@ -136,7 +136,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_a_group_is_the_mean_of_its_documents() -> None:
-    """As in mmlu: groups in groups, weighted by size. A value that is no mean of documents keeps none."""
+    """Groups in groups are weighted by size, as in mmlu. A value that is not a mean of documents keeps none."""
     found = {
         "results": {"mmlu": {"alias": "mmlu", "acc,none": 0.6, "acc_stderr,none": 0.1}},
         "groups": {},

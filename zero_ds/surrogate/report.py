@@ -18,7 +18,8 @@ from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import content_hash
-from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint, load_weights_
+from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
 from zero_ds.training.planning.cost import encoder_step_ratio
 from zero_ds.trajectory.lens import TokenSample, batches, padded, progress
 

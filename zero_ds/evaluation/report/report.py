@@ -24,7 +24,8 @@ from zero_ds.evaluation.report import charts
 from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
-from zero_ds.training.checkpoint.checkpoint import find_checkpoint, versions
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
+from zero_ds.training.checkpoint.manifest import versions
 from zero_ds.training.monitor import read_metrics
 
 logger = logging.getLogger(__name__)

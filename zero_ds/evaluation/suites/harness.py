@@ -19,7 +19,7 @@ from zero_ds.grafting.engines.vllm import engine_setting
 from zero_ds.grafting.named_model import LoadedModel, NamedModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError, did_you_mean
-from zero_ds.training.checkpoint.checkpoint import versions
+from zero_ds.training.checkpoint.manifest import versions
 
 logger = logging.getLogger(__name__)
 
