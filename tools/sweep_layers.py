@@ -1,10 +1,10 @@
-"""The curve that matters: surrogate and grafted accuracy, and the cost of a step, against the first replaced layer k.
+"""Draws accuracy of surrogate and graft, and the cost of a step, against the first replaced layer k.
 
     python tools/sweep_layers.py --k 6 --k 10 --k 14 --k 18 --k 20 --k 22 --k 24 --seeds 3 --out runs/sweep
 
 Each point is the quickstart's own chain of commands with `--replace k:last`. At the end the step of every surrogate and
-of the full model is timed, one after the other: the machine should be quiet then. Interrupt it when you like: finished
-steps are not repeated. Writes sweep.json and sweep.png into --out.
+of the full model is timed, one after the other, which needs an otherwise idle machine. The sweep may be interrupted at
+any time, because finished steps are not repeated. Writes sweep.json and sweep.png into --out.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs per k.")] = 1,
     translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.")] = 1,
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps.")] = 1.0,
-    pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out pictures.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out images.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for every training run.")] = None,
     demo: Annotated[Path, typer.Option(help="Folder of `zero-ds demo`.")] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/sweep"),
 ) -> None:
-    """Runs every k and seed, and draws the curve from what is finished after each."""
+    """Runs every k and seed, and redraws the curve after each."""
     set_up_logging()
     plans = {
         (seed, first): Plan(
@@ -83,7 +83,7 @@ def save(points: list[dict[str, Any]], costs: dict[str, Any] | None, out: Path) 
 
 
 def measured(run: Path) -> dict[str, Any]:
-    """Accuracies with intervals, and the computed cost of an encoder step relative to the full model's."""
+    """Returns accuracies with intervals, and the computed cost of an encoder step relative to the full model's."""
     evaluations = {name: read_evaluation(run / f"evaluation/{name}.json") for name in ("surrogate", "grafted")}
     result = summary(evaluations)
     distilled = run_config(find_checkpoint(run / "encoder")).distill.active
@@ -95,7 +95,7 @@ def measured(run: Path) -> dict[str, Any]:
 
 
 def draw(points: list[dict[str, Any]], costs: dict[str, Any] | None, path: Path) -> None:
-    """Accuracy (left) and step time (right) against k: a dot a run with its interval, a line through the means."""
+    """Draws accuracy (left) and step time (right) against k: a dot per run with its interval, a line for the means."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

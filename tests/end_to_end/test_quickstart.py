@@ -78,7 +78,7 @@ def test_a_wrong_override_ends_it_before_anything_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("replace", "message"),
-    [("1-2", "'1-2' is no layer range"), ("1:40", r"layers 1:40 are not inside the model's layers")],
+    [("1-2", "'1-2' is not a layer range"), ("1:40", r"layers 1:40 are not inside the model's layers")],
 )
 def test_a_wrong_range_ends_it_before_anything_runs(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replace: str, message: str

@@ -25,7 +25,7 @@ WIDTH = 24
 def configs(
     made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, RunConfig]:
-    """Adapter and encoder against the small model, the aligner against the large one, then the large one itself."""
+    """Trains adapter and encoder against the small model, then the aligner and the large model itself."""
     root = tmp_path_factory.mktemp("aligned")
     small: dict[str, Any] = {"target": str(made("llama", tied=True, hidden=WIDTH)), "decoder": "target", "max_steps": 2}
     wide: dict[str, Any] = {"adapter": {"width": WIDTH}, "max_steps": 3}
@@ -63,7 +63,7 @@ def test_only_the_aligner_trains(runs: dict[str, Path]) -> None:
 def test_graft_and_export(
     runs: dict[str, Path], made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exported folder folds adapter and aligner into Llava's two layers; its proof compares the logits."""
+    """The export folds adapter and aligner into Llava's two layers, and its proof compares the logits."""
     export_helper.here(monkeypatch)
     large = made("llama", tied=True)
     model = load_graft(runs["align"], large)

@@ -1,4 +1,4 @@
-"""LoRA: without effect at first, on the layers that were asked for, saved whole under ZeRO-3, merged when grafted."""
+"""LoRA has no effect at first, is on the requested layers, is saved whole under ZeRO-3, and is merged in a graft."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_the_decoder_does_not_have(
 
 @pytest.fixture(scope="module")
 def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Decoder stage with LoRA from a trained encoder: with ZeRO-2 and ZeRO-3, in one go and resumed on one rank."""
+    """Runs the decoder stage with LoRA from a trained encoder: with ZeRO-2, with ZeRO-3, and resumed on one rank."""
     import shutil
 
     root = tmp_path_factory.mktemp("lora")

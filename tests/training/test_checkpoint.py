@@ -186,6 +186,7 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
     from torch.profiler import ProfilerActivity, profile
 
     from zero_ds.runtime import distributed
+    from zero_ds.runtime.zero3 import parameter_shape
     from zero_ds.training import stages
     from zero_ds.training.checkpoint import optimizer_state
     from zero_ds.training.checkpoint.save import save_checkpoint
@@ -204,7 +205,7 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert len(sizes) > 2 * len(engine.named), "allocations were seen"
-    largest = 4 * max(optimizer_state.parameter_shape(p).numel() for p in engine.named.values())
+    largest = 4 * max(parameter_shape(p).numel() for p in engine.named.values())
     return max(sizes), sum(sizes), largest
 
 

@@ -113,11 +113,12 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from zero_ds.model.decoders.folder import text_config
+    from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.training import stages
     from zero_ds.training.planning.architecture import config_folder
 
-    text = text_config(config_folder(config.target)[0])  # the full model, also where ours has a surrogate
+    # the full model, also where ours has a surrogate
+    text = DecoderFolder(config_folder(config.target)[0]).text_config()
     image_token = text.vocab_size - 1
     settings = LlavaConfig(
         vision_config=model.encoder_family.vision_config(model.encoder).to_dict(),

@@ -64,7 +64,7 @@ def _plan_note(run: Path) -> tuple[str, ...]:
         transition = json.loads((run / "trajectory/trajectory.json").read_text(encoding="utf-8"))["transition"]["layer"]
     except (OSError, ValueError, KeyError):
         return ()
-    first = plan.replaced[0].first
+    first = plan.first_replaced
     if transition is None or transition == first:
         return ()
     return (

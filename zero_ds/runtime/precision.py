@@ -6,10 +6,15 @@ import torch
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16 on GPUs since Ampere and on CPUs with AVX512-BF16 or AMX, float32 elsewhere."""
+    """Returns bf16 on GPUs since Ampere and on CPUs with AVX512-BF16 or AMX, float32 elsewhere."""
+    return torch.bfloat16 if _computes_bf16_fast() else torch.float32
+
+
+def _computes_bf16_fast() -> bool:
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return (
-        torch.bfloat16 if capable() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else torch.float32
-    )
+        return bool(torch.cuda.is_bf16_supported())
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # not public, so they may be missing
+        supported = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return True
+    return False

@@ -7,9 +7,9 @@ There are three ways to write a tensor, and none of them holds a large tensor in
     SafetensorsStream   tensors that arrive one after the other, in pieces, such as those of a training checkpoint
 
 A surrogate of a 70B model is 75 GB of unchanged tensors. None of them is ever decoded: only the headers of the source
-files are read, and the kernel copies ranges of bytes. The memory needed is that of the headers, whatever the size of
-the largest tensor. The safetensors library opens every file before and after a copy, to check that its header and its
-size agree.
+files are read, and the kernel copies ranges of bytes. The memory needed is that of the headers, and does not
+depend on the size of the largest tensor. The safetensors library opens every file before and after a copy, to check
+that its header and its size agree.
 
 Format (https://huggingface.co/docs/safetensors): length of the header in 8 bytes, little endian; the header as JSON;
 the data. This module imports torch only where tensors are converted, so that commands which only copy start fast.
@@ -80,7 +80,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known.torch_name == torch_name)
 
 
-# -- what a file holds -------------------------------------------------------------------------------------------------
+# -- reading headers ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def shard_files(folder: Path) -> dict[str, Path]:
     """Returns the safetensors file of every tensor in a Hugging Face folder.
 
     Raises:
-        ConfigError: there are no weights, the index is damaged, or the folder lacks a shard that the index names.
+        ConfigError: the folder holds no weights, its index is damaged, or a shard that the index names is missing.
     """
     from safetensors import safe_open
 

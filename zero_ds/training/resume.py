@@ -112,9 +112,9 @@ def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
         if found.manifest["fingerprint"] != config.fingerprint():
             changed = difference(found.manifest["config"], config.model_dump(mode="json"))
             raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
-    step = float(found.step) if found else 0.0
-    largest, negative = distributed.max_over_ranks(step, -step)
-    if largest != -negative:
+    step = found.step if found else 0
+    if not distributed.same_on_all_ranks(step):
+        largest, negative = distributed.max_over_ranks(step, -step)
         raise ConfigError(
             f"the ranks see different checkpoints in {out} (steps {-negative:.0f} and {largest:.0f}); out= must be a "
             "folder that all machines share."

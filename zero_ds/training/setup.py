@@ -26,6 +26,7 @@ from zero_ds.runtime import distributed, failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.safetensors import Span, torch_dtype
+from zero_ds.runtime.zero3 import held_part, is_partitioned
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint
 from zero_ds.training.checkpoint.load import load_weights_
@@ -144,7 +145,7 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
             raise ConfigError(
                 "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
             )
-        model.teacher = Teacher(model, folders.target.path, config.distill, dtype)
+        model.teacher = Teacher(model, folders.target, config.distill, dtype)
     del keep_alive
     check_loaded(model, folders.decoder)
     return model
@@ -306,8 +307,8 @@ def check_loaded(model: VisionLanguageModel, folder: DecoderFolder, elements: in
     """
     for name, parameter in model.parameters_of("decoder"):
         span = folder.located.get(name.removeprefix("decoder."))
-        shard = getattr(parameter, "ds_tensor", parameter).detach().flatten()
-        start = distributed.rank() * len(shard) if hasattr(parameter, "ds_tensor") else 0
+        shard = held_part(parameter).detach().flatten()
+        start = distributed.rank() * len(shard) if is_partitioned(parameter) else 0
         if span is None or shard.numel() <= 1 or span.parameters <= start:
             continue  # not in the files, swapped out to a disk, or past the tensor's end
         stored = _read_elements(span, start, min(elements, len(shard), span.parameters - start))

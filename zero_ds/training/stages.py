@@ -20,6 +20,7 @@ from torch import nn
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import Supervision
 from zero_ds.runtime.errors import ConfigError, did_you_mean
+from zero_ds.runtime.zero3 import parameter_shape
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def freeze_(model: nn.Module, config: RunConfig) -> dict[Part, list[tuple[str, t
         for _, parameter in parameters:
             parameter.requires_grad_(True)
         groups[part] = parameters
-    sizes = {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in group) for part, group in groups.items()}
+    sizes = {part: sum(parameter_shape(p).numel() for _, p in group) for part, group in groups.items()}
     logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
     return groups
 

@@ -1,7 +1,7 @@
-"""A decoder's Hugging Face folder: what is in it, read once, and how it is loaded.
+"""A decoder's Hugging Face folder: reads its config, tensors and hashes, each once, and loads it.
 
-A folder of a multimodal class counts as the decoder in it: its text config, and the tensors of its text tower under the
-names that the causal LM has for them (`Family.towers`).
+The folder of a multimodal model counts as the decoder in it: its text config, and the tensors of its text tower under
+the names that the causal LM has for them (`Family.towers`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 class DecoderFolder:
     """A folder with a decoder: a target, a surrogate, or a multimodal model of which only the text tower counts.
 
-    Properties read their files on first use and keep what they found, so one instance opens config.json at most twice
-    (here, and in transformers). Make a new instance after the folder has changed.
+    Properties read their files on first use and cache the result, so one instance opens config.json at most twice (here
+    and in transformers). After the folder has changed, make a new instance.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,7 +62,7 @@ class DecoderFolder:
         """Content of config.json.
 
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: the file does not exist.
         """
         if not self.config_file.is_file():
             raise ConfigError(f"{self.path} is not a Hugging Face model folder: it holds no config.json.")
@@ -73,7 +73,7 @@ class DecoderFolder:
         """Content of config.json, parsed.
 
         Raises:
-            ConfigError: config.json is missing or is not a JSON object with a model_type.
+            ConfigError: config.json is missing, or is not a JSON object with a model_type.
         """
         try:
             content = json.loads(self.config_bytes)
@@ -84,19 +84,19 @@ class DecoderFolder:
 
     @cached_property
     def family(self) -> Family:
-        """The decoder family that claims the folder's model type.
+        """The decoder family of the folder's model type.
 
         Raises:
-            ConfigError: as `raw_config`; no family claims the model type.
+            ConfigError: as `raw_config`; the model type belongs to no family.
         """
         return family_of_type(self.raw_config["model_type"], self.path)
 
     @cached_property
     def depth(self) -> int:
-        """Number of decoder layers that config.json names.
+        """Number of decoder layers according to config.json.
 
         Raises:
-            ConfigError: config.json is missing or damaged, or names no number of layers.
+            ConfigError: config.json is missing or damaged, or does not state a number of layers.
         """
         try:
             content = json.loads(self.config_bytes)
@@ -111,26 +111,28 @@ class DecoderFolder:
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether the decoder is one tower of several in this folder."""
+        """True if the decoder is one tower of several in this folder."""
         return "text_config" in self.raw_config
 
     @cached_property
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        _ = self.family, self.depth  # their errors say more than the library's
+        self._check_family_and_depth()
         try:
             whole = AutoConfig.from_pretrained(self.path)
             config = whole.get_text_config(decoder=True)
             assert config.hidden_size and config.vocab_size
             config.tie_word_embeddings = whole.tie_word_embeddings  # the outer class decides, where there is one
         except Exception as error:  # the library raises many kinds for a file that somebody has edited
-            raise ConfigError(
-                f"{self.config_file} cannot be used ({one_line(error)}); fetch the model again."
-            ) from None
+            raise self._unusable(error) from None
         if getattr(whole, "quantization_config", None):
             raise ConfigError(f"{self.path} is quantized; give the model in bfloat16, float16 or float32.")
         return config
+
+    def _check_family_and_depth(self) -> None:
+        """Reads both, because their errors are more specific than the library's."""
+        assert self.family is not None and self.depth is not None
 
     def _unusable(self, error: Exception) -> ConfigError:
         return ConfigError(f"{self.config_file} cannot be used ({one_line(error)}); fetch the model again.")
@@ -139,7 +141,7 @@ class DecoderFolder:
         """Returns a copy of the decoder's transformers config, with every default filled in.
 
         Raises:
-            ConfigError: an unregistered family, a config.json that transformers does not take, a quantized model.
+            ConfigError: an unregistered family, a config.json that transformers does not accept, a quantized model.
         """
         return copy.deepcopy(self._config)
 
@@ -152,7 +154,7 @@ class DecoderFolder:
 
     @property
     def is_surrogate(self) -> bool:
-        """Whether the folder holds a surrogate.json."""
+        """True if the folder holds a surrogate.json."""
         return (self.path / "surrogate.json").is_file()
 
     @cached_property
@@ -205,10 +207,10 @@ class DecoderFolder:
 
     @cached_property
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the causal LM that config.json describes; the model is not made.
+        """Shape of every tensor of the causal LM that config.json describes, by name. No weights are allocated.
 
         Raises:
-            ConfigError: a config.json that no model can be made of.
+            ConfigError: no model can be built from config.json.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -218,9 +220,7 @@ class DecoderFolder:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         except Exception as error:  # the library raises many kinds for a file that somebody has edited
-            raise ConfigError(
-                f"{self.config_file} cannot be used ({one_line(error)}); fetch the model again."
-            ) from None
+            raise self._unusable(error) from None
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         if config.tie_word_embeddings:
             shapes.pop(self.family.head, None)
@@ -228,11 +228,11 @@ class DecoderFolder:
 
     @cached_property
     def spans(self) -> dict[str, Span]:
-        """Bytes of every tensor of the decoder, complete and of the shapes that config.json describes.
+        """Bytes of every tensor of the decoder, checked against the names and shapes that config.json describes.
 
         Raises:
             ConfigError: damaged files; tensors that are missing, of another shape, quantized, or of layers that
-                config.json does not know.
+                config.json does not have.
         """
         tensors = self.located
         for name, shape in self.expected_shapes.items():
@@ -258,12 +258,12 @@ class DecoderFolder:
     # -- identity ------------------------------------------------------------------------------------------------------
 
     def hash(self, like: str = "") -> str:
-        """Returns the model's hash (`model_hash`), taken in the way of the recorded hash `like`."""
+        """Returns the model's hash (`model_hash`), taken in the same way as the recorded hash `like`."""
         return model_hash(self.path, like=like, config=self.config_bytes)
 
     @cached_property
     def text_hashes(self) -> dict[str, str]:
-        """Hashes of the vocabulary (`tokenizer`) and the chat template (`template`); empty text where there is none.
+        """Hashes of the vocabulary (`tokenizer`) and the chat template (`template`); empty if the folder has none.
 
         Raises:
             ConfigError: a damaged tokenizer_config.json.
@@ -287,7 +287,9 @@ class DecoderFolder:
 
     @cached_property
     def relied_on(self) -> dict[str, str]:
-        """Hashes of what an encoder trained against this decoder relies on: `text_hashes`, a surrogate's `embeddings`.
+        """Hashes of the parts that an encoder trained against this decoder relies on.
+
+        These are `text_hashes` and, in a surrogate, also `embeddings`.
 
         Raises:
             ConfigError: a damaged file.
@@ -312,12 +314,12 @@ class DecoderFolder:
         return load_tokenizer(self.path)
 
     def load(self, *, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-        """Loads the causal LM; under an active ZeRO-3 config it goes straight into partitions.
+        """Loads the causal LM; under an active ZeRO-3 config it is loaded straight into partitions.
 
-        attention: an attention implementation; one that the family does not have is replaced by the family's first.
+        attention: an attention implementation; if the family does not have it, the family's first one is used.
 
         Raises:
-            ConfigError: as `load_complete`; flash attention that is not installed.
+            ConfigError: as `load_complete`; flash attention is not installed.
         """
         from transformers import AutoModelForCausalLM
 

@@ -11,8 +11,9 @@ import torch
 
 from zero_ds.runtime import distributed
 from zero_ds.runtime.safetensors import spans
+from zero_ds.runtime.zero3 import gathered, is_partitioned, parameter_shape
 from zero_ds.training.checkpoint.checkpoint import Checkpoint, CheckpointError, Progress, check_hash
-from zero_ds.training.checkpoint.optimizer_state import KEYS, parameter_shape
+from zero_ds.training.checkpoint.optimizer_state import KEYS
 from zero_ds.training.engine import Engine
 
 
@@ -54,10 +55,8 @@ def load_weights_(
 
 def copy_into_(parameter: torch.nn.Parameter, file: Any, name: str) -> None:
     """Copies the tensor `name` of an open safetensors file into a parameter, partitioned or whole. A collective."""
-    from zero_ds.runtime.zero3 import gathered
-
     with gathered([parameter], modifier_rank=0), torch.no_grad():
-        if distributed.is_rank_zero() or not hasattr(parameter, "ds_id"):
+        if distributed.is_rank_zero() or not is_partitioned(parameter):
             parameter.copy_(file.get_tensor(name).to(parameter.dtype))
 
 

@@ -18,9 +18,9 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
 from zero_ds.runtime.safetensors import SafetensorsStream, torch_dtype
+from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.load import copy_into_
-from zero_ds.training.checkpoint.optimizer_state import parameter_shape
 
 OURS, THEIRS = "lora.", "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -154,7 +154,7 @@ def kept(
     again: tuple[float, ...] = ()
     second_logits = 1
     if distilled and model.plan is not None:
-        again = tuple(each.sizes[model.plan.translators[0] :]) if learns else ()
+        again = tuple(each.sizes[model.plan.first_replaced :]) if learns else ()
         second_logits = 3 if learns else 2
     part = float(COPIES * min(SLICE, scores.numel() * 4))
     scores_kept = 2.0 * scores.nbytes * second_logits

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from zero_ds.model.losses import count_supervised
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.optimizer_state import parameter_shape
+from zero_ds.runtime.zero3 import parameter_shape
 
 LENGTH, SUPERVISED = 64, 24
 """A sequence of the demo in tokens, and how many of them carry loss; the ratios hardly depend on either."""
@@ -45,11 +45,9 @@ def encoder_step_ratio(surrogate: Path, *, distilled: bool, target: Path | None 
     flops = step_flops(surrogate, length=LENGTH, supervised=SUPERVISED)
     if distilled:
         plan = info.plan
-        late = plan.depth - plan.replaced[0].first
-        again = plan.surrogate_depth - plan.translators[0]
-        flops += step_flops(target, length=LENGTH, supervised=SUPERVISED, layers=late, backward=False)
+        flops += step_flops(target, length=LENGTH, supervised=SUPERVISED, layers=len(plan.target_late), backward=False)
         flops += step_flops(
-            surrogate, length=LENGTH, supervised=SUPERVISED, layers=again, trained=len(plan.translators)
+            surrogate, length=LENGTH, supervised=SUPERVISED, layers=len(plan.late), trained=len(plan.translators)
         )
     return flops / step_flops(target, length=LENGTH, supervised=SUPERVISED)
 
@@ -204,9 +202,10 @@ class Counts:
     """Samples that could not be used."""
     too_long: float
     """Samples of which no answer fits."""
-    plan: float = 0.0
-    """Checksum of the layout of the step's rows (`Batch.layout`), summed over ranks, and its square likewise."""
-    plan_squared: float = 0.0
+    plan: int = 0
+    """Checksum of the layout of this rank's rows (`Batch.layout`)."""
+    same_plan: bool = True
+    """Whether all ranks have the same plan."""
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
@@ -223,20 +222,32 @@ class Counts:
                 shown += pictures
             flops += cost.flops(float(lengths.sum()), float((lengths**2).sum()), labels, pictures, image_tokens)
         layout = batches[0].layout
-        plan = float(len(batches) if layout is None else layout)
-        return cls(supervised, tokens, padded, shown, flops, skipped, too_long, plan, plan**2)
+        plan = len(batches) if layout is None else layout
+        return cls(supervised, tokens, padded, shown, flops, skipped, too_long, plan)
 
     def over_ranks(self) -> Counts:
         """The global batch's. A collective."""
-        return Counts(*distributed.sum_over_ranks(*astuple(self)))
+        values = (
+            self.supervised,
+            self.tokens,
+            self.padded,
+            self.pictures,
+            self.flops,
+            self.skipped,
+            self.too_long,
+        )
+        sums, same_plan = distributed.sum_and_compare(values, mark=self.plan)
+        supervised, tokens, padded, pictures, flops, skipped, too_long = sums
+        return Counts(supervised, tokens, padded, pictures, flops, skipped, too_long, self.plan, same_plan)
 
     def check_plan(self, step: int) -> None:
-        """Of the sums over ranks: n numbers are alike if n times the sum of their squares is the square of their sum.
+        """Refuses a step that the ranks plan differently; called on the counts of the global batch.
 
         Raises:
-            DataError: ranks have other rows, or passes in other number, and would wait for each other; on every rank.
+            DataError: the ranks have other rows or another number of passes, and would wait for each other. Raised on
+                every rank.
         """
-        if distributed.world_size() * int(self.plan_squared) != int(self.plan) ** 2:
+        if not self.same_plan:
             raise DataError(
                 f"the ranks plan step {step} unlike each other, as if one of them read other data; see what the log "
                 "says of samples left out, and run again from the last commit"
