@@ -17,11 +17,12 @@ from typing import Annotated, Any
 import matplotlib
 import typer
 
-from zero_ds.cli.quickstart import FULL, Plan
+from zero_ds.cli.demo import LLM
 from zero_ds.cluster.pipeline import Pipeline
-from zero_ds.evaluation.heldout.run import read_evaluation
+from zero_ds.cluster.quickstart import AGAINST_TARGET, Quickstart
+from zero_ds.evaluation.heldout.results import read_evaluation
 from zero_ds.evaluation.heldout.summary import summary
-from zero_ds.evaluation.report.report import step_seconds
+from zero_ds.evaluation.report.facts import step_seconds
 from zero_ds.grafting.graft import run_config
 from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.files import write_atomically
@@ -46,14 +47,15 @@ def main(
     """Runs every k and seed, and redraws the curve after each."""
     set_up_logging()
     plans = {
-        (seed, first): Plan(
+        (seed, first): Quickstart(
             out / f"k{first}-seed{seed}",
             demo,
+            str(LLM),
+            f"{first}:{last}",
             steps_scale,
             seed,
-            f"{first}:{last}",
             translators,
-            pictures=pictures,
+            images=pictures,
             overrides=tuple(overrides or ()),
         )
         for seed in range(seeds)
@@ -61,13 +63,13 @@ def main(
     }
     points: list[dict[str, Any]] = []
     for (seed, first), plan in plans.items():
-        Pipeline(plan.out, [step for step in plan.main() if step.name in STEPS]).run()
+        Pipeline(plan.out, [step for step in plan.main_steps() if step.name in STEPS]).run()
         points.append({"k": first, "last": last, "seed": seed, **measured(plan.out)})
         save(points, None, out)
     timed = [plan for (seed, _), plan in plans.items() if seed == 0]
     for plan in timed:
         Pipeline(plan.out, [plan.cost("step-cost", TIMED_STEPS)]).run()
-    Pipeline(timed[-1].out, [timed[-1].cost("full-cost", TIMED_STEPS, FULL)]).run()
+    Pipeline(timed[-1].out, [timed[-1].cost("full-cost", TIMED_STEPS, AGAINST_TARGET)]).run()
     costs = {
         "full_seconds": step_seconds(timed[-1].out / "full-cost"),
         "surrogate_seconds": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import yaml
 from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
+from zero_ds.config.batches import check_batches
 from zero_ds.config.loading import load_run, recipe_names
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.loader import check_batches
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training import stages
-from zero_ds.training.deepspeed import DS_CONFIG_ROOT, ds_config, ds_config_names
+from zero_ds.training import deepspeed, stages
+from zero_ds.training.deepspeed import DS_CONFIG_ROOT, RELEASED, ds_config, ds_config_names
 from zero_ds.training.engine import schedule
 
 
@@ -155,6 +156,28 @@ def test_dry_run_asks_for_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "3")
     result = CliRunner().invoke(app, ["train", "smollm2-135m/encoder", "global_batch=16", "micro_batch=2", "--dry-run"])
     assert isinstance(result.exception, ConfigError) and "set global_batch to a multiple of 6" in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ds_config_names())
+def test_released_deepspeed_configs_satisfy_deepspeed_itself(name: str) -> None:
+    """So that a dry run need not load DeepSpeed to check a file that nobody has changed."""
+    path = DS_CONFIG_ROOT / f"{name}.json"
+    text = path.read_text(encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert RELEASED.get(name) == digest, f'{name}.json has changed; RELEASED should say "{name}": "{digest}"'
+    config = load_run("smollm2-135m/encoder", [f"zero={name}", "nvme_path=/nvme"])
+    content = ds_config(config, 2, ranks_per_node=2)
+    deepspeed._refuse_removed_keys(content, path)
+    deepspeed._check_values(content, path)
+
+
+def test_only_unchanged_deepspeed_configs_count_as_released(tmp_path: Path) -> None:
+    path = DS_CONFIG_ROOT / "zero2.json"
+    text = path.read_text(encoding="utf-8")
+    assert deepspeed._is_released(path, text)
+    assert not deepspeed._is_released(path, text + " ")
+    assert not deepspeed._is_released(tmp_path / "zero2.json", text)
+    assert not deepspeed._is_released(DS_CONFIG_ROOT / "mine.json", text)
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

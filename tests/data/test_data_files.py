@@ -17,6 +17,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pace import scaled
 from pyarrow import parquet
 
 from zero_ds.config.schema import SourceConfig
@@ -95,6 +96,14 @@ def test_a_string_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path) 
         list(raw_records(path))
 
 
+def test_a_byte_that_is_not_utf8_is_reported_as_such(tmp_path: Path) -> None:
+    """A block that ends with an element is followed by one with the byte: not by a number that goes on."""
+    path = tmp_path / "x.json"
+    path.write_bytes(b'[true, {"\xff": 1}]')
+    with mock.patch.object(files, "BLOCK", 5), pytest.raises(DataError, match="byte 0xff is not valid UTF-8"):
+        list(raw_records(path))
+
+
 def test_objects_nested_too_deeply(tmp_path: Path) -> None:
     for name in ("x.json", "x.jsonl"):
         (tmp_path / name).write_text("[" * 200_000, encoding="utf-8")
@@ -165,7 +174,7 @@ def test_progress_counts_the_bytes(tmp_path: Path) -> None:
         ("x.parquet", b"", "cannot be read"),
         ("x.json", b"[1 2]", "a comma is missing at character 3"),
         ("x.json", b"[1, 2", "it ends in the middle of the list"),
-        ("x.json", b"[1] [2]", "something stands behind the list at character 4"),
+        ("x.json", b"[1] [2]", "text follows the end of the list at character 4"),
         ("x.json", b"[1, ]", "Expecting value at character 4"),
     ],
 )
@@ -196,7 +205,7 @@ def test_a_folder_is_its_files_in_their_order(tmp_path: Path) -> None:
 def check(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zero_ds.cli", "data", "check", *words, "--workers", "0"]
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=scaled(120))
 
 
 def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:

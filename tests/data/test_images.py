@@ -320,7 +320,7 @@ def test_a_thread_of_pixels_is_refused(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
-    refused(tmp_path / "a.png", "no regular file")
+    refused(tmp_path / "a.png", "not a regular file")
 
 
 @pytest.mark.parametrize("orientation", [0, 5, 6, 8, 9])

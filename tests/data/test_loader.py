@@ -17,14 +17,16 @@ import torch
 from distributed_helper import run_ranks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pace import scaled
 from PIL import Image
 
+from zero_ds.config.batches import check_batches
 from zero_ds.config.schema import RunConfig, SourceConfig
 from zero_ds.data.batches import collate
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
-from zero_ds.data.loader import WINDOW, Loader, check_batches, sample_order
+from zero_ds.data.loader import WINDOW, Loader, sample_order
 from zero_ds.data.samples import EncodedSample, SampleEncoder, image_positions
 from zero_ds.data.sources import Records, Sample
 from zero_ds.runtime.errors import ConfigError
@@ -325,7 +327,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers(data: Path)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             process.send_signal(number)
     assert len(list(steps)) == 10
-    psutil.wait_procs(workers, timeout=20)
+    psutil.wait_procs(workers, timeout=scaled(20))
     assert not any(process.is_running() for process in workers), "they end with their rank's loader"
 
 

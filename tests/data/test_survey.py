@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from pace import scaled
 from PIL import Image
 from places import ROOT
 from typer.testing import CliRunner
@@ -96,7 +97,7 @@ def test_a_good_data_set_ends_well(data: Path) -> None:
 )
 def test_what_cannot_be_checked(data: Path, words: tuple[str, ...], complaint: str) -> None:
     command = [sys.executable, "-m", "zero_ds.cli", "data", "check", *(str(data) if w == "DATA" else w for w in words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(120))
     assert done.returncode == 2 and complaint in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -106,7 +107,7 @@ def test_what_cannot_be_checked(data: Path, words: tuple[str, ...], complaint: s
 
 def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / "mix_datasets.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=scaled(120))
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])

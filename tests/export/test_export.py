@@ -274,7 +274,7 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     half = tmp_path / "run-half"
     (half / ".step-000001.tmp").mkdir(parents=True)
-    refused("run-half holds no commit .*; was the run finished", half, *out)
+    refused("run-half holds no checkpoint .*; did the run finish", half, *out)
     manifest = commit / "step-000001" / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))
@@ -350,7 +350,7 @@ def test_a_full_disk(commit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert folders(tmp_path / "deep") == []
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    refused("has not the .* MB free that out needs", commit, "--out", tmp_path / "deep" / "out")
+    refused("does not have the .* MB free that out needs", commit, "--out", tmp_path / "deep" / "out")
     assert folders(tmp_path / "deep") == []
 
 

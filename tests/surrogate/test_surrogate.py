@@ -18,6 +18,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pace import scaled
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -467,7 +468,7 @@ def test_damaged_tokenizer_config_is_noticed_before_the_copy(made: Callable[...,
 def test_out_that_is_a_link(made: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "small").symlink_to(tmp_path / "elsewhere")
-    refused(made("llama", tied=True), tmp_path / "small", "is a link; name the folder itself")
+    refused(made("llama", tied=True), tmp_path / "small", "is a symbolic link; name the folder itself")
 
 
 @pytest.mark.parametrize("depth", [None, "six", 0])
@@ -576,7 +577,7 @@ def test_a_signal_to_end_leaves_nothing(made: Callable[..., Path], tmp_path: Pat
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "copying\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(scaled(60)) == 128 + signal.SIGTERM
     assert folders(tmp_path) == []
 
 

@@ -404,4 +404,4 @@ def test_a_failing_rank_is_reported_and_the_others_end() -> None:
 
 def test_ranks_that_hang_are_ended_with_their_stacks() -> None:
     with pytest.raises(RankError, match=r"did not finish in time(.|\n)*stacks of rank 0(.|\n)*in hangs"):
-        run_ranks(hangs, 1, timeout=7)
+        run_ranks(hangs, 1, timeout=3)

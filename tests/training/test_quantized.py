@@ -26,7 +26,7 @@ from zero_ds.model.distillation import Teacher
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
-from zero_ds.training.checkpoint import checkpoint
+from zero_ds.training.checkpoint.manifest import describe_run
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options.int8 import FrozenLinear, quantize_
 from zero_ds.training.planning.architecture import architecture
@@ -184,7 +184,7 @@ def test_a_run_commits_resumes_and_grafts(
 def test_commits_that_do_not_know_the_entry_go_on(run_config: Callable[..., RunConfig]) -> None:
     config, rounded = run_config("encoder"), run_config("encoder", frozen_weights="int8")
     assert config.fingerprint() != rounded.fingerprint()
-    older = checkpoint.manifest_of(config)["config"]
+    older = describe_run(config)["config"]
     del older["frozen_weights"]
     assert difference(older, config.model_dump(mode="json")) == "no difference"
     assert difference(older, rounded.model_dump(mode="json")) == "frozen_weights: 'native' -> 'int8'"

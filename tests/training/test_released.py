@@ -275,7 +275,7 @@ def test_code_in_a_file_is_not_run(made: Callable[..., Path], tmp_path: Path) ->
     mark = tmp_path / "mark"
     torch.save({"adapter.0.weight": Evil(mark)}, tmp_path / "zip.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps({"adapter.0.weight": Evil(mark)}))
-    for name, complaint in (("zip", "is refused: it names .*mkdir"), ("bare", "is no file of torch.save")):
+    for name, complaint in (("zip", "is refused: it names .*mkdir"), ("bare", "is not a file of torch.save")):
         with pytest.raises(ConfigError, match=complaint):
             import_released(tmp_path / f"{name}.pth", str(made("llama", tied=True)), tmp_path / "out")
         assert not mark.exists() and not (tmp_path / "out").exists()
@@ -306,9 +306,9 @@ def _not_a_number(content: dict[str, Any]) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
-    "zip": (_zip_of_text, {}, "is no file of torch.save"),
-    "text": (lambda path: path.write_text("hello"), {}, "is no file of torch.save"),
-    "truncated": (_truncated, {}, "is no file of torch.save.* or is damaged"),
+    "zip": (_zip_of_text, {}, "is not a file of torch.save"),
+    "text": (lambda path: path.write_text("hello"), {}, "is not a file of torch.save"),
+    "truncated": (_truncated, {}, "is not a file of torch.save.* or is damaged"),
     "no file": (lambda path: path.unlink(), {}, "there is no file"),
     "list": (lambda path: torch.save([torch.ones(2)], path), {}, "does not hold a dictionary of tensors"),
     "nested": (
@@ -370,7 +370,7 @@ def test_models_that_do_not_fit_or_are_not_there(
     for arguments, options, complaint in (
         ((target,), {"encoder": clip, "surrogate": str(small)}, "was cut from another model"),
         (("meta-llama/Llama-3.2-3B-Instruct",), {"encoder": clip}, "could not be fetched from the hub"),
-        ((target,), {}, "'openai/clip-vit-large-patch14-336' is no local folder and could not be fetched"),
+        ((target,), {}, "'openai/clip-vit-large-patch14-336' is not a local folder and could not be fetched"),
         ((target,), {"encoder": clip, "init_from": [tmp_path / "nowhere"]}, "holds no checkpoint"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=complaint):

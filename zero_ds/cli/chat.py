@@ -1,4 +1,4 @@
-"""`zero-ds chat`."""
+"""`zero-ds chat`: a conversation with a model, in the terminal or on a web page."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from zero_ds.grafting.chat import Conversation
 
 LOCAL = "127.0.0.1"
-HELP = "/image FILE shows a picture, /new begins anew, /quit ends."
+HELP = "/image FILE adds an image, /new starts a new conversation, /quit ends."
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Target, surrogate or export (folder or hub id), or a run folder.")],
-    target: Annotated[str | None, typer.Option(help="Full language model that the run is plugged into.")] = None,
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a target, surrogate or export; or a run folder.")],
+    target: Annotated[str | None, typer.Option(help="Full language model to graft the run's encoder into.")] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Picture that the first question is about; repeatable.")
+        list[Path] | None, typer.Option(help="Image that the first question is about; repeatable.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
@@ -31,13 +31,19 @@ def chat(
     tensor_parallel: TensorParallelOption = 1,
     device_map: DeviceMapOption = None,
     offload_folder: OffloadOption = None,
-    page: Annotated[bool, typer.Option("--page", help="A web page on this machine in place of the terminal.")] = False,
-    host: Annotated[str, typer.Option(help="With --page: address to listen on; others than this open it.")] = LOCAL,
+    page: Annotated[
+        bool, typer.Option("--page", help="Open a web page on this machine instead of the terminal.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(help="With --page: address to listen on. Any other address opens the page to other machines.")
+    ] = LOCAL,
     port: Annotated[int, typer.Option(help="With --page: port to listen on; 0 takes a free one.")] = 7860,
 ) -> None:
-    """Talk to a model in the terminal or on a page, about any number of pictures.
+    """Talk with a model in the terminal or on a web page, about any number of images.
 
-    The page of a run with --target shows the run's model, mostly the surrogate's, and the graft side by side.
+    For a run with --target the page shows two models side by side: the run's own, usually the surrogate, and the graft.
+
+    Example: zero-ds chat runs/quickstart/encoder --target meta-llama/Llama-3.1-8B-Instruct --image photo.jpg
     """
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens}: an answer has at least 1 token.")
@@ -45,7 +51,7 @@ def chat(
     placing.check()
     if page:
         if image:
-            raise ConfigError("--image is for the terminal; on the page pictures are uploaded.")
+            raise ConfigError("--image is for the terminal; on the page images are uploaded.")
         if engine != "transformers":
             raise ConfigError("--page wants --engine transformers, whose layers it can read.")
         _page(model, target, dtype, placing, host, port, max_new_tokens=max_new_tokens, system=system)
@@ -79,7 +85,7 @@ def chat(
 
 
 def _page(model: str, target: str | None, dtype: str, placing: Placing, host: str, port: int, **options: Any) -> None:
-    """Shows the page; what would end it is said before anything is loaded."""
+    """Serves the page; raises errors of its options before a model is loaded."""
     from zero_ds.grafting import page
     from zero_ds.grafting.named_model import LoadedModel, find_model
 
@@ -97,7 +103,7 @@ def _page(model: str, target: str | None, dtype: str, placing: Placing, host: st
 
 
 def _line() -> str | None:
-    """What is typed next; None at the end of the input, or on Ctrl-C."""
+    """Returns the next line that is typed; None at the end of the input, or on Ctrl-C."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
@@ -105,19 +111,19 @@ def _line() -> str | None:
 
 
 def _show(talk: Conversation, path: str) -> None:
-    """Adds a picture; one that is none costs a sentence, not the conversation."""
+    """Adds an image; for a file that is not an image it prints a sentence, and the conversation goes on."""
     from zero_ds.data.images import ImageError
 
     try:
         if not path:
-            raise ConfigError("/image names no file; type one behind it.")
+            raise ConfigError("/image names no file; type one after it.")
         talk.show(path)
     except (ConfigError, ImageError) as error:
         print(f"zero-ds: {error}", file=sys.stderr)
 
 
 def _say(talk: Conversation, question: str) -> None:
-    """Prints the answer as it is made; Ctrl-C ends the answer."""
+    """Prints the answer while it is generated; Ctrl-C ends the answer."""
     from zero_ds.data.formats import DataError
 
     try:

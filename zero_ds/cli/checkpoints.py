@@ -1,4 +1,4 @@
-"""`zero-ds import-released`, `zero-ds consolidate` and `zero-ds export-lora`: weights from and for other programs."""
+"""`zero-ds import-released`, `zero-ds consolidate` and `zero-ds export-lora`: weights in other formats."""
 
 from __future__ import annotations
 
@@ -9,64 +9,70 @@ import typer
 
 from zero_ds.runtime.errors import ConfigError
 
-Out = Annotated[Path, typer.Option(help="New folder.")]
+Out = Annotated[Path, typer.Option(help="New folder for the result.")]
 
 
 def import_released(
     file: Annotated[Path, typer.Argument(help="Checkpoint of the paper's authors (.pth).")],
-    target: Annotated[str, typer.Option(help="Full language model that it was trained for: folder or hub id.")],
+    target: Annotated[str, typer.Option(help="Folder or hub id of the full language model that it belongs to.")],
     out: Out,
     surrogate: Annotated[
         str | None,
         typer.Option(
-            help="Folder of its surrogate; not needed for targets of 28, 32 or 80 layers, cut as in the paper."
+            help="Folder of its surrogate. Not needed for targets of 28, 32 or 80 layers, whose cut the paper gives."
         ),
     ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="Vision encoder that it started from: folder or hub id; without it, the CLIP of the recipes."
+            help="Folder or hub id of the vision encoder that it started from. Default: the CLIP of the recipes."
         ),
     ] = None,
     init_from: Annotated[
-        list[Path] | None, typer.Option(help="Earlier results, such as the imported translator of an encoder.")
+        list[Path] | None,
+        typer.Option(
+            help="Earlier result that it builds on, such as the imported translator for an encoder; repeatable."
+        ),
     ] = None,
 ) -> None:
     """Turn a released checkpoint (adapter and translator, or surrogate-trained encoder) into a result folder."""
     from zero_ds.training.checkpoint.released import import_released as run
 
-    checkpoint = run(file, target, out, surrogate=surrogate, encoder=encoder, init_from=init_from or ())
-    print(f"{file} -> {checkpoint}")
+    commit = run(file, target, out, surrogate=surrogate, encoder=encoder, init_from=init_from or ())
+    print(f"{file} -> {commit}")
 
 
 def consolidate(
     folder: Annotated[
-        Path, typer.Argument(help="Folder saved by DeepSpeed's save_checkpoint, or a checkpoint that lost its weights.")
+        Path,
+        typer.Argument(help="Folder saved by DeepSpeed's save_checkpoint, or a checkpoint whose weights file is lost."),
     ],
     out: Out,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Recipe or YAML file of the run that saved it; without it, config.yaml in or above FOLDER."),
+        typer.Option(
+            help="Recipe or YAML file of the run that saved it. Default: config.yaml in FOLDER or next to it."
+        ),
     ] = None,
 ) -> None:
-    """Gather the weights of a run whose machines are gone, on one CPU machine, into a result folder."""
+    """Gather the sharded weights of a run into a result folder, on one machine without GPUs."""
     from zero_ds.config.loading import load_run
     from zero_ds.training.checkpoint.consolidate import consolidate_shards, consolidate_state, holds_resume_state
 
     if holds_resume_state(folder):
-        checkpoint = consolidate_state(folder, out)
+        commit = consolidate_state(folder, out)
     else:
-        saved = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
-        if recipe is None and not saved:
+        beside = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
+        if recipe is None and not beside:
             raise ConfigError(f"say which run saved {folder}: --recipe with its config.yaml or the recipe's name.")
-        checkpoint = consolidate_shards(folder, load_run(recipe or str(saved[0])), out)
-    print(f"{folder} -> {checkpoint}")
+        commit = consolidate_shards(folder, load_run(recipe or str(beside[0])), out)
+    print(f"{folder} -> {commit}")
 
 
 def export_lora(
-    weights: Annotated[Path, typer.Option(help="Folder of a run or checkpoint that was trained with LoRA.")], out: Out
+    weights: Annotated[Path, typer.Option(help="Run or checkpoint folder that was trained with LoRA.")], out: Out
 ) -> None:
-    """Write a run's low-rank adapters as a folder that PEFT loads onto the target."""
+    """Write a run's low-rank adapters as a folder that PEFT can load onto the target."""
     from zero_ds.training.checkpoint.peft_folder import write_peft_folder
 
     config = write_peft_folder(weights, out)

@@ -1,4 +1,4 @@
-"""What commands share that take a MODEL: finding it, the precision, the device."""
+"""Shared parts of commands that take a MODEL: options, finding and loading it, precision and device."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ if TYPE_CHECKING:
 
     from zero_ds.grafting.named_model import LoadedModel, NamedModel
 
-EngineOption = Annotated[str, typer.Option("--engine", help="transformers or vllm.")]
-TensorParallelOption = Annotated[int, typer.Option("--tensor-parallel", help="With vllm: GPUs that share the model.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="Engine that runs the model: transformers or vllm.")]
+TensorParallelOption = Annotated[
+    int, typer.Option("--tensor-parallel", help="With vllm: number of GPUs that share the model.")
+]
 DeviceMapOption = Annotated[
     str | None,
-    typer.Option("--device-map", help="Where decoder layers lie: auto (the device, then host memory), cpu or disk."),
+    typer.Option("--device-map", help="Place of the decoder layers: auto (the device, then host memory), cpu or disk."),
 ]
-OffloadOption = Annotated[Path | None, typer.Option("--offload-folder", help="With --device-map disk: where.")]
+OffloadOption = Annotated[
+    Path | None, typer.Option("--offload-folder", help="With --device-map disk: folder for the layers.")
+]
 
 
 def precision(dtype: str) -> torch.dtype:
-    """The torch dtype of a --dtype.
+    """Returns the torch dtype of a --dtype option.
 
     Raises:
-        ConfigError: none that is known.
+        ConfigError: the value is unknown.
     """
     import torch
 
@@ -42,7 +46,7 @@ def precision(dtype: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Placing:
-    """Who runs a model, and where its layers lie."""
+    """Options that say which engine runs a model, and where its layers are."""
 
     engine: str = "transformers"
     tensor_parallel: int = 1
@@ -50,7 +54,7 @@ class Placing:
     offload_folder: Path | None = None
 
     def check(self) -> None:
-        """Raises ConfigError for what is not known, not installed, or does not go together."""
+        """Raises ConfigError for values that are unknown, not installed, or cannot be combined."""
         from zero_ds.grafting.engines.offload import check_device_map
         from zero_ds.grafting.engines.vllm import ENGINES, check_installed
         from zero_ds.runtime import distributed
@@ -72,7 +76,7 @@ class Placing:
 
 
 def loaded(model: str, target: str | None, dtype: str, placing: Placing) -> tuple[NamedModel, LoadedModel]:
-    """The model of that name, on this rank's device, or as `placing` says.
+    """Finds and loads a model onto this rank's device, or as `placing` says.
 
     Raises:
         ConfigError, CheckpointError: see `find_model`, `load_model` and `Placing.check`.
@@ -84,7 +88,7 @@ def loaded(model: str, target: str | None, dtype: str, placing: Placing) -> tupl
 
 
 def load(named: NamedModel, dtype: str, placing: Placing) -> LoadedModel:
-    """A model that was found; see `loaded`."""
+    """Loads a model that was found; see `loaded`."""
     from zero_ds.grafting.named_model import load_model
     from zero_ds.runtime import distributed
 

@@ -1,4 +1,4 @@
-"""`zero-ds surrogate`."""
+"""`zero-ds surrogate`: a small model cut from a full one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def surrogate(
     ] = 1,
     report: Annotated[
         bool,
-        typer.Option("--report", help="Print and write report.json: parameters, bytes, cost of a step, hashes."),
+        typer.Option(
+            "--report", help="Print a report and write it to report.json: parameters, bytes, cost of a step, hashes."
+        ),
     ] = False,
     kl: Annotated[
         Path | None,
@@ -42,6 +44,8 @@ def surrogate(
     """Cut a surrogate: keep early and last layers, replace the range between them by trainable translators.
 
     The result is an ordinary Hugging Face folder. Tensors are streamed from file to file; no model is loaded.
+
+    Example: zero-ds surrogate --target meta-llama/Llama-3.1-8B-Instruct --replace 17:30 --out runs/T17-30
     """
     from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.model.layer_plan import Replaced

@@ -11,14 +11,12 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils.data import Dataset
 
-from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch, collate, collate_rows, layout_checksum, pack_rows
 from zero_ds.data.conversations import EncodedConversation
 from zero_ds.data.formats import DataError, TooLongError
 from zero_ds.data.samples import EncodedSample, SampleEncoder
 from zero_ds.data.sources import Records
 from zero_ds.data.workers import stream_steps, without_traceback
-from zero_ds.runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -231,18 +229,3 @@ class _Steps(Dataset[Iterator[Batch]]):
             with contextlib.suppress(DataError):  # reported when the sample's turn comes
                 image_tokens = sum(encoder.image_tokens(records[index]))
         return self.loader.grouping == "modality" and images > 0, records.size(index) // 4 + image_tokens
-
-
-def check_batches(config: RunConfig, world_size: int) -> int:
-    """Returns the number of accumulation steps of a run.
-
-    Raises:
-        ConfigError: The global batch is not a multiple of micro batch x ranks.
-    """
-    per_pass = config.micro_batch * world_size
-    if config.global_batch % per_pass:
-        raise ConfigError(
-            f"global_batch={config.global_batch} is not a multiple of micro_batch={config.micro_batch} x {world_size} "
-            f"ranks; set global_batch to a multiple of {per_pass}."
-        )
-    return config.global_batch // per_pass

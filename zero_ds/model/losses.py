@@ -240,7 +240,10 @@ class ResponseWeights:
 
 
 def with_token_weights(batches: list[Batch], config: DynamicLossConfig) -> list[Batch]:
-    """Returns a rank's micro-batches with `token_weights`, by response lengths of the global batch. A collective."""
+    """Returns a rank's micro-batches with `token_weights`, which depend on the response lengths of the global batch.
+
+    A collective.
+    """
     lengths = torch.cat([response_lengths(batch.labels, batch.responses) for batch in batches])
     (longest,) = distributed.max_over_ranks(float(lengths.max()) if len(lengths) else 0.0)
     weights = ResponseWeights(config.order, longest)

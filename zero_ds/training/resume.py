@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zero_ds.config.schema import WITHOUT_EFFECT, YOUNGER, RunConfig
+from zero_ds.config.resume import MAY_DIFFER, OLD_BEHAVIOUR
+from zero_ds.config.schema import RunConfig
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
@@ -129,8 +130,8 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> st
     """
     for key in [*new, *(key for key in old if key not in new)]:
         name = f"{prefix}{key}"
-        before, after = old.get(key, YOUNGER.get(name)), new.get(key)
-        if before == after or name in WITHOUT_EFFECT:
+        before, after = old.get(key, OLD_BEHAVIOUR.get(name)), new.get(key)
+        if before == after or name in MAY_DIFFER:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             return difference(before, after, f"{name}.")

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from zero_ds.config.batches import check_batches
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
-from zero_ds.data.loader import Loader, check_batches
+from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.model.adapter import match_embeddings_
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder

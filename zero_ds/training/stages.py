@@ -12,17 +12,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import Supervision
 from zero_ds.runtime.errors import ConfigError, did_you_mean
-from zero_ds.runtime.zero3 import parameter_shape
 
 logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # the stage table is read by commands that compute nothing, which should not wait for torch
+    import torch
+    from torch import nn
 
 Part = Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"]
 
@@ -126,6 +126,8 @@ def freeze_(model: nn.Module, config: RunConfig) -> dict[Part, list[tuple[str, t
     Raises:
         RuntimeError: a part that should train has no parameter, so it would silently stay untrained.
     """
+    from zero_ds.runtime.zero3 import parameter_shape
+
     model.requires_grad_(False)
     groups: dict[Part, list[tuple[str, torch.nn.Parameter]]] = {}
     for part in trained_parts(config):

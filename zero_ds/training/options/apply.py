@@ -5,6 +5,7 @@ liger.py        fused kernels in the decoder                                    
 recompute.py    activation checkpointing of decoder layers                      activation_checkpointing=...
 compilation.py  decoder layers compiled by torch; applied by the engine, which  compile=true
                 knows the layers that ZeRO-3 has put hooks into
+sharding.py     which of them a DeepSpeed JSON rules out
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from zero_ds.training.options import compilation, int8, liger, recompute
 def check_options(config: RunConfig) -> None:
     """Checks, before anything is loaded, that this machine can do what the options ask for.
 
-    Options that the recipe or its DeepSpeed JSON contradict are refused by `stage_of` and `ds_config`, also when a run
-    for other machines is planned.
+    `stage_of` and `ds_config` refuse options that the stage or the DeepSpeed JSON rules out, because they are also
+    called for runs that are only planned.
 
     Raises:
         ConfigError: two options exclude each other, or a library, a compiler or a GPU is missing.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,24 +28,6 @@ def check(config: RunConfig) -> None:
         raise ConfigError("compile=true would keep the weights of frozen_weights=int8 whole; leave one of them out.")
     if config.compile and not _compiler():
         raise ConfigError("compile=true needs a C++ compiler, and none was found; install g++, or set compile=false.")
-
-
-def check_zero(config: RunConfig, zero: dict[str, Any], name: str) -> None:
-    """Refuses compiling where ZeRO-3 gathers parameters: compiled code would keep them until its backward pass.
-
-    zero: `zero_optimization` of the DeepSpeed JSON `name`.
-
-    Raises:
-        ConfigError: the JSON shards matrices.
-    """
-    if not config.compile or zero["stage"] != 3:
-        return
-    largest_kept = zero.get("stage3_param_persistence_threshold", 100_000)
-    if isinstance(largest_kept, int | float) and largest_kept < 1_000_000:  # any language model has larger matrices
-        raise ConfigError(
-            f"compile=true would keep all that {name} gathers; set zero=zero3_resident or zero=zero2, where "
-            "parameters are whole on every rank, or compile=false."
-        )
 
 
 def _compiler() -> str | None:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from zero_ds.config.schema import RunConfig
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 
@@ -54,21 +53,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight, scale = ctx.saved_tensors
         return upstream[0] @ (weight * scale).to(upstream[0].dtype), None, None
-
-
-def check_zero(config: RunConfig, zero: dict[str, Any], name: str) -> None:
-    """Refuses 8-bit weights under ZeRO-3, which shards them.
-
-    zero: `zero_optimization` of the DeepSpeed JSON `name`.
-
-    Raises:
-        ConfigError: it is stage 3.
-    """
-    if config.frozen_weights == "int8" and zero["stage"] == 3:
-        raise ConfigError(
-            f"frozen_weights=int8 keeps whole weights on each rank, which {name} shards; set zero=zero2, or "
-            "frozen_weights=native."
-        )
 
 
 def apply_(model: VisionLanguageModel) -> None:

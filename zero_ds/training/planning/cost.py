@@ -202,10 +202,10 @@ class Counts:
     """Samples that could not be used."""
     too_long: float
     """Samples of which no answer fits."""
-    plan: int = 0
-    """Checksum of the layout of this rank's rows (`Batch.layout`)."""
-    same_plan: bool = True
-    """Whether all ranks have the same plan."""
+    layout: int = 0
+    """Checksum of the layout of this rank's rows in the step (`Batch.layout`), or its number of passes."""
+    same_layout: bool = True
+    """Whether the layout is the same on all ranks."""
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
@@ -222,8 +222,8 @@ class Counts:
                 shown += pictures
             flops += cost.flops(float(lengths.sum()), float((lengths**2).sum()), labels, pictures, image_tokens)
         layout = batches[0].layout
-        plan = len(batches) if layout is None else layout
-        return cls(supervised, tokens, padded, shown, flops, skipped, too_long, plan)
+        number = len(batches) if layout is None else layout
+        return cls(supervised, tokens, padded, shown, flops, skipped, too_long, number)
 
     def over_ranks(self) -> Counts:
         """The global batch's. A collective."""
@@ -236,9 +236,9 @@ class Counts:
             self.skipped,
             self.too_long,
         )
-        sums, same_plan = distributed.sum_and_compare(values, mark=self.plan)
+        sums, same_layout = distributed.sum_and_compare(values, mark=self.layout)
         supervised, tokens, padded, pictures, flops, skipped, too_long = sums
-        return Counts(supervised, tokens, padded, pictures, flops, skipped, too_long, self.plan, same_plan)
+        return Counts(supervised, tokens, padded, pictures, flops, skipped, too_long, self.layout, same_layout)
 
     def check_plan(self, step: int) -> None:
         """Refuses a step that the ranks plan differently; called on the counts of the global batch.
@@ -247,7 +247,7 @@ class Counts:
             DataError: the ranks have other rows or another number of passes, and would wait for each other. Raised on
                 every rank.
         """
-        if not self.same_plan:
+        if not self.same_layout:
             raise DataError(
                 f"the ranks plan step {step} unlike each other, as if one of them read other data; see what the log "
                 "says of samples left out, and run again from the last commit"
