@@ -35,7 +35,8 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime import safetensors as shards
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint, load_weights_
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
 
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}
 GRID = [(1, 2), (2, 1)]
@@ -273,7 +274,7 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     half = tmp_path / "run-half"
     (half / ".step-000001.tmp").mkdir(parents=True)
-    refused("run-half holds no commit .*; was the run finished", half, *out)
+    refused("run-half holds no checkpoint .*; did the run finish", half, *out)
     manifest = commit / "step-000001" / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))

@@ -112,7 +112,7 @@ def test_another_width_is_refused(trained: Path, made: Callable[..., Path], tmp_
 
 
 def test_weights_that_cannot_be_grafted(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no commit"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_graft(tmp_path, made("llama", tied=True))
     commit = tmp_path / "translator"
     shutil.copytree(trained / "pretrain" / "step-000002", commit)

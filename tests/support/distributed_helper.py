@@ -28,7 +28,7 @@ from pace import scaled
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "zero_ds.train",
+        "zero_ds.training.train",
         "zero_ds.grafting.graft",
         "deepspeed",
         "torch.utils.tensorboard",

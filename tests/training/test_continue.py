@@ -1,4 +1,4 @@
-"""A run continued by another stage: what trained before keeps its optimizer state, what is new begins at zero."""
+"""A run continued by another stage: parts that trained before keep their optimizer state, new ones begin at zero."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from zero_ds.config.schema import RunConfig
 def begun(config: RunConfig) -> dict[str, Any]:
     """The optimizer's state before the first step, as a rank reads it, and the step counts."""
     from zero_ds.training import train
-    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.setup import Run
 
     seen: dict[str, Any] = {}
 
-    def loop(config: RunConfig, engine: Any, *rest: Any) -> Path:
+    def loop(run: Run, engine: Any, *rest: Any) -> Path:
         for name, parameter in engine.named.items():
             for key in ("master", "exp_avg", "exp_avg_sq"):
                 seen[f"{key}/{name}"] = whole_state(engine, parameter, key)
         seen["steps"] = engine.state.steps()
-        return Path(config.out)
+        return run.out
 
     train.loop = loop  # type: ignore[assignment]
-    assert checkpoint
     train.train(config)
     return seen
 

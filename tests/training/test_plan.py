@@ -145,11 +145,12 @@ def test_what_passes_keep_is_what_autograd_saves(
 
     The first layers are recomputed: none, some, all but one, all.
     """
-    from zero_ds.training.setup import build
+    from zero_ds.training.setup import load_model, make_loader
     from zero_ds.training.stages import freeze_
 
     config = run_config(stage, attention="eager", global_batch=1)
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     freeze_(model, config)
     model.train()
     batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])

@@ -27,7 +27,7 @@ from zero_ds.model.build import sample_encoder
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Span, Tensor, shard_files, spans
-from zero_ds.training.checkpoint.checkpoint import versions
+from zero_ds.training.checkpoint.manifest import versions
 
 Finish = Callable[[], tuple[int, str]]
 """Waits for a process to end: -> exit status, what it said."""

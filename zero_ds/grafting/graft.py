@@ -29,13 +29,8 @@ from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import Span, content_hash, locate, same_bytes, spans
 from zero_ds.surrogate.build import kept_tensors
-from zero_ds.training.checkpoint.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_hash,
-    find_checkpoint,
-    load_weights_,
-)
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, CheckpointError, check_hash, find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder
 from zero_ds.training.stages import SURROGATE_ONLY, decoder_kind, trained_parts
 
