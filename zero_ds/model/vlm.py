@@ -12,7 +12,7 @@ from torch import nn
 from zero_ds.config.schema import AdapterConfig, EncoderConfig
 from zero_ds.data.samples import image_positions
 from zero_ds.model import lora
-from zero_ds.model.adapter import Adapter, Boundary, adapter_modules
+from zero_ds.model.adapter import Adapter, Boundary, adapter_modules, belongs_to
 from zero_ds.model.decoders import Family
 from zero_ds.model.encoders import EncoderFamily
 from zero_ds.model.layer_plan import LayerPlan
@@ -75,13 +75,13 @@ class VisionLanguageModel(nn.Module):
                 for name, parameter in layer.named_parameters()
             ]
         if part == "aligner":
-            return [(n, p) for n, p in self.named_parameters() if n.startswith("aligner.")]
+            return [(n, p) for n, p in self.named_parameters() if belongs_to(n, "aligner")]
         if part == "decoder":
             return [(f"decoder.{name}", parameter) for name, parameter in lora.without(self.decoder)]
         if part == "lora":
             return lora.named_parameters(self.decoder)
         if part == "adapter":
-            named = [(n, p) for n, p in self.named_parameters() if n.startswith(("adapter.", "boundary."))]
+            named = [(n, p) for n, p in self.named_parameters() if belongs_to(n, "adapter", "boundary")]
             return named + self._norm_parameters()
         if part != "encoder" or self.encoder is None or self.encoder_family is None or self.encoder_config is None:
             return []

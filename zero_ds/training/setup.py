@@ -14,7 +14,7 @@ from zero_ds.config.schema import WITHOUT_EFFECT, YOUNGER, RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
-from zero_ds.model.adapter import match_embeddings_
+from zero_ds.model.adapter import belongs_to, match_embeddings_
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders.folder import decoder_tensors
 from zero_ds.model.distillation import Teacher
@@ -196,13 +196,13 @@ def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any]
         )
         if any(name.startswith(stages.SURROGATE_ONLY) for name in names):
             checkpoint.check_manifest(commit, {"plan": plan})
-        if any(name.startswith("aligner.") for name in names):  # what lies before an aligner had another decoder (A.8)
+        if any(belongs_to(name, "aligner") for name in names):  # what lies before an aligner had another decoder (A.8)
             checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
         started |= names
         logger.info("started %d tensors from %s", len(names), commit.folder)
     refuse_untrained(model, config, started)
-    last = "adapter." if model.aligner is None else "aligner."
-    untrained = model.adapter is not None and not any(name.startswith(last) for name in started)
+    last = "adapter" if model.aligner is None else "aligner"
+    untrained = model.adapter is not None and not any(belongs_to(name, last) for name in started)
     if config.adapter.match_embeddings and untrained:
         logger.info(
             "image tokens scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
@@ -250,7 +250,7 @@ def refuse_untrained(model: VisionLanguageModel, config: RunConfig, started: set
     """
     parts = [part for part in ("adapter", "aligner") if getattr(model, part) is not None]
     for part in parts:
-        if part not in stages.trained_parts(config) and not any(name.startswith(f"{part}.") for name in started):
+        if part not in stages.trained_parts(config) and not any(belongs_to(name, part) for name in started):
             raise ConfigError(
                 f"stage {config.stage} does not train the {part}, and init_from brings none; name a run that did."
             )

@@ -24,6 +24,7 @@ import torch
 
 from zero_ds.config.loading import load_run, validate
 from zero_ds.config.schema import RunConfig
+from zero_ds.model.adapter import BOUNDARY
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.decoders.folder import depth_of
 from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
@@ -41,7 +42,7 @@ from zero_ds.training.stages import Part
 RELEASED = {28: Replaced(16, 26), 32: Replaced(17, 30), 80: Replaced(40, 78)}
 """Depth of the target -> the layers that its released surrogate replaces: Llama-3.2-3B, Llama-3.1-8B, Llama-3.1-70B."""
 
-BOUNDARY, START, END = "boundary.embeddings.weight", "embd_soi", "embd_eoi"
+START, END = "embd_soi", "embd_eoi"
 VISION, LAYER = "encoder.vision_model.", re.compile(r"encoder\.vision_model\.encoder\.layers\.(\d+)\..+")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
