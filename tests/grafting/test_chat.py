@@ -1,4 +1,4 @@
-"""Conversations: the plain greedy answers, in pieces, with pictures and turns; and a bad picture ends nothing."""
+"""Conversations give the plain greedy answers, in pieces, about images and over turns; a bad image ends nothing."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def pictures(data: Path) -> list[str]:
 
 
 def plainly(loaded: LoadedModel, turns: list[Turn], pictures: list[str], longest: int) -> str:
-    """One pass over the whole conversation for every token, no cache."""
+    """Returns the answer to the whole conversation, read from its beginning."""
     model, encoder = loaded.model, loaded.encoder
     answerer = Answerer(model, encoder, max_new_tokens=longest)
     return answerer.reply(turns, pictures)
 
 
 def test_answers_are_the_greedy_ones_over_turns_and_pictures(graft: LoadedModel, pictures: list[str]) -> None:
-    """Three questions, pictures before the first and the second: each answer as if the whole were asked anew."""
+    """Three questions, with images before the first and the second, are answered as if each conversation were new."""
     talk, turns, shown = Conversation(graft, max_new_tokens=9), [], []
     for question, new in zip(QUESTIONS, (pictures[:2], pictures[2:], []), strict=True):
         for path in new:
@@ -70,7 +70,7 @@ def test_a_question_costs_its_own_tokens(graft: LoadedModel, monkeypatch: pytest
 
 
 def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
-    """What was said until then is what the next answer builds on."""
+    """The next answer builds on the words up to there."""
     talk = Conversation(graft, max_new_tokens=12)
     stream = talk.ask(QUESTIONS[0])
     said = next(stream)
@@ -81,7 +81,7 @@ def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
 
 
 def test_a_question_that_nobody_listened_to_stays_asked(graft: LoadedModel, pictures: list[str]) -> None:
-    """Two turns of a user in a row are none that a template knows; the first one's answer is empty."""
+    """No template knows two turns of a user in a row, so the first question gets an empty answer."""
     talk = Conversation(graft, max_new_tokens=4)
     talk.show(pictures[0])
     talk.ask(QUESTIONS[0]).close()  # type: ignore[attr-defined]
@@ -122,13 +122,13 @@ def test_typed_placeholders_stand_for_nothing(graft: LoadedModel, typed: str) ->
 
 
 def test_what_does_not_fit(graft: LoadedModel, made: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at most 0 tokens is none"):
+    with pytest.raises(ConfigError, match="at least 1 token, not 0"):
         Conversation(graft, max_new_tokens=0)
     talk = Conversation(graft)
     with pytest.raises(DataError, match="the model reads 2048; begin a new one"):
         talk.ask("why? " * 3000)
     assert talk.turns == []
-    with pytest.raises(ConfigError, match=r"is no run.*leave out --target"):
+    with pytest.raises(ConfigError, match=r"is not a run.*leave out --target"):
         find_model(str(made("llama", tied=True)), "somewhere")
     with pytest.raises(ConfigError, match="there is no model folder"):
         find_model(str(tmp_path / "nothing"))
@@ -140,7 +140,7 @@ def test_what_does_not_fit(graft: LoadedModel, made: Callable[..., Path], tmp_pa
 
 
 def test_command(trained: Path, made: Callable[..., Path], pictures: list[str], tmp_path: Path) -> None:
-    """A picture that is none and an unknown word cost a sentence each; the chat goes on and starts anew."""
+    """A file that is not an image and an unknown command cost a sentence each; the chat continues and begins again."""
     (tmp_path / "none.png").write_text("no picture")
     target = str(made("llama", tied=True))
     lines = [

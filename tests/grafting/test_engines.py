@@ -1,7 +1,7 @@
-"""Where a model runs: layers off the device, and vLLM's side of the bargain, with answers that stay the same.
+"""Layers that are not on the device, and decoders that vLLM runs, give the same answers.
 
-vLLM itself is not installed here; a stand-in takes what vLLM would be given and answers by transformers alone.
-launch/test_vllm.sh compares the real one.
+vLLM is not installed here. A stand-in takes the arguments that vLLM would get and answers with transformers alone;
+launch/test_vllm.sh compares the real vLLM.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_a_device_map_changes_no_answer(
 
 
 def test_eval_with_layers_on_disk(target: str, tmp_path: Path) -> None:
-    """The same scores, and nothing left in the folder once the process has ended."""
+    """The scores are the same, and the folder is empty once the process has ended."""
     import subprocess
 
     tasks = write_tasks(tmp_path / "tasks", load_model(find_model(target)))
@@ -108,7 +108,7 @@ def test_eval_with_layers_on_disk(target: str, tmp_path: Path) -> None:
         (["--offload-folder", "x"], "--offload-folder is for --device-map disk"),
         (["--engine", "vlm"], "--engine vlm is unknown; did you mean 'vllm'"),
         (["--tensor-parallel", "2"], "--tensor-parallel is for --engine vllm"),
-        (["--tensor-parallel", "0"], "--tensor-parallel 0: at least 1"),
+        (["--tensor-parallel", "0"], "--tensor-parallel must be at least 1, not 0"),
         (["--engine", "vllm", "--device-map", "cpu"], "vLLM places layers itself"),
         (["--engine", "vllm"], "vLLM, which is not installed; pip install vllm"),
     ],
@@ -122,14 +122,14 @@ def test_what_does_not_go_together(command: list[str], options: list[str], compl
 def test_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = CliRunner().invoke(app, ["eval", "model", "--suite", "text", "--device-map", "auto"])
-    assert "--device-map is for one process" in str(done.exception)
+    assert "--device-map uses this machine's devices in one process" in str(done.exception)
 
 
 # -- vLLM --------------------------------------------------------------------------------------------------------------
 
 
 class StandIn:
-    """Reads the folder that vLLM would read, by transformers alone, and decodes greedily."""
+    """Reads the folder that vLLM would read, with transformers alone, and decodes greedily."""
 
     def __init__(self, folder: Path) -> None:
         self.decoder: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -173,13 +173,13 @@ def test_a_graft_is_served_from_its_target_s_folder(
     for question in ("what color is it?", "why?"):
         first, second = ("".join(talk.ask(question)) for talk in talks)
         assert first == second and first
-    with pytest.raises(ConfigError, match="asks for log-probabilities, which vLLM does not tell"):
+    with pytest.raises(ConfigError, match="asks for log-probabilities, which vLLM does not report"):
         answerer(loaded).examine([Query("t/1", (Turn("user", "why?"),), answer="no")])
 
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_trained_decoder_is_written_for_vllm(trained: Path, pictures: list[str]) -> None:
-    """The surrogate with the run's translators, which its folder does not hold."""
+    """It is the surrogate with the run's translators, which the surrogate's folder does not contain."""
     named = find_model(str(trained / "encoder"))
     loaded = load_served(named, dtype=torch.float32)
     assert loaded.served is not None and loaded.served.folder != named.folder
@@ -199,7 +199,9 @@ def test_language_models_are_served_as_they_lie(folder: str, target: str, small:
 
 @pytest.mark.usefixtures("stand_in")
 def test_heads_that_devices_cannot_share(graft: NamedModel) -> None:
-    with pytest.raises(ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*of 1, 2, 4"):
+    with pytest.raises(
+        ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*one of 1, 2, 4"
+    ):
         load_served(graft, dtype=torch.float32, tensor_parallel=3)
 
 
@@ -234,7 +236,7 @@ def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: 
 
 
 def test_no_garbage_is_left_where_triton_would_complain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command ends sooner without a last search for garbage; Triton 3.9 prints a page about what nobody collected."""
+    """A command ends sooner without a last garbage collection; Triton 3.9 prints a page about objects that remain."""
     frozen: list[bool] = []
     monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
     for module, expected in ((None, [True]), (ModuleType("libtriton"), [True])):
@@ -248,4 +250,4 @@ def test_no_garbage_is_left_where_triton_would_complain(monkeypatch: pytest.Monk
 def test_no_page_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "check_installed", lambda: None)
     done = CliRunner().invoke(app, ["chat", "model", "--page", "--engine", "vllm"])
-    assert "--page wants --engine transformers" in str(done.exception)
+    assert "--page needs --engine transformers" in str(done.exception)

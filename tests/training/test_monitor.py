@@ -92,7 +92,7 @@ def test_an_answer_is_what_greedy_decoding_gives(
     """The run's last answers, against those that the evaluation's decoding, with a cache, gives of what it saved."""
     from zero_ds.data.sources import Records
     from zero_ds.grafting.generate import Answerer
-    from zero_ds.grafting.graft import load_trained
+    from zero_ds.grafting.load import load_trained
     from zero_ds.model.build import sample_encoder
 
     last = [json.loads(line) for line in (runs / "looking" / "answers.jsonl").read_text().splitlines()][-3:]

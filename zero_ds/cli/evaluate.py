@@ -12,9 +12,9 @@ from typer.core import TyperGroup
 
 from zero_ds.cli.models import (
     DeviceMapOption,
+    DeviceOptions,
     EngineOption,
     OffloadOption,
-    Placing,
     TensorParallelOption,
     load,
     precision,
@@ -77,8 +77,8 @@ def run(
     for option, value in (("--batch", batch), ("--limit", limit), ("--max-new-tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}: at least 1.")
-    placing = Placing(engine, tensor_parallel, device_map, offload_folder)
-    placing.check()
+    options = DeviceOptions(engine, tensor_parallel, device_map, offload_folder)
+    options.check()
     # what is wrong is said before the model is read, and not after hours
     precision(dtype)
     named = find_model(model, target)
@@ -90,7 +90,7 @@ def run(
     request = Request(batch, limit, max_new_tokens, chat_template, samples)
     for part in planned:
         check_suite(named, part, request)
-    found = load(named, dtype, placing)
+    found = load(named, dtype, options)
     for part in planned:
         result = evaluate_suite(named, found, part, request, label)
         if result is not None:  # on rank 0

@@ -30,8 +30,9 @@ def records(
     from zero_ds.evaluation.heldout.records import read_records
     from zero_ds.evaluation.heldout.run import CONDITIONS
     from zero_ds.evaluation.heldout.run import evaluate as run
+    from zero_ds.grafting.compatibility import run_config
     from zero_ds.grafting.generate import Answerer
-    from zero_ds.grafting.graft import load_graft, load_trained, run_config
+    from zero_ds.grafting.load import load_graft, load_trained
     from zero_ds.model.build import sample_encoder
     from zero_ds.runtime.errors import ConfigError
     from zero_ds.runtime.hub import local_folder

@@ -75,7 +75,7 @@ def _plan_note(run: Path) -> tuple[str, ...]:
 
 def _distilled(stages: dict[str, Path]) -> list[str]:
     """Stages in which translators learned from the target's late layers, which the paper's do not."""
-    from zero_ds.grafting.graft import run_config
+    from zero_ds.grafting.compatibility import run_config
     from zero_ds.training.checkpoint.checkpoint import find_commit
 
     return [name for name, folder in stages.items() if run_config(find_commit(folder)).distill.active]
