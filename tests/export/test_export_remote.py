@@ -46,7 +46,7 @@ trust_remote_code=True # Required as it uses a custom LlavaLlamaForCausalLM arch
 )
 processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
 # Prepare inputs
-image = Image.open("PICTURE")
+image = Image.open("IMAGE.png")
 messages = [
 {"role": "user", "content": "What is in this image?"},
 ]
@@ -63,7 +63,7 @@ print(output)
 PIPELINE = """
 from transformers import pipeline
 answer = pipeline("image-text-to-text", model="MODEL", dtype="auto")
-contents = [{"type": "image", "url": "PICTURE"}, {"type": "text", "text": "What is in this image?"}]
+contents = [{"type": "image", "url": "IMAGE.png"}, {"type": "text", "text": "What is in this image?"}]
 said = answer(text=[{"role": "user", "content": contents}], max_new_tokens=8, do_sample=False)
 print("PIPELINE", repr(said[0]["generated_text"][-1]["content"]))
 print("CARD")
@@ -88,14 +88,14 @@ def folders(
         with pytest.MonkeyPatch.context() as patch:
             export_helper.here(patch)
             export_model(run, None, root / name, form="remote-code" if more else "llava")
-    Image.radial_gradient("L").resize((70, 40)).convert("RGB").save(root / "picture.png")
+    Image.radial_gradient("L").resize((70, 40)).convert("RGB").save(root / "image.png")
     return root
 
 
 def test_sample_usage_and_pipeline_without_this_package(folders: Path) -> None:
     script = PIPELINE.replace("MODEL", str(folders / "plain")) + CARD.replace("MODEL", str(folders / "extras"))
     said, _, printed = export_helper.run_alone(
-        script.replace("PICTURE", str(folders / "picture.png")), folders
+        script.replace("IMAGE.png", str(folders / "image.png")), folders
     ).partition("CARD\n")
     assert len(said.split("PIPELINE ", 1)[1].strip()) > 2, "the pipeline answers"
     assert "What is in this image?" in printed and len(printed.split("assistant\n", 1)[1].strip()) > 0
@@ -111,9 +111,9 @@ def test_the_folder_opens_by_its_name(folders: Path, made: Callable[..., Path]) 
     prompts = [m.encoder.encode(m.encoder.turns(Sample("x", tuple(asked), ())), generate=True) for m in (ours, theirs)]
     assert prompts[0] == prompts[1]
     answers = [Answerer(m.model, m.encoder, max_new_tokens=8) for m in (ours, theirs)]
-    picture = str(folders / "picture.png")
-    torch.testing.assert_close(*(a.features([picture])[0] for a in answers), atol=1e-5, rtol=1e-5)
-    assert answers[0].reply(asked, [picture]) == answers[1].reply(asked, [picture])
+    shown = str(folders / "image.png")
+    torch.testing.assert_close(*(a.features([shown])[0] for a in answers), atol=1e-5, rtol=1e-5)
+    assert answers[0].reply(asked, [shown]) == answers[1].reply(asked, [shown])
 
 
 def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, made: Callable[..., Path]) -> None:
@@ -121,7 +121,7 @@ def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, m
     run, target = folders / "run-extras", made("llama", tied=True)
     source = open_source(run, None)
     encode = sample_encoder(load_graft(run, target), target, made("clip"), source.config.data)
-    sample = Sample("x", (Turn("user", "<image>\nwhat is it?"),), (str(folders / "picture.png"),))
+    sample = Sample("x", (Turn("user", "<image>\nwhat is it?"),), (str(folders / "image.png"),))
     tokens = encode.image_tokens(sample)
     assert tokens == [5 * (4 + 2)], "four tiles and the whole"
     encoded = encode.encode(encode.turns(sample), generate=True, image_tokens=tokens)
@@ -129,7 +129,7 @@ def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, m
     processor = AutoProcessor.from_pretrained(folders / "extras", trust_remote_code=True)
     placed = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
     token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    image = Image.open(folders / "picture.png")
+    image = Image.open(folders / "image.png")
     for content in ("what is it?", placed):
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(text=prompt, images=image, return_tensors="pt")
@@ -156,7 +156,7 @@ def test_prompts_and_pictures_that_do_not_fit(folders: Path) -> None:
         processor(text=["a", "b"], images=[image] * 3)
     two = processor(text=["a", "b longer"], images=[image, image], padding=True, return_tensors="pt")
     assert two.input_ids.shape[0] == 2 and two.pixel_values.shape == (2, 3, 32, 32)
-    assert "pixel_values" not in processor(text="no picture")
+    assert "pixel_values" not in processor(text="no image")
 
 
 def test_the_code_needs_nothing_of_this_package(folders: Path) -> None:

@@ -33,20 +33,20 @@ def said(text: str) -> dict[str, Any]:
 
 
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
-    "a picture in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
+    "a image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
     "behind the text": ([user(ASK, SHOW)], [Turn("user", "<image>\nwhich shape?")]),
     "as LLaVA and lmms-eval write it": ([user("<image>\nwhich shape?")], [Turn("user", "<image>\nwhich shape?")]),
     "on the last line": ([user("which shape?\n<image>")], [Turn("user", "which shape?\n<image>")]),
     "inside of the text": ([user("is <image> a circle?")], [Turn("user", "is <image> a circle?")]),
-    "two pictures in a list": ([user(SHOW, SHOW, ASK)], [Turn("user", "<image><image>\nwhich shape?")]),
-    "two pictures in a text": ([user("<image> <image>\nwhich?")], [Turn("user", "<image> <image>\nwhich?")]),
-    "no picture": ([user("which shape?")], [Turn("user", "which shape?")]),
+    "two images in a list": ([user(SHOW, SHOW, ASK)], [Turn("user", "<image><image>\nwhich shape?")]),
+    "two images in a text": ([user("<image> <image>\nwhich?")], [Turn("user", "<image> <image>\nwhich?")]),
+    "no image": ([user("which shape?")], [Turn("user", "which shape?")]),
     "text in a list": ([user(ASK)], [Turn("user", "which shape?")]),
     "a second question": (
         [user(SHOW, ASK), said("an <image>"), user("sure?")],
         [Turn("user", "<image>\nwhich shape?"), Turn("assistant", "an <image>"), Turn("user", "sure?")],
     ),
-    "a picture with the second question": (
+    "a image with the second question": (
         [user("hello"), said("hi"), user(SHOW, ASK)],
         [Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "<image>\nwhich shape?")],
     ),

@@ -48,19 +48,19 @@ def graft(trained: Path, target: str) -> NamedModel:
 
 
 @pytest.fixture(scope="module")
-def pictures(data: Path) -> list[str]:
+def images(data: Path) -> list[str]:
     return [str(data.parent / "images" / f"{number}.png") for number in range(2)]
 
 
-def answers(loaded: LoadedModel, pictures: list[str]) -> list[str]:
+def answers(loaded: LoadedModel, images: list[str]) -> list[str]:
     asker = answerer(loaded, batch_size=2, max_new_tokens=TOKENS)
-    queries = [Query(str(number), tuple(turns), images) for number, (turns, images) in enumerate(ASKED)]
-    return [reply.text for reply in asker.examine(queries, asker.features(pictures))]
+    queries = [Query(str(number), tuple(turns), shown) for number, (turns, shown) in enumerate(ASKED)]
+    return [reply.text for reply in asker.examine(queries, asker.features(images))]
 
 
 @pytest.fixture(scope="module")
-def expected(graft: NamedModel, pictures: list[str]) -> list[str]:
-    found = answers(load_model(graft), pictures)
+def expected(graft: NamedModel, images: list[str]) -> list[str]:
+    found = answers(load_model(graft), images)
     assert len(set(found)) == len(found) and all(found)
     return found
 
@@ -70,14 +70,14 @@ def expected(graft: NamedModel, pictures: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", "disk"])
 def test_a_device_map_changes_no_answer(
-    device_map: str, graft: NamedModel, pictures: list[str], expected: list[str], tmp_path: Path
+    device_map: str, graft: NamedModel, images: list[str], expected: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "layers" if device_map == "disk" else None
     loaded = load_model(graft, device_map=device_map, offload_folder=folder)
     layers = loaded.model.family.layers(loaded.model.decoder)
     gone = [all(p.device.type == "meta" for p in layer.parameters()) for layer in layers]
     assert gone == [device_map == "disk"] * len(layers)
-    assert answers(loaded, pictures) == expected
+    assert answers(loaded, images) == expected
     talk, plain = Conversation(loaded, max_new_tokens=TOKENS), Conversation(load_model(graft), max_new_tokens=TOKENS)
     assert "".join(talk.ask("why?")) == "".join(plain.ask("why?"))
     assert (talk.trajectory().divergences == plain.trajectory().divergences).all()
@@ -160,16 +160,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_graft_is_served_from_its_target_s_folder(
-    graft: NamedModel, pictures: list[str], expected: list[str]
-) -> None:
+def test_a_graft_is_served_from_its_target_s_folder(graft: NamedModel, images: list[str], expected: list[str]) -> None:
     loaded = load_served(graft, dtype=torch.float32)
     assert loaded.served is not None and loaded.served.folder == graft.folder
     assert len(loaded.model.family.layers(loaded.model.decoder)) == 0
-    assert answers(loaded, pictures) == expected
+    assert answers(loaded, images) == expected
     talks = [conversation(loaded, max_new_tokens=TOKENS), Conversation(load_model(graft), max_new_tokens=TOKENS)]
     for talk in talks:
-        talk.show(pictures[0])
+        talk.show(images[0])
     for question in ("what color is it?", "why?"):
         first, second = ("".join(talk.ask(question)) for talk in talks)
         assert first == second and first
@@ -178,12 +176,12 @@ def test_a_graft_is_served_from_its_target_s_folder(
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_trained_decoder_is_written_for_vllm(trained: Path, pictures: list[str]) -> None:
+def test_a_trained_decoder_is_written_for_vllm(trained: Path, images: list[str]) -> None:
     """It is the surrogate with the run's translators, which the surrogate's folder does not contain."""
     named = find_model(str(trained / "encoder"))
     loaded = load_served(named, dtype=torch.float32)
     assert loaded.served is not None and loaded.served.folder != named.folder
-    assert answers(loaded, pictures) == answers(load_model(named), pictures)
+    assert answers(loaded, images) == answers(load_model(named), images)
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -116,25 +116,25 @@ def test_another_width_is_refused(trained: Path, made: Callable[..., Path], tmp_
 def test_weights_that_cannot_be_grafted(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no commit"):
         load_graft(tmp_path, made("llama", tied=True))
-    commit = tmp_path / "translator"
-    shutil.copytree(trained / "pretrain" / "step-000002", commit)
+    checkpoint = tmp_path / "translator"
+    shutil.copytree(trained / "pretrain" / "step-000002", checkpoint)
     from safetensors.torch import save_file
 
-    weights = load_file(commit / "weights.safetensors")
-    save_file({n: t for n, t in weights.items() if n.startswith("translator.")}, commit / "weights.safetensors")
+    weights = load_file(checkpoint / "weights.safetensors")
+    save_file({n: t for n, t in weights.items() if n.startswith("translator.")}, checkpoint / "weights.safetensors")
     with pytest.raises(ConfigError, match="holds no adapter, so there is nothing to graft"):
-        load_graft(commit, made("llama", tied=True))
+        load_graft(checkpoint, made("llama", tied=True))
 
 
 def test_damaged_weights_are_refused_in_a_sentence(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
     """The command finds damage in the header and, because it reads the whole file, after it."""
-    commit, target = tmp_path / "damaged", made("llama", tied=True)
-    shutil.copytree(trained / "encoder" / "step-000002", commit)
-    file = commit / "weights.safetensors"
+    checkpoint, target = tmp_path / "damaged", made("llama", tied=True)
+    shutil.copytree(trained / "encoder" / "step-000002", checkpoint)
+    file = checkpoint / "weights.safetensors"
     content = file.read_bytes()
 
     def refused() -> str:
-        done = CliRunner().invoke(app, ["graft", "--weights", str(commit), "--target", str(target)])
+        done = CliRunner().invoke(app, ["graft", "--weights", str(checkpoint), "--target", str(target)])
         assert isinstance(done.exception, CheckpointError), done.exception
         return str(done.exception)
 
@@ -152,15 +152,15 @@ def test_damaged_weights_are_refused_in_a_sentence(trained: Path, made: Callable
 
 def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
     """Manifests of the first version contain hashes that were computed in another way."""
-    commit, target = tmp_path / "early", made("llama", tied=True)
-    shutil.copytree(trained / "encoder" / "step-000002", commit)
-    manifest = json.loads((commit / "manifest.json").read_text())
+    checkpoint, target = tmp_path / "early", made("llama", tied=True)
+    shutil.copytree(trained / "encoder" / "step-000002", checkpoint)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
     early = {"target_hash": model_hash(target, "0" * 32), "encoder_hash": model_hash(made("clip"), "0" * 32)}
     assert all(manifest[name] != taken for name, taken in early.items())
-    (commit / "manifest.json").write_text(json.dumps({**manifest, **early}))
-    report, _ = graft(commit, target)
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, **early}))
+    report, _ = graft(checkpoint, target)
     assert report == dict.fromkeys(NAMES, "fits")
-    assert graft(commit, made("llama", tied=True, seed=1))[0]["target"] == "DIFFERS"
+    assert graft(checkpoint, made("llama", tied=True, seed=1))[0]["target"] == "DIFFERS"
 
 
 def test_the_configuration_is_in_the_commit(trained: Path) -> None:
