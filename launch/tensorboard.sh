@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Opens TensorBoard on the logs of a run and everything below it.
+# Opens TensorBoard on the logs of a run, or of all runs in a folder.
 #
-#   launch/tensorboard.sh [RUN_FOLDER] [tensorboard options]
+#   launch/tensorboard.sh [RUN_FOLDER] [TENSORBOARD OPTIONS]
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 help_if_asked "$@"

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Linter, formatter, type checker and tests: what CI runs. Needs no GPU, no model hub and no C++ compiler.
+# Runs linter, formatter, type checker and tests, as CI does. Needs no GPU, no model hub and no C++ compiler.
 #
-#   launch/test.sh [PYTEST ARGUMENTS]
+#   launch/test.sh [--all] [PYTEST ARGUMENTS]
 #
 #   launch/test.sh
+#   launch/test.sh --all    # the slow tier, too: tests marked slow, whose longer proofs have shorter ones beside them
 #   launch/test.sh tests/config/test_config.py -k extends
+#
+# It says first about how long the tests take on this machine, and at the end which ten took longest.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 help_if_asked "$@"
 
@@ -13,7 +16,7 @@ set_up dev
 report="$(printf '%-12s %4d s' set-up $((SECONDS - started)))"
 failed=""
 
-# step NAME COMMAND...: runs on after a failure, so that one run shows everything that is wrong
+# step NAME COMMAND...: runs a command and continues after a failure, so that one run shows all failures
 step() {
   local name="$1" begun=$SECONDS mark=""
   shift
@@ -22,14 +25,15 @@ step() {
   report+="$(printf '\n%-12s %4d s%s' "$name" $((SECONDS - begun)) "$mark")"
 }
 
+say "$(python tests/support/pace.py "$@")"
 step lint ruff check .
 step format ruff format --check .
 step types mypy zero_ds
-# a file stays with one worker, for what its tests share is made once a worker; one worker more than cores, for many
-# tests wait: for a rank to be missed, for a launcher to end
+# A file stays with one worker, because fixtures that its tests share are made once per worker. There is one worker more
+# than cores, because many tests wait: for a rank to be missed, for a launcher to end.
 cores="$(getconf _NPROCESSORS_ONLN)"
-step tests python -m pytest -n "$((cores < 4 ? cores + 1 : 4))" --dist loadfile --no-loadscope-reorder "$@"
+step tests python -m pytest -n "$((cores < 4 ? cores + 1 : 4))" --dist loadfile --no-loadscope-reorder --durations 10 "$@"
 
-say "$((SECONDS - started)) s in all"
+say "$((SECONDS - started)) s in total"
 printf '%s\n' "$report"
 [ -z "$failed" ]

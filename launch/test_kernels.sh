@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Liger's kernels (kernels=liger) against transformers' own layers, on a CPU in Triton's interpreter: losses, scores and
-# gradients of every family, and runs of two ranks. Then the same of compiled layers (compile=true), for which there must be
-# a C++ compiler. Minutes. Not part of launch/test.sh, for Triton is large and not everybody has a compiler.
+# Compares Liger's kernels (kernels=liger) with transformers' own layers, on a CPU in Triton's interpreter: losses, scores
+# and gradients of every family, and runs of two ranks. Then compares compiled layers (compile=true) in the same way, which
+# needs a C++ compiler. Takes minutes. Not part of launch/test.sh, because Triton is large and a compiler may be missing.
 #
 #   launch/test_kernels.sh [PYTEST ARGUMENTS]
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

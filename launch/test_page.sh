@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Opens `zero-ds chat --page` in headless Chromium: uploads a picture, asks, compares both answers with the models' own.
-# Not part of launch/test.sh; wants the quickstart's run and a Chromium.
+# Opens `zero-ds chat --page` in headless Chromium, uploads an image, asks about it, and compares both answers with those
+# of the models. Not part of launch/test.sh; needs a finished quickstart and Chromium.
 #
 #   launch/test_page.sh [OPTIONS OF tools/look_at_page.py]
 #

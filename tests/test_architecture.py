@@ -135,6 +135,75 @@ def test_habits(module: str) -> None:
         assert not printing, f"{module} prints in line {node.lineno}; log it, or return it to the command"
 
 
+STATEMENTS, PARAMETERS = 50, 8
+"""Most statements (nested ones included) and parameters of a function."""
+
+FOREIGN_SIGNATURES = (
+    "evaluation.suites.lmms_model",  # lmms-eval passes its options by name
+    CARRIED,  # transformers calls configs, models and processors with the arguments of its own classes
+)
+"""Modules whose functions may have more parameters, since another library decides which."""
+
+TOOLS = sorted((PACKAGE.parent / "tools").rglob("*.py"))
+
+
+def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether Typer calls the function: its parameters are the options of a command."""
+    return any("typer." in ast.unparse(a.annotation) for a in function.args.args if a.annotation is not None)
+
+
+@pytest.mark.parametrize(
+    "path", [*map(source, MODULES), *TOOLS], ids=lambda path: str(path.relative_to(PACKAGE.parent))
+)
+def test_functions_can_be_read_at_once(path: Path) -> None:
+    """No function is long or takes many parameters; no comprehension nests three loops, no conditional another."""
+    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removeprefix("zero_ds.")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        where = f"{path.name}, line {getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            statements = sum(isinstance(child, ast.stmt) for child in ast.walk(node)) - 1
+            assert statements <= STATEMENTS, f"{where}: {node.name} has {statements} statements"
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            parameters = len([name for name in names if name not in ("self", "cls")])
+            exempt = is_command(node) or f"{module}.".startswith(FOREIGN_SIGNATURES)
+            assert exempt or parameters <= PARAMETERS, f"{where}: {node.name} has {parameters} parameters"
+        elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            assert len(node.generators) <= 2, f"{where}: a comprehension with {len(node.generators)} loops"
+        elif isinstance(node, ast.IfExp):
+            assert not isinstance(node.body, ast.IfExp) and not isinstance(node.orelse, ast.IfExp), (
+                f"{where}: a conditional expression inside another"
+            )
+
+
+def test_one_constructor_of_the_model() -> None:
+    """Training, planning, evaluation and export build the model in one place."""
+    callers = [m for m in MODULES if re.search(r"\bVisionLanguageModel\(", source(m).read_text(encoding="utf-8"))]
+    assert sorted(callers) == ["model.build", "model.vlm"], "model.vlm defines the class, model.build makes it"
+
+
+def test_one_table_of_safetensors_dtypes() -> None:
+    """The names of safetensors' dtypes are written in one file."""
+    named = [m for m in MODULES if re.search(r"""["']BF16["']""", source(m).read_text(encoding="utf-8"))]
+    assert named == ["runtime.safetensors"]
+
+
+def test_one_file_spells_adapter_tensors() -> None:
+    """Names of the adapter's tensors, as `adapter.0.weight`, are written in one file."""
+    pattern = r"""["'f](?:adapter\.\d|aligner\.(?:weight|bias)|boundary\.embeddings)"""
+    spelled = [m for m in MODULES if re.search(pattern, source(m).read_text(encoding="utf-8"))]
+    assert spelled == ["model.adapter"]
+
+
+def test_train_reads_aloud() -> None:
+    """`train` tells a run in at most 25 statements, and the loop in at most 60 lines."""
+    limits = {("training.train", "train"): (25, 999), ("training.loop", "loop"): (STATEMENTS, 60)}
+    for (module, name), (statements, lines) in limits.items():
+        tree = ast.parse(source(module).read_text(encoding="utf-8"))
+        (function,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]
+        assert sum(isinstance(child, ast.stmt) for child in ast.walk(function)) - 1 <= statements, name
+        assert function.end_lineno is not None and function.end_lineno - function.lineno + 1 <= lines, name
+
+
 def test_every_package_is_installed() -> None:
     """pyproject.toml lists packages by hand; one that is missing there would be missing in a wheel."""
     text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ import yaml
 from zero_ds.config.loading import validate
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 from zero_ds.training.deepspeed import resolve_precision
 from zero_ds.training.monitor import read_metrics
 from zero_ds.training.planning.cost import peak_flops
@@ -115,7 +115,7 @@ def rows(plan: RunPlan, run: Path, metrics: list[dict[str, float]]) -> list[list
 def commit_sizes(plan: RunPlan, run: Path) -> list[tuple[str, float, Path]]:
     """Label, bytes planned and file of what a commit holds: weights, and 12 bytes a parameter to resume from."""
     try:
-        folder = find_commit(run).folder
+        folder = find_checkpoint(run).folder
     except (ConfigError, ValueError, OSError):
         return []
     trained = sum(plan.parts.trained)

@@ -16,7 +16,7 @@ from zero_ds.evaluation.heldout.records import read_records
 
 FUNCTIONS = """from PIL import Image
 
-from zero_ds.evaluation.scoring import first_choice
+from zero_ds.evaluation.heldout.scoring import first_choice
 
 
 def visuals(doc):

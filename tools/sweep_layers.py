@@ -1,10 +1,10 @@
-"""The curve that matters: surrogate and grafted accuracy, and the cost of a step, against the first replaced layer k.
+"""Draws accuracy of surrogate and graft, and the cost of a step, against the first replaced layer k.
 
     python tools/sweep_layers.py --k 6 --k 10 --k 14 --k 18 --k 20 --k 22 --k 24 --seeds 3 --out runs/sweep
 
 Each point is the quickstart's own chain of commands with `--replace k:last`. At the end the step of every surrogate and
-of the full model is timed, one after the other: the machine should be quiet then. Interrupt it when you like: finished
-steps are not repeated. Writes sweep.json and sweep.png into --out.
+of the full model is timed, one after the other, which needs an otherwise idle machine. The sweep may be interrupted at
+any time, because finished steps are not repeated. Writes sweep.json and sweep.png into --out.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Annotated, Any
 import matplotlib
 import typer
 
-from zero_ds.cli.quickstart import FULL, Plan
+from zero_ds.cli.demo import LLM
 from zero_ds.cluster.pipeline import Pipeline
-from zero_ds.evaluation.heldout.run import read_evaluation
+from zero_ds.cluster.quickstart import AGAINST_TARGET, Quickstart
+from zero_ds.evaluation.heldout.results import read_evaluation
 from zero_ds.evaluation.heldout.summary import summary
-from zero_ds.evaluation.report.report import step_seconds
+from zero_ds.evaluation.report.facts import step_seconds
 from zero_ds.grafting.compatibility import run_config
 from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.files import write_atomically
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 from zero_ds.training.planning.cost import encoder_step_ratio
 
 STEPS = {"surrogate", "translator", "pretrain", "encoder", "evaluation"}
@@ -38,22 +39,23 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs per k.")] = 1,
     translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.")] = 1,
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps.")] = 1.0,
-    pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out pictures.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out images.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for every training run.")] = None,
     demo: Annotated[Path, typer.Option(help="Folder of `zero-ds demo`.")] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/sweep"),
 ) -> None:
-    """Runs every k and seed, and draws the curve from what is finished after each."""
+    """Runs every k and seed, and redraws the curve after each."""
     set_up_logging()
     plans = {
-        (seed, first): Plan(
+        (seed, first): Quickstart(
             out / f"k{first}-seed{seed}",
             demo,
+            str(LLM),
+            f"{first}:{last}",
             steps_scale,
             seed,
-            f"{first}:{last}",
             translators,
-            pictures=pictures,
+            images=pictures,
             overrides=tuple(overrides or ()),
         )
         for seed in range(seeds)
@@ -61,13 +63,13 @@ def main(
     }
     points: list[dict[str, Any]] = []
     for (seed, first), plan in plans.items():
-        Pipeline(plan.out, [step for step in plan.main() if step.name in STEPS]).run()
+        Pipeline(plan.out, [step for step in plan.main_steps() if step.name in STEPS]).run()
         points.append({"k": first, "last": last, "seed": seed, **measured(plan.out)})
         save(points, None, out)
     timed = [plan for (seed, _), plan in plans.items() if seed == 0]
     for plan in timed:
         Pipeline(plan.out, [plan.cost("step-cost", TIMED_STEPS)]).run()
-    Pipeline(timed[-1].out, [timed[-1].cost("full-cost", TIMED_STEPS, FULL)]).run()
+    Pipeline(timed[-1].out, [timed[-1].cost("full-cost", TIMED_STEPS, AGAINST_TARGET)]).run()
     costs = {
         "full_seconds": step_seconds(timed[-1].out / "full-cost"),
         "surrogate_seconds": {
@@ -83,10 +85,10 @@ def save(points: list[dict[str, Any]], costs: dict[str, Any] | None, out: Path) 
 
 
 def measured(run: Path) -> dict[str, Any]:
-    """Accuracies with intervals, and the computed cost of an encoder step relative to the full model's."""
+    """Returns accuracies with intervals, and the computed cost of an encoder step relative to the full model's."""
     evaluations = {name: read_evaluation(run / f"evaluation/{name}.json") for name in ("surrogate", "grafted")}
     result = summary(evaluations)
-    distilled = run_config(find_commit(run / "encoder")).distill.active
+    distilled = run_config(find_checkpoint(run / "encoder")).distill.active
     return {
         "accuracy": result["accuracy"],
         "accuracy_by": result["accuracy_by"],
@@ -95,7 +97,7 @@ def measured(run: Path) -> dict[str, Any]:
 
 
 def draw(points: list[dict[str, Any]], costs: dict[str, Any] | None, path: Path) -> None:
-    """Accuracy (left) and step time (right) against k: a dot a run with its interval, a line through the means."""
+    """Draws accuracy (left) and step time (right) against k: a dot per run with its interval, a line for the means."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -57,21 +57,21 @@ def test_machines_are_those_that_deepspeed_takes(tmp_path: Path, include: str, e
 @pytest.mark.parametrize(
     ("text", "include", "exclude", "words"),
     [
-        ("node1\n", "", "", "line 1: 'node1' is no machine; say how many devices it has: node1 slots=8"),
-        ("node1 slots=x\n", "", "", "line 1: 'node1 slots=x' is no machine; write for instance: node1 slots=8"),
-        ("me@node1 slots=1\n", "", "", "the name of a user stands in ssh's configuration (User), not here"),
-        ("fe80::1 slots=1\n", "", "", "give an address of IPv6 a name, in /etc/hosts or ssh's configuration"),
-        ("node[1-4] slots=1\n", "", "", "write every machine on a line of its own"),
-        ("node1 slots=99999999\n", "", "", "is no machine"),
+        ("node1\n", "", "", "line 1: 'node1' is not a machine; say how many devices it has: node1 slots=8"),
+        ("node1 slots=x\n", "", "", "line 1: 'node1 slots=x' is not a machine; write for example: node1 slots=8"),
+        ("me@node1 slots=1\n", "", "", "the name of a user belongs into ssh's configuration (User), not here"),
+        ("fe80::1 slots=1\n", "", "", "give an IPv6 address a name, in /etc/hosts or ssh's configuration"),
+        ("node[1-4] slots=1\n", "", "", "write each machine on a line of its own"),
+        ("node1 slots=99999999\n", "", "", "is not a machine"),
         ("node1 slots=2\n", "node1:", "", "'node1:' names no devices"),
         ("node1 slots=2\n", "node1@", "", "has no machine ''"),
-        ("a slots=1\na slots=1\n", "", "", "line 2: a stands there twice"),
-        ("a slots=0\n", "", "", "is no machine"),
-        ("-oProxyCommand=id slots=1\n", "", "", "is no machine"),
-        ("-v slots=1\n", "", "", "is no machine"),
+        ("a slots=1\na slots=1\n", "", "", "line 2: a is listed twice"),
+        ("a slots=0\n", "", "", "is not a machine"),
+        ("-oProxyCommand=id slots=1\n", "", "", "is not a machine"),
+        ("-v slots=1\n", "", "", "is not a machine"),
         ("# nothing\n", "", "", "names no machine"),
         ("node1 slots=1\n", "nod1", "", "has no machine 'nod1'; did you mean 'node1'"),
-        ("node1 slots=2\n", "node1:2", "", "node1 has devices 0 to 1, and no 2"),
+        ("node1 slots=2\n", "node1:2", "", "node1 has devices 0 to 1, and not 2"),
         ("node1 slots=2\n", "node1:x", "", "'node1:x' names no devices"),
         ("node1 slots=2\n", "node1", "node1", "cannot be used together"),
         ("node1 slots=2\n", "", "node1", "leaves no device"),
@@ -92,7 +92,7 @@ def test_a_hostfile_may_begin_with_a_mark_and_must_be_text(tmp_path: Path) -> No
     path.write_text("node1 slots=2\n", encoding="utf-8-sig")
     assert [node.host for node in read_hostfile(path)] == ["node1"], "as editors on Windows write it"
     path.write_text("node1 slots=2\n", encoding="utf-16")
-    with pytest.raises(ConfigError, match="is no text in UTF-8"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
         read_hostfile(path)
 
 
@@ -161,11 +161,11 @@ def test_the_list_is_explicit_and_secrets_go_by_name(tmp_path: Path, monkeypatch
 
 
 def test_what_is_no_text_is_refused() -> None:
-    with pytest.raises(ConfigError, match="NCCL_X holds bytes that are no text"):
+    with pytest.raises(ConfigError, match="NCCL_X holds bytes that are not text"):
         forwarded({"NCCL_X": os.fsdecode(b"\xff")})
 
 
-@pytest.mark.parametrize(("name", "words"), [("NOT_SET", "is not set here"), ("A=B", "'A=B' is no name")])
+@pytest.mark.parametrize(("name", "words"), [("NOT_SET", "is not set here"), ("A=B", "'A=B' is not the name")])
 def test_a_wrong_name_is_refused(name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         forwarded({}, [name])

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pace
 import pytest
+from pace import scaled
 from places import ROOT, SUPPORT
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"])
@@ -21,7 +23,7 @@ BESIDE = Path(sys.executable).parent
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{BESIDE}:{os.environ['PATH']}"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=scaled(120))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
@@ -101,7 +103,7 @@ def test_what_goes_to_other_machines_is_told_by_name(monkeypatch: pytest.MonkeyP
     last = done.stdout.splitlines()[-1]
     sent, withheld = last.removeprefix("forwarded to every node: ").split("; withheld, ")
     assert {"HF_HOME", "MINE", "PATH"} <= set(sent.split()) and "OTHERS" not in sent
-    assert withheld == "for they look like secrets (name them with --forward): HF_TOKEN"
+    assert withheld == "because they look like secrets (name them with --forward): HF_TOKEN"
     assert not any(value in done.stdout for value in ("/caches", "hf_secret", "my own"))
 
 
@@ -136,7 +138,7 @@ def test_slurm_writes_a_hostfile_and_calls_the_same_script(tmp_path: Path) -> No
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=scaled(120),
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/hostfile-7").read_text() == "n1 slots=4\nn2 slots=4\n"
@@ -163,7 +165,7 @@ def test_ci_does_not_let_the_tests_over_two_hosts_be_skipped(tmp_path: Path) -> 
         cwd=ROOT / "tests/end_to_end",
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=scaled(200),
     )
     plain, must, _ = done.stdout.split("status ")
     assert "install openssh-client, openssh-server, pdsh" in plain and "1 skipped" in plain, done.stdout + done.stderr
@@ -213,7 +215,7 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
             env={**environment, "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=scaled(120),
         )
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("zero-ds: ")]
@@ -222,3 +224,28 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
         "choose a free one with --master_port."
     ]
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_slow_test_says_why_and_limits_follow_the_pace(request: pytest.FixtureRequest) -> None:
+    """What tests/conftest.py does with a test, done to this one."""
+    rules, item = sys.modules["conftest"], request.node
+    for mark in (pytest.mark.slow, pytest.mark.slow("just so"), pytest.mark.slow(reason=" ")):
+        item.own_markers[:] = [mark.mark]
+        with pytest.raises(pytest.UsageError, match=r"a slow test says why, as slow\(reason=...\)"):
+            rules.pytest_collection_modifyitems(request.config, [item])
+    item.own_markers[:] = [pytest.mark.slow(reason="for the test").mark, pytest.mark.timeout(70).mark]
+    rules.pytest_collection_modifyitems(request.config, [item])
+    skipped = item.get_closest_marker("skip")
+    assert request.config.getoption("--all") or skipped.kwargs["reason"] == "slow tier (--all): for the test"
+    assert item.get_closest_marker("timeout").args == (scaled(70),)
+
+
+def test_the_estimate_follows_the_last_run_and_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "RECORD", tmp_path / "cache" / "record.json")
+    monkeypatch.setattr(pace, "PACE", 2.0)
+    assert re.match(r"the tests take about \d+ minutes on \d+ cores: this machine needs 2.0 ", pace.estimate("default"))
+    pace.note_run("default", 480.0, 2700)
+    pace.note_run("all", 900.0, 2712)
+    monkeypatch.setattr(pace, "PACE", 3.0)
+    assert pace.estimate("default").startswith("the tests take about 12 minutes: the last time 8.0")
+    assert pace.measure() >= 1

@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from distributed_helper import alive
+from pace import scaled
 from places import ROOT
 
 from zero_ds.cluster import pipeline
@@ -27,6 +29,15 @@ def step(name: str, code: str, *produces: Path) -> Step:
 
 def append(path: Path, word: str) -> str:
     return f"open({str(path)!r}, 'a').write({word!r})"
+
+
+def telling(pid: Path) -> str:
+    """Code of a process that writes its id, whole, into a file."""
+    return f"import os, time; open('{pid}-', 'w').write(str(os.getpid())); os.rename('{pid}-', '{pid}')"
+
+
+WAIT = "import os, time\nwhile not os.path.exists({path!r}): time.sleep(0.1)"
+"""Code that waits for a file."""
 
 
 def test_finished_steps_are_skipped_and_a_failed_one_is_repeated(tmp_path: Path) -> None:
@@ -70,13 +81,56 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists(), "before anything runs"
 
 
+def old_record(folder: Path, name: str, commands: list[list[str]]) -> None:
+    """Writes the record of a finished step as versions before `python -m zero_ds.cli` wrote it."""
+    (folder / "steps").mkdir(parents=True)
+    record = {"seconds": 12.5, "fingerprint": json.dumps(commands)}
+    (folder / "steps" / f"{name}.json").write_text(json.dumps(record) + "\n")
+
+
+@pytest.mark.parametrize("module", ["zero_ds", "zero_ds.cli"])
+def test_records_of_other_interpreters_and_older_versions_count(tmp_path: Path, module: str) -> None:
+    """The interpreter's path and the module's name are not part of the settings of a run."""
+    words = ("surrogate", "--target", "a folder", "--replace", "1:2")
+    step = Step("surrogate", (pipeline.zero_ds_command(*words),), 3.0)
+    old_record(tmp_path, "surrogate", [["/another/bin/python3", "-m", module, *words]])
+    runner = Pipeline(tmp_path, [step])
+    assert runner.seconds() == {"surrogate": 12.5}
+    runner.run()  # would fail if it ran the command
+    assert runner.seconds() == {"surrogate": 12.5}
+    other = Step("surrogate", (pipeline.zero_ds_command(*words[:-1], "1:3"),), 3.0)
+    with pytest.raises(ConfigError, match="step surrogate differs"):
+        Pipeline(tmp_path, [other]).run()
+
+
+def test_commands_of_other_programs_are_compared_as_they_are(tmp_path: Path) -> None:
+    old_record(tmp_path, "train", [["bash", "launch/train.sh", "smollm2-135m/encoder", "seed=0"]])
+    runner = Pipeline(tmp_path, [])
+    same = Step("train", (("bash", "launch/train.sh", "smollm2-135m/encoder", "seed=0"),), 1.0)
+    assert runner.record(same) is not None
+    for command in (
+        ("sh", "launch/train.sh", "smollm2-135m/encoder", "seed=0"),
+        ("python", "-m", "zero_ds.train", "smollm2-135m/encoder", "seed=0"),
+    ):
+        with pytest.raises(ConfigError, match="other settings"):
+            runner.record(Step("train", (command,), 1.0))
+
+
+@pytest.mark.parametrize("fingerprint", ["not JSON", "{}", None])
+def test_an_unreadable_fingerprint_is_not_taken_for_the_same_settings(tmp_path: Path, fingerprint: str | None) -> None:
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps/one.json").write_text(json.dumps({"seconds": 1.0, "fingerprint": fingerprint}))
+    with pytest.raises(ConfigError, match="other settings"):
+        Pipeline(tmp_path, []).record(step("one", "x = 1"))
+
+
 def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
-    slow = (sys.executable, "-c", "import time; time.sleep(60)")
-    fails = (sys.executable, "-c", "raise SystemExit(3)")
-    started = time.monotonic()
+    pid = tmp_path / "pid"
+    slow = (sys.executable, "-c", f"{telling(pid)}; time.sleep(600)")
+    fails = (sys.executable, "-c", f"{WAIT.format(path=str(pid))}\nraise SystemExit(3)")
     with pytest.raises(StepError, match="exit status"):
         Pipeline(tmp_path, [Step("both", (slow, fails), 1.0)]).run()
-    assert time.monotonic() - started < 30
+    assert not alive(int(pid.read_text()))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +143,7 @@ def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
 def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, background: bool) -> None:
     """Ctrl-C, a closed terminal, Slurm's signal before the time limit."""
     pid = tmp_path / "pid"
-    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"{telling(pid)}; time.sleep(600)"
     program = (
         "import sys; from pathlib import Path; from zero_ds.cluster.pipeline import Pipeline, Step\n"
         f"Pipeline(Path({str(tmp_path / 'out')!r}), [Step('slow', ((sys.executable, '-c', {code!r}),), 1.0)]).run()"
@@ -97,28 +151,66 @@ def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, backg
     if background:  # as a shell starts what runs in the background
         program = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{program}"
     process = subprocess.Popen([sys.executable, "-c", program])
-    deadline = time.monotonic() + 60
-    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+    while not pid.exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(name)
-    assert process.wait(60) != 0
+    assert process.wait(scaled(120)) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_a_signal_that_comes_while_a_command_is_looked_at_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There Popen holds a lock, and would wait for itself if an exception came in between."""
+    pid, polled = tmp_path / "pid", subprocess.Popen.poll
+
+    class Lock:
+        """Popen's, with a signal just after it was taken without waiting for it."""
+
+        def __init__(self) -> None:
+            self.inner = threading.Lock()
+
+        def acquire(self, blocking: bool = True) -> bool:
+            taken = self.inner.acquire(blocking)
+            if not blocking and pid.exists() and not sent:
+                sent.append(True)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return taken
+
+        def release(self) -> None:
+            self.inner.release()
+
+        def __enter__(self) -> None:
+            assert self.inner.acquire(timeout=scaled(60)), "the lock is never given back"
+
+        def __exit__(self, *_: object) -> None:
+            self.inner.release()
+
+    def poll(self: subprocess.Popen[bytes]) -> int | None:
+        if not isinstance(self._waitpid_lock, Lock):
+            self._waitpid_lock = Lock()
+        return polled(self)
+
+    sent: list[bool] = []
+    monkeypatch.setattr(subprocess.Popen, "poll", poll)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(tmp_path / "out", [step("slow", f"{telling(pid)}; time.sleep(600)")]).run()
+    assert sent and not alive(int(pid.read_text()))
 
 
 def test_what_hides_in_a_session_of_its_own_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ranks do, below a launcher; both are deaf."""
     monkeypatch.setattr(pipeline, "PATIENCE", 0.5)
     pid = tmp_path / "pid"
-    deaf = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-    rank = f"{deaf}open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    rank = f"{deaf}{telling(pid)}; time.sleep(600)"
     launcher = f"import subprocess, sys; {deaf}subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
-    wait = f"import os, time\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.1)"
-    fails = f"{wait}\ntime.sleep(0.5); raise SystemExit(3)"
+    fails = f"{WAIT.format(path=str(pid))}\nraise SystemExit(3)"
     commands = ((sys.executable, "-c", launcher), (sys.executable, "-c", fails))
     with pytest.raises(StepError, match="exit status"):
         Pipeline(tmp_path / "out", [Step("both", commands, 1.0)]).run()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(60)
     while alive(int(pid.read_text())) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(int(pid.read_text()))
@@ -138,7 +230,12 @@ class Route:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PATH": f"{beside}:{os.environ['PATH']}", "TORCHDYNAMO_DISABLE": "1"},
+            env={
+                **os.environ,
+                "PATH": f"{beside}:{os.environ['PATH']}",
+                "TORCHDYNAMO_DISABLE": "1",
+                "ZERO_DS_STOP_PATIENCE": str(scaled(60)),  # a commit on a busy machine
+            },
         )
 
     def stop_after(self, words: str) -> int:
@@ -148,7 +245,7 @@ class Route:
             self.said += line
             if words in line:
                 self.process.send_signal(signal.SIGUSR1)
-                self.said += self.process.communicate(timeout=200)[0]
+                self.said += self.process.communicate(timeout=scaled(300))[0]
                 return self.process.returncode
         raise AssertionError(f"the pipeline ended before it said '{words}':\n{self.said}")
 
@@ -191,4 +288,5 @@ def test_the_time_left_follows_the_machine(tmp_path: Path) -> None:
     pipeline = Pipeline(tmp_path, [step("one", "import time; time.sleep(0.5)"), step("two", "pass")])
     assert pipeline.seconds_left(0) == 2.0
     pipeline.run()
-    assert 0.3 < pipeline.seconds_left(1) < 1.5
+    taken = pipeline.seconds()["one"]
+    assert taken >= 0.5 and pipeline.seconds_left(1) == pytest.approx(taken)

@@ -1,8 +1,9 @@
-"""Every recipe resolves with every DeepSpeed config; a config that says something else than the recipe is refused."""
+"""Every recipe resolves with every DeepSpeed config, and a config that contradicts its recipe is an error."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,17 @@ import yaml
 from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
+from zero_ds.config.batches import check_batches
 from zero_ds.config.loading import load_run, recipe_names
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.loader import check_batches
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training import stages
-from zero_ds.training.deepspeed import DS_CONFIG_ROOT, ds_config, ds_config_names
+from zero_ds.training import deepspeed, stages
+from zero_ds.training.deepspeed import DS_CONFIG_ROOT, RELEASED, ds_config, ds_config_names
 from zero_ds.training.engine import schedule
 
 
 def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:
-    """The run and the DeepSpeed configuration that `zero-ds train ... --dry-run` prints."""
+    """Returns the run and the DeepSpeed configuration that `zero-ds train ... --dry-run` prints."""
     result = CliRunner().invoke(app, ["train", *arguments, "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     line = next(line for line in result.stdout.splitlines() if line.startswith("# DeepSpeed: "))
@@ -30,7 +31,7 @@ def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:
 
 
 class Ranks:
-    """Stands for a process group of n ranks where DeepSpeed asks how many there are."""
+    """Stands in for a process group of n ranks where DeepSpeed asks for their number."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -95,13 +96,13 @@ def test_baselines_and_controls(model: str) -> None:
     for name, surrogate in early.items():
         first, last = name.split("-")[1:3]
         assert surrogate == f"runs/{model}/T{first[1:]}-{last}" and recipes[name].stage == name.split("-")[-1]
-    for config in recipes.values():  # what a run starts from is what another recipe makes
+    for config in recipes.values():  # every start of a run is the result of another recipe
         assert set(config.starts) <= {other.out for other in recipes.values()}
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where DeepSpeed can compile what swaps to a disk; whether it can here is not asked."""
+    """Acts as on a machine where DeepSpeed can compile its swapping to disk, whether or not it can on this one."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
@@ -125,7 +126,7 @@ def test_every_recipe_with_every_config(recipe: str, zero: str) -> None:
 def test_every_recipe_on_more_ranks(recipe: str, world_size: int) -> None:
     config = load_run(recipe)
     if config.global_batch % (config.micro_batch * world_size):
-        with pytest.raises(ConfigError, match="no multiple of micro_batch"):
+        with pytest.raises(ConfigError, match="not a multiple of micro_batch"):
             check_batches(config, world_size)
         return
     ds = ds_config(config, world_size)
@@ -134,12 +135,12 @@ def test_every_recipe_on_more_ranks(recipe: str, world_size: int) -> None:
 
 
 def accept(ds: dict[str, Any], world_size: int) -> None:
-    """DeepSpeed's own reading of the configuration, which checks types, stages and batch arithmetic."""
+    """Lets DeepSpeed parse the configuration, which checks types, stages and batch arithmetic."""
     import deepspeed.comm
     from deepspeed.runtime.config import DeepSpeedConfig
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # it asks for rank and size in one breath
+        patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # it asks for the rank along with the size
         read = DeepSpeedConfig(copy.deepcopy(ds), mpu=Ranks(world_size))
     assert read.world_size == world_size
     assert read.train_batch_size == ds["train_batch_size"]
@@ -157,6 +158,28 @@ def test_dry_run_asks_for_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(result.exception, ConfigError) and "set global_batch to a multiple of 6" in str(result.exception)
 
 
+@pytest.mark.parametrize("name", ds_config_names())
+def test_released_deepspeed_configs_satisfy_deepspeed_itself(name: str) -> None:
+    """A dry run need not load DeepSpeed to check a file that nobody has changed."""
+    path = DS_CONFIG_ROOT / f"{name}.json"
+    text = path.read_text(encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert RELEASED.get(name) == digest, f'{name}.json has changed; RELEASED should say "{name}": "{digest}"'
+    config = load_run("smollm2-135m/encoder", [f"zero={name}", "nvme_path=/nvme"])
+    content = ds_config(config, 2, ranks_per_node=2)
+    deepspeed._refuse_removed_keys(content, path)
+    deepspeed._check_values(content, path)
+
+
+def test_only_unchanged_deepspeed_configs_count_as_released(tmp_path: Path) -> None:
+    path = DS_CONFIG_ROOT / "zero2.json"
+    text = path.read_text(encoding="utf-8")
+    assert deepspeed._is_released(path, text)
+    assert not deepspeed._is_released(path, text + " ")
+    assert not deepspeed._is_released(tmp_path / "zero2.json", text)
+    assert not deepspeed._is_released(DS_CONFIG_ROOT / "mine.json", text)
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dry_run("smollm2-135m/encoder", "out=somewhere")
@@ -168,7 +191,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def json_file(tmp_path: Path) -> Any:
-    """`json_file({...})`: zero2.json with these entries set, as a file."""
+    """Returns `json_file({...})`, which writes zero2.json with these entries set."""
 
     def write(changes: dict[str, Any] | str) -> str:
         path = tmp_path / "mine.json"

@@ -1,4 +1,4 @@
-"""The demo's data set: seeded, without a held-out picture in training, and readable by what reads real data."""
+"""The demo's data set is seeded, has no held-out image in training, and is read like real data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from zero_ds.config.schema import SourceConfig
-from zero_ds.data.demo.scenes import BACKGROUNDS, COLORS, caption, draw, sample_scene, write_demo
+from zero_ds.data.demo import folder
+from zero_ds.data.demo.dataset import write_demo
+from zero_ds.data.demo.scenes import BACKGROUNDS, COLORS, caption, draw, sample_scene
 from zero_ds.data.demo.warmup import warm_up
 from zero_ds.data.sources import Records
 from zero_ds.evaluation.heldout.records import read_records
@@ -71,7 +73,7 @@ def test_scenes_are_drawn_as_described() -> None:
         colors = [color for _, color in image.getcolors(maxcolors=image.width * image.height)]
         red, green, blue = COLORS[scene.color]
         near = [c for c in colors if abs(c[0] - red) + abs(c[1] - green) + abs(c[2] - blue) < 90]
-        assert near, f"no {scene.color} in the picture of {scene}"
+        assert near, f"no {scene.color} in the image of {scene}"
 
 
 def test_an_existing_folder_is_left_alone(demo: Path) -> None:
@@ -87,3 +89,67 @@ def test_the_encoder_is_warmed_up_into_a_folder_of_transformers(demo: Path, tmp_
     assert all(0 <= value <= 1 for value in accuracy.values())
     model = CLIPVisionModel.from_pretrained(tmp_path / "encoder")
     assert model.config.image_size == AutoImageProcessor.from_pretrained(tmp_path / "encoder").crop_size["height"]
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+OLD_CODES = (
+    "d018d23e1d60eaaafffc2c7d765a6913dda8fdcb3b06979127f8079a290f076d",
+    "35e012bdd41f53c1079a35d8250112a7e55d38c74e6cc9ea629d1d71efcf33b9",
+)
+"""Hashes of source text in demo.json files that are in use."""
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for drawing and warming up; notes what is made."""
+    calls: list[str] = []
+
+    def write_demo(out: Path, seed: int) -> None:
+        calls.append(f"images {seed}")
+        out.mkdir(parents=True)
+
+    def warm_up(data: Path, out: Path, steps: int, seed: int) -> dict[str, float]:
+        calls.append(f"encoder {steps}")
+        out.mkdir(parents=True)
+        return {"color": 1.0}
+
+    monkeypatch.setattr("zero_ds.data.demo.dataset.write_demo", write_demo)
+    monkeypatch.setattr("zero_ds.data.demo.warmup.warm_up", warm_up)
+    return calls
+
+
+def test_a_demo_is_made_once_for_its_settings(tmp_path: Path, made: list[str]) -> None:
+    for _ in range(2):
+        folder.make_demo(tmp_path, seed=1, steps=5)
+    assert made == ["images 1", "encoder 5"]
+    folder.make_demo(tmp_path, seed=1, steps=6)
+    assert made == ["images 1", "encoder 5", "images 1", "encoder 6"], "other settings"
+
+
+@pytest.mark.parametrize("code", OLD_CODES)
+def test_a_demo_of_an_earlier_version_counts_as_made(tmp_path: Path, made: list[str], code: str) -> None:
+    """It is recognised by the source text that made it, whatever is written in the sources now."""
+    record = tmp_path / "demo.json"
+    record.write_text(json.dumps({"code": code, "seed": 0, "steps": 2000}))
+    (tmp_path / "data").mkdir()
+    folder.make_demo(tmp_path, seed=0, steps=2000)
+    assert not made and (tmp_path / "data").is_dir()
+    folder.make_demo(tmp_path, seed=2, steps=2000)
+    assert made == ["images 2", "encoder 2000"]
+
+
+@pytest.mark.parametrize("content", ['{"code": "0", "seed": 0, "steps": 2000}', "[]", '{"version": 0, "seed": 0}'])
+def test_a_demo_of_unknown_origin_is_made_again(tmp_path: Path, made: list[str], content: str) -> None:
+    (tmp_path / "demo.json").write_text(content)
+    folder.make_demo(tmp_path)
+    assert made == ["images 0", "encoder 2000"]
+
+
+def test_a_later_version_makes_every_demo_again(
+    tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo.json").write_text(json.dumps({"code": OLD_CODES[0], "seed": 0, "steps": 2000}))
+    monkeypatch.setattr(folder, "VERSION", 2)
+    folder.make_demo(tmp_path)
+    assert made == ["images 0", "encoder 2000"]

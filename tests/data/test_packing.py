@@ -1,9 +1,10 @@
-"""Packed rows: planned alike on every rank, blind to each other, and the same losses and gradients as padded ones."""
+"""Packed rows are the same on every rank, do not see each other, and give the losses and gradients of padded ones."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from test_engine import apart, engine_run
 
 from zero_ds.config.schema import AdapterConfig, DataConfig, EncoderConfig, RunConfig, SourceConfig
-from zero_ds.data.batches import collate, collate_rows, plan_rows
+from zero_ds.data.batches import collate, collate_rows, pack_rows
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN
 from zero_ds.data.loader import Loader
+from zero_ds.data.samples import EncodedSample
 from zero_ds.data.sources import Records
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
@@ -32,19 +34,19 @@ LIMIT = 100
 @given(st.lists(st.integers(0, 150), max_size=60), st.integers(1, 8))
 @settings(max_examples=200)
 def test_a_plan_holds_every_sample_once_within_the_limit(lengths: list[int], multiple: int) -> None:
-    rows = plan_rows(lengths, LIMIT, multiple)
+    rows = pack_rows(lengths, LIMIT, multiple)
     assert sorted(n for row in rows for n in row) == [n for n, length in enumerate(lengths) if length]
     assert len(rows) % multiple == 0 and rows
     totals = [sum(lengths[n] for n in row) for row in rows]
     assert all(total <= LIMIT or len(row) == 1 for total, row in zip(totals, rows, strict=True))
     assert totals == sorted(totals, reverse=True)
-    assert rows == plan_rows(lengths, LIMIT, multiple)
+    assert rows == pack_rows(lengths, LIMIT, multiple)
     if max(lengths, default=0) <= LIMIT:  # first fit decreasing needs at most 11/9 of the best, and one more
         best = max(1, -(-sum(lengths) // LIMIT))
         assert len(rows) <= -(-int(11 / 9 * 2 * best + 1) // multiple) * multiple
 
 
-def encoded(seed: int, lengths: list[int], pictures: list[int]) -> list[dict[str, Any]]:
+def encoded(seed: int, lengths: list[int], pictures: list[int]) -> list[EncodedSample]:
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for number, (length, shown) in enumerate(zip(lengths, pictures, strict=True)):
@@ -53,25 +55,25 @@ def encoded(seed: int, lengths: list[int], pictures: list[int]) -> list[dict[str
             first = 1 + picture * (tiny.TOKENS_PER_IMAGE + 1)
             ids[first : first + tiny.TOKENS_PER_IMAGE] = [IMAGE_TOKEN] * tiny.TOKENS_PER_IMAGE
         samples.append(
-            {
-                "input_ids": ids,
-                "labels": [i if n >= length - 5 else IGNORE for n, i in enumerate(ids)],
-                "responses": [0 if n >= length - 5 else -1 for n in range(length)],
-                "pixels": torch.randn(shown, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=generator),
-                "id": str(number),
-            }
+            EncodedSample(
+                input_ids=ids,
+                labels=[i if n >= length - 5 else IGNORE for n, i in enumerate(ids)],
+                responses=[0 if n >= length - 5 else -1 for n in range(length)],
+                pixels=torch.randn(shown, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=generator),
+                id=str(number),
+            )
         )
     return samples
 
 
 def test_rows_restart_positions_and_ask_nothing_across_samples() -> None:
     samples = encoded(0, [6, 9, 7], [0, 0, 0])
-    samples[1]["labels"] = samples[1]["input_ids"]  # supervised from its first token on
+    samples[1] = replace(samples[1], labels=samples[1].input_ids)  # supervised from its first token on
     batch = collate_rows([samples[:2], samples[2:]], pad_id=0, image_size=None)
-    assert batch["position_ids"].tolist() == [[*range(6), *range(9)], [*range(7), *range(8)]]
-    assert batch["attention_mask"].tolist() == [[1] * 15, [1] * 7 + [0] * 8]
-    assert batch["labels"][0, 6] == IGNORE and batch["labels"][0, 7] == samples[1]["input_ids"][1]
-    assert batch["responses"].max() == 2 and batch["lengths"].tolist() == [6, 9, 7]
+    assert batch.position_ids.tolist() == [[*range(6), *range(9)], [*range(7), *range(8)]]
+    assert batch.attention_mask.tolist() == [[1] * 15, [1] * 7 + [0] * 8]
+    assert batch.labels[0, 6] == IGNORE and batch.labels[0, 7] == samples[1].input_ids[1]
+    assert batch.responses.max() == 2 and batch.lengths.tolist() == [6, 9, 7]
 
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -84,21 +86,21 @@ def family_attentions(kind: str) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "attention"), [(k, a) for k in KINDS for a in family_attentions(k)])
 def test_samples_of_a_row_do_not_see_each_other(made: Callable[..., Path], kind: str, attention: str) -> None:
-    """Hidden states in a packed row equal those of the sample alone: 1e-5 in float32."""
+    """Hidden states in a packed row equal those of the sample alone to 1e-5 in float32."""
     model = build_model(ModelSpec(made(kind, tied=True), attention=attention)).eval()
     samples = encoded(1, [30, 11, 47, 5, 20], [0] * 5)
     packed = collate_rows([samples[:2], samples[2:]], 0, None)
     with torch.no_grad():
-        together = model.hidden_states(packed["input_ids"], packed["attention_mask"], None, packed["position_ids"])
-        flat = together[packed["attention_mask"].bool()].split([30, 11, 47, 5, 20])
+        together = model.hidden_states(packed.input_ids, packed.attention_mask, None, packed.position_ids)
+        flat = together[packed.attention_mask.bool()].split([30, 11, 47, 5, 20])
         for sample, found in zip(samples, flat, strict=True):
             alone = collate([sample], 0, None)
-            expected = model.hidden_states(alone["input_ids"], alone["attention_mask"])[0]
+            expected = model.hidden_states(alone.input_ids, alone.attention_mask)[0]
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 class Backbone(torch.nn.Module):
-    """Notes how it is called; flash attention itself needs a GPU."""
+    """Records how it is called, because flash attention itself needs a GPU."""
 
     def __init__(self, attention: str) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ WAYS: dict[str, dict[str, Any]] = {"padded": {}, "grouped": {"grouping": "length
 def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
     run_config: Callable[..., RunConfig], data: Path, stage: str
 ) -> None:
-    """A step over all eight samples, two of them without a picture; 1e-6 relative over the whole gradient, float32."""
+    """Compares a step over all eight samples, two without an image, to 1e-6 of the whole gradient in float32."""
     base = {"sources": [{"path": str(data)}], "max_length": 160, "system_prompt": ""}
 
     def config(way: str, micro: int, **changes: Any) -> RunConfig:
@@ -166,7 +168,7 @@ def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
 
 @pytest.mark.parametrize("order", [0.0, 0.5])
 def test_steps_of_more_and_of_fewer_passes(run_config: Callable[..., RunConfig], tmp_path: Path, order: float) -> None:
-    """Short and long samples in turns, so that steps differ in passes; also with dynamic loss weights."""
+    """Short and long samples alternate, so steps differ in their number of passes, also with dynamic loss weights."""
     short = [tiny.record(f"s{n}", [("Which?", "The star.")]) for n in range(8)]
     long = [tiny.record(f"l{n}", [("Which is it? " * 8, "It is the star. " * 4)]) for n in range(8)]
     (tmp_path / "data.json").write_text(json.dumps((short + long) * 4))
@@ -207,14 +209,14 @@ def stream(made: Callable[..., Path], data: Path) -> Callable[..., Loader]:
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (2, 1), (2, 2), (3, 1)])
 def test_ranks_share_the_rows_of_a_step(stream: Callable[..., Loader], ranks: int, micro: int) -> None:
     steps = [list(stream(rank, ranks, micro, batch=12).steps(0, 3)) for rank in range(ranks)]
-    alone = [sorted(n for b in step for n in b["ids"]) for step in stream(0, 1, batch=12).steps(0, 3)]
+    alone = [sorted(n for b in step for n in b.ids) for step in stream(0, 1, batch=12).steps(0, 3)]
     for number in range(3):
         held = [step[number] for step in steps]
         assert len({len(batches) for batches in held}) == 1, "as many forward passes on every rank"
-        assert sorted(n for batches in held for b in batches for n in b["ids"]) == alone[number]
+        assert sorted(n for batches in held for b in batches for n in b.ids) == alone[number]
         for batches in held:
             for batch in batches:
-                images = (batch["input_ids"] == IMAGE_TOKEN).sum() // tiny.TOKENS_PER_IMAGE
-                assert len(batch["pixel_values"]) == max(1, images)
+                images = (batch.input_ids == IMAGE_TOKEN).sum() // tiny.TOKENS_PER_IMAGE
+                assert len(batch.pixel_values) == max(1, images)
     again = [next(stream(rank, ranks, micro, batch=12).steps(2, 3)) for rank in range(ranks)]
-    assert [[b["ids"] for b in batches] for batches in again] == [[b["ids"] for b in step[2]] for step in steps]
+    assert [[b.ids for b in batches] for batches in again] == [[b.ids for b in step[2]] for step in steps]

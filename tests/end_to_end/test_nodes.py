@@ -13,9 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,23 @@ import pytest
 import torch
 from distributed_helper import run_ranks, train_all
 from loopback import HOSTS, Machines, missing
+from pace import scaled
 from places import ROOT
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from zero_ds.cli import main as cli
+from zero_ds.cluster.ssh import Answer, Ssh
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime import failure
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 ODD = """it's 100% "$HOME" `true` \\ ; & fine"""
 """Words that shells on the way to the ranks would love to read."""
-SILENCE = 15
+SILENCE = round(scaled(12))
 STEPS = 18
+ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+"""Where somebody has set these, all ranks have to round alike."""
 
 MUST = os.environ.get("ZERO_DS_TEST_NODES") == "must"
 """Set by .ci/run: not even a machine without sshd is an excuse."""
@@ -51,8 +56,10 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     both = Machines(tmp_path_factory.mktemp("ssh"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PDSH_SSH_ARGS_APPEND", both.ssh_options)
-        patch.setenv("ZERO_DS_NODE_PATIENCE", "100")  # the launcher's; a busy machine is no dead one
-        patch.setattr("zero_ds.cluster.ssh.PATIENCE", 100.0)
+        patience = scaled(100)  # a busy machine is no dead one
+        patch.setenv("ZERO_DS_NODE_PATIENCE", str(patience))  # the launcher's
+        patch.setattr("zero_ds.cluster.ssh.PATIENCE", patience)
+        patch.setattr("zero_ds.cluster.doctor.RANKS_TIMEOUT", scaled(240))
         yield both
     both.stop()
 
@@ -77,18 +84,30 @@ def failed(said: str) -> list[str]:
     return re.findall(r"^FAIL  (.*?)  ", said, flags=re.MULTILINE)
 
 
-def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines) -> None:
-    """With ranks on both: bandwidth, and ZeRO-3 that computes what ZeRO-0 does."""
-    started = time.monotonic()
+def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ranks on both: bandwidth, and ZeRO-3 that computes what ZeRO-0 does. Machines are asked side by side: no
+    question is sent before there is one for every other machine, too."""
+    ask, ask_one = Ssh.ask, Ssh._ask
+    asked: dict[Ssh, threading.Barrier] = {}
+
+    def ask_all(self: Ssh, hosts: list[str], *words: Any, **options: Any) -> list[Answer]:
+        asked[self] = threading.Barrier(len(hosts), timeout=scaled(60))  # this machine is asked by another, beside it
+        return ask(self, hosts, *words, **options)
+
+    def together(self: Ssh, *words: Any) -> Answer:
+        asked[self].wait()
+        return ask_one(self, *words)
+
+    monkeypatch.setattr(Ssh, "ask", ask_all)
+    monkeypatch.setattr(Ssh, "_ask", together)
     status, said = doctor(machines, "--forward", "DS_ACCELERATOR")
     assert status == 0 and not failed(said), said
     for line in ("ssh            2 machines", "ranks          2 on cpu", "GB/s bus bandwidth"):
         assert line in said
-    assert re.search(r"ok  numbers +zero3 beside zero0, fp32: losses (\S+) and \1, .* apart by \d\.\de-0[5-9]", said), (
-        said
-    )
-    looked = float(re.search(r"looked at in ([\d.]+) s", said)[1])  # type: ignore[index]
-    assert looked < 30 and looked < (time.monotonic() - started) / 2, "machines are asked side by side"
+    assert re.search(
+        r"ok  numbers +zero3 compared with zero0, fp32: losses (\S+) and \1, .* apart by \d\.\de-0[5-9]", said
+    ), said
+    assert re.search(r"looked at in [\d.]+ s", said) and 2 in [barrier.parties for barrier in asked.values()]
     assert not (machines.folder / "shared").exists(), "what it had to make for this is gone"
 
 
@@ -149,16 +168,23 @@ def test_doctor_finds(machines: Machines, run_config: Callable[..., RunConfig], 
 def test_doctor_names_a_machine_that_does_not_answer(machines: Machines, tmp_path: Path) -> None:
     lost = tmp_path / "hostfile"
     lost.write_text(machines.hostfile.read_text() + "127.0.0.4 slots=1\n")
-    started = time.monotonic()
     status, said = doctor(machines, "--hostfile", str(lost), "--no-launch")
     assert status == 1 and failed(said) == ["ssh"] and "127.0.0.4 does not answer: " in said, said
-    assert time.monotonic() - started < 30
+    assert "no answer in" not in said, "nobody has waited for its time to be over"
 
 
 def test_doctor_names_a_machine_that_takes_too_long(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zero_ds.cluster.ssh.PATIENCE", 4.0)
-    with machines.fault("sleep 10"):
+    """It sleeps until the test is over; the time limit of the other, which is sound, is not looked at here."""
+    ask = Ssh._ask
+
+    def impatient(self: Ssh, host: str, program: bytes, timeout: float) -> Answer:
+        return ask(self, host, program, 4.0 if host == HOSTS[1] else timeout)
+
+    monkeypatch.setattr(Ssh, "_ask", impatient)
+    with machines.fault("exec sleep 3600"):
         status, said = doctor(machines, "--no-launch")
+    for pid in machines.processes(HOSTS[1]):
+        os.kill(pid, signal.SIGKILL)
     assert status == 1 and failed(said) == ["ssh"] and "127.0.0.3 does not answer: no answer in 4 s" in said, said
 
 
@@ -189,6 +215,7 @@ class Run:
     def __init__(self, config: RunConfig, machines: Machines, *options: str) -> None:
         recipe = Path(config.out).with_suffix(".yaml")
         recipe.write_text(config.dump())
+        forward = [word for name in ARITHMETIC if name in os.environ for word in ("--forward", name)]
         beside = Path(sys.executable).parent
         environment = {
             **os.environ,
@@ -202,7 +229,7 @@ class Run:
         self.out, self.machines = Path(config.out), machines
         self.said = ""
         self.process = subprocess.Popen(
-            [ROOT / "launch" / "train.sh", recipe, "--hostfile", machines.hostfile, *options],
+            [ROOT / "launch" / "train.sh", recipe, "--hostfile", machines.hostfile, *options, *forward],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -220,7 +247,7 @@ class Run:
         raise AssertionError(f"the run ended before it said '{words}':\n{self.said}")
 
     def end(self) -> int:
-        rest, _ = self.process.communicate(timeout=900)
+        rest, _ = self.process.communicate(timeout=scaled(900))
         self.said += rest
         return self.process.returncode
 
@@ -262,21 +289,26 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def one_machine(config: Callable[..., RunConfig]) -> Iterator[Future[list[list[str]]]]:
-    """The same two runs by two ranks of one machine, without ssh and without a fault, while others wait for a fault."""
-    runs = [config("pretrain", "one"), config("encoder", "one")]
+def one_machine(config: Callable[..., RunConfig]) -> Iterator[Callable[[str], list[list[str]]]]:
+    """A stage by two ranks of one machine, without ssh and without a fault; what it ended with. The first one runs
+    while others wait for a fault."""
+
+    def train(stage: str) -> list[list[str]]:
+        return run_ranks(train_all, 2, [config(stage, "one")], timeout=500)
+
     with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(run_ranks, train_all, 2, runs, timeout=500)
+        first = beside.submit(train, "pretrain")
+        yield lambda stage: first.result() if stage == "pretrain" else beside.submit(train, stage).result()
 
 
-def same(config: Callable[..., RunConfig], stage: str, one_machine: Future[list[list[str]]]) -> None:
+def same(config: Callable[..., RunConfig], stage: str, one_machine: Callable[[str], list[list[str]]]) -> None:
     """Weights and loss curves on two machines are those on one."""
-    assert one_machine.result() == [[f"step-{STEPS:06d}"] * 2] * 2
+    assert one_machine(stage) == [[f"step-{STEPS:06d}"]] * 2
     two, one = (Path(config(stage, hosts).out) for hosts in ("two", "one"))
     curves = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (two, one)]
     assert [line["step"] for line in curves[0]] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in curves[0]] == pytest.approx([line["loss"] for line in curves[1]], rel=1e-5)
-    ours, theirs = (load_file(find_commit(out).folder / "weights.safetensors") for out in (two, one))
+    ours, theirs = (load_file(find_checkpoint(out).folder / "weights.safetensors") for out in (two, one))
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)
@@ -288,7 +320,7 @@ def nothing_is_left(run: Run) -> None:
 
 
 def test_a_killed_rank_costs_a_restart_and_changes_nothing(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Callable[[str], list[list[str]]]
 ) -> None:
     run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
     run.until("committed")
@@ -299,7 +331,7 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     assert environment["WORLD_SIZE"] == "2" and environment["RANK"] == "1"
     assert len(left_of(run.out)) > 5 and not any("verysecret" in words for words in left_of(run.out)), "command lines"
     os.kill(rank, signal.SIGKILL)
-    run.until("restart 1 of 1, from the last commit")
+    run.until("restart 1 of 1, from the last checkpoint")
     assert "zero-ds: the run failed: a rank ended without a word" in run.said
     assert run.end() == 0, run.said
     assert re.search(r"resumed .* after step \d+ of", run.said)
@@ -311,19 +343,22 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
 
 
 def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
-    machines: Machines, config: Callable[..., RunConfig], one_machine: Future[list[list[str]]]
+    machines: Machines, config: Callable[..., RunConfig]
 ) -> None:
     """Everything on a machine stands still, its ssh connection too: a restart. Ctrl-C then commits; twice, it ends all
-    at once; and the run goes on to the same weights."""
+    at once."""
     run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
     run.until("committed")
+    options = " ".join(left_of(run.out))
+    every, times = (
+        int(found[1]) for word in ("Interval", "CountMax") if (found := re.search(rf"ServerAlive{word}=(\d+)", options))
+    )
+    assert every * times <= SILENCE, "ssh gives a machine up before the ranks do"
     stopped = machines.processes(HOSTS[1], ssh=True)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    lost = time.monotonic()
     run.until("127.0.0.3: ssh exited with exit code 255")
-    assert time.monotonic() - lost < 30, "named too late"
-    run.until("restart 1 of 2, from the last commit")
+    run.until("restart 1 of 2, from the last checkpoint")
     assert f"rank 1 has given no sign of life for {SILENCE} s" in run.said, run.said
     assert "(rank 1 runs on 127.0.0.3)" in run.said
     for pid in stopped:  # of those that belong to no run, sshd's
@@ -334,7 +369,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     assert machines.processes(HOSTS[0]) and machines.processes(HOSTS[1])
     run.process.send_signal(signal.SIGINT)
     assert run.end() != 0
-    assert "the ranks commit and stop after this step" in run.said and "run again to resume" in run.said
+    assert "the ranks write a checkpoint and stop after this step" in run.said and "run again to resume" in run.said
     assert "restart 2" not in run.said
     nothing_is_left(run)
 
@@ -342,10 +377,17 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     run.until("127.0.0.3: ")  # its ranks are just starting
     for _ in range(2):
         run.process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(scaled(0.3))  # the first is being handled
     assert run.end() != 0 and "restart" not in run.said
     nothing_is_left(run)
 
+
+@pytest.mark.slow(reason="another launch and two more runs; the first stage has the same weights after a restart, too")
+def test_the_run_goes_on_to_the_same_weights(
+    machines: Machines, config: Callable[..., RunConfig], one_machine: Callable[[str], list[list[str]]]
+) -> None:
+    """After the fault and the stops before."""
+    one_machine("pretrain")
     run = Run(config("encoder", "two"), machines)
     assert run.end() == 0, run.said
     nothing_is_left(run)

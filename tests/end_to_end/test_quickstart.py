@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zero_ds.cli.quickstart import Plan
+from zero_ds.cli.demo import LLM
 from zero_ds.cluster.pipeline import Step
+from zero_ds.cluster.quickstart import Quickstart
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
@@ -16,8 +17,8 @@ from zero_ds.training.stages import decoder_kind, stage_of
 
 
 def planned(out: Path, *overrides: str) -> list[Step]:
-    plan = Plan(out, Path("runs/demo"), 1.0, 3, "24:28", overrides=overrides)
-    return [*plan.main(), *plan.controls(), plan.report(controls=True)]
+    run = Quickstart(out, Path("runs/demo"), str(LLM), seed=3, overrides=overrides)
+    return [*run.main_steps(), *run.control_steps(), run.report_step(controls=True)]
 
 
 def trained(steps: list[Step]) -> dict[str, RunConfig]:
@@ -65,8 +66,8 @@ def test_a_run_starts_from_runs_before_it(tmp_path: Path) -> None:
 def test_overrides_reach_every_training_run(tmp_path: Path) -> None:
     runs = trained(planned(tmp_path, "zero=zero2", "precision=fp32", "max_steps=4"))
     assert {(run.zero, run.precision, run.max_steps) for run in runs.values()} == {("zero2", "fp32", 4)}
-    scaled = Plan(tmp_path, Path("runs/demo"), 10.0, 0, "24:28")
-    encoder = trained(scaled.main())["encoder"]
+    scaled = Quickstart(tmp_path, Path("runs/demo"), str(LLM), scale=10.0)
+    encoder = trained(scaled.main_steps())["encoder"]
     assert encoder.max_steps == 10 * (load_run("smollm2-135m/encoder").max_steps or 0)
 
 
@@ -78,12 +79,12 @@ def test_a_wrong_override_ends_it_before_anything_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("replace", "message"),
-    [("1-2", "'1-2' is no layer range"), ("1:40", r"layers 1:40 are not inside the model's layers")],
+    [("1-2", "'1-2' is not a layer range"), ("1:40", r"layers 1:40 are not inside the model's layers")],
 )
 def test_a_wrong_range_ends_it_before_anything_runs(
-    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replace: str, message: str
+    made: Callable[..., Path], tmp_path: Path, replace: str, message: str
 ) -> None:
-    monkeypatch.setattr("zero_ds.cli.quickstart.LLM", made("llama", tied=True))
+    run = Quickstart(tmp_path, Path("runs/demo"), str(made("llama", tied=True)), replace)
     with pytest.raises(ConfigError, match=message):
-        Plan(tmp_path, Path("runs/demo"), 1.0, 0, replace).main()
+        run.main_steps()
     assert not list(tmp_path.iterdir())

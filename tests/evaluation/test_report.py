@@ -1,4 +1,4 @@
-"""The report of a run made of invented evaluations: its figures, its files, and no text taken for markup."""
+"""The report of a run with made-up evaluations: its figures, its files, and that no text is interpreted as markup."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from zero_ds.data.formats import DataError
-from zero_ds.evaluation.heldout.run import Evaluation, ItemResult, WordResult
+from zero_ds.evaluation.heldout.results import Evaluation, ItemResult, WordResult
 from zero_ds.evaluation.report import report as module
-from zero_ds.evaluation.report.report import FILES, ReportInputs, markdown, unbroken, write_report
+from zero_ds.evaluation.report.inputs import ReportInputs
+from zero_ds.evaluation.report.rendering import markdown, unbroken
+from zero_ds.evaluation.report.report import FILES, write_report
+from zero_ds.evaluation.report.samples import Sample, draw_samples
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo
 from zero_ds.runtime.errors import ConfigError
 
 HOSTILE = "<script>alert(1)</script> | [x](javascript:1) ![y](z) `*_"
 COLORS = ("red", "blue", "green", "white")
-PICTURES = 30
+IMAGES = 30
 DEPTH = 30
 
 
 def evaluation(name: str, root: Path, right: float, text: str = "It is {}.") -> Evaluation:
-    """The first `right` of the pictures are named rightly, in both modes; of other pictures a quarter."""
+    """Names the share `right` of the images correctly in both modes, and a quarter of them in the control."""
     items = []
     for condition in ("own", "shuffled"):
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             share = right if condition == "own" else 0.25
             for kind in ("question", "caption"):
                 word = COLORS[number % 4]
-                said = word if number < share * PICTURES else COLORS[(number + 1) % 4]
+                said = word if number < share * IMAGES else COLORS[(number + 1) % 4]
                 scored = WordResult(
                     "color",
                     word,
@@ -48,7 +51,7 @@ def evaluation(name: str, root: Path, right: float, text: str = "It is {}.") -> 
                     tuple(-1.0 if c == said else -3.0 for c in COLORS),
                     said == word,
                 )
-                shown = number if condition == "own" else (number + 1) % PICTURES
+                shown = number if condition == "own" else (number + 1) % IMAGES
                 items.append(
                     ItemResult(
                         f"{number}-{kind}",
@@ -66,13 +69,15 @@ def evaluation(name: str, root: Path, right: float, text: str = "It is {}.") -> 
 
 
 def stage(folder: Path, seconds: float) -> Path:
-    """A run folder as training leaves it, with one commit."""
-    commit = folder / "step-000020"
-    (commit / "resume").mkdir(parents=True)
-    save_file({"adapter.0.weight": torch.zeros(4, 5), "adapter.0.bias": torch.zeros(4)}, commit / "weights.safetensors")
-    (commit / "resume/state.safetensors").write_bytes(b"0" * 1000)
+    """Makes a run folder as training leaves it, with one checkpoint."""
+    checkpoint = folder / "step-000020"
+    (checkpoint / "resume").mkdir(parents=True)
+    save_file(
+        {"adapter.0.weight": torch.zeros(4, 5), "adapter.0.bias": torch.zeros(4)}, checkpoint / "weights.safetensors"
+    )
+    (checkpoint / "resume/state.safetensors").write_bytes(b"0" * 1000)
     manifest = {"step": 20, "config": {"seed": 7}, "plan": None}
-    (commit / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     (folder / "latest").write_text("step-000020\n")
     records = [{"step": n, "loss": 3.0 / n, "seconds": seconds * (100 if n == 1 else 1)} for n in range(1, 21)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -84,10 +89,10 @@ Make = Callable[..., ReportInputs]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """`make(grafted=0.8, surrogate=0.6)` -> inputs of a report."""
+    """Returns a function: `make(grafted=0.8, surrogate=0.6)` gives the inputs of a report."""
     root = tmp_path / "pictures"
     root.mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         Image.new("RGB", (300, 200), (8 * number, 90, 90)).save(root / f"{number}.png")
     surrogate = tmp_path / "surrogate"
     surrogate.mkdir()
@@ -122,7 +127,7 @@ def make(tmp_path: Path) -> Make:
 
 
 class Page(HTMLParser):
-    """What a page is made of."""
+    """The tags, attributes and words of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -147,9 +152,9 @@ def test_json_holds_every_figure(make: Make) -> None:
         entry = content["accuracy"][condition]
         assert {"value", "low", "high", "n"} <= set(entry)
         assert entry["low"] <= entry["value"] <= entry["high"]
-        assert entry["n"] == 3 * PICTURES
+        assert entry["n"] == 3 * IMAGES
     assert content["accuracy"]["grafted"]["value"] == pytest.approx(0.8)
-    assert content["accuracy_by"]["forced_calibrated"]["caption"]["surrogate"]["n"] == 2 * PICTURES
+    assert content["accuracy_by"]["forced_calibrated"]["caption"]["surrogate"]["n"] == 2 * IMAGES
     assert content["transition_layer"] == 19
     assert content["layer_plan"] == {"name": "T(20,28)", "depth": 30, "replaced": [[20, 28, 1]]}
     assert content["step_seconds"] == {"stage": "encoder", "surrogate": 0.5, "full": None}
@@ -169,7 +174,7 @@ def test_the_full_run_gives_its_step_time(make: Make, tmp_path: Path) -> None:
     assert "0.80 s" in (inputs.out / "report.html").read_text()
 
 
-def test_the_page_needs_nothing_else(make: Make) -> None:
+def test_the_page_is_self_contained(make: Make) -> None:
     inputs = make(full=0.9)
     write_report(inputs)
     text = (inputs.out / "report.html").read_text()
@@ -204,43 +209,46 @@ def test_markdown_links_files_that_are_there(make: Make) -> None:
     inputs = make()
     write_report(inputs)
     text = (inputs.out / "report.md").read_text()
-    links = re.findall(r"(?<!\\)\]\(([^)]*)\)", text)  # what is not escaped
+    links = re.findall(r"(?<!\\)\]\(([^)]*)\)", text)  # links that are not escaped
     assert sorted(Path(link).name for link in links) == sorted(p.name for p in (inputs.out / FILES).iterdir())
     for link in links:
         Image.open(inputs.out / link).verify()
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert any("grafted, other picture" in line for line in tables)
+    assert any("grafted, other image" in line for line in tables)
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     for block in blocks:
         assert len({line.rstrip().count("|") for line in block}) == 1, block
 
 
 def test_samples_are_drawn_by_seed_not_by_answer(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[Any]] = []
-    samples = module._samples
+    seen: list[list[Sample]] = []
 
     def spy(*arguments: Any) -> Any:
-        seen.append(samples(*arguments))
+        seen.append(draw_samples(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(module, "_samples", spy)
+    monkeypatch.setattr(module, "draw_samples", spy)
     write_report(make(grafted=0.8))
     write_report(make(grafted=0.1))
     write_report(replace(make(grafted=0.8), sample_seed=1))
-    asked = [[sample["answer"] for sample in found] for found in seen]
+    asked = [[sample.answer for sample in found] for found in seen]
     assert asked[0] == asked[1] != asked[2]
-    verdicts = {verdict for sample in seen[0] for _, _, verdict, _ in sample["replies"]}
+    verdicts = {reply.verdict for sample in seen[0] for reply in sample.replies}
     assert verdicts <= {"right", "wrong", "0 of 2 words", "2 of 2 words"} and len(verdicts) > 1
 
 
 @pytest.mark.parametrize(
     ("grafted", "surrogate", "said"),
     [
-        (0.9, 0.5, ["80.0", "So the grafted model sees", "the graft is better by 40.0 points"]),
-        (0.5, 0.9, ["So the grafted model sees", "the graft is worse by 40.0 points"]),
-        (0.5, 0.5, ["no difference between the two is shown"]),
-        (0.25, 0.9, ["That the grafted model sees is not shown"]),
-        (0.0, 0.5, ["With the right picture it does worse"]),
+        (
+            0.9,
+            0.5,
+            ["80.0", "The grafted model sees: the correct image is worth", "the graft is better by 40.0 points"],
+        ),
+        (0.5, 0.9, ["The grafted model sees: the correct image is worth", "the graft is worse by 40.0 points"]),
+        (0.5, 0.5, ["no significant difference between the two"]),
+        (0.25, 0.9, ["The evaluation does not show that the grafted model sees"]),
+        (0.0, 0.5, ["The grafted model does worse with the correct image"]),
     ],
 )
 def test_findings_say_what_was_found(make: Make, grafted: float, surrogate: float, said: list[str]) -> None:
@@ -263,7 +271,7 @@ def test_a_second_report_replaces_the_first(make: Make) -> None:
     assert content["step_seconds"] == {"stage": None, "surrogate": None, "full": None}
 
 
-def test_what_is_missing_is_named(make: Make, tmp_path: Path) -> None:
+def test_missing_inputs_are_named(make: Make, tmp_path: Path) -> None:
     inputs = make()
     with pytest.raises(ConfigError, match="an evaluation named 'grafted'"):
         write_report(replace(inputs, evaluations={"surrogate": inputs.evaluations["surrogate"]}))

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on local tasks: its scores are those of a direct computation, for any batch and ranks."""
+"""lm-evaluation-harness on local tasks: scores equal a direct computation, for any batch size and number of ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.demo import LLM, make_llm
 from zero_ds.cli.main import app
-from zero_ds.evaluation.suites.harness import Planned, check_suite, evaluate_suite, plan
+from zero_ds.evaluation.suites.evaluate import check_suite, evaluate_suite
+from zero_ds.evaluation.suites.harness import select_suites
 from zero_ds.evaluation.suites.results import Result, Score, read_result
-from zero_ds.evaluation.suites.suites import PAPER_TEXT, Request
+from zero_ds.evaluation.suites.tasks import PAPER_TEXT, SuiteOptions
 from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
 from zero_ds.runtime.errors import ConfigError
 
@@ -31,13 +32,13 @@ QUESTIONS = [
     ("The image shows a large", " triangle", [" triangle", " star on a gray background"]),
     ("One, two,", " three", [" three", " blue stars", " two"]),
 ]
-"""Seven: no multiple of two ranks, and of no batch size used here."""
+"""Seven questions, which is a multiple neither of two ranks nor of any batch size used here."""
 ANSWER_TOKENS = 5
 
 
 @torch.no_grad()
 def log_prob(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
-    """Sum over the continuation's tokens in one pass, and whether each of them is the most probable."""
+    """Returns the continuation's log-probability in one pass, and whether each of its tokens is the most probable."""
     words = loaded.encoder.template.tokenizer
     before = words(context, add_special_tokens=False).input_ids
     ids = words(context + continuation, add_special_tokens=False).input_ids
@@ -49,7 +50,7 @@ def log_prob(loaded: LoadedModel, context: str, continuation: str) -> tuple[floa
 
 @torch.no_grad()
 def greedy(loaded: LoadedModel, context: str) -> str:
-    """The answer up to the first line's end, without a cache."""
+    """Returns the answer up to the end of its first line, computed without a cache."""
     words = loaded.encoder.template.tokenizer
     ids = words(context, add_special_tokens=False).input_ids
     start = len(ids)
@@ -62,7 +63,7 @@ def greedy(loaded: LoadedModel, context: str) -> str:
 
 
 def write_tasks(folder: Path, loaded: LoadedModel) -> Path:
-    """Three tasks; of the answers that one asks for, the model's own stand in four of seven documents."""
+    """Writes three tasks; in one of them the true answer is the model's own in four of seven documents."""
     folder.mkdir(parents=True)
     rows = []
     for number, (question, answer, choices) in enumerate(QUESTIONS):
@@ -98,7 +99,7 @@ def write_tasks(folder: Path, loaded: LoadedModel) -> Path:
 
 
 def directly(loaded: LoadedModel) -> dict[tuple[str, str], float]:
-    """The scores, computed from the questions."""
+    """Computes the scores from the questions, without the harness."""
     right, normed, cloze, said = [], [], [], []
     for number, (question, answer, choices) in enumerate(QUESTIONS):
         values = [log_prob(loaded, question, choice)[0] for choice in choices]
@@ -118,11 +119,11 @@ def directly(loaded: LoadedModel) -> dict[tuple[str, str], float]:
 
 
 def measured(model: str, folder: Path, **options: Any) -> Result:
-    """All tasks of the folder on a model, as the command runs them."""
+    """Runs all tasks of the folder on a model, as the command does."""
     named = find_model(model)
-    planned: list[Planned] = plan(",".join(TASKS), "lm-eval", folder)
-    assert len(planned) == 1
-    result = evaluate_suite(named, load_model(named), planned[0], Request(bootstrap=0, **options), "model")
+    selected = select_suites(",".join(TASKS), "lm-eval", folder)
+    assert len(selected) == 1
+    result = evaluate_suite(named, load_model(named), selected[0], SuiteOptions(bootstrap=0, **options), "model")
     assert result is not None
     return result
 
@@ -132,13 +133,13 @@ def values(result: Result) -> dict[tuple[str, str], float]:
 
 
 def on_ranks(model: str, folder: Path) -> list[Score] | None:
-    """One of several ranks."""
+    """Runs on each of several ranks."""
     from zero_ds.runtime import distributed
 
     distributed.initialize()
     named = find_model(model)
-    (planned,) = plan(",".join(TASKS), "lm-eval", folder)
-    result = evaluate_suite(named, load_model(named), planned, Request(batch_size=2, bootstrap=0), "model")
+    (selected,) = select_suites(",".join(TASKS), "lm-eval", folder)
+    result = evaluate_suite(named, load_model(named), selected, SuiteOptions(batch_size=2, bootstrap=0), "model")
     return list(result.scores) if result is not None else None
 
 
@@ -147,10 +148,10 @@ def too_many_ranks(model: str, folder: Path) -> str:
 
     distributed.initialize()
     named = find_model(model)
-    (planned,) = plan("tiny_cloze", "lm-eval", folder)
+    (selected,) = select_suites("tiny_cloze", "lm-eval", folder)
     with pytest.raises(ConfigError) as caught:
-        check_suite(named, planned, Request(limit=1))
-    distributed.barrier()  # the other rank wants this one's store
+        check_suite(named, selected, SuiteOptions(limit=1))
+    distributed.barrier()  # the other rank still needs the store of this one
     return str(caught.value)
 
 
@@ -184,14 +185,14 @@ def test_the_batch_size_has_no_influence(target: str, tasks: Path, result: Resul
 
 
 def test_two_ranks_give_the_scores_of_one(target: str, tasks: Path, result: Result) -> None:
-    """Seven documents: four for one rank, three for the other."""
+    """Of the seven documents, one rank gets four and the other three."""
     first, second = run_ranks(on_ranks, 2, target, tasks)
     assert second is None
     assert {score.key: score.value for score in first} == pytest.approx(values(result), rel=1e-6)
     assert [score.items for score in first] == [score.items for score in result.scores]
 
 
-def test_a_result_survives_its_file_and_says_what_it_is_of(result: Result, tmp_path: Path, target: str) -> None:
+def test_a_result_survives_its_file_and_names_its_model(result: Result, tmp_path: Path, target: str) -> None:
     result.write(tmp_path / "r.json")
     again = read_result(tmp_path / "r.json")
     assert again.scores == result.scores and set(again.samples) == set(TASKS)
@@ -200,7 +201,7 @@ def test_a_result_survives_its_file_and_says_what_it_is_of(result: Result, tmp_p
 
 
 def test_command(target: str, small: Path, tasks: Path, tmp_path: Path) -> None:
-    """A surrogate and its target, and both side by side."""
+    """Evaluates a surrogate and its target, and compares them."""
     for model, name in ((target, "target"), (str(small), "surrogate")):
         command = [
             "eval",
@@ -222,9 +223,9 @@ def test_command(target: str, small: Path, tasks: Path, tmp_path: Path) -> None:
 
 
 def test_the_suite_of_the_paper_is_in_the_harness(tasks: Path) -> None:
-    """Table A.3: every task is known to the harness, with these examples and figures."""
-    (planned,) = plan("paper-text", "auto", tasks)
-    assert planned.suite.tasks == PAPER_TEXT
+    """The harness knows every task of Table A.3, with these numbers of examples and metrics."""
+    (selected,) = select_suites("paper-text", "auto", tasks)
+    assert selected.suite.tasks == PAPER_TEXT
     table = {task.name: (task.num_fewshot, task.metric) for task in PAPER_TEXT}
     assert table == {
         "mmlu": (5, "acc"),
@@ -244,14 +245,14 @@ def test_the_suite_of_the_paper_is_in_the_harness(tasks: Path) -> None:
         ("tiny_chioce", "lm-eval", "did you mean 'tiny_choice'"),
         ("hellaswga", "lm-eval", r"did you mean 'hellaswag' or '(?!hellaswag')"),
         ("mmlu:binary", "auto", ":binary is for mme and pope"),
-        ("text", "harness", "--harness harness is not known"),
+        ("text", "harness", "--harness harness is unknown"),
         (",", "auto", "names no task"),
-        ("mmmu_val", "lm-eval", "no harness knows the task 'mmmu_val'"),  # it has pictures
+        ("mmmu_val", "lm-eval", "no harness knows the task 'mmmu_val'"),  # it has images
     ],
 )
-def test_what_is_not_known(tasks: Path, words: str, harness: str, complaint: str) -> None:
+def test_unknown_tasks_and_harnesses(tasks: Path, words: str, harness: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        plan(words, harness, tasks)
+        select_suites(words, harness, tasks)
 
 
 @pytest.mark.parametrize(
@@ -261,50 +262,52 @@ def test_what_is_not_known(tasks: Path, words: str, harness: str, complaint: str
 def test_a_harness_that_is_not_installed(words: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zero_ds.evaluation.suites.harness.MODULES", {"lm-eval": "no_such_1", "lmms-eval": "no_such_2"})
     with pytest.raises(ConfigError, match=rf"^{complaint} not installed; pip install 'zero_ds\[eval\]'$"):
-        plan(words, "auto", None)
+        select_suites(words, "auto", None)
 
 
-def test_data_that_cannot_be_had(target: str, tasks: Path) -> None:
+def test_data_that_cannot_be_fetched(target: str, tasks: Path) -> None:
     named = find_model(target)
-    (planned,) = plan("piqa", "lm-eval", tasks)
-    with pytest.raises(ConfigError, match="the data of piqa is not here and could not be fetched"):
-        check_suite(named, planned, Request(limit=2))
+    (selected,) = select_suites("piqa", "lm-eval", tasks)
+    with pytest.raises(ConfigError, match="the data of piqa is not cached and could not be fetched"):
+        check_suite(named, selected, SuiteOptions(limit=2))
 
 
 def test_fewer_documents_than_ranks(target: str, tasks: Path) -> None:
     said = run_ranks(too_many_ranks, 2, target, tasks)
-    assert said == ["tiny_cloze has 1 documents for 2 ranks; take fewer ranks."] * 2
+    assert said == ["tiny_cloze has 1 documents for 2 ranks; use fewer ranks."] * 2
 
 
 def test_a_task_s_own_limit_of_zero(target: str, tasks: Path, tmp_path: Path) -> None:
     text = (tasks / "tiny_answer.yaml").read_text(encoding="utf-8")
     (tmp_path / "none.yaml").write_text(text.replace(f"max_gen_toks: {ANSWER_TOKENS}", "max_gen_toks: 0"))
-    (planned,) = plan("tiny_answer", "lm-eval", tmp_path)
-    with pytest.raises(ConfigError, match="tiny_answer allows answers of 0 tokens; give it at least 1"):
-        check_suite(find_model(target), planned, Request())
-    check_suite(find_model(target), planned, Request(max_new_tokens=3))
+    (selected,) = select_suites("tiny_answer", "lm-eval", tmp_path)
+    with pytest.raises(ConfigError, match="tiny_answer limits answers to 0 tokens; set its limit to at least 1"):
+        check_suite(find_model(target), selected, SuiteOptions())
+    check_suite(find_model(target), selected, SuiteOptions(max_new_tokens=3))
 
 
 def test_a_task_named_twice(target: str, tasks: Path, tmp_path: Path) -> None:
-    """By itself: it counts once. In a group beside itself: the harness would stop."""
-    (planned,) = plan("tiny_answer,tiny_answer", "lm-eval", tasks)
-    assert [task.name for task in planned.suite.tasks] == ["tiny_answer"]
+    """Named twice by itself, a task counts once; named together with its group, it would stop the harness."""
+    (selected,) = select_suites("tiny_answer,tiny_answer", "lm-eval", tasks)
+    assert [task.name for task in selected.suite.tasks] == ["tiny_answer"]
     for name in TASKS:
         (tmp_path / f"{name}.yaml").write_text((tasks / f"{name}.yaml").read_text(encoding="utf-8"))
     (tmp_path / "group.yaml").write_text("group: tiny\ntask: [tiny_answer, tiny_cloze]\n")
-    (planned,) = plan("tiny,tiny_answer", "lm-eval", tmp_path)
-    with pytest.raises(ConfigError, match=r"Duplicate task 'tiny_answer'.*; name it once"):
-        check_suite(find_model(target), planned, Request())
+    (selected,) = select_suites("tiny,tiny_answer", "lm-eval", tmp_path)
+    with pytest.raises(ConfigError, match=r"Duplicate task 'tiny_answer'.*; name it only once"):
+        check_suite(find_model(target), selected, SuiteOptions())
 
 
 @pytest.mark.parametrize(("option", "value"), [("--max-new-tokens", "0"), ("--limit", "0"), ("--batch", "0")])
 def test_limits_of_zero(target: str, option: str, value: str) -> None:
     done = CliRunner().invoke(app, ["eval", target, "--suite", "text", option, value])
-    assert isinstance(done.exception, ConfigError) and f"{option} 0: at least 1." in str(done.exception)
+    assert isinstance(done.exception, ConfigError) and f"{option} 0 is too small; it must be at least 1." in str(
+        done.exception
+    )
 
 
 def test_results_of_another_model_are_kept(target: str, small: Path, tasks: Path, tmp_path: Path) -> None:
-    """A result gives way to a new one of the same tasks on the same model alone; said before the model is read."""
+    """Only a new result of the same tasks on the same model replaces a result; otherwise there is an error at once."""
     score = Score("tiny_choice", "acc", 0.5)
     result = Result(target, "tiny_choice", {"name": "lm-eval", "version": "1"}, {}, {}, {}, (score,))
     result.write(tmp_path / "tiny_choice.json")
@@ -316,20 +319,20 @@ def test_results_of_another_model_are_kept(target: str, small: Path, tasks: Path
     assert again.exit_code == 0 and read_result(tmp_path / "tiny_choice.json").scores != result.scores
     (tmp_path / "tiny_choice.json").write_text("{}")
     odd = CliRunner().invoke(app, ["eval", target, *command])
-    assert "is no result of zero-ds eval" in str(odd.exception) and "choose another --out" in str(odd.exception)
+    assert "is not a result of zero-ds eval" in str(odd.exception) and "choose another --out" in str(odd.exception)
 
 
-def test_results_want_a_folder(target: str, tasks: Path, tmp_path: Path) -> None:
-    """Said before the model is read, not after hours."""
+def test_results_need_a_folder(target: str, tasks: Path, tmp_path: Path) -> None:
+    """The error comes before the model is read, not after hours."""
     (tmp_path / "taken").write_text("")
     command = ["eval", target, "--suite", "tiny_choice", "--harness", "lm-eval", "--tasks-folder", str(tasks)]
     for out in (tmp_path / "taken", tmp_path / "taken" / "inside"):
         done = CliRunner().invoke(app, [*command, "--out", str(out)])
-        assert isinstance(done.exception, ConfigError) and "is no folder" in str(done.exception)
+        assert isinstance(done.exception, ConfigError) and "is not a folder" in str(done.exception)
 
 
 def test_the_real_model(tmp_path: Path) -> None:
-    """SmolLM2-135M: the harness's scores are the direct ones, and it knows more than chance."""
+    """On SmolLM2-135M, the harness's scores equal the direct ones, and are better than chance."""
     folder = LLM.expanduser()
     make_llm(folder)
     loaded = load_model(find_model(str(folder)))

@@ -1,11 +1,12 @@
-"""lmms-eval on local tasks with pictures: its scores are those of a direct computation, for any batch and ranks.
+"""lmms-eval on local tasks with images: scores equal a direct computation, for any batch size and number of ranks.
 
-lmms-eval is installed without its dependencies (launch/env.sh), of which none is needed for what it does here.
+lmms-eval is installed without its dependencies (launch/env.sh), because nothing here needs them.
 """
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,16 +16,19 @@ from typing import Any
 import pytest
 import torch
 from distributed_helper import run_ranks
+from pace import scaled
 from PIL import ImageFile
+from places import ROOT
 
 from zero_ds.cli.demo import LLM, make_llm
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import Turn
 from zero_ds.data.sources import Sample
-from zero_ds.evaluation.suites.harness import backend, check_suite, evaluate_suite, plan
+from zero_ds.evaluation.suites.evaluate import check_suite, evaluate_suite
+from zero_ds.evaluation.suites.harness import load_harness, select_suites
+from zero_ds.evaluation.suites.lmms_eval import LmmsEval
 from zero_ds.evaluation.suites.results import Result, Score
-from zero_ds.evaluation.suites.suites import BINARY_PROMPT, Request
-from zero_ds.evaluation.suites.vision import LmmsEval
+from zero_ds.evaluation.suites.tasks import BINARY_PROMPT, SuiteOptions
 from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.runtime.errors import ConfigError
@@ -40,7 +44,7 @@ QUESTIONS: list[tuple[int | None, str, list[str]]] = [
     (4, "what color is it?", ["red", "blue", "yellow"]),
     (5, "is the square large?", ["Yes", "No"]),
 ]
-"""(picture or none, question, choices): seven, no multiple of two ranks, and of no batch size used here."""
+"""(image or None, question, choices): seven, a multiple neither of two ranks nor of any batch size used here."""
 ANSWER_TOKENS = 5
 UTILS = """from PIL import Image
 
@@ -54,24 +58,24 @@ def score(doc, results):
 """
 
 
-def inputs(loaded: LoadedModel, picture: Path | None, question: str) -> tuple[list[int], torch.Tensor | None]:
-    sample = Sample("x", (Turn("user", f"<image>\n{question}" if picture else question),), (str(picture),))
+def inputs(loaded: LoadedModel, image: Path | None, question: str) -> tuple[list[int], torch.Tensor | None]:
+    sample = Sample("x", (Turn("user", f"<image>\n{question}" if image else question),), (str(image),))
     ids = loaded.encoder.encode(loaded.encoder.turns(sample), generate=True).input_ids
-    return ids, loaded.encoder.pixels(sample) if picture else None
+    return ids, loaded.encoder.pixels(sample) if image else None
 
 
 @torch.no_grad()
 def log_probs(loaded: LoadedModel, ids: list[int], pixels: torch.Tensor | None) -> torch.Tensor:
-    """Of every next token, in one pass over the whole prompt: (seq, vocabulary)."""
+    """Returns the log-probabilities of every next token, in one pass over the whole prompt: (seq, vocabulary)."""
     embeddings = loaded.model.embed(torch.tensor([ids]), pixels)
     logits: torch.Tensor = loaded.model.decoder(inputs_embeds=embeddings, use_cache=False).logits[0]  # type: ignore[operator]
     return logits.log_softmax(-1)
 
 
 @torch.no_grad()
-def greedy(loaded: LoadedModel, picture: Path | None, question: str) -> str:
-    """By transformers' own loop."""
-    ids, pixels = inputs(loaded, picture, question)
+def greedy(loaded: LoadedModel, image: Path | None, question: str) -> str:
+    """Generates with transformers' own loop."""
+    ids, pixels = inputs(loaded, image, question)
     embeddings = loaded.model.embed(torch.tensor([ids]), pixels)
     stop = loaded.encoder.template.end_of_turn()
     options = {"do_sample": False, "eos_token_id": stop, "pad_token_id": stop}
@@ -80,27 +84,27 @@ def greedy(loaded: LoadedModel, picture: Path | None, question: str) -> str:
     return str(loaded.encoder.template.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
 
-def best(loaded: LoadedModel, picture: Path | None, question: str, choices: list[str]) -> int:
-    """The choice whose tokens have the highest log-probability on average, as lmms-eval counts."""
+def best(loaded: LoadedModel, image: Path | None, question: str, choices: list[str]) -> int:
+    """Returns the choice whose tokens have the highest mean log-probability, as lmms-eval scores."""
     values = []
     for choice in choices:
-        ids, pixels = inputs(loaded, picture, question)
+        ids, pixels = inputs(loaded, image, question)
         said = loaded.encoder.template.encode_text(choice)
         found = log_probs(loaded, ids + said, pixels)[len(ids) - 1 : -1]
         values.append(float(found.gather(1, torch.tensor(said)[:, None]).mean()))
     return values.index(max(values))
 
 
-def write_tasks(folder: Path, loaded: LoadedModel, pictures: Path) -> Path:
-    """Two tasks; the model's own answers stand in four of seven documents, its own choices in five."""
+def write_tasks(folder: Path, loaded: LoadedModel, images: Path) -> Path:
+    """Writes two tasks: the model's own answers are right in four of seven documents, its own choices in five."""
     folder.mkdir(parents=True)
     rows = []
     for number, (name, question, choices) in enumerate(QUESTIONS):
-        picture = None if name is None else pictures / f"{name}.png"
-        said, chosen = greedy(loaded, picture, question), best(loaded, picture, question, choices)
+        image = None if name is None else images / f"{name}.png"
+        said, chosen = greedy(loaded, image, question), best(loaded, image, question, choices)
         rows.append(
             {
-                "picture": str(picture or ""),
+                "picture": str(image or ""),
                 "q": question,
                 "answer": said if number % 2 == 0 else f"not {said}",
                 "choices": choices,
@@ -132,12 +136,12 @@ def write_tasks(folder: Path, loaded: LoadedModel, pictures: Path) -> Path:
 
 def measured(run: Path, target: str, folder: Path, **options: Any) -> Result | None:
     named = find_model(str(run), target)
-    (planned,) = plan(",".join(TASKS), "lmms-eval", folder)
-    return evaluate_suite(named, load_model(named), planned, Request(bootstrap=0, **options), "graft")
+    (selected,) = select_suites(",".join(TASKS), "lmms-eval", folder)
+    return evaluate_suite(named, load_model(named), selected, SuiteOptions(bootstrap=0, **options), "graft")
 
 
 def on_ranks(run: Path, target: str, folder: Path) -> list[Score] | None:
-    """One of several ranks."""
+    """Runs on each of several ranks."""
     from zero_ds.runtime import distributed
 
     distributed.initialize()
@@ -185,7 +189,7 @@ def test_the_batch_size_has_no_influence(
 def real(
     made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A result on SmolLM2-135M: a small encoder and an adapter with random weights, as a run leaves them."""
+    """Makes a result folder on SmolLM2-135M, as a run leaves it: a small encoder and an adapter with random weights."""
     make_llm(LLM.expanduser())
     out = tmp_path_factory.mktemp("real") / "run"
     config = run_config("encoder", out, target=str(LLM.expanduser()), surrogate=None, decoder="target")
@@ -199,8 +203,17 @@ def real(
     return out
 
 
+def test_two_ranks_find_what_one_finds(trained: Path, target: str, tasks: Path, result: Result) -> None:
+    """Seven documents are not a multiple of two ranks."""
+    first, second = run_ranks(on_ranks, 2, trained / "encoder", target, tasks)
+    assert second is None
+    assert {score.key: score.value for score in first} == {score.key: score.value for score in result.scores}
+    assert [score.items for score in first] == [score.items for score in result.scores]
+
+
+@pytest.mark.slow(reason="minutes of a 135M model, for what test_two_ranks_find_what_one_finds shows on a tiny one")
 def test_the_real_model_on_one_rank_and_on_two(real: Path, data: Path, tmp_path: Path) -> None:
-    """SmolLM2-135M with pictures: the harness's scores are the direct ones; seven documents are no multiple of two."""
+    """On SmolLM2-135M with images, the harness's scores equal the direct ones; seven is not a multiple of two ranks."""
     target = str(LLM.expanduser())
     loaded = load_model(find_model(str(real), target))
     folder = write_tasks(tmp_path / "seen", loaded, data.parent / "images")
@@ -221,7 +234,7 @@ def test_the_real_model_on_one_rank_and_on_two(real: Path, data: Path, tmp_path:
 
 
 def with_document(tasks: Path, folder: Path, data_file: str, **changes: Any) -> Path:
-    """The task `seen_answer` in a new folder, of one document."""
+    """Writes the task `seen_answer` with one document into a new folder."""
     folder.mkdir()
     row = {**json.loads((tasks / "docs.json").read_text(encoding="utf-8").splitlines()[0]), **changes}
     (folder / "docs.json").write_text(json.dumps(row), encoding="utf-8")
@@ -235,33 +248,33 @@ BROKEN = {"none": b"no picture", "cut early": 60, "cut late": -200}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_picture_that_cannot_be_read(
+def test_an_image_that_cannot_be_read(
     kind: str, trained: Path, target: str, tasks: Path, data: Path, tmp_path: Path
 ) -> None:
-    """One sentence with the document's number, also where lmms-eval has Pillow fill up what is missing."""
+    """The error names the document, even for a truncated image, whose missing part lmms-eval lets Pillow fill."""
     whole = (data.parent / "images" / "0.png").read_bytes()
     left = BROKEN[kind]
     (tmp_path / "broken.png").write_bytes(left if isinstance(left, bytes) else whole[:left])
     folder = with_document(tasks, tmp_path / "tasks", "docs.json", picture=str(tmp_path / "broken.png"))
     named = find_model(str(trained / "encoder"), target)
-    (planned,) = plan("seen_answer", "lmms-eval", folder)
-    check_suite(named, planned, Request())
-    with pytest.raises(ConfigError, match=r"the picture of seen_answer/0 cannot be read: .*; mend the task's data"):
-        evaluate_suite(named, load_model(named), planned, Request(bootstrap=0), "graft")
-    assert ImageFile.LOAD_TRUNCATED_IMAGES, "lmms-eval's own setting, for whoever relies on it"
+    (selected,) = select_suites("seen_answer", "lmms-eval", folder)
+    check_suite(named, selected, SuiteOptions())
+    with pytest.raises(ConfigError, match=r"the image of seen_answer/0 cannot be read: .*; repair the task's data"):
+        evaluate_suite(named, load_model(named), selected, SuiteOptions(bootstrap=0), "graft")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES, "lmms-eval's own setting must stay for others that rely on it"
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_a_broken_picture_inside_a_data_set(
+def test_a_broken_image_inside_a_data_set(
     broken: int, trained: Path, target: str, tasks: Path, data: Path, tmp_path: Path
 ) -> None:
-    """As most tasks have them: bytes in a table, decoded by the data set library. The first one is seen at once."""
+    """Most tasks have bytes in a table that the data set library decodes; it reads the first image at once."""
     from datasets import Dataset, Features, Image, Value
 
     whole = (data.parent / "images" / "0.png").read_bytes()
-    pictures = [{"bytes": whole[:-200] if number == broken else whole, "path": None} for number in range(3)]
+    images = [{"bytes": whole[:-200] if number == broken else whole, "path": None} for number in range(3)]
     folder = with_document(tasks, tmp_path / "tasks", "docs.parquet")
-    columns = {"image": pictures, "q": ["why?"] * 3, "answer": ["no"] * 3}
+    columns = {"image": images, "q": ["why?"] * 3, "answer": ["no"] * 3}
     kinds = Features({"image": Image(), "q": Value("string"), "answer": Value("string")})
     Dataset.from_dict(columns, kinds).to_parquet(folder / "docs.parquet")
     yaml = folder / "seen_answer.yaml"
@@ -271,44 +284,44 @@ def test_a_broken_picture_inside_a_data_set(
         utils.replace("Image.open(doc['picture'])", "doc['image']").replace("picture", "q")
     )
     named = find_model(str(trained / "encoder"), target)
-    (planned,) = plan("seen_answer", "lmms-eval", folder)
-    with pytest.raises(ConfigError, match=r"picture of seen_answer(/1)? cannot be read: .*; mend the task's data"):
-        check_suite(named, planned, Request())
+    (selected,) = select_suites("seen_answer", "lmms-eval", folder)
+    with pytest.raises(ConfigError, match=r"image of seen_answer(/1)? cannot be read: .*; repair the task's data"):
+        check_suite(named, selected, SuiteOptions())
         assert broken == 1
-        evaluate_suite(named, load_model(named), planned, Request(bootstrap=0), "graft")
+        evaluate_suite(named, load_model(named), selected, SuiteOptions(bootstrap=0), "graft")
 
 
-def test_a_task_with_pictures_is_for_the_harness_that_shows_them(tasks: Path) -> None:
-    """lm-eval would take it, too, and ask without the pictures."""
-    (planned,) = plan("seen_answer", "auto", tasks)
-    assert planned.suite.harness == "lmms-eval"
-    assert not backend("lm-eval", tasks).knows("seen_answer")
+def test_a_task_with_images_is_for_the_harness_that_shows_them(tasks: Path) -> None:
+    """lm-eval would accept it as well, and ask without the images."""
+    (selected,) = select_suites("seen_answer", "auto", tasks)
+    assert selected.suite.harness == "lmms-eval"
+    assert not load_harness("lm-eval", tasks).knows("seen_answer")
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("task: [seen", "a task file in .* is no YAML"),
-        (None, "seen_answer allows answers of 0 tokens; give it at least 1"),
+        ("task: [seen", "a task file in .* is not valid YAML"),
+        (None, "seen_answer limits answers to 0 tokens; set its limit to at least 1"),
     ],
 )
-def test_what_is_wrong_with_a_task_file(
+def test_task_files_with_mistakes(
     text: str | None, complaint: str, trained: Path, target: str, tasks: Path, tmp_path: Path
 ) -> None:
     folder = with_document(tasks, tmp_path / "tasks", "docs.json")
     zero = (folder / "seen_answer.yaml").read_text().replace(f"max_new_tokens: {ANSWER_TOKENS}", "max_new_tokens: 0")
     (folder / "seen_answer.yaml").write_text(text or zero)
     with pytest.raises(ConfigError, match=complaint):
-        (planned,) = plan("seen_answer", "lmms-eval", folder)
-        check_suite(find_model(str(trained / "encoder"), target), planned, Request())
+        (selected,) = select_suites("seen_answer", "lmms-eval", folder)
+        check_suite(find_model(str(trained / "encoder"), target), selected, SuiteOptions())
 
 
-def test_a_filelock_that_the_harness_does_not_bear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lmms-eval 0.7.3 would end in a traceback, and not before it measures."""
+def test_a_filelock_that_is_too_new_for_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval 0.7.3 would end in a traceback, and only once it measures."""
     monkeypatch.setitem(sys.modules, "filelock._api", None)
-    monkeypatch.delitem(sys.modules, "zero_ds.evaluation.suites.vision")
+    monkeypatch.delitem(sys.modules, "zero_ds.evaluation.suites.lmms_eval")
     with pytest.raises(ConfigError, match=r"lmms-eval cannot be imported: .*filelock._api.*; see docs/evaluation.md"):
-        backend("lmms-eval", None)
+        load_harness("lmms-eval", None)
 
 
 def test_from_the_harness_s_own_command_line(trained: Path, target: str, tasks: Path, tmp_path: Path) -> None:
@@ -316,39 +329,47 @@ def test_from_the_harness_s_own_command_line(trained: Path, target: str, tasks: 
     command = [sys.executable, "-m", "lmms_eval", "--model", "zero_ds", "--tasks", "seen_answer", "--batch_size", "2"]
     arguments = f"weights={trained / 'encoder'},target={target},dtype=float32"
     options = ["--model_args", arguments, "--include_path", str(tasks), "--output_path", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=scaled(300))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (file,) = tmp_path.rglob("*results.json")
     found = json.loads(file.read_text(encoding="utf-8"))["results"]["seen_answer"]
     assert found["same,none"] == pytest.approx(4 / 7)
 
 
-def test_a_model_without_eyes_is_refused(target: str, tasks: Path) -> None:
+def test_the_demo_tasks_import_modules_that_exist() -> None:
+    """tools/make_demo_task.py writes a module next to its task files, which lmms-eval imports."""
+    functions: dict[str, Any] = {}
+    exec(runpy.run_path(str(ROOT / "tools/make_demo_task.py"))["FUNCTIONS"], functions)
+    document = {"choices": ["red", "blue"], "word": "blue"}
+    assert functions["score"](document, ["It is blue."]) == {"right": 1.0}
+
+
+def test_a_model_without_a_vision_encoder_is_refused(target: str, tasks: Path) -> None:
     named = find_model(target)
-    (planned,) = plan("seen_choice", "lmms-eval", tasks)
+    (selected,) = select_suites("seen_choice", "lmms-eval", tasks)
     with pytest.raises(ConfigError, match="has no vision encoder; name a run"):
-        check_suite(named, planned, Request())
+        check_suite(named, selected, SuiteOptions())
 
 
 def test_the_suites_of_the_paper_are_in_the_harness(tasks: Path, tmp_path: Path) -> None:
-    """Appendix A.6 and CV-Bench; MME and POPE also with the prompt that asks for yes or no.
+    """The suite has the tasks of appendix A.6 and CV-Bench, and MME and POPE also with the binary prompt.
 
-    A task of the folder wins over the harness's own.
+    A task of the folder takes precedence over the harness's own.
     """
     text = (tasks / "seen_answer.yaml").read_text(encoding="utf-8")
     (tmp_path / "gqa.yaml").write_text(text.replace("task: seen_answer", "task: gqa"), encoding="utf-8")
-    (planned,) = plan("paper-vision", "auto", tmp_path)
-    labels = [task.label for task in planned.suite.tasks]
+    (selected,) = select_suites("paper-vision", "auto", tmp_path)
+    labels = [task.label for task in selected.suite.tasks]
     assert labels == [
         *("mme", "mme:binary", "pope", "pope:binary", "seedbench", "mmbench_en_dev", "gqa", "vizwiz_vqa_val"),
         *("cv_bench", "mmvet", "llava_in_the_wild"),
     ]
     import tempfile
 
-    assert isinstance(planned.backend, LmmsEval)
+    assert isinstance(selected.harness, LmmsEval)
     with tempfile.TemporaryDirectory() as scratch:
-        binary = [task for task in planned.suite.tasks if task.binary]
-        manager = planned.backend._with_binary(planned.backend.manager(["mme"]), binary, Path(scratch))
+        binary = [task for task in selected.suite.tasks if task.binary]
+        manager = selected.harness._with_binary(selected.harness.manager(["mme"]), binary, Path(scratch))
         for task in binary:
             plain, asked = manager._get_config(task.name), manager._get_config(f"{task.name}_binary")
             assert asked["doc_to_text"] is not None and asked["dataset_path"] == plain["dataset_path"]
@@ -358,4 +379,4 @@ def test_the_suites_of_the_paper_are_in_the_harness(tasks: Path, tmp_path: Path)
             assert "single word" in plain["doc_to_text"](document, plain["lmms_eval_specific_kwargs"]["default"])
         assert manager.task_index["gqa"]["yaml_path"] == str(tmp_path / "gqa.yaml")
     with pytest.raises(ConfigError, match="did you mean 'mmvet'"):
-        plan("mmvte", "lmms-eval", tmp_path)
+        select_suites("mmvte", "lmms-eval", tmp_path)

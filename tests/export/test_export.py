@@ -35,7 +35,7 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime import safetensors as shards
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit, load_weights_
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint, load_weights_
 
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}
 GRID = [(1, 2), (2, 1)]
@@ -175,10 +175,10 @@ def test_lora_merged_is_lora_applied(
         "decoder", tied=tied, lora={"rank": 3, "alpha": 7, "modules": ["q_proj", "down_proj"], "layers": [0, 4]}
     )
     export_model(commit, None, tmp_path / "out")
-    config = config_of(find_commit(commit))
+    config = config_of(find_checkpoint(commit))
     assert config.encoder is not None
     unmerged = build_model(ModelSpec(target, made("clip"), config.encoder, config.adapter, lora=config.lora)).eval()
-    load_weights_(unmerged.named_targets(), find_commit(commit), skip=lambda name: False)
+    load_weights_(unmerged.named_targets(), find_checkpoint(commit), skip=lambda name: False)
     torch.testing.assert_close(exported_says(tmp_path / "out"), said(unmerged), atol=1e-5, rtol=0)
     plain = load_file(target / "model.safetensors")
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -288,7 +288,7 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     (tmp_path / "run-template").write_bytes(b"\xff")
     content["config"]["data"]["chat_template"] = str(tmp_path / "run-template")
     manifest.write_text(json.dumps(content))
-    refused(r"data\.chat_template=.* cannot be read: it is no UTF-8 text", commit, *out)
+    refused(r"data\.chat_template=.* cannot be read: it is not UTF-8 text", commit, *out)
     weights = commit / "step-000001" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     refused("weights.safetensors is damaged: its content is not what was saved", commit, *out)
@@ -355,7 +355,7 @@ def test_a_full_disk(commit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert folders(tmp_path / "deep") == []
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    refused("has not the .* MB free that out needs", commit, "--out", tmp_path / "deep" / "out")
+    refused("does not have the .* MB free that out needs", commit, "--out", tmp_path / "deep" / "out")
     assert folders(tmp_path / "deep") == []
 
 

@@ -132,7 +132,7 @@ def test_what_does_not_fit(graft: LoadedModel, made: Callable[..., Path], tmp_pa
         find_model(str(made("llama", tied=True)), "somewhere")
     with pytest.raises(ConfigError, match="there is no model folder"):
         find_model(str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match="'org/model' is no local folder and could not be fetched from the hub"):
+    with pytest.raises(ConfigError, match="'org/model' is not a local folder and could not be fetched from the hub"):
         find_model("org/model")
     (tmp_path / "latest").write_text("step-000001")
     with pytest.raises(CheckpointError, match="holds no commit"):

@@ -26,7 +26,7 @@ from zero_ds.model.build import sample_encoder
 from zero_ds.model.loading import model_hash
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 
 
 def sample(model: VisionLanguageModel, made: Callable[..., Path], data: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def sample(model: VisionLanguageModel, made: Callable[..., Path], data: Path) ->
 
     encode = sample_encoder(model, made("llama", tied=True), made("clip"), DataConfig(system_prompt=""))
     encoded = encode(next(s for s in Records([SourceConfig(path=str(data))]) if s.images))
-    return torch.tensor([encoded["input_ids"]]), encoded["pixels"]
+    return torch.tensor([encoded.input_ids]), encoded.pixels
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def test_another_width_is_refused(trained: Path, made: Callable[..., Path], tmp_
     with pytest.raises(ConfigError, match="hidden size is 64, trained with 32"):
         load_graft(trained / "encoder", folder)
     report = {
-        check.name: check.fits for check in compatibility(find_commit(trained / "encoder"), folder, thorough=True)
+        check.name: check.fits for check in compatibility(find_checkpoint(trained / "encoder"), folder, thorough=True)
     }
     assert {name for name, fits in report.items() if not fits} == {"hidden-size", "target"}
     assert "embeddings" not in report and "kept-layers" not in report, "of another width nothing more is compared"
@@ -164,7 +164,7 @@ def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path
 
 
 def test_the_configuration_is_in_the_commit(trained: Path) -> None:
-    config = run_config(find_commit(trained / "encoder"))
+    config = run_config(find_checkpoint(trained / "encoder"))
     assert (config.stage, config.init_from) == ("encoder", (str(trained / "pretrain"),))
 
 

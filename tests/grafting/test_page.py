@@ -15,6 +15,7 @@ import pytest
 import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from pace import scaled
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -30,6 +31,7 @@ from zero_ds.trajectory.answers import draw
 
 TOKENS = 6
 QUESTION = "what color is it?"
+PATIENT: dict[str, Any] = {"timeout": scaled(60)}
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,12 @@ def address(models: dict[str, LoadedModel]) -> Iterator[str]:
             time.sleep(0.02)
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         running.should_exit = True
-        thread.join(20)
+        thread.join(scaled(60))
 
 
 @pytest.fixture
 def visitor(address: str, tmp_path: Path) -> Client:
-    return Client(address, verbose=False, analytics_enabled=False, download_files=str(tmp_path))
+    return Client(address, verbose=False, analytics_enabled=False, download_files=str(tmp_path), httpx_kwargs=PATIENT)
 
 
 def expected(loaded: LoadedModel, turns: list[Turn], pictures: list[Path]) -> str:
@@ -158,7 +160,7 @@ def test_a_question_is_for_all_models_or_for_none(models: dict[str, LoadedModel]
 
 def test_two_visitors_at_once(address: str, models: dict[str, LoadedModel], pictures: list[Path]) -> None:
     """Each visitor gets the answers to their own questions about their own images."""
-    visitors = [Client(address, verbose=False, analytics_enabled=False) for _ in range(2)]
+    visitors = [Client(address, verbose=False, analytics_enabled=False, httpx_kwargs=PATIENT) for _ in range(2)]
     for question in (QUESTION, "why?"):
         files = [pictures[:1], pictures[1:]] if question == QUESTION else [[], []]
         jobs = [
@@ -179,9 +181,10 @@ def stranger(address: str, visitor: Client, file: dict[str, Any]) -> list[dict[s
 
     number = next(d["id"] for d in visitor.config["dependencies"] if d["api_name"] == "ask")
     payload = {"data": [{"text": QUESTION, "files": [file]}, "grafted", None], "session_hash": "stranger"}
-    httpx.post(f"{address}/gradio_api/queue/join", json={**payload, "fn_index": number}).raise_for_status()
+    joined = httpx.post(f"{address}/gradio_api/queue/join", json={**payload, "fn_index": number}, **PATIENT)
+    joined.raise_for_status()
     query = {"session_hash": "stranger"}
-    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params=query, timeout=30) as lines:
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data", params=query, **PATIENT) as lines:
         return [json.loads(line.removeprefix("data:")) for line in lines.iter_lines() if line.startswith("data:")]
 
 
@@ -191,17 +194,17 @@ def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path:
 
     secret = data.parent / "images" / "3.png"
     for path in (secret, Path("/etc/hostname"), Path(__file__), Path("constraints.txt").absolute()):
-        assert httpx.get(f"{address}/gradio_api/file={path}").status_code in (403, 404)
+        assert httpx.get(f"{address}/gradio_api/file={path}", **PATIENT).status_code in (403, 404)
     for path in (str(secret), "http://192.0.2.1/3.png"):
         events = stranger(address, visitor, {"path": path, "meta": {"_type": "gradio.FileData"}})
         assert not next(event for event in events if event["msg"] == "process_completed")["success"]
         assert not [event for event in events if event["msg"] == "process_generating"]
-    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(address, headers={"Host": "evil.example"}, **PATIENT).status_code == 400
     for origin, status in (("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:1", 403), (address, 200)):
         files = {"files": ("0.png", secret.read_bytes(), "image/png")}
-        sent = httpx.post(f"{address}/gradio_api/upload", files=files, headers={"Origin": origin})
+        sent = httpx.post(f"{address}/gradio_api/upload", files=files, headers={"Origin": origin}, **PATIENT)
         assert sent.status_code == status, origin
-    assert httpx.get(address).status_code == 200
+    assert httpx.get(address, **PATIENT).status_code == 200
     assert visitor.config["analytics_enabled"] is False
 
 
@@ -210,7 +213,7 @@ def test_large_uploads(address: str, visitor: Client, tmp_path: Path) -> None:
     import httpx
 
     huge = {"files": ("huge.png", b"0" * (65 << 20), "image/png")}
-    assert httpx.post(f"{address}/gradio_api/upload", files=huge, timeout=60).status_code == 413
+    assert httpx.post(f"{address}/gradio_api/upload", files=huge, **PATIENT).status_code == 413
     Image.new("1", (20_000, 3_300)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 1 << 20
     with pytest.raises(AppError, match=r"^image bomb.png has 20000 x 3300 pixels; at most 64,000,000 are read"):
@@ -225,10 +228,10 @@ def test_the_end_of_the_page_is_quiet(models: dict[str, LoadedModel], capfd: pyt
         thread = threading.Thread(target=running.run, kwargs={"sockets": [server]}, daemon=True)
         thread.start()
         here = f"http://127.0.0.1:{server.getsockname()[1]}"
-        with httpx.stream("GET", f"{here}/gradio_api/heartbeat/stranger", timeout=30) as stream:
+        with httpx.stream("GET", f"{here}/gradio_api/heartbeat/stranger", **PATIENT) as stream:
             assert next(stream.iter_lines())
             running.should_exit = True
-            thread.join(20)
+            thread.join(scaled(60))
     assert not thread.is_alive() and capfd.readouterr().err == ""
 
 

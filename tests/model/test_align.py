@@ -16,7 +16,7 @@ from zero_ds.export import export_model
 from zero_ds.grafting.load import load_graft
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 WIDTH = 24
 
@@ -25,7 +25,7 @@ WIDTH = 24
 def configs(
     made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, RunConfig]:
-    """Adapter and encoder against the small model, the aligner against the large one, then the large one itself."""
+    """Trains adapter and encoder against the small model, then the aligner and the large model itself."""
     root = tmp_path_factory.mktemp("aligned")
     small: dict[str, Any] = {"target": str(made("llama", tied=True, hidden=WIDTH)), "decoder": "target", "max_steps": 2}
     wide: dict[str, Any] = {"adapter": {"width": WIDTH}, "max_steps": 3}
@@ -47,7 +47,7 @@ def runs(configs: dict[str, RunConfig]) -> dict[str, Path]:
 
 
 def test_only_the_aligner_trains(runs: dict[str, Path]) -> None:
-    weights = {name: find_commit(run).weights() for name, run in runs.items()}
+    weights = {name: find_checkpoint(run).weights() for name, run in runs.items()}
     assert {name: tuple(t.shape) for name, t in weights["align"].items()} == {
         "aligner.weight": (32, WIDTH),
         "aligner.bias": (32,),
@@ -63,11 +63,11 @@ def test_only_the_aligner_trains(runs: dict[str, Path]) -> None:
 def test_graft_and_export(
     runs: dict[str, Path], made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exported folder folds adapter and aligner into Llava's two layers; its proof compares the logits."""
+    """The export folds adapter and aligner into Llava's two layers, and its proof compares the logits."""
     export_helper.here(monkeypatch)
     large = made("llama", tied=True)
     model = load_graft(runs["align"], large)
-    trained = find_commit(runs["encoder"]).weights()
+    trained = find_checkpoint(runs["encoder"]).weights()
     assert model.aligner is not None and torch.equal(model.adapter[2].weight, trained["adapter.2.weight"])  # type: ignore[index]
     for form in ("llava", "remote-code"):
         proof = export_model(runs["align"], str(large), tmp_path / form, form=form)

@@ -1,4 +1,4 @@
-"""Distillation: who learns from what. References are computed with the whole target, without distill.py's shortcuts."""
+"""Distillation: which part learns from which loss. References use the whole target, without the module's shortcuts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from distributed_helper import run_ranks, train_all
 
 from zero_ds.config.schema import DistillConfig, EncoderConfig, RunConfig, SourceConfig
-from zero_ds.data.batches import INPUTS
 from zero_ds.data.conversations import IGNORE
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import load_decoder
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.distillation import Teacher
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.losses import hidden_distillation_sum, logit_distillation_sum, next_token_sum, supervised_rows
@@ -48,10 +47,10 @@ def surrogates(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def assembled(made: Callable[..., Path], decoder: Path, distill: DistillConfig | None = None) -> VisionLanguageModel:
-    """Always the same adapter and, for the same decoder, the same model."""
+    """Builds a model that is always the same with the same decoder; its adapter is the same with every decoder."""
     clip = made("clip")
     model = build_model(ModelSpec(decoder, clip, EncoderConfig(path=str(clip)), seed=1))
-    for layer in model.translators():  # as after some training; one that does what it was copied from is too easy
+    for layer in model.translators():  # as after some training, because an exact copy of a layer would be too easy
         generator = torch.Generator().manual_seed(7)
         for parameter in layer.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -61,13 +60,13 @@ def assembled(made: Callable[..., Path], decoder: Path, distill: DistillConfig |
 
 
 def batch(made: Callable[..., Path], model: VisionLanguageModel, data: Path) -> dict[str, torch.Tensor]:
-    """Four samples of unequal length, one of them text alone."""
+    """Returns a batch of four samples of unequal length, one of them without an image."""
     from zero_ds.config.schema import DataConfig
 
     encode = sample_encoder(model, made("llama", tied=True), made("clip"), DataConfig(system_prompt=""))
     loader = Loader(Records([SourceConfig(path=str(data))]), encode, 4, 4, 0, 1, pad_id=0, seed=0)
     ((found,),) = loader.steps(0, 1)
-    return {key: found[key] for key in INPUTS if key in found}
+    return found.inputs()
 
 
 def gradients(model: VisionLanguageModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -85,7 +84,7 @@ def freeze(model: VisionLanguageModel, stage: str = "pretrain") -> None:
 def reference(
     made: Callable[..., Path], model: VisionLanguageModel, inputs: dict[str, torch.Tensor], logits: float, hidden: float
 ) -> torch.Tensor:
-    """The distillation loss alone, with the whole target run from the same embeddings, and in the surrogate's graph."""
+    """Returns the distillation loss alone, from a run of the whole target on the same embeddings."""
     target = assembled(made, made("llama", tied=True))
     rows = supervised_rows(inputs["labels"])
     embeddings = model.embed(inputs["input_ids"], inputs["pixel_values"]).detach()
@@ -134,9 +133,9 @@ def test_who_learns_from_what(
     share: float,
     stage: str,
 ) -> None:
-    """Adapter: the plain loss. Translators: `share` of the plain loss plus the distillation loss. Others: nothing.
+    """The adapter gets the plain loss, translators `share` of it plus the distillation loss, other parts nothing.
 
-    Where nothing before the translators trains, their layers run only once, which must not show.
+    Where nothing before the translators trains, their layers run only once, which must not change the result.
     """
     small = surrogates(ranges)
     plain = assembled(made, small)
@@ -159,7 +158,7 @@ def test_who_learns_from_what(
     assert {n for n in ours if n.startswith(("adapter.", "translator."))} == trained
     assert {int(n.split(".")[3]) for n in layers} == set(model.plan.translators), "kept layers get no gradient"  # type: ignore[union-attr]
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
-    # what is taken back has a gradient and no value: the loss that is logged stays the next-token loss plus divergences
+    # the term that takes back has a gradient and no value, so the logged loss is next-token loss plus divergences
     value = plain(**inputs).total + reference(made, plain, inputs, logits, hidden)
     torch.testing.assert_close(loss, value, rtol=1e-5, atol=1e-5)
 
@@ -212,7 +211,7 @@ def test_the_teacher_is_no_part_of_the_model(
 def test_distilling_with_every_zero_stage(
     run_config: Callable[..., RunConfig], tmp_path: Path, surrogates: Callable[[list[Replaced]], Path]
 ) -> None:
-    """Layers that run twice in a forward pass, under partitioning, activation checkpointing and two ranks."""
+    """Layers may run twice in a forward pass under partitioning, activation checkpointing and two ranks."""
     kinds = {"zero2": "zero2", "zero3": "zero3", "zero3 again": "zero3"}
     configs = [
         run_config(
@@ -242,7 +241,7 @@ def test_distilling_with_every_zero_stage(
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3-multimodal"])
 def test_the_teacher_is_the_target_in_every_family(made: Callable[..., Path], tmp_path: Path, family: str) -> None:
-    """Layer kinds, scaled embeddings and capped logits are the family's: the loss is the divergence from the target."""
+    """With every family's layer types, scaled embeddings and capped logits, the loss is the divergence."""
     target = made(family, tied=True)
     build_surrogate(target, [Replaced(1, 3)], tmp_path / "small")
     model = build_model(ModelSpec(tmp_path / "small"))
@@ -254,7 +253,7 @@ def test_the_teacher_is_the_target_in_every_family(made: Callable[..., Path], tm
     with torch.no_grad():
         loss = model(ids, labels, mask).total
         mine = model.logits(model.hidden_states(ids, mask)[rows])
-        theirs = load_decoder(target, dtype=torch.float32).eval()(input_ids=ids, attention_mask=mask).logits[rows]
+        theirs = DecoderFolder(target).load(dtype=torch.float32).eval()(input_ids=ids, attention_mask=mask).logits[rows]
         expected = next_token_sum(mine, labels, rows) + logit_distillation_sum(mine, theirs)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     assert logit_distillation_sum(mine, theirs) > 1, "surrogate and target differ"

@@ -1,4 +1,4 @@
-"""Every registered family, and the multimodal class that one of them reads: trained on a surrogate, then grafted."""
+"""Every registered family, and the multimodal class that one of them reads, is trained on a surrogate and grafted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zero_ds.surrogate.build import build_surrogate
 def grafts(
     made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, Path]]:
-    """For every family: a run of the encoder stage, with distillation, on a surrogate of its tiny model; that model."""
+    """Trains the encoder stage with distillation on a surrogate of every family's tiny model; returns run and model."""
     root = tmp_path_factory.mktemp("families")
     configs, found = [], {}
     for name in (*FAMILIES, *tiny.VARIANTS):
@@ -39,7 +39,7 @@ def grafts(
 
 @pytest.mark.parametrize("name", [*FAMILIES, *tiny.VARIANTS])
 def test_every_family_trains_and_grafts(grafts: dict[str, tuple[Path, Path]], name: str) -> None:
-    """Trained on the surrogate, the encoder changes what the family's full model says about a picture."""
+    """Trained on the surrogate, the encoder changes the answer of the family's full model about an image."""
     run, target = grafts[name]
     trained, fresh = load_graft(run, target), load_graft(run, target)
     fresh.adapter[2].weight.data.zero_()  # type: ignore[index, union-attr, operator]

@@ -1,4 +1,4 @@
-"""LoRA: without effect at first, on the layers that were asked for, saved whole under ZeRO-3, merged when grafted."""
+"""LoRA has no effect at first, is on the requested layers, is saved whole under ZeRO-3, and is merged in a graft."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_the_decoder_does_not_have(
 
 @pytest.fixture(scope="module")
 def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Decoder stage with LoRA from a trained encoder: with ZeRO-2 and ZeRO-3, in one go and resumed on one rank."""
+    """Runs the decoder stage with LoRA from a trained encoder: with ZeRO-2, with ZeRO-3, and resumed on one rank."""
     import shutil
 
     root = tmp_path_factory.mktemp("lora")
@@ -118,13 +118,13 @@ def test_a_graft_with_merged_adapters_answers_like_the_model_in_training(
 ) -> None:
     from zero_ds.grafting.compatibility import run_config
     from zero_ds.grafting.load import load_graft, load_trained
-    from zero_ds.training.checkpoint.checkpoint import find_commit, load_weights_
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint, load_weights_
 
     target = made("llama", tied=True)
     merged = load_graft(runs / "zero3", target)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    unmerged = build_model(ModelSpec(target, lora=run_config(find_commit(runs / "zero3")).lora)).eval()
-    commit = find_commit(runs / "zero3")
+    unmerged = build_model(ModelSpec(target, lora=run_config(find_checkpoint(runs / "zero3")).lora)).eval()
+    commit = find_checkpoint(runs / "zero3")
     load_weights_(unmerged.named_targets(), commit, skip=lambda name: not name.startswith("lora."))
     torch.testing.assert_close(said(merged), said(unmerged), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(said(merged), said(build_model(ModelSpec(target)).eval()), atol=1e-3), "they do something"

@@ -1,4 +1,4 @@
-"""Losses are sums over supervised tokens: they equal the plain definition, and add up over any split of a batch."""
+"""Losses are sums over supervised tokens, which equal the plain definition and add up over any split of a batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOCABULARY = 11
 
 
 def drawn(seed: int, batch: int, length: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (batch, length, vocabulary) and labels (batch, length), of which about `share` are supervised."""
+    """Returns logits (batch, length, vocabulary) and labels (batch, length), of which about `share` are supervised."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch, length, VOCABULARY, generator=generator)
     labels = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
@@ -112,7 +112,7 @@ def test_hidden_distillation_is_relative_to_the_teacher_at_each_position() -> No
 
 
 def spread(lengths: list[int], gap: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """labels and responses, (1, seq), with responses of these lengths, and one supervised token outside of them."""
+    """Returns labels and responses, (1, seq), with responses of these lengths and one supervised token outside."""
     labels, responses = [IGNORE], [-1]
     for number, length in enumerate(lengths):
         labels += [IGNORE] * gap + [1] * length
@@ -139,7 +139,7 @@ def test_lengths_and_sums_by_length(lengths: list[int]) -> None:
 
 
 def by_definition(lengths: list[int], order: float) -> list[float]:
-    """A.7 as printed, with the length 1 taken for 2 under the logarithm, where it would divide by zero."""
+    """The weights are those of A.7 as printed, with length 2 instead of 1 in the logarithm, which would be zero."""
     raw = [(max(lengths) / math.log(max(n, 2))) ** order for n in lengths]
     return [w / (sum(raw) / sum(lengths)) for w in raw]
 

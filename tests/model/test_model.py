@@ -1,4 +1,4 @@
-"""The one model class: what the decoder sees, what it answers, and what its parameters are called."""
+"""VisionLanguageModel: the decoder's inputs, its answers, and the names of its parameters."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from zero_ds.config.schema import AdapterConfig, EncoderConfig
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN
+from zero_ds.model import losses
 from zero_ds.model.adapter import match_embeddings_
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES, family_of
@@ -52,7 +53,7 @@ def build(made: Callable[..., Path]) -> Callable[..., VisionLanguageModel]:
 
 
 def batch(model: VisionLanguageModel, images: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two samples of unequal length, the first one with `images` pictures."""
+    """Returns two samples of unequal length, the first with `images` images."""
     generator = torch.Generator().manual_seed(seed)
     n = model.tokens_per_image()
     ids = torch.randint(10, 200, (2, 30), generator=generator)
@@ -125,9 +126,9 @@ def test_boundary_embeddings_frame_every_picture(build: Callable[..., VisionLang
     features = model.image_features(inputs["pixel_values"])
     assert model.tokens_per_image() == tiny.TOKENS_PER_IMAGE + 2 == features.shape[1]
     start, end = model.boundary.embeddings.weight  # type: ignore[union-attr]
-    for picture in features:
-        torch.testing.assert_close(picture[0], start)
-        torch.testing.assert_close(picture[-1], end)
+    for image in features:
+        torch.testing.assert_close(image[0], start)
+        torch.testing.assert_close(image[-1], end)
     assert {n for n, _ in model.parameters_of("adapter")} >= {"boundary.embeddings.weight", "adapter.0.weight"}
     assert torch.isfinite(model(**inputs).total)
 
@@ -167,6 +168,25 @@ def test_attention_kernels_agree(
     del inputs["pixel_values"]
     where = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits(model, inputs)[where], logits(build(), inputs)[where])
+
+
+def test_a_term_of_the_loss_is_a_function_in_a_table(
+    build: Callable[..., VisionLanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new term needs no change outside of model/losses.py."""
+
+    def squared_logits(predictions: losses.Predictions) -> torch.Tensor:
+        return 0.1 * predictions.logits.square().sum()
+
+    model = build()
+    inputs = batch(model, images=1)
+    plain = model(**inputs)
+    hidden = model.hidden_states(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
+    extra = 0.1 * model.logits(hidden[supervised_rows(inputs["labels"])]).square().sum()
+    monkeypatch.setattr(losses, "TERMS", (*losses.TERMS, squared_logits))
+    both = model(**inputs)
+    torch.testing.assert_close(both.total, plain.total + extra)
+    assert torch.equal(both.tokens, plain.tokens), "the next-token losses are reported without other terms"
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -212,7 +232,7 @@ def test_a_model_without_vision(build: Callable[..., VisionLanguageModel]) -> No
 def test_weights_that_do_not_fill_the_model_are_refused(
     made: Callable[..., Path], build: Callable[..., VisionLanguageModel], tmp_path: Path, which: str
 ) -> None:
-    """transformers would leave them random."""
+    """Transformers would leave such tensors random."""
     source = made("llama", tied=True) if which == "llama" else made("clip")
     shutil.copytree(source, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
@@ -229,7 +249,7 @@ def test_weights_of_another_shape_are_refused(made: Callable[..., Path], tmp_pat
     shutil.copytree(made("llama", tied=True), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 52}))
-    with pytest.raises(ConfigError, match=r"weights in .* have other shapes than its config\.json says"):
+    with pytest.raises(ConfigError, match=r"weights in .* do not have the shapes that its config\.json describes"):
         build_model(ModelSpec(tmp_path / "model"))
 
 
@@ -290,7 +310,7 @@ def test_nothing_is_dropped_at_random(made: Callable[..., Path], tmp_path: Path)
     content = json.loads((decoder / "config.json").read_text())
     (decoder / "config.json").write_text(json.dumps({**content, "attention_dropout": 0.5}))
     model = build_model(ModelSpec(decoder, attention="eager")).train()
-    assert model.decoder.config.attention_dropout == 0.5, "what is exported keeps it"  # type: ignore[union-attr]
+    assert model.decoder.config.attention_dropout == 0.5, "exports keep it"  # type: ignore[union-attr]
     ids = torch.arange(3, 13)[None]
     first, second = (model.hidden_states(ids, torch.ones_like(ids)) for _ in range(2))
     assert torch.equal(first, second)
@@ -298,9 +318,9 @@ def test_nothing_is_dropped_at_random(made: Callable[..., Path], tmp_path: Path)
 
 @pytest.mark.parametrize("images", [0, 2])
 def test_a_pass_asks_the_device_for_nothing(build: Callable[..., VisionLanguageModel], images: int) -> None:
-    """On a GPU each question ends the head start that the host has. Tensors without values cannot answer one.
+    """Reading a value from a GPU makes the host wait, so a pass reads none: it works on tensors without values.
 
-    With eager attention: for the others transformers asks, once a pass, whether anything is padded.
+    With eager attention, because for the others transformers asks once per pass whether anything is padded.
     """
     model = build()
     model.decoder.set_attn_implementation("eager")  # type: ignore[operator]
@@ -319,5 +339,5 @@ def test_a_pass_asks_the_device_for_nothing(build: Callable[..., VisionLanguageM
     found.total.backward()
     assert found.tokens.shape == expected.tokens.shape
     for name in known:
-        with pytest.raises(RuntimeError, match="meta"):  # what tensors without values say when asked for one
+        with pytest.raises(RuntimeError, match="meta"):  # the error of tensors without values that are read
             model(**inputs | {key: value for key, value in known.items() if key != name})

@@ -1,4 +1,4 @@
-"""Losses over the vocabulary against PyTorch's own, values and gradients; tolerances are stated at each comparison."""
+"""Losses over the vocabulary against PyTorch's own: values and gradients, with the tolerance at each comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARY = 23
 
 
 def drawn(seed: int, rows: int, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores, goals (rows, vocabulary), labels and factors (rows,)."""
+    """Returns scores and goals (rows, vocabulary), labels and factors (rows,)."""
     generator = torch.Generator().manual_seed(seed)
     scores, goals = scale * torch.randn(2, rows, VOCABULARY, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, VOCABULARY, (rows,), generator=generator)
@@ -45,7 +45,7 @@ def with_gradient(
 )
 @settings(max_examples=100, deadline=None)
 def test_values_and_gradients_are_those_of_pytorch(seed: int, rows: int, scale: float, size: int) -> None:
-    """Against float64, within 2e-6 of the largest score; however many rows are worked on at a time."""
+    """Values and gradients are those of float64 within 2e-6 of the largest score, for any number of rows at a time."""
     scores, goals, labels, factors = drawn(seed, rows, scale)
     close = {"atol": 2e-6 * max(1.0, scale), "rtol": 2e-6}
     with mock.patch.dict(vocabulary.ROWS_BYTES, cpu=size):
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_pytorch(seed: int, rows: int, scale: 
 
 
 def test_a_label_that_is_nearly_certain_keeps_its_digits() -> None:
-    """The largest score itself, 1e8, would swallow the rest: within float32's step at 1, as PyTorch's is."""
+    """A largest score of 1e8 does not swallow the rest: like PyTorch's, the loss is within float32's step at 1."""
     scores = torch.full((1, VOCABULARY), 1e8)
     scores[0, 5] += 16
     expected = F.cross_entropy(scores.double(), torch.tensor([5], dtype=torch.long))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pace import scaled
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -41,7 +42,9 @@ _context.set_forkserver_preload(
 )
 
 TIMEOUT = 240.0
-"""Seconds that a group of ranks may take unless a test says otherwise; a quiet machine needs a tenth of it."""
+"""Seconds of pace 1 that a group of ranks may take unless a test says otherwise; a quiet machine needs a tenth."""
+_STACKS = signal.SIGUSR2
+"""Makes a rank write its threads' stacks."""
 
 
 class RankError(AssertionError):
@@ -52,7 +55,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     """Runs `function(*arguments)` in `world_size` ranks and returns what each of them returned.
 
     `function` must be importable (a function of a test module's top level); arguments and results are pickled. The
-    process group is not joined yet: `zero_ds.runtime.distributed.initialize` does that, as in a real run.
+    process group is not joined yet: `zero_ds.distributed.initialize` does that, as in a real run. timeout: in seconds
+    of pace 1 (pace.py), from when all ranks have been started.
 
     Raises:
         RankError: a rank raised, died or hung; every other rank has been killed.
@@ -70,18 +74,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
                     arguments,
                     {**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
                     folder / str(r),
-                    timeout,
                 ),
                 name=f"rank {r}",
                 daemon=True,
             )
             for r in range(world_size)
         ]
-        deadline = time.monotonic() + timeout
         for rank in ranks:
             rank.start()
         try:
-            failed = _wait(ranks, deadline)
+            failed = _wait(ranks, time.monotonic() + scaled(timeout), folder)
         finally:
             for rank in ranks:
                 if rank.is_alive():
@@ -92,12 +94,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
         return [pickle.loads((folder / f"{r}.result").read_bytes()) for r in range(world_size)]
 
 
-def _wait(ranks: list[BaseProcess], deadline: float) -> str | None:
+def _wait(ranks: list[BaseProcess], deadline: float, folder: Path) -> str | None:
     """Waits for all ranks; what went wrong, if anything did."""
     alive = list(ranks)
     while alive:
         ready = connection.wait([rank.sentinel for rank in alive], timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
+            _ask_for_stacks(alive, folder)
             return f"{', '.join(rank.name for rank in alive)} did not finish in time"
         for rank in [rank for rank in alive if rank.sentinel in ready]:
             rank.join()
@@ -107,6 +110,19 @@ def _wait(ranks: list[BaseProcess], deadline: float) -> str | None:
                 connection.wait([other.sentinel for other in alive], timeout=2)
                 return f"{rank.name} ended with exit code {rank.exitcode}"
     return None
+
+
+def _ask_for_stacks(ranks: list[BaseProcess], folder: Path) -> None:
+    """Waits until all of these have written theirs, but not for long."""
+    written = []
+    for rank in ranks:
+        assert rank.pid is not None
+        os.kill(rank.pid, _STACKS)
+        written.append(folder / f"{rank.name.removeprefix('rank ')}.stacks")
+    patience = time.monotonic() + scaled(10)
+    while time.monotonic() < patience and not all(path.is_file() and path.stat().st_size for path in written):
+        time.sleep(0.05)
+    time.sleep(0.1)  # a stack has several lines
 
 
 def _story(function: Callable[..., Any], failed: str, folder: Path, world_size: int) -> str:
@@ -123,9 +139,7 @@ def _story(function: Callable[..., Any], failed: str, folder: Path, world_size: 
     return "\n".join(lines)
 
 
-def _rank(
-    function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], files: Path, timeout: float
-) -> None:
+def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], files: Path) -> None:
     gc.freeze()  # what the fork server has imported stays; DeepSpeed collects whenever an engine is made
     os.environ.update(environment)
     os.chdir(files.parent)
@@ -134,15 +148,20 @@ def _rank(
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with Path(f"{files}.stacks").open("w") as stacks:
-        faulthandler.dump_traceback_later(max(1.0, timeout - 5), file=stacks)
+        faulthandler.register(_STACKS, file=stacks)
         status = 0
         try:
             result = pickle.dumps(function(*arguments))
-            Path(f"{files}.result").write_bytes(result)
+            Path(f"{files}.written").write_bytes(result)
+            Path(f"{files}.written").rename(f"{files}.result")
+            # the store is rank 0's, and a rank without it counts as lost; if another fails, the helper ends this one
+            others = [files.with_name(f"{r}.result") for r in range(int(environment["WORLD_SIZE"]))]
+            while not all(other.exists() for other in others):
+                time.sleep(0.02)
         except BaseException:
             Path(f"{files}.error").write_text(traceback.format_exc())
             status = 1
-        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(_STACKS)
     sys.stdout.flush()
     sys.stderr.flush()
     # no clean-up of process groups: at this point it could only hang

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pace import scaled
 from safetensors.torch import save_file
 
 from zero_ds.config.schema import RunConfig
@@ -102,7 +103,12 @@ def run_alone(script: str, folder: Path) -> str:
 
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(
-        [sys.executable, "-c", ALONE + script], capture_output=True, text=True, cwd=folder, env=environment, timeout=240
+        [sys.executable, "-c", ALONE + script],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=scaled(240),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from zero_ds.data.batches import INPUTS
+from zero_ds.data.batches import Batch
 from zero_ds.model.vlm import VisionLanguageModel
 
 TOLERANCE = 1e-5
@@ -17,13 +15,13 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.detach().float() - theirs.detach().float()).norm() / theirs.detach().float().norm())
 
 
-def learned(model: VisionLanguageModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+def learned(model: VisionLanguageModel, batch: Batch) -> dict[str, torch.Tensor]:
     """Losses, and the gradient of all that trains, but for the encoder's key biases.
 
     A softmax does not change with those, so that their gradients are rounding.
     """
     model.train().zero_grad()
-    outcome = model(**{key: batch[key] for key in INPUTS if key in batch})
+    outcome = model(**batch.inputs())
     outcome.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     gradients = {n: g for n, g in gradients.items() if not (n.startswith("encoder.") and n.endswith("k_proj.bias"))}

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pace import scaled
+
 HOSTS = ("127.0.0.2", "127.0.0.3")
 NEEDED = {"sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "pdsh": "pdsh"}
 """Program -> Debian package."""
@@ -41,7 +43,7 @@ class Machines:
             self.port = int(free.getsockname()[1])
         self._write()
         self.process = subprocess.Popen([str(_program("sshd")), "-D", "-e", "-f", folder / "sshd_config"])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + scaled(60)
         while any(socket.socket().connect_ex((host, self.port)) for host in HOSTS):
             assert self.process.poll() is None and time.monotonic() < deadline, "sshd does not start"
             time.sleep(0.05)
@@ -108,7 +110,7 @@ class Machines:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(scaled(60))
 
 
 def _parent(pid: int) -> int:

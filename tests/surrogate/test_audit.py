@@ -1,4 +1,4 @@
-"""What `zero-ds surrogate --report` says, against a second way of counting and the definition of the divergence."""
+"""The report of `zero-ds surrogate --report`, against a second way of counting and the definition of the divergence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.config.schema import RunConfig
-from zero_ds.model.decoders.folder import load_decoder
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
@@ -41,7 +41,7 @@ def test_counts_and_hashes(made: Callable[..., Path], tmp_path: Path, family: st
     target = made(family, tied=tied)
     build_surrogate(target, [Replaced(1, 2), Replaced(3, 4)], tmp_path / "small")
     content = audit(tmp_path / "small", target)
-    small, whole = load_decoder(tmp_path / "small", dtype=torch.float32), load_decoder(target, dtype=torch.float32)
+    small, whole = (DecoderFolder(folder).load(dtype=torch.float32) for folder in (tmp_path / "small", target))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (small, whole)]
     layer = sum(p.numel() for p in small.model.layers[1].parameters())  # type: ignore[union-attr, index, operator]
     assert content["parameters"] == {"kept": sizes[0], "target": sizes[1], "trained": 2 * layer, "dropped": 4 * layer}
@@ -66,7 +66,7 @@ def test_divergence_is_the_definition(made: Callable[..., Path], tmp_path: Path)
     found = divergence(tmp_path / "small", target, samples(), batch_size=2)
     kl: list[torch.Tensor] = []
     same: list[torch.Tensor] = []
-    models = [load_decoder(folder, dtype=torch.float32).eval() for folder in (target, tmp_path / "small")]
+    models = [DecoderFolder(folder).load(dtype=torch.float32).eval() for folder in (target, tmp_path / "small")]
     for sample in samples():
         with torch.no_grad():
             p, q = (model(torch.tensor([sample.input_ids])).logits[0, :-1].softmax(-1) for model in models)
@@ -80,7 +80,7 @@ def test_divergence_is_the_definition(made: Callable[..., Path], tmp_path: Path)
 
 
 def test_command_with_trained_translators(small: Path, run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Before and after a translator stage that trains on the target's own predictions: nearer than before."""
+    """A translator stage that trains on the target's own predictions brings the surrogate nearer to the target."""
     shutil.copytree(small, tmp_path / "small")
     answer = {"from": "gpt", "value": "yes, a red square."}
     rows = [{"id": str(i), "conversations": [{"from": "human", "value": f"is {i} red?"}, answer]} for i in range(12)]
@@ -142,4 +142,4 @@ def test_bad_input(made: Callable[..., Path], tmp_path: Path, trained: Path) -> 
     ):
         result = command("--out", out, *arguments)
         assert isinstance(result.exception, ValueError) and complaint in str(result.exception), result.output
-        assert not out.exists(), "what is wrong with the text is seen before the surrogate is cut"
+        assert not out.exists(), "errors in the text are found before the surrogate is cut"

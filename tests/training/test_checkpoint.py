@@ -20,16 +20,16 @@ from safetensors.torch import load_file
 from zero_ds.model.loading import HASH_VERSION
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import (
+    Checkpoint,
     CheckpointError,
-    Commit,
     SafetensorsStream,
     check_manifest,
-    find_commit,
+    find_checkpoint,
     load_weights_,
 )
 
 
-def commit(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = None, **manifest: Any) -> Commit:
+def commit(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = None, **manifest: Any) -> Checkpoint:
     """A commit as `save` leaves it, without resume state."""
     folder = run / f"step-{step:06d}"
     folder.mkdir(parents=True)
@@ -40,7 +40,7 @@ def commit(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = N
     content = {"step": step, "weights_sha256": stream.close(), **manifest}
     (folder / "manifest.json").write_text(json.dumps(content))
     (run / "latest").write_text(f"step-{step:06d}\n")
-    return find_commit(run)
+    return find_checkpoint(run)
 
 
 @given(
@@ -86,10 +86,10 @@ def test_stream_refuses_what_was_not_declared(tmp_path: Path) -> None:
         stream.close()
 
 
-def test_find_commit_takes_run_folders_and_commit_folders(tmp_path: Path) -> None:
+def test_find_checkpoint_takes_run_folders_and_commit_folders(tmp_path: Path) -> None:
     first, second = commit(tmp_path / "run", 3), commit(tmp_path / "run", 5)
-    assert find_commit(tmp_path / "run") == second
-    assert find_commit(tmp_path / "run" / "step-000003") == first
+    assert find_checkpoint(tmp_path / "run") == second
+    assert find_checkpoint(tmp_path / "run" / "step-000003") == first
     assert (first.step, second.step) == (3, 5)
 
 
@@ -114,7 +114,7 @@ def test_folders_without_a_commit(tmp_path: Path, latest: str | None, manifest: 
     if manifest is not None:
         (tmp_path / "step-000001" / "manifest.json").write_text(manifest)
     with pytest.raises(CheckpointError, match=complaint) as caught:
-        find_commit(tmp_path)
+        find_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -233,7 +233,7 @@ def test_sizes_of_a_commit(run_config: Any, made: Any, tmp_path: Path, precision
         "encoder", tmp_path / "run", encoder={"path": str(tmp_path / "clip")}, max_steps=1, precision=precision
     )
     assert run_ranks(train_all, 2, [run]) == [["step-000001"]] * 2
-    commit = find_commit(tmp_path / "run")
+    commit = find_checkpoint(tmp_path / "run")
     weights = commit.weights()
     assert {name.split(".")[0] for name in weights} == {"encoder", "adapter"}, "nothing that is frozen"
     trained = sum(tensor.numel() for tensor in weights.values())

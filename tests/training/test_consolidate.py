@@ -23,7 +23,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.consolidate import ZeroCheckpoint, consolidate_shards, consolidate_state
 
 
@@ -75,7 +75,7 @@ def test_shards_become_what_the_ranks_gathered(case: str, runs: Path, tmp_path: 
         app, ["consolidate", str(runs / case / "deepspeed"), "--out", str(tmp_path / "out")], catch_exceptions=False
     )
     assert done.exit_code == 0 and "step-000002" in done.output
-    live, found = find_commit(runs / case), find_commit(tmp_path / "out")
+    live, found = find_checkpoint(runs / case), find_checkpoint(tmp_path / "out")
     gathered, tensors = (load_file(one.folder / "weights.safetensors") for one in (live, found))
     assert list(gathered) == list(tensors)
     for name, tensor in gathered.items():
@@ -132,7 +132,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank 0 lost": (lambda f: (f / OPTIMIZER.replace("rank_1", "rank_0")).unlink(), "lacks the share of rank 0"),
     "rank 1 lost": (lambda f: (f / OPTIMIZER).unlink(), "was saved by 2 ranks and holds"),
     "no model states": (lambda f: (f / MODEL).unlink(), "there is no file .*model_states.pt"),
-    "truncated": (_truncated, "optim_states.pt is no file of torch.save.* or is damaged"),
+    "truncated": (_truncated, "optim_states.pt is not a file of torch.save.* or is damaged"),
     "code": (_rewritten(lambda c: c.update(mine=Evil("mark")), MODEL), "is refused: it names .*mkdir"),
     "another share": (
         _rewritten(lambda c: c["optimizer_state_dict"]["fp32_flat_groups"].pop(), OPTIMIZER),
@@ -213,8 +213,8 @@ import resource, sys
 from pathlib import Path
 import torch
 from zero_ds.training.checkpoint import consolidate
-from zero_ds.config import RunConfig
-from zero_ds.results import write_result
+from zero_ds.config.schema import RunConfig
+from zero_ds.training.checkpoint.foreign import write_result
 
 folder, mapped = Path(sys.argv[1]), int(sys.argv[2])
 consolidate.MAPPED = mapped

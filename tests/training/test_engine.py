@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from distributed_helper import RankError, run_ranks, whole_state
 from places import GATHERED, PAIRS
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.batches import INPUTS
-from zero_ds.model.losses import count_supervised, weigh_
+from zero_ds.data.batches import Batch
+from zero_ds.model.losses import count_supervised, with_token_weights
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.optimizer_state import KEYS
 from zero_ds.training.deepspeed import ds_config, resolve_precision
@@ -50,13 +51,13 @@ def plain(config: RunConfig, micro_batch: int) -> dict[str, Any]:
     rates = [group["lr"] for group in optimizer.param_groups]
     steps = []
     for step, batches in enumerate(loader.steps(0, STEPS)):
-        labelled = sum(count_supervised(batch["labels"]) for batch in batches)
+        labelled = sum(count_supervised(batch.labels) for batch in batches)
         optimizer.zero_grad()
         total = 0.0
         if config.dynamic_loss.order:
-            weigh_plainly(batches, config.dynamic_loss.order)
+            batches = weigh_plainly(batches, config.dynamic_loss.order)
         for batch in batches:
-            loss = model(**{k: batch[k] for k in INPUTS if k in batch}).total / labelled
+            loss = model(**batch.inputs()).total / labelled
             loss.backward()
             total += float(loss.detach())
         gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
@@ -68,19 +69,20 @@ def plain(config: RunConfig, micro_batch: int) -> dict[str, Any]:
     return {"steps": steps, "start": start, "weights": {n: p.detach().clone() for n, p in named.items()}}
 
 
-def weigh_plainly(batches: list[dict[str, Any]], order: float) -> None:
+def weigh_plainly(batches: list[Batch], order: float) -> list[Batch]:
     """Dynamic loss weights from their definition, one response after the other, scaled to keep the mean over tokens."""
     found = []
+    batches = [replace(batch, token_weights=torch.zeros(batch.labels.shape)) for batch in batches]
     for batch in batches:
-        batch["token_weights"] = torch.zeros(batch["labels"].shape)
-        for number in range(int(batch["responses"].max()) + 1):
-            places = (batch["responses"] == number) & (batch["labels"] != -100)
+        for number in range(int(batch.responses.max()) + 1):
+            places = (batch.responses == number) & (batch.labels != -100)
             found.append((batch, places, int(places.sum())))
     longest = max(length for _, _, length in found)
     raw = [(longest / math.log(max(length, 2))) ** order for _, _, length in found]
     scale = sum(length for _, _, length in found) / sum(w * n for w, (_, _, n) in zip(raw, found, strict=True))
     for weight, (batch, places, _) in zip(raw, found, strict=True):
-        batch["token_weights"][places] = weight * scale
+        batch.token_weights[places] = weight * scale  # type: ignore[index]
+    return batches
 
 
 def engine_run(configs: list[RunConfig]) -> list[dict[str, Any]]:
@@ -128,9 +130,9 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
     for number, micro in enumerate(loader.steps(0, STEPS)):
         if number == 1:
             note_releases(model, released)
-        labelled = distributed.sum_over_ranks(sum(count_supervised(b["labels"]) for b in micro))[0]
+        labelled = distributed.sum_over_ranks(sum(count_supervised(b.labels) for b in micro))[0]
         if config.dynamic_loss.order:
-            weigh_(micro, config.dynamic_loss)
+            micro = with_token_weights(micro, config.dynamic_loss)
         result = engine.step(micro, number, labelled)
         loss = distributed.sum_over_ranks(result.share)[0]
         steps.append({"gradients": caught[-1], "norm": result.grad_norm, "loss": loss})
@@ -312,7 +314,7 @@ def not_finite(config: RunConfig) -> tuple[str, bool]:
     engine = Engine(config, model, stages.freeze_(model, config), STEPS, ds)
     before = {n: p.detach().clone() for n, p in engine.named.items()}
     (micro,) = loader.steps(0, 1)
-    micro[2]["pixel_values"][:] = float("inf")
+    micro[2].pixel_values[:] = float("inf")
     try:
         engine.step(micro, 0, 10)
     except FloatingPointError as error:
@@ -336,7 +338,7 @@ def one_loss_not_finite(config: RunConfig) -> None:
     engine = Engine(config, model, stages.freeze_(model, config), STEPS, ds)
     (micro,) = loader.steps(0, 1)
     if distributed.rank() == 1:
-        micro[-1]["pixel_values"][:] = float("inf")
+        micro[-1].pixel_values[:] = float("inf")
     engine.step(micro, 0, 10)
 
 
@@ -398,4 +400,4 @@ def test_a_failing_rank_is_reported_and_the_others_end() -> None:
 
 def test_ranks_that_hang_are_ended_with_their_stacks() -> None:
     with pytest.raises(RankError, match=r"did not finish in time(.|\n)*stacks of rank 0(.|\n)*in hangs"):
-        run_ranks(hangs, 1, timeout=7)
+        run_ranks(hangs, 1, timeout=3)

@@ -82,10 +82,10 @@ def test_losses_scores_and_gradients_are_the_same(made: Callable[..., Path], fam
     padded = collate(samples, 0, tiny.IMAGE_SIZE)
     packed = collate_rows([samples[:2], samples[2:]], 0, tiny.IMAGE_SIZE)
     compare(learned(fused, padded), learned(plain, padded))
-    inputs = [padded[key] for key in ("input_ids", "attention_mask", "pixel_values")]
+    inputs = [padded.input_ids, padded.attention_mask, padded.pixel_values]
     with torch.no_grad():
         ours, theirs = (model.logits(model.hidden_states(*inputs)) for model in (fused, plain))
-    seen = padded["attention_mask"].bool()
+    seen = padded.attention_mask.bool()
     assert apart(ours[seen], theirs[seen]) < TOLERANCE
     for model in (plain, fused):
         recompute_(model, range(len(model.family.layers(model.decoder))))

@@ -117,7 +117,6 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
 ) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from zero_ds.data.batches import INPUTS
     from zero_ds.training.setup import build
 
     config = run_config("decoder", micro_batch=1, attention="eager")
@@ -131,11 +130,11 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
     for batch in next(loader.steps(0, 1)):
         counter = FlopCounterMode(display=False)
         with counter:
-            total = model(**{k: batch[k] for k in INPUTS if k in batch}).total
+            total = model(**batch.inputs()).total
             if total.requires_grad:
                 total.backward()
         ours = Counts.of([batch], cost).flops
-        if "picture" in batch["ids"][0]:  # the blank picture of a text batch is no work that was asked for
+        if "picture" in batch.ids[0]:  # the blank picture of a text batch is no work that was asked for
             assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
             counted += 1
     assert counted == 3

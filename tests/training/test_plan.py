@@ -140,7 +140,6 @@ def test_what_passes_keep_is_what_autograd_saves(
 ) -> None:
     """The plan's meta tensors against a real model in training, whose saved tensors are counted by the same hooks, with
     the first layers recomputed: none, some, all but one, all."""
-    from zero_ds.data.batches import INPUTS
     from zero_ds.training.setup import build
     from zero_ds.training.stages import freeze_
 
@@ -148,8 +147,8 @@ def test_what_passes_keep_is_what_autograd_saves(
     model, loader, _ = build(config, {"zero_optimization": {}}, 1)
     freeze_(model, config)
     model.train()
-    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch["ids"][0])
-    length, labels = batch["input_ids"].shape[1], int((batch["labels"] != -100).sum())
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
+    length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
     of_one = kept(parts.model, length=length, supervised=labels, pictures=1, attention="eager")
     layers = of_one.keeping[:recomputed]
@@ -165,7 +164,7 @@ def test_what_passes_keep_is_what_autograd_saves(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**{k: batch[k] for k in INPUTS if k in batch})
+        model(**batch.inputs())
     again = [of_one.layers[number] for number in layers]
     later = sum(of_one.layers) - sum(again)
     most = max(0.0, max(again, default=0.0) - later)  # what the largest keeps again, where that is more than later ones
@@ -296,17 +295,20 @@ def sentence(*arguments: str) -> str:
     ("arguments", "says"),
     [
         (["llama-3.1-70b/decodr"], "there is no recipe 'llama-3.1-70b/decodr'; did you mean"),
-        (["llama-3.2-3b/pretrain", "--gpus", "0"], "--gpus 0 is no size; give more than 0."),
-        (["llama-3.2-3b/pretrain", "--gpus", "12"], "12 GPUs are no whole number of nodes of 8; set --gpus-per-node."),
+        (["llama-3.2-3b/pretrain", "--gpus", "0"], "--gpus 0 is not a size; give more than 0."),
+        (
+            ["llama-3.2-3b/pretrain", "--gpus", "12"],
+            "12 GPUs are not a whole number of nodes of 8; set --gpus-per-node.",
+        ),
         (["llama-3.2-3b/pretrain", "--gpus", "24"], "global_batch=256 is no multiple of 24 GPUs"),
-        (["llama-3.2-3b/pretrain", "--gpu-memory", "0"], "--gpu-memory 0 is no size"),
+        (["llama-3.2-3b/pretrain", "--gpu-memory", "0"], "--gpu-memory 0 is not a size"),
         (["llama-3.2-3b/pretrain", "--gpu", "A1000"], "--gpu A1000 is not known; did you mean 'A100'"),
         (["llama-3.2-3b/pretrain", "--gpu", "-5"], "--gpu -5 is no peak"),
         (["llama-3.2-3b/pretrain", "--bandwidth", "240"], "--bandwidth 240 cannot be read; write INSIDE/BETWEEN"),
         (["llama-3.2-3b/pretrain", "--bandwidth", "240/0"], "--bandwidth 240/0 must be two rates above 0"),
-        (["llama-3.2-3b/pretrain", "--mfu", "40"], "--mfu 40 is no share"),
-        (["llama-3.2-3b/pretrain", "--reserve", "90"], "--reserve 90 is no part of 80 GiB"),
-        (["llama-3.2-3b/pretrain", "--decoder-share", "0"], "--decoder-share 0 is no share"),
+        (["llama-3.2-3b/pretrain", "--mfu", "40"], "--mfu 40 is not a share"),
+        (["llama-3.2-3b/pretrain", "--reserve", "90"], "--reserve 90 is not a part of 80 GiB"),
+        (["llama-3.2-3b/pretrain", "--decoder-share", "0"], "--decoder-share 0 is not a share"),
         (["llama-3.2-3b/pretrain", "--replace", "16:40"], "layers 16:40 are not inside the model's layers 0:27"),
         (["llama-3.2-3b/pretrain", "--out", "/nowhere/plan.json"], "--out /nowhere/plan.json cannot be written"),
         (["llama-3.2-3b/pretrain", "target=./runs/none"], "there is no config.json in ./runs/none; give a folder"),

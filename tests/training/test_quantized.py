@@ -18,7 +18,7 @@ from test_packing import encoded
 from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
-from zero_ds.data.batches import INPUTS, collate
+from zero_ds.data.batches import collate
 from zero_ds.grafting.load import load_trained
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
@@ -84,7 +84,7 @@ def learned(model: VisionLanguageModel, batch: dict[str, Any]) -> tuple[float, t
 
     assert model.adapter is not None
     handle = model.adapter.register_forward_hook(keep)
-    outcome = model.train()(**{key: batch[key] for key in INPUTS if key in batch})
+    outcome = model.train()(**batch.inputs())
     outcome.total.backward()
     handle.remove()
     assert features[0].grad is not None

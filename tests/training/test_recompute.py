@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_iter
 
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.batches import INPUTS
 from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.runtime import distributed
 from zero_ds.training import stages
@@ -133,8 +132,8 @@ def test_the_peak_of_real_passes_falls_as_planned(run_config: Callable[..., RunC
     model, loader, _ = build(config, {"zero_optimization": {}}, 1)
     stages.freeze_(model, config)
     model.train()
-    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch["ids"][0])
-    length, labels = batch["input_ids"].shape[1], int((batch["labels"] != -100).sum())
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
+    length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
     of_one = kept(parts.model, length=length, supervised=labels, pictures=1, attention="sdpa")
     for parameter in model.parameters():
@@ -143,7 +142,7 @@ def test_the_peak_of_real_passes_falls_as_planned(run_config: Callable[..., RunC
     for count in of_one.counts:
         recompute_(model, of_one.keeping[:count])
         with Live() as live:
-            model(**{k: batch[k] for k in INPUTS if k in batch}).total.backward()
+            model(**batch.inputs()).total.backward()
         peaks.append(live.peak)
     *some, _, _ = of_one.counts
     saved = [peaks[0] - peaks[count] for count in some]
@@ -171,7 +170,7 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
         recompute_(model, layers)
         model.zero_grad()
         ran.clear()
-        model(**{k: batch[k] for k in INPUTS if k in batch}).total.backward()
+        model(**batch.inputs()).total.backward()
         assert sorted(ran) == sorted([*range(6), *layers])
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     auto = config.model_copy(update={"activation_checkpointing": "auto"})
@@ -286,14 +285,14 @@ def test_a_mask_is_counted(run_config: Callable[..., RunConfig], packed: bool) -
     stages.freeze_(model, config)
     model.train()
     batches = [batch for step in loader.steps(0, 6) for batch in step]
-    batch = max(batches, key=lambda batch: len(batch["pixel_values"]) * (int((batch["attention_mask"] == 0).sum()) > 0))
-    rows, length = batch["input_ids"].shape
+    batch = max(batches, key=lambda batch: len(batch.pixel_values) * (int((batch.attention_mask == 0).sum()) > 0))
+    rows, length = batch.input_ids.shape
     parts = architecture(config, dtype=torch.float32)
     of_one = kept(
         parts.model,
         length=length,
-        supervised=int((batch["labels"] != -100).sum()) // rows,
-        pictures=len(batch["pixel_values"]) // rows,
+        supervised=int((batch.labels != -100).sum()) // rows,
+        pictures=len(batch.pixel_values) // rows,
         attention="sdpa",
     )
     planned = (of_one.with_mask() if packed else of_one).times(rows)
@@ -314,7 +313,7 @@ def test_a_mask_is_counted(run_config: Callable[..., RunConfig], packed: bool) -
         layer.register_forward_pre_hook(lambda *_, number=number: inside.__setitem__(0, number))
         layer.register_forward_hook(lambda *_: inside.__setitem__(0, -1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**{k: batch[k] for k in INPUTS if k in batch})
+        model(**batch.inputs())
     assert of_one.masked > 0
     assert list(layers.values()) == pytest.approx(planned.layers, rel=0.1)
     assert sum(of_one.layers) * rows < 0.95 * sum(layers.values()), "without the mask it is too little"

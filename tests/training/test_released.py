@@ -38,7 +38,7 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.released import import_released, to_released
 
 RELEASED = {"3b": (28, True, (16, 26)), "8b": (32, False, (17, 30)), "70b": (80, False, (40, 78))}
@@ -172,11 +172,11 @@ def test_it_computes_what_the_layout_says(size: str, made: Callable[..., Path], 
     for one, other in pairwise(seen):
         assert not torch.allclose(one, other, atol=1e-2), "each of these is another model"
     report = compatibility(
-        find_commit(tmp_path / "encoder"), target, thorough=True, surrogate=str(tmp_path / "surrogate")
+        find_checkpoint(tmp_path / "encoder"), target, thorough=True, surrogate=str(tmp_path / "surrogate")
     )
     assert all(check.fits is not False for check in report)
     assert next(check for check in report if check.name == "kept-layers").fits is True
-    assert load_run(str(tmp_path / "encoder" / "config.yaml")) == run_config(find_commit(tmp_path / "encoder"))
+    assert load_run(str(tmp_path / "encoder" / "config.yaml")) == run_config(find_checkpoint(tmp_path / "encoder"))
 
 
 @pytest.mark.parametrize("kind", ["translator", "encoder"])
@@ -276,7 +276,7 @@ def test_code_in_a_file_is_not_run(made: Callable[..., Path], tmp_path: Path) ->
     mark = tmp_path / "mark"
     torch.save({"adapter.0.weight": Evil(mark)}, tmp_path / "zip.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps({"adapter.0.weight": Evil(mark)}))
-    for name, complaint in (("zip", "is refused: it names .*mkdir"), ("bare", "is no file of torch.save")):
+    for name, complaint in (("zip", "is refused: it names .*mkdir"), ("bare", "is not a file of torch.save")):
         with pytest.raises(ConfigError, match=complaint):
             import_released(tmp_path / f"{name}.pth", str(made("llama", tied=True)), tmp_path / "out")
         assert not mark.exists() and not (tmp_path / "out").exists()
@@ -307,9 +307,9 @@ def _not_a_number(content: dict[str, Any]) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
-    "zip": (_zip_of_text, {}, "is no file of torch.save"),
-    "text": (lambda path: path.write_text("hello"), {}, "is no file of torch.save"),
-    "truncated": (_truncated, {}, "is no file of torch.save.* or is damaged"),
+    "zip": (_zip_of_text, {}, "is not a file of torch.save"),
+    "text": (lambda path: path.write_text("hello"), {}, "is not a file of torch.save"),
+    "truncated": (_truncated, {}, "is not a file of torch.save.* or is damaged"),
     "no file": (lambda path: path.unlink(), {}, "there is no file"),
     "list": (lambda path: torch.save([torch.ones(2)], path), {}, "holds no dictionary of tensors"),
     "nested": (
@@ -371,7 +371,7 @@ def test_models_that_do_not_fit_or_are_not_there(
     for arguments, options, complaint in (
         ((target,), {"encoder": clip, "surrogate": str(small)}, "was cut from another model"),
         (("meta-llama/Llama-3.2-3B-Instruct",), {"encoder": clip}, "could not be fetched from the hub"),
-        ((target,), {}, "'openai/clip-vit-large-patch14-336' is no local folder and could not be fetched"),
+        ((target,), {}, "'openai/clip-vit-large-patch14-336' is not a local folder and could not be fetched"),
         ((target,), {"encoder": clip, "init_from": [tmp_path / "nowhere"]}, "holds no commit"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=complaint):
@@ -394,5 +394,5 @@ def test_the_weights_are_hashed(good: Path, made: Callable[..., Path], tmp_path:
     commit = import_released(good, str(target), tmp_path / "out", encoder=str(clip))
     held = load_file(commit / "weights.safetensors")
     digest = hashlib.sha256((commit / "weights.safetensors").read_bytes()).hexdigest()
-    assert find_commit(tmp_path / "out").manifest["weights_sha256"] == digest
+    assert find_checkpoint(tmp_path / "out").manifest["weights_sha256"] == digest
     assert torch.equal(held["boundary.embeddings.weight"][1], torch.load(good)["embd_eoi"])

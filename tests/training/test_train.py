@@ -438,7 +438,7 @@ def test_errors_of_a_user_are_one_sentence_on_every_rank(run_config: Callable[..
         "sample sad has no 'conversations'": {"data": {"sources": [{"path": str(tmp_path / "bad.json")}]}},
         "set data.sources in the recipe": {"data": {}},
         "there is no model folder /nowhere": {"surrogate": "/nowhere"},
-        "global_batch=3 is no multiple of micro_batch=1 x 2 ranks": {"global_batch": 3},
+        "global_batch=3 is not a multiple of micro_batch=1 x 2 ranks": {"global_batch": 3},
         "there is no DeepSpeed config 'zero9'": {"zero": "zero9"},
         "data.chat_template=/nowhere.jinja cannot be read": {
             "data": {"sources": [{"path": str(tmp_path / "bad.json")}], "chat_template": "/nowhere.jinja"}

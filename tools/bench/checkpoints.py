@@ -22,9 +22,9 @@ import trainers
 import typer
 from turns import Group, Turn
 
-OURS = ("ours, commit", "DeepSpeed save_16bit_model", "DeepSpeed save_checkpoint")
+OURS = ("ours, checkpoint", "DeepSpeed save_16bit_model", "DeepSpeed save_checkpoint")
 THEIRS = ("Trainer save_model", "Trainer checkpoint")
-RESUMES = ("ours, commit", "DeepSpeed save_checkpoint", "Trainer checkpoint")
+RESUMES = ("ours, checkpoint", "DeepSpeed save_checkpoint", "Trainer checkpoint")
 
 
 def saving(turn: Turn, folder: Path, ways: list[Callable[[str], Any]]) -> None:

@@ -47,9 +47,11 @@ def fill_(model: Any, device: Any) -> None:
                 module.register_buffer(name, torch.arange(buffer.numel(), device=device).view(buffer.shape), False)
 
 
-def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: int) -> list[dict[str, Any]]:
+def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: int) -> list[Any]:
     """Drawn samples as a SampleEncoder makes them."""
     import torch
+
+    from zero_ds.data.samples import EncodedSample
 
     rng = random.Random(0)
     drawn = []
@@ -59,24 +61,24 @@ def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: in
         text = [rng.randrange(1, vocabulary) for _ in range(length)]
         blind = [-100] * (image_tokens + length - supervised)
         drawn.append(
-            {
-                "input_ids": [IMAGE_TOKEN] * image_tokens + text,
-                "labels": blind + text[-supervised:],
-                "responses": [-1] * len(blind) + [0] * supervised,
-                "pixels": torch.zeros(1, 3, size, size),
-                "id": str(number),
-            }
+            EncodedSample(
+                input_ids=[IMAGE_TOKEN] * image_tokens + text,
+                labels=blind + text[-supervised:],
+                responses=[-1] * len(blind) + [0] * supervised,
+                pixels=torch.zeros(1, 3, size, size),
+                id=str(number),
+            )
         )
     return drawn
 
 
-def micro_batches(drawn: list[dict[str, Any]], rows: int, packed: bool, limit: int, size: int) -> list[Any]:
+def micro_batches(drawn: list[Any], rows: int, packed: bool, limit: int, size: int) -> list[Any]:
     """The samples in micro-batches of so many rows."""
-    from zero_ds.data.batches import collate, collate_rows, plan_rows
+    from zero_ds.data.batches import collate, collate_rows, pack_rows
 
     if not packed:
         return [collate(drawn[start : start + rows], PADDING, size) for start in range(0, len(drawn), rows)]
-    plan = plan_rows([len(sample["input_ids"]) for sample in drawn], limit, rows)
+    plan = pack_rows([len(sample.input_ids) for sample in drawn], limit, rows)
     filled = [[drawn[number] for number in row] for row in plan]
     return [collate_rows(filled[start : start + rows], PADDING, size) for start in range(0, len(filled), rows)]
 
@@ -97,7 +99,7 @@ def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     model.train()
     engine = Engine(config, model, groups, 1000, ds)
     engine.accumulation = len(batches)
-    supervised = sum(count_supervised(batch["labels"]) for batch in batches)
+    supervised = sum(count_supervised(batch.labels) for batch in batches)
     step = 0
     while True:
         yield
@@ -111,11 +113,12 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    from zero_ds.model.decoders.folder import text_config
+    from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.training import stages
     from zero_ds.training.planning.architecture import config_folder
 
-    text = text_config(config_folder(config.target)[0])  # the full model, also where ours has a surrogate
+    # the full model, also where ours has a surrogate
+    text = DecoderFolder(config_folder(config.target)[0]).text_config()
     image_token = text.vocab_size - 1
     settings = LlavaConfig(
         vision_config=model.encoder_family.vision_config(model.encoder).to_dict(),
@@ -142,12 +145,12 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
         yield
         for number, batch in enumerate(batches):
             engine.set_gradient_accumulation_boundary(number + 1 == len(batches))
-            ids = batch["input_ids"].to(device)
+            ids = batch.input_ids.to(device)
             output = engine(
                 input_ids=ids.masked_fill(ids == IMAGE_TOKEN, image_token),
-                attention_mask=batch["attention_mask"].to(device),
-                labels=batch["labels"].to(device),
-                pixel_values=batch["pixel_values"].to(device, model_dtype(config)),
+                attention_mask=batch.attention_mask.to(device),
+                labels=batch.labels.to(device),
+                pixel_values=batch.pixel_values.to(device, model_dtype(config)),
             )
             engine.backward(output.loss)
             engine.step()

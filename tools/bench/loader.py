@@ -100,7 +100,7 @@ def main(
             found["in the step"].append(rate(in_the_step(data, model, encoder, size, batch, tokens, limit)))
             for name, packing in (("loader, padded", False), ("loader, packed", True)):
                 loader = Loader(records, sample_encoder, batch, 4, 0, 1, 0, 0, workers=workers, packing=packing)
-                found[name].append(rate(sum(len(b["ids"]) for b in step) for step in loader.steps(0, steps)))
+                found[name].append(rate(sum(len(b.ids) for b in step) for step in loader.steps(0, steps)))
     base = statistics.median(found["in the step"])
     for name, rates in found.items():
         median = statistics.median(rates)

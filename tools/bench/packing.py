@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from tqdm import tqdm
 
 from zero_ds.config.schema import SourceConfig
-from zero_ds.data.conversations import ChatTemplate, Encoded
+from zero_ds.data.conversations import ChatTemplate, EncodedConversation
 from zero_ds.data.loader import Loader
-from zero_ds.data.samples import SampleEncoder
+from zero_ds.data.samples import EncodedSample, SampleEncoder
 from zero_ds.data.sources import Records, Sample
 from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.hub import local_folder
@@ -29,8 +29,8 @@ from zero_ds.runtime.hub import local_folder
 class WithoutPictures(SampleEncoder):
     """Counts image tokens and opens no picture."""
 
-    def with_pixels(self, sample: Sample, encoded: Encoded) -> dict[str, Any]:
-        return super().with_pixels(replace(sample, images=()), encoded)
+    def with_pixels(self, sample: Sample, conversation: EncodedConversation) -> EncodedSample:
+        return super().with_pixels(replace(sample, images=()), conversation)
 
 
 def main(
@@ -62,11 +62,11 @@ def main(
         for _ in tqdm(range(steps), desc=name, leave=False, disable=None):
             held = [next(stream) for stream in streams]
             passes += len(held[0])
-            of_step = [batch["input_ids"].shape for batches in held for batch in batches]
+            of_step = [batch.input_ids.shape for batches in held for batch in batches]
             whole += sum(count for count, _ in of_step) * max(length for _, length in of_step)
             for side_by_side in zip(*held, strict=True):
-                shapes = torch.tensor([list(batch["input_ids"].shape) for batch in side_by_side])
-                tokens += sum(int(batch["lengths"].sum()) for batch in side_by_side)
+                shapes = torch.tensor([list(batch.input_ids.shape) for batch in side_by_side])
+                tokens += sum(int(batch.lengths.sum()) for batch in side_by_side)
                 places += int(shapes.prod(1).sum())
                 waiting += int(shapes.prod(1).max()) * ranks
         row = {

@@ -33,7 +33,7 @@ from zero_ds.runtime.hub import local_folder
 
 START = """
 import json, sys, time
-from zero_ds.config import SourceConfig
+from zero_ds.config.schema import SourceConfig
 from zero_ds.data.sources import Records
 started = time.perf_counter()
 records = Records([SourceConfig(path=sys.argv[1])])

@@ -18,7 +18,6 @@ import yaml
 from torch import nn
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.batches import INPUTS
 from zero_ds.data.loader import Loader
 from zero_ds.model.losses import count_supervised
 from zero_ds.model.vlm import VisionLanguageModel
@@ -46,7 +45,7 @@ def load(run: Path, precision: str, full: bool) -> tuple[VisionLanguageModel, Lo
     for folder in (*stages.check_start(config), run):
         checkpoint.load_weights_(
             model.named_targets(),
-            checkpoint.find_commit(folder),
+            checkpoint.find_checkpoint(folder),
             skip=lambda name: stages.belongs_elsewhere(config, name),
         )
     stages.freeze_(model, config)
@@ -59,8 +58,8 @@ def learned(model: VisionLanguageModel, batches: list[Any]) -> tuple[torch.Tenso
     for batch in batches:
         features: list[torch.Tensor] = []
         handle = model.adapter.register_forward_hook(lambda *a, into=features: _keep(a[2], into))  # type: ignore[union-attr]
-        outcome = model(**{key: batch[key] for key in INPUTS if key in batch})
-        (outcome.total / count_supervised(batch["labels"])).backward()
+        outcome = model(**batch.inputs())
+        (outcome.total / count_supervised(batch.labels)).backward()
         handle.remove()
         tokens.append(outcome.tokens)
         gradients.append(features[0].grad.float().flatten())  # type: ignore[union-attr]

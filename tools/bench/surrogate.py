@@ -1,11 +1,11 @@
-"""A step against a surrogate over a step against the full model: time beside FLOPs, for several cuts.
+"""Compares a step against a surrogate with a step against the full model, in time and in FLOPs, for several cuts.
 
     python tools/bench/surrogate.py --target MODEL --out surrogate.json
 
 Measured: the decoder's part of an encoder-stage step (forward from embeddings, logits and loss at the labels, backward
-to the embeddings through frozen weights), all cuts in turns in one process; `pass` is the time's ratio over the FLOPs'.
-By plan: the encoder stage of the paper's three models against the frozen full model, on GPUs that are named. A ratio of
-FLOPs counts the encoder there, too.
+to the embeddings through frozen weights), with all cuts in turns in one process. `pass` is the ratio of times divided
+by the ratio of FLOPs. Planned: the encoder stage of the paper's three models against the frozen full model, on a named
+GPU; there the ratio of FLOPs counts the vision encoder as well.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ PAPER = ("llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")
 
 
 class Decoder:
-    """A frozen decoder of random weights in the shape of a cut target, and its step."""
+    """A frozen decoder with random weights, in the shape of a target or a cut of it, and its step."""
 
     def __init__(self, target: Path, cut: str | None, dtype: Any, attention: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from zero_ds.model.decoders import family_of
-        from zero_ds.model.decoders.folder import text_config
+        from zero_ds.model.decoders.folder import DecoderFolder
         from zero_ds.model.layer_plan import LayerPlan, Replaced
 
-        config: Any = text_config(target)
+        folder = DecoderFolder(target)
+        config: Any = folder.text_config()
         self.depth = config.num_hidden_layers
-        self.family = family_of(target)
+        self.family = folder.family
         if cut is not None:
-            config.num_hidden_layers = LayerPlan(self.depth, (Replaced.parse(cut),)).surrogate_depth
-            if isinstance(types := getattr(config, "layer_types", None), list):
-                config.layer_types = types[: config.num_hidden_layers]
+            LayerPlan(self.depth, (Replaced.parse(cut),)).cut_(config, self.family.per_layer_config)
         self.layers = config.num_hidden_layers
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -46,7 +44,7 @@ class Decoder:
         self.hidden, self.vocabulary, self.dtype = config.hidden_size, config.vocab_size, dtype
 
     def step(self, batch: int, length: int, supervised: int) -> None:
-        """One step on random numbers: `batch` sequences of `length` tokens, of which `supervised` carry loss."""
+        """Runs a step on random numbers: `batch` sequences of `length` tokens, of which `supervised` carry loss."""
         import torch
 
         from zero_ds.model.losses import next_token_sum, supervised_rows
@@ -59,7 +57,7 @@ class Decoder:
         next_token_sum(self.family.logits(self.model, states[rows]), labels, rows).backward()
 
     def flops(self, batch: int, length: int, supervised: int) -> float:
-        """Of that step, by PyTorch's own counter."""
+        """Returns the FLOPs of such a step, by PyTorch's own counter."""
         from torch.utils.flop_counter import FlopCounterMode
 
         counter = FlopCounterMode(display=False)
@@ -69,22 +67,22 @@ class Decoder:
 
 
 def depth(target: Path) -> int:
-    """Layers of the full model."""
-    from zero_ds.model.decoders.folder import depth_of
+    """Returns the number of layers of the full model."""
+    from zero_ds.model.decoders.folder import DecoderFolder
 
-    return depth_of(target)
+    return DecoderFolder(target).depth
 
 
 def measured(
     target: Path, cuts: list[str], shape: tuple[int, int, int], rounds: int, steps: int, precision: str
 ) -> list[dict[str, Any]]:
-    """Rows of the cuts, behind that of the full model."""
+    """Returns a row for the full model and for each cut."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     decoders = {cut: Decoder(target, cut, dtype, "eager") for cut in (None, *cuts)}
     seconds: dict[str | None, list[float]] = {cut: [] for cut in decoders}
-    flops = {cut: decoder.flops(*shape) for cut, decoder in decoders.items()}  # and a first step, which does not count
+    flops = {cut: decoder.flops(*shape) for cut, decoder in decoders.items()}  # also the first step, which is not timed
     for _ in range(rounds):
         for cut, decoder in decoders.items():
             started = time.perf_counter()

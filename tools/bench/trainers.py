@@ -32,14 +32,14 @@ def ours(turn: Turn, recipe: str, overrides: list[str]) -> None:
             turn.step()
             step = next(batches)
             for batch in step:
-                lengths = batch["lengths"].double()
+                lengths = batch.lengths.double()
                 turn.count(
                     samples=len(lengths),
                     tokens=float(lengths.sum()),
                     pairs=float((lengths**2).sum()),
-                    places=batch["attention_mask"].numel(),
-                    supervised=count_supervised(batch["labels"]),
-                    pictures=len(batch.get("pixel_values", ())),
+                    places=batch.attention_mask.numel(),
+                    supervised=count_supervised(batch.labels),
+                    pictures=0 if batch.pixel_values is None else len(batch.pixel_values),
                 )
             yield step
 

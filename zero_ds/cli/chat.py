@@ -1,4 +1,4 @@
-"""`zero-ds chat`."""
+"""`zero-ds chat`: a conversation with a model, in the terminal or on a web page."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ HELP = "/image FILE shows an image, /new begins a new conversation, /quit ends t
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Target, surrogate or export (folder or hub id), or a run folder.")],
-    target: Annotated[str | None, typer.Option(help="Full language model into which the run is grafted.")] = None,
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a target, surrogate or export; or a run folder.")],
+    target: Annotated[str | None, typer.Option(help="Full language model to graft the run's encoder into.")] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image that the first question is about; repeatable.")
     ] = None,
@@ -39,16 +39,19 @@ def chat(
     tensor_parallel: TensorParallelOption = 1,
     device_map: DeviceMapOption = None,
     offload_folder: OffloadOption = None,
-    page: Annotated[bool, typer.Option("--page", help="Open a web page on this machine, not the terminal.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Open a web page on this machine instead of the terminal.")
+    ] = False,
     host: Annotated[
-        str, typer.Option(help="With --page: address to listen on; other machines reach any but the default.")
+        str, typer.Option(help="With --page: address to listen on. Any other address opens the page to other machines.")
     ] = LOCAL,
     port: Annotated[int, typer.Option(help="With --page: port to listen on; 0 takes a free one.")] = PORT,
 ) -> None:
-    """Talk to a model in the terminal or on a page, about any number of images.
+    """Talk with a model in the terminal or on a web page, about any number of images.
 
-    The page of a run with --target shows the model that the run trained, usually with the surrogate, and the graft side
-    by side.
+    For a run with --target the page shows two models side by side: the run's own, usually the surrogate, and the graft.
+
+    Example: zero-ds chat runs/quickstart/encoder --target meta-llama/Llama-3.1-8B-Instruct --image photo.jpg
     """
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens}: an answer needs room for at least 1 token.")

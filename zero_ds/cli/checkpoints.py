@@ -1,4 +1,4 @@
-"""`zero-ds import-released`, `zero-ds consolidate` and `zero-ds export-lora`: weights in and out."""
+"""`zero-ds import-released`, `zero-ds consolidate` and `zero-ds export-lora`: weights in other formats."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ import typer
 
 from zero_ds.runtime.errors import ConfigError
 
-Out = Annotated[Path, typer.Option(help="New folder.")]
+Out = Annotated[Path, typer.Option(help="New folder for the result.")]
 
 
 def import_released(
     file: Annotated[Path, typer.Argument(help="Checkpoint of the paper's authors (.pth).")],
-    target: Annotated[str, typer.Option(help="Full language model that it belongs to: folder or hub id.")],
+    target: Annotated[str, typer.Option(help="Folder or hub id of the full language model that it belongs to.")],
     out: Out,
     surrogate: Annotated[
-        str | None, typer.Option(help="Folder of its surrogate; of 28, 32 or 80 layers, the paper's cut is known.")
+        str | None,
+        typer.Option(
+            help="Folder of its surrogate. Not needed for targets of 28, 32 or 80 layers, whose cut the paper gives."
+        ),
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(help="Vision encoder that it started from: folder or hub id; else the recipes' CLIP.")
+        str | None,
+        typer.Option(
+            help="Folder or hub id of the vision encoder that it started from. Default: the CLIP of the recipes."
+        ),
     ] = None,
     init_from: Annotated[
-        list[Path] | None, typer.Option(help="Earlier results, such as the imported translator of an encoder.")
+        list[Path] | None,
+        typer.Option(
+            help="Earlier result that it builds on, such as the imported translator for an encoder; repeatable."
+        ),
     ] = None,
 ) -> None:
     """Turn a released checkpoint (adapter and translator, or surrogate-trained encoder) into a result folder."""
@@ -35,15 +44,18 @@ def import_released(
 
 def consolidate(
     folder: Annotated[
-        Path, typer.Argument(help="Folder saved by DeepSpeed's save_checkpoint, or a commit whose weights are lost.")
+        Path,
+        typer.Argument(help="Folder saved by DeepSpeed's save_checkpoint, or a checkpoint whose weights file is lost."),
     ],
     out: Out,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Recipe or YAML file of the run that saved it; else config.yaml in FOLDER or beside it."),
+        typer.Option(
+            help="Recipe or YAML file of the run that saved it. Default: config.yaml in FOLDER or next to it."
+        ),
     ] = None,
 ) -> None:
-    """Gather the weights of a run whose machines are gone, on one CPU machine, into a result folder."""
+    """Gather the sharded weights of a run into a result folder, on one machine without GPUs."""
     from zero_ds.config.loading import load_run
     from zero_ds.training.checkpoint.consolidate import consolidate_shards, consolidate_state, holds_resume_state
 
@@ -58,9 +70,9 @@ def consolidate(
 
 
 def export_lora(
-    weights: Annotated[Path, typer.Option(help="Run or commit folder that was trained with LoRA.")], out: Out
+    weights: Annotated[Path, typer.Option(help="Run or checkpoint folder that was trained with LoRA.")], out: Out
 ) -> None:
-    """Write a run's low-rank adapters as a folder that PEFT loads onto the target."""
+    """Write a run's low-rank adapters as a folder that PEFT can load onto the target."""
     from zero_ds.training.checkpoint.peft_folder import write_peft_folder
 
     config = write_peft_folder(weights, out)

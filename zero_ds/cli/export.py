@@ -1,4 +1,4 @@
-"""`zero-ds export`."""
+"""`zero-ds export`: a trained model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,26 +11,36 @@ from zero_ds.runtime.errors import ConfigError
 
 
 def export(
-    out: Annotated[Path, typer.Option(help="New folder.")],
-    run: Annotated[Path | None, typer.Argument(help="Run or checkpoint folder with a trained encoder.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="The run or checkpoint folder, as an option.")] = None,
+    out: Annotated[Path, typer.Option(help="New folder for the export.")],
+    run: Annotated[Path | None, typer.Argument(help="Run or checkpoint folder with a trained vision encoder.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The same as RUN, given as an option.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="Language model: folder or hub id; by default the run's full model.")
+        str | None, typer.Option(help="Folder or hub id of the language model. Default: the run's full model.")
     ] = None,
     form: Annotated[
         str,
-        typer.Option("--format", help="llava: transformers' own class; remote-code: with code next to the weights."),
+        typer.Option("--format", help="llava: a class of transformers; remote-code: Python code next to the weights."),
     ] = "llava",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: as the language model is stored.")
+        str, typer.Option(help="float32, bfloat16, float16; or auto: the type in which the language model is stored.")
     ] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest size of a weights file.")] = "2GiB",
     proof: Annotated[
-        str, typer.Option(help="full: load the folder afresh and compare its answers; tensors: compare files only.")
+        str,
+        typer.Option(
+            help="full: load the folder in a new process and compare its answers; tensors: compare only the files."
+        ),
     ] = "full",
-    evaluation: Annotated[list[Path] | None, typer.Option(help="Result of `zero-ds eval` for the model card.")] = None,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="Result of `zero-ds eval` to show on the model card; repeatable.")
+    ] = None,
 ) -> None:
-    """Write encoder, adapter and language model as one Hugging Face folder, proved by loading it without zero_ds."""
+    """Write vision encoder, adapter and language model as one Hugging Face folder that works without zero_ds.
+
+    The folder is then loaded in a new process without zero_ds, and its answers are compared with the run's.
+
+    Example: zero-ds export runs/quickstart/encoder --out runs/export
+    """
     source = run or weights
     if source is None or (run is not None and weights is not None):
         raise ConfigError("name one run: zero-ds export RUN --out FOLDER.")

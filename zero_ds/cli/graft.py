@@ -1,4 +1,4 @@
-"""`zero-ds graft`."""
+"""`zero-ds graft`: checks that a trained vision encoder fits a full language model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 if TYPE_CHECKING:
     from zero_ds.grafting.compatibility import Check
 
-Weights = Annotated[Path, typer.Option(help="Run or checkpoint folder with a trained encoder.")]
-Target = Annotated[str, typer.Option(help="Full language model: folder or hub id.")]
+Weights = Annotated[Path, typer.Option(help="Run or checkpoint folder with a trained vision encoder.")]
+Target = Annotated[str, typer.Option(help="Folder or hub id of the full language model.")]
 
 
 def graft(
@@ -20,10 +20,14 @@ def graft(
     target: Target,
     surrogate: Annotated[str | None, typer.Option(help="Folder of the run's surrogate, if it was moved.")] = None,
     accept: Annotated[
-        list[str] | None, typer.Option(help="Accept a difference by its name in the report, such as tokenizer.")
+        list[str] | None,
+        typer.Option(help="Name of a difference in the report to accept, such as tokenizer; repeatable."),
     ] = None,
 ) -> None:
-    """Check that a trained encoder belongs to a full language model; the graft itself needs no training and no copy."""
+    """Check that a trained vision encoder fits a full language model. The graft itself needs no training and no copy.
+
+    Prints every property that is compared; the exit status is 2 if one differs and is not accepted.
+    """
     from zero_ds.grafting.compatibility import graft as check_graft
 
     accept = accept or []

@@ -19,7 +19,7 @@ __all__ = [
     "precision",
 ]
 
-EngineOption = Annotated[str, typer.Option("--engine", help="transformers or vllm.")]
+EngineOption = Annotated[str, typer.Option("--engine", help="Engine that runs the model: transformers or vllm.")]
 TensorParallelOption = Annotated[
     int, typer.Option("--tensor-parallel", help="Number of GPUs that share the model, with vllm.")
 ]

@@ -1,101 +1,82 @@
-"""`zero-ds surrogate`."""
+"""`zero-ds surrogate`: a small model cut from a full one."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from zero_ds.runtime.errors import ConfigError
 
-if TYPE_CHECKING:
-    from zero_ds.trajectory.lens import TokenSample
-
 
 def surrogate(
-    out: Annotated[Path, typer.Option(help="Folder of the surrogate; new, unless it is only reported on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the surrogate: a new one, or with --report an existing one.")],
     target: Annotated[
-        str | None, typer.Option(help="Full model: folder or hub id; left out, the one an existing --out was cut from.")
+        str | None,
+        typer.Option(help="Full model: folder or hub id. Default: the model that an existing --out was cut from."),
     ] = None,
     replace: Annotated[
-        list[str] | None, typer.Option(help="Layers to replace, first:last, both included; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Layers to replace, first:last, both included. May be given several times."),
     ] = None,
     from_trajectory: Annotated[
-        Path | None, typer.Option(help="Folder of `zero-ds trajectory`, whose proposal is taken.")
+        Path | None, typer.Option(help="Folder of `zero-ds trajectory`, whose proposal is used.")
     ] = None,
-    translators: Annotated[int, typer.Option(help="Trainable layers that take the place of each range.", min=1)] = 1,
+    translators: Annotated[
+        int, typer.Option(help="Number of trainable layers that take the place of each range.", min=1)
+    ] = 1,
     report: Annotated[
         bool,
-        typer.Option("--report", help="Print and write report.json: parameters, bytes, cost of a step, hashes."),
+        typer.Option(
+            "--report", help="Print a report and write it to report.json: parameters, bytes, cost of a step, hashes."
+        ),
     ] = False,
     kl: Annotated[
         Path | None,
-        typer.Option(help="With --report: text data, on which predictions are compared with the target's."),
+        typer.Option(help="With --report: text data on which the predictions are compared with the target's."),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="With --kl: also compare with the translators of this run.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="With --kl: samples, chosen at random.", min=1)] = 64,
+    samples: Annotated[int, typer.Option(help="With --kl: number of samples, chosen at random.", min=1)] = 64,
 ) -> None:
-    """Cut a surrogate: keep early and last layers, replace the range between by trainable translators.
+    """Cut a surrogate: keep early and last layers, replace the range between them by trainable translators.
 
     The result is an ordinary Hugging Face folder. Tensors are streamed from file to file; no model is loaded.
+
+    Example: zero-ds surrogate --target meta-llama/Llama-3.1-8B-Instruct --replace 17:30 --out runs/T17-30
     """
-    from zero_ds.model.decoders.folder import decoder_spans
-    from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
-    from zero_ds.model.loading import model_hash
+    from zero_ds.model.decoders.folder import DecoderFolder
+    from zero_ds.model.layer_plan import Replaced
     from zero_ds.runtime.hub import local_folder
     from zero_ds.surrogate.build import build_surrogate
-    from zero_ds.trajectory.trajectory import proposed_range, read_samples
+    from zero_ds.surrogate.report import Comparison, lines, write_report
+    from zero_ds.trajectory.trajectory import proposed_range
 
     if kl is not None and not report:
         raise ConfigError("--kl is part of the report; add --report.")
     if weights is not None and kl is None:
         raise ConfigError("--weights are compared on text; add --kl FILE.")
-    there = read_surrogate(out) if (out / "surrogate.json").is_file() else None
-    only_report = report and there is not None and not replace and not from_trajectory
-    if not only_report and bool(replace) == bool(from_trajectory):
+    existing = DecoderFolder(out).surrogate
+    builds = bool(replace or from_trajectory) or not report or existing is None
+    if builds and bool(replace) == bool(from_trajectory):
         raise ConfigError("say what to replace: either --replace first:last or --from-trajectory FOLDER.")
-    if target is None and not only_report:
+    if target is None and builds:
         raise ConfigError("say which model to cut: --target FOLDER_OR_ID.")
-    folder = local_folder(target or (there.target if there else ""))
-    # everything that can be wrong is looked at before anything is written
-    chosen = read_samples(folder, kl, count=samples, seed=0)[0] if kl is not None else []
-    if not only_report:
-        ranges = [proposed_range(from_trajectory, folder)] if from_trajectory else list(replace or ())
-        wanted = [Replaced.parse(text, translators) for text in ranges]
-        if there is not None:
-            same = there.target_hash == model_hash(folder, like=there.target_hash)
-            if not same or there.plan != LayerPlan(there.plan.depth, tuple(wanted)):
-                raise ConfigError(
-                    f"{out} holds another surrogate, {there.plan} of {there.target}; choose another --out."
-                )
-            decoder_spans(out)
-            print(f"{out} holds the surrogate {there.plan} already.")
+    whole = DecoderFolder(local_folder(target or (existing.target if existing else "")))
+    # the text is read before the surrogate is cut, so that nothing is written if it cannot be used
+    comparison = Comparison.read(whole, kl, count=samples, weights=weights) if kl is not None else None
+    if builds:
+        ranges = [proposed_range(from_trajectory, whole.path)] if from_trajectory else list(replace or ())
+        info = build_surrogate(whole, [Replaced.parse(text, translators) for text in ranges], out)
+        if existing is not None:
+            print(f"{out} holds the surrogate {info.plan} already.")
         else:
-            info = build_surrogate(folder, wanted, out)
             share = info.kept_parameters / info.target_parameters
             print(
                 f"{info.plan}: {info.plan.surrogate_depth} of {info.plan.depth} layers, {info.kept_parameters:,} of "
                 f"{info.target_parameters:,} parameters ({share:.0%}), translators at {info.plan.translators} -> {out}"
             )
     if report:
-        _report(out, folder, chosen, weights)
-
-
-def _report(out: Path, target: Path, chosen: list[TokenSample], weights: Path | None) -> None:
-    from zero_ds.runtime.files import write_atomically
-    from zero_ds.runtime.precision import fast_dtype
-    from zero_ds.surrogate.report import audit, check_weights, divergence, lines, with_divergences
-
-    content = audit(out, target)
-    if weights is not None:
-        check_weights(weights, out)
-    if chosen:
-        runs = [None] if weights is None else [None, weights]
-        found = [divergence(out, target, chosen, weights=run, dtype=fast_dtype()) for run in runs]
-        content = with_divergences(content, found)
-    write_atomically(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print("\n".join(lines(content)))
+        print("\n".join(lines(write_report(out, whole, comparison))))

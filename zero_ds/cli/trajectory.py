@@ -1,4 +1,4 @@
-"""`zero-ds trajectory`: model + text -> curves, transition point, proposed surrogate."""
+"""`zero-ds trajectory`: from a model and texts to curves, transition layer and proposed surrogate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 def trajectory(
     model: Annotated[str, typer.Option(help="Folder or hub id of the language model.")],
-    data: Annotated[Path, typer.Option(help="JSON file in LLaVA's format; its samples with an image are left out.")],
+    data: Annotated[Path, typer.Option(help="JSON file in LLaVA's format; samples with an image are skipped.")],
     out: Annotated[Path, typer.Option(help="New folder for trajectory.json, trajectory.png and trajectory.pdf.")],
     samples: Annotated[int, typer.Option(help="Number of samples, chosen at random.")] = 300,
     metric: Annotated[
@@ -34,7 +34,7 @@ def trajectory(
         ),
     ] = "sequence",
     greedy: Annotated[
-        bool, typer.Option("--greedy", help="Feed the model's own greedy answers, not the data's (appendix A.1).")
+        bool, typer.Option("--greedy", help="Read the model's own greedy answers instead of the data's (appendix A.1).")
     ] = False,
     stream_layers: Annotated[
         bool,
@@ -46,16 +46,17 @@ def trajectory(
         str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 where the device multiplies it fast.")
     ] = "auto",
     batch: Annotated[int, typer.Option(help="Samples per forward pass.")] = 16,
-    seed: Annotated[int, typer.Option(help="Chooses the samples and the bootstrap's draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of the bootstrap.")] = 0,
     system_prompt: Annotated[
-        str | None, typer.Option(help="System message of every conversation; without it the chat template's own.")
+        str | None, typer.Option(help="System message of every conversation. Default: the chat template's own.")
     ] = None,
 ) -> None:
     """Find the layer where a language model's early phase ends, and the surrogate T(k, e) that follows from it.
 
-    The model reads text conversations; after every layer its prediction of the next token is compared with its final
-    one (Eq. 1-4 of the paper). The curves of the samples spread in the early phase, then coalesce and fall: the layer
-    where they do is the transition point k. Replacing layers k..L-2 gives the surrogate; `zero-ds surrogate` builds it.
+    The model reads text conversations, and its prediction of the next token after every layer is compared with its
+    final prediction (Eq. 1-4 of the paper). The curves of the samples spread in the early phase, then come together and
+    fall; the layer where this happens is the transition point k. Replacing layers k..L-2 gives the surrogate, which
+    `zero-ds surrogate` builds.
     """
     from zero_ds.trajectory.lens import METRICS
 
@@ -110,7 +111,7 @@ def trajectory(
 
 
 def check_out(out: Path, setting: Setting) -> dict[str, Any] | None:
-    """The content of an earlier trajectory.json of the same setting in `out`; None where the folder is free.
+    """Returns the content of an earlier trajectory.json of the same setting in `out`; None if the folder is free.
 
     Raises:
         ConfigError: `out` holds something else.
@@ -138,7 +139,7 @@ def check_out(out: Path, setting: Setting) -> dict[str, Any] | None:
 def _measure(
     setting: Setting, folder: Path, precision: Any, batch: int, stream_layers: bool, out: Path
 ) -> dict[str, Any]:
-    """Loads, measures, decides, writes; returns the content of trajectory.json."""
+    """Loads the model, measures its curves, finds the transition, writes; returns the content of trajectory.json."""
     import torch
 
     from zero_ds.model.decoders import family_of
@@ -183,7 +184,7 @@ def _measure(
 
 
 def summary(content: dict[str, Any], out: Path) -> str:
-    """What a person wants to know of a trajectory.json: layer, interval, surrogate, files."""
+    """Returns the lines for people about a trajectory.json: layer, interval, surrogate, files."""
     transition, lines = content["transition"], []
     if transition["verdict"] == "clear":
         proposed = content["proposed"]

@@ -1,1 +1,1 @@
-"""Many machines: which there are, how they are reached, what they are told, and what is wrong with them."""
+"""Runs on many machines: naming, reaching and checking them, and starting, stopping and restarting ranks."""

@@ -1,4 +1,8 @@
-"""What must be alike on all machines, and what each of them must have: findings with a remedy."""
+"""Checks of machines: what has to be the same on all of them, and what each of them needs for a run.
+
+Every check looks at what the machines said of themselves (`probe.describe`) and returns one line of a table: a verdict,
+the finding, and a remedy if there is something to mend.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from zero_ds.cluster.environment import Forwarded
@@ -14,13 +18,18 @@ from zero_ds.cluster.hostfile import Node
 from zero_ds.cluster.ssh import Answer, Ssh
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-CLOCK = 5.0
-"""Seconds by which clocks may differ."""
+
+CLOCK_TOLERANCE = 5.0
+"""Seconds by which the clocks of two machines may differ."""
 FREE_SHARE = 0.9
 """Share of a GPU's memory that must be free."""
 GIB = 2**30
 SHOWN = 4
-"""Machines, or packages, that a finding names."""
+"""Number of machines, or of packages, that a finding names."""
+FIRST_PACKAGES = ("torch ", "deepspeed ", "transformers ")
+"""Packages that a finding names before all others."""
+PLAIN_PATH = re.compile(r"[\w@+=:,./-]*")
+"""Paths that DeepSpeed (0.19) can paste into a shell's command line as they are."""
 
 
 @dataclass(frozen=True)
@@ -28,261 +37,355 @@ class Check:
     """One line of the table."""
 
     what: str
+    """Subject of the check."""
     status: str
+    """OK, WARN or FAIL."""
     found: str
+    """Finding, or the value that was expected and found."""
     remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run needs of every machine."""
+    """Needs of a run on every machine."""
 
     shared: str
-    """Folder of the run, or the one above it, which all machines must see."""
+    """Folder that all machines must see: the run's, or one above it."""
     token: str
-    """Name and content of a file that lies there."""
+    """Name and content of a file that this machine has written into the shared folder."""
     paths: tuple[str, ...] = ()
     """Files and folders that the run reads."""
     disk: float = 10.0
-    """GiB free in the shared folder."""
+    """GiB that must be free in the shared folder."""
     env: tuple[str, ...] = ()
-    """Variables that must be set."""
+    """Names of variables that must be set."""
     port: int | None = None
-    missing_tokens: tuple[str, ...] = field(default=())
-    """Machines whose own file in the shared folder is not seen here."""
+    """Port on which the ranks meet; None for any free one."""
+    missing_tokens: tuple[str, ...] = ()
+    """Machines whose own files in the shared folder are not seen on this machine."""
 
 
-def _each(answers: Sequence[Answer], of: Callable[[dict[str, Any]], str]) -> str:
-    """`host: finding; host: finding` of the machines of which there is a finding."""
-    found = [(answer.host, of(answer.content)) for answer in answers if answer.content is not None]
-    told = [f"{host}: {text}" for host, text in found if text]
-    return "; ".join(told[:SHOWN]) + (f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else "")
+@dataclass(frozen=True)
+class Machine:
+    """A machine that answered."""
+
+    host: str
+    facts: dict[str, Any]
+    """Result of `probe.describe` on that machine."""
+    clock_offset: float
+    """Seconds by which its clock is ahead of this machine's."""
+
+
+def _answered(answers: Sequence[Answer]) -> list[Machine]:
+    return [Machine(a.host, a.content, a.clock_offset) for a in answers if a.content is not None]
 
 
 def _check(what: str, trouble: str, remedy: str, fine: str, status: str = FAIL) -> Check:
+    """Returns a check that fails if there is a trouble, and says `fine` if there is none."""
     return Check(what, status, trouble, remedy) if trouble else Check(what, OK, fine)
 
 
+def _troubles(machines: Sequence[Machine], trouble_of: Callable[[dict[str, Any]], str]) -> str:
+    """Returns `host: trouble; host: trouble; and 3 more` for the machines that have one."""
+    found = [(machine.host, trouble_of(machine.facts)) for machine in machines]
+    lines = [f"{host}: {trouble}" for host, trouble in found if trouble]
+    if len(lines) > SHOWN:
+        lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]
+    return "; ".join(lines)
+
+
+# -- before every launch: the machines answer, and would run the same program ------------------------------------------
+
+
 def before_launch(here: Answer, answers: list[Answer], ssh: Ssh) -> list[Check]:
-    """What every launch looks at: machines answer, and would run the same program."""
+    """Returns the checks that every launch makes: all machines answer and would run the same program.
+
+    here: the answer of this machine, with which all others are compared.
+    """
     if here.content is None:
-        return [Check("this machine", FAIL, f"this machine: {here.trouble}", "look at its Python")]
+        return [Check("this machine", FAIL, f"this machine: {here.trouble}", "check its Python")]
     mine = here.content
-    silent = "; ".join(f"{a.host} does not answer: {a.trouble}" for a in answers if not a.reached)
-    lost = "; ".join(
-        f"{a.host}: {ssh.python} cannot be run ({a.trouble})" for a in answers if a.reached and not a.content
+    machines = _answered(answers)
+    checks = [] if ssh.local else [_pdsh()]
+    checks += [
+        _reached(answers, len(machines)),
+        _interpreter(answers, ssh),
+        _folder(machines, ssh),
+        _plain_path(ssh),
+        _same_python(machines, mine),
+        _same_packages(machines, mine),
+        _same_project(machines, mine, ssh),
+    ]
+    if mine["files"]:
+        checks.append(_same_recipe(machines, mine))
+    return checks
+
+
+def _pdsh() -> Check:
+    """Checks for pdsh, which DeepSpeed's launcher needs on this machine alone."""
+    trouble = "" if shutil.which("pdsh") else "this machine: pdsh is not installed"
+    return _check("pdsh", trouble, "install it here (Debian: apt-get install pdsh)", "installed")
+
+
+def _reached(answers: Sequence[Answer], answered: int) -> Check:
+    trouble = "; ".join(f"{a.host} does not answer: {a.trouble}" for a in answers if not a.reached)
+    fine = "1 machine" if answered == 1 else f"{answered} machines"
+    if answered < len(answers):
+        fine = f"{answered} of {len(answers)} machines"
+    remedy = "make `ssh HOST true` work without a password, or leave HOST out (--exclude)"
+    return _check("ssh", trouble, remedy, fine)
+
+
+def _interpreter(answers: Sequence[Answer], ssh: Ssh) -> Check:
+    failed = [answer for answer in answers if answer.reached and not answer.content]
+    trouble = "; ".join(f"{a.host}: {ssh.python} cannot be run ({a.trouble})" for a in failed)
+    return _check(
+        "interpreter", trouble, "install the project's .venv under the same path on every machine", ssh.python
     )
-    known = [answer for answer in answers if answer.content is not None]
-    everywhere = f"{len(known)} of {len(answers)} machines" if len(known) < len(answers) else _count(len(known))
-    odd = [path for path in (ssh.folder, ssh.python) if not ssh.local and not re.fullmatch(r"[\w@+=:,./-]*", path)]
-    return [
-        *_pdsh(ssh),
-        _check(
-            "ssh", silent, "make `ssh HOST true` work without a password, or leave HOST out (--exclude)", everywhere
-        ),
-        _check("interpreter", lost, "install the project's .venv under the same path on every machine", ssh.python),
-        _check(
-            "folder",
-            _each(known, lambda c: "" if c["folder"] else f"there is no folder {ssh.folder}"),
-            "put the project under the same path on every machine",
-            ssh.folder,
-        ),
-        # DeepSpeed (0.19) pastes both into a shell's line as they are
-        _check("path", "".join(odd[:1]), "move the project to a path without spaces and signs, for DeepSpeed", "plain"),
-        _check(
-            "Python",
-            _each(known, lambda c: _differs("Python", c["python"], mine["python"])),
-            "make .venv with the same Python on every machine",
-            mine["python"],
-        ),
-        _check(
-            "packages",
-            _each(known, lambda c: _other_packages(c["packages"], mine["packages"])),
-            "install the same on every machine: pip install -c constraints.txt -e .",
-            f"{len(mine['packages'])} alike, torch {mine['packages'].get('torch')}, "
-            f"deepspeed {mine['packages'].get('deepspeed')}",
-        ),
-        _check(
-            "project",
-            _each(known, lambda c: "" if c["code"] == mine["code"] or not c["folder"] else _other_code(c, mine)),
-            "bring every machine to the same commit, without changed files",
-            f"{mine['commit'] or 'no git'}, files {mine['code']}",
-        )
-        if mine["project"]
-        else Check("project", FAIL, f"{ssh.folder} is not the folder of the project", "go there first (cd)"),
-        *_recipe(known, mine["files"]),
-    ]
 
 
-def _pdsh(ssh: Ssh) -> list[Check]:
-    """DeepSpeed's launcher needs it on this machine alone."""
-    if ssh.local:
-        return []
-    trouble = "" if shutil.which("pdsh") else "this machine: there is no pdsh"
-    return [_check("pdsh", trouble, "install it here (Debian: apt-get install pdsh)", "here")]
+def _folder(machines: Sequence[Machine], ssh: Ssh) -> Check:
+    trouble = _troubles(machines, lambda facts: "" if facts["folder"] else f"there is no folder {ssh.folder}")
+    return _check("folder", trouble, "put the project under the same path on every machine", ssh.folder)
 
 
-def _recipe(known: list[Answer], mine: dict[str, str | None]) -> list[Check]:
-    """Every rank reads these files itself."""
-    if not mine:
-        return []
-
-    def of(content: dict[str, Any]) -> str:
-        other = [path for path, hash_ in content["files"].items() if hash_ is None or hash_ != mine[path]]
-        return ", ".join(f"{p} {'differs' if content['files'][p] else 'is not there'}" for p in other)
-
-    return [_check("recipe", _each(known, of), "copy it to every machine under the same path", ", ".join(mine))]
+def _plain_path(ssh: Ssh) -> Check:
+    trouble = ""
+    if not ssh.local:
+        odd = [path for path in (ssh.folder, ssh.python) if not PLAIN_PATH.fullmatch(path)]
+        trouble = odd[0] if odd else ""
+    remedy = "move the project to a path without spaces and special characters, which DeepSpeed cannot start"
+    return _check("path", trouble, remedy, "plain")
 
 
-def _count(machines: int) -> str:
-    return "1 machine" if machines == 1 else f"{machines} machines"
+def _same_python(machines: Sequence[Machine], mine: dict[str, Any]) -> Check:
+    def differs(facts: dict[str, Any]) -> str:
+        same = facts["python"] == mine["python"]
+        return "" if same else f"Python {facts['python']}, here {mine['python']}"
+
+    remedy = "make .venv with the same Python on every machine"
+    return _check("Python", _troubles(machines, differs), remedy, mine["python"])
 
 
-def _differs(what: str, there: str, here: str) -> str:
-    return "" if there == here else f"{what} {there}, here {here}"
+def _same_packages(machines: Sequence[Machine], mine: dict[str, Any]) -> Check:
+    ours: dict[str, str] = mine["packages"]
+    return _check(
+        "packages",
+        _troubles(machines, lambda facts: _other_packages(facts["packages"], ours)),
+        "install the same on every machine: pip install -c constraints.txt -e .",
+        f"the same {len(ours)}, torch {ours.get('torch')}, deepspeed {ours.get('deepspeed')}",
+    )
 
 
-def _other_packages(there: dict[str, str], here: dict[str, str]) -> str:
-    """Packages that are missing or of another version; what a machine has besides is its own affair."""
+def _other_packages(theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """Names the packages that a machine lacks or has in another version; packages that only it has do not matter."""
     other = [
-        f"{name} {there.get(name, 'missing')}, here {v}" for name, v in sorted(here.items()) if there.get(name) != v
+        f"{name} {theirs.get(name, 'missing')}, here {version}"
+        for name, version in sorted(ours.items())
+        if theirs.get(name) != version
     ]
-    first = sorted(other, key=lambda text: not text.startswith(("torch ", "deepspeed ", "transformers ")))
-    return ", ".join(first[:SHOWN]) + (f" and {len(other) - SHOWN} more" if len(other) > SHOWN else "")
+    other.sort(key=lambda text: not text.startswith(FIRST_PACKAGES))
+    rest = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+    return ", ".join(other[:SHOWN]) + rest
 
 
-def _other_code(there: dict[str, Any], here: dict[str, Any]) -> str:
-    if there["commit"] != here["commit"]:
-        return f"commit {there['commit'] or 'unknown'}, here {here['commit'] or 'unknown'}"
-    return f"commit {there['commit'] or 'unknown'} as here, but its files differ"
+def _same_project(machines: Sequence[Machine], mine: dict[str, Any], ssh: Ssh) -> Check:
+    if not mine["project"]:
+        return Check("project", FAIL, f"{ssh.folder} is not the folder of the project", "go there first (cd)")
+    return _check(
+        "project",
+        _troubles(machines, lambda facts: _other_project(facts, mine)),
+        "bring every machine to the same git commit, without changed files",
+        f"{mine['commit'] or 'no git'}, files {mine['code']}",
+    )
+
+
+def _other_project(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    if theirs["code"] == mine["code"] or not theirs["folder"]:  # a missing folder is a finding of its own
+        return ""
+    commit, here = theirs["commit"] or "unknown", mine["commit"] or "unknown"
+    if theirs["commit"] != mine["commit"]:
+        return f"commit {commit}, here {here}"
+    return f"commit {commit} as here, but its files differ"
+
+
+def _same_recipe(machines: Sequence[Machine], mine: dict[str, Any]) -> Check:
+    """Compares recipe and DeepSpeed JSON, which every rank reads itself."""
+    ours: dict[str, str | None] = mine["files"]
+
+    def differs(facts: dict[str, Any]) -> str:
+        theirs: dict[str, str | None] = facts["files"]
+        words = []
+        for path, content in theirs.items():
+            if content is None:
+                words.append(f"{path} is not there")
+            elif content != ours[path]:
+                words.append(f"{path} differs")
+        return ", ".join(words)
+
+    return _check(
+        "recipe", _troubles(machines, differs), "copy it to every machine under the same path", ", ".join(ours)
+    )
+
+
+# -- before a run: each machine has what the run needs -----------------------------------------------------------------
 
 
 def of_machines(nodes: list[Node], answers: list[Answer], wanted: Wanted, sent: Forwarded) -> list[Check]:
-    """What each machine must have for a run. Machines without an answer are left to `before_launch`; of none there is
-    nothing to be said."""
-    slots = {node.host: node.slots for node in nodes}
-    known = [answer for answer in answers if answer.content is not None]
-    contents = [(answer.host, answer.content) for answer in known if answer.content is not None]
-    if not known:
+    """Returns the checks of what each machine needs for a run.
+
+    Machines that did not answer are left to `before_launch`; if none answered, there are no checks.
+    """
+    machines = _answered(answers)
+    if not machines:
         return []
-    first = answers[0]  # where the ranks meet
-    return [
-        *_devices(slots, known, contents),
-        _check(
-            "memory",
-            _each(known, lambda c: _low(c["memory"], 1.0, f"{c['cores']} cores")),
-            "end what fills the memory of that machine",
-            f"{min((c['memory'] for _, c in contents), default=0) / GIB:.0f} GiB free at least",
-        ),
-        _check(
-            "shared folder", _shared(known, wanted), f"mount {wanted.shared} on every machine, writable", wanted.shared
-        ),
-        _check(
-            "paths",
-            _each(known, lambda c: _missing([path for path, there in c["paths"].items() if not there])),
-            "make what the run reads visible on every machine under the same path",
-            f"{len(wanted.paths)} that the run reads",
-        ),
-        _check(
-            "disk",
-            _each(known, lambda c: _full(c["disks"], wanted)),
-            "free some space, or choose another place (out=, TMPDIR)",
-            f"{min((free for _, c in contents for free in c['disks'].values() if free), default=0) / GIB:.0f} GiB free "
-            "at least",
-        ),
-        _check(
-            "master port",
-            f"{first.host}: port {wanted.port} cannot be used: {first.content['port']}"
-            if first.content and first.content["port"]
-            else "",
-            "choose another one with --master_port, or leave the option out",
-            f"{wanted.port} is free on {first.host}" if wanted.port and first.content else "a free one is taken",
-        ),
-        _check(
-            "clocks",
-            "; ".join(
-                f"{a.host}: {abs(a.clock_offset):.0f} s {_side(a)}" for a in known if abs(a.clock_offset) > CLOCK
-            ),
-            "set the clock by NTP (chrony)",
-            f"within {max((abs(a.clock_offset) for a in known), default=0.0):.1f} s",
-        ),
-        _check(
-            "environment",
-            _each(known, lambda c: _unset([n for n, there in c["env"].items() if not there and n not in sent.names()])),
-            "set it where the launch is made, and add --forward NAME if it is not on the list (docs/multi-node.md)",
-            f"{len(sent.names())} variables forwarded" + (f", {' '.join(wanted.env)} set" if wanted.env else ""),
-        ),
-        *_withheld(known, sent),
+    checks = [
+        *_devices(nodes, machines),
+        _memory(machines),
+        _shared_folder(machines, wanted),
+        _paths(machines, wanted),
+        _disk(machines, wanted),
+        _master_port(answers[0], wanted),
+        _clocks(machines),
+        _environment(machines, wanted, sent),
     ]
+    if sent.withheld:
+        names = ", ".join(sent.withheld)
+        checks.append(Check("secrets", WARN, f"{names} set here, not forwarded", "add --forward NAME if needed"))
+    return checks
 
 
-def _devices(
-    slots: dict[str, tuple[int, ...]], known: list[Answer], contents: list[tuple[str, dict[str, Any]]]
-) -> list[Check]:
-    on_cpus = "CPU ranks: " + ", ".join(f"{host} {len(slots[host])}" for host, _ in contents[:SHOWN])
+def _devices(nodes: Sequence[Node], machines: Sequence[Machine]) -> list[Check]:
+    slots = {node.host: node.slots for node in nodes}
+    ranks = ", ".join(f"{machine.host} {len(slots[machine.host])}" for machine in machines[:SHOWN])
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return [Check("devices", OK, on_cpus)]
-    if not any(c["devices"] for _, c in contents):
-        return [Check("devices", WARN, f"no GPU is seen, {on_cpus}", "see nvidia-smi, or set DS_ACCELERATOR=cpu")]
-    kinds = sorted({device["name"] for _, c in contents for device in c["devices"]})
-    troubles = []
-    for host, content in contents:
-        devices = content["devices"]
-        if len(devices) <= max(slots[host], default=0):
-            troubles.append(f"{host}: {len(devices)} GPUs, device {max(slots[host])} is wanted")
-            continue
-        used = [n for n in slots[host] if devices[n]["free"] < FREE_SHARE * devices[n]["total"]]
-        if used:
-            free = devices[used[0]]
-            troubles.append(f"{host}: GPU {used[0]} has {free['free']} of {free['total']} MiB free")
-    few = _each(known, lambda c: _low(c["shared_memory"] or 0, 1.0, "/dev/shm") if len(c["devices"]) > 1 else "")
+        return [Check("devices", OK, f"CPU ranks: {ranks}")]
+    kinds = sorted({device["name"] for machine in machines for device in machine.facts["devices"]})
+    if not kinds:
+        remedy = "see nvidia-smi, or set DS_ACCELERATOR=cpu"
+        return [Check("devices", WARN, f"no GPU is seen, CPU ranks: {ranks}", remedy)]
+    troubles = [_device_trouble(machine, slots[machine.host]) for machine in machines]
     return [
         _check(
-            "devices", "; ".join(troubles[:SHOWN]), "end other jobs, or name free devices (--include)", ", ".join(kinds)
+            "devices",
+            "; ".join([trouble for trouble in troubles if trouble][:SHOWN]),
+            "end other jobs, or name free devices (--include)",
+            ", ".join(kinds),
         ),
         _check("kinds", ", ".join(kinds) if len(kinds) > 1 else "", "the slowest sets the pace", "one kind", WARN),
-        _check("/dev/shm", few, "give containers more (--shm-size), for NCCL", "1 GiB or more", WARN),
+        _check(
+            "/dev/shm",
+            _troubles(machines, _shared_memory_trouble),
+            "give containers more (--shm-size), which NCCL needs",
+            "1 GiB or more",
+            WARN,
+        ),
     ]
 
 
-def _low(free: float, gib: float, what: str) -> str:
-    return f"{free / GIB:.1f} GiB free, {what}" if free < gib * GIB else ""
-
-
-def _shared(known: list[Answer], wanted: Wanted) -> str:
-    def of(content: dict[str, Any]) -> str:
-        if not content["shared"]:
-            return f"does not see what this machine has written into {wanted.shared}"
-        return "" if content["wrote"] else f"cannot write into {wanted.shared}"
-
-    back = [f"{host}: what it wrote is not seen here" for host in wanted.missing_tokens]
-    return _each(known, of) or "; ".join(back[:SHOWN])
-
-
-def _missing(paths: list[str]) -> str:
-    return f"there is no {', '.join(paths[:SHOWN])}" if paths else ""
-
-
-def _full(disks: dict[str, int | None], wanted: Wanted) -> str:
-    for path, free in disks.items():
-        need = wanted.disk if path == wanted.shared else 1.0
-        if free is not None and free < need * GIB:
-            return f"{free / GIB:.1f} GiB free in {path}, {need:g} are wanted"
+def _device_trouble(machine: Machine, slots: tuple[int, ...]) -> str:
+    devices = machine.facts["devices"]
+    highest = max(slots, default=0)
+    if len(devices) <= highest:
+        return f"{machine.host}: {len(devices)} GPUs, device {highest} is wanted"
+    for number in slots:
+        device = devices[number]
+        if device["free"] < FREE_SHARE * device["total"]:
+            return f"{machine.host}: GPU {number} has {device['free']} of {device['total']} MiB free"
     return ""
 
 
-def _unset(names: list[str]) -> str:
-    return f"{', '.join(names)} not set" if names else ""
+def _shared_memory_trouble(facts: dict[str, Any]) -> str:
+    """Finds too little shared memory, through which NCCL connects several GPUs of a machine."""
+    free = facts["shared_memory"] or 0
+    if len(facts["devices"]) <= 1 or free >= GIB:
+        return ""
+    return f"{free / GIB:.1f} GiB free, /dev/shm"
 
 
-def _side(answer: Answer) -> str:
-    return "ahead" if answer.clock_offset > 0 else "behind"
+def _memory(machines: Sequence[Machine]) -> Check:
+    def low(facts: dict[str, Any]) -> str:
+        free = facts["memory"]
+        return "" if free >= GIB else f"{free / GIB:.1f} GiB free, {facts['cores']} cores"
+
+    least = min(machine.facts["memory"] for machine in machines)
+    remedy = "end the programs that fill the memory of that machine"
+    return _check("memory", _troubles(machines, low), remedy, f"{least / GIB:.0f} GiB free at least")
 
 
-def _withheld(known: list[Answer], sent: Forwarded) -> list[Check]:
-    """Secrets that are set here and would be missing there."""
-    if not sent.withheld:
-        return []
-    return [
-        Check("secrets", WARN, f"{', '.join(sent.withheld)} set here, not forwarded", "add --forward NAME if needed")
-    ]
+def _shared_folder(machines: Sequence[Machine], wanted: Wanted) -> Check:
+    def trouble_of(facts: dict[str, Any]) -> str:
+        if not facts["shared"]:
+            return f"does not see what this machine has written into {wanted.shared}"
+        return "" if facts["wrote"] else f"cannot write into {wanted.shared}"
+
+    unseen = [f"{host}: what it wrote is not seen here" for host in wanted.missing_tokens]
+    trouble = _troubles(machines, trouble_of) or "; ".join(unseen[:SHOWN])
+    return _check("shared folder", trouble, f"mount {wanted.shared} on every machine, writable", wanted.shared)
+
+
+def _paths(machines: Sequence[Machine], wanted: Wanted) -> Check:
+    def missing(facts: dict[str, Any]) -> str:
+        paths = [path for path, exists in facts["paths"].items() if not exists]
+        return f"there is no {', '.join(paths[:SHOWN])}" if paths else ""
+
+    return _check(
+        "paths",
+        _troubles(machines, missing),
+        "make what the run reads visible on every machine under the same path",
+        f"{len(wanted.paths)} that the run reads",
+    )
+
+
+def _disk(machines: Sequence[Machine], wanted: Wanted) -> Check:
+    def full(facts: dict[str, Any]) -> str:
+        for path, free in facts["disks"].items():
+            need = wanted.disk if path == wanted.shared else 1.0
+            if free is not None and free < need * GIB:
+                return f"{free / GIB:.1f} GiB free in {path}, {need:g} are wanted"
+        return ""
+
+    free_of_each = [free for machine in machines for free in machine.facts["disks"].values() if free]
+    return _check(
+        "disk",
+        _troubles(machines, full),
+        "free some space, or choose another place (out=, TMPDIR)",
+        f"{min(free_of_each, default=0) / GIB:.0f} GiB free at least",
+    )
+
+
+def _master_port(first: Answer, wanted: Wanted) -> Check:
+    """Checks the port on which the ranks meet; they meet on the first machine."""
+    facts = first.content
+    trouble, fine = "", "a free one is taken"
+    if facts is not None and facts["port"]:
+        trouble = f"{first.host}: port {wanted.port} cannot be used: {facts['port']}"
+    elif facts is not None and wanted.port:
+        fine = f"{wanted.port} is free on {first.host}"
+    return _check("master port", trouble, "choose another one with --master_port, or leave the option out", fine)
+
+
+def _clocks(machines: Sequence[Machine]) -> Check:
+    troubles = []
+    for machine in machines:
+        if abs(machine.clock_offset) > CLOCK_TOLERANCE:
+            side = "ahead" if machine.clock_offset > 0 else "behind"
+            troubles.append(f"{machine.host}: {abs(machine.clock_offset):.0f} s {side}")
+    largest = max(abs(machine.clock_offset) for machine in machines)
+    return _check("clocks", "; ".join(troubles), "set the clock by NTP (chrony)", f"within {largest:.1f} s")
+
+
+def _environment(machines: Sequence[Machine], wanted: Wanted, sent: Forwarded) -> Check:
+    forwarded = sent.names()
+
+    def unset(facts: dict[str, Any]) -> str:
+        names = [name for name, is_set in facts["env"].items() if not is_set and name not in forwarded]
+        return f"{', '.join(names)} not set" if names else ""
+
+    set_everywhere = f", {' '.join(wanted.env)} set" if wanted.env else ""
+    return _check(
+        "environment",
+        _troubles(machines, unset),
+        "set it where the run is launched, and add --forward NAME if it is not on the list (docs/multi-node.md)",
+        f"{len(forwarded)} variables forwarded{set_everywhere}",
+    )

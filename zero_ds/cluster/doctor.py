@@ -1,4 +1,4 @@
-"""What would go wrong with a run, on each of its machines: looked at side by side, then tried by ranks."""
+"""`zero-ds doctor`: faults of the machines of a run, found by asking each of them and then by starting ranks."""
 
 from __future__ import annotations
 
@@ -29,23 +29,32 @@ RANKS_TIMEOUT = 240.0
 
 
 def read_by(run: RunConfig) -> list[str]:
-    """Local files and folders that a run reads; what may be a hub id is left out."""
+    """Returns the local files and folders that a run reads, without names that may be ids of the hub."""
     names = [run.target, run.surrogate, *run.starts, run.data.chat_template]
-    names += [run.encoder.path if run.encoder else None]
-    names += [name for source in run.data.sources for name in (source.path, source.root)]
-    there = dict.fromkeys(name for name in names if name)
-    return [n for n in there if n.startswith(("/", "~", ".")) or Path(n).exists() or n.count("/") != 1]
+    if run.encoder is not None:
+        names.append(run.encoder.path)
+    for source in run.data.sources:
+        names += [source.path, source.root]
+    distinct = dict.fromkeys(name for name in names if name)
+    return [name for name in distinct if _is_local(name)]
+
+
+def _is_local(name: str) -> bool:
+    """Returns whether a name is surely a path: ids of the hub have the form `owner/name`."""
+    return name.startswith(("/", "~", ".")) or Path(name).exists() or name.count("/") != 1
 
 
 def look(cluster: Cluster, wanted: Wanted) -> list[Check]:
-    """Everything that can be known without ranks; `wanted.shared` is an absolute path.
+    """Returns every check that needs no ranks.
+
+    wanted: its `shared` folder is an absolute path.
 
     Raises:
-        ConfigError: the shared folder cannot be written by this machine.
+        ConfigError: this machine cannot write into the shared folder.
     """
     sent = forwarded(os.environ, cluster.named)
-    place = Path(wanted.shared)
-    with _token(place, wanted.token):
+    shared = Path(wanted.shared)
+    with _token(shared, wanted.token):
         here, answers = cluster.look(
             shared=wanted.shared,
             token=wanted.token,
@@ -53,67 +62,79 @@ def look(cluster: Cluster, wanted: Wanted) -> list[Check]:
             disks=[wanted.shared, "/tmp"],
             env=list(wanted.env),
         )
-        seen = {path.name.removeprefix(f"{wanted.token}.") for path in place.glob(f"{wanted.token}.*")}
-    unseen = tuple(a.host for a in answers if a.content and a.content["wrote"] and a.host not in seen)
+        seen = {path.name.removeprefix(f"{wanted.token}.") for path in shared.glob(f"{wanted.token}.*")}
+    wrote = [answer.host for answer in answers if answer.content and answer.content["wrote"]]
+    wanted = dataclasses.replace(wanted, missing_tokens=tuple(host for host in wrote if host not in seen))
     found = checks.before_launch(here, answers, cluster.ssh)
-    wanted = dataclasses.replace(wanted, missing_tokens=unseen)
-    return found + (checks.of_machines(cluster.nodes, answers, wanted, sent) if here.content else [])
+    if here.content is not None:
+        found += checks.of_machines(cluster.nodes, answers, wanted, sent)
+    return found
 
 
 @contextmanager
-def _token(place: Path, token: str) -> Iterator[None]:
-    """A file that the machines look for; what they and this have made is removed."""
-    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+def _token(folder: Path, token: str) -> Iterator[None]:
+    """Writes a file for the machines to look for; at the end removes it, the machines' own, and folders made for it."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / token).write_text(token)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).write_text(token)
     except OSError as error:
-        raise ConfigError(f"nothing can be written into {place} ({error.strerror}); name another --shared.") from None
+        raise ConfigError(f"nothing can be written into {folder} ({error.strerror}); name another --shared.") from None
     try:
         yield
     finally:
-        for path in place.glob(f"{token}*"):
+        for path in folder.glob(f"{token}*"):
             path.unlink(missing_ok=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # somebody else has put something there
-                folder.rmdir()
+        for place in made:
+            with contextlib.suppress(OSError):  # somebody else has written into it meanwhile
+                place.rmdir()
 
 
 def try_ranks(cluster: Cluster, zero: str, nvme_path: str | None = None) -> list[Check]:
-    """All-reduce, and numbers against ZeRO-0, by ranks that are started as those of a run are.
+    """Starts ranks as a run would, and checks the network and the numbers that they compute (selftest.py).
+
+    zero, nvme_path: as in a recipe.
 
     Raises:
-        ConfigError: machines on which a run cannot start.
+        ConfigError: a run cannot start on the machines.
     """
     from zero_ds.cluster import selftest
 
-    word = selftest.encode({"zero": zero, "precision": precision_of(zero), "nvme_path": nvme_path})
-    options, environment = _local(cluster) if cluster.ssh.local else _remote(cluster)
-    command = deepspeed_command(["--log_level", "warning", *options], [], "zero_ds.cluster.selftest", [word])
+    request = selftest.encode({"zero": zero, "precision": precision_of(zero), "nvme_path": nvme_path})
+    options, environment = _launch_here(cluster) if cluster.ssh.local else _launch_on_machines(cluster)
+    command = deepspeed_command(["--log_level", "warning", *options], [], "zero_ds.cluster.selftest", [request])
     command[0] = str(Path(sys.executable).with_name("deepspeed"))
     started = time.monotonic()
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        said, _ = process.communicate(timeout=RANKS_TIMEOUT)
+        output, _ = process.communicate(timeout=RANKS_TIMEOUT)
     except subprocess.TimeoutExpired:
-        said = f"no result in {RANKS_TIMEOUT:.0f} s; is the way between the machines open for all ports?"
+        output = f"no result in {RANKS_TIMEOUT:.0f} s; is the way between the machines open for all ports?"
     finally:
-        _end(process)
+        _kill_tree(process)
         if not cluster.ssh.local:
             cluster.end()
             cluster.forget()
-    lines = [line.split(selftest.MARK, 1)[1] for line in said.splitlines() if selftest.MARK in line]
+    return _verdict(output, time.monotonic() - started)
+
+
+def _verdict(output: str, seconds: float) -> list[Check]:
+    """Returns the checks that follow from the output of the ranks; `seconds` is the time that they took."""
+    from zero_ds.cluster import selftest
+
+    lines = [line.split(selftest.MARK, 1)[1] for line in output.splitlines() if selftest.MARK in line]
     result: dict[str, Any] = json.loads(lines[0]) if lines else {}
-    if not lines or "error" in result:
-        why = result.get("error") or " | ".join(said.strip().splitlines()[-3:])[:600] or "they ended without a word"
-        return [Check("ranks", FAIL, why, "see what they say; NCCL_DEBUG=INFO tells more of the network")]
-    return judged(result, time.monotonic() - started)
+    if lines and "error" not in result:
+        return judged(result, seconds)
+    last_lines = " | ".join(output.strip().splitlines()[-3:])[:600]
+    reason = result.get("error") or last_lines or "they ended without a word"
+    return [Check("ranks", FAIL, reason, "see what they say; NCCL_DEBUG=INFO tells more about the network")]
 
 
 def precision_of(zero: str) -> str:
-    """In which numbers are compared: float32, unless the DeepSpeed JSON insists on bfloat16."""
+    """Returns the precision in which numbers are compared: fp32, unless the DeepSpeed JSON insists on bf16."""
     if not zero.endswith(".json"):
         return "fp32"
     try:
@@ -124,33 +145,34 @@ def precision_of(zero: str) -> str:
 
 
 def judged(result: dict[str, Any], seconds: float) -> list[Check]:
-    """What ranks have measured (selftest.run), as lines of the table."""
-    right, alike = result["sum_is_right"], result["alike"]
+    """Returns the measurements of the ranks (`selftest.run`) as lines of the table."""
+    ranks = Check("ranks", OK, f"{result['ranks']} on {result['device']}, {seconds:.0f} s with their start")
+    return [ranks, _all_reduce_check(result), _numbers_check(result)]
+
+
+def _all_reduce_check(result: dict[str, Any]) -> Check:
+    if not result["sum_is_right"]:
+        wrong = f"the sum over {result['ranks']} ranks is wrong"
+        return Check("all-reduce", FAIL, wrong, "look at the network's driver and the version of NCCL")
     size = f"{result['mebibytes']:.0f} MiB in {1000 * result['seconds']:.1f} ms"
-    speed = f"{size}, {result['gigabytes_per_second']:.2f} GB/s bus bandwidth"
-    losses = ", ".join(f"{a:.6f} and {b:.6f}" for a, b in zip(result["losses"], result["losses_zero0"], strict=True))
-    gap = f"losses {losses}; gradient apart by {result['gradient_difference']:.1e}"
+    return Check("all-reduce", OK, f"{size}, {result['gigabytes_per_second']:.2f} GB/s bus bandwidth")
+
+
+def _numbers_check(result: dict[str, Any]) -> Check:
+    pairs = zip(result["losses"], result["losses_zero0"], strict=True)
+    losses = ", ".join(f"{ours:.6f} and {reference:.6f}" for ours, reference in pairs)
+    found = f"{result['zero']} compared with zero0, {result['precision']}: losses {losses}; "
+    found += f"gradient apart by {result['gradient_difference']:.1e}"
     if result["missing_gradients"]:
-        gap += f"; no gradient of {result['missing_gradients'][0]}"
-    return [
-        Check("ranks", OK, f"{result['ranks']} on {result['device']}, {seconds:.0f} s with their start"),
-        Check(
-            "all-reduce",
-            OK if right else FAIL,
-            speed if right else f"the sum over {result['ranks']} ranks is wrong",
-            "" if right else "look at the network's driver and the version of NCCL",
-        ),
-        Check(
-            "numbers",
-            OK if alike else FAIL,
-            f"{result['zero']} beside zero0, {result['precision']}: {gap}",
-            "" if alike else "take another zero=; this JSON trains wrongly with these versions of DeepSpeed and torch",
-        ),
-    ]
+        found += f"; no gradient of {result['missing_gradients'][0]}"
+    if result["alike"]:
+        return Check("numbers", OK, found)
+    remedy = "take another zero=; this JSON trains wrongly with these versions of DeepSpeed and torch"
+    return Check("numbers", FAIL, found, remedy)
 
 
-def _local(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
-    """Options of `deepspeed` and environment for ranks of this machine, as launch/train.sh has them."""
+def _launch_here(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
+    """Returns options of `deepspeed` and environment for ranks on this machine, as launch/train.sh sets them."""
     from zero_ds.runtime.ports import free_port
 
     ranks = len(cluster.nodes[0].slots)
@@ -162,20 +184,26 @@ def _local(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
     return ["--hostfile", os.devnull, "--num_gpus", str(ranks), "--master_port", port], environment
 
 
-def _remote(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
-    """The same for the machines of a hostfile, of which a copy is made beside the environment file."""
+def _launch_on_machines(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
+    """Returns options of `deepspeed` and environment for ranks on the machines of a hostfile.
+
+    They name a copy of the hostfile, next to the environment file, that holds the chosen machines alone.
+    """
     more, environment, _ = cluster.prepare()
-    hosts = Path(environment["DS_ENV_FILE"]).with_name("hostfile")
-    hosts.write_text("".join(f"{node.host} slots={max(node.slots) + 1}\n" for node in cluster.nodes))
-    only = "@".join(f"{node.host}:{','.join(map(str, node.slots))}" for node in cluster.nodes)
-    port = ["--ssh_port", str(cluster.ssh.port)] if cluster.ssh.port else []
-    return ["--hostfile", str(hosts), "--include", only, *port, *more], environment
+    hostfile = Path(environment["DS_ENV_FILE"]).with_name("hostfile")
+    hostfile.write_text("".join(f"{node.host} slots={max(node.slots) + 1}\n" for node in cluster.nodes))
+    included = "@".join(f"{node.host}:{','.join(map(str, node.slots))}" for node in cluster.nodes)
+    options = ["--hostfile", str(hostfile), "--include", included]
+    if cluster.ssh.port:
+        options += ["--ssh_port", str(cluster.ssh.port)]
+    return [*options, *more], environment
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends what is left below a launch of this machine."""
+def _kill_tree(process: subprocess.Popen[str]) -> None:
+    """Kills a process and everything below it, on this machine."""
     with contextlib.suppress(psutil.Error):
-        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        root = psutil.Process(process.pid)
+        for each in [*root.children(recursive=True), root]:
             with contextlib.suppress(psutil.Error):
                 each.kill()
     process.wait()

@@ -1,9 +1,10 @@
-"""The machines of a run: a hostfile in DeepSpeed's form, narrowed by --include or --exclude."""
+"""The machines of a run: a hostfile in DeepSpeed's format, narrowed by --include or --exclude."""
 
 from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,31 +13,55 @@ from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Node:
-    """One machine and the devices of it that a run uses."""
+    """One machine, and the devices of it that a run uses."""
 
     host: str
     """Name or address by which ssh reaches it."""
     slots: tuple[int, ...]
-    """Numbers of its devices, one rank each."""
+    """Numbers of the devices, one rank each."""
 
 
 THIS_MACHINE = "localhost"
-MOST = 1024
-"""Devices of one machine; more is a slip of the hand."""
+
+MAX_SLOTS = 1024
+"""Largest number of devices of a machine; a larger number is a typing error."""
+
+LINE = re.compile(r"(\w[\w.-]*)\s+slots=(\d+)(\s|$)")
 
 
 def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node]:
-    """Machines in the order of the file, which is that of the ranks; one line a machine: `node1 slots=8`.
+    """Returns the machines in the order of the file, which is the order of the ranks; one line each: `node1 slots=8`.
 
-    `include` and `exclude` are DeepSpeed's: `node1@node2:0,2` names all devices of node1, and 0 and 2 of node2.
+    include, exclude: filters in DeepSpeed's form; `node1@node2:0,2` names all devices of node1, and 0 and 2 of node2.
 
     Raises:
-        ConfigError: no such file, a line of another form, a machine twice, an unknown machine or device, nothing left.
+        ConfigError: the file cannot be read, a line has another form, a machine is listed twice, a filter names an
+            unknown machine or device, or no device is left.
     """
+    slots = _parse(path)
+    if include and exclude:
+        raise ConfigError("--include and --exclude cannot be used together; give one of them.")
+    named = _filter(include or exclude, slots, path)
+    nodes = []
+    for host, numbers in slots.items():
+        chosen = named.get(host, set())
+        if include:
+            numbers = tuple(number for number in numbers if number in chosen)
+        elif exclude:
+            numbers = tuple(number for number in numbers if number not in chosen)
+        if numbers:
+            nodes.append(Node(host, numbers))
+    if not nodes:
+        raise ConfigError(f"--exclude {exclude} leaves no device of {path}; leave one.")
+    return nodes
+
+
+def _parse(path: Path) -> dict[str, tuple[int, ...]]:
+    """Returns machine -> numbers of all its devices."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise ConfigError(f"the hostfile {path} is no text in UTF-8; see launch/hostfile.example.") from None
+        raise ConfigError(f"the hostfile {path} is not UTF-8 text; see launch/hostfile.example.") from None
     except OSError as error:
         raise ConfigError(
             f"there is no hostfile {path} ({type(error).__name__}); see launch/hostfile.example."
@@ -46,42 +71,33 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        found = re.match(r"(\w[\w.-]*)\s+slots=(\d+)(\s|$)", text)
-        if not found or not 1 <= int(found[2]) <= MOST:
-            raise ConfigError(f"{path}, line {number}: {text!r} is no machine; {_advice(text)}.")
+        found = LINE.match(text)
+        if not found or not 1 <= int(found[2]) <= MAX_SLOTS:
+            raise ConfigError(f"{path}, line {number}: {text!r} is not a machine; {_advice(text)}.")
         if found[1] in slots:
-            raise ConfigError(f"{path}, line {number}: {found[1]} stands there twice; give it one line.")
+            raise ConfigError(f"{path}, line {number}: {found[1]} is listed twice; give it one line.")
         slots[found[1]] = tuple(range(int(found[2])))
     if not slots:
-        raise ConfigError(f"{path} names no machine; write for instance: node1 slots=8.")
-    if include and exclude:
-        raise ConfigError("--include and --exclude cannot be used together; give one of them.")
-    named = _named(include or exclude, slots, path)
-    if include:
-        slots = {host: tuple(s for s in all_ if s in named[host]) for host, all_ in slots.items() if host in named}
-    elif exclude:
-        slots = {host: tuple(s for s in all_ if s not in named.get(host, ())) for host, all_ in slots.items()}
-    nodes = [Node(host, left) for host, left in slots.items() if left]
-    if not nodes:
-        raise ConfigError(f"--exclude {exclude} leaves no device of {path}; leave one.")
-    return nodes
+        raise ConfigError(f"{path} names no machine; write for example: node1 slots=8.")
+    return slots
 
 
 def _advice(line: str) -> str:
+    """Returns the remedy for a line that is not a machine."""
     host, *rest = line.split()
-    if "@" in host:  # DeepSpeed's filters end a machine's name there
-        return "the name of a user stands in ssh's configuration (User), not here"
-    if host.count(":") > 1:  # and there
-        return "give an address of IPv6 a name, in /etc/hosts or ssh's configuration (HostName)"
+    if "@" in host:  # a separator in DeepSpeed's filters
+        return "the name of a user belongs into ssh's configuration (User), not here"
+    if host.count(":") > 1:  # another such separator
+        return "give an IPv6 address a name, in /etc/hosts or ssh's configuration (HostName)"
     if "[" in host or "," in host:
-        return "write every machine on a line of its own"
+        return "write each machine on a line of its own"
     if not rest:
         return f"say how many devices it has: {host} slots=8"
-    return "write for instance: node1 slots=8"
+    return "write for example: node1 slots=8"
 
 
-def _named(words: str, slots: dict[str, tuple[int, ...]], path: Path) -> dict[str, set[int]]:
-    """Machine -> devices that a filter names."""
+def _filter(words: str, slots: Mapping[str, Collection[int]], path: Path) -> dict[str, set[int]]:
+    """Returns machine -> devices that a filter names."""
     named: dict[str, set[int]] = {}
     for word in words.split("@") if words else []:
         host, colon, numbers = word.partition(":")
@@ -90,20 +106,21 @@ def _named(words: str, slots: dict[str, tuple[int, ...]], path: Path) -> dict[st
         try:
             chosen = {int(number) for number in numbers.split(",")} if colon else set(slots[host])
         except ValueError:
-            raise ConfigError(f"'{word}' names no devices; write for instance: {host}:0,1.") from None
-        if missing := chosen - set(slots[host]):
-            raise ConfigError(f"{host} has devices 0 to {len(slots[host]) - 1}, and no {min(missing)}.")
+            raise ConfigError(f"'{word}' names no devices; write for example: {host}:0,1.") from None
+        missing = chosen - set(slots[host])
+        if missing:
+            raise ConfigError(f"{host} has devices 0 to {len(slots[host]) - 1}, and not {min(missing)}.")
         named.setdefault(host, set()).update(chosen)
     return named
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a name in a hostfile surely means the machine that this runs on."""
+    """Returns whether a name in a hostfile surely means the machine that this process runs on."""
     return host in (THIS_MACHINE, "127.0.0.1", "::1", socket.gethostname())
 
 
 def node_of_rank(nodes: list[Node], rank: int) -> str | None:
-    """The machine on which a rank runs; None for a rank that there is not."""
+    """Returns the machine on which a rank runs; None if there is no such rank."""
     for node in nodes:
         if rank < len(node.slots):
             return node.host

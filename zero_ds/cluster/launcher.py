@@ -1,10 +1,10 @@
-"""Around DeepSpeed's launcher: hands signals to the ranks, says last why a run failed, and starts it again.
+"""Runs DeepSpeed's launcher: passes signals on to the ranks, prints why a run failed, and restarts it.
 
     python -m zero_ds.cluster.launcher [--max-restarts N] [--forward NAME ...] RECIPE [key=value ...] -- deepspeed ...
 
-DeepSpeed's launcher (0.19) dies of a signal and leaves its ranks running, or, where the signal reaches all processes,
-gives them half a minute; on other machines it looks for them by their command line. Here the first signal asks the
-ranks, on all machines, to commit and stop after the step they are in; the second one ends everything at once.
+DeepSpeed's launcher (0.19) dies of a signal and leaves its ranks running, or gives them half a minute if the signal
+reaches all processes; on other machines it looks for them by their command line. Here the first signal asks the ranks
+on all machines to write a checkpoint and stop after the current step; the second one ends everything at once.
 """
 
 from __future__ import annotations
@@ -33,21 +33,25 @@ from zero_ds.runtime.errors import ConfigError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 12.0
-"""Seconds that ranks get to end by themselves after one of them has failed; longer than failure.LEAVE."""
+"""Seconds that ranks get to end by themselves after one of them has failed; more than failure.LEAVE."""
 COMING_BACK = 600.0
-"""Seconds for which a restart waits for a machine that does not answer."""
+"""Seconds for which a restart waits for machines that do not answer."""
 PAUSE = 2.0
-"""Seconds between an attempt and the next."""
+"""Seconds between two attempts."""
 STOPPED_OR_REFUSED = (1, 2)
-"""Exit statuses of ranks that end by themselves: asked to stop by a signal of their own, or a mistake of the user's."""
+"""Exit statuses of ranks that ended by themselves: after a signal to a single rank, and after a mistake of the user."""
+
+
+STOPPING = "the ranks write a checkpoint and stop after this step; ask again to stop at once."
 
 
 def say(text: str) -> None:
+    """Prints a line for people on stderr."""
     print(f"zero-ds: {text}", file=sys.stderr, flush=True)
 
 
 class Job:
-    """A launched command and the processes below it, here and on other machines."""
+    """A launched command and the processes below it, on this machine and on others."""
 
     def __init__(
         self, command: list[str], cluster: Cluster | None = None, environment: dict[str, str] | None = None
@@ -55,24 +59,24 @@ class Job:
         self.asked = False
         self.cluster = cluster
         self._started = False
-        # before it starts: whoever asks in between is heard as soon as there is something to end
+        # the handlers come first: a signal during the start is obeyed as soon as there is something to end
         self._before = {number: signal.signal(number, self._asked) for number in SIGNALS}
-        # a session of its own: a Ctrl-C of the terminal comes here alone, and is handed on in an orderly way
+        # a session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on in order
         self.process = subprocess.Popen(command, start_new_session=True, env=environment)
         self._started = True
         if self.asked:
             self.process.terminate()
 
     def release(self) -> None:
-        """Hands signals back; what the job has left is gone by now."""
+        """Restores the signal handlers, once nothing of the job is left."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def wait(self, out: Path) -> int:
-        """Exit status of the command; 128 + n if a signal n ended it.
+        """Waits for the command and returns its exit status; 128 + n if signal n ended it.
 
-        Ranks of this machine that are still there PATIENCE seconds after the run in `out` has failed are killed: they
-        hang, or were stopped, and DeepSpeed would wait half a minute for them. Those on other machines are, too.
+        Kills all ranks that are still running PATIENCE seconds after the run in `out` has failed: they hang, or were
+        stopped, and DeepSpeed would wait half a minute for them.
         """
         failed_at = None
         while True:
@@ -102,34 +106,34 @@ class Job:
         again, self.asked = self.asked, True
         if not self._started:
             return
-        if self.cluster is not None:  # by ssh, which takes longer than a signal handler should
+        if self.cluster is not None:  # through ssh, which takes longer than a signal handler should
             threading.Thread(target=self._end_cluster if again else self._stop_cluster, daemon=True).start()
             return
         ranks = self._ranks()
         if again:
             self._kill_here()
         elif ranks:
-            say("the ranks commit and stop after this step; ask again to stop at once.")
+            say(STOPPING)
             for process in ranks:
                 with contextlib.suppress(psutil.Error):
                     process.send_signal(signal.SIGUSR1)
-        elif self.process.poll() is None:  # not there yet
+        elif self.process.poll() is None:  # the ranks have not started yet
             self.process.terminate()
 
     def _stop_cluster(self) -> None:
         assert self.cluster is not None
         if self.cluster.ask_to_stop():
-            say("the ranks commit and stop after this step; ask again to stop at once.")
-        else:  # not there yet
+            say(STOPPING)
+        else:  # the ranks have not started yet
             self._end_cluster()
 
     def _end_cluster(self) -> None:
         assert self.cluster is not None
-        self._kill_here()  # first, or it would start more
+        self._kill_here()  # comes first, because the launcher might start more
         self.cluster.end(patience=0.0)
 
     def sweep(self) -> None:
-        """Kills what a launcher that was itself killed has left here: all of the command's session."""
+        """Kills all processes of the command's session, which a launcher that was killed leaves running."""
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
                 if os.getsid(process.pid) == self.process.pid:
@@ -144,12 +148,12 @@ class Job:
 def _words(process: psutil.Process) -> list[str]:
     try:
         return list(process.cmdline())
-    except psutil.Error:  # gone in between
+    except psutil.Error:  # ended in between
         return []
 
 
 class Launch:
-    """A run, attempt after attempt."""
+    """A run with all its attempts."""
 
     def __init__(
         self, command: list[str], out: Path, restarts: int, named: list[str], files: tuple[str, ...] = ()
@@ -161,10 +165,10 @@ class Launch:
         self.cluster = Cluster.of(self.options, named, files)
 
     def run(self) -> int:
-        """Exit status of the last attempt.
+        """Starts the run, restarts it as long as that may help, and returns the exit status of the last attempt.
 
         Raises:
-            ConfigError: machines that do not answer, or on which the run cannot start.
+            ConfigError: machines do not answer, or the run cannot start on them.
         """
         attempt = 0
         try:
@@ -174,63 +178,67 @@ class Launch:
                 if status == 0 or asked or attempt == self.restarts or not self._mendable(status):
                     return status
                 attempt += 1
-                say(f"restart {attempt} of {self.restarts}, from the last commit")
+                say(f"restart {attempt} of {self.restarts}, from the last checkpoint")
                 time.sleep(PAUSE)
         finally:
             if self.cluster is not None:
                 self.cluster.forget()
 
     def _attempt(self, attempt: int) -> tuple[int, bool]:
-        """Exit status, and whether somebody has asked the run to stop."""
+        """Runs once; returns the exit status, and whether somebody asked the run to stop."""
         if self.cluster is None:
             job = Job(self.command if "/dev/null" in self.options else self._on_this_machine())
             status = job.wait(self.out)
             job.sweep()
         else:
-            more, environment, what = self.cluster.prepare(wait=COMING_BACK if attempt else 0.0)
-            say(told(what))
+            more, environment, sent = self.cluster.prepare(wait=COMING_BACK if attempt else 0.0)
+            say(told(sent))
             command = deepspeed_command(self.options, more, self.module, self.words)
             print(f"+ {shlex.join(command)}", flush=True)
             job = Job(command, self.cluster, environment)
             status = job.wait(self.out)
             if job.asked:
-                time.sleep(1.0)  # a shell that was just starting there
+                time.sleep(1.0)  # for a shell that was just starting on a machine
             found, silent = self.cluster.end()
             if silent:
                 say(f"{', '.join(silent)} does not answer; ranks may still run there.")
-            # DeepSpeed's launcher may be killed, and says 0
+            # DeepSpeed's launcher returns 0 also when it was killed
             status = status or (1 if found else 0)
-        if status and (reason := failure.read(self.out)):
+        reason = failure.read(self.out) if status else None
+        if reason:
             say(f"the run failed: {reason}{self._where(reason)}")
         job.release()
         return status, job.asked
 
     def _on_this_machine(self) -> list[str]:
-        """The command for a hostfile that names this machine alone."""
+        """Returns the command for a hostfile that names this machine alone, and prints it."""
         from zero_ds.runtime.ports import free_port
 
         more = ["--no_ssh_check"]
         for name, value in (("--master_addr", "127.0.0.1"), ("--master_port", str(free_port()))):
-            more += [] if name in self.options else [name, value]
+            if name not in self.options:
+                more += [name, value]
         command = ["deepspeed", *self.options, *more, "--module", self.module, *self.words]
         print(f"+ {shlex.join(command)}", flush=True)
         return command
 
     def _where(self, reason: str) -> str:
-        """The machine of the rank that a reason names."""
+        """Returns a note on the machine of the rank that a reason names; empty if it names none."""
         found = re.match(r"rank (\d+) (is|has) ", reason)
-        node = node_of_rank(self.cluster.nodes, int(found[1])) if found and self.cluster else None
-        return f" (rank {found[1]} runs on {node})" if found and node else ""
+        if found is None or self.cluster is None:
+            return ""
+        node = node_of_rank(self.cluster.nodes, int(found[1]))
+        return f" (rank {found[1]} runs on {node})" if node else ""
 
     def _mendable(self, status: int) -> bool:
-        """Whether the next attempt may fare better: not after a mistake, nor a stop that somebody asked a rank for."""
+        """Returns whether another attempt may succeed: not after a mistake of the user or a signal to a single rank."""
         if failure.read(self.out):
             return not failure.is_final(self.out)
         return status not in STOPPED_OR_REFUSED
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command behind `--`; what stands before it says which run that is."""
+    """Runs the command that follows `--`; the arguments before it name the run."""
     split = arguments.index("--")
     parser = argparse.ArgumentParser(prog="launch/train.sh", add_help=False, allow_abbrev=False)
     parser.add_argument("--max-restarts", type=int, default=0)

@@ -1,4 +1,4 @@
-"""A run on the machines of a hostfile: looked at before each launch, asked to stop, ended without a trace."""
+"""A run on the machines of a hostfile: checks them before each launch, asks ranks to stop, and ends what is left."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from zero_ds.runtime.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 KEEPALIVE = 4
-"""Signs of life that an ssh connection may miss before it ends, and names its machine."""
+"""Number of signs of life that an ssh connection may miss before it ends and its machine is named as lost."""
 ASK_AGAIN = 5.0
-"""Seconds between two attempts at a machine that may be coming back."""
+"""Seconds between two attempts to reach a machine that may be restarting."""
 
 
 class UnreachableError(ConfigError):
-    """Machines do not answer; they may later."""
+    """Machines do not answer now, but may answer later."""
 
 
 @dataclass
@@ -42,22 +42,26 @@ class Cluster:
     nodes: list[Node]
     ssh: Ssh
     address: str | None = None
-    """Where the ranks meet; None: the first machine, by the name or address that all others understand."""
+    """Address where the ranks meet. None: the first machine, by a name or address that all machines can resolve."""
     port: int | None = None
+    """Port where the ranks meet. None: one that is free on the first machine."""
     named: tuple[str, ...] = ()
-    """Variables to be forwarded besides the list of environment.py."""
+    """Names of variables to forward in addition to the list of environment.py."""
     files: tuple[str, ...] = ()
-    """Files outside of the package that say what the run is: alike on all machines."""
+    """Files outside of the package that define the run, and have to be the same on all machines."""
     job: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    """Name by which the processes of this run are found on the machines."""
     _private: str | None = None
+    """Folder on this machine for the environment file, once there is one."""
     _secrets_out: bool = False
+    """True while secrets may be on the machines."""
 
     @classmethod
     def of(cls, options: Sequence[str], named: Sequence[str] = (), files: Sequence[str] = ()) -> Cluster | None:
-        """The machines that options of `deepspeed` name; None where they mean this machine alone.
+        """Returns the machines that options of `deepspeed` name; None if they mean this machine alone.
 
         Raises:
-            ConfigError: a hostfile or filter that cannot be read.
+            ConfigError: the hostfile or a filter cannot be read.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for name in ("hostfile", "include", "exclude", "master_addr"):
@@ -77,23 +81,23 @@ class Cluster:
         return [node.host for node in self.nodes]
 
     def look(self, **request: Any) -> tuple[Answer, list[Answer]]:
-        """What this machine, and each of the nodes, says of itself (probe.describe)."""
+        """Returns the answers of this machine and of each machine of the hostfile to `probe.describe`."""
         request = {"what": "describe", "resolve": self.hosts[0], "port": self.port, "files": self.files, **request}
         here = Ssh(python=self.ssh.python, folder=self.ssh.folder, local=True)
-        with ThreadPoolExecutor(1) as beside:
-            # its own port and files are asked of the nodes alone, of which this machine may be one
-            mine = beside.submit(here.ask, ["this machine"], {"what": "describe", "files": self.files})
+        with ThreadPoolExecutor(1) as thread:
+            # this machine is asked for less: ports and paths matter on the machines of the hostfile alone
+            mine = thread.submit(here.ask, ["this machine"], {"what": "describe", "files": self.files})
             answers = self.ssh.ask(self.hosts, request)
             return mine.result()[0], answers
 
     def prepare(self, wait: float = 0.0) -> tuple[list[str], dict[str, str], Forwarded]:
-        """Looks at all machines, and makes what the launch needs: options of `deepspeed`, environment, what is told.
+        """Checks all machines, and returns the launch's options of `deepspeed`, environment and forwarded variables.
 
-        Machines that do not answer are asked again for `wait` seconds.
+        wait: seconds for which machines that do not answer are asked again.
 
         Raises:
-            UnreachableError: machines that do not answer.
-            ConfigError: machines on which the run cannot start: another Python, other packages, another project.
+            UnreachableError: machines do not answer.
+            ConfigError: the run cannot start on some machine: another Python, other packages, another project.
         """
         what = forwarded(os.environ, self.named)
         deadline = time.monotonic() + wait
@@ -116,14 +120,16 @@ class Cluster:
         if len(self.nodes) == 1:
             options.append("--force_multi")  # DeepSpeed would start the ranks here
         environment = self._environment(what)
-        if what.secret:  # only now, when all machines would run them
+        if what.secret:  # only after all machines have passed the checks
             self._secrets_out = True
             kept = self.ssh.ask(self.hosts, {"what": "keep", "job": self.job, "secrets": what.secret})
-            if trouble := [f"{a.host}: {a.trouble}" for a in kept if a.content is None]:
-                raise UnreachableError(f"secrets could not be brought to {trouble[0]}; see its home folder.")
+            troubles = [f"{answer.host}: {answer.trouble}" for answer in kept if answer.content is None]
+            if troubles:
+                raise UnreachableError(f"secrets could not be brought to {troubles[0]}; see its home folder.")
         return options, environment, what
 
     def _environment(self, what: Forwarded) -> dict[str, str]:
+        """Writes DeepSpeed's environment file, and returns the environment of the launcher that names it."""
         from zero_ds.runtime.failure import SILENCE
 
         if self._private is None:
@@ -131,19 +137,23 @@ class Cluster:
         path = Path(self._private) / "deepspeed_env"
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(what.file(self.job))
-        every = max(1, round(SILENCE * 2 / 3 / KEEPALIVE))
-        alive = f"-o BatchMode=yes -o ServerAliveInterval={every} -o ServerAliveCountMax={KEEPALIVE}"
-        own = os.environ.get(PDSH_OPTIONS, "")
-        return {**without_secrets(os.environ), "DS_ENV_FILE": str(path), PDSH_OPTIONS: f"{own} {alive}".strip()}
+        # a lost machine ends its connection before the other ranks miss its ranks
+        interval = max(1, round(SILENCE * 2 / 3 / KEEPALIVE))
+        ours = f"-o BatchMode=yes -o ServerAliveInterval={interval} -o ServerAliveCountMax={KEEPALIVE}"
+        users = os.environ.get(PDSH_OPTIONS, "")
+        return {**without_secrets(os.environ), "DS_ENV_FILE": str(path), PDSH_OPTIONS: f"{users} {ours}".strip()}
 
     def ask_to_stop(self) -> int:
-        """Asks all ranks to commit and stop; how many were asked."""
+        """Asks all ranks to write a checkpoint and stop; returns their number."""
         answers = self.ssh.ask(self.hosts, {"what": "ask_to_stop", "job": self.job})
         return sum(answer.content["ranks"] for answer in answers if answer.content)
 
     def end(self, patience: float = 3.0) -> tuple[int, list[str]]:
-        """Ends whatever is left of the run on the machines; how many processes there were, and machines that did not
-        answer."""
+        """Ends all processes of the run on the machines.
+
+        patience: seconds between SIGTERM and SIGKILL. Returns the number of processes that were found, and the machines
+        that did not answer.
+        """
         request = {"what": "end", "job": self.job, "patience": patience}
         answers = self.ssh.ask(self.hosts, request, timeout=patience + PATIENCE)
         self._secrets_out = False
@@ -151,7 +161,7 @@ class Cluster:
         return sum(answer.content["found"] for answer in answers if answer.content), silent
 
     def forget(self) -> None:
-        """Removes what `prepare` has written, on this machine, and on the others where `end` has not done it."""
+        """Removes what `prepare` wrote on this machine, and the secrets on others unless `end` has removed them."""
         if self._secrets_out:
             self.end(patience=0.0)
         if self._private is not None:
@@ -161,28 +171,26 @@ class Cluster:
 
 
 def files_of(recipe: str, run: RunConfig) -> tuple[str, ...]:
-    """Files outside of the package that every rank of a run reads to know what it is."""
+    """Returns the files outside of the package that define a run, which every rank reads itself."""
     return tuple(name for name in (recipe, run.zero) if Path(name).suffix in (".yaml", ".yml", ".json"))
 
 
 def meeting_point(host: str, answers: list[Answer]) -> str:
-    """A name or address of the first machine that all machines understand, as far as one is known.
+    """Returns a name or address of the first machine that all machines can resolve, as far as one is known.
 
-    Its name in the hostfile, if all resolve it (it may be an alias in ssh's configuration alone); else its first
-    address, as DeepSpeed takes it.
+    It is the name in the hostfile if all machines resolve it; the name may be an alias that only ssh's configuration
+    knows. Otherwise it is the machine's first address, which is DeepSpeed's choice.
     """
     seen = {answer.host: (answer.content or {}).get("address") or "" for answer in answers}
-    # a machine's own name may mean its loopback address there, and nothing else may mean that
-    itself = [
-        other for other, address in seen.items() if address.startswith("127.") and address != host and other != host
-    ]
-    everybodys = host in ("localhost", "127.0.0.1") and len(answers) > 1
-    if all(seen.values()) and not itself and not everybodys:
+    # a machine may resolve its own name to its loopback address, but no machine may resolve another's name to one
+    loopback = any(address.startswith("127.") and address != host and other != host for other, address in seen.items())
+    means_every_machine = host in ("localhost", "127.0.0.1") and len(answers) > 1
+    if all(seen.values()) and not loopback and not means_every_machine:
         return host
     content = answers[0].content or {}
     return str((content.get("addresses") or [host])[0])
 
 
 def deepspeed_command(options: Sequence[str], more: Sequence[str], module: str, words: Sequence[str]) -> list[str]:
-    """`deepspeed` on the machines of a cluster; `words` are the arguments of the module."""
+    """Returns the command of `deepspeed` on the machines of a cluster; `words` are the arguments of the module."""
     return ["deepspeed", *options, *more, "--module", module, *(argument(word) for word in words)]

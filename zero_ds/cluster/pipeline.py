@@ -1,7 +1,7 @@
 """A chain of public commands that can be interrupted anywhere and goes on where it stopped.
 
-Every step is a command anyone could type. A step whose command finished is not run again; a step that was interrupted
-is, and its command resumes or starts over by itself.
+Every step is a command that anyone could type. A step whose commands have finished is not run again. A step that was
+interrupted is run again, and its commands resume or start over by themselves.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -28,87 +30,124 @@ from zero_ds.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+Command = tuple[str, ...]
+
+MODULES = ("zero_ds.cli", "zero_ds")
+"""Modules that `python -m` has run for `zero-ds`, the present one first. Records of finished steps may name any."""
+
+PATIENCE = float(os.environ.get("ZERO_DS_STOP_PATIENCE", "20"))
+"""Seconds that a command gets to end by itself, with a checkpoint, after it was asked to stop."""
+
+
+def zero_ds_command(*words: str) -> Command:
+    """Returns the command that runs `zero-ds WORDS` with the interpreter of this process."""
+    return (sys.executable, "-m", MODULES[0], *words)
+
 
 @dataclass(frozen=True)
 class Step:
-    """One step: commands that may run side by side."""
+    """One step of a pipeline: commands that may run at the same time."""
 
     name: str
-    commands: tuple[tuple[str, ...], ...]
+    commands: tuple[Command, ...]
     expected_seconds: float
-    """On two quiet CPU cores, for the estimate of the time left; a finished step's own time replaces it."""
+    """Expected duration on two idle CPU cores, from which the time left is estimated; a finished step's measured
+    duration replaces it."""
     produces: tuple[Path, ...] = ()
-    """Files that must exist for the step to count as done."""
-    same: tuple[tuple[str, ...], ...] | None = None
-    """The commands without what may differ from one attempt to the next, such as machines; None: the commands."""
+    """Files that must exist for the step to count as finished."""
+    same: tuple[Command, ...] | None = None
+    """Commands without the options that may differ from one attempt to the next, such as machines. None: `commands`."""
     patience: float | None = None
-    """Seconds that its commands get to end by themselves; None: PATIENCE."""
+    """Seconds that the commands get to end by themselves. None: PATIENCE."""
 
     def fingerprint(self) -> str:
-        return json.dumps(self.commands if self.same is None else self.same)
+        """Returns the text by which a finished step recognises its commands, whichever Python runs them."""
+        return _fingerprint(self.commands if self.same is None else self.same)
+
+
+def _fingerprint(commands: Sequence[Sequence[str]]) -> str:
+    return json.dumps([_without_interpreter(command) for command in commands])
+
+
+def _without_interpreter(command: Sequence[str]) -> list[str]:
+    """Returns a command with `PYTHON -m zero_ds.cli` replaced by `zero-ds`; any other command as it is."""
+    if len(command) >= 3 and command[1] == "-m" and command[2] in MODULES:
+        return ["zero-ds", *command[3:]]
+    return list(command)
+
+
+def _recorded_fingerprint(text: str) -> str:
+    """Returns a stored fingerprint in the present form; earlier versions stored interpreter and module as well."""
+    try:
+        content: Any = json.loads(text)
+    except (TypeError, ValueError):
+        return text
+    is_commands = isinstance(content, list) and all(isinstance(command, list) for command in content)
+    return _fingerprint(content) if is_commands else text
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What is known of a finished step."""
+    """Record of a finished step."""
 
     seconds: float
     fingerprint: str
 
 
 class StepError(ConfigError):
-    """A command of a step ended with an error, which it has printed itself."""
+    """A command of a step failed, and has printed why."""
 
 
 class Pipeline:
-    """Runs steps in order and remembers the finished ones in `out`/steps."""
+    """Runs steps in order and records the finished ones in `out`/steps."""
 
     def __init__(self, out: Path, steps: Sequence[Step]) -> None:
-        self.out, self.steps = out, list(steps)
+        self.out = out
+        self.steps = list(steps)
         self._records = out / "steps"
 
     def run(self) -> None:
-        """Runs what is not finished.
+        """Runs every step that is not finished.
 
         Raises:
             ConfigError: the folder holds steps with other settings.
-            StepError: a command failed; running again goes on from there.
+            StepError: a command failed; running again continues from there.
         """
         self._records.mkdir(parents=True, exist_ok=True)
-        for step in self.steps:  # before anything runs
+        for step in self.steps:  # refuses other settings before anything runs
             self.record(step)
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            # also where the shell that started us ignores SIGINT, as it does for what it runs in the background
-            signal.signal(name, _interrupt)
-        for number, step in enumerate(self.steps, 1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            # also where the parent shell ignores SIGINT, as shells do for background commands
+            signal.signal(number, _interrupts)
+        for index, step in enumerate(self.steps):
+            head = f"[{index + 1}/{len(self.steps)}] {step.name}"
             record = self.record(step)
-            head = f"[{number}/{len(self.steps)}] {step.name}"
             if record is not None and all(path.exists() for path in step.produces):
                 logger.info("%s: done before, in %s", head, duration(record.seconds))
                 continue
-            logger.info("%s  (about %s left)", head, duration(self.seconds_left(number - 1)))
-            started = time.monotonic()
-            self._run(step)
-            seconds = time.monotonic() - started
-            missing = [str(path) for path in step.produces if not path.exists()]
-            if missing:
-                raise StepError(f"step {step.name} ended without {missing[0]}; see its output above.")
-            content = {"seconds": seconds, "fingerprint": step.fingerprint()}
-            write_atomically(self._records / f"{step.name}.json", json.dumps(content) + "\n")
+            _interrupts.wait(0.0)
+            logger.info("%s  (about %s left)", head, duration(self.seconds_left(index)))
+            self._run_and_record(step)
 
     def seconds_left(self, done: int) -> float:
-        """Estimate from the expected times, stretched by how long the finished steps took against theirs."""
-        finished = [(self.record(step), step) for step in self.steps[:done]]
-        measured = [(r.seconds, s.expected_seconds) for r, s in finished if r is not None]
-        expected = sum(e for _, e in measured)
-        stretch = sum(m for m, _ in measured) / expected if expected else 1.0
-        return stretch * sum(step.expected_seconds for step in self.steps[done:])
+        """Estimates the seconds that all steps after the first `done` take.
+
+        Expected durations are scaled by the ratio of measured to expected time over the finished steps.
+        """
+        measured = expected = 0.0
+        for step in self.steps[:done]:
+            record = self.record(step)
+            if record is not None:
+                measured += record.seconds
+                expected += step.expected_seconds
+        scale = measured / expected if expected else 1.0
+        return scale * sum(step.expected_seconds for step in self.steps[done:])
 
     def record(self, step: Step) -> StepRecord | None:
-        """What is known of a finished step, None if it is not finished.
+        """Returns the record of a finished step; None if it is not finished.
 
         Raises:
-            ConfigError: it was run with another command.
+            ConfigError: the step was finished with other commands.
         """
         path = self._records / f"{step.name}.json"
         try:
@@ -116,7 +155,7 @@ class Pipeline:
             record = StepRecord(content["seconds"], content["fingerprint"])
         except (OSError, ValueError, KeyError):
             return None
-        if record.fingerprint != step.fingerprint():
+        if _recorded_fingerprint(record.fingerprint) != step.fingerprint():
             raise ConfigError(
                 f"{self.out} holds a run with other settings (step {step.name} differs); "
                 "choose another --out, or --fresh."
@@ -124,77 +163,118 @@ class Pipeline:
         return record
 
     def seconds(self) -> dict[str, float]:
-        """Measured seconds of every finished step."""
+        """Returns the measured seconds of every finished step, by name."""
         records = {step.name: self.record(step) for step in self.steps}
         return {name: record.seconds for name, record in records.items() if record is not None}
 
-    def _run(self, step: Step) -> None:
-        processes: list[subprocess.Popen[bytes]] = []
-        environment = dict(os.environ)
-        if len(step.commands) > 1:
-            cores = os.cpu_count() or 1
-            environment["OMP_NUM_THREADS"] = str(max(1, cores // len(step.commands)))
+    def _run_and_record(self, step: Step) -> None:
+        started = time.monotonic()
+        _run(step)
+        seconds = time.monotonic() - started
+        missing = [path for path in step.produces if not path.exists()]
+        if missing:
+            raise StepError(f"step {step.name} ended without {missing[0]}; see its output above.")
+        content = {"seconds": seconds, "fingerprint": step.fingerprint()}
+        write_atomically(self._records / f"{step.name}.json", json.dumps(content) + "\n")
+
+
+def _run(step: Step) -> None:
+    """Runs the commands of a step at the same time, and ends all of them as soon as one fails."""
+    processes: list[subprocess.Popen[bytes]] = []
+    environment = dict(os.environ)
+    if len(step.commands) > 1:
+        cores = os.cpu_count() or 1
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // len(step.commands)))
+    try:
+        for command in step.commands:
+            print(f"+ {shlex.join(command)}", flush=True)
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() not in (None, 0) for process in processes):
+                break
+            _interrupts.wait(0.2)
+    finally:
+        _end(processes, step.patience or PATIENCE)
+    for command, process in zip(step.commands, processes, strict=True):
+        if process.returncode != 0:
+            raise StepError(
+                f"step {step.name} failed (exit status {process.returncode}): {shlex.join(command)}; "
+                "finished steps are kept, run the same command again to continue."
+            )
+
+
+class _Interrupts:
+    """Signal handler that interrupts this module's waits and nothing else.
+
+    An exception raised inside Popen may leave Popen's lock taken, and the next call would wait for it for ever.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._waiting = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._waiting:
+            self._end()
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps for `seconds`.
+
+        Raises:
+            KeyboardInterrupt: A signal has arrived since the last wait, or arrives during this one.
+        """
         try:
-            for command in step.commands:
-                print(f"+ {shlex.join(command)}", flush=True)
-                processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() not in (None, 0) for process in processes):
-                    break
-                time.sleep(0.2)
+            self._waiting = True
+            if self._asked:
+                self._end()
+            time.sleep(seconds)
         finally:
-            _end(processes, step.patience or PATIENCE)
-        for command, process in zip(step.commands, processes, strict=True):
-            if process.returncode != 0:
-                raise StepError(
-                    f"step {step.name} failed (exit status {process.returncode}): {shlex.join(command)}; "
-                    "what is finished is kept, run again to go on."
-                )
+            self._waiting = False
+
+    def _end(self) -> None:
+        self._asked = self._waiting = False
+        raise KeyboardInterrupt
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-PATIENCE = 20.0
-"""Seconds that a command gets to end by itself, with a commit, after it was asked to."""
+_interrupts = _Interrupts()
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
-    """Asks what still runs to stop, waits, then kills: no process outlives its pipeline.
+    """Asks running processes to stop, waits, then kills them: no process outlives its pipeline.
 
-    Interrupted once more, it hands that on, too, and waits no longer than PATIENCE.
+    A second interrupt is passed on as well, and shortens the rest of the wait to PATIENCE.
     """
-    _ask(processes)
+    _ask_to_stop(processes)
     deadline = time.monotonic() + patience
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         try:
-            time.sleep(0.1)
+            _interrupts.wait(0.1)
         except KeyboardInterrupt:
-            _ask(processes)
+            _ask_to_stop(processes)
             deadline = min(deadline, time.monotonic() + PATIENCE)
     for process in processes:
         if process.poll() is None:
-            # not by its group: ranks have a session of their own
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            # one by one rather than by process group: ranks have a session of their own
+            for descendant in [*psutil.Process(process.pid).children(recursive=True), process]:
                 with contextlib.suppress(psutil.Error):
-                    each.kill()
+                    descendant.kill()
             process.wait()
 
 
-def _ask(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _ask_to_stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
 
 
 def start_fresh(out: Path) -> None:
-    """Removes an earlier run of a pipeline.
+    """Removes the folder of an earlier pipeline.
 
     Raises:
         ConfigError: the folder holds something else.
     """
-    if out.exists():
-        if not (out / "steps").is_dir():
-            raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
-        shutil.rmtree(out)
+    if not out.exists():
+        return
+    if not (out / "steps").is_dir():
+        raise ConfigError(f"{out} does not look like a run of this command; remove it yourself if you mean it.")
+    shutil.rmtree(out)

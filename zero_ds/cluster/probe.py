@@ -1,7 +1,8 @@
-"""What a machine says of itself. This file travels over ssh: the standard library alone, and no other file.
+"""Answers of a machine about itself.
 
-Each function answers one kind of request (`what`); `_main` prints the answer as JSON behind a mark, since a login may
-print a greeting of its own.
+The text of this file travels over ssh and is run there, so it uses nothing but the standard library and no other file
+of the project. Every function without an underscore that takes a request answers one kind of request; `_main` prints
+the answer as JSON after a mark, because a login shell may print a greeting first.
 """
 
 from __future__ import annotations
@@ -20,16 +21,22 @@ from pathlib import Path
 from typing import Any
 
 MARK = "zero-ds-probe:"
+"""Text before the answer."""
 JOB = "ZERO_DS_JOB"
-"""Variable in the environment of every process that a run starts on the nodes."""
+"""Name of a variable in the environment of every process that a run starts on the machines."""
+KILL_SECONDS = 10.0
+"""Seconds for which processes that ignore SIGTERM are killed again and again."""
+
+
+# -- the state of a machine --------------------------------------------------------------------------------------------
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the checks (checks.py) compare.
+    """Returns everything that checks.py compares.
 
-    request: folder; name, that of this machine; and where wanted: shared, token (a folder, and a file in it that holds
-    its own name), paths, files (of which the content counts), disks, env (names), port, resolve (the first machine's
-    name).
+    request: `folder` of the project and `name` of this machine; optionally `shared` and `token` (a folder, and the name
+    of a file in it that holds its own name), `paths` (looked for), `files` (whose content is hashed), `disks`, `env`
+    (names of variables), `port`, and `resolve` (name of the first machine).
     """
     folder = Path(request["folder"])
     answer: dict[str, Any] = {
@@ -39,13 +46,13 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
         "packages": _packages(),
         "project": (folder / "zero_ds" / "__init__.py").is_file(),
         "code": _code(folder),
-        "commit": _commit(folder),
+        "commit": _git_commit(folder),
         "devices": gpus(),
         "cores": os.cpu_count() or 1,
         "memory": _free_memory(),
-        "paths": {path: (folder / Path(path).expanduser()).exists() for path in request.get("paths", [])},
-        "files": {path: _content(folder / Path(path).expanduser()) for path in request.get("files", [])},
-        "disks": {path: _free_disk(folder / Path(path).expanduser()) for path in request.get("disks", [])},
+        "paths": {path: _resolved(folder, path).exists() for path in request.get("paths", [])},
+        "files": {path: _content(_resolved(folder, path)) for path in request.get("files", [])},
+        "disks": {path: _free_disk(_resolved(folder, path)) for path in request.get("disks", [])},
         "env": {name: bool(os.environ.get(name)) for name in request.get("env", [])},
         "shared_memory": _free_disk(Path("/dev/shm")),
         "address": _address(request.get("resolve")),
@@ -54,27 +61,35 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
         "port": _port_trouble(request["port"]) if request.get("port") else "",
     }
     if request.get("shared"):
-        answer |= _shared(folder / Path(request["shared"]).expanduser(), request["token"], request["name"])
+        shared = folder / Path(request["shared"]).expanduser()
+        answer.update(_shared(shared, request["token"], request["name"]))
     return answer
 
 
+def _resolved(folder: Path, path: str) -> Path:
+    return folder / Path(path).expanduser()
+
+
 def _packages() -> dict[str, str]:
-    """Name -> version of what is installed, by the names of its folders alone: reading all of them takes long."""
+    """Returns name -> version of the installed packages.
+
+    Only the names of their metadata folders are read: reading the metadata of all packages takes long.
+    """
     found: dict[str, str] = {}
     for place in sys.path:
         if not place or not Path(place).is_dir():
             continue
-        for name in os.listdir(place):  # noqa: PTH208 - a hundred of them, many times
+        for name in os.listdir(place):  # noqa: PTH208 - faster than pathlib, and there are hundreds of them
             package, separator, rest = name.partition("-")
             if separator and rest.endswith((".dist-info", ".egg-info")):
-                # the first on the path is the one that is imported
                 version = rest.removesuffix(".dist-info").removesuffix(".egg-info")
+                # the first one on the path is the one that is imported
                 found.setdefault(package.lower().replace("_", "-"), version)
     return found
 
 
 def _code(folder: Path) -> str:
-    """Hash of the project's files that a run reads."""
+    """Returns a hash of the project's files that a run reads."""
     digest = hashlib.sha256()
     for kind in ("zero_ds/**/*.py", "zero_ds/**/*.yaml", "ds_configs/*.json"):
         for path in sorted(folder.glob(kind)):
@@ -83,21 +98,21 @@ def _code(folder: Path) -> str:
 
 
 def _content(path: Path) -> str | None:
-    """Hash of a file; None if it cannot be read."""
+    """Returns a hash of a file; None if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     except OSError:
         return None
 
 
-def _commit(folder: Path) -> str:
+def _git_commit(folder: Path) -> str:
     return " ".join(_words("git", "-C", str(folder), "rev-parse", "--short", "HEAD"))
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, and total and free memory in MiB, of every GPU."""
+    """Returns the name, and the total and free memory in MiB, of every GPU."""
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
@@ -105,11 +120,16 @@ def gpus() -> list[dict[str, Any]]:
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
-    lines = [[word.strip() for word in line.split(",")] for line in said.splitlines() if line.count(",") == 2]
-    return [{"name": n, "total": int(t), "free": int(f)} for n, t, f in lines if t.isdigit() and f.isdigit()]
+    found = []
+    for line in output.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
+            found.append({"name": fields[0], "total": int(fields[1]), "free": int(fields[2])})
+    return found
 
 
 def _words(*command: str) -> list[str]:
+    """Returns the words that a command prints; none if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
@@ -117,22 +137,27 @@ def _words(*command: str) -> list[str]:
 
 
 def _free_memory() -> int:
-    """Bytes."""
+    """Returns the bytes of memory that programs can still get; 0 if that is not known."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
+    return 0
 
 
 def _free_disk(path: Path) -> int | None:
-    """Bytes free where a path is, or would be made."""
-    place = next((place for place in (path, *path.parents) if place.exists()), None)
-    return shutil.disk_usage(place).free if place else None
+    """Returns the free bytes of the file system on which a path is, or would be made."""
+    for place in (path, *path.parents):
+        if place.exists():
+            return shutil.disk_usage(place).free
+    return None
 
 
 def _address(name: str | None) -> str | None:
-    """What this machine takes the name of another one for."""
+    """Returns the address to which this machine resolves another machine's name."""
     try:
         return socket.gethostbyname(name) if name else None
     except OSError:
@@ -140,13 +165,14 @@ def _address(name: str | None) -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port that is free here now."""
+    """Returns a TCP port of this machine that is free now."""
     with socket.socket() as server:
         server.bind(("", 0))
         return int(server.getsockname()[1])
 
 
 def _port_trouble(port: int) -> str:
+    """Returns the reason for which a port cannot be used; empty if it can."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -158,7 +184,7 @@ def _port_trouble(port: int) -> str:
 
 
 def _shared(folder: Path, token: str, name: str) -> dict[str, Any]:
-    """Whether another machine's token is seen here; leaves one of this machine behind, for the other to see."""
+    """Returns whether another machine's token is seen here, and leaves one of this machine's for the other to see."""
     try:
         seen = (folder / token).read_text() == token
     except OSError:
@@ -173,20 +199,23 @@ def _shared(folder: Path, token: str, name: str) -> dict[str, Any]:
 # -- processes and secrets of a job ------------------------------------------------------------------------------------
 
 
-def _kept(job: str) -> Path:
+def _folder_of_secrets(job: str) -> Path:
     assert job.isalnum()
     return Path.home() / ".cache" / "zero_ds" / "jobs" / job
 
 
 def keep(request: dict[str, Any]) -> dict[str, Any]:
-    """Secrets, values by name, stay here until `end`."""
+    """Keeps `secrets`, values by name, on this machine until `end` is asked for the same `job`."""
     keep_secrets(request["job"], request["secrets"])
     return {}
 
 
 def keep_secrets(job: str, secrets: dict[str, str]) -> None:
-    """One file each, for this user alone; the shell that starts the ranks reads them (environment.py)."""
-    folder = _kept(job)
+    """Writes one file for each secret, readable by this user alone.
+
+    The shell that starts the ranks reads them (environment.py).
+    """
+    folder = _folder_of_secrets(job)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name, value in secrets.items():
         temporary = folder / f".{name}.{os.getpid()}.{socket.gethostname()}"
@@ -196,7 +225,7 @@ def keep_secrets(job: str, secrets: dict[str, str]) -> None:
 
 
 def processes(job: str) -> list[tuple[int, bool]]:
-    """Process id, and whether it is a rank, of everything that the job has started here, the zombies left out."""
+    """Returns the process id of everything that the job has started here, and whether it is a rank; no zombies."""
     wanted = f"{JOB}={job}".encode()
     found: dict[int, tuple[bool, int]] = {}
     for entry in Path("/proc").iterdir():
@@ -206,40 +235,47 @@ def processes(job: str) -> list[tuple[int, bool]]:
             if wanted not in (entry / "environ").read_bytes().split(b"\0"):
                 continue
             state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            rank = b"--local_rank" in (entry / "cmdline").read_bytes()
-        except OSError:  # gone in between, or another user's
+            has_rank = b"--local_rank" in (entry / "cmdline").read_bytes()
+        except OSError:  # ended in between, or another user's
             continue
         if state not in "ZX":
-            found[int(entry.name)] = (rank, int(parent))
-    ranks = {pid for pid, (rank, _) in found.items() if rank}
-    return [(pid, rank and parent not in ranks) for pid, (rank, parent) in found.items()]  # loaders' workers look alike
+            found[int(entry.name)] = (has_rank, int(parent))
+    # the loader's worker processes have the command line of their rank, which is their parent
+    candidates = {pid for pid, (has_rank, _) in found.items() if has_rank}
+    return [(pid, has_rank and parent not in candidates) for pid, (has_rank, parent) in found.items()]
 
 
 def ask_to_stop(request: dict[str, Any]) -> dict[str, Any]:
-    """SIGUSR1 to the job's ranks, which commit and stop."""
-    ranks = [pid for pid, rank in processes(request["job"]) if rank]
+    """Sends SIGUSR1 to the ranks of `job`, which then write a checkpoint and stop; returns their number."""
+    ranks = [pid for pid, is_rank in processes(request["job"]) if is_rank]
     for pid in ranks:
         _signal(pid, signal.SIGUSR1)
     return {"ranks": len(ranks)}
 
 
 def end(request: dict[str, Any]) -> dict[str, Any]:
-    """Ends whatever the job has left here, and forgets its secrets."""
+    """Ends every process of `job` on this machine and removes its secrets.
+
+    request: `patience` is the time in seconds between SIGTERM and SIGKILL; with 0 there is only SIGKILL. Returns the
+    number of processes that were found, and of those that are left.
+    """
     job, patience = request["job"], request.get("patience", 3.0)
-    there = processes(job)
+    found = processes(job)
     if patience:
-        for pid, _ in there:
+        for pid, _ in found:
             _signal(pid, signal.SIGTERM)
     deadline = time.monotonic() + patience
     while processes(job) and time.monotonic() < deadline:
         time.sleep(0.1)
-    deadline = time.monotonic() + 10
-    while (left := processes(job)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + KILL_SECONDS
+    left = processes(job)
+    while left and time.monotonic() < deadline:
         for pid, _ in left:
             _signal(pid, signal.SIGKILL)
         time.sleep(0.1)
-    shutil.rmtree(_kept(job), ignore_errors=True)
-    return {"found": len(there), "left": len(left)}
+        left = processes(job)
+    shutil.rmtree(_folder_of_secrets(job), ignore_errors=True)
+    return {"found": len(found), "left": len(left)}
 
 
 def _signal(pid: int, number: int) -> None:

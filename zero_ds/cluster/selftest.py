@@ -1,10 +1,10 @@
-"""What `zero-ds doctor` lets ranks do: exchange data, and make one step under two ZeRO configs.
+"""The test that `zero-ds doctor` runs on all ranks: exchange data, and train a small model under two ZeRO configs.
 
     deepspeed ... --module zero_ds.cluster.selftest REQUEST
 
-The step is that of a small random model, made from a config: no file is read. Gradients under the chosen DeepSpeed JSON
-must be those of ZeRO-0, where every rank holds everything; so must the loss of a second step, which reads what the
-first has written.
+The model is random and made from a config, so no file is read. Its gradients under the chosen DeepSpeed JSON have to
+equal those under ZeRO-0, where every rank holds everything. So does the loss of a second step, which depends on the
+update of the first.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ import torch
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch, collate
+from zero_ds.data.samples import EncodedSample
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 
 MARK = "zero-ds-selftest:"
-"""Stands before the result in what rank 0 prints."""
+"""Text before the result in the output of rank 0."""
 TOLERANCES = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 5e-2), "fp16": (2e-2, 5e-2)}
-"""Precision -> relative difference that the loss, and the gradient, may show for the order of sums."""
+"""Precision -> relative differences of loss and gradient that another order of sums may cause."""
 SIZE, PATCH = 32, 16
+"""Side of an image, and of a patch, in pixels."""
 VOCABULARY, HIDDEN = 1024, 256
-"""Large enough that ZeRO-3 partitions some of the weights and keeps others whole."""
+"""Vocabulary and hidden size, large enough that ZeRO-3 partitions some weights and keeps others whole."""
 ACCUMULATION = 2
 STEPS = 2
 
 
 def encode(request: dict[str, Any]) -> str:
-    """One word, safe in every shell."""
+    """Returns a request as one word that is safe in every shell."""
     return base64.urlsafe_b64encode(json.dumps(request).encode()).decode()
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Both tests, on every rank; request: zero, precision, nvme_path. Figures are the same on all ranks.
+    """Runs both tests on every rank, and returns results that are the same on all ranks.
+
+    request: `zero`, `precision` and `nvme_path` of the run.
 
     Raises:
         ConfigError: the DeepSpeed JSON cannot be used.
@@ -55,9 +59,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_reduce(rounds: int = 5) -> dict[str, Any]:
-    """Sums a tensor over all ranks: whether the sum is right, seconds, and bus bandwidth.
+    """Sums a tensor over all ranks; returns whether the sum is right, the seconds, and the bus bandwidth.
 
-    The bus bandwidth is NCCL's: 2 (n - 1) / n times the bytes of the tensor over the seconds, n ranks.
+    The bus bandwidth follows NCCL's definition for n ranks: 2 (n - 1) / n x bytes of the tensor / seconds.
     """
     import torch.distributed as dist
 
@@ -84,25 +88,31 @@ def all_reduce(rounds: int = 5) -> dict[str, Any]:
 
 
 def parity(zero: str, precision: str, nvme_path: str | None = None) -> dict[str, Any]:
-    """Losses and gradient of the small model under `zero` beside those under ZeRO-0.
+    """Compares losses and gradients of the small model under `zero` with those under ZeRO-0.
 
-    Returns losses of both, the gradients' relative difference, and `alike`. A collective.
+    Returns the losses of both, the relative difference of the gradients, and as `alike` whether the tolerances hold.
+    A collective.
     """
-    expected, wanted = _steps("zero0", precision), _steps(zero, precision, nvme_path)
-    of_loss, of_gradient = TOLERANCES[precision]
-    apart = [abs(a - b) / abs(b) for a, b in zip(wanted["losses"], expected["losses"], strict=True)]
-    theirs, ours = expected["gradients"], wanted["gradients"]
+    reference, tested = _steps("zero0", precision), _steps(zero, precision, nvme_path)
+    loss_tolerance, gradient_tolerance = TOLERANCES[precision]
+    pairs = zip(tested["losses"], reference["losses"], strict=True)
+    loss_differences = [abs(ours - theirs) / abs(theirs) for ours, theirs in pairs]
+    theirs, ours = reference["gradients"], tested["gradients"]
     missing = sorted(set(theirs) ^ set(ours))
     total = torch.stack([gradient.norm() for gradient in theirs.values()]).norm()
-    difference = torch.stack([(ours[n] - theirs[n]).norm() for n in theirs if n in ours] or [total]).norm() / total
-    gradient, first, second, lost = distributed.max_over_ranks(float(difference), *apart, float(len(missing)))
-    # behind the update Adam has turned rounding of small gradients into whole steps
-    alike = first < of_loss and gradient < of_gradient and second < 100 * of_loss and not lost
+    differences = [(ours[name] - theirs[name]).norm() for name in theirs if name in ours]
+    difference = torch.stack(differences or [total]).norm() / total
+    gradient, first, second, lost = distributed.max_over_ranks(
+        float(difference), *loss_differences, float(len(missing))
+    )
+    # in the first update Adam turns the rounding of small gradients into whole steps, so later losses differ more
+    losses_agree = first < loss_tolerance and second < 100 * loss_tolerance
+    alike = losses_agree and gradient < gradient_tolerance and not lost
     return {
         "zero": zero,
         "precision": precision,
-        "losses": wanted["losses"],
-        "losses_zero0": expected["losses"],
+        "losses": tested["losses"],
+        "losses_zero0": reference["losses"],
         "gradient_difference": gradient,
         "missing_gradients": missing,
         "alike": alike,
@@ -110,7 +120,7 @@ def parity(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
 
 
 def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str, Any]:
-    """Losses of two steps, and the gradient of the first by name, whole and in float32 on the CPU."""
+    """Returns the losses of two steps, and the whole gradients of the first by name, in float32 on the CPU."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from zero_ds.model.losses import count_supervised
@@ -150,14 +160,14 @@ def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
         losses = []
         for step in range(STEPS):
             micro = [_batch(distributed.rank() * ACCUMULATION + number) for number in range(ACCUMULATION)]
-            labelled = distributed.sum_over_ranks(sum(count_supervised(batch["labels"]) for batch in micro))[0]
+            labelled = distributed.sum_over_ranks(sum(count_supervised(batch.labels) for batch in micro))[0]
             losses.append(distributed.sum_over_ranks(engine.step(micro, step, labelled).share)[0])
         engine.engine.destroy()
     return {"losses": losses, "gradients": caught}
 
 
 def _catch_gradients(engine: Any, into: dict[str, torch.Tensor]) -> None:
-    """Keeps the whole gradients of the first step, just before the update."""
+    """Makes the engine copy the whole gradients of the first step into `into`, just before the update."""
     from deepspeed.utils import safe_get_full_grad
 
     inner: Callable[[], None] = engine.engine.step
@@ -172,7 +182,7 @@ def _catch_gradients(engine: Any, into: dict[str, torch.Tensor]) -> None:
 
 
 def _model(dtype: torch.dtype) -> Any:
-    """Two Llama layers, a CLIP of two layers, an adapter: random, alike on every rank."""
+    """Returns a random model, the same on every rank: two Llama layers, a CLIP of two layers, and an adapter."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     from zero_ds.config.schema import EncoderConfig
@@ -207,7 +217,7 @@ def _model(dtype: torch.dtype) -> Any:
 
 
 def _batch(number: int) -> Batch:
-    """The n-th sample of the global batch; every third one is text alone."""
+    """Returns the n-th sample of the global batch; every third one has no image."""
     from zero_ds.data.conversations import IMAGE_TOKEN
 
     draw = torch.Generator().manual_seed(number)
@@ -218,18 +228,18 @@ def _batch(number: int) -> Batch:
     if len(pixels):
         ids[1 : 1 + tokens] = IMAGE_TOKEN
     answer = torch.arange(length) >= length // 2
-    sample = {
-        "id": str(number),
-        "input_ids": ids.tolist(),
-        "labels": torch.where(answer, ids, -100).tolist(),
-        "responses": torch.where(answer, 0, -1).tolist(),
-        "pixels": pixels,
-    }
+    sample = EncodedSample(
+        id=str(number),
+        input_ids=ids.tolist(),
+        labels=torch.where(answer, ids, -100).tolist(),
+        responses=torch.where(answer, 0, -1).tolist(),
+        pixels=pixels,
+    )
     return collate([sample], 0, SIZE)
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of every rank; rank 0 says the result in one line."""
+    """Runs the tests on this rank; rank 0 prints the result in one line."""
     (word,) = [argument for argument in arguments if not argument.startswith("--local_rank")]
     try:
         result = run(json.loads(base64.urlsafe_b64decode(word)))

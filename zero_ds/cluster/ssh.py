@@ -1,4 +1,4 @@
-"""A command on all machines at once, over ssh as DeepSpeed's launcher uses it."""
+"""Runs the probe on all machines at the same time, over ssh with the options that DeepSpeed's launcher uses."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ from typing import Any
 from zero_ds.cluster import probe
 
 CONNECT = 8
-"""Seconds in which a machine must answer."""
+"""Seconds within which a machine must accept the connection."""
 PATIENCE = float(os.environ.get("ZERO_DS_NODE_PATIENCE", "25"))
-"""Seconds in which it must have done what it was asked."""
+"""Seconds within which it must have answered the request."""
 PDSH_OPTIONS = "PDSH_SSH_ARGS_APPEND"
-"""Variable with options for ssh, which pdsh reads; so do we."""
+"""Variable with options for ssh; pdsh reads it, so this module does as well."""
 FAN_OUT = 128
+"""Largest number of machines that are asked at the same time."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from a machine."""
+    """Answer of a machine, or the reason for which there is none."""
 
     host: str
     content: dict[str, Any] | None
-    """What its probe said; None if there is none."""
+    """Answer of its probe; None if there is none."""
     trouble: str = ""
-    """Why not, in ssh's or the shell's own words."""
+    """Reason for a missing answer, in the words of ssh or the remote shell."""
     reached: bool = True
-    """Whether ssh got through at all."""
+    """True if ssh reached the machine."""
     clock_offset: float = 0.0
-    """Seconds by which its clock is ahead of this machine's, as far as the time on the way lets that be known."""
+    """Seconds by which its clock is certainly ahead of this machine's, given the time that request and answer took."""
 
 
 @dataclass(frozen=True)
 class Ssh:
-    """How machines are reached, and the interpreter and folder that a run uses on each of them."""
+    """Access to machines, and the interpreter and folder that a run uses on each of them."""
 
     port: int | None = None
     python: str = sys.executable
     folder: str = field(default_factory=lambda: str(Path.cwd()))
     local: bool = False
-    """Run on this machine, without ssh."""
+    """True if the probe runs on this machine, without ssh."""
 
     def command(self, host: str, remote: str) -> list[str]:
-        """The ssh command; the user's own options come first, and win."""
+        """Returns the ssh command for a remote command line; the user's own options come first, and win."""
         own = shlex.split(os.environ.get(PDSH_OPTIONS, ""))
         port = ["-p", str(self.port)] if self.port is not None else []
         ours = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}", "-o", "LogLevel=ERROR"]
-        # a connection that is shared may be used; one that stays behind would keep our pipes open
+        # an existing shared connection may be used; a new one would outlive the command and keep its pipes open
         ours += ["-o", "ControlMaster=no"]
         return ["ssh", *own, *port, *ours, host, remote]
 
     def ask(self, hosts: Sequence[str], request: dict[str, Any], timeout: float | None = None) -> list[Answer]:
-        """Runs the probe (probe.py) on every machine side by side; answers in the order of `hosts`.
+        """Runs the probe (probe.py) on all machines at the same time; returns their answers in the order of `hosts`.
 
-        The probe's source and the request travel on the standard input: nothing of them is in a process list, and a
-        machine need not have the project to say so.
+        The probe's source and the request travel through standard input. So they are in no process list, and a machine
+        without the project can still say that it lacks the project.
         """
         source = Path(probe.__file__).read_text(encoding="utf-8")
 
@@ -75,8 +76,9 @@ class Ssh:
             return list(pool.map(ask, hosts))
 
     def _ask(self, host: str, program: bytes, timeout: float) -> Answer:
-        # as the launcher sets it for the ranks, so that the same packages are found
-        path = ":".join([self.folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+        # the launcher sets it in the same way for the ranks, so the probe finds the same packages
+        own_path = os.environ.get("PYTHONPATH")
+        path = f"{self.folder}:{own_path}" if own_path else self.folder
         remote = f"PYTHONPATH={shlex.quote(path)} exec {shlex.quote(self.python)} -"
         command = ["/bin/sh", "-c", remote] if self.local else self.command(host, remote)
         sent = time.time()
@@ -87,14 +89,14 @@ class Ssh:
         except OSError as error:
             return Answer(host, None, f"{command[0]}: {error.strerror}", reached=False)
         received = time.time()
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        trouble = said[-1] if said else f"exit status {done.returncode}"
+        messages = done.stderr.decode(errors="replace").strip().splitlines()
+        trouble = messages[-1] if messages else f"exit status {done.returncode}"
         if done.returncode == 255 and not self.local:
             return Answer(host, None, trouble, reached=False)
         try:
             content = json.loads(done.stdout.decode(errors="replace").rsplit(probe.MARK, 1)[1])
         except (IndexError, ValueError):
             return Answer(host, None, trouble)
-        # the clock was read somewhere between sending and receiving
+        # its clock was read at some time between sending and receiving
         offset = content["time"] - min(max(content["time"], sent), received)
         return Answer(host, content, clock_offset=offset)

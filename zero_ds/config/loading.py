@@ -1,4 +1,8 @@
-"""Recipes: YAML files and dotted overrides, resolved to a checked `RunConfig`."""
+"""Resolves recipes (YAML files) and dotted overrides to a checked `RunConfig`.
+
+A recipe is one YAML file that describes a whole run. `extends:` names recipes that it starts from; later ones win. An
+unknown key, at any depth, is an error that names the nearest known one.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,16 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from zero_ds.config.schema import RunConfig, _read_yaml, registered_data
+from zero_ds.config.datasets import registered_datasets
+from zero_ds.config.schema import RunConfig
+from zero_ds.config.yaml_files import read_yaml
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 RECIPE_ROOT = Path(__file__).parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes in the package, such as `smollm2-135m/encoder`."""
+    """Returns the names of all recipes in the package, such as `smollm2-135m/encoder`."""
     return sorted(
         str(path.relative_to(RECIPE_ROOT).with_suffix(""))
         for path in RECIPE_ROOT.rglob("*.yaml")
@@ -24,10 +30,10 @@ def recipe_names() -> list[str]:
 
 
 def load_run(recipe: str, overrides: list[str] | None = None) -> RunConfig:
-    """Resolves a recipe (name in the package, or path of a YAML file) and `key=value` overrides.
+    """Resolves a recipe, which is a name in the package or the path of a YAML file, and `key=value` overrides.
 
     Raises:
-        ConfigError: unknown recipe or key (naming the nearest), a value of the wrong kind, unreadable YAML.
+        ConfigError: An unknown recipe or key, a value of the wrong kind, or YAML that cannot be read.
     """
     tree = _read_recipe(recipe)
     for override in overrides or []:
@@ -43,7 +49,11 @@ def load_run(recipe: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 def validate(model: type[Model], tree: Any, what: str) -> Model:
-    """Checks a tree of plain values against a pydantic model, with one-sentence errors."""
+    """Checks a tree of plain values against a pydantic model.
+
+    Raises:
+        ConfigError: A value that does not fit; one sentence, in which `what` names the tree.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -53,30 +63,44 @@ def validate(model: type[Model], tree: Any, what: str) -> Model:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def _read_recipe(recipe: str, beside: Path = Path(), seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The recipe's tree, merged over those it extends; a file that it extends lies relative to the recipe's folder."""
-    path = beside / recipe
+def _read_recipe(recipe: str, folder: Path = Path(), seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the tree of a recipe, merged over the recipes that it extends.
+
+    Paths are relative to `folder`, which is the folder of the extending recipe; `seen` are the recipes on the way here.
+    """
+    path = folder / recipe
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPE_ROOT / f"{recipe}.yaml"
         if not path.is_file():
             raise ConfigError(f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}")
     if str(path.resolve()) in seen:
         raise ConfigError(f"recipe {recipe} extends itself.")
-    tree = _read_yaml(path, what="recipe file")
+    tree = read_yaml(path, what="recipe file")
     parents = tree.pop("extends", None) or []
+    if not isinstance(parents, list):
+        parents = [parents]
     base: dict[str, Any] = {}
-    for parent in parents if isinstance(parents, list) else [parents]:
+    for parent in parents:
         base = _merge(base, _read_recipe(str(parent), path.parent, (*seen, str(path.resolve()))))
     return _merge(base, tree)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    both = {key for key, value in top.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
-    return {**base, **top, **{key: _merge(base[key], top[key]) for key in both}}
+    """Merges two trees: sections are merged key by key, everything else in `top` replaces what `base` has."""
+    merged = {**base, **top}
+    for key, value in top.items():
+        replaced = base.get(key)
+        if isinstance(value, dict) and isinstance(replaced, dict):
+            merged[key] = _merge(replaced, value)
+    return merged
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Puts a value at a dotted key; a number picks an entry of a list that is there, as in `data.sources.0.limit`."""
+    """Sets the value of a dotted key. A number selects an entry of an existing list, as in `data.sources.0.limit`.
+
+    Raises:
+        ConfigError: A list that does not have such an entry.
+    """
     node: Any = tree
     for depth, key in enumerate(keys):
         place: Any = key
@@ -89,14 +113,16 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
             node[place] = value
             return
         nested = node[place] if isinstance(node, list) else node.get(place)
-        if isinstance(node, list) and isinstance(nested, str):  # a registered data set, or a file, by its word
-            nested = node[place] = {("name" if nested in registered_data() else "path"): nested}
+        if isinstance(node, list) and isinstance(nested, str):  # a source that is given as a name or a path alone
+            kind = "name" if nested in registered_datasets() else "path"
+            nested = node[place] = {kind: nested}
         if not isinstance(nested, dict | list):
             nested = node[place] = {}
         node = nested
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    """Returns the first error of a validation as one sentence."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     name = ".".join(location)
@@ -105,11 +131,13 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"'{name}' is missing; set it in the recipe or with {name}=VALUE."
     message = first["msg"].removeprefix("Value error, ")
-    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}." if location else f"{message}."
+    if not location:
+        return f"{message}."
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}."
 
 
 def _keys(model: type[BaseModel], location: list[str]) -> list[str]:
-    """Field names of the section at `location`, looked up through the annotations."""
+    """Returns the field names of the section at `location`, found through the annotations."""
     current: Any = model
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:

@@ -1,4 +1,4 @@
-"""Data files -> raw records, one at a time, however large the file: JSON lists, JSON lines, Parquet."""
+"""Finds data files (JSON lists, JSON lines, Parquet) and reads their raw records one at a time, at any size of file."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from zero_ds.data.formats import DataError, named, quoted
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+"""Endings of the names of data files."""
 BLOCK = 1 << 22
+"""Characters of a JSON list that are read at a time."""
 LONGEST = 1 << 26
-"""Characters of a single record at most; a file whose first string is never closed must not fill the memory."""
+"""Characters that a single record has at most: a file whose first string is never closed must not fill the memory."""
 LONGEST_ESCAPE = 16
-"""So near to the end of what was read, an error may come from the rest's not being there yet."""
-
+"""A parse error this close to the end of the buffer may only mean that more input is needed."""
 ROWS = 16
 """Rows of Parquet that are unpacked at a time: a few bytes of a file can stand for a long text in every row."""
 
 Progress = Callable[[int], object]
-_ESCAPED = re.compile("[\udc80-\udcff]")
+"""Called with the number of further bytes that have been read."""
+
+_UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 _ID = re.compile(r'"(?:id|idx)"\s*:\s*(?:"((?:[^"\\]|\\.){1,200})"|(\d{1,30}))')
 
 
 class BrokenLine(NamedTuple):
-    """A line that holds no record."""
+    """A line that does not hold a record."""
 
     number: int
-    """Counted from 1."""
+    """Number of the line, counted from 1."""
     reason: str
     id: str | None
-    """Of the sample, where one can be made out."""
+    """Id of the sample, if the line shows one."""
 
     def __str__(self) -> str:
         sample = "" if self.id is None else f" (sample {named(self.id)})"
@@ -43,12 +46,13 @@ class BrokenLine(NamedTuple):
 
 
 def data_files(path: str, pattern: str | None = None) -> list[Path]:
-    """The files behind a source's `path`: itself, those in a folder, or those of a data set on the hub.
+    """Returns the files that a source's `path` stands for: itself, those of a folder, or those of a hub data set.
 
-    pattern: which files of a folder or hub data set are meant, such as `data/math-*`; all of them if empty.
+    `pattern` selects files of a folder or hub data set, such as `data/math-*`; without one, all of them are taken.
 
     Raises:
-        DataError: nothing there; ConfigError: a hub id that cannot be fetched, a pattern that leaves the folder.
+        DataError: Nothing is there.
+        ConfigError: A hub id that cannot be fetched, or a pattern that leaves the folder.
     """
     if pattern and (Path(pattern).is_absolute() or ".." in Path(pattern).parts):
         raise ConfigError(f"files={quoted(pattern)} must stay below {named(path, 1000)}; write it relative to that.")
@@ -61,14 +65,16 @@ def data_files(path: str, pattern: str | None = None) -> list[Path]:
         raise DataError(f"there is no data file {quoted(path)}: {getattr(error, 'strerror', None) or error}") from None
     if not folder:
         if local.exists():
-            raise DataError(f"data file {path} is no regular file")
+            raise DataError(f"data file {path} is not a regular file")
         if local.suffix in SUFFIXES or path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise DataError(f"there is no data file {path}")
         local = _fetched(path, pattern)
     try:
         found = sorted(file for file in local.glob(pattern or "**/*") if file.suffix in SUFFIXES and file.is_file())
     except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"files={quoted(pattern)} is no pattern ({error}); write one such as data/math-*.") from None
+        raise ConfigError(
+            f"files={quoted(pattern)} is not a valid pattern ({error}); write one such as data/math-*."
+        ) from None
     if not found:
         what = f"file that matches {pattern!r}" if pattern else f"file that ends in {', '.join(SUFFIXES)}"
         raise DataError(f"{path} holds no {what}")
@@ -76,27 +82,28 @@ def data_files(path: str, pattern: str | None = None) -> list[Path]:
 
 
 def _fetched(name: str, pattern: str | None) -> Path:
+    """Returns the folder of a hub data set, fetched if it is not in the cache."""
     import huggingface_hub
 
     wanted = [pattern] if pattern else [f"**{suffix}" for suffix in SUFFIXES] + [f"*{suffix}" for suffix in SUFFIXES]
     try:
         return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
-    except Exception as error:  # the hub client raises many kinds; each means that the data are not to be had
+    except Exception as error:  # the hub client raises many kinds; each means that the data cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"'{name}' is no local file or folder and could not be fetched from the hub: {reason[:200].rstrip('. ')}; "
-            "give a local path, or check the network, the id and your access token."
+            f"'{name}' is not a local file or folder and could not be fetched from the hub: "
+            f"{reason[:200].rstrip('. ')}; give a local path, or check the network, the id and your access token."
         ) from None
 
 
 def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool = False) -> Iterator[Any]:
-    """Every record of a file; `progress` is told how many more bytes were read.
+    """Yields every record of a file.
 
-    tolerant: a broken line of JSON lines comes as a BrokenLine, and bytes that are no UTF-8 stand in the texts as half
-    surrogate pairs, which `formats.parse` refuses, sample by sample.
+    If `tolerant`, a broken line of JSON lines comes as a BrokenLine, and bytes that are not UTF-8 come as lone
+    surrogates in the texts, which `formats.parse` rejects sample by sample.
 
     Raises:
-        DataError: missing or unreadable file, invalid JSON or Parquet, no record at all.
+        DataError: A missing or unreadable file, invalid JSON or Parquet, or no record at all.
     """
     read = {".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix, _json_list)
     name = f"data file {path} cannot be read"
@@ -112,101 +119,170 @@ def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool 
     except OSError as error:
         raise DataError(f"{name}: {error.strerror or error}") from None
     if empty:
-        raise DataError(f"data file {path} must hold a list of samples, and at least one")
+        raise _not_a_list(path)
+
+
+def _not_a_list(path: Path) -> DataError:
+    return DataError(f"data file {path} must hold a list of samples, and at least one")
 
 
 def _json_list(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:
-    """Elements of a JSON list, decoded one by one from a buffer that holds little more than one."""
-    decoder = json.JSONDecoder()
     with (
-        open_regular(path) as raw,
-        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape") as file,  # type: ignore[type-var]
+        open_regular(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape") as text,  # type: ignore[type-var]
     ):
-        buffer, place, passed, size = "", 0, 0, BLOCK
-        state = "start"  # -> "value" (or the end, right behind the start) -> "separator" -> "value" ...
+        yield from _JsonList(path, file, text, progress, tolerant).elements()
 
-        def more() -> bool:
-            nonlocal buffer, place, passed
-            at = raw.tell()
-            block = file.read(size)
-            progress(raw.tell() - at)
-            if not tolerant and (bad := _ESCAPED.search(block)):
-                byte, where = ord(bad.group()) - 0xDC00, passed + len(buffer) + bad.start()
-                raise DataError(f"data file {path} cannot be read: byte 0x{byte:02x} is no UTF-8 at character {where}")
-            passed += place
-            buffer, place = buffer[place:] + block, 0
-            return bool(block)
 
-        def broken(what: str) -> DataError:
-            return DataError(f"data file {path} cannot be read: {what} at character {passed + place}")
+class _JsonList:
+    """Decodes the elements of a JSON list one by one, from a buffer that holds little more than one element.
 
+    No library does this under the conditions of training data; docs/decisions.md says what was tried.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, text: TextIO, progress: Progress, tolerant: bool) -> None:
+        self._path = path
+        self._file = file
+        self._text = text
+        """The same file, decoded. Bytes that are not UTF-8 become lone surrogates."""
+        self._progress = progress
+        self._tolerant = tolerant
+        self._decoder = json.JSONDecoder()
+        self._buffer = ""
+        self._place = 0
+        """Index into the buffer of the next character."""
+        self._passed = 0
+        """Number of the file's characters before the buffer."""
+        self._block = BLOCK
+        """Number of characters to read next."""
+
+    def elements(self) -> Iterator[Any]:
+        """Yields each element.
+
+        Raises:
+            DataError: Text that is not a list in JSON, with the position of the error in characters.
+        """
+        if self._next_character() != "[":
+            raise _not_a_list(self._path)
+        self._place += 1
+        separator = ","
+        if self._next_character() == "]":
+            self._place += 1
+            separator = "]"
+        while separator == ",":
+            self._inside()
+            yield self._element()
+            separator = self._inside()
+            if separator not in (",", "]"):
+                raise self._broken("a comma is missing")
+            self._place += 1
+        if self._next_character():
+            raise self._broken("text follows the end of the list")
+
+    def _inside(self) -> str:
+        """Returns the next character of a list that has not ended."""
+        character = self._next_character()
+        if not character:
+            raise self._broken("it ends in the middle of the list")
+        return character
+
+    def _next_character(self) -> str:
+        """Skips white space and returns the character after it, without passing it; "" at the end of the file."""
         while True:
-            while place < len(buffer) and buffer[place].isspace():
-                place += 1
-            if place == len(buffer):
-                if more():
+            while self._place < len(self._buffer) and self._buffer[self._place].isspace():
+                self._place += 1
+            if self._place < len(self._buffer):
+                return self._buffer[self._place]
+            if not self._read_more():
+                return ""
+
+    def _element(self) -> Any:
+        """Decodes the element at the current place and passes it, reading as much of the file as it takes."""
+        while True:
+            try:
+                element, end = self._decoder.raw_decode(self._buffer, self._place)
+            except RecursionError:
+                raise self._broken("objects nested too deeply") from None
+            except json.JSONDecodeError as error:
+                position = self._passed + error.pos
+                if self._may_go_on(error) and self._read_more():
                     continue
-                if state == "end":
-                    return
-                if state == "start":
-                    raise DataError(f"data file {path} must hold a list of samples, and at least one")
-                raise broken("it ends in the middle of the list")
-            if state == "end":
-                raise broken("something stands behind the list")
-            if state == "start":
-                if buffer[place] != "[":
-                    raise DataError(f"data file {path} must hold a list of samples, and at least one")
-                state, place = "first", place + 1
-            elif state == "separator" or (state == "first" and buffer[place] == "]"):
-                if buffer[place] not in ",]":
-                    raise broken("a comma is missing")
-                state, place = "value" if buffer[place] == "," else "end", place + 1
-            else:
-                try:
-                    record, end = decoder.raw_decode(buffer, place)
-                    if len(buffer) - end <= 2:  # a number might go on, as 1 in `1e-`
-                        left = len(buffer) - end
-                        if more():
-                            continue
-                        end = len(buffer) - left
-                except RecursionError:
-                    raise broken("objects nested too deeply") from None
-                except json.JSONDecodeError as error:
-                    if len(buffer) - place > LONGEST:
-                        raise broken(f"a record of more than {LONGEST:,} characters") from None
-                    size = max(BLOCK, len(buffer) - place)  # twice as much each time: no record is read over and over
-                    cut_off = error.pos > len(buffer) - LONGEST_ESCAPE or error.msg.startswith("Unterminated string")
-                    ahead = error.pos - place
-                    if cut_off and more():
-                        continue
-                    place = min(len(buffer), (0 if cut_off else place) + ahead)
-                    raise broken(error.msg) from None
-                except ValueError:  # int() of thousands of digits
-                    raise broken("a number of too many digits") from None
-                place, state, size = end, "separator", BLOCK
-                yield record
+                raise self._broken(error.msg, min(position, self._passed + len(self._buffer))) from None
+            except ValueError:  # int() of thousands of digits
+                raise self._broken("a number of too many digits") from None
+            length = end - self._place
+            near_end = len(self._buffer) - end <= 2
+            if near_end and self._read_more():  # a number may go on, as 1 in `1e-`
+                continue
+            self._place += length
+            self._block = BLOCK
+            return element
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Returns whether an error may only mean that the element is not in the buffer as a whole."""
+        pending = len(self._buffer) - self._place
+        if pending > LONGEST:
+            raise self._broken(f"a record of more than {LONGEST:,} characters")
+        self._block = max(BLOCK, pending)  # doubles the buffer each time, so that no element is decoded over and over
+        return error.pos > len(self._buffer) - LONGEST_ESCAPE or error.msg.startswith("Unterminated string")
+
+    def _read_more(self) -> bool:
+        """Drops what has been passed from the buffer and appends a block; returns False at the end of the file."""
+        before = self._file.tell()
+        block = self._text.read(self._block)
+        self._progress(self._file.tell() - before)
+        if not self._tolerant and (undecoded := _UNDECODED_BYTE.search(block)):
+            byte = ord(undecoded.group()) - 0xDC00
+            position = self._passed + len(self._buffer) + undecoded.start()
+            raise DataError(
+                f"data file {self._path} cannot be read: byte 0x{byte:02x} is not valid UTF-8 at character {position}"
+            )
+        self._passed += self._place
+        self._buffer = self._buffer[self._place :] + block
+        self._place = 0
+        return bool(block)
+
+    def _broken(self, what: str, position: int | None = None) -> DataError:
+        """Returns the error for a position in characters, which is the current one if not given."""
+        if position is None:
+            position = self._passed + self._place
+        return DataError(f"data file {self._path} cannot be read: {what} at character {position}")
 
 
 def _json_lines(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
             progress(len(line))
-            rest = line
-            while len(rest) == LONGEST and not rest.endswith(b"\n"):
-                progress(len(rest := file.readline(LONGEST)))
+            whole = len(line) < LONGEST or line.endswith(b"\n")
+            if not whole:
+                _skip_line(file, progress)
             if not line.strip():
                 continue
-            if rest is not line:
+            if whole:
+                yield _decoded(line, number, tolerant)
+            else:
                 yield BrokenLine(number, f"a record of more than {LONGEST:,} bytes", _id(line[:10_000]))
-                continue
-            try:
-                text = line.decode("utf-8", "surrogateescape" if tolerant else "strict")
-                yield json.loads(text.removeprefix("\ufeff") if number == 1 else text)
-            except (ValueError, RecursionError) as error:
-                yield BrokenLine(number, str(error).splitlines()[0], _id(line))
+
+
+def _skip_line(file: BinaryIO, progress: Progress) -> None:
+    """Reads up to the end of the line."""
+    while rest := file.readline(LONGEST):
+        progress(len(rest))
+        if rest.endswith(b"\n"):
+            return
+
+
+def _decoded(line: bytes, number: int, tolerant: bool) -> Any:
+    """Returns the record of a line, or a BrokenLine."""
+    try:
+        text = line.decode("utf-8", "surrogateescape" if tolerant else "strict")
+        return json.loads(text.removeprefix("\ufeff") if number == 1 else text)
+    except (ValueError, RecursionError) as error:
+        return BrokenLine(number, str(error).splitlines()[0], _id(line))
 
 
 def _id(line: bytes) -> str | None:
+    """Returns what looks like the id of a sample in a line that is not JSON."""
     found = _ID.search(line.decode("utf-8", "surrogateescape"))
     return (found.group(1) or found.group(2)) if found else None
 
@@ -219,9 +295,9 @@ def _parquet(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:
         pass
     try:
         with parquet.ParquetFile(path) as file:
-            size = path.stat().st_size / max(1, file.metadata.num_rows)
+            bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=ROWS):
                 yield from batch.to_pylist()
-                progress(int(size * len(batch)))
+                progress(int(bytes_per_row * len(batch)))
     except pyarrow.ArrowException as error:
         raise DataError(f"data file {path} cannot be read: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""Samples -> micro-batches, in an order that depends on seed and epoch only, from any position on."""
+"""Turns samples into micro-batches, in an order that depends on seed and epoch only and can be entered at any step."""
 
 from __future__ import annotations
 
@@ -11,161 +11,193 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils.data import Dataset
 
-from zero_ds.config.schema import RunConfig
-from zero_ds.data.batches import Batch, collate, collate_rows, plan_number, plan_rows
-from zero_ds.data.conversations import (
-    Encoded,
-)
+from zero_ds.data.batches import Batch, collate, collate_rows, layout_checksum, pack_rows
+from zero_ds.data.conversations import EncodedConversation
 from zero_ds.data.formats import DataError, TooLongError
-from zero_ds.data.samples import SampleEncoder
+from zero_ds.data.samples import EncodedSample, SampleEncoder
 from zero_ds.data.sources import Records
-from zero_ds.data.workers import alone, steps_of
-from zero_ds.runtime.errors import ConfigError
+from zero_ds.data.workers import stream_steps, without_traceback
 
 logger = logging.getLogger(__name__)
 
+WINDOW = 8
+"""Number of global batches within which samples are grouped. More saves little padding and ties batches to lengths."""
+
+Rows = list[list[EncodedSample | DataError]]
+"""Samples of each row of a micro-batch, or the reason why one is missing."""
+
 
 def sample_order(n: int, seed: int, epoch: int) -> Sequence[int]:
-    """Order of the samples in an epoch: as they stand in the first (pre-shuffled data), permuted from then on."""
+    """Returns the order of `n` samples: as in the data in the first epoch (it is shuffled already), then permuted."""
     if epoch == 0:
         return range(n)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return cast(Sequence[int], torch.randperm(n, generator=generator).numpy())  # 8 bytes a sample; a list has 36
+    return cast(Sequence[int], torch.randperm(n, generator=generator).numpy())  # 8 bytes per sample; a list takes 36
 
 
-WINDOW = 8
-"""Global batches in which samples are grouped: more saves little padding, and ties batches to lengths."""
-
-
-def group_alike(
+def group_similar(
     window: Sequence[int], measure: Callable[[int], Any], batch: int, seed: int, begun: int = 0
 ) -> list[int]:
-    """Reorders one window of samples so that those of like measure share a batch; the batches come in random order.
+    """Reorders one window of samples so that samples of similar measure share a batch; batches come in random order.
 
-    The first `begun` samples fill a batch up that an epoch before has begun, and a batch that the window does not fill
-    stays last, so that batches begin where they began before. Pure function of its arguments, whatever the number of
-    ranks.
+    The first `begun` samples complete a batch that the previous epoch has begun, and a batch that the window does not
+    fill stays last, so batches begin at the same positions as before. The result depends on the arguments alone,
+    whatever the number of ranks.
     """
     ranked = sorted(window, key=measure)
-    ranked, first = ranked[: len(ranked) - begun], ranked[len(ranked) - begun :]
+    split = len(ranked) - begun
+    ranked, completing = ranked[:split], ranked[split:]
     batches = [ranked[start : start + batch] for start in range(0, len(ranked), batch)]
-    whole = [b for b in batches if len(b) == batch]
+    whole = [group for group in batches if len(group) == batch]
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
-    groups = [first, *(whole[i] for i in order), *batches[len(whole) :]]
+    groups = [completing, *(whole[number] for number in order), *batches[len(whole) :]]
     return [sample for group in groups for sample in group]
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Micro-batches of one rank.
+    """Loads the micro-batches of one rank.
 
-    Sample `step * global_batch + i` of the run belongs to the same step whatever the number of ranks. In rows of their
-    own, rank r takes the samples i with i // (global_batch / world_size) == r; packed, the ranks share the step's rows.
+    Sample `step * global_batch + i` of the run belongs to the same step whatever the number of ranks. In padded rows,
+    rank r takes the samples i with i // (global_batch / world_size) == r. In packed rows, the ranks share the rows of
+    the step.
     """
 
     records: Records
-    encoder: SampleEncoder
+    sample_encoder: SampleEncoder
     global_batch: int
+    """Number of samples per step, over all ranks."""
     micro_batch: int
-    """Rows of a micro-batch."""
+    """Number of rows of a micro-batch."""
     rank: int
     world_size: int
     pad_id: int
     seed: int
     workers: int = 0
+    """Number of worker processes."""
     grouping: Literal["off", "length", "modality"] = "off"
     skip_bad: bool = False
-    """Leave out samples that cannot be used, instead of ending the run."""
+    """Skip samples that cannot be used instead of ending the run."""
     packing: bool = False
-    """Several samples in a row of at most the encoder's max_length. Every rank then reads the texts of the whole step,
-    and the number of micro-batches differs from step to step, the same on every rank."""
+    """Put several samples into a row of at most the sample encoder's `max_length` tokens.
+
+    Every rank then reads the texts of the whole step, and the number of micro-batches differs from step to step, though
+    not from rank to rank.
+    """
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of step first, first + 1, ..., last - 1.
-
-        A batch's `skipped` and `too_long` say what is wrong with the samples that it lacks.
+        """Yields the micro-batches of step `first`, `first + 1`, ..., `last - 1`.
 
         Raises:
-            DataError: a sample that cannot be used, unless bad ones are skipped.
+            DataError: A sample that cannot be used, unless such samples are skipped.
         """
-        yield from steps_of(_Steps(self), first, last, self.workers, self.encoder.processor)
+        yield from stream_steps(_Steps(self), first, last, self.workers, self.sample_encoder.processor)
+
+    def image_size(self) -> int | None:
+        """Returns the side of the vision encoder's input in pixels; None without a vision encoder."""
+        processor = self.sample_encoder.processor
+        return processor.size if processor else None
 
 
 class _Steps(Dataset[Iterator[Batch]]):
-    """Number of a step -> a rank's micro-batches, made one by one; holds no state, so any step can be the first."""
+    """Maps the number of a step to the rank's micro-batches, made one by one.
+
+    It keeps no position, only caches, so any step can be the first.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
         self._order: tuple[int, Sequence[int]] = (-1, [])
+        """Epoch, and the order of its samples."""
         self._window: tuple[tuple[int, int], list[int]] = ((-1, -1), [])
+        """Epoch and number of a window, and the order of its samples."""
 
     def __getitem__(self, step: int) -> Iterator[Batch]:
-        numbers = [self.index(step * self.loader.global_batch + i) for i in range(self.loader.global_batch)]
-        plan, rows = self._packed(numbers) if self.loader.packing else self._plain(numbers)
-        size = self.loader.encoder.processor.size if self.loader.encoder.processor else None
-        for micro in rows:
-            wrong = [sample for row in micro for sample in row if isinstance(sample, DataError)]
-            skipped = [error for error in wrong if not isinstance(error, TooLongError)]
-            if skipped and not self.loader.skip_bad:
-                raise skipped[0]
-            good = [[sample for sample in row if isinstance(sample, dict)] for row in micro]
-            if self.loader.packing:
-                batch = collate_rows([row for row in good if row], self.loader.pad_id, size)
-            else:
-                batch = collate([sample for row in good for sample in row], self.loader.pad_id, size)
-            batch["skipped"] = [str(error) for error in skipped]
-            batch["too_long"] = [str(error) for error in wrong if isinstance(error, TooLongError)]
-            batch["plan"] = plan_number(plan)
-            yield batch
+        first = step * self.loader.global_batch
+        indices = [self.index(first + i) for i in range(self.loader.global_batch)]
+        layout, micro_batches = self._packed(indices) if self.loader.packing else self._padded(indices)
+        checksum = layout_checksum(layout)
+        for rows in micro_batches:
+            yield self._collated(rows, checksum)
 
-    def _plain(self, numbers: list[int]) -> tuple[Any, Iterator[_Rows]]:
-        """What all ranks should agree on, and for each micro-batch its rows, of one sample each.
+    def _padded(self, indices: list[int]) -> tuple[Any, Iterator[Rows]]:
+        """Returns the layout that all ranks should agree on, and the rows of each micro-batch, of one sample each.
 
-        They are made one after the other: a step's samples besides its batches would take as much memory again.
+        Rows are made one micro-batch after the other, because the samples of a whole step alongside its batches would
+        take the memory twice.
         """
         loader = self.loader
         share = loader.global_batch // loader.world_size
-        mine = numbers[loader.rank * share : (loader.rank + 1) * share]
-        places = range(0, share, loader.micro_batch)
-        return numbers, ([[self._encoded(number)] for number in mine[i : i + loader.micro_batch]] for i in places)
+        of_rank = indices[loader.rank * share : (loader.rank + 1) * share]
 
-    def _packed(self, numbers: list[int]) -> tuple[Any, Iterator[_Rows]]:
-        """As `_plain`, with rows of several samples each, from a plan over the whole step."""
+        def micro_batches() -> Iterator[Rows]:
+            for start in range(0, share, loader.micro_batch):
+                yield [[self._encoded(index)] for index in of_rank[start : start + loader.micro_batch]]
+
+        return indices, micro_batches()
+
+    def _packed(self, indices: list[int]) -> tuple[Any, Iterator[Rows]]:
+        """Returns the same for rows of several samples each, which are packed from the samples of the whole step."""
         loader = self.loader
-        texts = [self._tokens(number) for number in numbers]
+        texts = [self._text(index) for index in indices]
         lengths = [0 if isinstance(text, DataError) else len(text.input_ids) for text in texts]
-        side_by_side = loader.micro_batch * loader.world_size
-        plan = plan_rows(lengths, loader.encoder.max_length, side_by_side)
+        rows_per_pass = loader.micro_batch * loader.world_size
+        packed = pack_rows(lengths, loader.sample_encoder.max_length, rows_per_pass)
         share = loader.global_batch // loader.world_size
-        wrong = [text for text in texts[loader.rank * share : (loader.rank + 1) * share] if isinstance(text, DataError)]
+        errors = [
+            text for text in texts[loader.rank * share : (loader.rank + 1) * share] if isinstance(text, DataError)
+        ]
 
-        def micros() -> Iterator[_Rows]:
+        def micro_batches() -> Iterator[Rows]:
             first = loader.rank * loader.micro_batch
-            for start in range(first, len(plan), side_by_side):
-                rows: _Rows = [
-                    [self._encoded(numbers[n], texts[n]) for n in row] for row in plan[start:][: loader.micro_batch]
-                ]
-                yield [*rows, [*wrong]] if start == first else rows  # counted here, where their place would have been
+            for start in range(first, len(packed), rows_per_pass):
+                rows: Rows = []
+                for row in packed[start : start + loader.micro_batch]:
+                    rows.append([self._encoded(indices[number], texts[number]) for number in row])
+                if start == first:  # samples without a row are counted by the rank whose share they are
+                    rows.append([*errors])
+                yield rows
 
-        return [numbers, plan], micros()
+        return [indices, packed], micro_batches()
 
-    def _tokens(self, number: int) -> Encoded | DataError:
+    def _text(self, index: int) -> EncodedConversation | DataError:
         try:
-            return self.loader.encoder.tokens(self.loader.records[number])
+            return self.loader.sample_encoder.tokens(self.loader.records[index])
         except DataError as error:
-            return alone(error)
+            return without_traceback(error)
 
-    def _encoded(self, number: int, text: Encoded | DataError | None = None) -> dict[str, Any] | DataError:
+    def _encoded(self, index: int, text: EncodedConversation | DataError | None = None) -> EncodedSample | DataError:
+        """Encodes a sample, whose text may have been encoded before."""
         try:
-            sample = self.loader.records[number]
-            if isinstance(text, Encoded):
-                return self.loader.encoder.with_pixels(sample, text)
-            return self.loader.encoder(sample)
+            sample = self.loader.records[index]
+            if isinstance(text, EncodedConversation):
+                return self.loader.sample_encoder.with_pixels(sample, text)
+            return self.loader.sample_encoder(sample)
         except DataError as error:
-            return alone(error)
+            return without_traceback(error)
+
+    def _collated(self, rows: Rows, layout: int) -> Batch:
+        """Collates the samples that can be used.
+
+        Raises:
+            DataError: A sample that cannot be used, unless such samples are skipped.
+        """
+        errors = [sample for row in rows for sample in row if isinstance(sample, DataError)]
+        bad = [error for error in errors if not isinstance(error, TooLongError)]
+        if bad and not self.loader.skip_bad:
+            raise bad[0]
+        skipped = [str(error) for error in bad]
+        too_long = [str(error) for error in errors if isinstance(error, TooLongError)]
+        usable = [[sample for sample in row if isinstance(sample, EncodedSample)] for row in rows]
+        pad_id, image_size = self.loader.pad_id, self.loader.image_size()
+        if self.loader.packing:
+            filled = [row for row in usable if row]
+            return collate_rows(filled, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
+        samples = [sample for row in usable for sample in row]
+        return collate(samples, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
 
     def index(self, position: int) -> int:
-        """Which sample stands at a position of the run."""
+        """Returns the index of the sample at a position of the run."""
         records, seed = self.loader.records, self.loader.seed
         epoch, place = divmod(position, len(records))
         if self._order[0] != epoch:
@@ -174,40 +206,26 @@ class _Steps(Dataset[Iterator[Batch]]):
             return int(self._order[1][place])
         batch = self.loader.global_batch
         window = position // (batch * WINDOW)
-        # windows lie by steps, not by epochs, and end with an epoch: what is grouped together is a step together
-        first = max(epoch * len(records), window * batch * WINDOW)
-        last = min((epoch + 1) * len(records), (window + 1) * batch * WINDOW)
+        # windows are aligned to steps and not to epochs, and end with an epoch, so that a group is a step
+        epoch_start = epoch * len(records)
+        first = max(epoch_start, window * batch * WINDOW)
+        last = min(epoch_start + len(records), (window + 1) * batch * WINDOW)
         if self._window[0] != (epoch, window):
-            samples = self._order[1][first - epoch * len(records) : last - epoch * len(records)]
-            seed = ((seed * 1_000_003 + epoch) * 1_000_003 + window) % 2**63
+            samples = self._order[1][first - epoch_start : last - epoch_start]
+            window_seed = ((seed * 1_000_003 + epoch) * 1_000_003 + window) % 2**63
             begun = min(-first % batch, last - first)
-            self._window = ((epoch, window), group_alike(samples, self._measure, batch, seed, begun))
+            self._window = ((epoch, window), group_similar(samples, self._measure, batch, window_seed, begun))
         return int(self._window[1][position - first])
 
     def _measure(self, index: int) -> tuple[bool, int]:
-        """Whether a sample has a picture, if that matters; about how many tokens: bytes of text / 4, and images'."""
-        records, encoder = self.loader.records, self.loader.encoder
-        pictures = records.images(index)
-        shown = encoder.tokens_per_image * pictures
-        if pictures and encoder.processor is not None and encoder.processor.grid:
-            with contextlib.suppress(DataError):  # said when its turn comes
-                shown = sum(encoder.image_tokens(records[index]))
-        return self.loader.grouping == "modality" and pictures > 0, records.size(index) // 4 + shown
+        """Returns whether a sample has an image, if that matters, and about how many tokens it has.
 
-
-_Rows = list[list[dict[str, Any] | DataError]]
-
-
-def check_batches(config: RunConfig, world_size: int) -> int:
-    """Accumulation steps of a run.
-
-    Raises:
-        ConfigError: the global batch is no multiple of micro batch x ranks.
-    """
-    per_pass = config.micro_batch * world_size
-    if config.global_batch % per_pass:
-        raise ConfigError(
-            f"global_batch={config.global_batch} is no multiple of micro_batch={config.micro_batch} x {world_size} "
-            f"ranks; set global_batch to a multiple of {per_pass}."
-        )
-    return config.global_batch // per_pass
+        A token of text counts as four bytes.
+        """
+        records, encoder = self.loader.records, self.loader.sample_encoder
+        images = records.images(index)
+        image_tokens = encoder.tokens_per_image * images
+        if images and encoder.processor is not None and encoder.processor.grid:
+            with contextlib.suppress(DataError):  # reported when the sample's turn comes
+                image_tokens = sum(encoder.image_tokens(records[index]))
+        return self.loader.grouping == "modality" and images > 0, records.size(index) // 4 + image_tokens

@@ -1,11 +1,11 @@
-"""Records -> encoded samples: token ids, labels and pixel values."""
+"""Encodes samples: a conversation with its images becomes token ids, labels and pixel values."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from zero_ds.data.conversations import (
     IMAGE_TOKEN,
     ChatTemplate,
     ConversationError,
-    Encoded,
+    EncodedConversation,
     Supervision,
     Turn,
     cut_turns,
@@ -25,20 +25,38 @@ from zero_ds.data.sources import Sample
 
 
 @dataclass(frozen=True)
+class EncodedSample:
+    """A sample as a micro-batch takes it; `seq` is its number of tokens."""
+
+    id: str
+    input_ids: list[int]
+    """Token ids: (seq,), with IMAGE_TOKEN at image positions."""
+    labels: list[int]
+    """Token ids where a token carries loss, IGNORE elsewhere: (seq,)."""
+    responses: list[int]
+    """Number of the response that a token belongs to, or -1: (seq,)."""
+    pixels: torch.Tensor
+    """Views of its images: (views, 3, size, size), uint8 as the sample encoder makes them."""
+
+
+@dataclass(frozen=True)
 class SampleEncoder:
-    """One sample -> token ids, labels and pixel values; shared by training, evaluation and chat."""
+    """Encodes the text and the images of a sample in the same way for training, evaluation and chat."""
 
     template: ChatTemplate
     supervise: Supervision
     processor: ImageProcessor | None = None
+    """Image processor of the vision encoder. None in a stage without one."""
     tokens_per_image: int = 0
+    """Number of image tokens for each view of an image."""
     max_length: int = 2048
+    """Longest sample in tokens; longer ones lose whole turns from their end."""
     image_prompt: Literal["fixed", "random", "off"] = "fixed"
     system_prompt: str | None = None
     seed: int = 0
 
     def turns(self, sample: Sample) -> list[Turn]:
-        """The sample's turns with system prompt and image wrapper as configured."""
+        """Returns the sample's turns with the configured system prompt and image prompt."""
         turns = list(sample.turns)
         if self.system_prompt is not None and turns[0].role != "system":
             turns.insert(0, Turn("system", self.system_prompt))
@@ -48,8 +66,12 @@ class SampleEncoder:
 
     def encode(
         self, turns: Sequence[Turn], generate: bool = False, image_tokens: Sequence[int] | None = None
-    ) -> Encoded:
-        """image_tokens: how many each picture has, where that is not `tokens_per_image`."""
+    ) -> EncodedConversation:
+        """Encodes turns as they are.
+
+        `image_tokens` is the number of tokens of each image, where it differs from `tokens_per_image`. With `generate`
+        the text ends where the assistant's answer begins.
+        """
         return self.template.encode(
             turns,
             tokens_per_image=self.tokens_per_image if image_tokens is None else image_tokens,
@@ -58,10 +80,10 @@ class SampleEncoder:
         )
 
     def image_tokens(self, sample: Sample) -> list[int]:
-        """Image tokens of each picture of a sample; looks at their sizes where these decide.
+        """Returns the number of tokens of each image of a sample, reading the images' sizes only if they decide it.
 
         Raises:
-            DataError: a picture whose size cannot be read.
+            DataError: An image whose size cannot be read.
         """
         if self.processor is None or not self.processor.grid:
             return [self.tokens_per_image] * len(sample.images)
@@ -71,20 +93,20 @@ class SampleEncoder:
             raise DataError(f"sample {named(sample.id)}: {error}") from None
         return [count * self.tokens_per_image for count in views]
 
-    def pixels(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
-        """Pixel values of the first so many pictures of a sample, or of all: (views, 3, size, size), float32.
+    def pixels(self, sample: Sample, images: int | None = None) -> torch.Tensor:
+        """Returns the pixel values of a sample's first `images` images, or of all: (views, 3, size, size), float32.
 
         Raises:
-            DataError: as `squares`.
+            DataError: As `squares`.
         """
-        squares = self.squares(sample, pictures)
+        squares = self.squares(sample, images)
         return squares.float() if self.processor is None else self.processor.normalized(squares)
 
-    def squares(self, sample: Sample, pictures: int | None = None) -> torch.Tensor:
-        """The same as bytes, which are not normalised yet: (views, 3, size, size), uint8.
+    def squares(self, sample: Sample, images: int | None = None) -> torch.Tensor:
+        """Returns the same views before they are normalised: (views, 3, size, size), uint8.
 
         Raises:
-            DataError: a picture that cannot be read, or one in a stage without an encoder.
+            DataError: An image that cannot be read, or an image in a stage without a vision encoder.
         """
         if self.processor is None:
             if sample.images:
@@ -93,55 +115,56 @@ class SampleEncoder:
                 )
             return torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
         try:
-            views = [self.processor.squares(open_image(path)) for path in sample.images[:pictures]]
+            views = [self.processor.squares(open_image(path)) for path in sample.images[:images]]
         except ImageError as error:
             raise DataError(f"sample {named(sample.id)}: {error}") from None
         if not views:
             return torch.zeros(0, 3, self.processor.size, self.processor.size, dtype=torch.uint8)
         return views[0] if len(views) == 1 else torch.cat(views)
 
-    def tokens(self, sample: Sample) -> Encoded:
-        """The sample as ids and labels, cut to whole turns within max_length.
+    def tokens(self, sample: Sample) -> EncodedConversation:
+        """Encodes the text of a sample, cut to the whole turns that fit within `max_length`.
 
         Raises:
-            TooLongError: nothing that carries a label fits. DataError: the chat template refuses the sample.
+            TooLongError: Nothing that carries a label fits.
+            DataError: The chat template rejects the sample.
         """
         encode = functools.partial(self.encode, image_tokens=self.image_tokens(sample))
         try:
-            encoded = cut_turns(self.turns(sample), self.max_length, encode)
+            conversation = cut_turns(self.turns(sample), self.max_length, encode)
         except ConversationError as error:
             raise DataError(f"sample {named(sample.id)}: {error}") from None
-        if encoded is None:
+        if conversation is None:
             raise TooLongError(
                 f"sample {named(sample.id)} has no answer within {self.max_length} tokens; raise data.max_length"
             )
-        return encoded
+        return conversation
 
-    def __call__(self, sample: Sample) -> dict[str, Any]:
-        """-> input_ids, labels, responses (lists of int), pixels (views, 3, size, size) as bytes, id.
+    def __call__(self, sample: Sample) -> EncodedSample:
+        """Encodes text and images of a sample.
 
         Raises:
-            TooLongError, DataError: as `tokens`, or a picture that cannot be read.
+            TooLongError: As `tokens`.
+            DataError: As `tokens`, or an image that cannot be read.
         """
         return self.with_pixels(sample, self.tokens(sample))
 
-    def with_pixels(self, sample: Sample, encoded: Encoded) -> dict[str, Any]:
-        """What `tokens` made of a sample, and its pictures, as __call__ returns it."""
-        pixels = self.squares(sample, encoded.images)
-        if self.processor is not None and len(pixels) * self.tokens_per_image != encoded.input_ids.count(IMAGE_TOKEN):
+    def with_pixels(self, sample: Sample, conversation: EncodedConversation) -> EncodedSample:
+        """Adds the images of a sample to what `tokens` made of its text.
+
+        Raises:
+            DataError: An image that cannot be read, or images that do not fit the image tokens.
+        """
+        pixels = self.squares(sample, conversation.images)
+        image_tokens = conversation.input_ids.count(IMAGE_TOKEN)
+        if self.processor is not None and len(pixels) * self.tokens_per_image != image_tokens:
             raise DataError(
-                f"sample {named(sample.id)} has {encoded.input_ids.count(IMAGE_TOKEN)} image tokens for {len(pixels)} "
-                f"views of {self.tokens_per_image}; its pictures changed while they were read, or their headers mislead"
+                f"sample {named(sample.id)} has {image_tokens} image tokens for {len(pixels)} views of "
+                f"{self.tokens_per_image} each; its images changed while they were read, or their headers are wrong"
             )
-        return {
-            "input_ids": encoded.input_ids,
-            "labels": encoded.labels,
-            "responses": encoded.responses,
-            "pixels": pixels,
-            "id": sample.id,
-        }
+        return EncodedSample(sample.id, conversation.input_ids, conversation.labels, conversation.responses, pixels)
 
 
 def image_positions(input_ids: torch.Tensor) -> torch.Tensor:
-    """Mask of the image tokens, (batch, seq)."""
+    """Returns the mask of image tokens: (batch, seq), bool."""
     return input_ids == IMAGE_TOKEN

@@ -1,7 +1,7 @@
-"""Worker processes of a loader: how they begin and end, and how a step's batches get from them to their rank.
+"""Worker processes of a loader: how they start and end, and how the batches of a step reach their rank.
 
-A worker is forked, so that it shares what the rank has loaded. It hands over a step in one nameless file in memory: a
-descriptor, a message and a mapping for each tensor would cost as much as a small tensor's making.
+A worker is forked, so it shares what the rank has loaded. It hands over a step in one nameless file in memory: a
+descriptor, a message and a mapping for each tensor would cost as much as making a small tensor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,59 +26,67 @@ from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
 
-ALIGNED = 64
-"""Bytes to a multiple of which a tensor's place is rounded up."""
+ALIGNMENT = 64
+"""Bytes to a multiple of which the offset of a tensor is rounded up."""
 
 
-def alone(error: DataError) -> DataError:
-    """The error without its traceback, whose frames hold the whole step: kept with it, that would be a circle that only
-    a search for garbage ends, and a worker makes few of those."""
+def without_traceback(error: DataError) -> DataError:
+    """Returns the error without its traceback.
+
+    Its frames hold the whole step. Kept with the error, they would form a cycle that only the garbage collector ends,
+    and a worker rarely allocates enough objects to start that.
+    """
     return type(error)(*error.args)
 
 
-def steps_of(
-    made: Dataset[Iterator[Batch]], first: int, last: int, workers: int, processor: ImageProcessor | None
+def stream_steps(
+    steps: Dataset[Iterator[Batch]], first: int, last: int, workers: int, processor: ImageProcessor | None
 ) -> Iterator[list[Batch]]:
-    """Yields the batches of made[first], ..., made[last - 1], with pixel values that the processor has normalised.
+    """Yields the batches of steps[first], ..., steps[last - 1], with pixel values that the processor has normalised.
 
     Raises:
-        DataError: one that a step raised; a worker would wrap it in a traceback of its own, so it comes as a value.
+        DataError: An error of a step. Workers pass it on as a value, because torch would wrap a raised one in a
+            traceback of its own.
     """
     stream = DataLoader(
-        made,
+        steps,
         sampler=range(first, last),
         batch_size=None,
-        collate_fn=functools.partial(_handed_over if workers else _finished, processor),
+        collate_fn=functools.partial(_packed if workers else _finished, processor),
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_begin,
+        worker_init_fn=_start_worker,
     )
     others = multiprocessing.active_children()
-    steps = iter(stream)
+    results = iter(stream)
     started = [process for process in multiprocessing.active_children() if process not in others]
 
-    def end() -> None:
-        """At the exit of a rank that failed: Python would ask them to end, which they do not hear, and wait."""
+    def kill_workers() -> None:
+        """Ends the workers at the exit of a rank that failed.
+
+        Python would send them a signal that they ignore, and wait.
+        """
         for process in started:
             process.kill()
 
-    atexit.register(end)
+    atexit.register(kill_workers)
     try:
-        for step in steps:
-            if isinstance(step, DataError):
-                raise step
-            yield step.unpacked() if isinstance(step, _Parcel) else step
+        for result in results:
+            if isinstance(result, DataError):
+                raise result
+            yield result.unpacked() if isinstance(result, _Parcel) else result
     finally:
-        atexit.unregister(end)
-        del steps  # ends the workers now: an error's traceback would hold them until somebody looks for garbage
+        atexit.unregister(kill_workers)
+        del results  # ends the workers now: an error's traceback would hold them until the next garbage collection
 
 
-def _begin(worker: int) -> None:
-    """A signal to all processes of a job asks the ranks to commit and stop; their workers end with them.
+def _start_worker(worker: int) -> None:
+    """Prepares a worker process.
 
-    What the rank has loaded is not looked through for garbage: that alone would copy every page of it. A tokenizer's
-    own threads would take the cores from the other workers.
+    It ignores the signals that ask all processes of a job to stop: ranks save a checkpoint first, and their workers end
+    with them. What the rank has loaded is exempt from garbage collection, which would copy every page of it. A
+    tokenizer's own threads would take the cores from the other workers.
     """
     gc.freeze()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,32 +94,34 @@ def _begin(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _finish_(processor: ImageProcessor | None, batch: Batch) -> None:
-    """Pixel values of a batch whose pictures are bytes still."""
-    pixels = batch.get("pixel_values")
-    if processor is not None and pixels is not None and pixels.dtype == torch.uint8:
-        batch["pixel_values"] = processor.normalized(pixels)
+def _normalized(processor: ImageProcessor | None, batch: Batch) -> Batch:
+    """Returns the batch with float32 pixel values, where its views are bytes."""
+    if processor is None or batch.pixel_values is None or batch.pixel_values.dtype != torch.uint8:
+        return batch
+    return replace(batch, pixel_values=processor.normalized(batch.pixel_values))
 
 
-def _finished(processor: ImageProcessor | None, made: Iterator[Batch]) -> list[Batch] | DataError:
+def _finished(processor: ImageProcessor | None, step: Iterator[Batch]) -> list[Batch] | DataError:
+    """Makes the batches of a step in the rank's own process."""
     try:
-        batches = list(made)
+        batches = list(step)
     except DataError as error:
-        return alone(error)
-    for batch in batches:
-        _finish_(processor, batch)
+        return without_traceback(error)
+    for number, batch in enumerate(batches):  # one after the other, so that each frees its bytes
+        batches[number] = _normalized(processor, batch)
     return batches
 
 
-def _handed_over(processor: ImageProcessor | None, made: Iterator[Batch]) -> _Parcel | DataError:
+def _packed(processor: ImageProcessor | None, step: Iterator[Batch]) -> _Parcel | DataError:
+    """Makes the batches of a step in a worker."""
     try:
-        return _Parcel(processor, made)
+        return _Parcel(processor, step)
     except DataError as error:
-        return alone(error)
+        return without_traceback(error)
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies."""
+class _Slot(NamedTuple):
+    """Where in a parcel's file a tensor is."""
 
     start: int
     dtype: torch.dtype
@@ -118,64 +129,65 @@ class _Place(NamedTuple):
 
 
 class _Parcel:
-    """The micro-batches of a step, all tensors in one nameless file in memory, pictures as bytes.
+    """The micro-batches of a step on their way to the rank: all tensors in one nameless file in memory.
 
-    Pixel values are made of the bytes where they are used: as float32 they would take four times the memory in every
-    step that waits, and most of the time of a step's way to the rank. Each batch is written when it is made, and not
-    mapped: a worker holds one of them at a time.
+    Views of images travel as bytes and are normalised by the rank: as float32 they would take four times the memory in
+    every step that waits, and most of the time of the transfer. Each batch is written when it is made, and the file is
+    not mapped in the worker, so a worker holds one batch at a time.
     """
 
-    def __init__(self, processor: ImageProcessor | None, made: Iterator[Batch]) -> None:
+    def __init__(self, processor: ImageProcessor | None, step: Iterator[Batch]) -> None:
         self.processor = processor
         self.batches: list[dict[str, Any]] = []
+        """Fields of each batch by name, with a slot in the place of a tensor."""
         self.size = 0
+        """Bytes of the file."""
         descriptor = _nameless_file()
         try:
-            for batch in made:
-                self.batches.append({k: self._put(descriptor, v) for k, v in batch.items()})
+            for batch in step:
+                slots = {name: self._write(descriptor, tensor) for name, tensor in batch.tensors().items()}
+                self.batches.append({**vars(batch), **slots})
             os.truncate(descriptor, self.size)
             self.descriptor = multiprocessing.reduction.DupFd(descriptor)
         finally:
             os.close(descriptor)
 
-    def _put(self, descriptor: int, value: Any) -> Any:
-        """Writes a tensor behind the others, and says where; what else a batch holds stays as it is."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        place = _Place(self.size, value.dtype, value.shape)
-        left = value.contiguous().flatten().view(torch.uint8).numpy().data
-        at = place.start
-        while left:
-            written = os.pwrite(descriptor, left, at)
-            left, at = left[written:], at + written
-        self.size += max(1, -(-value.nbytes // ALIGNED)) * ALIGNED
-        return place
+    def _write(self, descriptor: int, tensor: torch.Tensor) -> _Slot:
+        """Appends a tensor to the file and returns its slot."""
+        slot = _Slot(self.size, tensor.dtype, tensor.shape)
+        remaining = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+        offset = slot.start
+        while remaining:
+            written = os.pwrite(descriptor, remaining, offset)
+            remaining, offset = remaining[written:], offset + written
+        self.size += max(1, -(-tensor.nbytes // ALIGNMENT)) * ALIGNMENT
+        return slot
 
     def unpacked(self) -> list[Batch]:
-        """The batches, whose tensors but the pictures lie in the file still."""
+        """Returns the batches. Their tensors, except for normalised pixel values, stay in the file."""
         descriptor = self.descriptor.detach()
         try:
             memory = torch.frombuffer(mmap.mmap(descriptor, self.size), dtype=torch.uint8)
         finally:
             os.close(descriptor)
-        batches = [{k: _at(memory, v) if isinstance(v, _Place) else v for k, v in b.items()} for b in self.batches]
-        for batch in batches:
-            _finish_(self.processor, batch)
+        batches = []
+        for fields in self.batches:
+            tensors = {name: _read(memory, slot) for name, slot in fields.items() if isinstance(slot, _Slot)}
+            batches.append(_normalized(self.processor, Batch(**{**fields, **tensors})))
         return batches
 
     def pin_memory(self) -> list[Batch]:
-        """The same in page-locked memory; torch's DataLoader calls this in a thread of its own."""
-        batches = self.unpacked()
-        return [{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in batches]
+        """Returns the batches in page-locked memory; torch's DataLoader calls this in a thread of its own."""
+        return [batch.pin_memory() for batch in self.unpacked()]
 
 
-def _at(memory: torch.Tensor, place: _Place) -> torch.Tensor:
-    end = place.start + place.shape.numel() * place.dtype.itemsize
-    return memory[place.start : end].view(place.dtype).view(place.shape)
+def _read(memory: torch.Tensor, slot: _Slot) -> torch.Tensor:
+    end = slot.start + slot.shape.numel() * slot.dtype.itemsize
+    return memory[slot.start : end].view(slot.dtype).view(slot.shape)
 
 
 def _nameless_file() -> int:
-    """Descriptor of a file in memory, on Linux; elsewhere on the disk."""
+    """Returns the descriptor of a file without a name: in memory on Linux, on disk elsewhere."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("zero_ds")
     with tempfile.TemporaryFile() as file:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from zero_ds.evaluation.heldout.run import CONDITIONS, Evaluation, read_evaluation
+from zero_ds.evaluation.heldout.results import CONDITIONS, Evaluation, read_evaluation
 from zero_ds.export.formats import ExportFormat
 from zero_ds.export.source import Source
 from zero_ds.runtime.errors import ConfigError

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
-from zero_ds.export.tensors import NAMES, as_dtype, in_memory, merged
+from zero_ds.export.tensors import as_dtype, in_memory, merged
 from zero_ds.grafting.compatibility import compatibility, run_config
 from zero_ds.model.adapter import adapter_shapes
 from zero_ds.model.decoders.folder import DecoderFolder
@@ -20,8 +20,14 @@ from zero_ds.model.encoders import EncoderFamily, encoder_of
 from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import Span, Tensor, spans
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, Commit, check_hash, check_manifest, find_commit
+from zero_ds.runtime.safetensors import Span, Tensor, dtype_name, spans
+from zero_ds.training.checkpoint.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_hash,
+    check_manifest,
+    find_checkpoint,
+)
 from zero_ds.training.stages import SURROGATE_ONLY
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +39,7 @@ _LORA = re.compile(r"lora\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 class Source:
     """A run on a decoder, as it is exported."""
 
-    checkpoint: Commit
+    checkpoint: Checkpoint
     config: RunConfig
     """Configuration that the checkpoint was trained with."""
     target: str
@@ -214,7 +220,7 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     Raises:
         ConfigError, CheckpointError: an unfinished or damaged run, or a decoder that it was not trained for.
     """
-    checkpoint = find_commit(run)
+    checkpoint = find_checkpoint(run)
     config = run_config(checkpoint)
     if config.encoder is None:
         raise ConfigError(f"{run} has no vision encoder to export; name a run of an encoder stage.")
@@ -223,13 +229,13 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     target = target or config.target
     decoder = DecoderFolder(local_folder(target))
     _ = decoder.surrogate  # a damaged surrogate.json is an error before the weights are hashed
-    results = [*(find_commit(path) for path in config.starts), checkpoint]
+    results = [*(find_checkpoint(path) for path in config.starts), checkpoint]
     weights = _trained_tensors(results, decoder)
     _check_fit(checkpoint, config, target, decoder)
     return Source(checkpoint, config, target, decoder, KINDS.get(dtype) or _stored_dtype(decoder), weights)
 
 
-def _check_fit(checkpoint: Commit, config: RunConfig, target: str, decoder: DecoderFolder) -> None:
+def _check_fit(checkpoint: Checkpoint, config: RunConfig, target: str, decoder: DecoderFolder) -> None:
     """Raises ConfigError or CheckpointError if the run was not trained for the decoder."""
     surrogate = decoder.surrogate
     if surrogate is not None:
@@ -245,7 +251,7 @@ def _check_fit(checkpoint: Commit, config: RunConfig, target: str, decoder: Deco
             )
 
 
-def _trained_tensors(results: list[Commit], decoder: DecoderFolder) -> dict[str, Span]:
+def _trained_tensors(results: list[Checkpoint], decoder: DecoderFolder) -> dict[str, Span]:
     """Returns the trained tensors of several results, of which later ones replace earlier ones.
 
     Layers that only a surrogate has are left out unless the decoder is one; then they must fit its plan.
@@ -266,4 +272,4 @@ def _trained_tensors(results: list[Commit], decoder: DecoderFolder) -> dict[str,
 def _stored_dtype(decoder: DecoderFolder) -> torch.dtype:
     """Returns the number format of the decoder's embeddings, or float32 if an export cannot have that format."""
     stored = decoder.spans[decoder.family.embeddings].dtype
-    return next((dtype for dtype in KINDS.values() if NAMES[dtype] == stored), torch.float32)
+    return next((dtype for dtype in KINDS.values() if dtype_name(dtype) == stored), torch.float32)

@@ -10,11 +10,8 @@ from typing import Any
 import torch
 
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.safetensors import Computed, Span, Tensor
+from zero_ds.runtime.safetensors import Computed, Span, Tensor, dtype_name, torch_dtype
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types of weights as safetensors names them."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 16 << 20
 """Number of bytes of a source that are in memory at a time."""
 _ONE_PRODUCT = Lock()
@@ -28,20 +25,20 @@ def read(span: Span) -> torch.Tensor:
 
 def as_dtype(span: Span, dtype: torch.dtype) -> Tensor:
     """Returns a tensor in a number format. If that is its own, its bytes will be copied, otherwise cast in blocks."""
-    if span.dtype == NAMES[dtype]:
+    if span.dtype == dtype_name(dtype):
         return span
 
     def blocks() -> Iterator[Any]:
         for rows in _rows(span):
             yield buffer(rows.to(dtype))
 
-    return Computed(NAMES[dtype], span.shape, span.parameters * dtype.itemsize, blocks)
+    return Computed(dtype_name(dtype), span.shape, span.parameters * dtype.itemsize, blocks)
 
 
 def in_memory(tensor: torch.Tensor, dtype: torch.dtype) -> Computed:
     """Returns a tensor in memory, cast to a number format, as one to be written."""
     size = tensor.numel() * dtype.itemsize
-    return Computed(NAMES[dtype], tuple(tensor.shape), size, lambda: iter([buffer(tensor.detach().to(dtype))]))
+    return Computed(dtype_name(dtype), tuple(tensor.shape), size, lambda: iter([buffer(tensor.detach().to(dtype))]))
 
 
 def merged(base: Span, down: Span, up: Span, scaling: float, dtype: torch.dtype) -> Computed:
@@ -71,7 +68,7 @@ def merged(base: Span, down: Span, up: Span, scaling: float, dtype: torch.dtype)
             yield buffer(rows + delta[start : start + len(rows)])
             start += len(rows)
 
-    return Computed(NAMES[dtype], base.shape, base.parameters * dtype.itemsize, blocks)
+    return Computed(dtype_name(dtype), base.shape, base.parameters * dtype.itemsize, blocks)
 
 
 def _rows(span: Span) -> Iterator[torch.Tensor]:
@@ -80,7 +77,7 @@ def _rows(span: Span) -> Iterator[torch.Tensor]:
     Raises:
         ConfigError: the file has become shorter than its header says.
     """
-    dtype = DTYPES[span.dtype]
+    dtype = torch_dtype(span.dtype)
     row = (span.shape[-1] if span.shape else 1) * dtype.itemsize
     step = max(row, BLOCK // max(1, row) * row)
     with span.file.open("rb") as file:
@@ -101,7 +98,7 @@ def values(tensor: Tensor) -> Iterator[torch.Tensor]:
         return
     for block in tensor.blocks():
         if block.nbytes:
-            yield torch.frombuffer(block, dtype=DTYPES[tensor.dtype])
+            yield torch.frombuffer(block, dtype=torch_dtype(tensor.dtype))
 
 
 def buffer(tensor: torch.Tensor) -> Any:

@@ -23,7 +23,7 @@ from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import Span, same_bytes, spans
 from zero_ds.surrogate.build import kept_tensors
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, Commit, check_hash, find_commit
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, CheckpointError, check_hash, find_checkpoint
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder
 from zero_ds.training.stages import decoder_kind, trained_parts
 
@@ -71,14 +71,14 @@ def graft(
     Raises:
         ConfigError, CheckpointError: as `compatibility` and `refuse_differences`.
     """
-    checkpoint = find_commit(weights)
+    checkpoint = find_checkpoint(weights)
     checks = compatibility(checkpoint, DecoderFolder(local_folder(target)), thorough=True, surrogate=surrogate)
     report(checks)
     refuse_differences(checkpoint, target, checks, accept)
     return checks
 
 
-def run_config(checkpoint: Commit) -> RunConfig:
+def run_config(checkpoint: Checkpoint) -> RunConfig:
     """Returns the configuration that a checkpoint was trained with.
 
     Raises:
@@ -88,7 +88,7 @@ def run_config(checkpoint: Commit) -> RunConfig:
 
 
 def compatibility(
-    checkpoint: Commit, target: DecoderFolder | Path, *, thorough: bool = False, surrogate: str | None = None
+    checkpoint: Checkpoint, target: DecoderFolder | Path, *, thorough: bool = False, surrogate: str | None = None
 ) -> list[Check]:
     """Compares what the weights were trained with against a target model.
 
@@ -141,7 +141,7 @@ def compatibility(
 
 
 def refuse_differences(
-    checkpoint: Commit, target: str | Path | DecoderFolder, checks: Iterable[Check], accept: Iterable[str]
+    checkpoint: Checkpoint, target: str | Path | DecoderFolder, checks: Iterable[Check], accept: Iterable[str]
 ) -> None:
     """Refuses weights that do not fit, unless every difference is accepted by the name of its check.
 
@@ -163,7 +163,7 @@ def refuse_differences(
             )
 
 
-def adapter_width(checkpoint: Commit) -> int:
+def adapter_width(checkpoint: Checkpoint) -> int:
     """Returns the width of the adapter's output, read from the header of the weights file.
 
     Raises:
@@ -203,7 +203,7 @@ def _surrogate_folder(config: RunConfig, surrogate: str | None) -> DecoderFolder
     return DecoderFolder(local_folder(config.surrogate))
 
 
-def _checkpoint_with_early_layers(checkpoint: Commit, config: RunConfig) -> Path | None:
+def _checkpoint_with_early_layers(checkpoint: Checkpoint, config: RunConfig) -> Path | None:
     """Returns the folder of the checkpoint that holds trained kept layers (the starred control of the paper), if any.
 
     Searches the results that the run started from, then the run itself.
@@ -212,14 +212,14 @@ def _checkpoint_with_early_layers(checkpoint: Commit, config: RunConfig) -> Path
     for start in config.starts:
         folder = Path(start)
         if folder.is_dir() and not is_peft_folder(folder):
-            searched.append(find_commit(folder))
+            searched.append(find_checkpoint(folder))
     for candidate in [*searched, checkpoint]:
         if any(name.startswith("early.") for name in _trained_tensors(candidate)):
             return candidate.folder
     return None
 
 
-def _trained_tensors(checkpoint: Commit) -> dict[str, Span]:
+def _trained_tensors(checkpoint: Checkpoint) -> dict[str, Span]:
     """Returns the tensors of a checkpoint by name, from the header of its weights file.
 
     Raises:

@@ -15,7 +15,7 @@ from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.checkpoint import find_commit, load_weights_
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint, load_weights_
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder
 from zero_ds.training.stages import SURROGATE_ONLY
 
@@ -37,7 +37,7 @@ def load_trained(
     Raises:
         ConfigError, CheckpointError: weights that do not fit the decoder; the message names the tensor or the field.
     """
-    checkpoint = find_commit(weights)
+    checkpoint = find_checkpoint(weights)
     config = run_config(checkpoint)
     folder = _decoder_folder(decoder)
     if config.lora is not None and folder.is_surrogate:
@@ -61,7 +61,7 @@ def load_trained(
     for start in [*starts, checkpoint.folder]:
         if is_peft_folder(start):
             continue  # the run has gone on training all adapters in it
-        load_weights_(model.named_targets(), find_commit(start), skip=has_no_place)
+        load_weights_(model.named_targets(), find_checkpoint(start), skip=has_no_place)
     if config.lora is not None:
         lora.merge_(model.decoder)
     return model.eval()
@@ -77,7 +77,7 @@ def load_graft(
     Raises:
         ConfigError, CheckpointError: weights that were trained for another model; the message names the difference.
     """
-    checkpoint = find_commit(weights)
+    checkpoint = find_checkpoint(weights)
     folder = _decoder_folder(target)
     refuse_differences(checkpoint, target, compatibility(checkpoint, folder), accept)
     return load_trained(weights, folder, **options)

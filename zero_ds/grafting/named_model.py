@@ -23,7 +23,7 @@ from zero_ds.model.loading import load_complete, model_hash
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.checkpoint import Commit, find_commit
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
 from zero_ds.training.stages import decoder_folder
 
 EXPORT = "llava"
@@ -38,7 +38,7 @@ class NamedModel:
     kind: Literal["target", "surrogate", "trained", "graft", "export"]
     decoder: DecoderFolder
     """Folder of the decoder; of an export, its own folder."""
-    checkpoint: Commit | None = None
+    checkpoint: Checkpoint | None = None
     """Checkpoint with encoder and adapter, if a run was named."""
 
     @property
@@ -102,7 +102,7 @@ def find_model(name: str, target: str | None = None) -> NamedModel:
     """
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():
-        checkpoint = find_commit(folder)
+        checkpoint = find_checkpoint(folder)
         decoder = DecoderFolder(local_folder(target or decoder_folder(run_config(checkpoint))))
         is_graft = target is not None and not decoder.is_surrogate
         return NamedModel(name, "graft" if is_graft else "trained", decoder, checkpoint)
@@ -154,7 +154,7 @@ def load_model(
 
 
 def _load_run(
-    named: NamedModel, checkpoint: Commit, dtype: torch.dtype, attention: str
+    named: NamedModel, checkpoint: Checkpoint, dtype: torch.dtype, attention: str
 ) -> tuple[VisionLanguageModel, SampleEncoder]:
     config = run_config(checkpoint)
     load = load_graft if named.kind == "graft" else load_trained

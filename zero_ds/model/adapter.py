@@ -28,15 +28,16 @@ PARTS = ("adapter", "boundary", "aligner")
 """Modules between vision encoder and decoder, in the order in which image features pass through them."""
 
 LINEARS = ("adapter.0", "adapter.2")
-"""Linear layers of the adapter, first to last; `.weight` and `.bias` follow."""
+"""Names of the adapter's linear layers, first to last; `.weight` and `.bias` follow."""
 
 BOUNDARY = "boundary.embeddings.weight"
-"""Tensor of the image-boundary embeddings: (2, adapter width), start before end."""
+"""Name of the image-boundary embeddings: (2, adapter width), start before end."""
 
 ALIGNER = "aligner"
-"""Linear layer of the aligner; `.weight` and `.bias` follow."""
+"""Name of the aligner's linear layer; `.weight` and `.bias` follow."""
 
 BOUNDARY_STD = 0.02
+"""Standard deviation of the initial boundary embeddings."""
 
 
 class Adapter(nn.Sequential):
@@ -64,14 +65,14 @@ class Adapter(nn.Sequential):
 
 
 class Boundary(nn.Module):
-    """Learned start- and end-of-image embeddings. A module with a forward, so that ZeRO-3 gathers it when used."""
+    """Learned start- and end-of-image embeddings; a module with a forward, so that ZeRO-3 gathers it when used."""
 
     def __init__(self, width: int, std: float = BOUNDARY_STD) -> None:
         super().__init__()
         self.embeddings = nn.Embedding.from_pretrained(torch.empty(2, width).normal_(std=std), freeze=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, width) -> (images, tokens + 2, width)."""
+        """Adds the two embeddings to every image: (images, tokens, width) -> (images, tokens + 2, width)."""
         both = self.embeddings(torch.arange(2, device=features.device)).to(features.dtype)
         start, end = both.view(2, 1, 1, -1).expand(2, len(features), 1, -1)
         return torch.cat([start, features, end], dim=1)
@@ -137,7 +138,7 @@ def match_embeddings_(model: Any, pixel_values: torch.Tensor) -> float:
     last = model.aligner if model.aligner is not None else model.adapter.last
     boundary, model.boundary = model.boundary, None
     try:
-        # before the engine exists nothing gathers partitioned parameters for a forward pass
+        # the engine, which would gather partitioned parameters for a forward pass, does not exist yet
         parts = [model.encoder, model.adapter, model.aligner]
         with gathered([words, *(p for part in parts if part is not None for p in part.parameters())]):
             scale = model.family.embedding_scale(model.decoder)
@@ -145,7 +146,7 @@ def match_embeddings_(model: Any, pixel_values: torch.Tensor) -> float:
             measured = scale * float(words.float().std()) / float(features.float().std())
     finally:
         model.boundary = boundary
-    # three digits: the others depend on threads and kernels, and the initial weights should not
+    # rounded to three digits, because the others depend on threads and kernels, and initial weights should not
     factor = float(f"{measured:.3g}")
     with gathered(list(last.parameters()), modifier_rank=0):
         last.weight.mul_(factor)

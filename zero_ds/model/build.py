@@ -1,4 +1,4 @@
-"""Builds the model: the one place that does, for training, planning on the meta device, evaluation and export."""
+"""Builds the model for training, evaluation and export, and on the meta device for planning. No other file does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zero_ds.runtime.zero3 import partition_
 
 @dataclass(frozen=True)
 class Modules:
-    """A decoder and, for models that see, a vision encoder, as modules that exist."""
+    """A decoder that has been loaded and, if the model sees, a vision encoder."""
 
     decoder: nn.Module
     family: Family
@@ -38,7 +38,7 @@ class ModelSpec:
     """Everything that `build_model` builds a model from."""
 
     decoder: DecoderFolder | Path | Modules
-    """Folder of the decoder, or modules that exist already; then `encoder`, `dtype` and `attention` have no effect."""
+    """Folder of the decoder, or loaded modules, with which `encoder`, `dtype` and `attention` have no effect."""
     encoder: Path | None = None
     """Folder of the vision encoder."""
     encoder_config: EncoderConfig | None = None
@@ -49,16 +49,17 @@ class ModelSpec:
     """Seed of the random weights of adapter and LoRA."""
     lora: LoraConfig | None = None
     plan: LayerPlan | None = None
-    """How a surrogate is cut out of `decoder` that has no folder yet (`on_meta` only); else the folder's own plan."""
+    """Plan of a surrogate that is to be cut out of `decoder` and has no folder yet. Used with loaded modules and with
+    `on_meta`; a folder's own plan wins."""
     on_meta: bool = False
-    """Build from config.json files alone, on the meta device: names and shapes, no weights."""
+    """If set, the model is built on the meta device from config.json files alone: names and shapes, no weights."""
 
 
 def build_model(spec: ModelSpec) -> VisionLanguageModel:
-    """Builds the model of a spec. Under an active HfDeepSpeedConfig its weights go straight into ZeRO-3 partitions.
+    """Builds the model of a spec. Under an active HfDeepSpeedConfig its weights are loaded into ZeRO-3 partitions.
 
     Raises:
-        ConfigError: a folder that is not a model, an unknown family, weights that lack a tensor of the model.
+        ConfigError: a folder does not hold a model, its family is unknown, or its weights lack a tensor.
     """
     if isinstance(spec.decoder, Modules):
         return _put_together(spec.decoder, spec, spec.plan)
@@ -67,16 +68,16 @@ def build_model(spec: ModelSpec) -> VisionLanguageModel:
         with torch.device("meta"):
             modules = _modules_on_meta(folder, spec)
             return _put_together(modules, spec, folder.plan or spec.plan, dtype=spec.dtype)
+    plan = folder.plan  # read first, so that a damaged surrogate.json is found before anything large is read
     modules = _load_modules(folder, spec)
     torch.manual_seed(spec.seed)  # loading draws random numbers under ZeRO-3, and none without
-    model = _put_together(modules, spec, folder.plan, dtype=spec.dtype)
+    model = _put_together(modules, spec, plan, dtype=spec.dtype)
     partition_(model)
     without_dropout_(model)
     return model
 
 
 def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:
-    _ = folder.plan  # a damaged surrogate.json is an error before anything large is read
     decoder = folder.load(dtype=spec.dtype, attention=spec.attention)
     if spec.encoder is None:
         return Modules(decoder, folder.family)
@@ -114,7 +115,7 @@ def _put_together(
         adapter_config=spec.adapter_config,
     )
     if dtype is not None:
-        # new layers are drawn whole, on the CPU and in float32, so that a run starts the same under every ZeRO stage
+        # new layers are drawn whole, on the CPU and in float32, so that a run starts equally under every ZeRO stage
         for module in (model.adapter, model.boundary, model.aligner):
             if module is not None:
                 module.to(dtype)
@@ -124,10 +125,10 @@ def _put_together(
 
 
 def without_dropout_(model: nn.Module) -> None:
-    """Switches off what some models' configs drop at random in training.
+    """Switches off the dropout that some models' configs ask for.
 
-    The method drops nothing, and neither the state of a random generator is part of a commit nor a rank's own: with
-    dropout a resumed run would be another one.
+    The method uses no dropout. Besides, checkpoints do not store the state of random generators, so a run with dropout
+    would not continue in the same way after it is resumed.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -146,10 +147,13 @@ def sample_encoder(
     supervise: Supervision = "response",
     seed: int = 0,
 ) -> SampleEncoder:
-    """Tokenizer, template and image processor as a run's data section words them: the same for training and answering.
+    """Builds the sample encoder of a run's data section, which training and answering share.
+
+    decoder, encoder: folders of tokenizer and image processor. supervise: the tokens that carry loss. seed: seed of the
+    random choice between image prompts.
 
     Raises:
-        ConfigError: a chat template file or a tokenizer that cannot be read.
+        ConfigError: the chat template file or the tokenizer cannot be read.
     """
     template = read_template(data.chat_template)
     processor = None
@@ -171,4 +175,4 @@ def sample_encoder(
 def _tokenizer(folder: DecoderFolder | Path) -> Any:
     if isinstance(folder, DecoderFolder):
         return folder.tokenizer()
-    return load_tokenizer(folder)  # it may be an export, whose class no decoder family claims
+    return load_tokenizer(folder)  # it may be an export, whose class belongs to no decoder family

@@ -1,4 +1,4 @@
-"""A decoder that reads on: tokens and pictures appended to a cache, and what is predicted behind them."""
+"""Incremental decoding: appends tokens and images to a key-value cache, and predicts the tokens after them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from zero_ds.data.samples import image_positions
 from zero_ds.model.vlm import VisionLanguageModel
 
-LOGITS_BYTES = 64 << 20  # of float32, held at a time
+LOGITS_BYTES = 64 << 20
+"""Bytes of float32 logits that are held at a time."""
 
 Spot = tuple[int, int]
-"""A row of hidden states, and a token that may follow it."""
+"""Number of a row of hidden states, and a token that may follow it."""
 
 
 class Context:
-    """Sequences as a decoder has read them: key-value cache and which of its columns belong to which row.
+    """Sequences that a decoder has read: the key-value cache, and the columns of it that belong to each row.
 
-    Rows may have gaps anywhere: `filled` (rows, columns) is the attention mask; positions count filled columns.
+    Rows may have gaps anywhere. `filled` (rows, columns) is the attention mask; positions count filled columns.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -30,32 +31,33 @@ class Context:
         self.filled = torch.zeros((rows, 0), dtype=torch.long, device=device)
 
     def rows(self, numbers: torch.Tensor, columns: int | None = None) -> Context:
-        """A copy that holds these rows (any number of times), and of them the first `columns` columns."""
+        """Returns a copy with the given rows, each any number of times, and only the first `columns` columns."""
         chosen = Context(len(numbers), self.filled.device)
         chosen.filled = self.filled[numbers, :columns]
         for number, layer in enumerate(self.cache.layers):
-            keys, values = (tensor[:, :, :columns] for tensor in (cast(Any, layer).keys, cast(Any, layer).values))
+            keys, values = cast(Any, layer).keys[:, :, :columns], cast(Any, layer).values[:, :, :columns]
             chosen.cache.update(keys.index_select(0, numbers), values.index_select(0, numbers), number)
         return chosen
 
 
 class Reader:
-    """A model's decoder over caches of its own, without gradient."""
+    """A model's decoder with its own caches, without gradient."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model.eval()
         self.device = next(model.parameters()).device
-        self._head: torch.nn.Module | None = None
+        self._head: torch.nn.Module | None = None  # float32 copy of the output head, made when it is needed
 
     def extend(
         self, context: Context, rows: Sequence[Sequence[int]], features: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Appends tokens to every row of a context, padded on the right: -> hidden states (rows, longest, hidden).
+        """Appends tokens to every row of a context and returns their hidden states: (rows, longest, hidden).
 
-        An empty context wants a token in every row: no position may attend to nothing.
+        The rows are padded on the right. If the context is empty, every row needs a token, because every position has
+        to attend to something. features: as in `embeddings`.
         """
         longest = max(len(row) for row in rows)
-        padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+        padded = [list(row) + [0] * (longest - len(row)) for row in rows]
         ids = torch.tensor(padded, dtype=torch.long, device=self.device)
         filled = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
         embeddings = self.embeddings(ids, features)
@@ -64,14 +66,19 @@ class Reader:
         positions = context.filled.sum(1, keepdim=True) + filled.cumsum(1) - 1
         context.filled = torch.cat([context.filled, filled], dim=1)
         backbone = getattr(self.model.decoder, self.model.family.backbone)
-        cached = {"past_key_values": context.cache, "use_cache": True}
-        output = backbone(inputs_embeds=embeddings, attention_mask=context.filled, position_ids=positions, **cached)
+        output = backbone(
+            inputs_embeds=embeddings,
+            attention_mask=context.filled,
+            position_ids=positions,
+            past_key_values=context.cache,
+            use_cache=True,
+        )
         return cast(torch.Tensor, output.last_hidden_state)
 
     def embeddings(self, ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
-        """What the decoder reads: (rows, seq) -> (rows, seq, hidden).
+        """Returns the decoder's inputs: (rows, seq) -> (rows, seq, hidden).
 
-        features: (image positions, hidden), of all pictures of these rows, one behind the other.
+        features: (image positions, hidden), of all images of these rows, one after the other.
         """
         embeddings = self.model.embed(ids, None)
         if features is None or not ids.numel():
@@ -79,11 +86,11 @@ class Reader:
         return embeddings.masked_scatter(image_positions(ids).unsqueeze(-1), features.to(embeddings.dtype))
 
     def read(self, hidden: torch.Tensor, wanted: Collection[Spot] = ()) -> tuple[list[int], dict[Spot, float]]:
-        """Most probable token of every row, and the log-probability of every wanted (row, token).
+        """Returns the most probable token of every row, and the log-probability of every wanted (row, token).
 
-        hidden: (rows, hidden). In bf16 a logit of 20 is known to 0.1 only; one position in twenty has two equal ones
-        at the top, of which always the same would win: such positions, and those with wanted tokens, go through the
-        head a second time, in float32.
+        hidden: (rows, hidden). In bf16 a logit of 20 is known to 0.1 only, and one position in twenty has two equal
+        logits at the top, of which the same one would always win. Such positions, and those with wanted tokens, go
+        through the head a second time in float32.
         """
         vocabulary = cast(Any, self.model.decoder).get_input_embeddings().weight.shape[0]
         step = max(1, LOGITS_BYTES // (4 * vocabulary))
@@ -111,7 +118,7 @@ class Reader:
         return greedy, known
 
     def _exact_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits through a float32 copy of the output head."""
+        """Returns logits computed with a float32 copy of the output head."""
         decoder = cast(Any, self.model.decoder)
         head = decoder.get_output_embeddings()
         if self._head is None:

@@ -1,4 +1,10 @@
-"""Which layers of its target a surrogate keeps (LayerPlan). All arithmetic on layer numbers is here."""
+"""LayerPlan: which layers of its target a surrogate keeps. All arithmetic on layer numbers is here.
+
+Example: T(16,26) of a target with 28 layers (section 1.2 and Figure 4 of the paper):
+
+    target       0 1 ... 15   16 17 ... 26   27        early layers 0..15, replaced 16..26, kept 27
+    surrogate    0 1 ... 15   16             17        one translator, at 16, which starts as a copy of layer 16
+"""
 
 from __future__ import annotations
 
@@ -15,7 +21,7 @@ from zero_ds.runtime.errors import ConfigError
 
 @dataclass(frozen=True, order=True)
 class Replaced:
-    """Layers first..last (inclusive) of the target, replaced by `translators` trainable layers."""
+    """A range of the target's layers, first and last included, that `translators` trainable layers replace."""
 
     first: int
     last: int
@@ -23,29 +29,36 @@ class Replaced:
 
     @classmethod
     def parse(cls, text: str, translators: int = 1) -> Replaced:
-        """`40:78` -> Replaced(40, 78).
+        """Reads a range such as `40:78`.
 
         Raises:
-            ConfigError: anything else.
+            ConfigError: the text is not of the form first:last.
         """
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
         if not match:
-            raise ConfigError(f"'{text}' is no layer range; write first:last, both replaced, e.g. 40:78.")
+            raise ConfigError(f"'{text}' is not a layer range; write first:last, both included, e.g. 40:78.")
         return cls(int(match[1]), int(match[2]), translators)
 
     @property
     def sources(self) -> list[int]:
-        """Target layers from which the translators are initialised: the shallowest of each equal part of the range."""
+        """Target layers that the translators start as copies of: the first layer of each equal part of the range."""
         span = self.last - self.first + 1
         return [self.first + span * part // self.translators for part in range(self.translators)]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How the layers of a surrogate follow from those of its target of `depth` layers."""
+    """The layers of a surrogate in terms of those of its target.
+
+    Raises:
+        ConfigError: no range is given, or a range is outside the target, overlaps another, or has fewer layers than
+            translators.
+    """
 
     depth: int
+    """Number of layers of the target."""
     replaced: tuple[Replaced, ...]
+    """Replaced ranges, in ascending order."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "replaced", tuple(sorted(self.replaced)))
@@ -53,7 +66,7 @@ class LayerPlan:
             if not 0 <= part.first <= part.last < self.depth:
                 raise ConfigError(
                     f"layers {part.first}:{part.last} are not inside the model's layers 0:{self.depth - 1}; "
-                    "choose both in it."
+                    "choose both from them."
                 )
             if not 1 <= part.translators <= part.last - part.first + 1:
                 raise ConfigError(
@@ -70,7 +83,7 @@ class LayerPlan:
 
     @property
     def layers(self) -> list[tuple[int, bool]]:
-        """For every layer of the surrogate: the target's layer it is made from, and whether it is a translator."""
+        """For every layer of the surrogate: the target layer it is copied from, and whether it is a translator."""
         starts = {part.first: part for part in self.replaced}
         result: list[tuple[int, bool]] = []
         layer = 0
@@ -85,16 +98,17 @@ class LayerPlan:
 
     @property
     def surrogate_depth(self) -> int:
+        """Number of layers of the surrogate."""
         return len(self.layers)
 
     @property
     def translators(self) -> list[int]:
-        """Layer numbers, in the surrogate, of the translators."""
+        """Layer numbers of the translators in the surrogate."""
         return [number for number, (_, translator) in enumerate(self.layers) if translator]
 
     @property
     def kept(self) -> dict[int, int]:
-        """Layer number in the surrogate -> the target's layer it equals."""
+        """Target layer that each kept layer of the surrogate equals, by its number in the surrogate."""
         return {number: source for number, (source, translator) in enumerate(self.layers) if not translator}
 
     @property
@@ -102,8 +116,28 @@ class LayerPlan:
         """Layers of the target that the translators replace."""
         return [layer for part in self.replaced for layer in range(part.first, part.last + 1)]
 
+    @property
+    def first_replaced(self) -> int:
+        """First layer of the target that is replaced, which is also the number of layers before the translators."""
+        return self.replaced[0].first
+
+    @property
+    def early(self) -> range:
+        """Layers before the first translator, which have the same numbers in surrogate and target."""
+        return range(self.first_replaced)
+
+    @property
+    def late(self) -> range:
+        """Layers of the surrogate from the first translator on."""
+        return range(self.first_replaced, self.surrogate_depth)
+
+    @property
+    def target_late(self) -> range:
+        """Layers of the target from the first replaced one on."""
+        return range(self.first_replaced, self.depth)
+
     def replaced_by(self, translator: int) -> tuple[int, int]:
-        """Target layers (first, last) whose work translator number `translator` (0, 1, ...) does."""
+        """Returns the target layers, first and last, that translator number `translator` (0, 1, ...) replaces."""
         spans = []
         for part in self.replaced:
             starts = [*part.sources, part.last + 1]
@@ -111,7 +145,7 @@ class LayerPlan:
         return spans[translator]
 
     def cut_(self, config: Any, per_layer: Iterable[str]) -> None:
-        """Turns a target's text config into its surrogate's: number of layers, and lists with one entry a layer.
+        """Changes a target's text config into its surrogate's: the number of layers, and lists with an entry per layer.
 
         per_layer: names of those lists (`Family.per_layer_config`).
         """
@@ -122,21 +156,28 @@ class LayerPlan:
                 setattr(config, key, self.cut_list(values))
 
     def cut_list(self, values: Sequence[Any]) -> list[Any]:
-        """Returns the surrogate's list, one entry a layer, from the target's."""
+        """Returns the surrogate's list from the target's; both have one entry per layer."""
         return [values[source] for source, _ in self.layers]
 
     def __str__(self) -> str:
-        return "+".join(
-            f"T({part.first},{part.last})" + (f"x{part.translators}" if part.translators > 1 else "")
-            for part in self.replaced
-        )
+        """Returns the paper's name of the surrogate, e.g. `T(16,26)`, or `T(1,3)x2+T(5,6)` with several translators."""
+        names = []
+        for part in self.replaced:
+            several = f"x{part.translators}" if part.translators > 1 else ""
+            names.append(f"T({part.first},{part.last}){several}")
+        return "+".join(names)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the plan as it is stored in surrogate.json and in manifests."""
         return {"depth": self.depth, "replaced": [[p.first, p.last, p.translators] for p in self.replaced]}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> LayerPlan:
-        """Raises ConfigError where it is none."""
+        """Reads what `to_json` returned.
+
+        Raises:
+            ConfigError: the content is not a plan.
+        """
         try:
             return cls(content["depth"], tuple(Replaced(*part) for part in content["replaced"]))
         except (KeyError, TypeError) as error:
@@ -148,32 +189,43 @@ class SurrogateInfo:
     """Content of surrogate.json."""
 
     family: str
+    """Name of the decoder family."""
     target: str
+    """Folder of the target at the time of the cut."""
     target_hash: str
     plan: LayerPlan
     kept_parameters: int
+    """Number of parameters of the surrogate."""
     target_parameters: int
+    """Number of parameters of the target."""
     hashes: dict[str, str] = field(default_factory=dict)
-    """Of what encoder and translators rely on: `tokenizer`, `template`, `embeddings`."""
+    """Hashes of the parts that vision encoder and translators rely on: `tokenizer`, `template`, `embeddings`."""
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the content of surrogate.json."""
         return {**self.__dict__, "plan": self.plan.to_json()}
 
 
 def read_surrogate(folder: str | Path) -> SurrogateInfo:
-    """Reads surrogate.json.
+    """Reads surrogate.json from a folder.
 
     Raises:
-        ConfigError: the folder is no surrogate, or the file is damaged.
+        ConfigError: the folder is not a surrogate, or the file is damaged.
     """
     path = Path(folder) / "surrogate.json"
     if not path.is_file():
-        raise ConfigError(f"{folder} is no surrogate: it holds no surrogate.json; make one with `zero-ds surrogate`.")
+        raise ConfigError(
+            f"{folder} is not a surrogate: it holds no surrogate.json; build one with `zero-ds surrogate`."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         info = SurrogateInfo(**{**content, "plan": LayerPlan.from_json(content["plan"])})
-        assert all(isinstance(text, str) for text in (info.family, info.target, info.target_hash))
-        assert all(isinstance(count, int) for count in (info.kept_parameters, info.target_parameters))
+        for name in ("family", "target", "target_hash"):
+            if not isinstance(content[name], str):
+                raise TypeError(f"{name} is not a text")
+        for name in ("kept_parameters", "target_parameters"):
+            if not isinstance(content[name], int):
+                raise TypeError(f"{name} is not a whole number")
         return info
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); build the surrogate again.") from None

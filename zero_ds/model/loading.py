@@ -1,4 +1,4 @@
-"""Model folders of the Hugging Face format: loading without gaps, and the hash that tells models apart."""
+"""Hugging Face model folders: loading that refuses missing tensors, and the hash that identifies a model."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
     """Calls a `from_pretrained`, and refuses missing or mismatched tensors instead of leaving them random.
 
     Raises:
-        ConfigError: a folder that cannot be loaded, or weights that do not fill the model.
+        ConfigError: the folder cannot be loaded, or its weights do not fill the model.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging as library
 
     verbosity = library.get_verbosity()
-    library.set_verbosity(logging.CRITICAL)  # its report of missing tensors is a page; ours is a sentence
+    library.set_verbosity(logging.CRITICAL)  # the library reports missing tensors on a page; our error is a sentence
     try:
         model, info = load(str(folder), output_loading_info=True, **arguments)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, ImportError, SafetensorError) as error:
         raise ConfigError(
-            f"the model in {folder} cannot be loaded ({one_line(error)}); fetch it again, or look at its config.json."
+            f"the model in {folder} cannot be loaded ({one_line(error)}); fetch it again, or check its config.json."
         ) from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ConfigError(
-            f"the weights in {folder} have other shapes than its config.json says; fetch it again."
+            f"the weights in {folder} do not have the shapes that its config.json describes; fetch it again."
         ) from None
     finally:
         library.set_verbosity(verbosity)
@@ -49,7 +49,7 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
 
 
 def load_tokenizer(folder: Path, config: Any = None) -> Any:
-    """Loads the tokenizer in a folder.
+    """Loads the tokenizer of a folder.
 
     config: transformers' config of the folder, if it has been loaded already; it names the tokenizer's class.
 
@@ -60,24 +60,24 @@ def load_tokenizer(folder: Path, config: Any = None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, config=config)
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many kinds of errors
         raise ConfigError(
             f"the tokenizer in {folder} cannot be loaded ({one_line(error)}); fetch the model again."
         ) from None
 
 
 HASH_VERSION = "2-"
-"""Prefix of a hash that says how `model_hash` took its sample."""
+"""Prefix of hashes, which names the way in which `model_hash` samples bytes."""
 _EARLY_HASH = re.compile(r"[0-9a-f]{32}")
 
 
 def model_hash(folder: Path, like: str = "", config: bytes | None = None) -> str:
     """Returns a hash of config.json and of every tensor's name, dtype, shape and a sample of its bytes.
 
-    The sample is 16 pieces of 4 KB spread over the tensor; tensors of up to 64 KB are read whole. So the hash tells one
-    model from another within a second, but a change of a few bytes in the middle of a large tensor may escape it.
+    The sample is 16 pieces of 4 KB spread over the tensor; tensors of up to 64 KB are read whole. The hash therefore
+    tells models apart within a second, but may miss a change of a few bytes in the middle of a large tensor.
 
-    like: a recorded hash that the result will be compared with; it is taken in the same way (early versions did not
+    like: a recorded hash that the result will be compared with, and is taken in the same way as (early versions did not
     sample the end of tensors between 4 and 64 KB). config: content of config.json, if it has been read already.
     """
     early = _EARLY_HASH.fullmatch(like) is not None

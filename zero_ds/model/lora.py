@@ -1,6 +1,6 @@
-"""Low-rank adapters on decoder layers, by PEFT: put in, named, and merged into the weights they stand beside.
+"""Low-rank adapters (LoRA) of decoder layers, made by PEFT: injects them, names them, and merges them into the weights.
 
-In a weights file they are called `lora.` + the name that PEFT gives them in the decoder, without its adapter's name.
+In a weights file their names are `lora.` + the name that PEFT gives them in the decoder, without PEFT's adapter name.
 Source: appendix A.2 of the paper.
 """
 
@@ -21,12 +21,12 @@ _PIECES = re.compile(rf"\.lora_[A-Z]\w*\.{_ADAPTER}(?=\.|$)")
 
 
 def inject_(decoder: nn.Module, family: Family, config: LoraConfig, dtype: torch.dtype) -> None:
-    """Puts adapters beside the named linear layers; they begin without effect (B is zero).
+    """Adds low-rank adapters to the linear layers that the config names; B is zero, so they have no effect yet.
 
-    Whole on every rank, from the current random state. Everything else in the decoder stays as it is.
+    They are drawn from the current random state and are whole on every rank. Nothing else in the decoder changes.
 
     Raises:
-        ConfigError: a module name or layer number that the decoder does not have.
+        ConfigError: the decoder does not have a module name or layer number.
     """
     import peft
 
@@ -49,7 +49,7 @@ def inject_(decoder: nn.Module, family: Family, config: LoraConfig, dtype: torch
 
 
 def named_parameters(decoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The adapters' parameters under their names in a weights file."""
+    """Returns the adapters' parameters under their names in a weights file."""
     return [
         (f"lora.{name.replace(f'.{_ADAPTER}', '')}", parameter)
         for name, parameter in decoder.named_parameters()
@@ -58,7 +58,7 @@ def named_parameters(decoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def without(decoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The decoder's own parameters under the names that they have without adapters."""
+    """Returns the decoder's own parameters under the names that they have without adapters."""
     return [
         (name.replace(".base_layer.", "."), parameter)
         for name, parameter in decoder.named_parameters()
@@ -68,7 +68,7 @@ def without(decoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def merge_(decoder: nn.Module) -> None:
-    """Adds the adapters to the weights beside them, and takes them out: an ordinary decoder stays."""
+    """Adds the adapters to the weights that they adapt and removes them, which leaves an ordinary decoder."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(decoder.named_modules()):

@@ -1,9 +1,10 @@
-"""The one model of training, evaluation and export: vision encoder + adapter + decoder."""
+"""The model of training, evaluation and export: vision encoder + adapter + decoder."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from zero_ds.model.adapter import Adapter, Boundary, adapter_modules, belongs_to
 from zero_ds.model.decoders import Family
 from zero_ds.model.encoders import EncoderFamily
 from zero_ds.model.layer_plan import LayerPlan
-from zero_ds.model.losses import Loss, Places, next_token_losses, supervised_rows, weighted_sum
+from zero_ds.model.losses import Loss, Places, Predictions, next_token_losses, supervised_rows, total_loss
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,10 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 class VisionLanguageModel(nn.Module):
-    """encoder: pixels -> patch features; adapter: Linear, GELU, Linear to the decoder's width; decoder: causal LM."""
+    """A causal LM that sees: pixels -> vision encoder -> adapter -> image tokens among the word embeddings -> decoder.
+
+    Without a vision encoder it is the decoder alone. model/adapter.py describes the modules between the two.
+    """
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class VisionLanguageModel(nn.Module):
         self.boundary: Boundary | None = None
         self.adapter: Adapter | None = None
         self.aligner: nn.Linear | None = None
-        self.teacher: Any = None  # a distill.Teacher, if the run distils
+        self.teacher: Any = None  # a distillation.Teacher, if the run distils
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
             vision_width = encoder_family.vision_config(encoder).hidden_size
@@ -58,66 +62,94 @@ class VisionLanguageModel(nn.Module):
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def parameters_of(self, part: str) -> NamedParameters:
-        """Parameters of a part under their names in weights files, which do not depend on which decoder is in use.
+        """Returns the parameters of a part under their names in weights files, in a fixed order.
 
-        encoder: the layers that feed the adapter (the last n where configured, then without the embeddings), and its
-        norm where used; adapter: with the boundary embeddings; aligner: behind an adapter of another width; translator:
-        `translator.<i>.*`; early: `early.<layer>.*`, the kept layers before the first translator; decoder: `decoder.*`;
-        lora: `lora.*`.
+        The names do not depend on which decoder is in use. A part that this model does not have is empty.
+
+            part         names                  parameters
+            encoder      encoder.*              the layers that feed the adapter; with `train_last_layers`, the last n
+            adapter      adapter.*, boundary.*  the adapter, its boundary embeddings, and the encoder's norm where used
+            aligner      aligner.*              the linear layer after an adapter of another width
+            translator   translator.<i>.*       the surrogate's trainable layers, i = 0, 1, ...
+            early        early.<layer>.*        the kept layers before the first translator
+            decoder      decoder.*              the whole decoder, without LoRA
+            lora         lora.*                 low-rank adapters of the decoder
         """
-        if part == "early" and self.plan is not None:
-            early = list(self.family.layers(self.decoder))[: self.plan.translators[0]]
-            return [(f"early.{i}.{name}", p) for i, layer in enumerate(early) for name, p in layer.named_parameters()]
-        if part == "translator":
-            return [
-                (f"translator.{i}.{name}", parameter)
-                for i, layer in enumerate(self.translators())
-                for name, parameter in layer.named_parameters()
-            ]
-        if part == "aligner":
-            return [(n, p) for n, p in self.named_parameters() if belongs_to(n, "aligner")]
-        if part == "decoder":
-            return [(f"decoder.{name}", parameter) for name, parameter in lora.without(self.decoder)]
-        if part == "lora":
-            return lora.named_parameters(self.decoder)
-        if part == "adapter":
-            named = [(n, p) for n, p in self.named_parameters() if belongs_to(n, "adapter", "boundary")]
-            return named + self._norm_parameters()
-        if part != "encoder" or self.encoder is None or self.encoder_family is None or self.encoder_config is None:
+        parts = {
+            "encoder": self._encoder_parameters,
+            "adapter": self._adapter_parameters,
+            "aligner": self._aligner_parameters,
+            "translator": self._translator_parameters,
+            "early": self._early_parameters,
+            "decoder": self._decoder_parameters,
+            "lora": self._lora_parameters,
+        }
+        return parts[part]()
+
+    def _encoder_parameters(self) -> NamedParameters:
+        if self.encoder is None:
             return []
+        assert self.encoder_family is not None and self.encoder_config is not None
         used = self.encoder_family.used_layers(self.encoder, self.encoder_config.feature_layer)
         unused = set(self.encoder_family.layers(self.encoder)) - set(used)
         skipped = {p for layer in unused for p in layer.parameters()}
         skipped |= set(self.encoder_family.norm(self.encoder).parameters())
         named = [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if p not in skipped]
         last = self.encoder_config.train_last_layers
-        if last is not None:
+        if last is not None:  # the embeddings then stay frozen as well
             wanted = {p for layer in used[-last:] for p in layer.parameters()}
             named = [(n, p) for n, p in named if p in wanted]
         return named
 
+    def _adapter_parameters(self) -> NamedParameters:
+        named = [(n, p) for n, p in self.named_parameters() if belongs_to(n, "adapter", "boundary")]
+        return named + self._norm_parameters()
+
     def _norm_parameters(self) -> NamedParameters:
-        """The encoder's norm on patch tokens belongs to the adapter: it trains in every stage, as in the reference."""
+        """Returns the encoder's norm on patch tokens, which trains in every stage, as in the reference.
+
+        It therefore belongs to the adapter and not to the encoder.
+        """
         if self.encoder is None or self.encoder_config is None or not self.encoder_config.patch_norm:
             return []
         assert self.encoder_family is not None
         wanted = set(self.encoder_family.norm(self.encoder).parameters())
         return [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if p in wanted]
 
+    def _aligner_parameters(self) -> NamedParameters:
+        return [(n, p) for n, p in self.named_parameters() if belongs_to(n, "aligner")]
+
+    def _translator_parameters(self) -> NamedParameters:
+        return _numbered("translator", enumerate(self.translators()))
+
+    def _early_parameters(self) -> NamedParameters:
+        if self.plan is None:
+            return []
+        layers = self.family.layers(self.decoder)
+        return _numbered("early", ((number, layers[number]) for number in self.plan.early))
+
+    def _decoder_parameters(self) -> NamedParameters:
+        return [(f"decoder.{name}", parameter) for name, parameter in lora.without(self.decoder)]
+
+    def _lora_parameters(self) -> NamedParameters:
+        return lora.named_parameters(self.decoder)
+
     def named_targets(self) -> dict[str, nn.Parameter]:
-        """Every parameter that a weights file may name."""
+        """Returns every parameter that a weights file may name, by its name there."""
         named = {n: p for n, p in self.named_parameters() if not n.startswith("teacher.")}
         for part in ("translator", "early", "decoder", "lora"):
             named.update(self.parameters_of(part))
         return named
 
     def translators(self) -> list[nn.Module]:
+        """Returns the surrogate's trainable layers; empty for a full model."""
         if self.plan is None:
             return []
         layers = self.family.layers(self.decoder)
         return [layers[number] for number in self.plan.translators]
 
     def tokens_per_image(self) -> int:
+        """Returns the number of positions that an image (or a tile of one) takes in a sequence."""
         if self.encoder is None or self.encoder_family is None:
             return 0
         patches = self.encoder_family.tokens_per_image(self.encoder_family.vision_config(self.encoder))
@@ -126,12 +158,12 @@ class VisionLanguageModel(nn.Module):
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(images, 3, height, width) -> (images, tokens per image, hidden), at the decoder's width."""
+        """Encodes images as decoder inputs: (images, 3, height, width) -> (images, tokens per image, hidden)."""
         assert self.encoder is not None and self.encoder_family is not None and self.adapter is not None
         assert self.encoder_config is not None
         trains = any(p.requires_grad for p in self.encoder.parameters())
         pixel_values = pixel_values.to(next(self.encoder.parameters()).dtype)
-        # nothing before a frozen encoder trains: no graph is kept for it
+        # nothing before the encoder trains, so a frozen encoder needs no graph
         with contextlib.nullcontext() if trains else torch.no_grad():
             patches = self.encoder_family.features(
                 self.encoder, pixel_values, self.encoder_config.feature_layer, self.encoder_config.patch_norm
@@ -144,9 +176,9 @@ class VisionLanguageModel(nn.Module):
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, places: Places | None = None
     ) -> torch.Tensor:
-        """Word embeddings with image features at the image positions: (batch, seq) -> (batch, seq, hidden).
+        """Returns word embeddings with image features at the image positions: (batch, seq) -> (batch, seq, hidden).
 
-        places: indices of the image positions, where they are known without asking the device.
+        places: indices of the image positions, if they are known without waiting for the device.
         """
         images = image_positions(input_ids)
         embeddings = cast(Any, self.decoder).get_input_embeddings()(input_ids.masked_fill(images, 0))
@@ -154,7 +186,7 @@ class VisionLanguageModel(nn.Module):
             return cast(torch.Tensor, embeddings)
         features = self.image_features(pixel_values).to(embeddings.dtype)
         places = places or images.nonzero(as_tuple=True)
-        if not len(places[0]):  # the dummy picture of a text-only batch: in the graph on every rank, without effect
+        if not len(places[0]):  # the dummy image of a text-only batch: in the graph on every rank, without effect
             return cast(torch.Tensor, embeddings + (0.0 * features).sum())
         features = features.flatten(0, 1)
         if len(places[0]) != len(features):
@@ -168,11 +200,12 @@ class VisionLanguageModel(nn.Module):
         pixel_values: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `forward` up to the decoder's final norm: -> (batch, seq, hidden)."""
+        """Returns the decoder's hidden states after its final norm: (batch, seq, hidden). Arguments as in `forward`."""
         embeddings = self.embed(input_ids, pixel_values)
         return self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Applies the output head: (..., hidden) after the final norm -> (..., vocabulary)."""
         return self.family.logits(self.decoder, hidden_states)
 
     def forward(
@@ -187,26 +220,42 @@ class VisionLanguageModel(nn.Module):
         rows: Places | None = None,
         image_places: Places | None = None,
     ) -> Loss:
-        """Loss summed over the supervised tokens of a micro-batch.
+        """Returns the loss of a micro-batch, summed over its supervised tokens.
 
-        input_ids, labels, attention_mask: (batch, seq); pixel_values: (images, 3, height, width), in the order in which
-        their tokens stand in the batch; token_weights: (batch, seq), a factor for the next-token loss of each label;
-        position_ids: (batch, seq), where rows hold several samples: each starts at 0; text_only: no rank has a picture,
-        so that the dummy picture may join the loss instead of the embeddings, and the backward pass ends where the
-        first layer learns; rows, image_places: what `supervised_rows` and `image_positions` say of labels and
-        input_ids, as indices: given by whoever has these in host memory, for a GPU would have to be waited for.
+            input_ids        (batch, seq)               token ids, IMAGE_TOKEN at image positions
+            labels           (batch, seq)               token ids, IGNORE at positions without loss
+            attention_mask   (batch, seq)               1 at tokens, 0 at padding
+            pixel_values     (images, 3, height, width) images in the order of their tokens in the batch
+            token_weights    (batch, seq)               factor for the next-token loss of each label
+            position_ids     (batch, seq)               positions from 0 on in every sample, where rows hold several
+            text_only        bool                       whether no rank has an image in this step
+            rows             ((n,), (n,))               positions that predict a label (`supervised_rows`)
+            image_places     ((m,), (m,))               image positions (`image_positions`), as indices
+
+        With `text_only`, the dummy image joins the loss instead of the embeddings, so that the backward pass ends at
+        the first layer that learns. `rows` and `image_places` follow from labels and input_ids; callers that have these
+        in host memory pass them, because computing them here would wait for the GPU.
         """
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
         embeddings = self.embed(input_ids, None if text_only else pixel_values, image_places)
-        with watching as watched:
+        with watching as trace:
             hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
         rows = rows or supervised_rows(labels)
         logits = self.logits(hidden[rows])
         tokens = next_token_losses(logits, labels, rows)
-        loss = weighted_sum(tokens, rows, token_weights)
+        predictions = Predictions(hidden, logits, tokens, rows, labels, token_weights, attention_mask, position_ids)
+        loss = total_loss(predictions)
         if self.teacher is not None:
-            counted = attention_mask if position_ids is None else attention_mask * (position_ids > 0)
-            loss = loss + self.teacher.loss(self, watched, logits, tokens, labels, rows, counted, token_weights)
+            loss = loss + self.teacher.loss(self, trace, predictions)
         if text_only and pixel_values is not None and self.encoder is not None:
             loss = loss + (0.0 * self.image_features(pixel_values)).sum()
         return Loss(loss, tokens.detach())
+
+
+def _numbered(part: str, layers: Iterable[tuple[int, nn.Module]]) -> NamedParameters:
+    """Returns the parameters of numbered layers under the names `<part>.<number>.*`."""
+    return [
+        (f"{part}.{number}.{name}", parameter)
+        for number, layer in layers
+        for name, parameter in layer.named_parameters()
+    ]

@@ -1,8 +1,8 @@
-"""Losses of single positions over the vocabulary; their gradient is made in the forward pass, some rows at a time.
+"""Losses of single positions over the vocabulary, whose gradient is computed in the forward pass, some rows at a time.
 
-Scores of 1,000 positions over a vocabulary of 128,000 words are 0.5 GB in float32, and autograd keeps several of them:
-the float32 copy, the log-probabilities, their gradient. Here float32 exists for a few rows at a time, small enough for
-a cache, and what is kept for the backward pass is one tensor in the type of the scores.
+Scores of 1,000 positions over a vocabulary of 128,000 words are 0.5 GB in float32, and autograd keeps several such
+tensors: the float32 copy, the log-probabilities, their gradient. Here float32 exists only for a few rows at a time,
+which fit a cache, and a single tensor in the dtype of the scores is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 ROWS_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Float32 scores that are worked on at a time: what fits a core's cache; on a GPU, what fills it."""
+"""Bytes of float32 scores that are computed at a time: they fit a CPU core's cache, or fill a GPU."""
 
 
 def cross_entropies(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log softmax(scores)[label] of every row: (n, vocabulary), (n,) -> (n,), float32."""
+    """Returns -log softmax(scores)[label] of every row: (n, vocabulary), (n,) -> (n,), float32."""
     losses: torch.Tensor = _CrossEntropies.apply(scores, labels)
     return losses
 
 
 def divergences(scores: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(goals) || softmax(scores)) of every row: (n, vocabulary) each -> (n,), float32.
+    """Returns KL(softmax(goals) || softmax(scores)) of every row: (n, vocabulary) each -> (n,), float32.
 
     The goals get no gradient.
     """
@@ -31,19 +31,22 @@ def divergences(scores: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
     return losses
 
 
-def _room(scores: torch.Tensor) -> torch.Tensor:
-    """For the gradient: in the type of the scores, but for float16, in which small ones are zero before the loss scale
-    is on them."""
+def _gradient_buffer(scores: torch.Tensor) -> torch.Tensor:
+    """Returns an uninitialised tensor for the gradient, in the dtype of the scores, or float32 for float16.
+
+    In float16 small gradients would become zero, because the loss scale is applied only later.
+    """
     return torch.empty_like(scores, dtype=torch.float32 if scores.dtype == torch.float16 else scores.dtype)
 
 
 def _slices(scores: torch.Tensor) -> Iterator[slice]:
+    """Yields slices of rows that are computed at a time."""
     step = max(1, ROWS_BYTES.get(scores.device.type, 1 << 28) // (4 * scores.shape[1]))
     return (slice(start, start + step) for start in range(0, len(scores), step))
 
 
 def _log_sum(scores: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """log sum exp of every row, from its largest score and the probability of that: (n, vocabulary) each -> (n,)."""
+    """Returns log sum exp of every row, from its largest score and probability: (n, vocabulary) each -> (n,)."""
     return scores.amax(1) - probabilities.amax(1).log()
 
 
@@ -52,11 +55,11 @@ class _CrossEntropies(torch.autograd.Function):
     def forward(ctx: Any, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         ctx.dtype = scores.dtype
         losses = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
-        gradient = _room(scores) if ctx.needs_input_grad[0] else None
+        gradient = _gradient_buffer(scores) if ctx.needs_input_grad[0] else None
         for rows in _slices(scores):
             part, column = scores[rows].float(), labels[rows].unsqueeze(1)
             probabilities = part.softmax(1)
-            # the difference first: a label that is the largest score loses no digits
+            # the difference comes first, so that a label with the largest score loses no digits
             losses[rows] = part.amax(1) - part.gather(1, column).squeeze(1) - probabilities.amax(1).log()
             if gradient is not None:
                 gradient[rows] = probabilities.scatter_add_(1, column, -torch.ones_like(column, dtype=torch.float32))
@@ -73,7 +76,7 @@ class _Divergences(torch.autograd.Function):
     def forward(ctx: Any, scores: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
         ctx.dtype = scores.dtype
         losses = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
-        gradient = _room(scores) if ctx.needs_input_grad[0] else None
+        gradient = _gradient_buffer(scores) if ctx.needs_input_grad[0] else None
         for rows in _slices(scores):
             part, goal = scores[rows].float(), goals[rows].float()
             probabilities, wanted = part.softmax(1), goal.softmax(1)
@@ -90,7 +93,7 @@ class _Divergences(torch.autograd.Function):
 
 
 def _scaled(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
-    """The kept gradient, each row times what came from above. In place: a second backward pass is an error."""
+    """Returns the kept gradient times each row's upstream gradient. In place, so a second backward pass is an error."""
     (gradient,) = ctx.saved_tensors
     scaled: torch.Tensor = gradient.mul_(upstream.unsqueeze(1))
     return scaled.to(ctx.dtype)

@@ -1,4 +1,4 @@
-"""What every command says on the console, and how; loads nothing, so that commands which compute nothing are quick."""
+"""Log lines on the console. Imports the standard library alone, so that commands which compute nothing start fast."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import warnings
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """A handler for this package's loggers; ranks but 0 speak from warnings on. The root logger stays as it is."""
-    rank, ranks = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    """Shows this package's log lines on stderr; of ranks other than 0 only warnings. The root logger is not changed."""
+    rank = os.environ.get("RANK", "0")
+    ranks = os.environ.get("WORLD_SIZE", "1")
     package = logging.getLogger("zero_ds")
     if not package.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -25,7 +26,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 
 def duration(seconds: float) -> str:
-    """75 -> `1:15`, 4000 -> `1:06:40`."""
+    """Returns seconds as text: 75 as `1:15`, 4000 as `1:06:40`."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

@@ -1,4 +1,4 @@
-"""Ranks, collectives and signals: the only file that talks to torch.distributed's set-up."""
+"""Ranks, collectives and stop signals. No other file sets up torch.distributed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -21,15 +21,16 @@ import torch.distributed as dist
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import WATCH
 from zero_ds.runtime.ports import free_port
+from zero_ds.runtime.zero3 import allow_two_models_under_hpz
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a rank before the job ends; nothing long may stand behind one."""
+"""Time that a collective waits for a rank before the job ends. While the others wait, no rank may do longer work."""
 
 
 def initialize() -> None:
-    """Joins the process group of the launcher (DeepSpeed's or torchrun's); a lone process becomes rank 0 of 1.
+    """Joins the process group of the launcher (DeepSpeed's or torchrun's); a single process becomes rank 0 of 1.
 
     Raises:
         ConfigError: the ranks cannot meet at the launcher's address and port.
@@ -41,21 +42,21 @@ def initialize() -> None:
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
-    # DeepSpeed's own calls, which a user cannot change
+    # they come from DeepSpeed's own calls, which a user cannot change
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     from transformers.utils.logging import disable_progress_bar
 
     if int(os.environ["RANK"]):
-        disable_progress_bar()  # one bar a job is enough
+        disable_progress_bar()  # one progress bar per job is enough
 
     if not torch.cuda.is_available():
-        # DeepSpeed would compile a shared-memory kernel with a C++ compiler at this point (minutes, and not everybody
-        # has one); gloo carries what CPU ranks exchange.
+        # DeepSpeed would now compile a shared-memory kernel, which takes minutes and a C++ compiler that not everybody
+        # has; CPU ranks communicate through gloo instead
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(local_rank())
-    _allow_two_models_under_hpz()
+    allow_two_models_under_hpz()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
@@ -68,53 +69,41 @@ def initialize() -> None:
     WATCH.start(rank(), world_size(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
 
-def _allow_two_models_under_hpz() -> None:
-    """Lets ZeRO-3's hpZ groups be asked for twice.
-
-    DeepSpeed (0.19) makes them anew for every model that is loaded, and trips over the second: decoder and encoder.
-    """
-    from deepspeed.utils import groups
-
-    make = groups._create_zero_param_parallel_group
-    made: dict[int, bool] = {}
-
-    def make_once(group_size: int) -> None:
-        if group_size not in made:
-            make(group_size)
-            made[group_size] = True
-
-    groups._create_zero_param_parallel_group = make_once
-
-
 def rank() -> int:
+    """Returns this rank's number in the job."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
+    """Returns this rank's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
+    """Returns the number of ranks of the job."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_world_size() -> int:
-    """Ranks on this machine, as DeepSpeed's launcher or torchrun says; all of them if neither does."""
+    """Returns the number of ranks on this machine as told by DeepSpeed's launcher or torchrun, or else all ranks."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size())
 
 
 def is_rank_zero() -> bool:
+    """Returns whether this is rank 0."""
     return rank() == 0
 
 
 def device() -> torch.device:
+    """Returns the device that this rank computes on: its GPU, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_bytes() -> float:
-    """Memory that this rank computes in: its GPU's, or without one its share of the machine's.
+    """Returns the bytes of memory that this rank can use: of its GPU, or without a GPU its share of the machine's.
 
-    Of a GPU without what others have taken. A container, or a job of Slurm's, counts as a machine of its own.
+    Memory that other processes have taken on the GPU is not counted. The memory limit of a container or a Slurm job
+    counts as the machine's memory.
     """
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
@@ -122,9 +111,9 @@ def device_bytes() -> float:
 
 
 def memory_limits(groups: Path, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Limits of the control groups that a process is in, and of those around them, in bytes.
+    """Returns the memory limits, in bytes, of the control groups that a process is in and of the groups around them.
 
-    groups: /proc/PID/cgroup, a line `number:controllers:/path` each; without controllers it is version 2.
+    groups: /proc/PID/cgroup, with a line `number:controllers:/path` per group; version 2 lists no controllers.
     """
     found: list[int] = []
     with contextlib.suppress(OSError):
@@ -136,13 +125,13 @@ def memory_limits(groups: Path, root: Path = Path("/sys/fs/cgroup")) -> list[int
             name = "memory.limit_in_bytes" if controllers else "memory.max"
             parts = Path(path).parts[1:]
             for depth in range(len(parts) + 1):
-                with contextlib.suppress(OSError, ValueError):  # not to be seen from inside, or `max`
+                with contextlib.suppress(OSError, ValueError):  # not visible from inside a container, or `max`
                     found.append(int(folder.joinpath(*parts[:depth], name).read_text()))
     return found
 
 
 def sum_over_ranks(*values: float) -> list[float]:
-    """Sums each value over all ranks (float64, one collective)."""
+    """Returns the sum of each value over all ranks (float64, one collective)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [float(value) for value in values]
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
@@ -150,8 +139,30 @@ def sum_over_ranks(*values: float) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
+def sum_and_compare(values: Sequence[float], mark: int) -> tuple[list[float], bool]:
+    """Sums each value over all ranks and returns whether all ranks passed the same mark, in one collective.
+
+    mark: a number from 0 to 2**64 - 1. n numbers are equal exactly if n times the sum of their squares is the square of
+    their sum, and sums are all that this collective has. The mark is split into digits of 16 bits, whose sums are exact
+    in float64 on up to 2**21 ranks.
+    """
+    assert 0 <= mark < 1 << 64, f"{mark} does not fit into 64 bits"
+    digits = [mark >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
+    squares = [digit**2 for digit in digits]
+    summed = sum_over_ranks(*values, *digits, *squares)
+    first, last = len(values), len(values) + len(digits)
+    pairs = zip(summed[first:last], summed[last:], strict=True)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return summed[:first], all(ranks * int(square) == int(total) ** 2 for total, square in pairs)
+
+
+def same_on_all_ranks(mark: int) -> bool:
+    """Returns whether all ranks passed the same number, from 0 to 2**64 - 1. A collective."""
+    return sum_and_compare((), mark)[1]
+
+
 def max_over_ranks(*values: float) -> list[float]:
-    """The largest of each value over all ranks (float64, one collective)."""
+    """Returns the largest of each value over all ranks (float64, one collective)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [float(value) for value in values]
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
@@ -160,13 +171,13 @@ def max_over_ranks(*values: float) -> list[float]:
 
 
 def add_to_rank_zero(tensor: torch.Tensor) -> None:
-    """Sums a tensor over all ranks in place, on rank 0; what the others then hold is undefined. A collective."""
+    """Sums a tensor over all ranks in place on rank 0; on the other ranks it is undefined afterwards. A collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.reduce(tensor, dst=0)
 
 
 def memory_gib() -> dict[str, float]:
-    """Peak memory since the start, of the rank that needs most: of its process and of its accelerator. A collective."""
+    """Returns the peak memory since the start, in GiB, of the process and accelerator that need most. A collective."""
     import resource
 
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -176,11 +187,13 @@ def memory_gib() -> dict[str, float]:
 
 
 def barrier() -> None:
+    """Waits until all ranks have called this. A collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def shutdown() -> None:
+    """Leaves the process group."""
     WATCH.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -191,10 +204,10 @@ _turns = itertools.count()
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others, for caches that one process writes and all read.
+    """Runs the block on rank 0 before the other ranks, for caches that one process writes and all read.
 
-    The others ask the store now and then instead of waiting in a collective, whose time limit long work would exceed;
-    if rank 0 fails, the watch (failure.py) ends them.
+    The others poll the store instead of waiting in a collective, because long work would exceed a collective's time
+    limit. If rank 0 fails, the watch (failure.py) ends them.
     """
     if world_size() == 1 or not dist.is_initialized():
         yield
@@ -212,20 +225,21 @@ def rank_zero_first() -> Iterator[None]:
 
 
 class StopSignal:
-    """Set by SIGTERM, SIGINT or SIGUSR1, so that the loop can commit and stop between two steps."""
+    """Flag that SIGTERM, SIGINT or SIGUSR1 sets, so that the loop can save a checkpoint and stop between two steps."""
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
     TWICE = 5.0
-    """Seconds after which another signal is another request; a launcher hands one on that a terminal has sent, too."""
+    """Seconds after which a second signal counts as a second request. A terminal sends its signal to the ranks and to
+    the launcher, which passes it on, so two may come at once."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received: str | None = None  # name of the signal
         self._at = 0.0
         for name in self.NAMES:
             signal.signal(getattr(signal, name), self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received and time.monotonic() - self._at > self.TWICE:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step
+            raise KeyboardInterrupt  # the second request: do not wait for the step
         if not self.received:
             self.received, self._at = signal.Signals(number).name, time.monotonic()

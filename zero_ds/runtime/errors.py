@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the words that help with it."""
+"""Errors that a user can correct, and suggestions for a word that is not known."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 
 
 class ConfigError(ValueError):
-    """What a user wrote cannot be run; the message is one sentence that names the key, the value and the remedy."""
+    """A mistake of the user; the message is one sentence that names the key, the value and the remedy."""
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or the whole list if there is none and it is short."""
+    """Returns the end of a message about an unknown word: `; did you mean 'x'?`, or all known words if they are few."""
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if near:
         return f"; did you mean {' or '.join(repr(n) for n in near)}?"

@@ -1,8 +1,8 @@
-"""When a rank dies, all ranks end, soon, and each knows why.
+"""Ends all ranks soon after one of them has died, and lets each of them know the reason.
 
-Every rank of a job tells the others through the store of the process group that it is alive, and why it ends if it
-fails. A rank that is blocked, in a collective or anywhere else, is ended by its own watching thread. The first reason
-is kept in the run folder (`failure.txt`), where `launch/train.sh` and `zero-ds why` read it.
+Every rank of a job tells the others that it is alive, and why it fails if it does, through the store of the process
+group. A rank that is blocked, in a collective or anywhere else, is ended by its own watching thread. The first reason
+is written into the run folder (`failure.txt`), where `launch/train.sh` and `zero-ds why` read it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # programs that only start or ask others read reasons, and need no torch for that
+if TYPE_CHECKING:  # programs that only start others read reasons as well, and should not load torch for that
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
 FILE = "failure.txt"
+"""File in the run folder that holds the reason."""
 FINAL = "(the same would happen again: this run is not restarted)"
-"""Last line of the file where a restart cannot help."""
+"""Last line of the file if a restart cannot help."""
 BEAT = 2.0
 """Seconds between two signs of life."""
 SILENCE = float(os.environ.get("ZERO_DS_SILENCE", "30"))
-"""Seconds without a sign of life after which a rank counts as dead. The thread that gives them waits for Python's lock,
-which some libraries hold for seconds."""
+"""Seconds without a sign of life after which a rank counts as dead. The thread that gives these signs needs Python's
+global lock, which some libraries hold for seconds."""
 LEAVE = 10.0
-"""Seconds that a rank gets to end by itself, with its own words, after it is known that the job has failed."""
+"""Seconds that a rank gets to end by itself, with its own message, once it knows that the job has failed."""
 
 UNKNOWN = "a rank ended without a word; was it killed, or did it run out of memory?"
 
@@ -46,16 +47,16 @@ _PEER = (
 
 
 NEIGHBOURS = 8
-"""Ranks behind it, besides rank 0, whose signs of life a rank looks for; a launcher that has lost one rank of a machine
-kills the others one by one, so that a single watcher might be gone as well."""
+"""Number of following ranks that a rank watches, in addition to rank 0. A launcher that has lost one rank of a machine
+kills the others one by one, so a single watcher might be dead as well."""
 
 
 class Watch:
-    """One rank's view of a job. `start` begins to watch, `stop` ends that before the rank itself ends in peace."""
+    """One rank's view of a job. `start` begins to watch; `stop` ends it before the rank ends normally."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        """Run folder, as soon as it is known."""
+        """Run folder; None until it is known."""
         self.silence = SILENCE
         self._store: Store | None = None
         self._rank, self._world = 0, 1
@@ -65,7 +66,7 @@ class Watch:
         self._threads: list[threading.Thread] = []
 
     def start(self, rank: int, world: int, host: str, port: int) -> None:
-        """Joins the store at host:port by a connection of its own, since others may block theirs."""
+        """Joins the store at host:port through a connection of its own, because others may block theirs."""
         if world == 1 or self._store is not None:
             return
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -81,8 +82,11 @@ class Watch:
             thread.start()
 
     def stop(self) -> None:
-        """Ends watching, and waits for that: a thread that Python's end finds in the store takes the process with it
-        (`terminate called without an active exception`)."""
+        """Stops watching, and waits for the threads to end.
+
+        A thread that is inside of the store when Python shuts down aborts the process (`terminate called without an
+        active exception`).
+        """
         self._stopped.set()
         self._store = None
         deadline = time.monotonic() + LEAVE
@@ -91,9 +95,10 @@ class Watch:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def fail(self, reason: str, final: bool = False) -> None:
-        """Says why this rank ends; the first reason of a job stays. The rank with the store waits for the others.
+        """Tells the other ranks why this one ends; the first reason of a job is kept.
 
-        final: whether the next attempt would fail alike, as with a mistake in the recipe.
+        Rank 0, which holds the store, then waits for the others to read it. final: whether the next attempt would fail
+        in the same way, as after a mistake in the recipe.
         """
         self.record(reason, final)
         store = self._store
@@ -101,19 +106,21 @@ class Watch:
             try:
                 store.compare_set(_FAILED, "", f"rank {self._rank} failed: {reason}")
                 time.sleep(0.0 if self._rank else 2 * BEAT)
-            except (RuntimeError, ValueError):  # the store went with its rank
+            except (RuntimeError, ValueError):  # the store died with its rank
                 logger.debug("the store is gone")
 
     def leave(self, status: int) -> None:
-        """Ends this process in LEAVE seconds if it does not end by itself: taking a process group down may wait for
-        ranks that will never come."""
+        """Ends this process after LEAVE seconds unless it ends by itself before.
+
+        Destroying a process group may wait for ranks that will never come.
+        """
         if self._store is not None:
             timer = threading.Timer(LEAVE, os._exit, (status,))
             timer.daemon = True
             timer.start()
 
     def heard(self, wait: float) -> str:
-        """Why another rank ended, as far as that comes to be known within `wait` seconds."""
+        """Returns why another rank ended, waiting up to `wait` seconds for the reason."""
         deadline = time.monotonic() + wait
         while self._heard is None and self._store is not None and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -127,10 +134,12 @@ class Watch:
             with (self.folder / FILE).open("x", encoding="utf-8") as file:
                 file.write(reason.strip() + "\n" + (FINAL + "\n" if final else ""))
         except OSError:
-            logger.debug("there is a reason already, or no place for one")
+            logger.debug("there is a reason already, or the file cannot be written")
 
     def _run(self) -> None:
-        watched = sorted({0, *((self._rank + step) % self._world for step in range(1, NEIGHBOURS + 1))} - {self._rank})
+        """Gives signs of life, and looks for those of others, until the job ends; runs in a thread."""
+        neighbours = {(self._rank + step) % self._world for step in range(1, NEIGHBOURS + 1)}
+        watched = sorted({0, *neighbours} - {self._rank})
         heard: dict[int, tuple[str, float]] = {}
         beats = 0
         while not self._stopped.wait(BEAT):
@@ -145,28 +154,30 @@ class Watch:
                     self._end(self._heard, LEAVE)
                     return
                 for rank in watched:  # a rank counts from its first beat on: some machines start late
-                    if store.check([key := f"beat/{rank}"]):
+                    key = f"beat/{rank}"
+                    if store.check([key]):
                         now = store.get(key).decode()
                         if rank not in heard or heard[rank][0] != now:
                             heard[rank] = (now, time.monotonic())
             except (RuntimeError, ValueError):
-                self._end(f"rank 0 is gone: {(read(self.folder) if self.folder else None) or UNKNOWN}", LEAVE)
+                reason = read(self.folder) if self.folder else None
+                self._end(f"rank 0 is gone: {reason or UNKNOWN}", LEAVE)
                 return
             self._answered = time.monotonic()
             silent = [rank for rank, (_, since) in heard.items() if time.monotonic() - since > self.silence]
             if silent:
                 reason = f"rank {silent[0]} has given no sign of life for {self.silence:.0f} s"
                 self.fail(f"{reason}; was it killed, or its machine lost?")
-                self._end(reason, 0.0)  # this rank waits for that one, and would not end by itself
+                self._end(reason, 0.0)  # this rank waits for the silent one, so it would not end by itself
 
     def _run_beside(self) -> None:
-        """Ends this rank if the store, which is rank 0's, does not answer: then the other thread waits in it."""
+        """Ends this rank if rank 0's store does not answer, on which the other thread then waits; runs in a thread."""
         while not self._stopped.wait(BEAT):
             if time.monotonic() - self._answered > self.silence + BEAT:
                 self._end(f"rank 0 has not answered for {self.silence:.0f} s; is its machine lost?", 0.0)
 
     def _end(self, reason: str, leave: float) -> None:
-        """Ends this process unless it ends by itself."""
+        """Ends this process unless it ends by itself within `leave` seconds."""
         if self._stopped.wait(leave):
             return
         self.record(reason)
@@ -176,21 +187,21 @@ class Watch:
 
 
 WATCH = Watch()
-"""This process's."""
+"""Watch of this process."""
 
 
 def peer_ended(error: BaseException) -> bool:
-    """Whether a collective failed because another rank had ended."""
+    """Returns whether a collective failed because another rank had ended."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _PEER)
 
 
 def clear(folder: Path) -> None:
-    """Forgets why an earlier attempt failed."""
+    """Removes the reason of an earlier attempt."""
     (folder / FILE).unlink(missing_ok=True)
 
 
 def read(folder: Path) -> str | None:
-    """Why the last attempt at a run failed; None if it did not."""
+    """Returns why the last attempt at a run failed; None if it did not."""
     try:
         return (folder / FILE).read_text(encoding="utf-8").strip().removesuffix(FINAL).strip()
     except OSError:
@@ -198,7 +209,7 @@ def read(folder: Path) -> str | None:
 
 
 def is_final(folder: Path) -> bool:
-    """Whether the last attempt failed in a way that the next one would, too."""
+    """Returns whether the last attempt failed in a way in which the next one would fail as well."""
     try:
         return (folder / FILE).read_text(encoding="utf-8").strip().endswith(FINAL)
     except OSError:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zero_ds.runtime.errors import ConfigError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file in one step: readers see the old content or the new one, whoever else writes it."""
+    """Replaces a text file in one step: readers see the old content or the new one, even if others write it as well."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as file:
@@ -30,38 +30,38 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a file to read its bytes, and nothing that might wait for ever, as pipes and devices do.
+    """Opens a regular file for reading in binary mode; refuses pipes and devices, which may block for ever.
 
     Raises:
-        OSError: as `open`, also where there is no regular file.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("it is no regular file")
+        raise OSError("it is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
 def check_vacant(out: Path) -> None:
-    """Refuses an output folder that holds something.
+    """Refuses an output folder that is not empty.
 
     Raises:
-        ConfigError: `out` is a file, or a folder that is not empty.
+        ConfigError: `out` is a file, a symbolic link, or a folder that is not empty.
     """
     if out.is_symlink():
-        raise ConfigError(f"{out} is a link; name the folder itself.")
+        raise ConfigError(f"{out} is a symbolic link; name the folder itself.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
 
 
 @contextmanager
 def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends, and is removed when the block fails.
+    """Yields a temporary folder, which becomes `out` when the block ends and is removed when the block fails.
 
-    need: bytes that will be written, checked beforehand where they are known.
+    need: number of bytes that will be written, if known; the free space is checked first.
 
     Raises:
-        ConfigError: `out` holds something, its parent cannot be made, or the disk has not `need` bytes left.
+        ConfigError: `out` is not empty, its parent cannot be made, or fewer than `need` bytes are free.
     """
     try:
         check_vacant(out)
@@ -69,7 +69,9 @@ def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be made: {error.strerror}; choose another.") from None
     if shutil.disk_usage(out.parent).free < need:
-        raise ConfigError(f"{out.parent} has not the {need / 1e6:,.0f} MB free that {out.name} needs; free some space.")
+        raise ConfigError(
+            f"{out.parent} does not have the {need / 1e6:,.0f} MB free that {out.name} needs; free some space."
+        )
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", dir=out.parent))
     except OSError as error:
@@ -80,7 +82,7 @@ def new_folder(out: Path, need: int = 0) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         check_vacant(out)
-        temporary.rename(out)  # onto nothing or an empty folder
+        temporary.rename(out)  # `out` does not exist or is an empty folder
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""Model folders: a local path as it is, a hub id fetched into the library's cache."""
+"""Model folders: a local path is used as it is, a hub id is downloaded into the hub library's cache."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from zero_ds.runtime.torch_files import read_torch_file
 logger = logging.getLogger(__name__)
 
 PICKLED = "pytorch_model.bin"
+"""Weights file of older repositories, which is a pickle."""
 
 
 def local_folder(name: str) -> Path:
-    """The folder of a model given by path or hub id.
+    """Returns the folder of a model that is given by path or hub id, and downloads it if necessary.
 
     Raises:
-        ConfigError: no such folder, and not an id that can be fetched (no network, unknown, or not permitted).
+        ConfigError: there is no such folder, and no such id can be downloaded (no network, unknown, not permitted).
     """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
@@ -33,10 +34,10 @@ def local_folder(name: str) -> Path:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, PICKLED]))
-    except Exception as error:  # the hub client raises many kinds; each means that the model is not to be had
+    except Exception as error:  # the hub client raises many types; each means that there is no model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"'{name}' is no local folder and could not be fetched from the hub: {reason[:200].rstrip('. ')}; "
+            f"'{name}' is not a local folder and could not be fetched from the hub: {reason[:200].rstrip('. ')}; "
             "give a local folder, or check the network, the id and your access token."
         ) from None
     if (folder / PICKLED).is_file() and not any(folder.glob("*.safetensors")):
@@ -45,12 +46,12 @@ def local_folder(name: str) -> Path:
 
 
 def _with_safetensors(folder: Path, name: str) -> Path:
-    """The same model in a folder of ours with safetensors weights, made once.
+    """Converts the pickled weights of an older repository into safetensors, once, and returns the new folder.
 
-    Older repositories hold nothing but a pickle; what is in it is not run.
+    The pickle is read without running code that it names.
 
     Raises:
-        ConfigError: a file that is damaged, or names code.
+        ConfigError: the file is damaged, or names code.
     """
     from filelock import FileLock
     from huggingface_hub.constants import HF_HOME
@@ -58,10 +59,10 @@ def _with_safetensors(folder: Path, name: str) -> Path:
 
     out = Path(HF_HOME) / "zero_ds" / f"{name.replace('/', '--')}-{folder.name[:12]}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(out.name + ".lock")):  # all ranks of a machine come here at once
+    with FileLock(out.with_name(out.name + ".lock")):  # all ranks of a machine get here at the same time
         if out.is_dir():
             return out
-        logger.info("%s holds %s only; its tensors are written as safetensors into %s", name, PICKLED, out)
+        logger.info("%s holds only %s; its tensors are written as safetensors into %s", name, PICKLED, out)
         content = read_torch_file(folder / PICKLED)
         if not isinstance(content, dict) or not all(hasattr(value, "contiguous") for value in content.values()):
             raise ConfigError(f"{PICKLED} of {name} holds more than tensors by name; give a folder with safetensors.")

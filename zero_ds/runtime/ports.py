@@ -1,4 +1,4 @@
-"""A free TCP port; a file of its own because programs that only start others ask for one before they load torch."""
+"""Free TCP ports; a separate module, because programs that only start others need one without loading torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 
 def free_port() -> int:
-    """A TCP port on this machine that is free now."""
+    """Returns a TCP port that is free on this machine now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

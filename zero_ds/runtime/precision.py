@@ -1,15 +1,52 @@
-"""Number formats: which of them a device computes fast."""
+"""The number format that a device computes fast in."""
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zero_ds.runtime.environment import has_cuda
+
+if TYPE_CHECKING:
+    import torch
+
+CPU_FLAGS = ("avx512_bf16", "amx_tile")
+"""Flags in /proc/cpuinfo of the x86 extensions that multiply bfloat16, each of which is enough."""
+
+
+def bf16_is_fast() -> bool:
+    """Returns whether this machine's device multiplies bfloat16 fast: GPUs since Ampere, CPUs with AVX512-BF16 or AMX.
+
+    Loads torch only where a GPU may be present, or where there is no /proc/cpuinfo to read.
+    """
+    if has_cuda():
+        import torch
+
+        return torch.cuda.is_bf16_supported()
+    flags = _cpu_flags(Path("/proc/cpuinfo"))
+    if flags is not None:
+        return any(flag in flags for flag in CPU_FLAGS)
+    import torch
+
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def _cpu_flags(path: Path) -> set[str] | None:
+    """Returns the flags of the first x86 core in a file like /proc/cpuinfo; None where there is no such line."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return set(value.split())
+    return None
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16 on GPUs since Ampere and on CPUs with AVX512-BF16 or AMX, float32 elsewhere."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return (
-        torch.bfloat16 if capable() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else torch.float32
-    )
+    """Returns bfloat16 where the device multiplies it fast, float32 elsewhere."""
+    import torch
+
+    return torch.bfloat16 if bf16_is_fast() else torch.float32

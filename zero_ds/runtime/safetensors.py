@@ -1,13 +1,18 @@
-"""Copies tensors from safetensors files to safetensors files under other names, byte for byte.
+"""Safetensors files: finds the tensors in them, copies tensors byte for byte, and writes new files piece by piece.
 
-A tensor that cannot be copied, since it is cast or merged, is made in blocks while it is written (`Computed`).
+There are three ways to write a tensor, and none of them holds a large tensor in memory:
 
-A surrogate of a 70B model is 75 GB of unchanged tensors. Nothing of them is ever decoded: what is read of a source is
-its header, what is written is a header and ranges of the source's bytes, copied by the kernel. So the memory needed is
-that of the headers, whatever the size of the largest tensor. Files are opened with the safetensors library before and
-after, which checks that header and size agree.
+    Span                bytes of a tensor in another file, copied by the kernel (`write_shards`)
+    Computed            a tensor that is cast or merged in blocks while it is written (`write_shards`)
+    SafetensorsStream   tensors that arrive one after the other, in pieces, such as those of a training checkpoint
 
-Format (https://huggingface.co/docs/safetensors): the header's length in 8 bytes, little endian; the header, JSON; data.
+A surrogate of a 70B model is 75 GB of unchanged tensors. None of them is ever decoded: only the headers of the source
+files are read, and the kernel copies ranges of bytes. The memory needed is that of the headers, and does not
+depend on the size of the largest tensor. The safetensors library opens every file before and after a copy, to check
+that its header and its size agree.
+
+Format (https://huggingface.co/docs/safetensors): length of the header in 8 bytes, little endian; the header as JSON;
+the data. This module imports torch only where tensors are converted, so that commands which only copy start fast.
 """
 
 from __future__ import annotations
@@ -16,70 +21,130 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
 from zero_ds.runtime.errors import ConfigError
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types of weights that are not quantized, as safetensors names them."""
+if TYPE_CHECKING:
+    import torch
+
 SHARD_BYTES = 2 << 30
+"""Largest size of a shard in bytes, unless a single tensor is larger."""
 WRITERS = 2
-"""Shards written at a time."""
+"""Number of shards that are written at a time."""
 BLOCK = 32 << 20
-"""Bytes between two updates of the progress bar, and looks at whether to stop."""
+"""Number of bytes after which a copy updates the progress bar and checks whether it should stop."""
+_DISK_FULL = (28, 122)
+"""Error numbers ENOSPC and EDQUOT."""
+
+
+# -- number formats ----------------------------------------------------------------------------------------------------
+
+
+class Dtype(NamedTuple):
+    """A number format of weights."""
+
+    torch_name: str
+    """Name of the dtype in torch."""
+    size: int
+    """Size of an element in bytes."""
+
+
+DTYPES = {
+    "F64": Dtype("float64", 8),
+    "F32": Dtype("float32", 4),
+    "F16": Dtype("float16", 2),
+    "BF16": Dtype("bfloat16", 2),
+}
+"""Number formats of weights that are not quantized, by their safetensors names. The package has no other such table."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the torch dtype of a safetensors name: `BF16` -> torch.bfloat16."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the safetensors name of a torch dtype: torch.bfloat16 -> `BF16`."""
+    torch_name = str(dtype).removeprefix("torch.")
+    return next(name for name, known in DTYPES.items() if known.torch_name == torch_name)
+
+
+# -- reading headers ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Span:
-    """A tensor's bytes in a file."""
+    """A tensor's range of bytes in a file."""
 
     file: Path
     start: int
+    """Offset of the first byte in the file."""
     size: int
+    """Number of bytes."""
     dtype: str
+    """Safetensors name of the number format."""
     shape: tuple[int, ...]
 
     @property
     def parameters(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor of which the bytes are made when they are written."""
+    """A tensor whose bytes are computed while they are written."""
 
     dtype: str
+    """Safetensors name of the number format."""
     shape: tuple[int, ...]
     size: int
+    """Number of bytes."""
     blocks: Callable[[], Iterable[Any]]
-    """Its bytes from the first to the last, in pieces that know the buffer protocol; made anew at every call."""
+    """Function that returns the tensor's bytes, first to last, as objects with the buffer protocol. It may be called
+    more than once and computes the bytes each time."""
 
     @property
     def parameters(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 Tensor = Span | Computed
+"""A tensor to write: copied from another file, or computed."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """File and name of a stored tensor."""
+
+    file: Path
+    name: str
+    """Name of the tensor in that file."""
 
 
 def spans(file: Path) -> dict[str, Span]:
-    """Where every tensor of a safetensors file lies.
+    """Returns the span of every tensor in a safetensors file.
 
     Raises:
-        ConfigError: the file is truncated or no safetensors file.
+        ConfigError: the file is truncated or not a safetensors file.
     """
     from safetensors import safe_open
 
     try:
         if file.exists() and not file.is_file():
-            raise OSError("it is no regular file")  # a pipe would be waited for
+            raise OSError("it is not a regular file")  # opening a pipe would wait for its other end
         with safe_open(file, framework="pt"):
             pass  # the library checks the header against the file's size
         with file.open("rb") as handle:
@@ -88,23 +153,46 @@ def spans(file: Path) -> dict[str, Span]:
     except Exception as error:
         raise ConfigError(f"shard {file} cannot be read ({error}); fetch the model again.") from None
     header.pop("__metadata__", None)
-    return {
-        name: Span(
-            file,
-            8 + length + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-            entry["dtype"],
-            tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        found[name] = Span(file, 8 + length + start, end - start, entry["dtype"], tuple(entry["shape"]))
+    return found
 
 
-def locate(tensors: dict[str, Stored]) -> dict[str, Span]:
-    """The bytes of tensors by the names they go under.
+def shard_files(folder: Path) -> dict[str, Path]:
+    """Returns the safetensors file of every tensor in a Hugging Face folder.
 
     Raises:
-        ConfigError: an unreadable file, or one that lacks a tensor which the index places in it.
+        ConfigError: the folder holds no weights, its index is damaged, or a shard that the index names is missing.
+    """
+    from safetensors import safe_open
+
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file() and not single.is_file():  # where both exist, transformers reads the single file
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {name: folder / Path(file).name for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{index} is damaged; fetch the model again.") from None
+        for file in sorted(set(files.values())):
+            if not file.is_file():
+                raise ConfigError(f"shard {file} is missing; fetch the model again.")
+        return files
+    if single.is_file():
+        try:
+            with safe_open(single, framework="pt") as handle:
+                return dict.fromkeys(handle.keys(), single)
+        except Exception as error:
+            raise ConfigError(f"{single} cannot be read ({error}); fetch the model again.") from None
+    raise ConfigError(f"{folder} holds no safetensors weights (model.safetensors or its index).")
+
+
+def locate(tensors: Mapping[str, Stored]) -> dict[str, Span]:
+    """Returns the spans of stored tensors, under the keys of `tensors`.
+
+    Raises:
+        ConfigError: a file cannot be read, or lacks a tensor that the index places in it.
     """
     files = {file: spans(file) for file in sorted({stored.file for stored in tensors.values()})}
     for stored in tensors.values():
@@ -113,126 +201,15 @@ def locate(tensors: dict[str, Stored]) -> dict[str, Span]:
     return {name: files[stored.file][stored.name] for name, stored in tensors.items()}
 
 
-def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: int | None = None) -> None:
-    """Writes (name, bytes) into the existing folder `out`: model.safetensors, or numbered shards with their index.
-
-    shard_bytes: size of a shard, which only a single tensor may exceed; None: SHARD_BYTES.
-
-    Raises:
-        ConfigError: a source became shorter than its header says.
-        OSError: the disk is full.
-    """
-    shards: list[list[tuple[str, Tensor]]] = [[]]
-    size = 0
-    for name, span in tensors:
-        if shards[-1] and size + span.size > (SHARD_BYTES if shard_bytes is None else shard_bytes):
-            shards.append([])
-            size = 0
-        shards[-1].append((name, span))
-        size += span.size
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    total = sum(span.size for _, span in tensors)
-    with tqdm(total=total, desc="copying", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-        stop = Event()
-        with ThreadPoolExecutor(WRITERS) as pool:
-            written = [
-                pool.submit(_write_shard, shard, out / file, bar, stop)
-                for file, shard in zip(files, shards, strict=True)
-            ]
-            try:
-                for one in as_completed(written):
-                    one.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": total, "total_parameters": sum(span.parameters for _, span in tensors)},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard},
-        }
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shard(shard: Sequence[tuple[str, Tensor]], path: Path, bar: Any, stop: Event) -> None:
-    # wide types first, so that every tensor lies at a multiple of its type's width, as the format wants
-    ordered = sorted(shard, key=lambda item: -item[1].size / max(1, item[1].parameters))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, span in ordered:
-        header[name] = {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [end, end + span.size]}
-        end += span.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
-        target.flush()
-        source, opened = None, None
-        try:
-            for _, span in ordered:
-                if isinstance(span, Computed):
-                    _make(target, span, bar, stop)
-                    continue
-                if opened != span.file:
-                    if source is not None:
-                        source.close()
-                    source, opened = span.file.open("rb"), span.file
-                assert source is not None
-                _copy(source, target, span, bar, stop)
-        finally:
-            if source is not None:
-                source.close()
-    if not stop.is_set():
-        spans(path)
-
-
-def _copy(source: Any, target: Any, span: Span, bar: Any, stop: Event) -> None:
-    """Copies a tensor's bytes behind what the target holds; breaks off where another writer failed."""
-    start, left = span.start, span.size
-    while left and not stop.is_set():
-        try:
-            done = os.copy_file_range(source.fileno(), target.fileno(), min(left, BLOCK), start)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in _NO_SPACE:
-                raise
-            done = _copy_in_memory(source, target, start, min(left, BLOCK))  # across file systems, or not on Linux
-        if not done:
-            raise ConfigError(f"shard {span.file} ended early; fetch the model again.")
-        start, left = start + done, left - done
-        bar.update(done)
-
-
-def _make(target: Any, tensor: Computed, bar: Any, stop: Event) -> None:
-    left = tensor.size
-    for block in tensor.blocks():
-        if stop.is_set():
-            return
-        size = memoryview(block).nbytes
-        _put(target, block)
-        left -= size
-        bar.update(size)
-    assert left == 0, f"a tensor of {tensor.size} bytes was made with {tensor.size - left}"
-
-
-_NO_SPACE = (28, 122)
-
-
-def _copy_in_memory(source: Any, target: Any, start: int, size: int) -> int:
-    block = os.pread(source.fileno(), size, start)
-    _put(target, block)
-    return len(block)
-
-
-def _put(target: Any, block: Any) -> None:
-    view = memoryview(block).cast("B")
-    while view:
-        view = view[os.write(target.fileno(), view) :]
+# -- comparing ---------------------------------------------------------------------------------------------------------
 
 
 def content_hash(span: Span) -> str:
-    """SHA-256 of a tensor's bytes, type and shape; the same wherever they lie."""
+    """Returns a SHA-256 of a tensor's bytes, dtype and shape, which does not depend on the file it is in.
+
+    Raises:
+        ConfigError: the file ends before the tensor does.
+    """
     digest = hashlib.sha256(f"{span.dtype}{span.shape}".encode())
     with span.file.open("rb") as handle:
         handle.seek(span.start)
@@ -247,12 +224,12 @@ def content_hash(span: Span) -> str:
 
 
 def same_bytes(left: Span, right: Span, bar: Any = None) -> bool:
-    """Whether two tensors are of one type and shape and equal byte for byte; blocks of both are read in turn.
+    """Returns whether two tensors have the same dtype, shape and bytes. Reads both, a block of each at a time.
 
     bar: a progress bar that counts bytes.
 
     Raises:
-        ConfigError: a file that ends before the tensor does.
+        ConfigError: a file ends before its tensor does.
     """
     if (left.dtype, left.shape, left.size) != (right.dtype, right.shape, right.size):
         return False
@@ -273,38 +250,192 @@ def same_bytes(left: Span, right: Span, bar: Any = None) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies."""
-
-    file: Path
-    name: str
-    """Its name in that file."""
+# -- writing folders of shards -----------------------------------------------------------------------------------------
 
 
-def shard_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file of a Hugging Face folder.
+def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: int | None = None) -> None:
+    """Writes tensors into the existing folder `out`: model.safetensors, or numbered shards with their index.
+
+    tensors: name and content of each, in the order in which they fill the shards. shard_bytes: largest size of a shard,
+    which only a single tensor may exceed; None means SHARD_BYTES.
 
     Raises:
-        ConfigError: no weights, a damaged index, or a shard that the index names and the folder lacks.
+        ConfigError: a source file has become shorter than its header says.
+        OSError: the disk is full.
     """
-    from safetensors import safe_open
+    shards = _split(tensors, SHARD_BYTES if shard_bytes is None else shard_bytes)
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    total = sum(tensor.size for _, tensor in tensors)
+    with tqdm(total=total, desc="copying", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+        stop = Event()
+        with ThreadPoolExecutor(WRITERS) as pool:
+            written = [
+                pool.submit(_write_shard, shard, out / file, bar, stop)
+                for file, shard in zip(files, shards, strict=True)
+            ]
+            try:
+                for one in as_completed(written):
+                    one.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total, "total_parameters": sum(tensor.parameters for _, tensor in tensors)},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard},
+        }
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file() and not single.is_file():  # of both, transformers reads the single file
+
+def _split(tensors: Sequence[tuple[str, Tensor]], shard_bytes: int) -> list[list[tuple[str, Tensor]]]:
+    """Splits tensors into shards of at most `shard_bytes`, in their order; a larger tensor gets its own shard."""
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    size = 0
+    for name, tensor in tensors:
+        if shards[-1] and size + tensor.size > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, tensor))
+        size += tensor.size
+    return shards
+
+
+def _write_shard(shard: Sequence[tuple[str, Tensor]], path: Path, bar: Any, stop: Event) -> None:
+    # the widest dtypes come first, so that every tensor starts at a multiple of its element size, as the format wants
+    ordered = sorted(shard, key=lambda item: -item[1].size / max(1, item[1].parameters))
+    with path.open("wb") as target:
+        target.write(_header([(name, tensor.dtype, tensor.shape, tensor.size) for name, tensor in ordered]))
+        target.flush()
+        source: BinaryIO | None = None
+        opened: Path | None = None
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: folder / Path(file).name for name, file in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is damaged; fetch the model again.") from None
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise ConfigError(f"shard {file} is missing; fetch the model again.")
-        return files
-    if single.is_file():
+            for _, tensor in ordered:
+                if isinstance(tensor, Computed):
+                    _compute(target, tensor, bar, stop)
+                    continue
+                if opened != tensor.file:
+                    if source is not None:
+                        source.close()
+                    source, opened = tensor.file.open("rb"), tensor.file
+                assert source is not None
+                _copy(source, target, tensor, bar, stop)
+        finally:
+            if source is not None:
+                source.close()
+    if not stop.is_set():
+        spans(path)
+
+
+def _header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Returns the start of a file, up to its data.
+
+    tensors: name, safetensors dtype, shape and number of bytes of each, in the order of their data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _copy(source: BinaryIO, target: BinaryIO, span: Span, bar: Any, stop: Event) -> None:
+    """Appends a tensor's bytes to the target; stops early if `stop` is set because another writer failed."""
+    start, left = span.start, span.size
+    while left and not stop.is_set():
         try:
-            with safe_open(single, framework="pt") as handle:
-                return dict.fromkeys(handle.keys(), single)
-        except Exception as error:
-            raise ConfigError(f"{single} cannot be read ({error}); fetch the model again.") from None
-    raise ConfigError(f"{folder} holds no safetensors weights (model.safetensors or its index).")
+            done = os.copy_file_range(source.fileno(), target.fileno(), min(left, BLOCK), start)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                raise
+            # the kernel does not copy between these file systems, or this is not Linux
+            done = _copy_in_memory(source, target, start, min(left, BLOCK))
+        if not done:
+            raise ConfigError(f"shard {span.file} ended early; fetch the model again.")
+        start, left = start + done, left - done
+        bar.update(done)
+
+
+def _copy_in_memory(source: BinaryIO, target: BinaryIO, start: int, size: int) -> int:
+    block = os.pread(source.fileno(), size, start)
+    _append(target, block)
+    return len(block)
+
+
+def _compute(target: BinaryIO, tensor: Computed, bar: Any, stop: Event) -> None:
+    """Appends the bytes of a computed tensor to the target; stops early if `stop` is set."""
+    left = tensor.size
+    for block in tensor.blocks():
+        if stop.is_set():
+            return
+        size = memoryview(block).nbytes
+        _append(target, block)
+        left -= size
+        bar.update(size)
+    assert left == 0, f"a tensor of {tensor.size} bytes was computed with {tensor.size - left}"
+
+
+def _append(target: BinaryIO, block: Any) -> None:
+    view = memoryview(block).cast("B")
+    while view:
+        view = view[os.write(target.fileno(), view) :]
+
+
+# -- writing one file as its tensors arrive ----------------------------------------------------------------------------
+
+
+class SafetensorsStream:
+    """A safetensors file that is written piece by piece, with no more than one piece in memory.
+
+    The library itself wants all tensors at once. Here names, dtypes and shapes are declared first, and the data follows
+    in that order: a tensor as a whole, or in pieces of its flattened form.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size]]) -> None:
+        declared = [(name, dtype_name(dtype), shape, shape.numel() * dtype.itemsize) for name, dtype, shape in tensors]
+        self._expected = [(name, size) for name, _, _, size in declared]
+        self._next = 0  # index, in `_expected`, of the tensor that is being written
+        self._written = 0  # number of its bytes that have been written
+        self._digest = hashlib.sha256()
+        self._file = path.open("wb")
+        self._put(_header(declared))
+        self._skip_empty()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Appends a tensor, or the next piece of one. `tensor` is on the CPU and has the declared dtype."""
+        import torch
+
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        if not data.nbytes:
+            return
+        assert self._next < len(self._expected), f"{name} was written after the last declared tensor"
+        expected, size = self._expected[self._next]
+        written = self._written + data.nbytes
+        assert name == expected and written <= size, f"{name} ({written} bytes) where {expected} ({size}) was declared"
+        self._put(data)
+        self._written = written
+        if self._written == size:
+            self._next, self._written = self._next + 1, 0
+            self._skip_empty()
+
+    def close(self) -> str:
+        """Flushes the file to the disk, closes it and returns its SHA-256."""
+        assert self._next == len(self._expected), "tensors are missing"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def _put(self, data: Any) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+    def _skip_empty(self) -> None:
+        """Moves on past tensors without elements, for which no data will come."""
+        while self._next < len(self._expected) and self._expected[self._next][1] == 0:
+            self._next += 1

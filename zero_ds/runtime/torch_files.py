@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running what is in them."""
+"""Reads files of `torch.save` without running code that they name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from zero_ds.runtime.errors import ConfigError
 
 
 def read_torch_file(path: Path, stand_ins: Mapping[str, Callable[..., Any]] | None = None) -> Any:
-    """Content of a file of `torch.save`; its tensors stay in the file (mmap) until they are used.
+    """Returns the content of a file of `torch.save`; its tensors stay in the file (mmap) until they are used.
 
-    stand_ins: full name of a class that the file may name -> what is made in its place. The class itself is never
-    looked up, so that nothing of the library that wrote the file runs, whatever its version.
+    stand_ins: full name of a class that the file may name -> function that is called in its place. The class itself is
+    never looked up, so no code of the library that wrote the file runs, whatever its version.
 
     Raises:
-        ConfigError: no such file, no complete zip archive of `torch.save`, or one that names other code to call.
+        ConfigError: there is no such file, it is not a complete zip archive of `torch.save`, or it names other code.
     """
     import torch
 
@@ -32,11 +32,11 @@ def read_torch_file(path: Path, stand_ins: Mapping[str, Callable[..., Any]] | No
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it names {named[1]}" if named else "it does more than name tensors"
         raise ConfigError(
-            f"{path} is refused: {what}, which reading it would call, and nothing in a file is run here; get a file "
-            "that holds tensors only."
+            f"{path} is refused: {what}, which reading it would call, and code in files is never run here; get a file "
+            "that holds only tensors."
         ) from None
-    except Exception as error:  # what the library makes of a file that is damaged or something else altogether
+    except Exception as error:  # torch raises many types for a file that is damaged or of another kind
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ConfigError(
-            f"{path} is no file of torch.save, is of a format older than its zip archives, or is damaged ({reason})."
+            f"{path} is not a file of torch.save, is of a format older than its zip archives, or is damaged ({reason})."
         ) from None

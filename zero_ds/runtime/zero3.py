@@ -1,27 +1,39 @@
-"""Every hand that is laid on DeepSpeed's insides under ZeRO-3."""
+"""The parts of DeepSpeed's ZeRO-3 that are not public, in one place. Tested with DeepSpeed 0.19.
+
+Everything that this package reads from partitioned parameters (attributes `ds_*`), patches or calls in DeepSpeed's
+internals for ZeRO-3 is here, so that a new DeepSpeed version means reading this file. The optimizers' internals, which
+all ZeRO stages have, are in training/checkpoint/optimizer_state.py.
+
+A partitioned parameter is empty outside of a forward or backward pass. Each rank holds one of `world_size` equal parts
+of its flattened elements, the last of them padded.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
+import torch
 from torch import nn
+
+# -- loading and gathering ---------------------------------------------------------------------------------------------
 
 
 def zero_init() -> Any:
-    """Context in which new modules are partitioned at once, if ZeRO-3 is active; else one without effect."""
+    """Returns a context in which new modules are partitioned as they are made; without ZeRO-3 it has no effect."""
     from transformers.integrations import deepspeed as integration
 
     if not integration.is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     import deepspeed
 
-    # the config says the dtype; where one is passed, DeepSpeed 0.19 replaces it by bf16 on accelerators without fp16
+    # the config names the dtype; a dtype argument would be replaced by bf16 on accelerators without fp16
     return deepspeed.zero.Init(config_dict_or_path=integration.deepspeed_config())
 
 
 def partition_(module: nn.Module) -> None:
-    """Partitions the parameters that still are whole on every rank, if ZeRO-3 is active."""
+    """Partitions those parameters of a module that are still whole on every rank; without ZeRO-3 it has no effect."""
     from transformers.integrations import deepspeed as integration
 
     if integration.is_deepspeed_zero3_enabled():
@@ -30,11 +42,106 @@ def partition_(module: nn.Module) -> None:
         deepspeed.zero.Init(module=module, config_dict_or_path=integration.deepspeed_config())
 
 
-def gathered(parameters: Any, modifier_rank: int | None = None) -> Any:
-    """Context in which ZeRO-3 parameters are whole (and, with modifier_rank 0, may be changed on all ranks alike)."""
-    parameters = [p for p in parameters if hasattr(p, "ds_id")]
+def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Any:
+    """Returns a context in which the given parameters are whole on every rank. A collective under ZeRO-3.
+
+    modifier_rank: with 0, changes that rank 0 makes to them inside the context reach all ranks.
+    """
+    parameters = [p for p in parameters if is_partitioned(p)]
     if not parameters:
         return contextlib.nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+
+
+# -- partitioned parameters --------------------------------------------------------------------------------------------
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Returns whether ZeRO-3 manages the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_always_whole(parameter: nn.Parameter) -> bool:
+    """Returns whether ZeRO-3 keeps the parameter whole on every rank during a step, because it is small."""
+    return bool(getattr(parameter, "ds_persist", False))
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    """Returns the shape of the whole parameter, even when ZeRO-3 holds only a part of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def held_part(parameter: nn.Parameter) -> torch.Tensor:
+    """Returns the elements that this rank holds: its part, with padding, or without ZeRO-3 the parameter itself."""
+    return cast(torch.Tensor, getattr(parameter, "ds_tensor", parameter))
+
+
+def part_size(parameter: nn.Parameter) -> int:
+    """Returns the number of elements in each rank's part of a partitioned parameter, padding included.
+
+    The part's own numel() is 1 while it is swapped out to a disk.
+    """
+    return int(cast(Any, parameter).ds_tensor.ds_numel)
+
+
+# -- changes to what DeepSpeed does ------------------------------------------------------------------------------------
+
+
+def allow_two_models_under_hpz() -> None:
+    """Lets ZeRO-3 create its hpZ process groups more than once.
+
+    DeepSpeed creates them for every model that is loaded, and fails at the second: first the decoder, then the encoder.
+    """
+    from deepspeed.utils import groups
+
+    create = groups._create_zero_param_parallel_group
+    created: set[int] = set()
+
+    def create_once(group_size: int) -> None:
+        if group_size not in created:
+            create(group_size)
+            created.add(group_size)
+
+    groups._create_zero_param_parallel_group = create_once
+
+
+def layers_as_leaves_(model: nn.Module, layers: Sequence[nn.Module], *, trained: bool) -> list[nn.Module]:
+    """Makes ZeRO-3 treat each decoder layer as one unit, with hooks around it instead of around each of its parts.
+
+    Applies to every module in `model` of the layers' type, so a distilling teacher's layers are included. Layers that
+    train are left as they are unless `trained` is set: DeepSpeed releases a leaf module whose input has no gradient
+    before the gradients of its weights exist. Returns those of `layers` that are now units.
+    """
+    from deepspeed.utils import set_z3_leaf_modules_by_name
+
+    units = {name: module for name, module in model.named_modules() if isinstance(module, type(layers[0]))}
+    if not trained:
+        units = {n: layer for n, layer in units.items() if not any(p.requires_grad for p in layer.parameters())}
+    set_z3_leaf_modules_by_name(model, list(units))
+    return [layer for layer in layers if layer in units.values()]
+
+
+def keep_frozen_whole_(optimizer: Any, model: nn.Module) -> None:
+    """Makes DeepSpeed's optimizer keep frozen persistent parameters whole between steps; other stages are unaffected.
+
+    ZeRO-3 releases every parameter before the update and gathers the persistent ones again after it. Frozen parameters
+    cannot have changed, and where every parameter is persistent they are the whole model, once per step.
+    """
+    persistent = getattr(optimizer, "persistent_parameters", None)
+    if not persistent or not hasattr(optimizer, "_partition_all_parameters"):
+        return
+    kept = [p for p in persistent if not p.requires_grad]
+    kept_ids = {id(p) for p in kept}
+    released: Any = nn.ParameterList([p for p in model.parameters() if id(p) not in kept_ids])
+    released.ds_external_parameters = dict[str, nn.Parameter]().items  # DeepSpeed asks every module for these
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+
+    def release() -> None:
+        for parameter in kept:
+            parameter.ds_active_sub_modules.clear()
+        coordinator.release_and_reset_all(released)
+
+    optimizer.persistent_parameters = [p for p in persistent if p.requires_grad]
+    optimizer._partition_all_parameters = release

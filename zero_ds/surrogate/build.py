@@ -1,6 +1,6 @@
-"""Surrogates T(k, e): which layers they keep (LayerPlan), and the writer that streams them out of the target.
+"""Cuts a surrogate T(k, e) out of its target: an ordinary Hugging Face folder, streamed from file to file.
 
-Source: section 1.2 and Figure 4 of the paper. All arithmetic on layer numbers in this project is in `LayerPlan`.
+Source: section 1.2 and Figure 4 of the paper. All arithmetic on layer numbers is in model/layer_plan.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import decoder_spans, depth_of, is_multimodal, text_config, text_hashes
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo
-from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
 from zero_ds.runtime.safetensors import Span, content_hash, write_shards
@@ -26,26 +24,33 @@ logger = logging.getLogger(__name__)
 COPIED = re.compile(
     r"(tokenizer.*|special_tokens_map|generation_config|chat_template|vocab|merges|added_tokens)\.(json|jinja|txt|model)"
 )
+"""Names of files that are copied unchanged from the target."""
 
 
-def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> SurrogateInfo:
-    """Writes the surrogate of `target` to the new folder `out`: an ordinary Hugging Face folder plus surrogate.json.
+def build_surrogate(target: DecoderFolder | Path, replaced: Iterable[Replaced], out: Path) -> SurrogateInfo:
+    """Writes the surrogate of `target` to the folder `out`: an ordinary Hugging Face folder plus surrogate.json.
 
-    Bytes are copied from file to file; neither model is ever held in memory. Of a multimodal class the decoder alone is
-    cut, into a folder of its causal LM's class.
+    Bytes are copied from file to file; neither model is ever held in memory. Of a multimodal model only the decoder is
+    cut, into a folder of its causal LM's class. If `out` already holds this very surrogate, its files are checked and
+    nothing is written.
 
     Raises:
-        ConfigError: ranges that do not fit, an existing `out`, missing or damaged weights, too little disk space.
+        ConfigError: ranges that do not fit, an `out` that holds something else, missing or damaged weights, or not
+            enough disk space.
     """
-    family = family_of(target)
-    plan = LayerPlan(depth_of(target), tuple(replaced))
+    target, existing = DecoderFolder.of(target), DecoderFolder(out)
+    if existing.surrogate is not None:
+        return _check_same(existing, target, LayerPlan(existing.surrogate.plan.depth, tuple(replaced)))
+    family = target.family
+    plan = LayerPlan(target.depth, tuple(replaced))
     check_vacant(out)
-    tensors = decoder_spans(target)
+    tensors = target.spans
     written = [(name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)]
-    config, hashes = _cut_config(target, plan), text_hashes(target)
-    copied = [file for file in target.iterdir() if COPIED.fullmatch(file.name) and file.is_file()]
-    with new_folder(out, need=sum(span.size for _, span in written)) as folder, ThreadPoolExecutor(1) as aside:
-        embeddings = aside.submit(content_hash, tensors[family.embeddings])
+    config, hashes = _cut_config(target, plan), target.text_hashes
+    copied = [file for file in target.path.iterdir() if COPIED.fullmatch(file.name) and file.is_file()]
+    needed = sum(span.size for _, span in written)
+    with new_folder(out, need=needed) as folder, ThreadPoolExecutor(1) as background:
+        embeddings = background.submit(content_hash, tensors[family.embeddings])
         write_shards(written, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in copied:
@@ -53,7 +58,7 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
         info = SurrogateInfo(
             family=family.name,
             target=str(target),
-            target_hash=model_hash(target),
+            target_hash=target.hash(),
             plan=plan,
             kept_parameters=sum(span.parameters for _, span in written),
             target_parameters=sum(span.parameters for span in tensors.values()),
@@ -63,25 +68,40 @@ def build_surrogate(target: Path, replaced: Iterable[Replaced], out: Path) -> Su
     return info
 
 
-def _cut_config(target: Path, plan: LayerPlan) -> dict[str, Any]:
-    """config.json of the surrogate: the target's own words, per-layer lists written out and cut like the layers.
+def _check_same(existing: DecoderFolder, target: DecoderFolder, plan: LayerPlan) -> SurrogateInfo:
+    """Returns the content of an existing surrogate.json, after checking that it is this plan of this target.
 
-    Written out, because a default that counts layers (every sixth is global) would count the surrogate's.
+    Raises:
+        ConfigError: it is another surrogate, or its weights are missing or damaged.
     """
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    text = text_config(target)
-    if is_multimodal(target):
+    info = existing.surrogate
+    assert info is not None
+    if target.hash(like=info.target_hash) != info.target_hash or info.plan != plan:
+        raise ConfigError(f"{existing} holds another surrogate, {info.plan} of {info.target}; choose another --out.")
+    _ = existing.spans  # raises if the weights are incomplete
+    return info
+
+
+def _cut_config(target: DecoderFolder, plan: LayerPlan) -> dict[str, Any]:
+    """Returns the surrogate's config.json: the target's own entries, with lists that have an entry per layer cut.
+
+    Such lists are written out even where the target's config leaves them to a default, because a default that depends
+    on the layer number (every sixth layer is global) would count the surrogate's layers.
+    """
+    config = dict(target.raw_config)
+    text = target.text_config()
+    if target.is_multimodal:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         config = text.to_dict()
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     config["num_hidden_layers"] = plan.surrogate_depth
-    for key in family_of(target).per_layer_config:
+    for key in target.family.per_layer_config:
         values = config.get(key) or getattr(text, key, None)
         if isinstance(values, list):
             if len(values) != plan.depth:
                 raise ConfigError(
-                    f"{target / 'config.json'} lists {len(values)} {key} for {plan.depth} layers; fetch it again."
+                    f"{target.config_file} lists {len(values)} {key} for {plan.depth} layers; fetch it again."
                 )
             config[key] = plan.cut_list(values)
     return config
@@ -90,11 +110,12 @@ def _cut_config(target: Path, plan: LayerPlan) -> dict[str, Any]:
 def kept_tensors(
     plan: LayerPlan, prefix: str, surrogate: dict[str, Span], target: dict[str, Span]
 ) -> list[tuple[str, Span, Span | None]]:
-    """(name in the surrogate, its bytes there, the target's bytes it should equal) of all but the translators.
+    """Returns every tensor of a surrogate, except those of the translators, with the target's tensor it should equal.
 
-    prefix: of the layers' tensors. Without the target's bytes: it has no such tensor.
+    prefix: prefix of the layers' tensors (`Family.layer_prefix`). An entry holds the name in the surrogate, the bytes
+    there, and the bytes in the target, or None if the target has no such tensor.
     """
-    pattern = re.compile(re.escape(prefix) + r"(\d+)(\..+)")
+    pattern = _layer_pattern(prefix)
     found = []
     for name, span in surrogate.items():
         match = pattern.fullmatch(name)
@@ -106,11 +127,15 @@ def kept_tensors(
 
 
 def _renamed(names: list[str], prefix: str, plan: LayerPlan) -> Iterator[tuple[str, str]]:
-    """(name in the target, name in the surrogate) of all the surrogate's tensors, in the target's order."""
+    """Yields the names in target and surrogate of all the surrogate's tensors, in the target's order.
+
+    Raises:
+        ConfigError: the target's tensors lack a whole layer.
+    """
     made_from: dict[int, list[int]] = {}
     for number, (source, _) in enumerate(plan.layers):
         made_from.setdefault(source, []).append(number)
-    pattern = re.compile(re.escape(prefix) + r"(\d+)(\..+)")
+    pattern = _layer_pattern(prefix)
     seen: set[int] = set()
     for name in names:
         match = pattern.fullmatch(name)
@@ -123,3 +148,8 @@ def _renamed(names: list[str], prefix: str, plan: LayerPlan) -> Iterator[tuple[s
     missing = set(range(plan.depth)) - seen
     if missing:
         raise ConfigError(f"the weights hold no layer {min(missing)} although config.json counts {plan.depth} layers.")
+
+
+def _layer_pattern(prefix: str) -> re.Pattern[str]:
+    """Returns the pattern of a layer's tensor: group 1 is the number of the layer, group 2 the rest of the name."""
+    return re.compile(re.escape(prefix) + r"(\d+)(\..+)")

@@ -1,8 +1,9 @@
-"""What a surrogate keeps of its target, what it costs, and how far its predictions are from the target's."""
+"""Reports on a surrogate: the share of its target that it keeps, its cost, and the distance of its predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,54 +13,105 @@ import torch
 from torch import nn
 
 from zero_ds.model.build import ModelSpec, Modules, build_model
-from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import decoder_spans, load_decoder, text_hashes
-from zero_ds.model.layer_plan import read_surrogate
-from zero_ds.model.loading import model_hash
+from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.layer_plan import SurrogateInfo, read_surrogate
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.safetensors import content_hash
-from zero_ds.training.checkpoint.checkpoint import check_manifest, find_commit, load_weights_
+from zero_ds.runtime.files import write_atomically
+from zero_ds.runtime.precision import fast_dtype
+from zero_ds.runtime.safetensors import Span, content_hash
+from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint, load_weights_
 from zero_ds.training.planning.cost import encoder_step_ratio
 from zero_ds.trajectory.lens import TokenSample, batches, padded, progress
+from zero_ds.trajectory.trajectory import read_samples
 
 RESAMPLES = 1000
+"""Number of bootstrap resamples of an interval."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Text on which the predictions of surrogate and target are compared."""
+
+    samples: Sequence[TokenSample]
+    weights: Path | None = None
+    """Run whose translators are compared as well, besides those that the surrogate was cut with."""
+
+    @classmethod
+    def read(
+        cls, target: DecoderFolder | Path, text: Path, *, count: int = 64, weights: Path | None = None
+    ) -> Comparison:
+        """Reads `count` samples, chosen at random, from a file of text data.
+
+        Raises:
+            ConfigError, DataError: as `read_samples`.
+        """
+        samples, _ = read_samples(DecoderFolder.of(target).path, text, count=count, seed=0)
+        return cls(samples, weights)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(target || surrogate) over the vocabulary in nats a token, mean over tokens, with a 95 % bootstrap interval
-    over samples; and the share of tokens at which both find the same token most probable."""
+    """Distance of a surrogate's predictions from its target's on text."""
 
     kl: float
+    """KL(target || surrogate) over the vocabulary in nats per token, mean over tokens."""
     low: float
+    """Lower end of its 95 % bootstrap interval over samples."""
     high: float
+    """Upper end of that interval."""
     agreement: float
+    """Share of tokens at which both models find the same token most probable."""
     tokens: int
     samples: int
     weights: str | None
     """Run whose translators were used; None: those that the surrogate was cut with."""
 
 
-def audit(surrogate: Path, target: Path) -> dict[str, Any]:
-    """Parameters and bytes kept and dropped, FLOPs of a step, and whether what an encoder relies on is unchanged.
+def write_report(
+    surrogate: DecoderFolder | Path, target: DecoderFolder | Path, comparison: Comparison | None = None
+) -> dict[str, Any]:
+    """Writes report.json into a surrogate's folder and returns its content, which `lines` puts into words.
 
-    Reads headers, the embeddings and, of both, everything that `same` compares; loads no model.
+    The content is that of `audit`; with a comparison, it also has the entry `divergence`, which needs both models.
 
     Raises:
-        ConfigError: `surrogate` is none, or was cut from another model.
+        ConfigError, CheckpointError: as `audit`, `check_weights` and `divergence`.
     """
-    info = read_surrogate(surrogate)
-    if model_hash(target, like=info.target_hash) != info.target_hash:
+    surrogate = DecoderFolder.of(surrogate)
+    content = audit(surrogate, target)
+    if comparison is not None:
+        runs: list[Path | None] = [None]
+        if comparison.weights is not None:
+            check_weights(comparison.weights, surrogate)
+            runs.append(comparison.weights)
+        found = [divergence(surrogate, target, comparison.samples, weights=run, dtype=fast_dtype()) for run in runs]
+        content["divergence"] = [asdict(one) for one in found]
+    write_atomically(surrogate.path / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return content
+
+
+def audit(surrogate: DecoderFolder | Path, target: DecoderFolder | Path) -> dict[str, Any]:
+    """Counts kept and dropped parameters, bytes and FLOPs, and compares the parts that an encoder relies on.
+
+    Reads the headers and the word embeddings of both folders, and the texts whose hashes `same` compares. Loads no
+    model.
+
+    Raises:
+        ConfigError: `surrogate` is not a surrogate, or was cut from another model.
+    """
+    surrogate, target = DecoderFolder.of(surrogate), DecoderFolder.of(target)
+    info = _info(surrogate)
+    if target.hash(like=info.target_hash) != info.target_hash:
         raise ConfigError(f"{surrogate} was cut from another model than {target}; name the one it was cut from.")
-    family = family_of(target)
-    mine, theirs = decoder_spans(surrogate), decoder_spans(target)
-    here, there = text_hashes(surrogate), text_hashes(target)
+    family = target.family
+    mine, theirs = surrogate.spans, target.spans
     hashes = {
-        **{name: {"surrogate": here[name], "target": there[name]} for name in here},
-        "embeddings": {
-            "surrogate": content_hash(mine[family.embeddings]),
-            "target": content_hash(theirs[family.embeddings]),
-        },
+        name: {"surrogate": surrogate.text_hashes[name], "target": target.text_hashes[name]}
+        for name in surrogate.text_hashes
+    }
+    hashes["embeddings"] = {
+        "surrogate": content_hash(mine[family.embeddings]),
+        "target": content_hash(theirs[family.embeddings]),
     }
     return {
         "surrogate": str(surrogate),
@@ -70,59 +122,62 @@ def audit(surrogate: Path, target: Path) -> dict[str, Any]:
         "parameters": {
             "kept": info.kept_parameters,
             "target": info.target_parameters,
-            "dropped": sum(
-                span.parameters
-                for name, span in theirs.items()
-                if any(name.startswith(f"{family.layer_prefix}{number}.") for number in info.plan.dropped)
-            ),
-            "trained": sum(
-                span.parameters
-                for name, span in mine.items()
-                if any(name.startswith(f"{family.layer_prefix}{number}.") for number in info.plan.translators)
-            ),
+            "dropped": _parameters(theirs, family.layer_prefix, info.plan.dropped),
+            "trained": _parameters(mine, family.layer_prefix, info.plan.translators),
         },
         "bytes": {
             "kept": sum(span.size for span in mine.values()),
             "target": sum(span.size for span in theirs.values()),
         },
         "step_flops_ratio": {
-            "encoder": encoder_step_ratio(surrogate, distilled=False, target=target),
-            "encoder_distilled": encoder_step_ratio(surrogate, distilled=True, target=target),
+            "encoder": encoder_step_ratio(surrogate.path, distilled=False, target=target.path),
+            "encoder_distilled": encoder_step_ratio(surrogate.path, distilled=True, target=target.path),
         },
         "hashes": hashes,
         "same": {name: pair["surrogate"] == pair["target"] for name, pair in hashes.items()},
     }
 
 
+def _info(surrogate: DecoderFolder) -> SurrogateInfo:
+    """Returns the content of surrogate.json; raises ConfigError if the folder is not a surrogate."""
+    return surrogate.surrogate or read_surrogate(surrogate.path)
+
+
+def _parameters(tensors: dict[str, Span], prefix: str, layers: Collection[int]) -> int:
+    """Returns the number of parameters in the given layers."""
+    starts = tuple(f"{prefix}{number}." for number in layers)
+    return sum(span.parameters for name, span in tensors.items() if name.startswith(starts))
+
+
+def check_weights(weights: Path, surrogate: DecoderFolder | Path) -> None:
+    """Checks that a run's translators were trained in this surrogate.
+
+    Raises:
+        ConfigError, CheckpointError: they were trained in another one, or the run has no usable checkpoint.
+    """
+    info = _info(DecoderFolder.of(surrogate))
+    check_manifest(find_checkpoint(weights), {"plan": info.plan.to_json(), "target_hash": info.target_hash})
+
+
 def divergence(
-    surrogate: Path,
-    target: Path,
+    surrogate: DecoderFolder | Path,
+    target: DecoderFolder | Path,
     samples: Sequence[TokenSample],
     *,
     weights: Path | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
 ) -> Divergence:
-    """How far the surrogate's predictions are from the target's on text; holds both models.
+    """Measures how far a surrogate's predictions are from its target's on text. Holds both models in memory.
 
-    weights: a run whose translators take the place of the untrained ones.
+    weights: a run whose translators replace the untrained ones.
 
     Raises:
-        ConfigError, CheckpointError: weights that hold no translator, or that do not fit.
+        ConfigError, CheckpointError: the weights hold no translator, or do not fit.
     """
-    family = family_of(target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    small = load_decoder(surrogate, dtype=dtype).eval()
-    if weights is not None:
-        model = build_model(ModelSpec(Modules(small, family), plan=read_surrogate(surrogate).plan))
-        loaded = load_weights_(
-            model.named_targets(), find_commit(weights), skip=lambda name: not name.startswith("translator.")
-        )
-        if not loaded:
-            raise ConfigError(f"{weights} holds no translator; name a run of the translator or pretrain stage.")
-    whole = load_decoder(target, dtype=dtype).eval()
-    small.to(device)
-    whole.to(device)
+    small = _load_surrogate(DecoderFolder.of(surrogate), weights, dtype).to(device)
+    whole = DecoderFolder.of(target).load(dtype=dtype).eval().to(device)
     sums, agreed, counts = (np.zeros(len(samples)) for _ in range(3))
     lengths = [len(sample.input_ids) for sample in samples]
     with torch.inference_mode(), progress(sum(lengths), "comparing", "token") as bar:
@@ -144,30 +199,41 @@ def divergence(
     low, high = np.percentile(means, [2.5, 97.5])
     total = counts.sum()
     return Divergence(
-        float(sums.sum() / total),
-        float(low),
-        float(high),
-        float(agreed.sum() / total),
-        int(total),
-        len(samples),
-        str(weights) if weights else None,
+        kl=float(sums.sum() / total),
+        low=float(low),
+        high=float(high),
+        agreement=float(agreed.sum() / total),
+        tokens=int(total),
+        samples=len(samples),
+        weights=str(weights) if weights else None,
     )
 
 
-def check_weights(weights: Path, surrogate: Path) -> None:
-    """Raises ConfigError where a run's translators were trained in another surrogate."""
-    info = read_surrogate(surrogate)
-    check_manifest(find_commit(weights), {"plan": info.plan.to_json(), "target_hash": info.target_hash})
+def _load_surrogate(surrogate: DecoderFolder, weights: Path | None, dtype: torch.dtype) -> nn.Module:
+    """Loads a surrogate's decoder; with `weights`, the translators of that run.
+
+    Raises:
+        ConfigError, CheckpointError: the weights hold no translator, or do not fit.
+    """
+    decoder = surrogate.load(dtype=dtype).eval()
+    if weights is not None:
+        model = build_model(ModelSpec(Modules(decoder, surrogate.family), plan=_info(surrogate).plan))
+        loaded = load_weights_(
+            model.named_targets(), find_checkpoint(weights), skip=lambda name: not name.startswith("translator.")
+        )
+        if not loaded:
+            raise ConfigError(f"{weights} holds no translator; name a run of the translator or pretrain stage.")
+    return decoder
 
 
 def _log_probs(decoder: nn.Module, ids: torch.Tensor, mask: torch.Tensor, followed: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities at the positions that a token follows: (rows, vocabulary)."""
+    """Returns the log-probabilities at the positions that a token follows: (rows, vocabulary)."""
     logits = cast(Any, decoder)(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return cast(torch.Tensor, logits[:, :-1][followed].float().log_softmax(-1))
 
 
 def lines(content: dict[str, Any]) -> list[str]:
-    """The audit in words, for a terminal."""
+    """Returns a report as lines of text for a terminal."""
     parameters, size, layers = content["parameters"], content["bytes"], content["layers"]
     ratios = content["step_flops_ratio"]
     share = parameters["kept"] / parameters["target"]
@@ -185,11 +251,7 @@ def lines(content: dict[str, Any]) -> list[str]:
     for entry in content.get("divergence", ()):
         which = f"with the translators of {entry['weights']}" if entry["weights"] else "as cut"
         found.append(
-            f"KL          {entry['kl']:.3f} nats a token [{entry['low']:.3f}, {entry['high']:.3f}] {which}; the same"
+            f"KL          {entry['kl']:.3f} nats per token [{entry['low']:.3f}, {entry['high']:.3f}] {which}; the same"
             f" most probable token at {entry['agreement']:.0%} of {entry['tokens']:,} in {entry['samples']} samples"
         )
     return found
-
-
-def with_divergences(content: dict[str, Any], found: Sequence[Divergence]) -> dict[str, Any]:
-    return {**content, "divergence": [asdict(one) for one in found]}

@@ -11,13 +11,14 @@ from typing import Any, cast
 import torch
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.batches import INPUTS, Batch
+from zero_ds.data.batches import Batch
 from zero_ds.data.samples import image_positions
 from zero_ds.model.losses import length_classes, sums_by_length, supervised_rows
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.optimizer_state import OptimizerState, parameter_shape
+from zero_ds.runtime.zero3 import is_always_whole, keep_frozen_whole_, layers_as_leaves_, parameter_shape
+from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 from zero_ds.training.options import compilation
 from zero_ds.training.stages import Part, learning_rate
 
@@ -82,7 +83,9 @@ class Engine:
         )
         layers = list(model.family.layers(model.decoder))
         if ds["zero_optimization"]["stage"] == 3:
-            layers = _layers_as_leaves(model, trained=config.compile)
+            # a trained layer can be a unit only where its input has a gradient, that is, where the embeddings train
+            embeddings_train = cast(Any, model.decoder).get_input_embeddings().weight.requires_grad
+            layers = layers_as_leaves_(model, layers, trained=config.compile and embeddings_train)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]
@@ -90,7 +93,7 @@ class Engine:
         self.accumulation = ds["gradient_accumulation_steps"]
         self.short_backward = config.short_backward and model.teacher is None and self._gathers_nothing()
         self._unseen: dict[Part, int] = dict.fromkeys(groups, 0)
-        self._keep_frozen()
+        keep_frozen_whole_(self.optimizer, model)
         if config.compile:
             self._compile(layers)
         self.state = OptimizerState(self.optimizer, list(self.named.values()), self.stage)
@@ -133,16 +136,16 @@ class Engine:
                 self._refuse_gradient(step)
         by_length = torch.zeros(len(length_classes()), 2, dtype=torch.float64)
         for of_batch, batch in zip(tokens, batches, strict=True):
-            by_length += sums_by_length(of_batch.cpu(), batch["labels"], batch["responses"])
+            by_length += sums_by_length(of_batch.cpu(), batch.labels, batch.responses)
         return StepResult(share, norm, by_length)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """What the forward pass takes, on the device, with what it would have to ask the device for."""
         device = self.engine.device
-        inputs: dict[str, Any] = {k: batch[k].to(device, non_blocking=True) for k in INPUTS if k in batch}
+        inputs: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in batch.inputs().items()}
         known = {
-            "rows": supervised_rows(batch["labels"]),
-            "image_places": image_positions(batch["input_ids"]).nonzero(as_tuple=True),
+            "rows": supervised_rows(batch.labels),
+            "image_places": image_positions(batch.input_ids).nonzero(as_tuple=True),
         }
         return inputs | {k: tuple(t.to(device, non_blocking=True) for t in places) for k, places in known.items()}
 
@@ -157,7 +160,7 @@ class Engine:
         for value, batch in zip(values, batches, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss of step {step + 1} is {value}; samples: {', '.join(batch['ids'])}. Nothing was updated."
+                    f"the loss of step {step + 1} is {value}; samples: {', '.join(batch.ids)}. Nothing was updated."
                 )
         return sum(values)
 
@@ -167,7 +170,7 @@ class Engine:
         Where ZeRO-3 gathers, it gathers ahead in the order of the step before; a backward pass that ends before that
         one did would leave a gather unanswered.
         """
-        return self.stage < 3 or all(getattr(p, "ds_persist", False) for p in self.model.parameters())
+        return self.stage < 3 or all(is_always_whole(p) for p in self.model.parameters())
 
     def _compile(self, layers: list[torch.nn.Module]) -> None:
         """Compiles these decoder layers, in which DeepSpeed has no hooks.
@@ -229,46 +232,6 @@ class Engine:
         norms = [torch.linalg.vector_norm(p.grad.float()) for p in self.named.values() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
-    def _keep_frozen(self) -> None:
-        """Keeps frozen persistent parameters whole between steps.
-
-        ZeRO-3 (DeepSpeed 0.19) releases every parameter before the update and gathers the persistent ones anew behind
-        it. Frozen ones cannot have changed. Where every parameter is persistent, that is the whole model a step.
-        """
-        persistent = getattr(self.optimizer, "persistent_parameters", None)
-        if not persistent or not hasattr(self.optimizer, "_partition_all_parameters"):
-            return
-        kept = [p for p in persistent if not p.requires_grad]
-        staying = {id(p) for p in kept}
-        released: Any = torch.nn.ParameterList([p for p in self.model.parameters() if id(p) not in staying])
-        released.ds_external_parameters = dict[str, torch.nn.Parameter]().items  # what DeepSpeed asks modules for
-        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
-
-        def release() -> None:
-            for parameter in kept:
-                parameter.ds_active_sub_modules.clear()
-            coordinator.release_and_reset_all(released)
-
-        self.optimizer.persistent_parameters = [p for p in persistent if p.requires_grad]
-        self.optimizer._partition_all_parameters = release
-
 
 def _size(parameter: torch.nn.Parameter) -> int:
     return parameter_shape(parameter).numel()
-
-
-def _layers_as_leaves(model: VisionLanguageModel, trained: bool) -> list[torch.nn.Module]:
-    """Lets ZeRO-3 treat a decoder layer as one unit: hooks around the layer instead of around each of its parts.
-
-    Layers that train stay as they are unless they are wanted as well (`trained`) and the embeddings train: DeepSpeed
-    (0.19) releases a leaf whose input has no gradient before the gradients of its weights are there. Returns the
-    decoder's units.
-    """
-    from deepspeed.utils import set_z3_leaf_modules_by_name
-
-    layers = list(model.family.layers(model.decoder))
-    units = {name: module for name, module in model.named_modules() if isinstance(module, type(layers[0]))}
-    if not (trained and cast(Any, model.decoder).get_input_embeddings().weight.requires_grad):
-        units = {n: layer for n, layer in units.items() if not any(p.requires_grad for p in layer.parameters())}
-    set_z3_leaf_modules_by_name(model, list(units))  # those of a distilling teacher as well
-    return [layer for layer in layers if layer in units.values()]

@@ -6,17 +6,18 @@ There is no cache of keys and values: the answers are short, and the engine's pa
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.data.batches import INPUTS, collate
+from zero_ds.data.batches import collate
 from zero_ds.data.conversations import ConversationError
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import open_image
 from zero_ds.data.loader import Loader
+from zero_ds.data.samples import EncodedSample
 from zero_ds.data.sources import Sample
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
@@ -42,9 +43,9 @@ class Preview:
 
     def __init__(self, config: RunConfig, loader: Loader) -> None:
         self.config = config.preview
-        self.encoder = loader.encoder
+        self.encoder = loader.sample_encoder
         self.pad_id = loader.pad_id
-        self.samples: list[tuple[Sample, dict[str, Any]]] = []
+        self.samples: list[tuple[Sample, EncodedSample]] = []
         if self.config.every_steps is not None:
             self._choose(loader)
 
@@ -64,8 +65,8 @@ class Preview:
             except (ConversationError, DataError):
                 continue  # training says what is wrong with it when its turn comes
             if len(prompt.input_ids) + self.config.tokens <= self.encoder.max_length:
-                row = {"input_ids": prompt.input_ids, "labels": prompt.labels, "responses": prompt.responses}
-                self.samples.append((sample, {**row, "pixels": pixels, "id": sample.id}))
+                encoded = EncodedSample(sample.id, prompt.input_ids, prompt.labels, prompt.responses, pixels)
+                self.samples.append((sample, encoded))
 
     def due(self, step: int) -> bool:
         """Whether to look after this step, counted from 1; the same on every rank."""
@@ -83,24 +84,26 @@ class Preview:
     @torch.no_grad()
     def answers(self, model: VisionLanguageModel) -> list[Answer]:
         """Greedy answers of at most `preview.tokens` tokens."""
-        rows = [dict(row, input_ids=list(row["input_ids"])) for _, row in self.samples]
-        starts = [len(row["input_ids"]) for row in rows]
+        texts = [list(encoded.input_ids) for _, encoded in self.samples]
+        starts = [len(text) for text in texts]
         device = distributed.device()
         for _ in range(self.config.tokens):  # always all of them, on every rank
-            for row in rows:
-                row["labels"] = row["responses"] = [-1] * len(row["input_ids"])
+            rows = []
+            for (_, encoded), text in zip(self.samples, texts, strict=True):
+                blank = [-1] * len(text)
+                rows.append(replace(encoded, input_ids=text, labels=blank, responses=blank))
             size = self.encoder.processor.size if self.encoder.processor else None
             batch = collate(rows, self.pad_id, size)
-            inputs = {k: batch[k].to(device) for k in INPUTS if k in batch and k != "labels"}
+            inputs = {name: tensor.to(device) for name, tensor in batch.inputs().items() if name != "labels"}
             hidden = model.hidden_states(**inputs)
-            ends = torch.tensor([len(row["input_ids"]) - 1 for row in rows], device=hidden.device)
-            chosen = model.logits(hidden[torch.arange(len(rows), device=hidden.device), ends]).argmax(-1)
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                row["input_ids"].append(token)
+            ends = torch.tensor([len(text) - 1 for text in texts], device=hidden.device)
+            chosen = model.logits(hidden[torch.arange(len(texts), device=hidden.device), ends]).argmax(-1)
+            for text, token in zip(texts, chosen.tolist(), strict=True):
+                text.append(token)
         end = self.encoder.template.end_of_turn()
         answers = []
-        for (sample, _), row, start in zip(self.samples, rows, starts, strict=True):
-            tokens = row["input_ids"][start:]
+        for (sample, _), text, start in zip(self.samples, texts, starts, strict=True):
+            tokens = text[start:]
             tokens = tokens[: tokens.index(end)] if end in tokens else tokens
             question = next(turn.text for turn in sample.turns if turn.role == "user")
             expected = next(turn.text for turn in sample.turns if turn.role == "assistant")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from zero_ds.config.schema import WITHOUT_EFFECT, YOUNGER, RunConfig
+from zero_ds.config.resume import MAY_DIFFER, OLD_BEHAVIOUR
+from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
@@ -23,10 +24,11 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import locate
+from zero_ds.runtime.safetensors import locate, torch_dtype
+from zero_ds.runtime.zero3 import held_part, is_partitioned
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
-from zero_ds.training.checkpoint.checkpoint import Commit
+from zero_ds.training.checkpoint.checkpoint import Checkpoint
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_
 from zero_ds.training.deepspeed import resolve_precision
 
@@ -47,7 +49,7 @@ def make_folder(out: Path) -> None:
         raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
 
 
-def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
+def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
     """The commit in the run folder from which the run goes on, the same on every rank; None if there is none.
 
     Raises:
@@ -55,14 +57,14 @@ def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
     """
     resumed = None
     if (out / "latest").is_file():
-        resumed = checkpoint.find_commit(out)
+        resumed = checkpoint.find_checkpoint(out)
         before = resumed.manifest["fingerprint"]
         if before != config.fingerprint():
             changed = difference(resumed.manifest["config"], config.model_dump(mode="json"))
             raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
-    step = float(resumed.step) if resumed else 0.0
-    last, first = distributed.max_over_ranks(step, -step)
-    if last != -first:
+    step = resumed.step if resumed else 0
+    if not distributed.same_on_all_ranks(step):
+        last, first = distributed.max_over_ranks(step, -step)
         raise ConfigError(
             f"the ranks see different commits in {out} (steps {-first:.0f} and {last:.0f}); out= must be a folder that "
             "all machines share."
@@ -73,8 +75,8 @@ def commit_to_resume(out: Path, config: RunConfig) -> Commit | None:
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
     """The first entry in which two configurations differ: `key: old -> new`."""
     for key in [*new, *(k for k in old if k not in new)]:
-        a, b = old.get(key, YOUNGER.get(f"{prefix}{key}")), new.get(key)
-        if a == b or f"{prefix}{key}" in WITHOUT_EFFECT:
+        a, b = old.get(key, OLD_BEHAVIOUR.get(f"{prefix}{key}")), new.get(key)
+        if a == b or f"{prefix}{key}" in MAY_DIFFER:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             return difference(a, b, f"{prefix}{key}.")
@@ -159,7 +161,7 @@ def first_pixels(loader: Loader) -> torch.Tensor:
     for index in range(len(loader.records)):
         if loader.records.images(index):
             try:
-                pictures += list(loader.encoder.pixels(loader.records[index]))
+                pictures += list(loader.sample_encoder.pixels(loader.records[index]))
             except DataError:
                 if not loader.skip_bad:
                     raise  # otherwise training counts it when its turn comes
@@ -186,7 +188,7 @@ def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any]
             started |= load_peft_(model, folder, config.lora)
             logger.info("started the low-rank adapters from %s", folder)
             continue
-        commit = checkpoint.find_commit(folder)
+        commit = checkpoint.find_checkpoint(folder)
         if config.adapter.width is None:
             checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
         if commit.manifest.get("encoder_hash") and hashes["encoder_hash"]:
@@ -219,14 +221,13 @@ def check_loaded(model: VisionLanguageModel, folder: Path, elements: int = 16) -
         ConfigError: naming the first tensor that differs.
     """
     places = locate(decoder_tensors(folder))
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     for name, parameter in model.parameters_of("decoder"):
         place = places.get(name.removeprefix("decoder."))
-        shard = getattr(parameter, "ds_tensor", parameter).detach().flatten()
-        start = distributed.rank() * len(shard) if hasattr(parameter, "ds_tensor") else 0
+        shard = held_part(parameter).detach().flatten()
+        start = distributed.rank() * len(shard) if is_partitioned(parameter) else 0
         if place is None or shard.numel() <= 1 or place.parameters <= start:
             continue  # made by the library, swapped out to a disk, or behind the end
-        kind = types[place.dtype]
+        kind = torch_dtype(place.dtype)
         count = min(elements, len(shard), place.parameters - start)
         with place.file.open("rb") as file:
             file.seek(place.start + start * kind.itemsize)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import Supervision
 from zero_ds.runtime.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:  # the stage table is read by commands that compute nothing, which should not wait for torch
+    import torch
+    from torch import nn
 
 Part = Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"]
 

@@ -10,17 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from zero_ds.config.batches import check_batches
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
-from zero_ds.data.loader import Loader, check_batches
+from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
 from zero_ds.model.decoders.folder import relied_on
-from zero_ds.model.losses import length_classes, weigh_
+from zero_ds.model.losses import length_classes, with_token_weights
 from zero_ds.runtime import distributed, failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.hub import local_folder
+from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training import stages
 from zero_ds.training.checkpoint import checkpoint
 from zero_ds.training.checkpoint.peft_folder import weights_hash
@@ -33,7 +35,7 @@ from zero_ds.training.options.int8 import quantize_
 from zero_ds.training.options.recompute import checkpoint_activations_
 from zero_ds.training.planning.cost import Counts, StepCost, peak_flops
 from zero_ds.training.preview import Preview
-from zero_ds.training.setup import build, commit_to_resume, make_folder, plan_of, seed_everything, start_
+from zero_ds.training.setup import build, checkpoint_to_resume, make_folder, plan_of, seed_everything, start_
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def train(config: RunConfig) -> Path:
     compilation.check(config)
     kernels.check(config)
     out = Path(config.out)
-    resumed = commit_to_resume(out, config)
+    resumed = checkpoint_to_resume(out, config)
     seed_everything(config.seed)
 
     model, loader, hashes = build(config, ds, world_size)
@@ -79,7 +81,7 @@ def train(config: RunConfig) -> Path:
         checkpoint.load_weights_(model.named_targets(), resumed, skip=lambda name: False)
 
     groups = stages.freeze_(model, config)
-    sizes = {part: sum(getattr(p, "ds_numel", p.numel()) for _, p in group) for part, group in groups.items()}
+    sizes = {part: sum(parameter_shape(p).numel() for _, p in group) for part, group in groups.items()}
     logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
     if config.frozen_weights == "int8" and not quantize_(model):
         raise ConfigError("frozen_weights=int8 needs frozen decoder layers, and all of them train; set it to native.")
@@ -96,7 +98,7 @@ def train(config: RunConfig) -> Path:
         left_out.skipped, left_out.too_long = progress.get("skipped", 0), progress.get("too_long", 0)
         logger.info("resumed %s after step %d of %d", out, first, total)
     elif config.continue_from:
-        parts = checkpoint.carry_over_(engine, checkpoint.find_commit(config.continue_from))
+        parts = checkpoint.carry_over_(engine, checkpoint.find_checkpoint(config.continue_from))
         logger.info("the optimizer goes on for %s", ", ".join(parts) or "nothing")
     if distributed.is_rank_zero():
         write_atomically(out / "config.yaml", config.dump())
@@ -141,7 +143,7 @@ class LeftOut:
         Raises:
             DataError: more than the limit could not be used; on every rank alike.
         """
-        for sentence in [sentence for batch in batches for sentence in (*batch["skipped"], *batch["too_long"])]:
+        for sentence in [sentence for batch in batches for sentence in (*batch.skipped, *batch.too_long)]:
             if self._said < self.SHOWN:
                 logger.warning("left out: %s", sentence)
             self._said += 1
@@ -187,7 +189,7 @@ def loop(
         counts.check_plan(step + 1)
         left_out.add(micro, counts)
         if config.dynamic_loss.order:
-            weigh_(micro, config.dynamic_loss)
+            micro = with_token_weights(micro, config.dynamic_loss)
         result = engine.step(micro, step, counts.supervised, counts.pictures)
         minutes = (time.monotonic() - saved_at) / 60
         loss, signals, late, *by_length = distributed.sum_over_ranks(

@@ -1,8 +1,8 @@
-"""Evaluation records: questions about held-out pictures, and the words of the true answer that are looked for.
+"""Evaluation records: questions about held-out images, and the words of the true answers that are scored.
 
-A file is a JSON list of `{"id", "kind", "image", "question", "answer", "words"}` with words as
-`[{"kind", "start", "word", "choices"}]`. A record's `kind` is question or caption; `start` is the
-character of the answer at which a word begins.
+A file is a JSON list of `{"id", "kind", "image", "question", "answer", "words"}`, where `kind` is question or caption
+and `words` is a list of `{"kind", "start", "word", "choices"}`. `start` is the index of the word's first character in
+the answer.
 """
 
 from __future__ import annotations
@@ -23,53 +23,59 @@ WORD_KEYS = ("kind", "start", "word", "choices")
 
 @dataclass(frozen=True)
 class Word:
-    """One word of an answer, at character `start`, and the words it could have been."""
+    """A scored word of an answer."""
 
     kind: str
     start: int
+    """Index of the word's first character in the answer."""
     word: str
     choices: tuple[str, ...]
+    """Words that are possible here, the true one included."""
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """One question about one picture, checked."""
+    """A checked question about one image."""
 
     id: str
     kind: str
     image: str
-    """Path of the picture as the file has it."""
+    """Path of the image as the file states it."""
     path: Path
-    """The same picture inside the root of the data."""
+    """Resolved path of the image, inside the root of the data."""
     question: str
     answer: str
     words: tuple[Word, ...]
 
 
-def read_records(path: Path, root: Path | None = None, limit_pictures: int | None = None) -> list[EvaluationRecord]:
-    """Reads and checks all records; with `limit_pictures`, those about the first so many pictures.
+def read_records(path: Path, root: Path | None = None, limit_images: int | None = None) -> list[EvaluationRecord]:
+    """Reads and checks all records, and returns those about the first `limit_images` images (None: all of them).
 
-    root: folder of the images, the file's own if empty.
+    root: Folder of the images; the folder of the file if None.
 
     Raises:
-        DataError: an unreadable file, or the first record that is wrong, named by its id.
+        DataError: the file cannot be read, or a record is wrong; names the first such record by its id.
     """
     folder = (root or path.parent).resolve()
-    records = [parse(record, f"{path} #{number}", folder) for number, record in enumerate(raw_records(path))]
+    records = [parse_record(record, f"{path} #{number}", folder) for number, record in enumerate(raw_records(path))]
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
-            raise DataError(f"{path}: sample {record.id} is there twice; ids must differ")
+            raise DataError(f"{path}: the id of sample {record.id} is used twice; give every sample its own id")
         seen.add(record.id)
-    kept = set(list(dict.fromkeys(record.image for record in records))[:limit_pictures])
-    return [record for record in records if record.image in kept]
+    images = list(dict.fromkeys(record.image for record in records))
+    selected = set(images[:limit_images])
+    return [record for record in records if record.image in selected]
 
 
-def parse(record: Any, where: str, root: Path) -> EvaluationRecord:
-    """Checks one record.
+def parse_record(record: Any, where: str, root: Path) -> EvaluationRecord:
+    """Checks one record of the file.
+
+    where: File and number of the record, for error messages.
 
     Raises:
-        DataError: a missing or unknown key, a wrong type, an image outside the root, a word that is elsewhere.
+        DataError: a key is missing or unknown, a value has the wrong type, the image is outside `root`, or a word is
+            not where `start` says.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")
@@ -77,37 +83,43 @@ def parse(record: Any, where: str, root: Path) -> EvaluationRecord:
     _check_keys(record, RECORD_KEYS, sample)
     for key in ("id", "image", "question", "answer"):
         if not isinstance(record[key], str) or not record[key].strip():
-            raise DataError(f"{sample}: '{key}' must be a text that is not empty, not {record[key]!r}")
+            raise DataError(f"{sample}: '{key}' must be a non-empty string, not {record[key]!r}")
     if record["kind"] not in RECORD_KINDS:
-        raise DataError(f"{sample}: kind {record['kind']!r} is not known; known: {', '.join(RECORD_KINDS)}")
+        raise DataError(f"{sample}: kind {record['kind']!r} is unknown; known kinds: {', '.join(RECORD_KINDS)}")
     if not isinstance(record["words"], list) or not record["words"]:
         raise DataError(f"{sample}: 'words' must be a list with at least one word")
-    words = tuple(
-        _word(word, record["answer"], f"{sample}, word {number}") for number, word in enumerate(record["words"])
-    )
-    path = inside(root, record["image"], record["id"])
+    words = []
+    for number, word in enumerate(record["words"]):
+        words.append(_parse_word(word, record["answer"], f"{sample}, word {number}"))
     return EvaluationRecord(
-        record["id"], record["kind"], record["image"], path, record["question"], record["answer"], words
+        id=record["id"],
+        kind=record["kind"],
+        image=record["image"],
+        path=inside(root, record["image"], record["id"]),
+        question=record["question"],
+        answer=record["answer"],
+        words=tuple(words),
     )
 
 
-def _word(word: Any, answer: str, where: str) -> Word:
+def _parse_word(word: Any, answer: str, where: str) -> Word:
     if not isinstance(word, dict):
         raise DataError(f"{where} must be an object, not {type(word).__name__}")
     _check_keys(word, WORD_KEYS, where)
     kind, start, text, choices = (word[key] for key in WORD_KEYS)
     if not isinstance(kind, str) or not kind:
-        raise DataError(f"{where}: 'kind' must be a text that is not empty, not {kind!r}")
+        raise DataError(f"{where}: 'kind' must be a non-empty string, not {kind!r}")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: 'word' must be a text that is not empty, not {text!r}")
-    if not isinstance(start, int) or isinstance(start, bool) or start < 0 or answer[start : start + len(text)] != text:
-        raise DataError(f"{where}: {text!r} does not stand at character {start!r} of the answer")
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise DataError(f"{where}: 'choices' must be a list of texts")
-    if len({c.lower() for c in choices}) != len(choices) or len(choices) < 2:
-        raise DataError(f"{where}: 'choices' must hold at least two different words")
+        raise DataError(f"{where}: 'word' must be a non-empty string, not {text!r}")
+    is_index = isinstance(start, int) and not isinstance(start, bool) and start >= 0
+    if not is_index or answer[start : start + len(text)] != text:
+        raise DataError(f"{where}: {text!r} does not start at character {start!r} of the answer; correct 'start'")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise DataError(f"{where}: 'choices' must be a list of non-empty strings")
+    if len({choice.lower() for choice in choices}) != len(choices) or len(choices) < 2:
+        raise DataError(f"{where}: 'choices' must hold at least two words that differ in more than case")
     if text not in choices:
-        raise DataError(f"{where}: {text!r} is not among its choices")
+        raise DataError(f"{where}: {text!r} is not one of its choices; add it to 'choices'")
     return Word(kind, start, text, tuple(choices))
 
 

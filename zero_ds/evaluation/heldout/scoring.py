@@ -1,8 +1,9 @@
-"""From what a model said to right and wrong: pure functions of texts and log-probabilities."""
+"""Scores answers: pure functions of texts and log-probabilities."""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -12,16 +13,17 @@ Floats = NDArray[np.float64]
 
 
 def first_choice(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that comes first in a generated answer, or None if there is none in it.
+    """Returns the choice that appears first in a generated answer, or None if no choice appears.
 
-    Case and punctuation do not count, and a plural s may follow a choice. Where two choices begin at the same word, the
-    one of more words counts.
+    Case and punctuation are ignored, and a choice may be followed by a plural s. If two choices begin at the same word,
+    the one with more words wins.
     """
     words = _words(text)
-    patterns = sorted(((_words(choice), choice) for choice in choices), key=lambda pair: -len(pair[0]))
-    for place in range(len(words)):
+    patterns = [(_words(choice), choice) for choice in choices]
+    patterns.sort(key=lambda pair: len(pair[0]), reverse=True)
+    for start in range(len(words)):
         for pattern, choice in patterns:
-            found = words[place : place + len(pattern)]
+            found = words[start : start + len(pattern)]
             if found and (found == pattern or found == [*pattern[:-1], pattern[-1] + "s"]):
                 return choice
     return None
@@ -32,19 +34,17 @@ def _words(text: str) -> list[str]:
 
 
 def calibrated(log_probs: Sequence[Sequence[float]], groups: Sequence[Hashable], halves: Sequence[int]) -> list[Floats]:
-    """Contextual calibration: each choice's log-probability minus its mean over the other half's pictures.
+    """Subtracts from each choice's log-probability its mean over the other half of the images.
 
-    A model that prefers some word whatever the picture loses that preference. `groups` say which words are asked for
-    alike (same kind and same choices); `halves` (0 or 1) which half a word's picture is in. The mean over half 0 is
-    subtracted from half 1 and the other way round, so that no picture helps to calibrate itself. A group that is absent
-    from the other half stays as it is.
+    This contextual calibration removes a model's preference for some words that does not depend on the image. Two words
+    are in the same group (`groups`) if they have the same kind and the same choices. `halves` (0 or 1) tells which half
+    of the images a word's image belongs to: the mean over half 0 is subtracted in half 1 and vice versa, so that no
+    image takes part in its own calibration. A group that does not occur in the other half is left as it is.
     """
-    means: dict[tuple[Hashable, int], Floats] = {}
-    members: dict[tuple[Hashable, int], list[Sequence[float]]] = {}
+    rows: dict[tuple[Hashable, int], list[Sequence[float]]] = defaultdict(list)
     for values, group, half in zip(log_probs, groups, halves, strict=True):
-        members.setdefault((group, half), []).append(values)
-    for key, rows in members.items():
-        means[key] = np.mean(np.asarray(rows, dtype=np.float64), axis=0)
+        rows[group, half].append(values)
+    means = {key: np.mean(np.asarray(values, dtype=np.float64), axis=0) for key, values in rows.items()}
     result = []
     for values, group, half in zip(log_probs, groups, halves, strict=True):
         own = np.asarray(values, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The model `zero_ds` of lmms-eval: any model of ours behind that harness's interface.
+"""The model `zero_ds` of lmms-eval, which makes every model of this package available through that harness.
 
 lmms-eval --model zero_ds --model_args weights=RUN,target=MODEL --tasks mme --batch_size 8
 """
@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from zero_ds.data.conversations import PLACEHOLDER, Turn
-from zero_ds.data.images import whole_pictures
-from zero_ds.evaluation.suites.lookup import check_limit, raised_by_pillow, said
+from zero_ds.data.images import truncated_images_are_errors
+from zero_ds.evaluation.suites.lookup import check_limit, first_line, raised_by_pillow
 from zero_ds.grafting.engines.vllm import ENGINES, answerer, load_served
 from zero_ds.grafting.generate import Choice, Query, Reply
 from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
@@ -27,12 +27,15 @@ from zero_ds.runtime.precision import fast_dtype
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 1024
-"""Tokens of an answer to a task that sets no limit."""
+DEFAULT_LIMIT = 1024
+"""Length limit of an answer, in tokens, for tasks that set none."""
+
+MakeQuery = Callable[[Instance, tuple[Turn, ...], tuple[int, ...]], Query]
+"""(request, its conversation, rows of its images' features) -> query."""
 
 
 class ZeroDs(lmms):
-    """A target, surrogate, run, graft or export; answers are greedy."""
+    """A target, surrogate, run, graft or export as a model of lmms-eval; its answers are greedy."""
 
     is_simple = True
 
@@ -49,31 +52,23 @@ class ZeroDs(lmms):
         tensor_parallel: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
-        """weights: what `zero-ds eval` calls MODEL, or a model in memory; target: the model that a run is plugged into;
-        dtype: auto, float32 or bfloat16; max_new_tokens: in place of the tasks' own limits; device: of this rank if
-        empty; engine: transformers or vllm; tensor_parallel: with vllm, how many GPUs share the model; max_batch_size:
-        of no use here, for lmms-eval passes it to every model.
+        """Loads the model unless it is in memory. The parameters are the keys of lmms-eval's --model_args.
+
+        weights: MODEL of `zero-ds eval`, or a loaded model. target: Language model that the run is plugged into.
+        dtype: auto, float32 or bfloat16. max_new_tokens: Length limit in place of the tasks' own. device: Device of
+        the model; this rank's own if None. engine: transformers or vllm. tensor_parallel: With vllm, number of GPUs
+        that share the model. max_batch_size: Ignored; lmms-eval passes it to every model.
 
         Raises:
-            ConfigError: as `find_model` and `load_model`, a batch size or limit below 1.
+            ConfigError: as `find_model` and `load_model`, or a batch size or limit is below 1.
         """
         super().__init__()
         size = 1 if batch_size is None else batch_size
         for name, value in (("batch_size", size), ("max_new_tokens", max_new_tokens)):
             if value is not None and not (str(value).isdecimal() and int(value)):
-                raise ConfigError(f"{name}={value}: a number, at least 1.")
+                raise ConfigError(f"{name}={value} is not allowed; give a whole number of at least 1.")
         if isinstance(weights, str):
-            kinds = {"auto": fast_dtype(), "float32": torch.float32, "bfloat16": torch.bfloat16}
-            if dtype not in kinds:
-                raise ConfigError(f"dtype={dtype} is not known; choose {' or '.join(kinds)}.")
-            place = torch.device(device) if device else distributed.device()
-            if engine not in ENGINES:
-                raise ConfigError(f"engine={engine} is not known; choose {' or '.join(ENGINES)}.")
-            named, kind = find_model(weights, target), kinds[dtype]
-            if engine == "vllm":
-                weights = load_served(named, dtype=kind, device=place, tensor_parallel=int(tensor_parallel))
-            else:
-                weights = load_model(named, dtype=kind, device=place)
+            weights = _load(weights, target, dtype, device, engine, int(tensor_parallel))
         self.max_new_tokens = None if max_new_tokens is None else int(max_new_tokens)
         self.batch_size = int(size)
         self.answerer = answerer(weights, batch_size=self.batch_size)
@@ -84,24 +79,27 @@ class ZeroDs(lmms):
         return self.answerer.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy answers, cut off at the task's stop strings."""
+        """Returns greedy answers, cut off at the task's stop strings."""
         if any(request.args[1].get("do_sample") for request in requests):
-            logger.warning("a task asks for sampled answers; these are greedy")
+            logger.warning("a task asks for sampled answers; the answers are greedy instead")
 
         def query(request: Instance, turns: tuple[Turn, ...], images: tuple[int, ...]) -> Query:
             limit = self.max_new_tokens
             if limit is None:
-                limit = check_limit(_name(request), request.args[1].get("max_new_tokens")) or LONGEST
+                limit = check_limit(_name(request), request.args[1].get("max_new_tokens")) or DEFAULT_LIMIT
             return Query(_name(request), turns, images, max_new_tokens=limit)
 
-        return [_until(reply.text, request.args[1].get("until")) for request, reply in self._replies(requests, query)]
+        answers = []
+        for request, reply in self._replies(requests, query):
+            answers.append(_cut_off(reply.text, request.args[1].get("until")))
+        return answers
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """(loss, whether greedy decoding says it) of each continuation, without white space around it.
+        """Returns (loss, whether greedy decoding gives it) of each continuation, stripped of surrounding white space.
 
-        As lmms-eval's own models do, and its scoring expects: the loss is the mean negative log-probability of the
-        continuation's tokens, so that the smallest wins. The pair comes wrapped, for lmms-eval (0.7.3) makes a text of
-        any bare one before it scores it.
+        The loss is the mean negative log-probability of the continuation's tokens, so the smallest one wins. This is
+        what lmms-eval's own models return and its scoring expects. Each pair is wrapped in a GenerationResult because
+        lmms-eval (0.7.3) converts a bare pair to a string before scoring it.
         """
         counts = []
 
@@ -118,21 +116,21 @@ class ZeroDs(lmms):
         ]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("zero_ds answers one question at a time; choose a task of one round.")
+        raise NotImplementedError("zero_ds supports tasks with a single round only; choose another task.")
 
     def _document(self, request: Instance) -> Mapping[str, Any]:
         *_, number, task, split = request.args
         found: Mapping[str, Any] = self.task_dict[task][split][number]
         return found
 
-    def _pictures(self, request: Instance) -> list[Image.Image]:
-        """What the task shows with a document, read whole.
+    def _images(self, request: Instance) -> list[Image.Image]:
+        """Reads the images that the task shows with a document.
 
         Raises:
-            ConfigError: something other than a picture, or one that cannot be read.
+            ConfigError: the task shows something other than an image, or an image that cannot be read.
         """
         try:
-            with whole_pictures():
+            with truncated_images_are_errors():
                 shown = list(request.args[2](self._document(request)) or ())
                 for visual in shown:
                     if isinstance(visual, Image.Image):
@@ -140,51 +138,78 @@ class ZeroDs(lmms):
         except Exception as error:
             if not (isinstance(error, OSError) or raised_by_pillow(error)):
                 raise
-            name = _name(request)
-            raise ConfigError(f"the picture of {name} cannot be read: {said(error)}; mend the task's data.") from None
+            raise ConfigError(
+                f"the image of {_name(request)} cannot be read: {first_line(error)}; repair the task's data."
+            ) from None
         for visual in shown:
             if not isinstance(visual, Image.Image):
-                raise ConfigError(f"{_name(request)} shows a {type(visual).__name__}; this model reads pictures alone.")
+                raise ConfigError(
+                    f"{_name(request)} shows a {type(visual).__name__}, but this model reads only images; choose "
+                    "another task."
+                )
         return shown
 
-    def _replies(
-        self,
-        requests: Sequence[Instance],
-        query: Callable[[Instance, tuple[Turn, ...], tuple[int, ...]], Query],
-    ) -> Iterator[tuple[Instance, Reply]]:
-        """Answers a few batches at a time, so that only their pictures are in memory; a document's are read once."""
-        step = 8 * self.batch_size
+    def _replies(self, requests: Sequence[Instance], make_query: MakeQuery) -> Iterator[tuple[Instance, Reply]]:
+        """Answers requests in chunks of eight batches, so that only the images of one chunk are in memory.
+
+        The images of a document are read once per chunk, however many requests are about it.
+        """
+        chunk_size = 8 * self.batch_size
         with tqdm(total=len(requests), desc="answering", disable=None if self.rank == 0 else True) as bar:
-            for start in range(0, len(requests), step):
-                part = requests[start : start + step]
-                pictures: list[Image.Image] = []
+            for start in range(0, len(requests), chunk_size):
+                chunk = requests[start : start + chunk_size]
+                images: list[Image.Image] = []
                 rows: dict[Any, tuple[int, ...]] = {}
                 queries = []
-                for request in part:
-                    if (key := request.args[-3:]) not in rows:
-                        shown = self._pictures(request)
-                        rows[key] = tuple(range(len(pictures), len(pictures) + len(shown)))
-                        pictures += shown
-                    queries.append(query(request, (_asked(str(request.args[0]), len(rows[key])),), rows[key]))
-                features = self.answerer.features(pictures) if pictures else ()
-                yield from zip(part, self.answerer.examine(queries, features, bar.update), strict=True)
+                for request in chunk:
+                    document = request.args[-3:]  # number, task and split
+                    if document not in rows:
+                        shown = self._images(request)
+                        rows[document] = tuple(range(len(images), len(images) + len(shown)))
+                        images += shown
+                    turn = _question(str(request.args[0]), len(rows[document]))
+                    queries.append(make_query(request, (turn,), rows[document]))
+                features = self.answerer.features(images) if images else ()
+                yield from zip(chunk, self.answerer.examine(queries, features, bar.update), strict=True)
+
+
+def _load(
+    weights: str, target: str | None, dtype: str, device: str | None, engine: str, tensor_parallel: int
+) -> LoadedModel:
+    """Loads the model that --model_args names; see `ZeroDs`."""
+    dtypes = {"auto": fast_dtype(), "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise ConfigError(f"dtype={dtype} is unknown; choose {' or '.join(dtypes)}.")
+    place = torch.device(device) if device else distributed.device()
+    if engine not in ENGINES:
+        raise ConfigError(f"engine={engine} is unknown; choose {' or '.join(ENGINES)}.")
+    named = find_model(weights, target)
+    if engine == "vllm":
+        return load_served(named, dtype=dtypes[dtype], device=place, tensor_parallel=tensor_parallel)
+    return load_model(named, dtype=dtypes[dtype], device=place)
 
 
 def _name(request: Instance) -> str:
+    """Returns the name of a request's document, as `TASK/NUMBER`."""
     *_, number, task, _ = request.args
     return f"{task}/{number}"
 
 
-def _asked(text: str, pictures: int) -> Turn:
-    """A question; where its own placeholders do not stand for its pictures, they are put before it."""
-    if text.count(PLACEHOLDER) == pictures:
+def _question(text: str, images: int) -> Turn:
+    """Returns the user's turn. Unless the text has one placeholder per image, the placeholders are put before it."""
+    if text.count(PLACEHOLDER) == images:
         return Turn("user", text)
     bare = text.replace(PLACEHOLDER, "").strip()
-    return Turn("user", PLACEHOLDER * pictures + "\n" * bool(pictures) + bare)
+    if images == 0:
+        return Turn("user", bare)
+    return Turn("user", PLACEHOLDER * images + "\n" + bare)
 
 
-def _until(text: str, stops: str | Sequence[str] | None) -> str:
-    """The text before the first of the stop strings."""
-    for stop in [stops] if isinstance(stops, str) else stops or ():
-        text = text.split(stop)[0] if stop else text
+def _cut_off(text: str, stops: str | Sequence[str] | None) -> str:
+    """Returns the text before the first stop string, stripped of white space."""
+    if isinstance(stops, str):
+        stops = [stops]
+    for stop in stops or ():
+        if stop:
+            text = text.split(stop)[0]
     return text.strip()

@@ -1,9 +1,8 @@
-"""What both harnesses have alike: tasks by their names, a folder's own among them, and the data that tasks read."""
+"""Task lookup and data access for both harnesses: by name, including the tasks of a user's folder."""
 
 from __future__ import annotations
 
 import functools
-import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,43 +21,48 @@ class Manager(Protocol):
 
 
 M = TypeVar("M", bound=Manager)
-Make = Callable[[Path | None, bool], M]
-"""(folder with task files, whether the harness's own tasks are known, too) -> its manager."""
+MakeManager = Callable[[Path | None, bool], M]
+"""(folder with task files, whether to include the harness's own tasks) -> manager."""
 
 
-class Lookup(Generic[M]):
-    """A harness's own tasks and those of a folder, which win over its own of the same name."""
+class TaskLookup(Generic[M]):
+    """A harness's own tasks and those of a folder, which take precedence over its own tasks of the same name."""
 
-    def __init__(self, make: Make[M], folder: Path | None) -> None:
+    def __init__(self, make: MakeManager[M], folder: Path | None) -> None:
         self._make = make
         self._folder = folder
         self._local = make(folder, False) if folder is not None else None
 
     def knows(self, name: str) -> bool:
+        """Returns whether there is a task or group of this name."""
         return name in self.manager([name]).all_tasks
 
     def names(self) -> list[str]:
+        """Returns the names of all tasks and groups."""
         return list(self.manager(()).all_tasks)
 
-    def manager(self, wanted: Sequence[str]) -> M:
-        """One that knows these; the harness's own index takes seconds, so the folder's is asked first."""
-        if wanted and self._local is not None and set(wanted) <= set(self._local.all_tasks):
+    def manager(self, names: Sequence[str]) -> M:
+        """Returns a manager that knows these tasks, or all tasks if no name is given.
+
+        Building the harness's own index takes seconds, so the folder alone is tried first.
+        """
+        if names and self._local is not None and set(names) <= set(self._local.all_tasks):
             return self._local
-        return _whole(self._make, self._folder)
+        return _complete_manager(self._make, self._folder)
 
 
 @functools.lru_cache(maxsize=4)
-def _whole(make: Make[M], folder: Path | None) -> M:
-    """An index that nothing changes."""
+def _complete_manager(make: MakeManager[M], folder: Path | None) -> M:
+    """Returns the manager of all tasks. It is shared, so callers must not change it."""
     return make(folder, True)
 
 
 @contextmanager
 def reading_data(names: Sequence[str]) -> Iterator[None]:
-    """A block that reads the data of these tasks, on rank 0 first, which fetches what is not in the cache.
+    """Wraps a block that reads the data of these tasks; rank 0 goes first and fetches what is not in the cache.
 
     Raises:
-        ConfigError: data that cannot be had, or whose first picture cannot be read.
+        ConfigError: data is neither cached nor can be fetched, or its first image cannot be read.
     """
     from datasets.exceptions import DatasetsError
 
@@ -66,44 +70,52 @@ def reading_data(names: Sequence[str]) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            what = ", ".join(names)
+            tasks = ", ".join(names)
             if raised_by_pillow(error):
-                raise ConfigError(f"a picture of {what} cannot be read: {said(error)}; mend the task's data.") from None
-            if not isinstance(error, OSError | DatasetsError):  # of the data set library and the hub's client
+                raise ConfigError(
+                    f"an image of {tasks} cannot be read: {first_line(error)}; repair the task's data."
+                ) from None
+            if not isinstance(error, OSError | DatasetsError):  # the types that `datasets` and the hub's client raise
                 raise
             raise ConfigError(
-                f"the data of {what} is not here and could not be fetched: {said(error)[:200].rstrip('. ')}; "
-                "check the network, or give local tasks with --tasks-folder."
+                f"the data of {tasks} is not cached and could not be fetched: "
+                f"{first_line(error)[:200].rstrip('. ')}; check the network, or give local tasks with --tasks-folder."
             ) from None
 
 
 def check_counts(documents: Mapping[str, int], limit: int | None) -> None:
-    """Raises ConfigError for a task with fewer documents than ranks."""
+    """Raises ConfigError for a task with fewer documents than there are ranks.
+
+    documents: Task -> number of its documents. limit: Number of documents that are used, at most.
+    """
     ranks = distributed.world_size()
     for name, count in documents.items():
-        if (count := int(min(count, limit or math.inf))) < ranks:
-            raise ConfigError(f"{name} has {count} documents for {ranks} ranks; take fewer ranks.")
+        used = count if limit is None else min(count, limit)
+        if used < ranks:
+            raise ConfigError(f"{name} has {used} documents for {ranks} ranks; use fewer ranks.")
 
 
 def check_limit(name: str, value: Any) -> int | None:
-    """A task's own limit for answers, in tokens; None: it sets none.
+    """Returns a task's own limit of an answer's length in tokens, or None if it sets none.
 
     Raises:
-        ConfigError: less than a token.
+        ConfigError: the limit is below one token.
     """
     if value is None:
         return None
     if int(value) < 1:
-        raise ConfigError(f"{name} allows answers of {value} tokens; give it at least 1, or take --max-new-tokens.")
+        raise ConfigError(
+            f"{name} limits answers to {value} tokens; set its limit to at least 1, or use --max-new-tokens."
+        )
     return int(value)
 
 
 def raised_by_pillow(error: BaseException) -> bool:
-    """Whether a picture is at fault: Pillow's readers raise many kinds for bytes that they do not expect."""
+    """Returns whether an error comes from Pillow, whose readers raise many types for bytes they do not expect."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(str(frame.f_globals.get("__name__")).split(".")[0] == "PIL" for frame, _ in frames)
 
 
-def said(error: BaseException | None) -> str:
-    """The first line of an error."""
+def first_line(error: BaseException | None) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -31,7 +31,7 @@ from zero_ds.grafting.generate import Answerer, Query, Reply
 from zero_ds.grafting.named_model import LoadedModel, NamedModel, Served, load_model
 from zero_ds.model.decoding import Reader
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import find_commit
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _decoder_is_in_folder(named: NamedModel) -> bool:
     from safetensors import safe_open
 
     starts = [path for path in run_config(named.checkpoint).starts if (Path(path) / "latest").is_file()]
-    for checkpoint in [*(find_commit(path) for path in starts), named.checkpoint]:
+    for checkpoint in [*(find_checkpoint(path) for path in starts), named.checkpoint]:
         with safe_open(checkpoint.folder / "weights.safetensors", framework="pt") as file:
             names = list(file.keys())
         if any(name.startswith(CHANGES_DECODER) for name in names):

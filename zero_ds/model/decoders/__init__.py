@@ -1,4 +1,4 @@
-"""Decoder families. One module a family; adding one is that module and one line in `FAMILIES`."""
+"""Decoder families, one module each. A new family is a module and one line in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(folder: str | Path) -> Family:
-    """The family of the model in a Hugging Face folder, read from its config.json.
+    """Returns the family of the model in a Hugging Face folder, from its config.json.
 
     Raises:
-        ConfigError: no such folder, no readable config.json, or a model type that no family claims.
+        ConfigError: no such folder, no readable config.json, or a model type that belongs to no family.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -31,10 +31,10 @@ def family_of(folder: str | Path) -> Family:
 
 
 def family_of_type(model_type: str, folder: str | Path) -> Family:
-    """Returns the family that claims a `model_type`, found in `folder`.
+    """Returns the family that a `model_type` belongs to. `folder` only appears in the error message.
 
     Raises:
-        ConfigError: no family claims it.
+        ConfigError: it belongs to no family.
     """
     for family in FAMILIES.values():
         if model_type in family.model_types:

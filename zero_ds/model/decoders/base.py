@@ -1,4 +1,4 @@
-"""What the method needs to know of a decoder family: where its layers, norm and head are."""
+"""Decoder families: where a decoder's layers, norm and head are, in its weights and in its module tree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Names of the parts of a decoder in its weights and in its module tree."""
+    """Names of a decoder's parts. The defaults are those of Llama, which most families share."""
 
     name: str
     model_types: tuple[str, ...]
@@ -21,25 +21,28 @@ class Family:
     layer_prefix: str = "model.layers."
     """Prefix of the layers' tensors; the layer's number follows."""
     embeddings: str = "model.embed_tokens.weight"
-    """Tensor of the word embeddings, which is the head's as well where they are tied."""
+    """Tensor of the word embeddings, which is also the output head's where the two are tied."""
     head: str = "lm_head.weight"
     """Tensor of the output head."""
     final_norm: str = "model.norm."
     """Prefix of the final norm's tensors."""
     towers: tuple[tuple[str, str], ...] = ()
-    """For multimodal classes of this family: prefix of a text tensor in their weights and what the causal LM calls it.
-    Where a folder's config.json has a text_config, only tensors with one of these prefixes belong to the decoder."""
+    """Prefixes of text tensors in the weights of the family's multimodal classes, each with the prefix that the causal
+    LM has instead. If a folder's config.json has a text_config, only tensors with these prefixes belong to the
+    decoder."""
     image_tokens: tuple[str, ...] = ()
-    """Unused special tokens of the family's vocabularies, of which an export takes one as its image placeholder."""
+    """Unused special tokens of the family's vocabularies. An export uses one of them as its image placeholder."""
     per_layer_config: tuple[str, ...] = ("layer_types",)
-    """Config entries with one item a layer, cut like the layers."""
+    """Config entries with one item per layer, which are cut like the layers."""
     attentions: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
-    """Attention implementations that compute what the family defines."""
+    """Attention implementations that compute the family's attention correctly."""
 
     def layers(self, decoder: nn.Module) -> nn.ModuleList:
+        """Returns the decoder layers."""
         return cast(nn.ModuleList, getattr(decoder, self.backbone).layers)
 
     def norm(self, decoder: nn.Module) -> nn.Module:
+        """Returns the final norm."""
         return cast(nn.Module, getattr(decoder, self.backbone).norm)
 
     def hidden_states(
@@ -49,10 +52,10 @@ class Family:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs the decoder up to and with its final norm: (batch, seq, hidden) -> (batch, seq, hidden).
+        """Runs the decoder, including its final norm: (batch, seq, hidden) -> (batch, seq, hidden).
 
-        position_ids: (batch, seq), only for rows that hold several samples, each from position 0 on; attention then
-        stays inside of samples, whatever the attention_mask says.
+        position_ids: (batch, seq), only for rows that hold several samples, each of which starts at position 0.
+        Attention then stays inside the samples, and attention_mask is ignored.
         """
         backbone = getattr(decoder, self.backbone)
         if position_ids is None:
@@ -60,21 +63,21 @@ class Family:
             return cast(torch.Tensor, output.last_hidden_state)
         shape = inputs_embeds.shape
         if backbone.config._attn_implementation == "flash_attention_2":
-            # transformers finds the samples of a row by their positions, but with flash attention in a single row only
+            # transformers finds the samples of a row by their positions; with flash attention only if there is one row
             inputs_embeds, position_ids = inputs_embeds.flatten(0, 1).unsqueeze(0), position_ids.reshape(1, -1)
         output = backbone(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
         return cast(torch.Tensor, output.last_hidden_state).reshape(shape)
 
     def logits(self, decoder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Final-normed hidden states (..., hidden) -> logits (..., vocabulary)."""
+        """Applies the output head: hidden states after the final norm (..., hidden) -> logits (..., vocabulary)."""
         scores = cast(Any, decoder).get_output_embeddings()(hidden_states)
         return self.capped(cast(Any, decoder).config, scores)
 
     def capped(self, config: Any, scores: torch.Tensor) -> torch.Tensor:
-        """What the family makes of the head's product, element by element: soft-capping, where the config asks."""
+        """Applies soft-capping to the output head's scores, element by element, if the config asks for it."""
         cap = getattr(config, "final_logit_softcapping", None)
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
     def embedding_scale(self, decoder: nn.Module) -> float:
-        """By how much the embedding module multiplies its weights."""
+        """Returns the factor by which the embedding module multiplies its weights."""
         return float(getattr(cast(Any, decoder).get_input_embeddings(), "embed_scale", 1.0))

@@ -1,7 +1,7 @@
-"""A decoder's Hugging Face folder: what is in it, read once, and how it is loaded.
+"""A decoder's Hugging Face folder: reads its config, tensors and hashes, each once, and loads it.
 
-A folder of a multimodal class counts as the decoder in it: its text config, and the tensors of its text tower under the
-names that the causal LM has for them (`Family.towers`).
+The folder of a multimodal model counts as the decoder in it: its text config, and the tensors of its text tower under
+the names that the causal LM has for them (`Family.towers`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zero_ds.model.decoders import Family, family_of_type
 from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import load_complete, load_tokenizer, model_hash
 from zero_ds.runtime.errors import ConfigError, one_line
-from zero_ds.runtime.safetensors import FLOATS, Span, Stored, content_hash, locate, shard_files
+from zero_ds.runtime.safetensors import DTYPES, Span, Stored, content_hash, locate, shard_files
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 class DecoderFolder:
     """A folder with a decoder: a target, a surrogate, or a multimodal model of which only the text tower counts.
 
-    Properties read their files on first use and keep what they found, so one instance opens config.json at most twice
-    (here, and in transformers). Make a new instance after the folder has changed.
+    Properties read their files on first use and cache the result, so one instance opens config.json at most twice (here
+    and in transformers). After the folder has changed, make a new instance.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,7 +62,7 @@ class DecoderFolder:
         """Content of config.json.
 
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: the file does not exist.
         """
         if not self.config_file.is_file():
             raise ConfigError(f"{self.path} is not a Hugging Face model folder: it holds no config.json.")
@@ -73,30 +73,32 @@ class DecoderFolder:
         """Content of config.json, parsed.
 
         Raises:
-            ConfigError: config.json is missing or is not a JSON object with a model_type.
+            ConfigError: config.json is missing, or is not a JSON object with a model_type.
         """
+        text = self.config_bytes  # outside of the try: a ConfigError is a ValueError
         try:
-            content = json.loads(self.config_bytes)
-            content["model_type"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self.config_file} names no model_type.") from None
-        return dict(content)
+            content = dict(json.loads(text))
+        except (ValueError, TypeError):
+            content = {}
+        if "model_type" not in content:
+            raise ConfigError(f"{self.config_file} names no model_type.")
+        return content
 
     @cached_property
     def family(self) -> Family:
-        """The decoder family that claims the folder's model type.
+        """The decoder family of the folder's model type.
 
         Raises:
-            ConfigError: as `raw_config`; no family claims the model type.
+            ConfigError: as `raw_config`; the model type belongs to no family.
         """
         return family_of_type(self.raw_config["model_type"], self.path)
 
     @cached_property
     def depth(self) -> int:
-        """Number of decoder layers that config.json names.
+        """Number of decoder layers according to config.json.
 
         Raises:
-            ConfigError: config.json is missing or damaged, or names no number of layers.
+            ConfigError: config.json is missing or damaged, or does not state a number of layers.
         """
         try:
             content = json.loads(self.config_bytes)
@@ -111,7 +113,7 @@ class DecoderFolder:
 
     @property
     def is_multimodal(self) -> bool:
-        """Whether the decoder is one tower of several in this folder."""
+        """True if the decoder is one tower of several in this folder."""
         return "text_config" in self.raw_config
 
     @cached_property
@@ -123,7 +125,7 @@ class DecoderFolder:
         """
         from transformers import AutoConfig
 
-        _ = self.family, self.depth  # their errors say more than the library's
+        self._check_family_and_depth()
         try:
             return AutoConfig.from_pretrained(self.path)
         except Exception as error:  # the library raises many kinds for a file that somebody has edited
@@ -142,6 +144,10 @@ class DecoderFolder:
             raise ConfigError(f"{self.path} is quantized; give the model in bfloat16, float16 or float32.")
         return config
 
+    def _check_family_and_depth(self) -> None:
+        """Reads both, because their errors are more specific than the library's."""
+        assert self.family is not None and self.depth is not None
+
     def _unusable(self, error: Exception) -> ConfigError:
         return ConfigError(f"{self.config_file} cannot be used ({one_line(error)}); fetch the model again.")
 
@@ -149,7 +155,7 @@ class DecoderFolder:
         """Returns a copy of the decoder's transformers config, with every default filled in.
 
         Raises:
-            ConfigError: an unregistered family, a config.json that transformers does not take, a quantized model.
+            ConfigError: an unregistered family, a config.json that transformers does not accept, a quantized model.
         """
         return copy.deepcopy(self._config)
 
@@ -162,7 +168,7 @@ class DecoderFolder:
 
     @property
     def is_surrogate(self) -> bool:
-        """Whether the folder holds a surrogate.json."""
+        """True if the folder holds a surrogate.json."""
         return (self.path / "surrogate.json").is_file()
 
     @cached_property
@@ -215,10 +221,10 @@ class DecoderFolder:
 
     @cached_property
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the causal LM that config.json describes; the model is not made.
+        """Shape of every tensor of the causal LM that config.json describes, by name. No weights are allocated.
 
         Raises:
-            ConfigError: a config.json that no model can be made of.
+            ConfigError: no model can be built from config.json.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -228,9 +234,7 @@ class DecoderFolder:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         except Exception as error:  # the library raises many kinds for a file that somebody has edited
-            raise ConfigError(
-                f"{self.config_file} cannot be used ({one_line(error)}); fetch the model again."
-            ) from None
+            raise self._unusable(error) from None
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         if config.tie_word_embeddings:
             shapes.pop(self.family.head, None)
@@ -238,11 +242,11 @@ class DecoderFolder:
 
     @cached_property
     def spans(self) -> dict[str, Span]:
-        """Bytes of every tensor of the decoder, complete and of the shapes that config.json describes.
+        """Bytes of every tensor of the decoder, checked against the names and shapes that config.json describes.
 
         Raises:
             ConfigError: damaged files; tensors that are missing, of another shape, quantized, or of layers that
-                config.json does not know.
+                config.json does not have.
         """
         tensors = self.located
         for name, shape in self.expected_shapes.items():
@@ -253,7 +257,7 @@ class DecoderFolder:
                 raise ConfigError(
                     f"{name} in {self.path} has shape {found.shape}, by config.json {shape}; fetch the model again."
                 )
-            if found.dtype not in FLOATS:
+            if found.dtype not in DTYPES:
                 raise ConfigError(f"{name} in {self.path} is quantized ({found.dtype}); give the unquantized model.")
         unknown = [
             name for name in tensors if name.startswith(self.family.layer_prefix) and name not in self.expected_shapes
@@ -268,12 +272,12 @@ class DecoderFolder:
     # -- identity ------------------------------------------------------------------------------------------------------
 
     def hash(self, like: str = "") -> str:
-        """Returns the model's hash (`model_hash`), taken in the way of the recorded hash `like`."""
+        """Returns the model's hash (`model_hash`), taken in the same way as the recorded hash `like`."""
         return model_hash(self.path, like=like, config=self.config_bytes)
 
     @cached_property
     def text_hashes(self) -> dict[str, str]:
-        """Hashes of the vocabulary (`tokenizer`) and the chat template (`template`); empty text where there is none.
+        """Hashes of the vocabulary (`tokenizer`) and the chat template (`template`); empty if the folder has none.
 
         Raises:
             ConfigError: a damaged tokenizer_config.json.
@@ -297,7 +301,9 @@ class DecoderFolder:
 
     @cached_property
     def relied_on(self) -> dict[str, str]:
-        """Hashes of what an encoder trained against this decoder relies on: `text_hashes`, a surrogate's `embeddings`.
+        """Hashes of the parts that an encoder trained against this decoder relies on.
+
+        These are `text_hashes` and, in a surrogate, also `embeddings`.
 
         Raises:
             ConfigError: a damaged file.
@@ -322,12 +328,12 @@ class DecoderFolder:
         return load_tokenizer(self.path, config=self.whole_config)
 
     def load(self, *, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-        """Loads the causal LM; under an active ZeRO-3 config it goes straight into partitions.
+        """Loads the causal LM; under an active ZeRO-3 config it is loaded straight into partitions.
 
-        attention: an attention implementation; one that the family does not have is replaced by the family's first.
+        attention: an attention implementation; if the family does not have it, the family's first one is used.
 
         Raises:
-            ConfigError: as `load_complete`; flash attention that is not installed.
+            ConfigError: as `load_complete`; flash attention is not installed.
         """
         from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Gemma-2 and Gemma-3: scaled embeddings, alternating attention; Gemma-3 also as the text tower of its image models."""
+"""Gemma-2 and Gemma-3, with scaled embeddings and alternating attention; also Gemma-3's multimodal classes."""
 
 from zero_ds.model.decoders.base import Family
 

@@ -1,4 +1,4 @@
-"""A GGUF file -> an ordinary Hugging Face folder with safetensors weights."""
+"""Converts a GGUF file into an ordinary Hugging Face folder with safetensors weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from zero_ds.runtime.files import new_folder
 
 
 def packaged_gguf(package: str) -> Path:
-    """The GGUF file that an installed Python package carries, found without importing the package.
+    """Returns the GGUF file in an installed Python package, without importing the package.
 
     Raises:
-        ConfigError: the package is not installed or carries no such file.
+        ConfigError: the package is not installed, or has no such file.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -27,22 +27,22 @@ def packaged_gguf(package: str) -> Path:
 
 
 def convert_gguf(file: Path, out: Path) -> None:
-    """Dequantises to float32 and writes config, weights, tokenizer, chat template and generation config.
+    """Dequantizes to float32, and writes config, weights, tokenizer, chat template and generation config.
 
     Raises:
-        ConfigError: no such file, or not a model that transformers can read.
+        ConfigError: the file does not exist, or is not a model that transformers can read.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not file.is_file():
-        raise ConfigError(f"there is no GGUF file {file}.")
+        raise ConfigError(f"the GGUF file {file} does not exist.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except Exception as error:  # the reader raises many kinds for files that are not what they should be
+    except Exception as error:  # the reader raises many kinds of errors for a damaged file
         raise ConfigError(f"{file} cannot be read as a model: {str(error).splitlines()[0]}") from None
-    # a model from GGUF counts as quantised and would refuse to be saved, although its weights are plain floats now
+    # a model from GGUF counts as quantized and would refuse to be saved, although its weights are now plain floats
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None  # type: ignore[assignment]
     with new_folder(out) as folder:

@@ -1,4 +1,4 @@
-"""Llama 3.x and what shares its architecture (SmolLM2)."""
+"""Llama 3.x, and models with the same architecture (SmolLM2)."""
 
 from zero_ds.model.decoders.base import Family
 

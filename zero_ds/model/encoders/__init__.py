@@ -1,4 +1,4 @@
-"""Vision encoders. One module a kind; adding one is that module and one line in `ENCODERS`."""
+"""Vision encoders, one module per kind. A new kind is a module and one line in `ENCODERS`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ENCODERS: dict[str, EncoderFamily] = {clip.FAMILY.name: clip.FAMILY}
 
 
 def encoder_of(folder: str | Path) -> EncoderFamily:
-    """The kind of the vision encoder in a Hugging Face folder.
+    """Returns the kind of the vision encoder in a Hugging Face folder.
 
     Raises:
-        ConfigError: no such folder, or a model type that no encoder claims.
+        ConfigError: no such folder, or a model type that belongs to no kind.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -36,7 +36,7 @@ def encoder_of(folder: str | Path) -> EncoderFamily:
 
 
 def vision_config(folder: str | Path) -> Any:
-    """Config of the vision transformer in a folder, without its weights."""
+    """Returns the config of the vision transformer in a folder; no weights are read."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)

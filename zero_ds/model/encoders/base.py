@@ -1,4 +1,4 @@
-"""What the method needs to know of a vision encoder: its width, its tokens, where its layers are."""
+"""Vision encoders: how a kind of vision transformer is loaded, and where its layers, norm and patch tokens are."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFamily:
-    """How one kind of vision transformer is loaded and read."""
+    """One kind of vision transformer."""
 
     name: str
     model_types: tuple[str, ...]
     """Values of `model_type` in config.json (of the vision part)."""
     load: Callable[..., nn.Module]
-    """(path, **from_pretrained arguments) -> the vision transformer."""
+    """Function that loads the vision transformer: (path, **from_pretrained arguments) -> module."""
     prefix_tokens: int
-    """Tokens before the patches (CLS, registers) that are dropped."""
+    """Number of tokens before the patches (CLS, registers), which are dropped."""
     final_norm: str
-    """Attribute of the norm behind the last layer."""
+    """Attribute of the norm after the last layer."""
 
     def vision_config(self, module: nn.Module) -> Any:
+        """Returns the config of a loaded vision transformer."""
         config = cast(Any, module).config
         return getattr(config, "vision_config", config)
 
     def tokens_per_image(self, config: Any) -> int:
-        """Patch tokens of one picture; `config` is the vision transformer's."""
+        """Returns the number of patch tokens of an image. config: the vision transformer's."""
         return int((config.image_size // config.patch_size) ** 2)
 
     def layers(self, module: nn.Module) -> nn.ModuleList:
-        """The transformer layers, found by structure because libraries rename the levels above them."""
+        """Returns the transformer layers, found by structure because libraries rename the modules above them."""
         config = self.vision_config(module)
         for child in module.modules():
             if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
@@ -41,6 +42,7 @@ class EncoderFamily:
         raise RuntimeError(f"no list of {config.num_hidden_layers} layers in the {self.name} encoder")
 
     def norm(self, module: nn.Module) -> nn.Module:
+        """Returns the norm after the last layer."""
         for name, child in module.named_modules():
             if name.split(".")[-1] == self.final_norm:
                 return child
@@ -49,13 +51,17 @@ class EncoderFamily:
     def features(
         self, module: nn.Module, pixel_values: torch.Tensor, feature_layer: int, patch_norm: bool
     ) -> torch.Tensor:
-        """Patch features: (images, 3, height, width) -> (images, tokens, width)."""
+        """Computes patch features: (images, 3, height, width) -> (images, tokens, width).
+
+        feature_layer: index among the hidden states, of which the first are the embeddings; negative counts from the
+        end. patch_norm: whether the final norm is applied.
+        """
         output = module(pixel_values=pixel_values, output_hidden_states=True)
         patches = output.hidden_states[feature_layer][:, self.prefix_tokens :]
         return cast(torch.Tensor, self.norm(module)(patches)) if patch_norm else patches
 
     def used_layers(self, module: nn.Module, feature_layer: int) -> list[nn.Module]:
-        """Layers whose output reaches `feature_layer`; hidden state 0 is the embedding."""
+        """Returns the layers that hidden state `feature_layer` depends on; hidden state 0 is the embeddings."""
         layers = list(self.layers(module))
         last = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
         return layers[:last]

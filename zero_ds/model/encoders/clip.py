@@ -1,4 +1,4 @@
-"""CLIP's vision transformer: one CLS token before the patches, a norm behind the last layer."""
+"""CLIP's vision transformer: one CLS token before the patches, a norm after the last layer."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import WATCH
 from zero_ds.runtime.files import open_regular, write_atomically
-from zero_ds.runtime.safetensors import spans
-from zero_ds.runtime.tensor_stream import SafetensorsStream
-from zero_ds.training.checkpoint.optimizer_state import KEYS, parameter_shape
+from zero_ds.runtime.safetensors import SafetensorsStream, spans
+from zero_ds.runtime.zero3 import gathered, is_partitioned, parameter_shape
+from zero_ds.training.checkpoint.optimizer_state import KEYS
 from zero_ds.training.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Commit:
+class Checkpoint:
     """A complete commit on disk."""
 
     folder: Path
@@ -218,7 +218,7 @@ def check_hash(path: Path, expected: str) -> None:
         raise CheckpointError(f"{path} is damaged: its content is not what was saved; use another commit.")
 
 
-def find_commit(path: str | Path) -> Commit:
+def find_checkpoint(path: str | Path) -> Checkpoint:
     """The commit at `path`: a commit folder, or a run folder, of which the newest commit is taken.
 
     Raises:
@@ -237,12 +237,12 @@ def find_commit(path: str | Path) -> Commit:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         int(manifest["step"]), dict(manifest.get("relies_on") or {})
-        return Commit(folder, manifest)
+        return Checkpoint(folder, manifest)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); use another commit.") from None
 
 
-def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: Callable[[str], bool]) -> set[str]:
+def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Checkpoint, skip: Callable[[str], bool]) -> set[str]:
     """Copies a commit's weights into parameters of the same names. Every rank calls it; returns the names copied.
 
     One tensor is in memory at a time; into partitions only rank 0 reads. `skip` says which names may be left out
@@ -252,8 +252,6 @@ def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: 
         CheckpointError: a damaged file, a name the model does not have, or another shape.
     """
     from safetensors import safe_open
-
-    from zero_ds.runtime.zero3 import gathered
 
     copied = set()
     path = commit.folder / "weights.safetensors"
@@ -271,13 +269,13 @@ def load_weights_(targets: dict[str, torch.nn.Parameter], commit: Commit, skip: 
             if stored != shape:
                 raise CheckpointError(f"{name} in {commit.folder} has shape {stored}, the model's has {shape}.")
             with gathered([parameter], modifier_rank=0), torch.no_grad():
-                if distributed.is_rank_zero() or not hasattr(parameter, "ds_id"):
+                if distributed.is_rank_zero() or not is_partitioned(parameter):
                     parameter.copy_(file.get_tensor(name).to(parameter.dtype))
             copied.add(name)
     return copied
 
 
-def restore_(engine: Engine, commit: Commit) -> dict[str, Any]:
+def restore_(engine: Engine, commit: Checkpoint) -> dict[str, Any]:
     """Puts master copies, moments and step count back into the engine; returns the run's progress. A collective.
 
     Raises:
@@ -294,7 +292,7 @@ def restore_(engine: Engine, commit: Commit) -> dict[str, Any]:
     return progress
 
 
-def carry_over_(engine: Engine, commit: Commit) -> list[str]:
+def carry_over_(engine: Engine, commit: Checkpoint) -> list[str]:
     """Gives every part that trains in both runs the optimizer state it had there; returns their names. A collective.
 
     Raises:
@@ -333,7 +331,7 @@ class _StateFile:
             engine.state.set_held(parameter, key, torch.from_numpy(values))
 
 
-def _resume_state(commit: Commit) -> tuple[dict[str, Any], _StateFile]:
+def _resume_state(commit: Checkpoint) -> tuple[dict[str, Any], _StateFile]:
     """Progress and state of a commit, checked.
 
     Raises:
@@ -352,7 +350,7 @@ def _check_on_rank_zero(path: Path, expected: str) -> None:
             check_hash(path, expected)
 
 
-def check_manifest(commit: Commit, expected: dict[str, Any], allow: Iterable[str] = ()) -> None:
+def check_manifest(commit: Checkpoint, expected: dict[str, Any], allow: Iterable[str] = ()) -> None:
     """Compares fields of a manifest with what a consumer needs.
 
     Raises:
@@ -373,3 +371,9 @@ def check_manifest(commit: Commit, expected: dict[str, Any], allow: Iterable[str
 def manifest_of(config: RunConfig) -> dict[str, Any]:
     """What a manifest says of the run itself."""
     return {"stage": config.stage, "config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()}
+
+
+# -- the names of before, until every package uses the new ones --------------------------------------------------------
+
+Commit = Checkpoint
+find_commit = find_checkpoint

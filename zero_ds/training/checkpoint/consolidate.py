@@ -26,7 +26,7 @@ from zero_ds.runtime.safetensors import spans
 from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training import stages
 from zero_ds.training.blueprint import blueprint, weights_names
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_commit
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
 from zero_ds.training.checkpoint.foreign import WeightsDifferError, identity, write_result
 from zero_ds.training.checkpoint.optimizer_state import PIECE
 from zero_ds.training.deepspeed import resolve_precision
@@ -316,7 +316,7 @@ def consolidate_state(folder: Path, out: Path) -> Path:
         ConfigError: the state does not give those weights; `out` exists.
     """
     check_vacant(out)
-    commit = find_commit(folder)
+    commit = find_checkpoint(folder)
     path = commit.folder / "resume" / "state.safetensors"
     check_hash(path, str(commit.progress().get("state_sha256")))
     config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")

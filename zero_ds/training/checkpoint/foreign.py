@@ -18,7 +18,7 @@ from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.loading import model_hash
 from zero_ds.runtime.files import new_folder, write_atomically
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.tensor_stream import SafetensorsStream
+from zero_ds.runtime.safetensors import SafetensorsStream
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, manifest_of, sync_folder, versions
 from zero_ds.training.checkpoint.optimizer_state import PIECE

@@ -14,6 +14,7 @@ import torch
 
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.zero3 import held_part, is_partitioned, parameter_shape, part_size
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 """What there is of each parameter, fp32: 12 bytes a parameter."""
@@ -69,8 +70,8 @@ class OptimizerState:
         size = parameter_shape(parameter).numel()
         if parameter in self._masters:  # every rank holds all of it, and rank 0 stands for them
             return (0, size) if distributed.is_rank_zero() else (0, 0)
-        if hasattr(parameter, "ds_id"):
-            part = cast(Any, parameter).ds_tensor.ds_numel  # its own numel() is 1 while it is swapped out
+        if is_partitioned(parameter):
+            part = part_size(parameter)
             start = min(size, distributed.rank() * part)
             return start, min(part, size - start)
         mapping = cast(Any, parameter)._hp_mapping
@@ -83,7 +84,7 @@ class OptimizerState:
         _, size = self.span(parameter)
         if parameter in self._masters:
             value = self._masters[parameter] if key == "master" else self.inner.state[self._masters[parameter]][key]
-        elif hasattr(parameter, "ds_id"):
+        elif is_partitioned(parameter):
             of = ds.safe_get_local_fp32_param if key == "master" else ds.safe_get_local_optimizer_state
             value = of(parameter) if key == "master" else of(parameter, key)
         else:
@@ -102,14 +103,13 @@ class OptimizerState:
                 (master if key == "master" else self.inner.state[master][key]).copy_(values.view(master.shape))
                 if key == "master":
                     parameter.copy_(master)
-        elif hasattr(parameter, "ds_id"):
-            shard = cast(Any, parameter).ds_tensor
-            if shard.numel() != shard.ds_numel:
+        elif is_partitioned(parameter):
+            if held_part(parameter).numel() != part_size(parameter):
                 raise ConfigError(
                     "optimizer state cannot be put back while parameters lie on a disk (DeepSpeed 0.19); resume with "
                     "zero=zero3_offload_params."
                 )
-            padded = torch.nn.functional.pad(values, (0, shard.ds_numel - values.numel()))
+            padded = torch.nn.functional.pad(values, (0, part_size(parameter) - values.numel()))
             if key == "master":
                 ds.safe_set_local_fp32_param(parameter, padded)
             else:
@@ -179,8 +179,3 @@ class OptimizerState:
         for key, value in values.items():
             if key in _SCALER and hasattr(scaler, key):
                 setattr(scaler, key, type(getattr(scaler, key))(value))
-
-
-def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, also when ZeRO-3 holds only a partition of it."""
-    return getattr(parameter, "ds_shape", parameter.shape)

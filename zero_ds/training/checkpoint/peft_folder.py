@@ -18,15 +18,12 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
-from zero_ds.runtime.tensor_stream import SafetensorsStream
-from zero_ds.runtime.zero3 import gathered
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_commit
-from zero_ds.training.checkpoint.optimizer_state import parameter_shape
+from zero_ds.runtime.safetensors import SafetensorsStream, torch_dtype
+from zero_ds.runtime.zero3 import gathered, is_partitioned, parameter_shape
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
 
 OURS, THEIRS = "lora.", "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
@@ -53,7 +50,7 @@ def weights_hash(folder: Path) -> str | None:
         CheckpointError: neither of the two, or files that cannot be read.
     """
     if not is_peft_folder(folder):
-        return find_commit(folder).manifest.get("weights_sha256")
+        return find_checkpoint(folder).manifest.get("weights_sha256")
     path, digest = folder / WEIGHTS, hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -77,7 +74,7 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
     from safetensors import safe_open
 
     check_vacant(out)
-    commit = find_commit(weights)
+    commit = find_checkpoint(weights)
     config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
     path = commit.folder / "weights.safetensors"
     check_hash(path, str(commit.manifest.get("weights_sha256")))
@@ -101,7 +98,7 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
             settings.save_pretrained(str(folder))
             slices = {name: held.get_slice(name) for name in names}
             declared = [
-                (THEIRS + name.removeprefix(OURS), DTYPES[one.get_dtype()], torch.Size(one.get_shape()))
+                (THEIRS + name.removeprefix(OURS), torch_dtype(one.get_dtype()), torch.Size(one.get_shape()))
                 for name, one in slices.items()
             ]
             stream = SafetensorsStream(folder / WEIGHTS, declared)
@@ -141,7 +138,7 @@ def load_peft_(model: VisionLanguageModel, folder: Path, config: LoraConfig | No
                 if shape != expected:
                     raise ConfigError(f"{name} in {folder} has shape {shape}, the model's has {expected}.")
                 with gathered([parameter], modifier_rank=0), torch.no_grad():
-                    if distributed.is_rank_zero() or not hasattr(parameter, "ds_id"):
+                    if distributed.is_rank_zero() or not is_partitioned(parameter):
                         parameter.copy_(file.get_tensor(stored[name]).to(parameter.dtype))
     except ConfigError:
         raise

@@ -35,7 +35,7 @@ from zero_ds.runtime.files import check_vacant
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training.blueprint import blueprint, weights_names
-from zero_ds.training.checkpoint.checkpoint import Commit, check_hash, find_commit
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, check_hash, find_checkpoint
 from zero_ds.training.checkpoint.foreign import identity, in_pieces, write_result
 from zero_ds.training.stages import Part
 
@@ -93,7 +93,7 @@ def import_released(
     recipe = "stages/pretrain" if translated else "stages/encoder"
     config = load_run(recipe, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     for earlier in config.init_from:
-        find_commit(earlier)
+        find_checkpoint(earlier)
     model = blueprint(config, plan if translated else None)
     names = weights_names(model, parts)
     _compare(file, tensors, model, names, config)
@@ -216,7 +216,7 @@ def to_released(weights: Path, out: Path) -> int:
 
     if out.exists():
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
-    commit = find_commit(weights)
+    commit = find_checkpoint(weights)
     config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
     if config.encoder is None or not (config.encoder.patch_norm and config.adapter.boundary_tokens):
         raise ConfigError(
@@ -242,7 +242,7 @@ def to_released(weights: Path, out: Path) -> int:
     return len(tensors)
 
 
-def _name_outside(name: str, commit: Commit) -> str:
+def _name_outside(name: str, commit: Checkpoint) -> str:
     """A weight's name in the released layout."""
     part, _, rest = name.partition(".")
     plan = commit.manifest.get("plan")

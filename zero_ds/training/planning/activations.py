@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -134,13 +135,16 @@ def kept(
     width = cast(Any, model.decoder).config.get_text_config().hidden_size
     dtype = next(model.decoder.parameters()).dtype
     saved = _Saved(model)
-    with _attention_as_kernels(model, attention) as masked, saved.noting():
+    layers = list(model.family.layers(model.decoder))
+    stacks = [layers]
+    if model.encoder is not None and model.encoder_family is not None:
+        stacks.append(list(model.encoder_family.layers(model.encoder)))
+    with _attention_as_kernels(model, attention) as masked, _repeats_skipped(stacks, saved), saved.noting():
         learns = False
         if pictures and model.encoder is not None and model.encoder_family is not None:
             size = model.encoder_family.vision_config(model.encoder).image_size
             features = model.image_features(torch.empty(pictures, 3, size, size, dtype=dtype, device="meta"))
             learns = features.requires_grad
-        layers = list(model.family.layers(model.decoder))
         each = _by_layer(layers, saved)
         embeddings = torch.empty(1, length, width, dtype=dtype, device="meta")
         embedding = cast(Any, model.decoder).get_input_embeddings().weight
@@ -154,7 +158,7 @@ def kept(
     again: tuple[float, ...] = ()
     second_logits = 1
     if distilled and model.plan is not None:
-        again = tuple(each.sizes[model.plan.translators[0] :]) if learns else ()
+        again = tuple(each.sizes[model.plan.first_replaced :]) if learns else ()
         second_logits = 3 if learns else 2
     part = float(COPIES * min(SLICE, scores.numel() * 4))
     scores_kept = 2.0 * scores.nbytes * second_logits
@@ -206,6 +210,98 @@ def _by_layer(layers: list[nn.Module], saved: _Saved) -> _Layers:
     for layer in layers:
         noted.handles += [layer.register_forward_pre_hook(entering), layer.register_forward_hook(leaving)]
     return noted
+
+
+# -- layers that repeat each other -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Measured:
+    """Measurements of one layer's forward pass."""
+
+    size: int = 0
+    """Bytes by which `_Saved.total` grew."""
+    returns_tuple: bool = False
+    """Whether the layer returns its hidden states in a tuple."""
+
+
+@contextmanager
+def _repeats_skipped(stacks: Sequence[Sequence[nn.Module]], saved: _Saved) -> Iterator[None]:
+    """Lets layers that repeat the two before them count as much as the layer before, without running them.
+
+    Where layers with the same shapes, settings and trained parameters follow each other, the second, third, ... keep
+    the same number of bytes; only the first may also keep what they share. Measuring a model of 80 layers then takes
+    as long as measuring one of a few layers.
+
+    stacks: the layers of every part of the model, in the order in which they run.
+    """
+    replaced: list[nn.Module] = []
+    handles: list[Any] = []
+    for layers in stacks:
+        traits = [_traits(layer) for layer in layers]
+        measured = _Measured()
+        for number in range(1, len(layers)):
+            if traits[number] != traits[number - 1]:
+                continue
+            if number == 1 or traits[number - 1] != traits[number - 2]:  # the second of its kind stands for the rest
+                measured = _Measured()
+                handles += _measure(layers[number], measured, saved)
+            else:
+                cast(Any, layers[number]).forward = partial(_count_again, measured, saved)
+                replaced.append(layers[number])
+    try:
+        yield
+    finally:
+        for layer in replaced:
+            del layer.forward  # uncovers the method of the class
+        for handle in handles:
+            handle.remove()
+
+
+def _traits(layer: nn.Module) -> list[Any]:
+    """Returns all that a layer's need of memory can depend on, in a form that can be compared."""
+    tensors = [
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad)
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
+    ]
+    settings = [
+        (name, type(module), key, value)
+        for name, module in layer.named_modules()
+        for key, value in sorted(vars(module).items())
+        if key != "layer_idx" and isinstance(value, bool | int | float | str | None)
+    ]
+    return [tensors, settings]
+
+
+def _measure(layer: nn.Module, measured: _Measured, saved: _Saved) -> list[Any]:
+    """Notes in `measured` what the layer's next forward pass keeps; returns the handles of the hooks that do so."""
+
+    def entering(*_: Any) -> None:
+        measured.size = -saved.total
+
+    def leaving(module: nn.Module, inputs: Any, output: Any) -> None:
+        measured.size += saved.total
+        measured.returns_tuple = isinstance(output, tuple)
+
+    return [layer.register_forward_pre_hook(entering), layer.register_forward_hook(leaving)]
+
+
+def _count_again(measured: _Measured, saved: _Saved, *inputs: Any, **named: Any) -> Any:
+    """Stands in for a layer's forward pass: counts what was measured, and returns hidden states of the same shape."""
+    hidden = inputs[0] if inputs else named["hidden_states"]
+    saved.total += measured.size
+    output = _KeepNothing.apply(hidden)
+    return (output,) if measured.returns_tuple else output
+
+
+class _KeepNothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+        return upstream[0]
 
 
 # -- attention that keeps no score matrix ------------------------------------------------------------------------------

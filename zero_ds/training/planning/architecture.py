@@ -22,6 +22,7 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.options.int8 import quantize_
+from zero_ds.training.planning.cost import StepCost
 
 SHIPPED = Path(__file__).parent / "architectures"
 
@@ -67,6 +68,11 @@ class Architecture:
         """Of them where they are whole: those in 8 bits have one each."""
         own = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         return own + self.replaced * (1 if self.int8 else self.dtype.itemsize)
+
+    @cached_property
+    def cost(self) -> StepCost:
+        """FLOPs of a step. Counting them walks over all parameters, and a plan asks for them hundreds of times."""
+        return StepCost.of(self.model)
 
     @cached_property
     def largest_unit(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from zero_ds.model.losses import count_supervised
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.optimizer_state import parameter_shape
+from zero_ds.runtime.zero3 import parameter_shape
 
 LENGTH, SUPERVISED = 64, 24
 """A sequence of the demo in tokens, and how many of them carry loss; the ratios hardly depend on either."""
@@ -45,11 +45,9 @@ def encoder_step_ratio(surrogate: Path, *, distilled: bool, target: Path | None 
     flops = step_flops(surrogate, length=LENGTH, supervised=SUPERVISED)
     if distilled:
         plan = info.plan
-        late = plan.depth - plan.replaced[0].first
-        again = plan.surrogate_depth - plan.translators[0]
-        flops += step_flops(target, length=LENGTH, supervised=SUPERVISED, layers=late, backward=False)
+        flops += step_flops(target, length=LENGTH, supervised=SUPERVISED, layers=len(plan.target_late), backward=False)
         flops += step_flops(
-            surrogate, length=LENGTH, supervised=SUPERVISED, layers=again, trained=len(plan.translators)
+            surrogate, length=LENGTH, supervised=SUPERVISED, layers=len(plan.late), trained=len(plan.translators)
         )
     return flops / step_flops(target, length=LENGTH, supervised=SUPERVISED)
 
@@ -204,38 +202,52 @@ class Counts:
     """Samples that could not be used."""
     too_long: float
     """Samples of which no answer fits."""
-    plan: float = 0.0
-    """Number that stands for the step's plan (`batches.plan_number`), summed over ranks, and its square likewise."""
-    plan_squared: float = 0.0
+    layout: int = 0
+    """Checksum of the layout of this rank's rows in the step (`Batch.layout`), or its number of passes."""
+    same_layout: bool = True
+    """Whether the layout is the same on all ranks."""
 
     @classmethod
     def of(cls, batches: list[Batch], cost: StepCost) -> Counts:
         supervised = tokens = padded = shown = flops = skipped = too_long = 0.0
         for batch in batches:
-            lengths = batch["lengths"].double()
-            labels = count_supervised(batch["labels"])
+            lengths = batch.lengths.double()
+            labels = count_supervised(batch.labels)
             supervised, tokens = supervised + labels, tokens + float(lengths.sum())
-            padded += batch["attention_mask"].numel()
-            skipped, too_long = skipped + len(batch["skipped"]), too_long + len(batch["too_long"])
+            padded += batch.attention_mask.numel()
+            skipped, too_long = skipped + len(batch.skipped), too_long + len(batch.too_long)
             pictures = image_tokens = 0
-            if "pixel_values" in batch and bool((images := image_positions(batch["input_ids"])).any()):
-                pictures, image_tokens = len(batch["pixel_values"]), int(images.sum())
+            if batch.pixel_values is not None and bool((images := image_positions(batch.input_ids)).any()):
+                pictures, image_tokens = len(batch.pixel_values), int(images.sum())
                 shown += pictures
             flops += cost.flops(float(lengths.sum()), float((lengths**2).sum()), labels, pictures, image_tokens)
-        plan = float(batches[0].get("plan", len(batches)))
-        return cls(supervised, tokens, padded, shown, flops, skipped, too_long, plan, plan**2)
+        layout = batches[0].layout
+        number = len(batches) if layout is None else layout
+        return cls(supervised, tokens, padded, shown, flops, skipped, too_long, number)
 
     def over_ranks(self) -> Counts:
         """The global batch's. A collective."""
-        return Counts(*distributed.sum_over_ranks(*astuple(self)))
+        values = (
+            self.supervised,
+            self.tokens,
+            self.padded,
+            self.pictures,
+            self.flops,
+            self.skipped,
+            self.too_long,
+        )
+        sums, same_layout = distributed.sum_and_compare(values, mark=self.layout)
+        supervised, tokens, padded, pictures, flops, skipped, too_long = sums
+        return Counts(supervised, tokens, padded, pictures, flops, skipped, too_long, self.layout, same_layout)
 
     def check_plan(self, step: int) -> None:
-        """Of the sums over ranks: n numbers are alike if n times the sum of their squares is the square of their sum.
+        """Refuses a step that the ranks plan differently; called on the counts of the global batch.
 
         Raises:
-            DataError: ranks have other rows, or passes in other number, and would wait for each other; on every rank.
+            DataError: the ranks have other rows or another number of passes, and would wait for each other. Raised on
+                every rank.
         """
-        if distributed.world_size() * int(self.plan_squared) != int(self.plan) ** 2:
+        if not self.same_layout:
             raise DataError(
                 f"the ranks plan step {step} unlike each other, as if one of them read other data; see what the log "
                 "says of samples left out, and run again from the last commit"

@@ -16,7 +16,6 @@ from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config, ds_config_names
 from zero_ds.training.planning.activations import Kept, kept_by_longest
 from zero_ds.training.planning.architecture import Architecture, architecture
-from zero_ds.training.planning.cost import StepCost
 from zero_ds.training.planning.data import Data, Sample, data_of, steps_of
 from zero_ds.training.planning.memory import GIB, Memory, memory, recomputed
 from zero_ds.training.planning.speed import Cluster, Step, flops, step
@@ -127,7 +126,7 @@ def plan_run(
     )
     micro_batches = [n for n in range(1, of_rank + 1) if of_rank % n == 0]
     shown = max(n for n in micro_batches if n <= max(1, config.micro_batch))
-    cost = StepCost.of(parts.model)
+    cost = parts.cost
 
     def work(layers: int) -> tuple[float, float]:
         return flops(parts, cost, sample, config.global_batch, layers / len(of_one.layers))

@@ -14,7 +14,6 @@ from pathlib import Path
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.planning.cost import StepCost
 from zero_ds.training.planning.memory import GIB
 from zero_ds.training.planning.recipe import RunPlan, Words, plan_run
 from zero_ds.training.planning.speed import Cluster, Step, flops
@@ -171,7 +170,7 @@ def groups(plan: RunPlan, cluster: Cluster, ranks: int) -> Groups:
     whole = b * (frozen + trained)
     communication = accumulation * (2 * cluster.collective(whole, ranks) + cluster.collective(b * trained, ranks))
     communication += cluster.between_replicas(b * trained, ranks)
-    work = flops(parts, StepCost.of(parts.model), plan.sample, plan.config.global_batch, float(always))
+    work = flops(parts, parts.cost, plan.sample, plan.config.global_batch, float(always))
     computing = work[1] / (cluster.gpus * cluster.peak * cluster.mfu)
     step = Step(computing, communication, 0.0, work[0], cluster.gpus, cluster.peak)
     return Groups(ranks, cluster.gpus // ranks, state, peak(micro_batch), bool(fitting), micro_batch, step)

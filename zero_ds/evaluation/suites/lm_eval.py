@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,20 +14,21 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from zero_ds.evaluation.suites.lookup import Lookup, check_counts, check_limit, reading_data
+from zero_ds.evaluation.suites.lookup import TaskLookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.suites.results import Measured, Score
 from zero_ds.evaluation.suites.scores import task_scores
-from zero_ds.evaluation.suites.suites import Request, Task
+from zero_ds.evaluation.suites.tasks import SuiteOptions, Task
 from zero_ds.grafting.engines.vllm import device_options, name_cpu_build, starting
 from zero_ds.grafting.named_model import LoadedModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 
-logger = logging.getLogger(__name__)
+MEDIA = ("doc_to_visual", "doc_to_image", "doc_to_audio", "doc_to_video")
+"""Keys of a task file that show something other than text."""
 
 
 class Decoder(HFLM):
-    """HFLM around a decoder in memory, with torch.distributed where it would ask accelerate."""
+    """HFLM around a decoder in memory. It uses torch.distributed where HFLM would use accelerate."""
 
     @property
     def rank(self) -> int:
@@ -53,17 +53,18 @@ def _manager(folder: Path | None, defaults: bool) -> TaskManager:
     return TaskManager(include_path=str(folder) if folder is not None else None, include_defaults=defaults)
 
 
-class LmEval(Lookup[TaskManager]):
-    """lm-evaluation-harness with its own tasks and those of a folder, but for tasks with pictures, sounds or films."""
+class LmEval(TaskLookup[TaskManager]):
+    """lm-evaluation-harness with its own tasks and those of a folder, except tasks with images, audio or video."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__(_manager, folder)
 
     def knows(self, name: str) -> bool:
-        return super().knows(name) and not _more_than_text(self.manager([name]), name)
+        """See `Harness.knows`."""
+        return super().knows(name) and not _shows_media(self.manager([name]), name)
 
-    def check(self, tasks: tuple[Task, ...], request: Request) -> None:
-        """See `Backend.check`."""
+    def check(self, tasks: tuple[Task, ...], options: SuiteOptions) -> None:
+        """See `Harness.check`."""
         names = [task.name for task in tasks]
         try:
             with reading_data(names):
@@ -71,15 +72,15 @@ class LmEval(Lookup[TaskManager]):
         except ValueError as error:
             if not str(error).startswith("Duplicate task"):
                 raise
-            raise ConfigError(f"{error}; name it once, by itself or by its group.") from None
+            raise ConfigError(f"{error}; name it only once, by itself or by its group.") from None
         for name, task in found.items():
-            if request.max_new_tokens is None:
+            if options.max_new_tokens is None:
                 check_limit(name, (task.config.generation_kwargs or {}).get("max_gen_toks"))
-        check_counts({name: len(task.eval_docs) for name, task in found.items()}, request.limit)
+        check_counts({name: len(task.eval_docs) for name, task in found.items()}, options.limit)
 
-    def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], request: Request) -> Measured | None:
-        """See `Backend.measure`. One call of the harness for each number of examples."""
-        lm = _resident(loaded, request) if loaded.served is None else _served(loaded)
+    def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], options: SuiteOptions) -> Measured | None:
+        """See `Harness.measure`. Calls the harness once for each number of examples in the prompt."""
+        lm = _resident(loaded, options) if loaded.served is None else _served(loaded)
         by_shots: dict[int | None, list[Task]] = defaultdict(list)
         for task in tasks:
             by_shots[task.num_fewshot].append(task)
@@ -91,31 +92,29 @@ class LmEval(Lookup[TaskManager]):
                 model=lm,
                 tasks=list(names),
                 num_fewshot=shots,
-                limit=request.limit,
-                bootstrap_iters=request.bootstrap,
+                limit=options.limit,
+                bootstrap_iters=options.bootstrap,
                 task_manager=self.manager(names),
-                apply_chat_template=request.chat_template,
-                gen_kwargs={"max_gen_toks": request.max_new_tokens} if request.max_new_tokens else None,
+                apply_chat_template=options.chat_template,
+                gen_kwargs={"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
             )
             if found is None:
                 continue
             for task in group:
                 scores += task_scores(found, task, task.name)
-            if request.samples:
+            if options.samples:
                 samples |= found["samples"]
         if loaded.served is not None:
-            del lm  # an engine of the harness's own, which holds its devices; the next suite wants another
+            # this engine is the harness's own and holds the devices, which the next suite needs for its own engine
+            del lm
             gc.collect()
-        order = {task.name: place for place, task in enumerate(tasks)}
+        order = {task.name: index for index, task in enumerate(tasks)}
         scores.sort(key=lambda score: order[score.task])
         return Measured(tuple(scores), samples) if distributed.is_rank_zero() else None
 
 
-MEDIA = ("doc_to_visual", "doc_to_image", "doc_to_audio", "doc_to_video")
-
-
-def _more_than_text(manager: TaskManager, name: str) -> bool:
-    """Whether a task shows pictures, or a group has one that does; a text model would be asked without them."""
+def _shows_media(manager: TaskManager, name: str) -> bool:
+    """Returns whether a task, or a task of a group, shows images, audio or video, which a text model would not get."""
     entry = manager.task_index.get(name)
     if entry is None:
         return False
@@ -123,23 +122,24 @@ def _more_than_text(manager: TaskManager, name: str) -> bool:
     if any(config.get(key) is not None for key in MEDIA):
         return True
     members = config.get("task")
-    return isinstance(members, list) and any(
-        _more_than_text(manager, member) for member in members if isinstance(member, str)
-    )
+    if not isinstance(members, list):
+        return False
+    return any(_shows_media(manager, member) for member in members if isinstance(member, str))
 
 
-def _resident(loaded: LoadedModel, request: Request) -> LM:
+def _resident(loaded: LoadedModel, options: SuiteOptions) -> LM:
+    """Returns the harness's model around a decoder in memory."""
     return Decoder(
         pretrained=loaded.model.decoder,
         tokenizer=loaded.encoder.template.tokenizer,
-        batch_size=request.batch_size,
+        batch_size=options.batch_size,
         max_length=loaded.encoder.max_length,
         softmax_dtype="float32",
     )
 
 
 def _served(loaded: LoadedModel) -> LM:
-    """The harness's own class for vLLM, on the decoder's folder."""
+    """Starts the harness's own class for vLLM on the decoder's folder."""
     name_cpu_build()
     assert loaded.served is not None
     served = loaded.served

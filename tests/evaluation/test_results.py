@@ -1,4 +1,4 @@
-"""Results of harnesses side by side: differences with their intervals, the check of Table A.1, and what is refused."""
+"""Comparisons of results: differences with intervals, the check of Table A.1, and comparisons that are refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from zero_ds.cli.main import app
 from zero_ds.data.formats import DataError
 from zero_ds.evaluation.heldout.statistics import difference
-from zero_ds.evaluation.suites.results import Result, Score, compare, read_result, subtract
+from zero_ds.evaluation.suites.comparison import compare, subtract
+from zero_ds.evaluation.suites.results import Result, Score, read_result
 from zero_ds.evaluation.suites.scores import task_scores
-from zero_ds.evaluation.suites.suites import Task
+from zero_ds.evaluation.suites.tasks import Task
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def result(name: str, *scores: Score, harness: str = "lm-eval") -> Result:
 
 
 def test_a_difference_of_the_same_documents_is_paired() -> None:
-    """Nine documents in ten are answered alike: the paired interval is the narrower one, and it is the statistics'."""
+    """Nine documents in ten get the same answer: the paired interval is narrower, and equals that of `difference`."""
     first, second = score(100), score(100, shift=10)
     gap = subtract(second, first)
     keys = sorted(first.items)
@@ -61,20 +62,20 @@ def test_language_degradation(right: int, verdict: str) -> None:
         "tuned": [result("tuned", score(right), score(91, task="boolq"))],
     }
     text = compare(models)
-    assert verdict in text and "Language ability of tuned against target (2 figures" in text
+    assert verdict in text and "Language ability of tuned against target (2 metrics" in text
     assert f"| piqa | acc | 0.6 | {right / 200:.4g} | {right / 200 - 0.6:+.4g} [" in text
 
 
-def test_pictures_and_perplexities_are_no_language_check() -> None:
+def test_images_and_perplexities_are_not_a_language_check() -> None:
     seen = {name: [result(name, score(9), harness="lmms-eval")] for name in ("a", "b")}
     assert "Language" not in compare(seen)
     odd = {name: [result(name, score(9, higher_is_better=False))] for name in ("a", "b")}
     assert "Language" not in compare(odd)
 
 
-def test_what_cannot_be_compared() -> None:
+def test_results_that_cannot_be_compared() -> None:
     one = [result("a", score(9, num_fewshot=5))]
-    with pytest.raises(DataError, match="at least two results of different models"):
+    with pytest.raises(DataError, match="results of at least two models"):
         compare({"a": one})
     with pytest.raises(DataError, match="a and b share no task"):
         compare({"a": one, "b": [result("b", score(9, task="boolq"))]})
@@ -84,31 +85,31 @@ def test_what_cannot_be_compared() -> None:
         compare({"a": one, "b": [result("b", score(9, of=100, num_fewshot=5))]})
 
 
-def test_sums_over_other_documents_are_no_comparison() -> None:
-    """MME's figures are sums, without scores of documents; how many there were is known all the same."""
+def test_sums_over_other_documents_are_refused() -> None:
+    """MME's metrics are sums without scores of documents, but the number of documents is known."""
     some = {name: [result(name, Score("mme", "sum", 900.0, documents=n))] for name, n in (("a", 100), ("b", 2374))}
     with pytest.raises(DataError, match=r"mme was measured with different settings \(n: a: 100, b: 2374\)"):
         compare(some)
 
 
 def test_two_results_of_one_name() -> None:
-    """The second would hide the first, and the comparison would be of either with itself."""
+    """The second result would hide the first, so that one of them would be compared with itself."""
     twice = [result("runs/my", score(9)), result("runs/my", score(90))]
-    with pytest.raises(DataError, match=r"2 results are called 'runs/my' and hold piqa acc; .* --name"):
+    with pytest.raises(DataError, match=r"2 results with the name 'runs/my' hold piqa acc; .* --name"):
         compare({"runs/my": twice, "target": [result("target", score(9))]})
 
 
-def test_what_was_measured_otherwise_is_said() -> None:
-    """Other documents under the same numbers are not paired; other templates and versions are named."""
+def test_different_settings_are_named() -> None:
+    """Other documents with the same numbers are not paired; other chat templates and versions are named."""
     first, second = score(100, targets="a"), score(110, targets="a")
     plain = compare({"a": [result("a", first)], "b": [result("b", second)]})
-    assert "otherwise" not in plain
+    assert "other settings" not in plain
     moved = replace(second, targets="b")
     apart, paired = subtract(moved, first).high, subtract(second, first).high
     assert apart is not None and paired is not None and apart > paired
     odd = replace(result("b", moved), setting={"chat_template": True}, harness={"name": "lm-eval", "version": "2"})
-    told = "chat_template True against False; lm-eval 2 against 1; other documents in piqa"
-    assert f"b was measured otherwise than a: {told}." in compare(
+    told = "chat_template True instead of False; lm-eval 2 instead of 1; other documents in piqa"
+    assert f"b was measured with other settings than a: {told}." in compare(
         {"a": [replace(result("a", first), setting={"chat_template": False})], "b": [odd]}
     )
 
@@ -126,17 +127,17 @@ def test_command(tmp_path: Path) -> None:
     for path, complaint in (
         ("empty", "holds no result"),
         ("nothing.json", "there is no result"),
-        ("odd.json", "is no result of zero-ds eval"),
+        ("odd.json", "is not a result of zero-ds eval"),
         ("old.json", "has format 0"),
     ):
         bad = CliRunner().invoke(app, ["eval", "compare", str(tmp_path / path)])
         assert isinstance(bad.exception, DataError) and complaint in str(bad.exception)
     nowhere = CliRunner().invoke(app, [*command, str(tmp_path / "odd.json/both.md")])
-    assert isinstance(nowhere.exception, ConfigError) and "name one in a folder" in str(nowhere.exception)
+    assert isinstance(nowhere.exception, ConfigError) and "name a file in a folder" in str(nowhere.exception)
 
 
 def test_a_group_is_the_mean_of_its_documents() -> None:
-    """As in mmlu: groups in groups, weighted by size. A value that is no mean of documents keeps none."""
+    """As in mmlu, groups contain groups, weighted by size. A value that is not the documents' mean keeps no scores."""
     found = {
         "results": {"mmlu": {"alias": "mmlu", "acc,none": 0.6, "acc_stderr,none": 0.1}},
         "groups": {},

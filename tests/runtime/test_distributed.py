@@ -1,0 +1,29 @@
+"""Collectives of runtime/distributed.py, on two ranks."""
+
+from __future__ import annotations
+
+import pytest
+from distributed_helper import run_ranks
+
+from zero_ds.runtime import distributed
+
+MARKS = [(0, 0), (5, 5), (2**64 - 1, 2**64 - 1), (4, 5), (0, 1), (2**40, 2**40 + 1), (1 << 16, 1), (1, 2**63)]
+
+
+def compare(marks: list[tuple[int, int]]) -> list[bool]:
+    distributed.initialize()
+    found = [distributed.same_on_all_ranks(pair[distributed.rank()]) for pair in marks]
+    sums, same = distributed.sum_and_compare((1.5, distributed.rank()), mark=7)
+    assert (sums, same) == ([3.0, 1.0], True)
+    return found
+
+
+def test_ranks_see_whether_they_agree() -> None:
+    assert run_ranks(compare, 2, MARKS) == [[left == right for left, right in MARKS]] * 2
+
+
+def test_a_single_process_agrees_with_itself() -> None:
+    assert distributed.same_on_all_ranks(2**63)
+    assert distributed.sum_and_compare((1.0, 2.0), mark=3) == ([1.0, 2.0], True)
+    with pytest.raises(AssertionError, match="does not fit into 64 bits"):
+        distributed.same_on_all_ranks(-1)
