@@ -29,7 +29,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "zero_ds.training.train",
-        "zero_ds.grafting.graft",
+        "zero_ds.grafting.load",
         "deepspeed",
         "torch.utils.tensorboard",
         "datasets",

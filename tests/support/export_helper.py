@@ -75,7 +75,7 @@ def here(monkeypatch: pytest.MonkeyPatch, questions: int = 2, tokens: int = 6) -
         yield finish
 
     monkeypatch.setattr(proof, "run_fresh", run)
-    monkeypatch.setattr("zero_ds.export.fresh._Refuse.find_spec", lambda *arguments: None)
+    monkeypatch.setattr("zero_ds.export.fresh._RefuseZeroDs.find_spec", lambda *arguments: None)
     monkeypatch.setattr(proof, "QUESTIONS", proof.QUESTIONS[:questions])
     monkeypatch.setattr(proof, "TOKENS", tokens)
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from zero_ds.cli.main import app
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
-from zero_ds.grafting.graft import load_graft, load_trained
+from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint

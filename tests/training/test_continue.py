@@ -70,7 +70,7 @@ def test_what_cannot_be_continued(
 def test_grafting_reads_what_a_continued_run_started_from(
     run_config: Callable[..., RunConfig], trained: Path, made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from zero_ds.grafting.graft import load_graft
+    from zero_ds.grafting.load import load_graft
 
     config = run_config("adapter", tmp_path / "adapter", decoder="target", continue_from=str(trained / "encoder"))
     assert run_ranks(train_all, 1, [config]) == [["step-000006"]]

@@ -93,7 +93,7 @@ def test_an_answer_is_what_greedy_decoding_gives(
     """The run's last answers equal those of the evaluation's decoding, which has a cache, with the saved weights."""
     from zero_ds.data.sources import Records
     from zero_ds.grafting.generate import Answerer
-    from zero_ds.grafting.graft import load_trained
+    from zero_ds.grafting.load import load_trained
     from zero_ds.model.build import sample_encoder
 
     last = [json.loads(line) for line in (runs / "looking" / "answers.jsonl").read_text().splitlines()][-3:]

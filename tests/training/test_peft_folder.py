@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.config.schema import RunConfig
-from zero_ds.grafting.graft import load_graft
+from zero_ds.grafting.load import load_graft
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError

@@ -19,7 +19,7 @@ from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
 from zero_ds.data.batches import collate
-from zero_ds.grafting.graft import load_trained
+from zero_ds.grafting.load import load_trained
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.distillation import Teacher

@@ -31,7 +31,8 @@ from zero_ds.cli.main import app
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
-from zero_ds.grafting.graft import compatibility, load_graft, load_trained, run_config
+from zero_ds.grafting.compatibility import compatibility, run_config
+from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.build import sample_encoder
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.vlm import VisionLanguageModel

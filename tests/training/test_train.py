@@ -337,7 +337,7 @@ def test_a_resumed_run_has_every_step_once_in_tensorboard(runs: Path) -> None:
 
 
 def test_init_from_starts_the_next_stage(runs: Path, ends: dict[str, str], small: Path) -> None:
-    from zero_ds.grafting.graft import load_trained
+    from zero_ds.grafting.load import load_trained
 
     assert ends["encoder"] == "step-000002"
     start, begun = (

@@ -13,7 +13,7 @@ from torch import nn
 from zero_ds.config.schema import AdapterConfig, EncoderConfig
 from zero_ds.data.samples import image_positions
 from zero_ds.model import lora
-from zero_ds.model.adapter import Adapter, Boundary, adapter_modules
+from zero_ds.model.adapter import Adapter, Boundary, adapter_modules, belongs_to
 from zero_ds.model.decoders import Family
 from zero_ds.model.encoders import EncoderFamily
 from zero_ds.model.layer_plan import LayerPlan
@@ -102,7 +102,7 @@ class VisionLanguageModel(nn.Module):
         return named
 
     def _adapter_parameters(self) -> NamedParameters:
-        named = [(n, p) for n, p in self.named_parameters() if n.startswith(("adapter.", "boundary."))]
+        named = [(n, p) for n, p in self.named_parameters() if belongs_to(n, "adapter", "boundary")]
         return named + self._norm_parameters()
 
     def _norm_parameters(self) -> NamedParameters:
@@ -117,7 +117,7 @@ class VisionLanguageModel(nn.Module):
         return [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if p in wanted]
 
     def _aligner_parameters(self) -> NamedParameters:
-        return [(n, p) for n, p in self.named_parameters() if n.startswith("aligner.")]
+        return [(n, p) for n, p in self.named_parameters() if belongs_to(n, "aligner")]
 
     def _translator_parameters(self) -> NamedParameters:
         return _numbered("translator", enumerate(self.translators()))

@@ -18,7 +18,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
-from zero_ds.model.adapter import match_embeddings_
+from zero_ds.model.adapter import belongs_to, match_embeddings_
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.distillation import Teacher
@@ -232,8 +232,8 @@ def load_initial_weights(model: VisionLanguageModel, config: RunConfig, manifest
         else:
             loaded |= _load_result(model, config, manifest, folder)
     refuse_untrained(model, config, loaded)
-    last = "adapter." if model.aligner is None else "aligner."
-    is_new = model.adapter is not None and not any(name.startswith(last) for name in loaded)
+    last = "adapter" if model.aligner is None else "aligner"
+    is_new = model.adapter is not None and not any(belongs_to(name, last) for name in loaded)
     if config.adapter.match_embeddings and is_new:
         factor = match_embeddings_(model, first_pixels(loader))
         logger.info("image tokens scaled by %.3g to match the word embeddings", factor)
@@ -250,7 +250,7 @@ def _load_result(model: VisionLanguageModel, config: RunConfig, manifest: Manife
     names = load_weights_(model.named_targets(), checkpoint, skip=lambda name: stages.belongs_elsewhere(config, name))
     if any(name.startswith(stages.SURROGATE_ONLY) for name in names):
         check_manifest(checkpoint, {"plan": manifest["plan"]})
-    if any(name.startswith("aligner.") for name in names):  # the encoder before an aligner had another decoder (A.8)
+    if any(belongs_to(name, "aligner") for name in names):  # the encoder before an aligner had another decoder (A.8)
         check_manifest(checkpoint, target)
     logger.info("loaded %d tensors from %s", len(names), checkpoint.folder)
     return names
@@ -291,7 +291,7 @@ def refuse_untrained(model: VisionLanguageModel, config: RunConfig, loaded: set[
     trained = stages.trained_parts(config)
     for part in ("adapter", "aligner"):
         exists = getattr(model, part) is not None
-        if exists and part not in trained and not any(name.startswith(f"{part}.") for name in loaded):
+        if exists and part not in trained and not any(belongs_to(name, part) for name in loaded):
             raise ConfigError(
                 f"stage {config.stage} does not train the {part}, and init_from brings none; name a run that did."
             )
