@@ -1,4 +1,4 @@
-"""Recipes and overrides -> RunConfig: every key known, every error one sentence, the dump enough to repeat a run."""
+"""In recipes and overrides every key is known, every error is one sentence, and the dump is enough to repeat a run."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
 
 
 def test_extends_looks_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe and its base travel together; where the command was started has no say in it."""
+    """A base is found relative to the recipe, whatever the working folder."""
     write(tmp_path, {**BASE, "seed": 7}, "base.yaml")
     top = write(tmp_path, {"extends": "base.yaml"}, "top.yaml")
     (tmp_path / "elsewhere").mkdir()
@@ -299,7 +299,7 @@ def test_did_you_mean() -> None:
 
 
 def test_old_commits_are_known_again() -> None:
-    """A fingerprint that was made before `compile`, `kernels` and `frozen_weights` were there."""
+    """This fingerprint was made before `compile`, `kernels` and `frozen_weights` existed."""
     plain = RunConfig(stage="encoder", target="t", out="o")
     assert plain.fingerprint() == "e114ee41a9cad954"
     assert RunConfig(stage="encoder", target="t", out="o", frozen_weights="int8").fingerprint() != plain.fingerprint()

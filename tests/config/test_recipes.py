@@ -1,4 +1,4 @@
-"""Every recipe resolves with every DeepSpeed config; a config that says something else than the recipe is refused."""
+"""Every recipe resolves with every DeepSpeed config, and a config that contradicts its recipe is an error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zero_ds.training.engine import schedule
 
 
 def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:
-    """The run and the DeepSpeed configuration that `zero-ds train ... --dry-run` prints."""
+    """Returns the run and the DeepSpeed configuration that `zero-ds train ... --dry-run` prints."""
     result = CliRunner().invoke(app, ["train", *arguments, "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     line = next(line for line in result.stdout.splitlines() if line.startswith("# DeepSpeed: "))
@@ -31,7 +31,7 @@ def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:
 
 
 class Ranks:
-    """Stands for a process group of n ranks where DeepSpeed asks how many there are."""
+    """Stands in for a process group of n ranks where DeepSpeed asks for their number."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -96,13 +96,13 @@ def test_baselines_and_controls(model: str) -> None:
     for name, surrogate in early.items():
         first, last = name.split("-")[1:3]
         assert surrogate == f"runs/{model}/T{first[1:]}-{last}" and recipes[name].stage == name.split("-")[-1]
-    for config in recipes.values():  # what a run starts from is what another recipe makes
+    for config in recipes.values():  # every start of a run is the result of another recipe
         assert set(config.starts) <= {other.out for other in recipes.values()}
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where DeepSpeed can compile what swaps to a disk; whether it can here is not asked."""
+    """Acts as on a machine where DeepSpeed can compile its swapping to disk, whether or not it can on this one."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
@@ -135,12 +135,12 @@ def test_every_recipe_on_more_ranks(recipe: str, world_size: int) -> None:
 
 
 def accept(ds: dict[str, Any], world_size: int) -> None:
-    """DeepSpeed's own reading of the configuration, which checks types, stages and batch arithmetic."""
+    """Lets DeepSpeed parse the configuration, which checks types, stages and batch arithmetic."""
     import deepspeed.comm
     from deepspeed.runtime.config import DeepSpeedConfig
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # it asks for rank and size in one breath
+        patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # it asks for the rank along with the size
         read = DeepSpeedConfig(copy.deepcopy(ds), mpu=Ranks(world_size))
     assert read.world_size == world_size
     assert read.train_batch_size == ds["train_batch_size"]
@@ -160,7 +160,7 @@ def test_dry_run_asks_for_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ds_config_names())
 def test_released_deepspeed_configs_satisfy_deepspeed_itself(name: str) -> None:
-    """So that a dry run need not load DeepSpeed to check a file that nobody has changed."""
+    """A dry run need not load DeepSpeed to check a file that nobody has changed."""
     path = DS_CONFIG_ROOT / f"{name}.json"
     text = path.read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -191,7 +191,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def json_file(tmp_path: Path) -> Any:
-    """`json_file({...})`: zero2.json with these entries set, as a file."""
+    """Returns `json_file({...})`, which writes zero2.json with these entries set."""
 
     def write(changes: dict[str, Any] | str) -> str:
         path = tmp_path / "mine.json"

@@ -1,4 +1,4 @@
-"""Turns -> ids and labels. The golden test shows text, ids and labels side by side; the others say what must hold."""
+"""Encoding of turns as ids and labels. The golden test shows text, ids and labels; the others check rules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encode(*turns: Turn, **options: Any) -> EncodedConversation:
 
 
 def learned(encoded: EncodedConversation) -> str:
-    """The supervised tokens as text."""
+    """Returns the supervised tokens as text."""
     return str(TOKENIZER.decode([label for label in encoded.labels if label != IGNORE]))
 
 
@@ -67,8 +67,8 @@ The shape is a star. learned
 <|im_end|>   learned
 \\n           .
 """
-"""One line a token, or a run of tokens that are treated alike. special: learned only where the template's special
-tokens are supervised (appendix A.5)."""
+"""One line per token, or per run of tokens that are treated in the same way. special: learned only where the template's
+special tokens are supervised (appendix A.5)."""
 
 
 @pytest.mark.parametrize("supervise", ["response", "special_tokens"])
@@ -152,7 +152,7 @@ def test_end_of_turn() -> None:
     assert TEMPLATE.end_of_turn() == TOKENIZER.convert_tokens_to_ids("<|im_end|>")
 
 
-# -- whatever is typed -------------------------------------------------------------------------------------------------
+# -- typed special tokens ----------------------------------------------------------------------------------------------
 
 typed = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(
     lambda s: "<image>" not in s
@@ -184,7 +184,7 @@ def test_ids_decode_to_the_rendered_template(turns: list[Turn], supervise: Any) 
 @given(conversations)
 @settings(max_examples=30)
 def test_the_prompt_to_generate_from_is_a_prefix_of_training(turns: list[Turn]) -> None:
-    """What a model is asked with is, token for token, what it was trained behind."""
+    """A prompt equals, token for token, the text that preceded the answer in training."""
     prompt = encode(*turns[:-1], generate=True).input_ids
     assert encode(*turns).input_ids[: len(prompt)] == prompt
 
@@ -193,7 +193,7 @@ def test_the_prompt_to_generate_from_is_a_prefix_of_training(turns: list[Turn]) 
 
 
 def test_a_template_that_thinks_opens_prompts_like_answers() -> None:
-    """Qwen3's puts an empty thought before the last answer, and into a prompt only where thinking is switched off."""
+    """Qwen3's template puts an empty thought before the last answer, and into a prompt only with thinking off."""
     thought = "{% if THINKS %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
     template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -243,7 +243,7 @@ def test_cut_turns_keeps_as_much_as_fits(turns: list[Turn], length: int) -> None
 
 
 def test_many_turns_are_cut_in_time() -> None:
-    """Before bisection 800 pairs took minutes; what is remembered of them is bounded."""
+    """Without bisection 800 pairs took minutes; the caches that they fill are bounded."""
     template = ChatTemplate(TOKENIZER)
     turns = [Turn(role, f"{role} {number}.") for number in range(800) for role in ("user", "assistant")]  # type: ignore[arg-type]
     calls: list[int] = []
@@ -263,7 +263,7 @@ def test_many_turns_are_cut_in_time() -> None:
     assert len(calls) == kept + REMEMBERED + 9 and len(template._structures) <= REMEMBERED
 
 
-# -- what a template reads besides the turns ---------------------------------------------------------------------------
+# -- dates and other inputs of a template ------------------------------------------------------------------------------
 
 DATED = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}never{% endif %}\n"
 
@@ -289,7 +289,7 @@ def test_the_fixed_date_is_one_day() -> None:
     [("m['content'] | trim", "ask"), ("m['content']", " ask\n"), ("m['content'].rstrip()", " ask")],
 )
 def test_blanks_of_the_template_beside_contents_stay(content: str, expected: str) -> None:
-    """Llama-2's and Mistral's templates write blanks where the trimmed ones were."""
+    """Llama-2's and Mistral's templates write spaces in the place of trimmed ones."""
     template = ChatTemplate(
         TOKENIZER, "{% for m in messages %}{{ '[INST] ' + (" + content + ") + ' [/INST]' }}{% endfor %}"
     )
@@ -298,7 +298,7 @@ def test_blanks_of_the_template_beside_contents_stay(content: str, expected: str
 
 
 def test_added_tokens_that_are_words_stay_tokens() -> None:
-    """Gemma's line breaks and tables are added tokens of its vocabulary; nothing in a template goes by them."""
+    """Gemma's line breaks and tables are added tokens, but its template does not use them."""
     words = tiny.tokenizer(plain=("\n\n", "The"))
     assert "The" in words.backend_tokenizer.get_vocab(with_added_tokens=False)
     ids = ChatTemplate(words).encode_text("The shape\n\nThe</think>")
@@ -307,7 +307,7 @@ def test_added_tokens_that_are_words_stay_tokens() -> None:
 
 
 def test_texts_are_those_of_the_tokenizer_whatever_was_asked_of_it_before() -> None:
-    """Its core is asked without transformers; a call that pads and cuts leaves the core set to do so."""
+    """The tokenizer's core is called directly, and a call of its wrapper may leave it set to pad and truncate."""
     texts = ["The shape", "", "<|eot_id|> is typed", " a longer text of several words\n", "The shape"]
     words = tiny.tokenizer()
     expected = [words(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]

@@ -1,4 +1,4 @@
-"""Data files of every kind come out record by record, as their own libraries read them, or end in one sentence."""
+"""Data files of every kind are read record by record, as other libraries read them, or end in one sentence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ trees = st.recursive(
 
 
 def as_json(text: str) -> Any:
-    """What a whole-file reader makes of it: the list, or DataError where it is no list with something in it."""
+    """Returns what a reader of whole files returns: the list, or DataError for anything but a list with elements."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -62,7 +62,7 @@ def test_a_list_is_read_in_pieces_of_any_size(
     with mock.patch.object(files, "BLOCK", block):
         found = ours(path)
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        assert found is DataError, "half a surrogate pair is no UTF-8"
+        assert found is DataError, "half of a surrogate pair is not valid UTF-8"
     else:
         assert found == as_json(text)
 
@@ -97,7 +97,7 @@ def test_a_string_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path) 
 
 
 def test_a_byte_that_is_not_utf8_is_reported_as_such(tmp_path: Path) -> None:
-    """A block that ends with an element is followed by one with the byte: not by a number that goes on."""
+    """The block after an element is read in case the element goes on; an error there is not one of the element."""
     path = tmp_path / "x.json"
     path.write_bytes(b'[true, {"\xff": 1}]')
     with mock.patch.object(files, "BLOCK", 5), pytest.raises(DataError, match="byte 0xff is not valid UTF-8"):
@@ -113,7 +113,7 @@ def test_objects_nested_too_deeply(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
 def test_a_number_of_thousands_of_digits(tmp_path: Path, name: str) -> None:
-    """Python refuses to make an integer of it, with an error that is no JSON error."""
+    """Python does not convert it to an integer, and raises an error that is not a JSON error."""
     number = '{"id": ' + "9" * 5000 + "}"
     (tmp_path / name).write_text(f"[{number}]" if name == "x.json" else number, encoding="utf-8")
     with pytest.raises(DataError, match="digits") as caught:
@@ -123,7 +123,7 @@ def test_a_number_of_thousands_of_digits(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.parquet"])
 def test_a_pipe_is_no_data_file(tmp_path: Path, name: str) -> None:
-    """Opened like a file, it would wait for a writer for ever."""
+    """Opening it like a file would wait for a writer forever."""
     os.mkfifo(tmp_path / name)
     for read in (raw_records, lambda path: Records([SourceConfig(path=str(path))])):
         with pytest.raises(DataError, match="regular file"):
@@ -209,7 +209,7 @@ def check(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
-    """The library's own layout of what it fetched, and no network."""
+    """The cache has the library's own layout, and there is no network."""
     folder = tmp_path / "hub" / "datasets--somebody--talks"
     snapshot = folder / "snapshots" / ("0" * 40)
     (snapshot / "data").mkdir(parents=True)
@@ -221,7 +221,7 @@ def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
         )
     whole, part = (check("somebody/talks", *more, home=tmp_path) for more in ((), ("--files", "data/math-*")))
     assert (whole.returncode, part.returncode) == (0, 0), whole.stderr + part.stderr
-    assert "12 samples, 0 pictures" in whole.stdout and "8 samples, 0 pictures" in part.stdout
+    assert "12 samples, 0 images" in whole.stdout and "8 samples, 0 images" in part.stdout
     other = check("somebody/else", home=tmp_path)
     assert other.returncode == 2 and "Traceback" not in other.stderr
     assert "could not be fetched from the hub" in other.stderr and len(other.stderr.strip().splitlines()) == 1

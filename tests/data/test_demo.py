@@ -1,4 +1,4 @@
-"""The demo's data set: seeded, without a held-out picture in training, and readable by what reads real data."""
+"""The demo's data set is seeded, has no held-out image in training, and is read like real data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data.demo import folder
-from zero_ds.data.demo.scenes import BACKGROUNDS, COLORS, caption, draw, sample_scene, write_demo
+from zero_ds.data.demo.dataset import write_demo
+from zero_ds.data.demo.scenes import BACKGROUNDS, COLORS, caption, draw, sample_scene
 from zero_ds.data.demo.warmup import warm_up
 from zero_ds.data.sources import Records
 from zero_ds.evaluation.heldout.records import read_records
@@ -72,7 +73,7 @@ def test_scenes_are_drawn_as_described() -> None:
         colors = [color for _, color in image.getcolors(maxcolors=image.width * image.height)]
         red, green, blue = COLORS[scene.color]
         near = [c for c in colors if abs(c[0] - red) + abs(c[1] - green) + abs(c[2] - blue) < 90]
-        assert near, f"no {scene.color} in the picture of {scene}"
+        assert near, f"no {scene.color} in the image of {scene}"
 
 
 def test_an_existing_folder_is_left_alone(demo: Path) -> None:
@@ -113,7 +114,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         out.mkdir(parents=True)
         return {"color": 1.0}
 
-    monkeypatch.setattr("zero_ds.data.demo.scenes.write_demo", write_demo)
+    monkeypatch.setattr("zero_ds.data.demo.dataset.write_demo", write_demo)
     monkeypatch.setattr("zero_ds.data.demo.warmup.warm_up", warm_up)
     return calls
 

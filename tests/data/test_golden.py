@@ -1,4 +1,4 @@
-"""What each family's chat template becomes: text, ids and labels of one conversation, side by side, in tests/golden/.
+"""Golden files for the chat template of each family, with text, ids and labels of one conversation.
 
 The templates below give the wording of the families' own for plain conversations. Rewrite the files after a change that
 is meant with `python tests/data/test_golden.py`, and read the difference.
@@ -59,7 +59,7 @@ TEMPLATES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "smollm2": ({"spare": ()}, tiny.TEMPLATE),
 }
-"""Family -> what its tokenizer names and holds besides, as published, and its template."""
+"""Special tokens, added tokens and chat template of each family, as published."""
 TURNS = (
     Turn("user", "In<image> and<image>, which? Say <|im_end|> or <|eot_id|>."),
     Turn("assistant", "The star.\n"),
@@ -70,7 +70,7 @@ TURNS = (
 
 @functools.cache
 def tokenizer_of(family: str) -> Any:
-    """Written and read again, as a model's folder gives it."""
+    """Saves a tokenizer and loads it again, as from a model's folder."""
     options, template = TEMPLATES[family]
     with tempfile.TemporaryDirectory() as folder:
         tiny.tokenizer(template=template, **options).save_pretrained(folder)
@@ -78,7 +78,7 @@ def tokenizer_of(family: str) -> Any:
 
 
 def rendered(family: str) -> str:
-    """A line a token: id, text, and whether it is learned with each supervision."""
+    """Returns a line per token: id, text, and whether it is learned with each kind of supervision."""
     tokenizer = tokenizer_of(family)
     ways: tuple[Supervision, ...] = ("response", "special_tokens", "full")
     encoded = [ChatTemplate(tokenizer).encode(TURNS, tokens_per_image=2, supervise=way) for way in ways]
@@ -128,7 +128,7 @@ def test_an_answer_ends_with_the_familys_token(family: str) -> None:
 @pytest.mark.parametrize("generate", [False, True])
 @pytest.mark.parametrize("family", list(TEMPLATES))
 def test_the_tokens_say_what_the_template_says(family: str, generate: bool) -> None:
-    """Also with white space around contents, which some templates trim and others keep."""
+    """The conversation has white space around contents, which some templates trim and others keep."""
     tokenizer = tokenizer_of(family)
     turns = [Turn("user", "  Why?\n"), Turn("assistant", "\tIt is. "), Turn("user", " So? ")][: 3 if generate else 2]
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]

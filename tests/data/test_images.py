@@ -1,4 +1,4 @@
-"""Any file -> upright RGB or one sentence; RGB -> the same pixel values as transformers makes."""
+"""Any file becomes upright RGB or one sentence, and RGB becomes the pixel values that transformers makes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def saved(folder: Path, image: Image.Image, name: str, **options: Any) -> Path:
 
 
 def apart(left: Image.Image, right: Image.Image) -> float:
-    """Mean difference of two pictures on the scale 0 to 255."""
+    """Returns the mean difference of two images on the scale 0 to 255."""
     return float(np.abs(np.asarray(left, np.float64) - np.asarray(right, np.float64)).mean())
 
 
@@ -56,7 +56,7 @@ def test_color_modes(tmp_path: Path, mode: str, name: str) -> None:
 
 
 def test_a_tiff_of_luma_and_chroma(tmp_path: Path) -> None:
-    """Pillow reads it uncompressed from 13 on; before, it takes it for RGBX and is refused like a damaged file."""
+    """Pillow reads it uncompressed from version 13; earlier ones take it for RGBX and reject it as damaged."""
     path = saved(tmp_path, COLORED.convert("YCbCr"), "a.tiff")
     if int(PIL.__version__.split(".")[0]) < 13:
         refused(path, "cannot be read")
@@ -66,7 +66,7 @@ def test_a_tiff_of_luma_and_chroma(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "I;16", "I", "F"])
 def test_gray_modes(tmp_path: Path, mode: str) -> None:
-    """Sixteen bits and more are scaled to eight, not cut off at 255."""
+    """Images of 16 bits and more are scaled to 8 bits and not clipped at 255."""
     if mode in ("I;16", "I"):
         array = np.asarray(RAMP).astype(np.uint16) * 257
         path = tmp_path / "a.png"
@@ -81,7 +81,7 @@ def test_gray_modes(tmp_path: Path, mode: str) -> None:
 
 
 def test_sixteen_bit_color(tmp_path: Path) -> None:
-    """Pillow cannot write it, cameras do: three channels of sixteen bits."""
+    """Three channels of 16 bits, which cameras write and Pillow cannot."""
     array = np.asarray(COLORED).astype(">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in array)
     path = tmp_path / "a.png"
@@ -137,7 +137,7 @@ def test_no_picture(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_rare_format_under_a_common_name(tmp_path: Path) -> None:
-    """What a file is says its content; decoders that hardly anyone uses are not offered to strangers."""
+    """The content decides the format of a file, and rarely used decoders are not exposed to untrusted files."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", format="DDS")
     refused(tmp_path / "a.jpg", "cannot be read")
 
@@ -145,7 +145,7 @@ def test_a_rare_format_under_a_common_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 def test_truncated(tmp_path: Path, name: str, lenient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a library has told Pillow to fill up what is missing, as lmms-eval does."""
+    """They are errors even if a library has told Pillow to fill them up, as lmms-eval does."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     noise = Image.effect_noise((200, 200), 90).convert("RGB")
     path = saved(tmp_path, noise, name)
@@ -158,7 +158,7 @@ def test_truncated(tmp_path: Path, name: str, lenient: bool, monkeypatch: pytest
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) -> None:
-    """A few bytes that claim billions of pixels; 12,000 lies where Pillow itself only warns."""
+    """A few bytes claim billions of pixels; at 12,000 Pillow itself only warns."""
     assert side * side > MAX_PIXELS
     path = tmp_path / "a.png"
     path.write_bytes(png(side, side, data=zlib.compress(b"\0" * 1000)))
@@ -166,7 +166,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) ->
 
 
 def test_text_bomb(tmp_path: Path) -> None:
-    """A PNG text chunk that unpacks to far more than the picture."""
+    """A PNG text chunk unpacks to far more than the image."""
     path = tmp_path / "a.png"
     packed = b"comment\0\0" + zlib.compress(b"a" * (1 << 27))
     chunk = struct.pack(">I", len(packed)) + b"zTXt" + packed + struct.pack(">I", zlib.crc32(b"zTXt" + packed))
@@ -213,7 +213,7 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (32, 32), (64, 64), (7, 90), (1, 1), (500, 3)])
 def test_pixels_equal_those_of_transformers(size: tuple[int, int]) -> None:
-    """The processor that an export ships with pads and resizes to the same pixels (Llava's own image processor)."""
+    """The processor in an export, Llava's own, pads and resizes to the same pixels."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     image = COLORED.resize(size)
@@ -249,7 +249,7 @@ def test_a_folder_without_a_usable_processor(made: Any, tmp_path: Path, content:
     shutil.copytree(made("clip"), tmp_path / "clip")
     path = tmp_path / "clip" / "preprocessor_config.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ConfigError, match="that says how pictures are normalised") as caught:
+    with pytest.raises(ConfigError, match="that says how images are normalised") as caught:
         ImageProcessor.from_folder(tmp_path / "clip", 32)
     assert "\n" not in str(caught.value)
 
@@ -314,7 +314,7 @@ def test_size_of_a_picture_that_lies_on_its_side(tmp_path: Path, orientation: in
 
 
 def test_a_thread_of_pixels_is_refused(tmp_path: Path) -> None:
-    """Padded to a square it would have billions."""
+    """Padded to a square, it would have billions of pixels."""
     refused(saved(tmp_path, Image.new("1", (30_000, 1)), "a.png"), "20,000 on a side")
 
 

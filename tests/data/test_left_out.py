@@ -1,4 +1,4 @@
-"""Samples that cannot be used: a run goes without them where it may, counts them, and ends where they are too many."""
+"""A run skips samples that cannot be used where it may, counts them, and ends if they are too many."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from zero_ds.config.schema import RunConfig
 
 @pytest.fixture
 def spoiled(data: Path, tmp_path: Path) -> Path:
-    """The eight samples, of which two pictures are no pictures and one answer never comes within the limit."""
+    """Returns the eight samples, of which two have broken images and one has no answer within the limit."""
     shutil.copytree(data.parent / "images", tmp_path / "images")
     records = json.loads(data.read_text())
     pictured = [record for record in records if "image" in record]
     for record in pictured[:2]:
-        (tmp_path / record["image"]).write_bytes(b"no picture")
+        (tmp_path / record["image"]).write_bytes(b"not an image")
     pictured[2]["conversations"][0]["value"] += " more" * 900
     (tmp_path / "data.json").write_text(json.dumps(records))
     return tmp_path / "data.json"
@@ -41,10 +41,10 @@ def test_a_run_goes_without_what_cannot_be_used(
 
     whole = config("whole")
     assert run_ranks(train_all, 2, [whole]) == [["step-000006"]] * 2
-    # two steps are an epoch: two pictures and one long sample each
+    # two steps are an epoch, with two broken images and one long sample
     assert scalars(tmp_path / "whole", "skipped_samples")[1::2] == [2, 4, 6]
     assert scalars(tmp_path / "whole", "too_long_samples")[1::2] == [1, 2, 3]
-    # another number of ranks sees the same samples; behind a resume the counts go on
+    # another number of ranks sees the same samples; after a resume the counts go on
     shutil.copytree(tmp_path / "whole", tmp_path / "alone")
     shutil.rmtree(tmp_path / "alone" / "step-000006")
     (tmp_path / "alone" / "latest").write_text("step-000003\n")
@@ -57,10 +57,10 @@ def test_a_run_goes_without_what_cannot_be_used(
     endings = run_ranks(train_all, 2, [config("few", max_bad_samples=3)])
     sentence = "4 samples could not be used, more than data.max_bad_samples=3; see what the log says of them"
     assert endings == [[f"DataError: {sentence}, and mend the data"]] * 2
-    assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "what was committed stays"
+    assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "the checkpoint stays"
     refused = run_ranks(train_all, 1, [config("none", bad_samples="error")])
     assert refused[0][0].startswith("DataError: sample picture-") and "cannot be read" in refused[0][0]
-    # a run that met bad samples may be told to end at them, and told again to go on without
+    # a run that skipped samples may be told to end at them, and then to skip them again
     (tmp_path / "alone" / "latest").write_text("step-000003\n")
     shutil.rmtree(tmp_path / "alone" / "step-000006")
     refused = run_ranks(train_all, 1, [config("alone", bad_samples="error")])
@@ -88,4 +88,4 @@ def test_what_is_left_out_when_files_are_read_counts_as_well(
     shutil.rmtree(tmp_path / "run" / "step-000002")
     (tmp_path / "run" / "latest").write_text("step-000001\n")
     assert run_ranks(train_all, 1, [config("run", 3)]) == [["step-000002"]]
-    assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], "read again behind a resume, not counted twice"
+    assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], "read again after a resume, but not counted twice"

@@ -1,4 +1,4 @@
-"""Samples -> micro-batches: the same samples in the same step whatever the ranks, and from any step on."""
+"""A step holds the same samples whatever the number of ranks and wherever the run was resumed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def encoder(**changes: Any) -> SampleEncoder:
 
 
 class Plain:
-    """Stands for a SampleEncoder: sample n becomes the single token n."""
+    """Stands in for a SampleEncoder: sample n becomes the single token n."""
 
     processor = None
     tokens_per_image = 0
@@ -66,7 +66,7 @@ def loader(samples: int, batch: int, *, micro: int, rank: int = 0, ranks: int = 
 
 
 def drawn(stream: Loader, first: int, last: int) -> list[list[list[int]]]:
-    """Sample numbers by step and micro-batch."""
+    """Returns sample numbers by step and micro-batch."""
     return [[batch.input_ids.flatten().tolist() for batch in step] for step in stream.steps(first, last)]
 
 
@@ -120,7 +120,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
 
 
 class Lengths(Sequence[int]):
-    """Stands for Records: sample n has lengths[n] characters and no picture."""
+    """Stands in for Records: sample n has lengths[n] characters and no image."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -180,12 +180,12 @@ def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
     def padding(order: list[list[int]]) -> int:
         return sum(max(lengths[n] for n in step) * batch for step in order)
 
-    if len(lengths) % batch == 0:  # else another sample may be the one that no step takes
+    if len(lengths) % batch == 0:  # otherwise a different sample may be the one that no step takes
         assert padding(one) <= padding(plain)
 
 
 class Mixed(Lengths):
-    """Every third sample has a picture."""
+    """Stands in for Records of which every third sample has an image."""
 
     def images(self, index: int) -> int:
         return int(index % 3 == 0)
@@ -220,7 +220,7 @@ def test_groups_are_steps_in_later_epochs_too() -> None:
 
 
 def test_pictures_and_plain_text_share_no_batch() -> None:
-    """But for the one in which a window of eight batches passes from one to the other; lengths alone mix them."""
+    """Only one batch in a window of eight may hold both kinds, whereas grouping by length mixes them."""
 
     def mixed(grouping: str) -> list[int]:
         steps = grouped_steps(Mixed([n * 37 % 50 + 1 for n in range(512)]), 8, 0, 64, grouping=grouping)
@@ -256,7 +256,7 @@ def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
 
 
 def plans(counts: list[dict[str, Any]]) -> str:
-    """What a rank says whose batches have the plan at its place."""
+    """Returns the error of a rank whose batches have the layout with its number, or that all agree."""
     from zero_ds.runtime import distributed
     from zero_ds.training.metrics import StepCounts
 
@@ -356,7 +356,7 @@ def test_a_bad_sample_ends_the_run_with_its_name(tmp_path: Path, workers: int) -
 
 
 def test_a_sample_left_out_keeps_nothing_of_its_step(tmp_path: Path) -> None:
-    """Its error's traceback would hold the step in a circle: a worker's memory grew by whole steps."""
+    """The traceback of its error would hold the step in a reference cycle: a worker's memory grew by whole steps."""
     samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("long", [("q? " * 300, "a.")])]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     records = Records([SourceConfig(path=str(tmp_path / "data.json"))])

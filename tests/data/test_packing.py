@@ -1,4 +1,4 @@
-"""Packed rows: planned alike on every rank, blind to each other, and the same losses and gradients as padded ones."""
+"""Packed rows are the same on every rank, do not see each other, and give the losses and gradients of padded ones."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def family_attentions(kind: str) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "attention"), [(k, a) for k in KINDS for a in family_attentions(k)])
 def test_samples_of_a_row_do_not_see_each_other(made: Callable[..., Path], kind: str, attention: str) -> None:
-    """Hidden states in a packed row equal those of the sample alone: 1e-5 in float32."""
+    """Hidden states in a packed row equal those of the sample alone to 1e-5 in float32."""
     model = build_model(ModelSpec(made(kind, tied=True), attention=attention)).eval()
     samples = encoded(1, [30, 11, 47, 5, 20], [0] * 5)
     packed = collate_rows([samples[:2], samples[2:]], 0, None)
@@ -100,7 +100,7 @@ def test_samples_of_a_row_do_not_see_each_other(made: Callable[..., Path], kind:
 
 
 class Backbone(torch.nn.Module):
-    """Notes how it is called; flash attention itself needs a GPU."""
+    """Records how it is called, because flash attention itself needs a GPU."""
 
     def __init__(self, attention: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ WAYS: dict[str, dict[str, Any]] = {"padded": {}, "grouped": {"grouping": "length
 def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
     run_config: Callable[..., RunConfig], data: Path, stage: str
 ) -> None:
-    """A step over all eight samples, two of them without a picture; 1e-6 relative over the whole gradient, float32."""
+    """Compares a step over all eight samples, two without an image, to 1e-6 of the whole gradient in float32."""
     base = {"sources": [{"path": str(data)}], "max_length": 160, "system_prompt": ""}
 
     def config(way: str, micro: int, **changes: Any) -> RunConfig:
@@ -168,7 +168,7 @@ def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
 
 @pytest.mark.parametrize("order", [0.0, 0.5])
 def test_steps_of_more_and_of_fewer_passes(run_config: Callable[..., RunConfig], tmp_path: Path, order: float) -> None:
-    """Short and long samples in turns, so that steps differ in passes; also with dynamic loss weights."""
+    """Short and long samples alternate, so steps differ in their number of passes, also with dynamic loss weights."""
     short = [tiny.record(f"s{n}", [("Which?", "The star.")]) for n in range(8)]
     long = [tiny.record(f"l{n}", [("Which is it? " * 8, "It is the star. " * 4)]) for n in range(8)]
     (tmp_path / "data.json").write_text(json.dumps((short + long) * 4))

@@ -1,4 +1,4 @@
-"""LLaVA JSON -> records: every way to write it wrong is one sentence naming the sample, and no path leaves its root."""
+"""Every mistake in LLaVA's JSON is reported in one sentence that names the sample, and no path leaves its root."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ TALK = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]
             {"id": "bad", "conversations": [TALK[0], {"from": "gpt", "value": "\ud800"}]},
             "sample bad, turn 1: the text is no",
         ),
-        ({"id": "bad\ud800", "conversations": TALK}, "is no valid text"),
+        ({"id": "bad\ud800", "conversations": TALK}, "is not valid text"),
         ({"id": "bad", "image": "\ud800.png", "conversations": TALK}, "sample bad: 'image'"),
         ({"id": "bad", "image": "a\0.png", "conversations": TALK}, "sample bad: 'image'"),
         ({"id": "bad", "image": "", "conversations": TALK}, "sample bad: 'image'"),
@@ -305,12 +305,12 @@ def test_bad_records_are_counted_and_left_out_where_that_is_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path, [good("a"), {"id": "bad"}, good("b"), "text"])
-    with pytest.raises(DataError, match=r"#1: sample bad has no.*\(2 such records; data\.bad_samples=skip leaves them"):
+    with pytest.raises(DataError, match=r"#1: sample bad has no.*\(2 such records; data\.bad_samples=skip skips them"):
         records(path)
     found = Records([SourceConfig(path=str(path))], skip_bad=True)
     assert [sample.id for sample in found] == ["a", "b"]
     assert [count for _, count in found.complaints()] == [2]
-    assert "2 of 4 records cannot be used and are left out; the first: #1: sample bad" in caplog.text
+    assert "2 of 4 records cannot be used and are skipped; the first: #1: sample bad" in caplog.text
     with pytest.raises(DataError, match="has no usable sample"):
         Records([SourceConfig(path=str(write(tmp_path, ["text"], "b.json")))], skip_bad=True)
 
@@ -386,7 +386,7 @@ def test_evenly_spaced(lengths: list[int]) -> None:
         total = len(order)
         for start in range(
             0, total, max(1, total // 3)
-        ):  # any stretch holds its share, but for the rounding of each source
+        ):  # any stretch holds its share, up to the rounding of each source
             stretch = order[start : start + max(1, total // 3)]
             share = sum(s == source for s, _ in stretch)
             assert abs(share - n * len(stretch) / total) <= len(lengths)

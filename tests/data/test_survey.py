@@ -1,4 +1,4 @@
-"""`zero-ds data check` and tools/mix_datasets.py: the whole data set is looked at, and nothing of it is lost."""
+"""`zero-ds data check` inspects a whole data set, and tools/mix_datasets.py loses nothing of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(path: Path, records: list[Any]) -> Path:
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Path:
-    """A file with one sample of every fault and two good ones."""
+    """Returns a file with samples of every fault and two good ones."""
     Image.new("RGB", (8, 8)).save(tmp_path / "fine.png")
     Image.effect_noise((200, 200), 80).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-2000])
@@ -76,7 +76,7 @@ def test_every_fault_is_named_and_counted(faulty: Path, made: Any, tmp_path: Pat
 
 def test_headers_are_enough_to_find_what_is_missing(faulty: Path) -> None:
     result = check(faulty, "--pictures", "headers", "--workers", 0)
-    assert "2 x picture" in result.stdout, "a cut-off picture begins like a whole one"
+    assert "2 x picture" in result.stdout, "a truncated image begins like a whole one"
     assert "x picture" not in check(faulty, "--pictures", "none", "--workers", 0).stdout
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_mixed(tmp_path: Path) -> None:
     for words, complaint in (
         ((good, "--out", tmp_path / "x.txt"), "must end in .json or .jsonl"),
         ((good, "--out", good), "already exists"),
-        ((good, "--out", tmp_path / "inner" / "x.json"), "sample x has its picture in"),
+        ((good, "--out", tmp_path / "inner" / "x.json"), "sample x has its image in"),
         ((good, good, "--out", tmp_path / "x.json", "--limit", 1), "1 --limit for 2 sources"),
         ((tmp_path / "nowhere.json", "--out", tmp_path / "x.json"), "there is no data file"),
     ):

@@ -1,4 +1,4 @@
-"""Pictures in tiles: trained, packed and answered about with as many image tokens as they have tiles."""
+"""Images in tiles have as many image tokens as tiles, in training, packing and answers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SIZES = [(64, 64), (64, 32), (32, 32), (20, 90)]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures of noise in the sizes above, a sample about each and one about two of them."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with four images of noise in the sizes above, a sample about each and one about two of them."""
     root = tmp_path_factory.mktemp("tiles")
     rng = random.Random(0)
     for number, size in enumerate(SIZES):
@@ -40,31 +40,31 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def data_of(pictures: Path, **more: Any) -> dict[str, Any]:
-    source = {"path": str(pictures / "data.json")}
+def data_of(images: Path, **more: Any) -> dict[str, Any]:
+    source = {"path": str(images / "data.json")}
     return {"sources": [source], "max_length": 200, "system_prompt": "", "image_grid": GRID, **more}
 
 
 @pytest.fixture(scope="module")
-def parts(made: Callable[..., Path], pictures: Path) -> Any:
+def parts(made: Callable[..., Path], images: Path) -> Any:
     target, clip = made("llama", tied=True), made("clip")
     encoder = EncoderConfig(path=str(clip))
     model = build_model(ModelSpec(target, encoder=clip, encoder_config=encoder, adapter_config=AdapterConfig())).eval()
-    return model, sample_encoder(model, target, clip, DataConfig.model_validate(data_of(pictures)))
+    return model, sample_encoder(model, target, clip, DataConfig.model_validate(data_of(images)))
 
 
-def test_image_tokens_follow_the_tiles(parts: Any, pictures: Path) -> None:
+def test_image_tokens_follow_the_tiles(parts: Any, images: Path) -> None:
     model, encoder = parts
     views = [5, 3, 1, 3, 6]
-    for sample, count in zip(list(Records([SourceConfig(path=str(pictures / "data.json"))]))[:5], views, strict=True):
+    for sample, count in zip(list(Records([SourceConfig(path=str(images / "data.json"))]))[:5], views, strict=True):
         encoded = encoder(sample)
         assert encoded.pixels.shape[0] == count
         assert encoded.input_ids.count(IMAGE_TOKEN) == count * model.tokens_per_image()
 
 
-def test_packed_and_padded_learn_the_same(run_config: Callable[..., RunConfig], pictures: Path) -> None:
+def test_packed_and_padded_learn_the_same(run_config: Callable[..., RunConfig], images: Path) -> None:
     def config(**more: Any) -> RunConfig:
-        return run_config("encoder", data=data_of(pictures, **more), global_batch=8, micro_batch=2, zero="zero3")
+        return run_config("encoder", data=data_of(images, **more), global_batch=8, micro_batch=2, zero="zero3")
 
     (plain, packed), (other, _) = run_ranks(engine_run, 2, [config(), config(packing=True)])
     for runs in ((plain, packed), (plain, other)):
@@ -76,9 +76,9 @@ def test_packed_and_padded_learn_the_same(run_config: Callable[..., RunConfig], 
 
 
 @torch.no_grad()
-def test_answers_are_the_plain_greedy_ones(parts: Any, pictures: Path) -> None:
+def test_answers_are_the_plain_greedy_ones(parts: Any, images: Path) -> None:
     model, encoder = parts
-    paths = [str(pictures / f"{n}.png") for n in range(len(SIZES))]
+    paths = [str(images / f"{n}.png") for n in range(len(SIZES))]
     asked = [("a", (0,)), ("b", (1,)), ("c", (2,)), ("d", (3,)), ("e", (0, 2)), ("f", ())]
     queries = [Query(name, (Turn("user", PLACEHOLDER * len(shown) + " what?"),), shown) for name, shown in asked]
     answerer = Answerer(model, encoder, batch_size=4, max_new_tokens=6)
@@ -101,13 +101,13 @@ def test_answers_are_the_plain_greedy_ones(parts: Any, pictures: Path) -> None:
 def test_a_run_with_tiles_is_exported_with_code_alone(
     run_config: Callable[..., RunConfig],
     made: Callable[..., Path],
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from zero_ds.export import export_model
 
-    config = run_config("encoder", tmp_path / "run", data=data_of(pictures), max_steps=2, zero="zero3")
+    config = run_config("encoder", tmp_path / "run", data=data_of(images), max_steps=2, zero="zero3")
     assert run_ranks(train_all, 2, [config]) == [["step-000002"]] * 2
     with pytest.raises(ConfigError, match=r"this run was trained with data\.image_grid"):
         export_model(tmp_path / "run", None, tmp_path / "export")

@@ -339,7 +339,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 
 def test_the_demo_writes_records_that_are_read(tmp_path: Path) -> None:
-    from zero_ds.data.demo.scenes import write_demo
+    from zero_ds.data.demo.dataset import write_demo
 
     write_demo(tmp_path / "demo", train=2, heldout=20, told=2)
     records = read_records(tmp_path / "demo/heldout.json")

@@ -282,7 +282,7 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     (tmp_path / "run-template").write_bytes(b"\xff")
     content["config"]["data"]["chat_template"] = str(tmp_path / "run-template")
     manifest.write_text(json.dumps(content))
-    refused(r"data\.chat_template=.* cannot be read: it is no UTF-8 text", commit, *out)
+    refused(r"data\.chat_template=.* cannot be read: it is not UTF-8 text", commit, *out)
     weights = commit / "step-000001" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     refused("weights.safetensors is damaged: its content is not what was saved", commit, *out)

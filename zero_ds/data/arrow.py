@@ -1,7 +1,7 @@
-"""Checked records as memory-mapped Arrow: written once for a data file, found again by its content, read by row.
+"""Stores checked records as memory-mapped Arrow: converted once per data file, found again by content, read by row.
 
-Ranks and workers that open the same file share the operating system's pages of it; nothing of it is copied into a
-process before a row is asked for.
+Ranks and workers that open the same file share the operating system's pages of it. Nothing is copied into a process
+until a row is read.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from zero_ds.runtime.files import open_regular, write_atomically
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Changes when the meaning of the converted records changes, so that old ones are not read."""
+"""Version of the converted records; a new one keeps old conversions from being read."""
 ROWS = 4096
-"""Records that are converted at a time, at most."""
+"""Number of records that are converted at a time, at most."""
 CHARACTERS = 1 << 25
-"""Characters of records that are converted at a time, about; a list of texts holds 2 GiB at most."""
+"""Number of characters that are converted at a time, approximately; a list of texts holds 2 GiB at most."""
 KEPT_COMPLAINTS = 1000
-"""Records that cannot be used, of which the reason is kept; the others are counted."""
+"""Number of unusable records whose reason is kept; the others are only counted."""
 SETTLED = 2.0
-"""Seconds after which a file's time of change tells it from a later version of the same size."""
+"""Age in seconds from which a file's modification time distinguishes it from a later version of the same size."""
 
 _LETTERS: dict[Role, str] = {"system": "s", "user": "u", "assistant": "a"}
 _ROLES = {letter: role for role, letter in _LETTERS.items()}
@@ -47,11 +47,12 @@ _ROLES = {letter: role for role, letter in _LETTERS.items()}
 
 @dataclass(frozen=True)
 class Complaints:
-    """What was wrong with records that were left out."""
+    """Reasons why records of a file cannot be used."""
 
     count: int
+    """Number of such records."""
     first: tuple[str, ...]
-    """The first KEPT_COMPLAINTS, in the order of the file, each naming number and sample."""
+    """Reasons of the first KEPT_COMPLAINTS, in the order of the file; each names number and sample."""
 
 
 class Table(Sequence[Row]):
@@ -61,12 +62,12 @@ class Table(Sequence[Row]):
         import datasets
 
         self.name = folder.name
-        """Follows from the content of the file that was converted."""
+        """Name that follows from the content of the converted file."""
         self._data = datasets.Dataset.from_file(str(folder / "records.arrow")).data.table
         content = json.loads((folder / "complaints.json").read_text(encoding="utf-8"))
         self.complaints = Complaints(content["count"], tuple(content["first"]))
-        self._batches = [_Batch(batch) for batch in self._data.to_batches()]
-        self._ends = [0, *accumulate(batch.rows for batch in self._batches)]
+        self._chunks = [_Chunk(batch) for batch in self._data.to_batches()]
+        self._ends = [0, *accumulate(chunk.rows for chunk in self._chunks)]
         if len(self) != content["rows"]:
             raise ValueError(f"{folder} holds {len(self)} of {content['rows']} records")
 
@@ -74,75 +75,84 @@ class Table(Sequence[Row]):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:  # type: ignore[override]
-        batch, row = self._place(index)
+        chunk, row = self._locate(index)
         return Row(
-            batch.ids[row].as_py(),
-            tuple(_ROLES[letter] for letter in batch.roles[row].as_py()),
-            tuple(batch.texts.of(row)),
-            tuple(batch.images.of(row)),
-            batch.full_path[row].as_py(),
+            chunk.ids[row].as_py(),
+            tuple(_ROLES[letter] for letter in chunk.roles[row].as_py()),
+            tuple(chunk.texts.strings(row)),
+            tuple(chunk.images.strings(row)),
+            chunk.full_path[row].as_py(),
         )
 
     def images(self, index: int) -> int:
-        """Number of pictures of a record."""
-        batch, row = self._place(index)
-        return batch.images.count(row)
+        """Returns the number of images of a record."""
+        chunk, row = self._locate(index)
+        return chunk.images.count(row)
 
     def size(self, index: int) -> int:
-        """Bytes of a record's texts."""
-        batch, row = self._place(index)
-        return batch.texts.bytes(row)
+        """Returns the number of bytes of a record's texts."""
+        chunk, row = self._locate(index)
+        return chunk.texts.bytes(row)
 
     def with_images(self) -> Any:
-        """Rows that have a picture: (n,), int64 numpy array."""
+        """Returns the indices of records with an image: (n,) int64 numpy array."""
         import pyarrow.compute as compute
 
         return compute.indices_nonzero(compute.list_value_length(self._data.column("images"))).to_numpy()
 
-    def _place(self, index: int) -> tuple[_Batch, int]:
+    def _locate(self, index: int) -> tuple[_Chunk, int]:
+        """Returns the chunk of a record and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index) - 1
-        return self._batches[number], index - self._ends[number]
+        return self._chunks[number], index - self._ends[number]
 
 
-class _Batch:
-    """A stretch of records as it lies in the file."""
+class _Chunk:
+    """A stretch of records, mapped from the file."""
 
     def __init__(self, batch: Any) -> None:
         self.rows: int = batch.num_rows
-        self.ids, self.roles, self.full_path = (batch.column(name) for name in ("id", "roles", "full_path"))
-        self.texts, self.images = (_Strings(batch.column(name)) for name in ("texts", "images"))
+        self.ids = batch.column("id")
+        self.roles = batch.column("roles")
+        self.full_path = batch.column("full_path")
+        self.texts = _StringLists(batch.column("texts"))
+        self.images = _StringLists(batch.column("images"))
 
 
-class _Strings:
-    """A column of lists of strings, by row."""
+class _StringLists:
+    """A column in which each row is a list of strings."""
 
     def __init__(self, lists: Any) -> None:
         self._values = lists.values
         self._starts = lists.offsets.to_numpy()
+        """Index of the first string of each row: (rows + 1,)."""
         count = self._values.offset + len(self._values) + 1
         offsets = self._values.buffers()[1]
         self._bytes = np.frombuffer(offsets, np.int32, count) if offsets else np.zeros(1, np.int32)
+        """Offset of the first byte of each string."""
 
-    def of(self, row: int) -> list[str]:
+    def strings(self, row: int) -> list[str]:
+        """Returns the strings of a row."""
         start, end = self._starts[row], self._starts[row + 1]
         strings: list[str] = self._values[start:end].to_pylist() if end > start else []
         return strings
 
     def count(self, row: int) -> int:
+        """Returns the number of strings of a row."""
         return int(self._starts[row + 1] - self._starts[row])
 
     def bytes(self, row: int) -> int:
+        """Returns the number of bytes of a row's strings."""
         first = self._values.offset
         return int(self._bytes[first + self._starts[row + 1]] - self._bytes[first + self._starts[row]])
 
 
-def table_of(path: Path) -> Table:
-    """The records of a data file, converted now unless an earlier run did. One process a machine converts.
+def load_table(path: Path) -> Table:
+    """Returns the records of a data file, converting them unless an earlier run did. One process per machine does it.
 
     Raises:
-        DataError: a file that cannot be read, or whose records cannot be written.
+        DataError: A file that cannot be read, or whose records cannot be written.
     """
     import datasets
     from filelock import FileLock
@@ -152,14 +162,14 @@ def table_of(path: Path) -> Table:
         cache.mkdir(parents=True, exist_ok=True)
         digest = _digest(path, cache)
         folder = cache / digest
-        if (table := _kept(folder)) is not None:
+        if (table := _existing(folder)) is not None:
             return table
-        _remove_left(cache, besides=digest)
+        _remove_leftovers(cache, keep=digest)
         with FileLock(cache / f"{digest}.lock"):
-            if (table := _kept(folder)) is not None:
+            if (table := _existing(folder)) is not None:
                 return table
-            for left in (folder, *cache.glob(f".{digest}.*")):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in (folder, *cache.glob(f".{digest}.*")):
+                shutil.rmtree(leftover, ignore_errors=True)
             _convert(path, folder)
             return Table(folder)
     except OSError as error:
@@ -169,8 +179,8 @@ def table_of(path: Path) -> Table:
         ) from None
 
 
-def _kept(folder: Path) -> Table | None:
-    """What was converted, if it is there and whole: a machine that failed may have cut off a file behind its name."""
+def _existing(folder: Path) -> Table | None:
+    """Returns a conversion if it is complete; a machine that failed may have left a truncated file under this name."""
     import pyarrow
 
     if not folder.is_dir():
@@ -178,40 +188,42 @@ def _kept(folder: Path) -> Table | None:
     try:
         return Table(folder)
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        logger.warning("%s is damaged and made again: %s", folder, error)
+        logger.warning("%s is damaged and is converted again: %s", folder, error)
         return None
 
 
-def _remove_left(cache: Path, besides: str) -> None:
-    """Removes what processes left that died while they converted; a lock that is free has no process any more."""
+def _remove_leftovers(cache: Path, keep: str) -> None:
+    """Removes what processes left when they died during a conversion: where a lock is free, no process is at work."""
     from filelock import FileLock, Timeout
 
-    for left in cache.glob(".*.*"):
-        digest = left.name.split(".")[1]
-        if left.is_dir() and digest != besides:
+    for leftover in cache.glob(".*.*"):
+        digest = leftover.name.split(".")[1]
+        if leftover.is_dir() and digest != keep:
             try:
                 with FileLock(cache / f"{digest}.lock", timeout=0):
-                    shutil.rmtree(left, ignore_errors=True)
+                    shutil.rmtree(leftover, ignore_errors=True)
             except Timeout:
-                logger.debug("%s is being written", left)
+                logger.debug("%s is being written", leftover)
 
 
 def _digest(path: Path, cache: Path) -> str:
-    """Hash of the file's content; remembered with its size and time of change, for a gigabyte takes a while.
+    """Returns a hash of the file's content.
+
+    It is remembered with the file's size and modification time, because hashing a gigabyte takes a while.
 
     Raises:
-        DataError: a file that is not there or cannot be read.
+        DataError: A file that does not exist or cannot be read.
     """
     try:
         with open_regular(path) as file:
-            return _digest_of(path, file, cache)
+            return _digest_of_open(path, file, cache)
     except FileNotFoundError:
         raise DataError(f"there is no data file {path}") from None
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
 
 
-def _digest_of(path: Path, file: BinaryIO, cache: Path) -> str:
+def _digest_of_open(path: Path, file: BinaryIO, cache: Path) -> str:
     known = cache / f"known-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.json"
     stat = os.fstat(file.fileno())
     seen = [FORMAT, stat.st_size, stat.st_mtime_ns, stat.st_ino]
@@ -220,18 +232,18 @@ def _digest_of(path: Path, file: BinaryIO, cache: Path) -> str:
         if content["seen"] == seen:
             return str(content["digest"])
     except (OSError, ValueError, KeyError, TypeError):
-        logger.debug("%s was not seen before", path)
+        logger.debug("the hash of %s is not known yet", path)
     digest = hashlib.blake2b(f"{FORMAT}{path.suffix}".encode(), digest_size=12)
     while block := file.read(1 << 22):
         digest.update(block)
     if time.time() - stat.st_mtime > SETTLED:
-        with contextlib.suppress(OSError):  # a note saves time; a cache that cannot be written is told of later
+        with contextlib.suppress(OSError):  # it only saves time; a cache that cannot be written is reported later
             write_atomically(known, json.dumps({"seen": seen, "digest": digest.hexdigest()}) + "\n")
     return digest.hexdigest()
 
 
 def _convert(path: Path, folder: Path) -> None:
-    """Writes the records of `path` into `folder`, which appears when it is complete."""
+    """Converts the records of `path` into `folder`, which appears when it is complete."""
     import pyarrow
     from tqdm import tqdm
 
@@ -245,9 +257,9 @@ def _convert(path: Path, folder: Path) -> None:
             "full_path": pyarrow.bool_(),
         }
     )
-    complaints: list[str] = []
-    good = bad = 0
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    good = bad = 0
+    first: list[str] = []
     try:
         size = path.stat().st_size
         with (
@@ -255,12 +267,12 @@ def _convert(path: Path, folder: Path) -> None:
             pyarrow.OSFile(str(temporary / "records.arrow"), "wb") as sink,
             pyarrow.ipc.new_stream(sink, schema) as writer,
         ):
-            for batch in _batches(_parsed(path, bar.update)):
-                rows = [row for row in batch if isinstance(row, Row)]
-                wrong = [row for row in batch if isinstance(row, str)]
+            for chunk in _chunks(_parsed(path, bar.update)):
+                rows = [row for row in chunk if isinstance(row, Row)]
+                complaints = [row for row in chunk if isinstance(row, str)]
                 good += len(rows)
-                bad += len(wrong)
-                complaints += wrong[: KEPT_COMPLAINTS - len(complaints)]
+                bad += len(complaints)
+                first += complaints[: KEPT_COMPLAINTS - len(first)]
                 columns = [
                     [row.id for row in rows],
                     ["".join(_LETTERS[role] for role in row.roles) for row in rows],
@@ -270,7 +282,7 @@ def _convert(path: Path, folder: Path) -> None:
                 ]
                 arrays = [pyarrow.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
                 writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-        content = {"rows": good, "count": bad, "first": complaints}
+        content = {"rows": good, "count": bad, "first": first}
         (temporary / "complaints.json").write_text(json.dumps(content), encoding="utf-8")
         for name in ("records.arrow", "complaints.json"):
             with (temporary / name).open("rb") as file:
@@ -283,22 +295,26 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _parsed(path: Path, progress: Any) -> Iterator[Row | str]:
-    """Each record, or what is wrong with it."""
+    """Yields each record, or the complaint about it."""
     for number, record in enumerate(raw_records(path, progress, tolerant=True)):
+        if isinstance(record, BrokenLine):
+            yield f"#{number}: {record}"
+            continue
         try:
-            yield f"#{number}: {record}" if isinstance(record, BrokenLine) else parse(record, f"#{number}")
+            yield parse(record, f"#{number}")
         except DataError as error:
             yield str(error)
 
 
-def _batches(rows: Iterator[Row | str]) -> Iterator[list[Row | str]]:
-    batch: list[Row | str] = []
+def _chunks(rows: Iterator[Row | str]) -> Iterator[list[Row | str]]:
+    """Yields the rows in lists of at most ROWS, and of about CHARACTERS at most."""
+    chunk: list[Row | str] = []
     characters = 0
     for row in rows:
-        batch.append(row)
-        characters += sum(map(len, row.texts)) if isinstance(row, Row) else len(row)
-        if len(batch) >= ROWS or characters >= CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        chunk.append(row)
+        characters += sum(len(text) for text in row.texts) if isinstance(row, Row) else len(row)
+        if len(chunk) >= ROWS or characters >= CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk

@@ -1,8 +1,9 @@
-"""Conversations -> token ids and labels: pure functions of text, tokenizer and chat template.
+"""Encodes conversations as token ids and labels, which depend on text, tokenizer and chat template alone.
 
-The chat template is rendered once with stand-ins for the contents; what lies between the stand-ins is structure and is
-tokenised with its special tokens, what a person typed is tokenised as plain text. So the spans of every part are known
-by construction, and a special token that somebody types stays text. A template that asks for the date gets a fixed one.
+The chat template is rendered once with markers in place of the contents. Everything between the markers is structure
+and is tokenised with its special tokens; everything that a person typed is tokenised as plain text. So the span of each
+part is known by construction, and a special token that somebody types stays text. A template that asks for the date
+gets a fixed one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from zero_ds.runtime.errors import ConfigError
 IGNORE = -100
 """Label of a position without loss."""
 IMAGE_TOKEN = -1
-"""Stand-in for one image token in `input_ids`; no vocabulary has it."""
+"""Id of an image token in `input_ids`, which no vocabulary has."""
 PLACEHOLDER = "<image>"
+"""Text that marks the position of an image."""
 SENTENCEPIECE_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 DATE = {
@@ -39,14 +41,17 @@ DATE = {
     "%M": "00",
     "%S": "00",
 }
-"""What a template's `strftime_now` writes for each code: the day that Llama-3.1's template names if none is given."""
+"""Text that a template's `strftime_now` writes for each code: the day that Llama-3.1's template names by default."""
 STRFTIME = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(f"|replace('{code}', '{text}')" for code, text in DATE.items())
     + " }}{%- endmacro %}\n"
 )
-"""Stands before a template, in the place of transformers' function, for which nothing can be passed. The line break at
-the end goes with the tag (`trim_blocks`), and keeps the template's first line at the beginning of a line."""
+"""Macro that precedes a template and replaces transformers' `strftime_now`, for which no argument can be passed.
+
+The line break at its end is removed with the tag (`trim_blocks`), and the template still starts at the beginning of a
+line.
+"""
 
 WRAPPERS = (
     "Based on the visual elements captured in this image of{image}, {question}",
@@ -55,31 +60,49 @@ WRAPPERS = (
     "With the visual details of{image} in mind, {question}",
     "From what can be seen in{image}, {question}",
 )
-"""Wordings of the image prompt; the first one is the paper's and the fixed one."""
+"""Wordings of the image prompt. The first one is the paper's, which `fixed` uses."""
 
 Role = Literal["system", "user", "assistant"]
 Supervision = Literal["response", "special_tokens", "full"]
-"""Which tokens carry loss: responses with the token that closes them; these and the template's special tokens (appendix
-A.5); all but image tokens."""
+"""Tokens that carry loss: responses with the token that closes each; these and the template's special tokens (appendix
+A.5); all tokens except image tokens."""
 
 
 @dataclass(frozen=True)
 class Turn:
+    """One message of a conversation."""
+
     role: Role
     text: str
 
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """`input_ids`, `labels` and `responses`, all of length `seq`; an image position holds IMAGE_TOKEN and IGNORE.
-
-    A token of a response, or the one that closes it, holds the response's number in `responses`, all others -1.
-    """
+    """Token ids and labels of a conversation; `seq` is its number of tokens."""
 
     input_ids: list[int]
+    """Token ids: (seq,), with IMAGE_TOKEN at image positions."""
     labels: list[int]
+    """Token ids where a token carries loss, IGNORE elsewhere: (seq,)."""
     images: int
+    """Number of images whose tokens are in `input_ids`."""
     responses: list[int]
+    """Number of the response that a token belongs to or closes, or -1: (seq,)."""
+
+
+class _Tokens:
+    """Token ids, labels and responses of a conversation as they are put together."""
+
+    def __init__(self) -> None:
+        self.input_ids: list[int] = []
+        self.labels: list[int] = []
+        self.responses: list[int] = []
+
+    def add(self, ids: list[int], *, learned: bool, response: int = -1) -> None:
+        """Appends tokens, which carry loss if `learned`, and belong to a response if it is not -1."""
+        self.input_ids += ids
+        self.labels += ids if learned else [IGNORE] * len(ids)
+        self.responses += [response] * len(ids)
 
 
 class ConversationError(ValueError):
@@ -87,15 +110,15 @@ class ConversationError(ValueError):
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of a chat template's file; None, where none is named.
+    """Returns the text of a chat template's file, or None if no file is named.
 
     Raises:
-        ConfigError: a file that cannot be read.
+        ConfigError: A file that cannot be read.
     """
     try:
         return Path(path).read_text(encoding="utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"data.chat_template={path} cannot be read: {reason}.") from None
 
 
@@ -111,13 +134,13 @@ class ChatTemplate:
             self._source = str(tokenizer.get_chat_template(template))
         except ValueError as error:
             raise ConversationError(f"the tokenizer's chat template cannot be used: {error}") from None
-        # all_special_ids are the named ones alone, bos, eos and such, and not every model names the marks of turns
+        # all_special_ids holds only named tokens such as bos and eos, and not every model names the marks of its turns
         added = tokenizer.added_tokens_decoder
         self._special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         words = self._backend.get_vocab(with_added_tokens=False) if self._backend else {}
-        # what only a template may write, also tokens that are not called special, as Qwen3's </think>; but not Gemma's
-        # <table> or \n\n, which are words of its vocabulary
+        # tokens that only a template may write, among them some that are not called special, such as Qwen3's </think>;
+        # but not Gemma's <table> or \n\n, which are words of its vocabulary
         self._marks = self._special | {
             number
             for number, token in added.items()
@@ -136,66 +159,57 @@ class ChatTemplate:
         supervise: Supervision,
         generate: bool = False,
     ) -> EncodedConversation:
-        """Encodes turns, with stand-ins for every `<image>` in a user's text: as many for each, or one number an image.
+        """Encodes turns, with image tokens in the place of every `<image>` in a user's text.
 
-        Labels are as `supervise` says. With `generate` the structure that opens the assistant's answer is appended.
+        `tokens_per_image` is their number for every image, or one number for each image. `supervise` says which tokens
+        get a label. With `generate`, the structure that opens the assistant's answer is appended.
         """
-        around = self._structure(tuple(turn.role for turn in turns), generate)
-        contents = [around.trim(number, turn.text) for number, turn in enumerate(turns)]
-        parts_of = [
-            content.split(PLACEHOLDER) if turn.role == "user" else [content]
-            for turn, content in zip(turns, contents, strict=True)
-        ]
-        texts = iter(self._encode_contents([part for parts in parts_of for part in parts]))
-        ids: list[int] = []
-        labels: list[int] = []
-        responses: list[int] = []
+        structure = self._structure(tuple(turn.role for turn in turns), generate)
+        parts_of: list[list[str]] = []  # the text of each turn, split at its images
+        for number, turn in enumerate(turns):
+            content = structure.trim(number, turn.text)
+            parts_of.append(content.split(PLACEHOLDER) if turn.role == "user" else [content])
+        encoded_parts = iter(self._encode_contents([part for parts in parts_of for part in parts]))
+        tokens = _Tokens()
         images, answers = 0, 0
-
-        def of_image(number: int) -> int:
-            if isinstance(tokens_per_image, int):
-                return tokens_per_image
-            return tokens_per_image[number] if number < len(tokens_per_image) else 0
-
-        for number, piece in enumerate(around.pieces):
-            structure, special = self._encode_structure(piece)
-            start = len(ids)
-            ids += structure
-            labels += structure if supervise == "full" else [IGNORE] * len(structure)
-            responses += [-1] * len(structure)
-            if supervise == "special_tokens":
-                for place in special:
-                    labels[start + place] = structure[place]
-            if special and number and turns[number - 1].role == "assistant":  # the token that closes the answer
-                labels[start + special[0]] = structure[special[0]]
-                responses[start + special[0]] = answers - 1
+        for number, piece in enumerate(structure.pieces):
+            closes_answer = number > 0 and turns[number - 1].role == "assistant"
+            self._add_structure(tokens, piece, supervise, closes=answers - 1 if closes_answer else None)
             if number == len(turns):
                 break
-            turn = turns[number]
-            learned = turn.role == "assistant"
-            answers += learned
+            is_answer = turns[number].role == "assistant"
+            if is_answer:
+                answers += 1
             for index in range(len(parts_of[number])):
-                if index:
-                    count = of_image(images)
-                    ids += [IMAGE_TOKEN] * count
-                    labels += [IGNORE] * count
-                    responses += [-1] * count
+                if index > 0:
+                    count = _image_tokens(tokens_per_image, images)
+                    tokens.add([IMAGE_TOKEN] * count, learned=False)
                     images += 1
-                text = next(texts)
-                ids += text
-                labels += text if learned or supervise == "full" else [IGNORE] * len(text)
-                responses += [answers - 1 if learned else -1] * len(text)
-        return EncodedConversation(ids, labels, images, responses)
+                learned = is_answer or supervise == "full"
+                tokens.add(next(encoded_parts), learned=learned, response=answers - 1 if is_answer else -1)
+        return EncodedConversation(tokens.input_ids, tokens.labels, images, tokens.responses)
+
+    def _add_structure(self, tokens: _Tokens, piece: str, supervise: Supervision, closes: int | None) -> None:
+        """Appends a piece of the template; `closes` is the number of the answer that it closes, if any."""
+        ids, special = self._encode_structure(piece)
+        start = len(tokens.input_ids)
+        tokens.add(ids, learned=supervise == "full")
+        if supervise == "special_tokens":
+            for place in special:
+                tokens.labels[start + place] = ids[place]
+        if special and closes is not None:
+            tokens.labels[start + special[0]] = ids[special[0]]
+            tokens.responses[start + special[0]] = closes
 
     def encode_text(self, text: str) -> list[int]:
-        """Tokens of plain text: no special token comes out of it, whatever was typed."""
+        """Returns the tokens of plain text, in which a typed special token stays text."""
         return self.encode_texts([text])[0]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same of several texts, in one call: a call costs more than the tokens of a short text.
+        """Returns the same for several texts in one call, because a call costs more than the tokens of a short text.
 
         Raises:
-            ConversationError: a text of which the tokenizer makes a special token in any case.
+            ConversationError: A text that the tokenizer turns into a special token in any case.
         """
         filled = [text for text in texts if text]
         if not filled:
@@ -208,10 +222,10 @@ class ChatTemplate:
         return ids_of
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
-        """What the tokenizer makes of texts whose special tokens it splits.
+        """Returns the tokens of texts, in which the tokenizer splits special tokens.
 
-        Of a fast one its core is asked: transformers' way there costs as much as the tokens of a conversation, half of
-        it for places of characters that nobody asks for.
+        Fast tokenizers are called through their core, because transformers' wrapper costs as much as the tokens of a
+        conversation, half of it for character offsets that nobody needs.
         """
         if self._backend is None:
             ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -226,9 +240,12 @@ class ChatTemplate:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _without_marks(self, text: str) -> list[int]:
-        """Tokens of a text in which somebody typed a mark that is no special token, as `</think>`.
+        """Returns the tokens of a text in which somebody typed a mark that is not a special token, such as `</think>`.
 
-        No option of tokenizers has these split, so the text goes through all of its parts but the search for them.
+        No option of tokenizers splits those, so the text passes through all parts of one except the search for them.
+
+        Raises:
+            ConversationError: A tokenizer that turns the text into a mark in any case.
         """
         if self._backend is None:
             raise ConversationError("only fast tokenizers keep a typed token of the chat template as text")
@@ -243,13 +260,13 @@ class ChatTemplate:
         return ids
 
     def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode_texts`; remembers one conversation's, of which `cut_turns` asks for the beginnings next."""
+        """Works as `encode_texts`, and remembers one conversation, of which `cut_turns` encodes beginnings next."""
         if any(text not in self._typed for text in texts):
             self._typed = dict(zip(texts, self.encode_texts(texts), strict=True))
         return [self._typed[text] for text in texts]
 
     def end_of_turn(self) -> int:
-        """The token that closes an assistant's answer, where generation stops."""
+        """Returns the token that closes an assistant's answer, at which generation stops."""
         piece = self._structure(("user", "assistant"), False).pieces[-1]
         structure, special = self._encode_structure(piece)
         if special:
@@ -257,7 +274,7 @@ class ChatTemplate:
         raise ConversationError("the chat template closes an answer without a special token")
 
     def _encode_structure(self, piece: str) -> tuple[list[int], list[int]]:
-        """Tokens of a piece of the template, and the places of the special ones among them."""
+        """Returns the tokens of a piece of the template, and the indices of the special ones among them."""
         if piece not in self._structure_ids:
             ids = list(self.tokenizer(piece, add_special_tokens=False).input_ids)
             special = [place for place, token in enumerate(ids) if token in self._special]
@@ -265,7 +282,7 @@ class ChatTemplate:
         return self._structure_ids[piece]
 
     def _structure(self, roles: tuple[Role, ...], generate: bool) -> _Structure:
-        """The template's text around the contents, and which contents it trims."""
+        """Returns the template's text around the contents, and which contents it trims."""
         key = (*roles, "generate") if generate else roles
         if key not in self._structures:
             try:
@@ -278,7 +295,7 @@ class ChatTemplate:
                 )
             except Exception as error:  # a template raises what its author chose
                 raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
-            # a stand-in whose white space is no template's own, to tell what is trimmed; one search finds all of them
+            # markers with white space that no template writes itself, which shows what is trimmed
             found = list(re.finditer(r"( \t)?zq(\d+)qz(\t )?", text))
             if [int(mark[2]) for mark in found] != list(range(len(roles))):
                 raise ConversationError("the chat template does not keep every turn's text")
@@ -291,10 +308,11 @@ class ChatTemplate:
 
 
 REMEMBERED = 128
-"""Entries of a cache of structures; data with turns in other numbers than so many render some of them again."""
+"""Number of structures that a cache holds. Data with more different sequences of roles render some of them again."""
 
 
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Adds to a cache, which drops its oldest entry if it is full."""
     if len(cache) >= REMEMBERED:
         del cache[next(iter(cache))]
     cache[key] = value
@@ -305,22 +323,33 @@ class _Structure:
     """A chat template around n turns."""
 
     pieces: tuple[str, ...]
-    """The text before, between and behind the contents: n + 1 pieces."""
+    """Text before, between and after the contents: n + 1 pieces."""
     trimmed: tuple[tuple[bool, bool], ...]
-    """Which contents lose the white space before and behind them, as with Llama's template."""
+    """Whether each content loses the white space before it and after it, as with Llama's template."""
 
     def trim(self, turn: int, text: str) -> str:
-        """A turn's text as the template writes it."""
-        before, behind = self.trimmed[turn]
-        text = text.lstrip() if before else text
-        return text.rstrip() if behind else text
+        """Returns the text of a turn as the template writes it."""
+        before, after = self.trimmed[turn]
+        if before:
+            text = text.lstrip()
+        if after:
+            text = text.rstrip()
+        return text
+
+
+def _image_tokens(tokens_per_image: int | Sequence[int], image: int) -> int:
+    """Returns the number of tokens of one image; 0 for an image that the numbers do not cover."""
+    if isinstance(tokens_per_image, int):
+        return tokens_per_image
+    return tokens_per_image[image] if image < len(tokens_per_image) else 0
 
 
 def image_prompt(question: str, mode: Literal["fixed", "random", "off"], sample_id: str, seed: int = 0) -> str:
     """Wraps the first question of an image sample: `Based on the visual elements ... of<image>, <question>`.
 
-    LLaVA's data puts the placeholder on a line of its own before or behind the question; that line goes. `random`
-    chooses by seed and sample, so that every process chooses alike. Text around several placeholders stays as it is.
+    LLaVA's data has the placeholder on a line of its own before or after the question, and that line is removed.
+    `random` chooses a wording by seed and sample, so that every process makes the same choice. A question with several
+    placeholders, or with one in the middle, stays as it is.
     """
     if mode == "off" or question.count(PLACEHOLDER) != 1:
         return question
@@ -336,15 +365,18 @@ def image_prompt(question: str, mode: Literal["fixed", "random", "off"], sample_
 def cut_turns(
     turns: Sequence[Turn], length: int, encode: Callable[[Sequence[Turn]], EncodedConversation]
 ) -> EncodedConversation | None:
-    """Encodes as many leading turns as fit into `length` tokens; None if not even one answered turn does.
+    """Encodes as many leading turns as fit within `length` tokens; returns None if not even one answered turn does.
 
-    Found by bisection: of two beginnings, the longer one has more tokens.
+    The number of turns is found by bisection, because a longer beginning has more tokens.
     """
-    ends = [number for number, turn in enumerate(turns, 1) if turn.role == "assistant"]
-    ends = [end for end in ends if end == len(turns) or turns[end].role != "assistant"]  # an answer may be two turns
+    answered = [number for number, turn in enumerate(turns, 1) if turn.role == "assistant"]
+    ends = [
+        end for end in answered if end == len(turns) or turns[end].role != "assistant"
+    ]  # an answer may be two turns
     if len(turns) and (not ends or ends[-1] != len(turns)):
-        ends.append(len(turns))  # what follows the last answer is kept where everything fits
-    best, fits, fails = None, 0, len(ends) + 1
+        ends.append(len(turns))  # turns after the last answer are kept if everything fits
+    best: EncodedConversation | None = None
+    fits, fails = 0, len(ends) + 1
     middle = len(ends)  # most conversations fit as a whole
     while fails - fits > 1:
         encoded = encode(turns[: ends[middle - 1]])
@@ -353,4 +385,6 @@ def cut_turns(
         else:
             fails = middle
         middle = (fits + fails) // 2
-    return best if best is not None and any(label != IGNORE for label in best.labels) else None
+    if best is None or all(label == IGNORE for label in best.labels):
+        return None
+    return best

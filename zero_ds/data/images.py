@@ -1,4 +1,4 @@
-"""Pictures: file -> RGB -> square -> the encoder's pixel values."""
+"""Turns image files into the pixel values that a vision encoder takes: RGB, padded to a square, resized, normalised."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
 
 MAX_PIXELS = 64_000_000
-"""Pictures with more pixels are refused before they are decoded."""
+"""Number of pixels above which an image is rejected before it is decoded."""
 MAX_SIDE = 20_000
-"""Pictures with a longer side are refused, too: padded to a square they have its second power in pixels."""
+"""Longest side of an image in pixels. Padded to a square, an image has the square of its longest side in pixels."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Kinds of pictures that are read (MPO as JPEG), whatever a file is called; of Pillow's others some run programs."""
+"""Formats that are read (MPO as JPEG), whatever a file is called. Some of Pillow's other readers run programs."""
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height; Pillow ignores what is no orientation."""
+"""EXIF orientations that swap width and height. Pillow ignores values that are not an orientation."""
 BAND = 4_000_000
-"""Pixels that are padded and resized at a time."""
+"""Number of pixels that are padded and resized at a time."""
 PATH_SHOWN = 1000
-"""Characters that a message shows of a picture's path."""
+"""Number of characters that a message shows of an image's path."""
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names the file."""
+    """An image that cannot be used; the message names the file."""
 
 
 def open_image(path: str | Path | Image.Image) -> Image.Image:
-    """Reads a picture, a file or one that a program has opened, as upright RGB.
+    """Reads an image, given as a file or as an open Pillow image, as upright RGB.
 
     Raises:
-        ImageError: missing, unreadable, truncated or oversized file.
+        ImageError: A missing, unreadable, truncated or oversized file.
     """
     if isinstance(path, Image.Image):
         return _as_rgb(ImageOps.exif_transpose(path))
     with _opened(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)  # nobody else's: no copy
+        ImageOps.exif_transpose(file, in_place=True)  # nobody else has this image, so it need not be copied
         return _as_rgb(file)
 
 
 @contextmanager
-def whole_pictures() -> Iterator[None]:
-    """A block in which a picture that ends too early is an error, and not filled up with grey.
+def truncated_images_are_errors() -> Iterator[None]:
+    """Makes truncated images an error within a block, instead of filling them up with grey.
 
-    lmms-eval (0.7.3) has Pillow fill up all pictures of its process, for the sake of one data set.
+    lmms-eval (0.7.3) lets Pillow fill up all truncated images of its process, for the sake of one data set.
     """
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -67,7 +67,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """0..65535 -> the nearest of 0..255, row by row, for a picture's size in wider numbers would fill the memory."""
+    """Maps 0..65535 to the nearest of 0..255, row by row: a whole image in wider numbers could fill the memory."""
     out = np.empty(values.shape, np.uint8)
     for row, new in zip(values, out, strict=True):
         new[:] = (row.clip(0, 65535).astype(np.uint32) + 128) // 257
@@ -75,10 +75,10 @@ def _eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def check_header(path: str | Path) -> None:
-    """Looks at a picture's kind and size, without decoding it.
+    """Checks the format and the size of an image without decoding it.
 
     Raises:
-        ImageError: missing or oversized file, or one that does not begin like a picture.
+        ImageError: A missing or oversized file, or one that does not begin like an image.
     """
     with _opened(path):
         pass
@@ -86,10 +86,10 @@ def check_header(path: str | Path) -> None:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The file with what is wrong with it as ImageErrors, here and in the block."""
+    """Opens an image; everything that goes wrong here or in the block becomes an ImageError."""
     name = named(str(path), PATH_SHOWN)
     try:
-        with whole_pictures(), open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
+        with truncated_images_are_errors(), open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
             if file.width * file.height > MAX_PIXELS or max(file.size) > MAX_SIDE:
                 raise ImageError(
                     f"image {name} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read, and "
@@ -101,33 +101,33 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise ImageError(f"there is no image {name}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"image {name} is refused: {error}") from None
+        raise ImageError(f"image {name} is rejected: {error}") from None
     except UnidentifiedImageError:
         raise ImageError(f"image {name} cannot be read: it is none of {', '.join(FORMATS)}, or broken") from None
-    except Exception as error:  # Pillow's readers raise many kinds for bytes that they do not expect
+    except Exception as error:  # Pillow's readers raise many kinds for unexpected bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise ImageError(f"image {name} cannot be read: {named(reason, PATH_SHOWN)}") from None
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height of a picture as `open_image` gives it, from its header; of PNG all is read.
+    """Returns width and height of an image as `open_image` reads it, from the header. PNG files are read as a whole.
 
     Raises:
-        ImageError: as `check_header`.
+        ImageError: As `check_header`.
     """
     with _opened(path) as file:
         width, height = file.size
-        if isinstance(file, TiffImagePlugin.TiffImageFile):  # whose own size is upright already, in some versions
+        if isinstance(file, TiffImagePlugin.TiffImageFile):  # in some versions of Pillow its size is upright already
             width, height = (int(file.tag_v2[tag]) for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
         sideways = file.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
         return (height, width) if sideways else (width, height)
 
 
 class ImageProcessor:
-    """Pads to a square with the mean colour, resizes, normalises (Table A.2); large pictures also in tiles.
+    """Pads images to a square with the mean colour, resizes and normalises them (Table A.2), large ones also in tiles.
 
-    With a grid of tilings (rows, columns) a picture is shown once as a whole and once more cut into the tiles of the
-    tiling in which most of its pixels survive, of those that do the one with the least padding: LLaVA-NeXT's "anyres".
+    With a grid of tilings (rows, columns), an image is shown once as a whole and once more cut into tiles, by the
+    tiling that keeps most of its pixels and, among equals, has the least padding: "anyres" of LLaVA-NeXT.
     """
 
     def __init__(
@@ -146,77 +146,83 @@ class ImageProcessor:
 
     @classmethod
     def from_folder(cls, folder: str | Path, image_size: int, grid: Sequence[tuple[int, int]] = ()) -> ImageProcessor:
-        """Mean, deviation and filter of the folder's preprocessor_config.json, the size of its model.
+        """Takes mean, deviation and resampling filter from the folder's preprocessor_config.json.
 
         Raises:
-            ConfigError: the file is missing, damaged, or does not say them.
+            ConfigError: The file is missing, damaged, or lacks them.
         """
         from transformers import AutoImageProcessor
 
         try:
             settings: Any = AutoImageProcessor.from_pretrained(folder)
             return cls(image_size, list(settings.image_mean), list(settings.image_std), int(settings.resample), grid)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # as the library says it, over many lines
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # the library's own message has many lines
             raise ConfigError(
-                f"{folder} holds no preprocessor_config.json that says how pictures are normalised; fetch the encoder "
-                "again."
+                f"{folder} holds no preprocessor_config.json that says how images are normalised; fetch the vision "
+                "encoder again."
             ) from None
 
     def tiling(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of a picture's tiles; (1, 1): it is shown as a whole alone."""
-        best, best_key = (1, 1), (-1, 0)
+        """Returns rows and columns of an image's tiles; (1, 1) if it is shown only as a whole."""
+        best = (1, 1)
+        best_score = (-1, 0)
         for rows, columns in ((1, 1), *self.grid):
             across, down = columns * self.size, rows * self.size
             scale = min(across / width, down / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
-            if (key := (kept, kept - across * down)) > best_key:
-                best, best_key = (rows, columns), key
+            padding = across * down - kept
+            if (kept, -padding) > best_score:
+                best = (rows, columns)
+                best_score = (kept, -padding)
         return best
 
     def views(self, width: int, height: int) -> int:
-        """How many squares the encoder sees of a picture: the whole, and its tiles."""
+        """Returns the number of squares that the vision encoder sees of an image: the whole and its tiles."""
         rows, columns = self.tiling(width, height)
         return 1 if rows * columns == 1 else 1 + rows * columns
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture -> pixel values of its views: (views, 3, size, size) float32."""
+        """Returns the pixel values of the views of an RGB image: (views, 3, size, size) float32."""
         return self.normalized(self.squares(image))
 
     def squares(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture -> its views as bytes: (views, 3, size, size) uint8, the whole first, then tiles row by row."""
+        """Returns the views of an RGB image before they are normalised: (views, 3, size, size) uint8.
+
+        The whole comes first, then the tiles row by row.
+        """
         rows, columns = self.tiling(*image.size)
         squares = [self._fitted(image, 1, 1)]
         if rows * columns > 1:
             tiled = self._fitted(image, rows, columns)
-            squares += [
-                tiled.crop((column * self.size, row * self.size, (column + 1) * self.size, (row + 1) * self.size))
-                for row in range(rows)
-                for column in range(columns)
-            ]
+            for row in range(rows):
+                for column in range(columns):
+                    left, top = column * self.size, row * self.size
+                    squares.append(tiled.crop((left, top, left + self.size, top + self.size)))
         views = np.empty((len(squares), 3, self.size, self.size), np.uint8)
         for view, square in zip(views, squares, strict=True):
             view[:] = np.asarray(square).transpose(2, 0, 1)
         return torch.from_numpy(views)
 
     def normalized(self, views: torch.Tensor) -> torch.Tensor:
-        """Bytes of `squares`, or of several pictures' -> pixel values of the same shape, float32."""
+        """Normalises views, of one image or of several: (views, 3, size, size) uint8 to float32."""
         pixels = torch.empty(views.shape, dtype=torch.float32)
-        mean, std = (torch.tensor(channels)[:, None, None] for channels in (self.mean, self.std))
-        for new, view in zip(pixels, views, strict=True):  # one by one they stay in the processor's cache
+        mean = torch.tensor(self.mean)[:, None, None]
+        std = torch.tensor(self.std)[:, None, None]
+        for new, view in zip(pixels, views, strict=True):  # one by one, they stay in the CPU's cache
             new.copy_(view).div_(255.0).sub_(mean).div_(std)
         return pixels
 
     def _fitted(self, image: Image.Image, rows: int, columns: int) -> Image.Image:
-        """The picture in the middle of so many squares, padded with the mean colour, resized."""
-        fill = tuple(int(255 * channel) for channel in self.mean)  # cut off, as LLaVA and transformers do
+        """Returns the image in the middle of `rows` x `columns` squares, padded with the mean colour and resized."""
+        fill = tuple(int(255 * channel) for channel in self.mean)  # rounded down, as in LLaVA and transformers
         width = max(image.width, -(-image.height * columns // rows))
         height = max(image.height, -(-image.width * rows // columns))
         left, top = (width - image.width) // 2, (height - image.height) // 2
         across, down = columns * self.size, rows * self.size
         if (width, height) == image.size:
             return image.resize((across, down), self.resample)
-        # Pillow resizes rows first, each for itself, then columns: so the padded picture, which may be a hundred times
-        # as large as the picture, is never made as a whole
+        # Pillow resizes rows first, each on its own, and then columns. Doing the same in two calls, the padded image,
+        # which may be a hundred times as large as the image, never exists as a whole
         narrow = Image.new("RGB", (across, height), fill)
         if width == image.width:
             narrow.paste(image.resize((across, image.height), self.resample), (0, top))

@@ -1,4 +1,4 @@
-"""Mixes data sets into one file, as the paper does before training: each shuffled, then spread evenly."""
+"""Mixes data sets into one file, as the paper does before training: each is shuffled, then spread evenly."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _FROM: dict[Role, str] = {"system": "system", "user": "human", "assistant": "gpt
 
 
 def mix(sources: Sequence[SourceConfig], out: Path, *, seed: int = 0, shuffle: bool = True) -> int:
-    """Writes the samples of all sources into one file in LLaVA's format; returns their number.
+    """Writes the samples of all sources into one file in LLaVA's format and returns their number.
 
-    Each source is permuted by `seed` (or kept in its order) and inserted at even distances. Pictures are named relative
-    to the folder of `out`; a JSON list, or JSON lines if `out` ends in .jsonl.
+    Each source is permuted by `seed`, unless `shuffle` is off, and inserted at even distances. The paths of images are
+    relative to the folder of `out`. The file is a JSON list, or JSON lines if its name ends in .jsonl.
 
     Raises:
-        ConfigError: a negative seed, `out` exists, has another ending, or lies where pictures cannot be named
-            relative to it.
-        DataError: a source that cannot be read, a path that leaves its root.
+        ConfigError: A negative seed, or an `out` that exists, has another ending, or is in a folder that does not hold
+            the images.
+        DataError: A source that cannot be read, or a path that leaves its root.
     """
     if out.suffix not in (".json", ".jsonl"):
         raise ConfigError(f"--out {out} must end in .json or .jsonl.")
@@ -38,16 +38,19 @@ def mix(sources: Sequence[SourceConfig], out: Path, *, seed: int = 0, shuffle: b
     if out.exists():
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
     records = Records(sources, permute=seed if shuffle else None)
-    home = out.parent.resolve()
-    lines = out.suffix == ".jsonl"
+    if out.suffix == ".jsonl":
+        start, separator, end = "", "\n", "\n"
+    else:
+        start, separator, end = "[\n", ",\n", "\n]\n"
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write("" if lines else "[")
-            for number, record in enumerate(_plain(records, home)):
-                separator = ("\n" if number else "") if lines else (",\n" if number else "\n")
-                file.write(separator + json.dumps(record, ensure_ascii=False))
-            file.write("\n" if lines else "\n]\n")
+            file.write(start)
+            for number, record in enumerate(_llava_records(records, out.parent.resolve())):
+                if number:
+                    file.write(separator)
+                file.write(json.dumps(record, ensure_ascii=False))
+            file.write(end)
         temporary.replace(out)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror}.") from None
@@ -56,28 +59,28 @@ def mix(sources: Sequence[SourceConfig], out: Path, *, seed: int = 0, shuffle: b
     return len(records)
 
 
-def _plain(records: Records, home: Path) -> Iterator[dict[str, Any]]:
+def _llava_records(records: Records, folder: Path) -> Iterator[dict[str, Any]]:
     with tqdm(total=len(records), desc="mixing", unit="sample", disable=None) as bar:
         for index in range(len(records)):
-            yield plain(records[index], home)
+            yield llava_record(records[index], folder)
             bar.update()
 
 
-def plain(sample: Sample, home: Path) -> dict[str, Any]:
-    """A sample in LLaVA's format, with pictures named relative to `home`.
+def llava_record(sample: Sample, folder: Path) -> dict[str, Any]:
+    """Returns a sample in LLaVA's format, with image paths relative to `folder`.
 
     Raises:
-        ConfigError: a picture that lies elsewhere.
+        ConfigError: An image that is not in `folder`.
     """
     record: dict[str, Any] = {"id": sample.id}
     if sample.images:
         for image in sample.images:
-            if not Path(image).is_relative_to(home):
+            if not Path(image).is_relative_to(folder):
                 raise ConfigError(
-                    f"sample {named(sample.id)} has its picture in {Path(image).parent}, outside of {home}; write "
-                    "--out into a folder that holds the pictures of all sources."
+                    f"sample {named(sample.id)} has its image in {Path(image).parent}, outside of {folder}; write "
+                    "--out into a folder that holds the images of all sources."
                 )
-        names = [os.path.relpath(image, home) for image in sample.images]
+        names = [os.path.relpath(image, folder) for image in sample.images]
         record["image"] = names[0] if len(names) == 1 else names
     record["conversations"] = [{"from": _FROM[turn.role], "value": turn.text} for turn in sample.turns]
     return record

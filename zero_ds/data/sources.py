@@ -1,4 +1,4 @@
-"""The samples of a run: the records of its data files, mixed, with paths that stay below their roots."""
+"""Provides the samples of a run: the records of its data files, mixed, with image paths that stay below their roots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from zero_ds.config.schema import SourceConfig
-from zero_ds.data.arrow import Table, table_of
+from zero_ds.data.arrow import Table, load_table
 from zero_ds.data.conversations import Turn
 from zero_ds.data.files import data_files
 from zero_ds.data.formats import DataError, Row, named, quoted
@@ -23,43 +23,51 @@ from zero_ds.runtime.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 PATH_SHOWN = 300
-"""Characters that a message shows of a path from data."""
+"""Number of characters that a message shows of a path from data."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation with its pictures, checked."""
+    """A checked conversation with its images."""
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...]
-    """Paths of existing-by-name files inside the source's root."""
+    """Paths below the source's root, or absolute ones that the source allows. The files may not exist."""
 
 
 class Records(Sequence[Sample]):
-    """All samples of the sources, mixed by evenly spaced insertion; item access reads one memory-mapped row."""
+    """All samples of the sources, mixed by evenly spaced insertion. Indexing reads one memory-mapped row."""
 
     def __init__(self, sources: Sequence[SourceConfig], *, skip_bad: bool = False, permute: int | None = None) -> None:
-        """skip_bad: leave out records that cannot be used, instead of refusing their file; permute: seed of a random
-        order within each source, of which `limit` then takes the first.
+        """Opens the data files, converting new ones.
+
+        With `skip_bad`, records that cannot be used are skipped instead of being an error. `permute` is the seed of a
+        random order within each source, of which `limit` then takes the first samples.
 
         Raises:
-            ConfigError: no source. DataError: a file that cannot be read, or has a record that cannot be used.
+            ConfigError: No source.
+            DataError: A file that cannot be read, or one with a record that cannot be used.
         """
         if not sources:
             raise ConfigError("no data: set data.sources in the recipe to at least one file.")
-        seeds = [None if permute is None else [permute, number] for number in range(len(sources))]
-        self._sources = [_Source(*each, skip_bad) for each in zip(sources, seeds, strict=True)]
+        self._sources = []
+        for number, config in enumerate(sources):
+            seed = None if permute is None else [permute, number]
+            self._sources.append(_Source(config, seed, skip_bad))
         self._order = evenly_spaced([len(source) for source in self._sources])
 
     def complaints(self) -> Iterator[tuple[list[str], int]]:
-        """For each data file the reasons why records were left out, and their number, which may be larger."""
+        """Yields, for each data file, the reasons why records were skipped and the number of such records.
+
+        The number may be larger, because not every reason is kept.
+        """
         for source in self._sources:
             for file, table in zip(source.files, source.tables, strict=True):
                 yield [f"{file} {sentence}" for sentence in table.complaints.first], table.complaints.count
 
     def content(self) -> str:
-        """Hash of all samples' texts and names of pictures, by the content of their files."""
+        """Returns a hash of the samples' texts and image paths, which follows from the content of their files."""
         names = [[table.name for table in source.tables] for source in self._sources]
         return hashlib.sha256(json.dumps([names, len(self)]).encode()).hexdigest()[:16]
 
@@ -67,40 +75,43 @@ class Records(Sequence[Sample]):
         return len(self._order)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        source, table, row = self._place(index)
+        source, table, row = self._locate(index)
         record = table[row]
         turns = tuple(Turn(role, text) for role, text in zip(record.roles, record.texts, strict=True))
         return Sample(record.id, turns, source.paths(record))
 
     def images(self, index: int) -> int:
-        """Number of pictures of a sample."""
-        _, table, row = self._place(index)
+        """Returns the number of images of a sample."""
+        _, table, row = self._locate(index)
         return table.images(row)
 
     def size(self, index: int) -> int:
-        """Bytes of a sample's texts."""
-        _, table, row = self._place(index)
+        """Returns the number of bytes of a sample's texts."""
+        _, table, row = self._locate(index)
         return table.size(row)
 
-    def _place(self, index: int) -> tuple[_Source, Table, int]:
+    def _locate(self, index: int) -> tuple[_Source, Table, int]:
+        """Returns the source of a sample, its table there and its row in the table."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        source, row = self._order[index]
-        return self._sources[source], *self._sources[source].place(int(row))
+        number, row = self._order[index]
+        source = self._sources[number]
+        table, row_of_table = source.locate(int(row))
+        return source, table, row_of_table
 
 
 class _Source:
-    """The files of one source, one behind the other, and the rows of them that are used."""
+    """The files of one source, one after the other, and the rows of them that are used."""
 
     def __init__(self, config: SourceConfig, seed: list[int] | None, skip_bad: bool) -> None:
         self.config = config
         self.files = data_files(config.path, config.files)
-        beside = self.files[0].parent if len(self.files) == 1 else config.path
-        self.root = Path(config.root or beside).expanduser().resolve()
-        self.tables = [table_of(file) for file in self.files]
+        own_folder = self.files[0].parent if len(self.files) == 1 else config.path
+        self.root = Path(config.root or own_folder).expanduser().resolve()
+        self.tables = [load_table(file) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):
             if table.complaints.count:
-                _complain(file, table, skip_bad)
+                _report_unusable(file, table, skip_bad)
         self._starts = np.cumsum([0, *(len(table) for table in self.tables)])
         rows: Any = np.arange(self._starts[-1])
         if config.images_only:
@@ -110,39 +121,47 @@ class _Source:
             rows = np.random.default_rng(seed).permutation(rows)
         self._rows = rows[: config.limit]
         if not len(self._rows):
-            what = "sample with a picture; drop images_only or the file" if config.images_only else "usable sample"
+            what = "sample with an image; drop images_only or the file" if config.images_only else "usable sample"
             raise DataError(f"data file {config.path} has no {what}")
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def place(self, row: int) -> tuple[Table, int]:
-        number = int(np.searchsorted(self._starts, place := self._rows[row], side="right")) - 1
-        return self.tables[number], int(place - self._starts[number])
+    def locate(self, row: int) -> tuple[Table, int]:
+        """Returns the table of one of the used rows, and its row there."""
+        row_of_source = self._rows[row]
+        number = int(np.searchsorted(self._starts, row_of_source, side="right")) - 1
+        return self.tables[number], int(row_of_source - self._starts[number])
 
     def paths(self, record: Row) -> tuple[str, ...]:
-        """The record's pictures as paths that may be opened."""
+        """Returns the paths of a record's images, which may be opened.
+
+        Raises:
+            DataError: A path that leaves the root, unless record and source both allow it.
+        """
         if not record.full_path:
             return tuple(str(inside(self.root, name, record.id)) for name in record.images)
         if not self.config.full_path:
             raise DataError(
-                f"sample {named(record.id)} names pictures by full_path, outside of the data root; allow that for this "
+                f"sample {named(record.id)} names images by full_path, outside of the data root; allow that for this "
                 "source with full_path: true"
             )
         for name in record.images:
             if not Path(name).is_absolute():
-                raise DataError(f"sample {named(record.id)}: full_path {quoted(name, PATH_SHOWN)} is no absolute path")
+                raise DataError(
+                    f"sample {named(record.id)}: full_path {quoted(name, PATH_SHOWN)} is not an absolute path"
+                )
         return record.images
 
 
-def _complain(file: Path, table: Table, skip_bad: bool) -> None:
-    """Refuses a file with records that cannot be used, or says how many are left out."""
+def _report_unusable(file: Path, table: Table, skip_bad: bool) -> None:
+    """Rejects a file with records that cannot be used, or logs how many are skipped."""
     count, first = table.complaints.count, table.complaints.first[0]
     if not skip_bad:
-        more = f" ({count:,} such records; data.bad_samples=skip leaves them out)" if count > 1 else ""
+        more = f" ({count:,} such records; data.bad_samples=skip skips them)" if count > 1 else ""
         raise DataError(f"{file} {first}{more}")
     logger.warning(
-        "%s: %s of %s records cannot be used and are left out; the first: %s",
+        "%s: %s of %s records cannot be used and are skipped; the first: %s",
         file,
         f"{count:,}",
         f"{count + len(table):,}",
@@ -151,9 +170,9 @@ def _complain(file: Path, table: Table, skip_bad: bool) -> None:
 
 
 def evenly_spaced(lengths: Sequence[int]) -> Any:
-    """Mixes sources so that each is spread evenly over the whole, its own order kept.
+    """Mixes sources of the given lengths so that each is spread evenly over the whole, with its own order kept.
 
-    Row i of a source of n stands at relative position (i + 1/2) / n. Returns (source, row) pairs: (total, 2), int32.
+    Row i of a source of n rows is at relative position (i + 1/2) / n. Returns (source, row) pairs: (total, 2) int32.
     """
     source = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     row = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
@@ -163,10 +182,10 @@ def evenly_spaced(lengths: Sequence[int]) -> Any:
 
 
 def inside(root: Path, name: str, sample_id: str) -> Path:
-    """The file `name` below `root`.
+    """Returns the path of `name`, which is relative to `root`.
 
     Raises:
-        DataError: an absolute path, one that leaves the root, also through a symbolic link, or one that leads nowhere.
+        DataError: A path that leaves `root`, as absolute paths do, and symbolic links may; or one that leads nowhere.
     """
     relative = Path(name)
     where = f"sample {named(sample_id)}: image path {quoted(name, PATH_SHOWN)}"
@@ -174,7 +193,10 @@ def inside(root: Path, name: str, sample_id: str) -> Path:
         path = _real_folder(root / relative.parent) / relative.name
         if path.is_symlink() or relative.name == "..":
             path = path.resolve()
-    except (OSError, RuntimeError) as error:  # too long; a link to itself, which Python called a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a path that is too long, or a link to itself (RuntimeError before Python 3.13)
         reason = getattr(error, "strerror", None) or "a link leads to itself"
         raise DataError(f"{where} cannot be followed: {reason}") from None
     if relative.is_absolute() or not path.is_relative_to(root):
@@ -184,5 +206,5 @@ def inside(root: Path, name: str, sample_id: str) -> Path:
 
 @functools.lru_cache(maxsize=4096)
 def _real_folder(folder: Path) -> Path:
-    """A folder's own path; few folders hold many pictures, and each part of a path costs a look at the disk."""
+    """Returns a folder's path without links, remembered because each part of a path costs a disk access."""
     return folder.resolve()

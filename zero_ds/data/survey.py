@@ -1,4 +1,4 @@
-"""Reads a whole data set before a run does: what is wrong with it, and how long its samples are."""
+"""Checks a whole data set before a run reads it: which samples are unusable, and how long they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -19,38 +19,53 @@ from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records
 
 Look = Literal["decode", "headers", "none"]
+"""Extent to which images are read."""
 SHOWN = 20
-"""Examples that are kept of each kind of fault."""
+"""Number of examples that are kept of each kind of fault."""
 
 
 @dataclass
 class Survey:
-    """What was found; lengths in tokens if a model was named, else estimated from bytes."""
+    """Findings about a data set."""
 
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     turns: Counter[int] = field(default_factory=Counter)
-    """Number of turns -> samples."""
+    """Number of samples by their number of turns."""
     lengths: list[int] = field(default_factory=list)
+    """Length of each sample in tokens."""
     measured: bool = False
-    """Whether lengths are counted tokens."""
+    """Whether lengths are counted, and not estimated from bytes."""
     faults: Counter[str] = field(default_factory=Counter)
-    """Kind -> samples: record, picture, path, template, too long."""
+    """Number of samples by the kind of their fault: record, picture, path, template or too long."""
     examples: dict[str, list[str]] = field(default_factory=dict)
+    """Messages about the first samples with each kind of fault."""
 
     @property
-    def wrong(self) -> int:
+    def unusable(self) -> int:
+        """Number of samples that cannot be used."""
         return sum(self.faults.values())
 
-    def add(self, kind: str, sentence: str, count: int = 1) -> None:
-        self.faults[kind] += count
+    def add_fault(self, kind: str, sentence: str) -> None:
+        """Counts an unusable sample, and keeps the message if it is among the first."""
+        self.faults[kind] += 1
         if len(self.examples.setdefault(kind, [])) < SHOWN:
             self.examples[kind].append(sentence)
 
+    def add(self, sample: _Inspected) -> None:
+        """Counts an inspected sample."""
+        self.samples += 1
+        self.images += sample.images
+        self.turns[sample.turns] += 1
+        self.lengths.append(sample.length)
+        if sample.fault:
+            self.add_fault(sample.fault, sample.message)
+
     def to_json(self) -> dict[str, Any]:
+        """Returns the content of check.json."""
         return {
             "samples": self.samples,
-            "pictures": self.pictures,
+            "pictures": self.images,
             "turns": {str(turns): count for turns, count in sorted(self.turns.items())},
             "lengths": {"unit": "tokens" if self.measured else "tokens, estimated", **quantiles(self.lengths)},
             "faults": dict(self.faults),
@@ -58,20 +73,20 @@ class Survey:
         }
 
     def lines(self) -> list[str]:
-        """What a person reads."""
+        """Returns the findings as lines of text."""
         kind = "tokens" if self.measured else "tokens, estimated at four bytes each"
         found = quantiles(self.lengths)
-        lines = [f"{self.samples:,} samples, {self.pictures:,} pictures"]
+        lines = [f"{self.samples:,} samples, {self.images:,} images"]
         lines.append(f"length in {kind}: " + "  ".join(f"{name} {value:,}" for name, value in found.items()))
         for fault, count in self.faults.most_common():
             lines.append(f"{count:,} x {fault}")
             lines += [f"    {sentence}" for sentence in self.examples[fault][:3]]
-        lines.append("nothing is wrong" if not self.faults else f"{self.wrong:,} samples cannot be used")
+        lines.append("nothing is wrong" if not self.faults else f"{self.unusable:,} samples cannot be used")
         return lines
 
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int]:
-    """Median, 90th, 99th percentile and maximum; nothing of nothing."""
+    """Returns median, 90th and 99th percentile and maximum by name; nothing if there are no lengths."""
     values = np.asarray(list(lengths))
     if not len(values):
         return {}
@@ -79,29 +94,44 @@ def quantiles(lengths: Iterable[int]) -> dict[str, int]:
     return {name: int(np.percentile(values, mark)) for name, mark in marks.items()}
 
 
-class _Looked(Dataset[tuple[int, int, int, str, str]]):
-    """Number of a sample -> turns, pictures, length, kind of fault, sentence."""
+class _Inspected(NamedTuple):
+    """What there is to say about a sample."""
 
-    def __init__(self, records: Records, encoder: SampleEncoder | None, look: Look) -> None:
-        self.records, self.encoder, self.look = records, encoder, look
+    turns: int
+    images: int
+    length: int
+    """Tokens, estimated as four bytes each where they are not counted."""
+    fault: str = ""
+    """Kind of the fault, if there is one."""
+    message: str = ""
+
+
+class _Inspection(Dataset[_Inspected]):
+    """Maps the index of a sample to what there is to say about it."""
+
+    def __init__(self, records: Records, sample_encoder: SampleEncoder | None, look: Look) -> None:
+        self.records = records
+        self.sample_encoder = sample_encoder
+        self.look = look
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[int, int, int, str, str]:
-        pictures, length = self.records.images(index), self.records.size(index) // 4
+    def __getitem__(self, index: int) -> _Inspected:
+        images = self.records.images(index)
+        length = self.records.size(index) // 4
         try:
             sample = self.records[index]
         except DataError as error:
-            return 0, pictures, length, "path", str(error)
+            return _Inspected(0, images, length, "path", str(error))
         turns = len(sample.turns)
         try:
-            if self.encoder is not None:
-                length = len(self.encoder.tokens(sample).input_ids)
+            if self.sample_encoder is not None:
+                length = len(self.sample_encoder.tokens(sample).input_ids)
         except TooLongError as error:
-            return turns, pictures, length, "too long", str(error)
+            return _Inspected(turns, images, length, "too long", str(error))
         except DataError as error:
-            return turns, pictures, length, "template", str(error)
+            return _Inspected(turns, images, length, "template", str(error))
         try:
             for path in sample.images:
                 if self.look == "decode":
@@ -109,25 +139,26 @@ class _Looked(Dataset[tuple[int, int, int, str, str]]):
                 elif self.look == "headers":
                     check_header(path)
         except ImageError as error:
-            return turns, pictures, length, "picture", f"sample {named(sample.id)}: {error}"
-        return turns, pictures, length, "", ""
+            return _Inspected(turns, images, length, "picture", f"sample {named(sample.id)}: {error}")
+        return _Inspected(turns, images, length)
 
 
 def survey(
     records: Records, *, encoder: SampleEncoder | None = None, look: Look = "decode", workers: int = 0
 ) -> Survey:
-    """Looks at every sample; faults do not end it.
+    """Inspects every sample; faults do not end it.
 
-    encoder: counts tokens with it, and applies its length limit; look: what is read of the pictures.
+    The sample encoder counts tokens and applies its length limit; without one, lengths are estimated. `look` says how
+    much of the images is read.
     """
     found = Survey(measured=encoder is not None)
     for sentences, count in records.complaints():
         for sentence in sentences:
-            found.add("record", sentence)
-        if count > len(sentences):
+            found.add_fault("record", sentence)
+        if count > len(sentences):  # not every reason was kept
             found.faults["record"] += count - len(sentences)
     loader: DataLoader[Any] = DataLoader(
-        _Looked(records, encoder, look),
+        _Inspection(records, encoder, look),
         batch_size=64,
         collate_fn=list,
         num_workers=workers,
@@ -135,19 +166,14 @@ def survey(
     )
     with tqdm(total=len(records), desc="looking at samples", unit="sample", disable=None) as bar:
         for batch in loader:
-            for turns, pictures, length, kind, sentence in batch:
-                found.samples += 1
-                found.pictures += pictures
-                found.turns[turns] += 1
-                found.lengths.append(length)
-                if kind:
-                    found.add(kind, sentence)
+            for inspected in batch:
+                found.add(inspected)
             bar.update(len(batch))
     return found
 
 
 def write(found: Survey, out: Path, limit: int | None) -> None:
-    """Writes check.json and lengths.png into a folder; `limit` is drawn as a line."""
+    """Writes check.json and lengths.png, a histogram with a line at `limit`, into a folder."""
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def make_demo(out: Path, *, seed: int = 0, steps: int = 2000) -> None:
     settings = {"seed": seed, "steps": steps}
     if record.is_file() and _made_with(json.loads(record.read_text(encoding="utf-8")), settings):
         return
-    from zero_ds.data.demo.scenes import write_demo
+    from zero_ds.data.demo.dataset import write_demo
     from zero_ds.data.demo.warmup import warm_up
 
     for part in ("data", "encoder"):

@@ -1,26 +1,13 @@
-"""The embedded demo data set: seeded pictures of coloured shapes and words, with questions, captions and yes/no items.
-
-It stands in for LLaVA-1.5-665K where no data set and no hub is at hand. Pictures are drawn with Pillow and written as
-ordinary image files beside an ordinary LLaVA JSON file, so that everything that reads them reads LLaVA's data as well.
-"""
+"""Draws the demo's scenes (coloured shapes and words) and asks about them: questions, captions, yes/no items."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import cos, radians, sin
-from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-
-from zero_ds.runtime.files import new_folder
-
-logger = logging.getLogger(__name__)
 
 COLORS = {
     "red": (214, 40, 40),
@@ -39,15 +26,15 @@ SIZES = ("small", "large")
 WORDS = ("TIME", "MAP", "CAR", "FREE", "ART", "BIG")
 BACKGROUNDS = {"gray": (128, 128, 128), "pink": (250, 190, 200), "brown": (140, 95, 60), "cyan": (150, 225, 230)}
 COLOR_WORDS = (*COLORS, *BACKGROUNDS)
-"""Every colour word, for shapes and backgrounds alike: an answer that names the other one is wrong."""
+"""Every colour word, for shapes and for backgrounds: an answer that names the colour of the other one is wrong."""
 
 CANVAS = 128
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is on one picture. `side` is None for several shapes, `word` is None where nothing is written."""
+    """Content of one image. `side` is None for several shapes, `word` is None where nothing is written."""
 
     shape: str
     color: str
@@ -57,22 +44,23 @@ class Scene:
     background: str
     word: str | None
     jitter: int
-    """Seed of everything that is not described in words: places, angles, noise."""
+    """Seed of everything that the other attributes do not say: positions, angles, noise."""
 
     @property
     def noun(self) -> str:
+        """Shape in the singular or the plural."""
         return self.shape if self.count == 1 else self.shape + "s"
 
     @property
     def phrase(self) -> str:
-        """The scene as a noun phrase: `a small red circle`, `three blue stars`."""
+        """Noun phrase for the shapes: `a small red circle`, `three blue stars`."""
         if self.count == 1:
             return f"a {self.size} {self.color} {self.shape}"
         return f"{COUNTS[self.count - 1]} {self.color} {self.noun}"
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draws a scene; every attribute is uniform over its values and independent of the others."""
+    """Draws a scene at random. Attributes are independent of each other and uniform, except for count and word."""
     count = rng.choice((1, 1, 1, 2, 3, 4))
     return Scene(
         shape=rng.choice(SHAPES),
@@ -87,7 +75,7 @@ def sample_scene(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draws the scene as an RGB picture of CANVAS x CANVAS pixels, the same picture for the same scene."""
+    """Draws the scene as an RGB image of CANVAS x CANVAS pixels, always the same image for the same scene."""
     rng = random.Random(scene.jitter)
     image = Image.new("RGB", (CANVAS, CANVAS), _shift(BACKGROUNDS[scene.background], rng, 14))
     pen = ImageDraw.Draw(image)
@@ -147,12 +135,12 @@ def _star(x: float, y: float, radius: float, angle: float) -> list[tuple[float, 
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Language: an item is a question with its answer, of which one word is looked for.
+# Language: an item is a question with its answer, which is scored by one of its words.
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question about a picture. The answer is `prefix + " " + word + suffix`; `choices` are the words it could be."""
+    """A question about an image. The answer is `prefix + " " + word + suffix`; `choices` are the possible words."""
 
     kind: str
     question: str
@@ -228,14 +216,14 @@ CAPTION_PROMPTS = ("describe the image briefly.", "what is shown here?", "give a
 
 
 def caption(scene: Scene) -> str:
-    """One sentence that names count or size, colour, shape, side and background: `The image shows a red ...`."""
+    """Returns a sentence with count or size, colour, shape, side and background: `The image shows a small red ...`."""
     where = f" on the {scene.side} of" if scene.side else " on"
     text = f", with the word {scene.word}" if scene.word else ""
     return f"The image shows {scene.phrase}{where} a {scene.background} background{text}."
 
 
 def caption_items(scene: Scene, prompt: str) -> list[Item]:
-    """The words of the caption that are looked for, each behind the true words before it."""
+    """Returns the words by which the caption is scored, each after the true words before it."""
     text = caption(scene)
     items = []
     wanted = [("color", scene.color, COLOR_WORDS), ("shape", scene.shape, SHAPES)]
@@ -246,23 +234,18 @@ def caption_items(scene: Scene, prompt: str) -> list[Item]:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Item]:
-    """Every question that fits the scene, in random order."""
-    kinds = [
-        k for k in QUESTIONS if not (k == "side" and scene.side is None) and not (k == "word" and scene.word is None)
-    ]
+    """Returns every question that fits the scene, in random order."""
+    kinds = list(QUESTIONS)
+    if scene.side is None:
+        kinds.remove("side")
+    if scene.word is None:
+        kinds.remove("word")
     rng.shuffle(kinds)
     return [QUESTIONS[kind](scene, rng) for kind in kinds]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files: LLaVA JSON for training, the same plus the words that are looked for as held-out questions.
-
-TEXT_FILE = Path(__file__).parent / "texts.json"
-"""Prompts with the target's own answers, made by tools/make_demo_text.py."""
-
-
 def scene_in_words(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question whose picture is told in words instead of shown, and its answer."""
+    """Returns a question about an image that is described in words instead of shown, and its answer."""
     told = caption(scene).removeprefix("The image shows ").rstrip(".")
     item = rng.choice([*questions(scene, rng), None])
     if item is None:
@@ -270,86 +253,3 @@ def scene_in_words(scene: Scene, rng: random.Random) -> tuple[str, str]:
     else:
         question, answer = item.question, item.answer
     return f"Based on the visual elements captured in this image of {told}, {question}", answer
-
-
-def write_demo(out: Path, *, train: int = 6000, heldout: int = 500, told: int = 1500, seed: int = 0) -> None:
-    """Writes the demo data set into the new folder `out`.
-
-    train.json: `train` pictures with one to three turns each; text.json: text-only conversations, of which `told` tell
-    a scene in words; heldout.json: `heldout` other pictures, each with one question and one caption as evaluation
-    records (`evaluation/heldout/records.py`); trajectory.json: the text-only conversations answered by the target.
-    No held-out picture equals a training picture.
-
-    Raises:
-        ConfigError: `out` exists.
-    """
-    with new_folder(out) as folder:
-        (folder / "images").mkdir()
-        rng = random.Random(seed)
-        seen: set[bytes] = set()
-
-        own = json.loads(TEXT_FILE.read_text(encoding="utf-8"))
-        texts = [_record(f"text-{i}", [(prompt, answer)]) for i, (prompt, answer) in enumerate(own)]
-        _write(folder / "trajectory.json", texts)
-        texts += [_record(f"told-{i}", [scene_in_words(sample_scene(rng), rng)]) for i in range(told)]
-        rng.shuffle(texts)
-        _write(folder / "text.json", texts)
-
-        records = []
-        for name, scene in _pictures(folder, "train", train, rng, seen):
-            turns = [(item.question, item.answer) for item in questions(scene, rng)]
-            if rng.random() < 0.6:
-                turns.insert(0, (rng.choice(CAPTION_PROMPTS), caption(scene)))
-            record = _record(name, turns[: rng.randint(2, 3)], f"images/{name}.jpg")
-            records.append({**record, "scene": asdict(scene)})
-        _write(folder / "train.json", records)
-
-        items = []
-        for name, scene in _pictures(folder, "heldout", heldout, rng, seen):
-            item = rng.choice(questions(scene, rng))
-            prompt = rng.choice(CAPTION_PROMPTS)
-            items.append(_evaluation_record(f"{name}-question", "question", f"images/{name}.jpg", item.answer, [item]))
-            items.append(
-                _evaluation_record(
-                    f"{name}-caption", "caption", f"images/{name}.jpg", caption(scene), caption_items(scene, prompt)
-                )
-            )
-        _write(folder / "heldout.json", items)
-
-
-def _pictures(
-    folder: Path, split: str, count: int, rng: random.Random, seen: set[bytes]
-) -> Iterator[tuple[str, Scene]]:
-    """Draws and saves pictures that are not in `seen`, and yields their names and scenes."""
-    written = 0
-    while written < count:
-        scene = sample_scene(rng)
-        image = draw(scene)
-        digest = hashlib.sha256(image.tobytes()).digest()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        name = f"{split}-{written:05d}"
-        image.save(folder / "images" / f"{name}.jpg", quality=92)
-        yield name, scene
-        written += 1
-
-
-def _record(name: str, turns: list[tuple[str, str]], image: str | None = None) -> dict[str, Any]:
-    conversations = []
-    for number, (question, answer) in enumerate(turns):
-        asked = f"<image>\n{question}" if image and number == 0 else question
-        conversations += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-    return {"id": name, **({"image": image} if image else {}), "conversations": conversations}
-
-
-def _evaluation_record(name: str, kind: str, image: str, answer: str, items: list[Item]) -> dict[str, Any]:
-    words = [
-        {"kind": i.kind, "start": len(i.prefix) + bool(i.prefix), "word": i.word, "choices": list(i.choices)}
-        for i in items
-    ]
-    return {"id": name, "kind": kind, "image": image, "question": items[0].question, "answer": answer, "words": words}
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")

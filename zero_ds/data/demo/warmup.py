@@ -1,7 +1,7 @@
-"""A small CLIP vision transformer, warmed up by classification: the demo's stand-in for CLIP's pre-training.
+"""Trains a small CLIP vision transformer by classification: the demo's stand-in for CLIP's pre-training.
 
-Real runs start from a released CLIP. Where none can be fetched, an encoder of about a million parameters learns to tell
-the attributes of generated pictures apart, which is as much as the demo needs of a pre-trained encoder.
+Real runs start from a released CLIP. Where none can be fetched, a vision encoder of about a million parameters learns
+to classify the attributes of generated images, which is all that the demo needs of a pre-trained one.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def warm_up(data: Path, out: Path, *, steps: int = 2000, batch: int = 64, seed: int = 0) -> dict[str, float]:
-    """Trains on the scenes of `data`/train.json and writes a Hugging Face folder; returns accuracies on the last 500.
+    """Trains on the scenes of `data`/train.json, writes a Hugging Face folder and returns the accuracy by attribute.
 
-    The last 500 training pictures are left out of training, so that the accuracies mean something.
+    Accuracies are measured on the last 500 images, which are not trained on.
     """
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -90,5 +90,5 @@ def warm_up(data: Path, out: Path, *, steps: int = 2000, batch: int = 64, seed: 
 
 
 def _pooled(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean patch feature: (images, 3, size, size) -> (images, hidden)."""
+    """Returns the mean feature of the patches: (images, 3, size, size) to (images, hidden)."""
     return model(pixel_values=pixels).last_hidden_state[:, 1:].mean(1)

@@ -15,7 +15,7 @@ from lmms_eval.evaluator_utils import get_task_list
 from lmms_eval.tasks import TaskManager, get_task_dict
 from tenacity import RetryError
 
-from zero_ds.data.images import whole_pictures
+from zero_ds.data.images import truncated_images_are_errors
 from zero_ds.evaluation.suites.lmms_model import ZeroDs
 from zero_ds.evaluation.suites.lookup import TaskLookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.suites.results import Measured, Score
@@ -46,7 +46,7 @@ class LmmsEval(TaskLookup[TaskManager]):
         with self._tasks(tasks) as (manager, names):
             counts = {}
             for name in names:
-                with reading_data([name]), whole_pictures():
+                with reading_data([name]), truncated_images_are_errors():
                     try:
                         found = get_task_dict([name], manager, "simple")
                     except RetryError as error:

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from zero_ds.data.conversations import PLACEHOLDER, Turn
-from zero_ds.data.images import whole_pictures
+from zero_ds.data.images import truncated_images_are_errors
 from zero_ds.evaluation.suites.lookup import check_limit, first_line, raised_by_pillow
 from zero_ds.grafting.engines.vllm import ENGINES, answerer, load_served
 from zero_ds.grafting.generate import Choice, Query, Reply
@@ -130,7 +130,7 @@ class ZeroDs(lmms):
             ConfigError: the task shows something other than an image, or an image that cannot be read.
         """
         try:
-            with whole_pictures():
+            with truncated_images_are_errors():
                 shown = list(request.args[2](self._document(request)) or ())
                 for visual in shown:
                     if isinstance(visual, Image.Image):
