@@ -70,7 +70,7 @@ def test_as_few_layers_are_recomputed_as_fit(kept: ActivationBytes, room: float)
 @given(samples, st.integers(1, 64))
 def test_micro_batches_keep_their_multiple(kept: ActivationBytes, rows: int) -> None:
     needs = [kept.recomputing(count) for count in kept.recompute_counts]
-    assert needs[0] == kept.whole == pytest.approx(kept.outside + sum(kept.layers) + sum(kept.again))
+    assert needs[0] == kept.whole == pytest.approx(kept.outside + sum(kept.layers) + sum(kept.second_pass))
     many = kept.times(rows)
     assert [many.recomputing(count) for count in kept.recompute_counts] == pytest.approx(
         [rows * need for need in needs]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 METRICS: dict[str, Metric] = {}
 """Every metric by its name."""
 
-FLOOR = 1e-6
+MIN_PROBABILITY = 1e-6
 """Smallest probability of a true token in the `sequence` metric, as in the paper."""
 
 
@@ -112,7 +112,7 @@ class SequenceMetric(Metric):
         """Returns Eq. 4 of the log probabilities of the true tokens."""
         import numpy as np
 
-        probs = np.maximum(np.exp(numbers), FLOOR)
+        probs = np.maximum(np.exp(numbers), MIN_PROBABILITY)
         probs /= probs.sum(axis=1, keepdims=True)
         return cast("Floats", (probs * np.log(probs / probs[-1])).sum(axis=1))
 

@@ -294,7 +294,7 @@ def _traits(layer: nn.Module) -> list[Any]:
 
 
 def _measure(layer: nn.Module, measured: _Measured, saved: _SavedTensors) -> list[Any]:
-    """Notes in `measured` what the layer's next forward pass keeps; returns the handles of the hooks that do so."""
+    """Measures the layer's next forward pass into `measured`; returns the handles of the hooks that do so."""
 
     def entering(*_: Any) -> None:
         measured.size = -saved.total
@@ -307,7 +307,7 @@ def _measure(layer: nn.Module, measured: _Measured, saved: _SavedTensors) -> lis
 
 
 def _count_again(measured: _Measured, saved: _SavedTensors, *inputs: Any, **named: Any) -> Any:
-    """Stands in for a layer's forward pass: counts what was measured, and returns hidden states of the same shape."""
+    """Replaces a layer's forward pass: counts the measured bytes, and returns hidden states of the same shape."""
     hidden = inputs[0] if inputs else named["hidden_states"]
     saved.total += measured.size
     output = _KeepNothing.apply(hidden)
