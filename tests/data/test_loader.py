@@ -258,12 +258,12 @@ def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
 def plans(counts: list[dict[str, Any]]) -> str:
     """Returns the error of a rank whose batches have the layout with its number, or that all agree."""
     from zero_ds.runtime import distributed
-    from zero_ds.training.planning.cost import Counts
+    from zero_ds.training.metrics import StepCounts
 
     distributed.initialize()
     mine = int(counts[distributed.rank()]["plan"])
     try:
-        Counts(0, 0, 0, 0, 0, 0, 0, mine).over_ranks().check_plan(7)
+        StepCounts(layout=mine).over_ranks().check_layout(7)
     except DataError as error:
         return str(error)
     return "alike"

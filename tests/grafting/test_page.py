@@ -257,8 +257,8 @@ def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedMod
     kl = (logs.exp() * (logs - logs[-1])).sum(-1)
     np.testing.assert_allclose(found.divergences, kl.numpy(), rtol=1e-3, atol=1e-5)
     words = encoder.template.tokenizer
-    assert found.read == tuple(tuple(words.decode([t]) for t in layer) for layer in logs.argmax(-1).tolist())
-    assert found.said == tuple(words.decode([token]) for token in answer) == found.read[-1]
+    assert found.predicted == tuple(tuple(words.decode([t]) for t in layer) for layer in logs.argmax(-1).tolist())
+    assert found.tokens == tuple(words.decode([token]) for token in answer) == found.predicted[-1]
     assert found.translators == (1, 2) and kl[0].max() > 0.01
     assert draw(found, "a $ in the title").size[0] > 400
     again = "".join(talk.ask("why?"))  # reading a trajectory leaves the conversation as it was

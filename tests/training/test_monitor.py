@@ -15,7 +15,8 @@ from places import GATHERED
 from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
-from zero_ds.training.planning.cost import Counts, StepCost, peak_flops
+from zero_ds.training.metrics import StepCounts
+from zero_ds.training.planning.flops import StepCost, peak_flops
 
 STEPS = 4
 
@@ -133,7 +134,7 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
             total = model(**batch.inputs()).total
             if total.requires_grad:
                 total.backward()
-        ours = Counts.of([batch], cost).flops
+        ours = StepCounts.of([batch], cost).flops
         if "picture" in batch.ids[0]:  # the blank picture of a text batch is no work that was asked for
             assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
             counted += 1

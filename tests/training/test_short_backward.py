@@ -18,7 +18,7 @@ from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training import stages
 from zero_ds.training.options.recompute import recompute_
-from zero_ds.training.planning.cost import StepCost
+from zero_ds.training.planning.flops import StepCost
 
 
 def model_of(config: RunConfig) -> VisionLanguageModel:
@@ -69,9 +69,9 @@ def test_a_text_costs_less_where_its_backward_pass_ends(run_config: Callable[...
     """FLOPs by count: in `pretrain` less for text alone, in `decoder`, where all learns, the same."""
     cost = StepCost.of(model_of(run_config("pretrain")))
     work = {"tokens": 100.0, "pairs": 1000.0, "supervised": 10.0, "image_tokens": 0.0}
-    assert cost.flops(**work, pictures=0) < 0.95 * cost.flops(**work, pictures=1e-9)
+    assert cost.flops(**work, images=0) < 0.95 * cost.flops(**work, images=1e-9)
     whole = StepCost.of(model_of(run_config("decoder")))
-    assert 0.9 < whole.flops(**work, pictures=0) / whole.flops(**work, pictures=1e-9) <= 1
+    assert 0.9 < whole.flops(**work, images=0) / whole.flops(**work, images=1e-9) <= 1
 
 
 def test_two_ranks_learn_the_same(

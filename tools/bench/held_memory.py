@@ -23,8 +23,8 @@ from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.engine import Engine
 from zero_ds.training.options.recompute import checkpoint_activations_
+from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.recipe import plan_run
-from zero_ds.training.planning.speed import Cluster
 from zero_ds.training.setup import build, seed_everything
 
 CAUSES = ("frozen", "trained", "gradients", "optimizer")

@@ -39,7 +39,7 @@ def measured_limits(folder: Path | None = None) -> dict[str, float]:
     """One thread's matrix products, and memory and disk rates: the limits that a bench's figures are held against."""
     import torch
 
-    from zero_ds.training.planning.cost import peak_flops
+    from zero_ds.training.planning.flops import peak_flops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()

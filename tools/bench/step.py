@@ -8,7 +8,7 @@ Same model, data, precision, DeepSpeed JSON, global batch, micro-batch and ranks
 against a surrogate, the peer through the full model, which is what the surrogate is for; a row `full` shows ours
 through the full model, too. A round gives every contestant so many steps; medians are over rounds. Memory is the peak
 resident set of a rank, libraries included. MFU counts what each method needs
-(zero_ds/training/planning/cost.py), over what one thread a rank reaches in a matrix product. `--also` shows ours with
+(zero_ds/training/planning/flops.py), over what one thread a rank reaches in a matrix product. `--also` shows ours with
 other settings besides, and where it has an `env:` the peer with that environment as well.
 """
 
@@ -110,7 +110,7 @@ def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> fl
     """What the method needs for an average sample of what was counted, forward and backward."""
     from zero_ds.config.loading import load_run
     from zero_ds.training.planning.architecture import architecture
-    from zero_ds.training.planning.cost import StepCost
+    from zero_ds.training.planning.flops import StepCost
 
     config = load_run(arguments["recipe"], arguments["overrides"])
     model = architecture(config).model

@@ -28,12 +28,13 @@ from zero_ds.training.checkpoint import checkpoint
 from zero_ds.training.checkpoint.peft_folder import weights_hash
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.engine import Engine
+from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import Monitor
 from zero_ds.training.options import compilation
 from zero_ds.training.options import liger as kernels
 from zero_ds.training.options.int8 import quantize_
 from zero_ds.training.options.recompute import checkpoint_activations_
-from zero_ds.training.planning.cost import Counts, StepCost, peak_flops
+from zero_ds.training.planning.flops import StepCost, peak_flops
 from zero_ds.training.preview import Preview
 from zero_ds.training.setup import build, checkpoint_to_resume, make_folder, plan_of, seed_everything, start_
 
@@ -137,7 +138,7 @@ class LeftOut:
             self.unread += count
         self._check()
 
-    def add(self, batches: list[Batch], counts: Counts) -> None:
+    def add(self, batches: list[Batch], counts: StepCounts) -> None:
         """Counts those of a step.
 
         Raises:
@@ -185,12 +186,12 @@ def loop(
         started = time.monotonic()
         micro = next(batches)
         waited = time.monotonic() - started
-        counts = Counts.of(micro, cost).over_ranks()
-        counts.check_plan(step + 1)
+        counts = StepCounts.of(micro, cost).over_ranks()
+        counts.check_layout(step + 1)
         left_out.add(micro, counts)
         if config.dynamic_loss.order:
             micro = with_token_weights(micro, config.dynamic_loss)
-        result = engine.step(micro, step, counts.supervised, counts.pictures)
+        result = engine.step(micro, step, counts.supervised, counts.images)
         minutes = (time.monotonic() - saved_at) / 60
         loss, signals, late, *by_length = distributed.sum_over_ranks(
             result.share,

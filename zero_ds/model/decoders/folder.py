@@ -75,12 +75,14 @@ class DecoderFolder:
         Raises:
             ConfigError: config.json is missing, or is not a JSON object with a model_type.
         """
+        text = self.config_bytes  # outside of the try: a ConfigError is a ValueError
         try:
-            content = json.loads(self.config_bytes)
-            content["model_type"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self.config_file} names no model_type.") from None
-        return dict(content)
+            content = dict(json.loads(text))
+        except (ValueError, TypeError):
+            content = {}
+        if "model_type" not in content:
+            raise ConfigError(f"{self.config_file} names no model_type.")
+        return content
 
     @cached_property
     def family(self) -> Family:

@@ -20,9 +20,10 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import resolve_precision
-from zero_ds.training.planning.activations import kept_by_longest
+from zero_ds.training.planning.activations import longest_sample_bytes
 from zero_ds.training.planning.architecture import architecture
-from zero_ds.training.planning.memory import GIB, PROCESS_GIB, RESERVE_GIB, Memory, memory, recomputed
+from zero_ds.training.planning.cluster import PROCESS_GIB, RESERVE_GIB
+from zero_ds.training.planning.memory import GIB, Memory, memory, recomputed
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +101,16 @@ def choose(
     if plan is None:  # whatever the decoder is, it is taken whole
         config = config.model_copy(update={"target": stages.decoder_folder(config), "decoder": "target"})
     parts = architecture(config, dtype=resolve_precision(config), plan=plan)
-    kept = kept_by_longest(parts.model, config).times(config.micro_batch)
-    whole = memory(parts, ds, world_size, kept, accumulation=ds["gradient_accumulation_steps"])
+    activations = longest_sample_bytes(parts.model, config).times(config.micro_batch)
+    whole = memory(parts, ds, world_size, activations, accumulation=ds["gradient_accumulation_steps"])
     # without a GPU, what is offloaded to the host lies beside what is not
     places = ("gpu",) if distributed.device().type == "cuda" else ("gpu", "host")
 
     def need(memory: Memory) -> float:
         return sum(memory.peak[place] for place in places)
 
-    count, found = recomputed(whole, kept, lambda memory: need(memory) <= usable, config.activation_checkpointing)
-    return Choice(kept.keeping[:count], len(kept.layers), need(found), need(found) <= usable)
+    count, found = recomputed(
+        whole, activations, lambda memory: need(memory) <= usable, config.activation_checkpointing
+    )
+    layers = activations.recomputable[:count]
+    return Choice(layers, len(activations.layers), need(found), need(found) <= usable)
