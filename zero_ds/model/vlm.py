@@ -217,8 +217,7 @@ class VisionLanguageModel(nn.Module):
         token_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         text_only: bool = False,
-        rows: Places | None = None,
-        image_places: Places | None = None,
+        known: tuple[Places | None, Places | None] = (None, None),
     ) -> Loss:
         """Returns the loss of a micro-batch, summed over its supervised tokens.
 
@@ -229,13 +228,14 @@ class VisionLanguageModel(nn.Module):
             token_weights    (batch, seq)               factor for the next-token loss of each label
             position_ids     (batch, seq)               positions from 0 on in every sample, where rows hold several
             text_only        bool                       whether no rank has an image in this step
-            rows             ((n,), (n,))               positions that predict a label (`supervised_rows`)
-            image_places     ((m,), (m,))               image positions (`image_positions`), as indices
+            known            two of ((n,), (n,))        indices of the positions that predict a label
+                                                        (`supervised_rows`), and of the image positions
 
         With `text_only`, the dummy image joins the loss instead of the embeddings, so that the backward pass ends at
-        the first layer that learns. `rows` and `image_places` follow from labels and input_ids; callers that have these
-        in host memory pass them, because computing them here would wait for the GPU.
+        the first layer that learns. The `known` indices follow from labels and input_ids; callers that have these in
+        host memory pass them, because computing them here would wait for the GPU.
         """
+        rows, image_places = known
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
         embeddings = self.embed(input_ids, None if text_only else pixel_values, image_places)
         with watching as trace:

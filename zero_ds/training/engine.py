@@ -150,12 +150,11 @@ class Engine:
         """Returns the arguments of the forward pass on the device, with positions that it would have to ask it for."""
         device = self.engine.device
         inputs: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in batch.inputs().items()}
-        known = {
-            "rows": supervised_rows(batch.labels),
-            "image_places": image_positions(batch.input_ids).nonzero(as_tuple=True),
-        }
-        for name, indices in known.items():
-            inputs[name] = tuple(index.to(device, non_blocking=True) for index in indices)
+        rows = supervised_rows(batch.labels)
+        image_places = image_positions(batch.input_ids).nonzero(as_tuple=True)
+        inputs["known"] = tuple(
+            tuple(index.to(device, non_blocking=True) for index in indices) for indices in (rows, image_places)
+        )
         return inputs
 
     @staticmethod
