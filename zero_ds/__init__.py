@@ -8,9 +8,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zero_ds.evaluation.suites.evaluate import evaluate as evaluate
     from zero_ds.export import export_model as export_model
+    from zero_ds.grafting.compatibility import graft as graft
     from zero_ds.surrogate.build import build_surrogate as build_surrogate
+    from zero_ds.training.planning.plan import plan_recipe as plan
     from zero_ds.training.train import train as train
+    from zero_ds.trajectory.measure import measure_trajectory as measure_trajectory
 
 __version__ = "0.1.0"
 
@@ -18,9 +22,13 @@ __version__ = "0.1.0"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 PUBLIC = {
+    "measure_trajectory": "zero_ds.trajectory.measure:measure_trajectory",
     "build_surrogate": "zero_ds.surrogate.build:build_surrogate",
     "train": "zero_ds.training.train:train",
+    "graft": "zero_ds.grafting.compatibility:graft",
+    "evaluate": "zero_ds.evaluation.suites.evaluate:evaluate",
     "export_model": "zero_ds.export:export_model",
+    "plan": "zero_ds.training.planning.plan:plan_recipe",
 }
 """Public functions, as `module:function`. A module, and with it torch, is imported when its function is asked for."""
 
