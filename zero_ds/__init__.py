@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zero_ds.export import export_model as export_model
     from zero_ds.grafting.compatibility import graft as graft
     from zero_ds.surrogate.build import build_surrogate as build_surrogate
-    from zero_ds.training.planning.plan import plan_recipe as plan
+    from zero_ds.training.planning.plan import plan as plan
     from zero_ds.training.train import train as train
     from zero_ds.trajectory.measure import measure_trajectory as measure_trajectory
 
@@ -28,7 +28,7 @@ PUBLIC = {
     "graft": "zero_ds.grafting.compatibility:graft",
     "evaluate": "zero_ds.evaluation.suites.evaluate:evaluate",
     "export_model": "zero_ds.export:export_model",
-    "plan": "zero_ds.training.planning.plan:plan_recipe",
+    "plan": "zero_ds.training.planning.plan:plan",
 }
 """Public functions, as `module:function`. A module, and with it torch, is imported when its function is asked for."""
 

@@ -39,9 +39,10 @@ def evaluate(
 ) -> list[Result]:
     """Evaluates a model as `zero-ds eval MODEL --suite SUITE` does; returns the results on rank 0, nothing elsewhere.
 
-    model: Folder or hub id of a target, surrogate or export, or a run. suite: Name of a suite, or names of tasks. target:
-    Full language model that a run is grafted into. out: Folder of the result files. name: Name of the model in tables;
-    by default `model` and its target. harness: Harness of tasks given by name. tasks_folder: Folder with further tasks.
+    model: Folder or hub id of a target, surrogate or export, or a run. suite: Name of a suite, or names of tasks.
+    target: Full language model that a run is grafted into. out: Folder of the result files. name: Name of the model in
+    tables; by default `model` and its target. harness: Harness of tasks given by name. tasks_folder: Folder with
+    further tasks.
 
     Raises:
         ConfigError: as `find_model`, `select_suites` and `evaluate_suites`.
