@@ -124,7 +124,7 @@ def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFac
 def test_killed_at_several_instants_the_run_ends_as_if_nothing_had_happened(
     whole: tuple[Path, float], config: Callable[..., RunConfig], tmp_path: Path, kills: int
 ) -> None:
-    """Half of the instants lie in steps or between them, half in commits; one just before `latest` moves."""
+    """Half of the instants are in steps or between them, half while saving; one just before `latest` moves."""
     expected, seconds = whole
     run, chance = config(tmp_path / "run"), random.Random(7)
     writes = (

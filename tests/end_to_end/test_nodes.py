@@ -40,7 +40,7 @@ ODD = """it's 100% "$HOME" `true` \\ ; & fine"""
 SILENCE = round(scaled(12))
 STEPS = 18
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-"""Where somebody has set these, all ranks have to round alike."""
+"""Variables that change rounding: if they are set, all ranks need the same values."""
 
 MUST = os.environ.get("ZERO_DS_TEST_NODES") == "must"
 """Set by .ci/run: not even a machine without sshd is an excuse."""

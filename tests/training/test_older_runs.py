@@ -1,6 +1,6 @@
 """Runs that an older version wrote stay usable: they are resumed, grafted and exported as that version did it.
 
-tests/support/older_run was written before the modules moved into packages; make_older_run.py beside it says how.
+tests/support/older_run was written before the modules moved into packages; make_older_run.py next to it says how.
 """
 
 from __future__ import annotations

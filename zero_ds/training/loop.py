@@ -87,9 +87,9 @@ class StepSums:
     loss: float
     """Mean next-token loss over the supervised tokens of the global batch."""
     stop: bool
-    """Whether any rank was asked to end."""
+    """True if any rank was asked to end."""
     overdue: bool
-    """Whether rank 0 wants a checkpoint because the last one is too old."""
+    """True if rank 0 wants a checkpoint because the last one is too old."""
     by_length: list[float]
     """Sum of the loss, then number of tokens, of each class of response lengths."""
 
@@ -112,7 +112,7 @@ class Meter:
 
     @classmethod
     def of(cls, engine: Engine) -> Meter:
-        """Looks up, or measures, what the devices can reach."""
+        """Looks up, or measures, the peak of the devices."""
         parameter = next(iter(engine.named.values()))
         return cls(engine, peak_flops(engine.engine.device, parameter.dtype) * distributed.world_size())
 

@@ -23,7 +23,7 @@ class Clock:
         self.started = time.monotonic()
 
     def line(self, step: int) -> str:
-        """Returns step, elapsed and remaining time, for the console."""
+        """Returns a line with step, elapsed and remaining time."""
         elapsed = time.monotonic() - self.started
         done = step - self.first
         left = elapsed / done * (self.total - step) if done else 0.0

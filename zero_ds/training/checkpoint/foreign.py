@@ -14,7 +14,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.files import new_folder, write_atomically
 from zero_ds.runtime.safetensors import SafetensorsStream
 from zero_ds.training.checkpoint.checkpoint import CheckpointError
-from zero_ds.training.checkpoint.manifest import Manifest, describe_models, describe_run, versions, write_manifest
+from zero_ds.training.checkpoint.manifest import Manifest, describe_run, versions, write_manifest
 from zero_ds.training.checkpoint.optimizer_state import PIECE
 from zero_ds.training.checkpoint.save import sync_folder
 
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 Declared = tuple[str, torch.dtype, torch.Size]
 """Name, type and shape of a tensor in a weights file."""
-
-identity = describe_models  # the name of before, until its last user imports it from manifest.py
 
 
 class WeightsDifferError(CheckpointError):

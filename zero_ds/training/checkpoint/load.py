@@ -1,4 +1,4 @@
-"""Reading a checkpoint into a model and an engine; every rank reads what it holds and no more."""
+"""Loads a checkpoint into a model and an engine; every rank reads its own share of the state and no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What manifest.json says about a checkpoint: its run, the models and data it was trained with, and the versions.
+"""Content of manifest.json: the run, the models and data it was trained with, and the versions that wrote it.
 
 A new field is one entry in `Manifest` and one in the function that knows its value.
 """
@@ -52,7 +52,7 @@ class Manifest(TypedDict, total=False):
     relies_on: dict[str, str]
     """Hashes of parts of the decoder that the trained weights depend on (`DecoderFolder.relied_on`)."""
     origin: dict[str, Any]
-    """Where weights come from that no run of zero_ds trained: `layout`, and what that layout needs to be restored."""
+    """Origin of weights that no run of zero_ds trained: `layout`, and details needed to write that layout again."""
 
     step: int
     """Optimizer steps made so far."""

@@ -173,5 +173,5 @@ def _settings(folder: Path) -> dict[str, Any]:
         ) from None
     for key, plain in PLAIN.items():
         if key in said and (said[key] or plain) != plain:
-            raise ConfigError(f"{path} says {key}={said[key]!r}; a run can start from plain LoRA only.")
+            raise ConfigError(f"{path} says {key}={said[key]!r}; only plain LoRA can be loaded into a run.")
     return dict(said)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: into a temporary folder, synced, renamed, and only then is `latest` moved."""
+"""Saves a checkpoint: written into a temporary folder, synced, renamed, and only then does `latest` move."""
 
 from __future__ import annotations
 

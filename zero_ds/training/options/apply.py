@@ -18,7 +18,7 @@ from zero_ds.training.options import compilation, int8, liger, recompute
 
 
 def check_options(config: RunConfig) -> None:
-    """Checks, before anything is loaded, that this machine can do what the options ask for.
+    """Checks, before anything is loaded, that this machine supports the options.
 
     `stage_of` and `ds_config` refuse options that the stage or the DeepSpeed JSON rules out, because they are also
     called for runs that are only planned.

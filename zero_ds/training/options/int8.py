@@ -27,7 +27,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
         largest = weight.abs().amax(1, keepdim=True).float()
-        # rounded before the division, because the rounded scale is what is multiplied later; small ones underflow fp16
+        # rounded before the division, because products use the rounded scale; small scales would underflow in fp16
         kind = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         scale = (largest / LARGEST).clamp_min(torch.finfo(kind).tiny).to(kind)
         numbers = (weight.float() / scale.float()).round_().clamp_(-LARGEST, LARGEST)
