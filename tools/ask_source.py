@@ -21,9 +21,9 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.export import export_model, proof
 from zero_ds.export.source import open_source
-from zero_ds.export.text import texts
+from zero_ds.export.text import text_settings
 from zero_ds.grafting.engines.vllm import answerer
-from zero_ds.grafting.graft import load_trained
+from zero_ds.grafting.load import load_trained
 from zero_ds.grafting.named_model import find_model, load_model
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.encoders import ENCODERS
@@ -143,17 +143,17 @@ def _export(config: RunConfig, out: Path, form: str) -> None:
     out.mkdir()
     export_model(config.out, None, out / "export", form=form, proof="tensors")
     source = open_source(config.out, None)
-    words = texts(source)
+    words = text_settings(source)
     side = source.vision.image_size
-    image = proof.draw((side, side), out / "image.png")
-    model = load_trained(source.commit.folder, str(source.folder))
+    image = proof.draw_image((side, side), out / "image.png")
+    model = load_trained(source.checkpoint.folder, source.decoder)
     asked, tensors = [], {}
-    for number, one in enumerate(proof.ask(source, words, model, image)):
+    for number, one in enumerate(proof.ask_source(source, words, model, image)):
         ids = [words.image_token_id if token == IMAGE_TOKEN else token for token in one.ids]
         tensors[f"{number}.ids"], tensors[f"{number}.answer"] = torch.tensor(ids), torch.tensor(one.answer)
         tensors[f"{number}.logits"] = one.logits[: min(proof.POSITIONS, len(ids))].contiguous()
         said = str(words.tokenizer.decode(one.answer, skip_special_tokens=True)).strip()
-        shown = str(image.resolve()) if one.picture else None
+        shown = str(image.resolve()) if one.image else None
         asked.append({"image": shown, "question": one.question, "answer": said})
     save_file(tensors, out / "asked.safetensors")
     content = {"tokens": proof.TOKENS, "remote_code": form == "remote-code", "asked": asked}

@@ -26,10 +26,11 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 from zero_ds.training.deepspeed import resolve_precision
 from zero_ds.training.monitor import read_metrics
-from zero_ds.training.planning.cost import peak_flops
+from zero_ds.training.planning.cluster import Cluster, find_gpu
+from zero_ds.training.planning.data import DataOverrides
+from zero_ds.training.planning.flops import peak_flops
 from zero_ds.training.planning.memory import CAUSES, GIB
-from zero_ds.training.planning.recipe import RunPlan, Words, plan_run
-from zero_ds.training.planning.speed import Cluster, gpu
+from zero_ds.training.planning.recipe import RunPlan, plan_run
 from zero_ds.training.planning.tables import number, table
 
 MIB = 2.0**20
@@ -59,11 +60,11 @@ def main(
         peak = peak_flops(torch.device("cpu"), resolve_precision(config))
         cluster = replace(cluster, name="CPU", peak=peak, inside=5.0, between=5.0)
     else:
-        called, peak, link = gpu(name)
+        called, peak, link = find_gpu(name)
         cluster = replace(cluster, name=called, peak=peak, inside=0.8 * link)
     plan = plan_run(config, cluster)
-    words = max(1, round(tokens - plan.sample.pictures * plan.parts.model.tokens_per_image()))
-    plan = plan_run(config, cluster, words=Words(tokens=words, supervised=max(1, round(labels))))
+    words = max(1, round(tokens - plan.sample.images * plan.parts.model.tokens_per_image()))
+    plan = plan_run(config, cluster, data=DataOverrides(tokens=words, supervised=max(1, round(labels))))
     print(heading(plan, run, tokens))
     print(table(["", "planned", "measured", "difference"], rows(plan, run, tail)))
 

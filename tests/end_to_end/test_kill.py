@@ -32,7 +32,7 @@ def train_until_killed(config: RunConfig, step: int | None, after: float, write:
     checkpoints.
     """
     from zero_ds.runtime import distributed
-    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.checkpoint import save
     from zero_ds.training.engine import Engine
 
     distributed.initialize()
@@ -57,8 +57,8 @@ def train_until_killed(config: RunConfig, step: int | None, after: float, write:
 
         Engine.step = timed  # type: ignore[method-assign]
     if write is not None:
-        put, writes = checkpoint.SafetensorsStream._put, 0
-        write_whole = checkpoint.write_atomically
+        put, writes = save.SafetensorsStream._put, 0
+        write_whole = save.write_atomically
 
         def counted(self: Any, data: Any) -> None:
             nonlocal writes
@@ -76,8 +76,8 @@ def train_until_killed(config: RunConfig, step: int | None, after: float, write:
                 kill()  # the checkpoint is complete, and `latest` does not name it yet
             write_whole(path, text)
 
-        checkpoint.SafetensorsStream._put = counted  # type: ignore[method-assign]
-        checkpoint.write_atomically = moved
+        save.SafetensorsStream._put = counted  # type: ignore[method-assign]
+        save.write_atomically = moved
     return train_all([config])
 
 

@@ -93,9 +93,8 @@ def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines, mon
     asked: dict[Ssh, threading.Barrier] = {}
 
     def ask_all(self: Ssh, hosts: list[str], *words: Any, **options: Any) -> list[Answer]:
-        asked[self] = threading.Barrier(
-            len(hosts), timeout=scaled(60)
-        )  # another Ssh object asks this machine meanwhile
+        # another Ssh object asks this machine meanwhile
+        asked[self] = threading.Barrier(len(hosts), timeout=scaled(60))
         return ask(self, hosts, *words, **options)
 
     def together(self: Ssh, *words: Any) -> Answer:
@@ -294,7 +293,7 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def one_machine(config: Callable[..., RunConfig]) -> Iterator[Callable[[str], list[list[str]]]]:
-    """Trains a stage with two ranks of one machine, without ssh and faults; returns what it ended with. The first stage
+    """Trains a stage with two ranks of one machine, without ssh and faults; returns its results. The first stage
     runs while others wait for a fault."""
 
     def train(stage: str) -> list[list[str]]:
@@ -327,7 +326,7 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     machines: Machines, config: Callable[..., RunConfig], one_machine: Callable[[str], list[list[str]]]
 ) -> None:
     run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
-    run.until("committed")
+    run.until("saved checkpoint")
     rank = run.rank_on(HOSTS[1])
     environment = dict(e.split("=", 1) for e in Path(f"/proc/{rank}/environ").read_text().split("\0") if "=" in e)
     assert environment["ZERO_DS_ODD"] == ODD and environment["HF_TOKEN"] == "hf_verysecret"
@@ -352,7 +351,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     """Everything on a machine stands still, its ssh connection as well: the run restarts. Ctrl-C then saves a
     checkpoint, and a second one ends all at once."""
     run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
-    run.until("committed")
+    run.until("saved checkpoint")
     options = " ".join(left_of(run.out))
     every, times = (
         int(found[1]) for word in ("Interval", "CountMax") if (found := re.search(rf"ServerAlive{word}=(\d+)", options))
@@ -369,7 +368,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
-    run.until("committed")
+    run.until("saved checkpoint")
     assert machines.processes(HOSTS[0]) and machines.processes(HOSTS[1])
     run.process.send_signal(signal.SIGINT)
     assert run.end() != 0

@@ -17,7 +17,7 @@ from pace import scaled
 from zero_ds.config.schema import RunConfig
 from zero_ds.training import stages
 from zero_ds.training.options.recompute import recompute_
-from zero_ds.training.setup import build
+from zero_ds.training.setup import load_model, make_loader
 
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
@@ -26,7 +26,8 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
     kept: dict[bool, int] = {}
     for again in (False, True):
         config = run_config(stage, micro_batch=4)
-        model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+        model = load_model(config, {"zero_optimization": {}})
+        loader = make_loader(config, model, 1)
         stages.freeze_(model, config)
         recompute_(model, range(6) if again else ())
         model.train()
@@ -49,7 +50,7 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
 
 
 def trained_with_a_cut(config: RunConfig, part: str) -> str:
-    """Trains with a part that is cut off from the loss; returns what the run ended with."""
+    """Trains with a part that is cut off from the loss; returns the result of `train_all`."""
     from zero_ds.model.vlm import VisionLanguageModel
     from zero_ds.training import engine
 
@@ -96,7 +97,7 @@ def loaded_wrongly(config: RunConfig) -> str:
 
     DecoderFolder.load = spoiled  # type: ignore[method-assign]
     try:
-        build(config, ds_config(config, distributed.world_size()), distributed.world_size())
+        load_model(config, ds_config(config, distributed.world_size()))
     except ConfigError as error:
         return str(error)
     distributed.barrier()
@@ -106,7 +107,7 @@ def loaded_wrongly(config: RunConfig) -> str:
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_weights_that_were_lost_on_the_way(run_config: Callable[..., RunConfig], zero: str) -> None:
     for said in run_ranks(loaded_wrongly, 2, run_config("decoder", zero=zero)):
-        assert "layers.3.mlp.up_proj.weight was not loaded as it stands in" in said
+        assert "layers.3.mlp.up_proj.weight was not loaded as it is stored in" in said
 
 
 def slow_first(limit: float) -> tuple[float, float]:
@@ -200,7 +201,7 @@ def test_flash_attention_that_is_not_installed(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flash_attn" else find(name))
     with pytest.raises(ConfigError, match=r"needs flash-attn, which is not installed; .*else attention=sdpa"):
-        build(run_config("decoder", attention="flash_attention_2"), {"zero_optimization": {}}, 1)
+        load_model(run_config("decoder", attention="flash_attention_2"), {"zero_optimization": {}})
 
 
 def nan_gradient(config: RunConfig) -> str:

@@ -18,8 +18,10 @@ from zero_ds.cli.main import app
 from zero_ds.data.demo.dataset import TEXT_FILE
 from zero_ds.model.decoders import family_of
 from zero_ds.model.decoders.folder import load_decoder
-from zero_ds.trajectory.lens import TokenSample, measure
+from zero_ds.trajectory.metrics import METRICS
+from zero_ds.trajectory.resident import measure_resident
 from zero_ds.trajectory.streaming import measure_streamed
+from zero_ds.trajectory.texts import TokenSample
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,13 @@ def test_the_transition_of_the_real_model(llm: Path, tmp_path: Path) -> None:
 def test_layer_by_layer_the_real_model_gives_the_same_curves(llm: Path, tmp_path: Path) -> None:
     decoder = load_decoder(llm, dtype=torch.float32).eval()
     samples = [TokenSample(str(n), list(range(100 * n, 100 * n + 12))) for n in range(1, 4)]
-    expected = measure(decoder, family_of(llm), samples, metric="sequence", batch_size=3)
-    options = {"metric": "sequence", "batch_size": 3, "dtype": torch.float32, "device": torch.device("cpu")}
+    expected = measure_resident(decoder, family_of(llm), samples, metric=METRICS["sequence"], batch_size=3)
+    options = {
+        "metric": METRICS["sequence"],
+        "batch_size": 3,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+    }
     found = measure_streamed(llm, samples, **options, scratch=tmp_path)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert expected.max() > 0.1

@@ -23,7 +23,7 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
 from zero_ds.surrogate.report import audit, check_weights, divergence
-from zero_ds.trajectory.lens import TokenSample
+from zero_ds.trajectory.texts import TokenSample
 
 
 def samples() -> list[TokenSample]:

@@ -1,4 +1,5 @@
-"""`zero-ds plan`: its bytes against those that DeepSpeed's engines hold, its FLOPs against PyTorch's, its words."""
+"""Checks the plan's bytes against those that DeepSpeed's engines hold, its FLOPs against PyTorch's, and its
+messages."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.deepspeed import ds_config_names
 from zero_ds.training.options.recompute import recompute_
-from zero_ds.training.planning.activations import kept
+from zero_ds.training.planning.activations import activation_bytes
 from zero_ds.training.planning.architecture import architecture
-from zero_ds.training.planning.cost import StepCost
+from zero_ds.training.planning.cluster import Cluster
+from zero_ds.training.planning.flops import StepCost
+from zero_ds.training.planning.json_output import as_json
+from zero_ds.training.planning.plan import RecipePlan, plan_recipe
 from zero_ds.training.planning.recipe import plan_run
-from zero_ds.training.planning.route import fitted, groups
-from zero_ds.training.planning.speed import Cluster
+from zero_ds.training.planning.route import fitted, shard_groups
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 
@@ -47,7 +50,7 @@ CASES += [("pretrain", PAIRS, "bf16", 2)]
 
 
 def measured(configs: list[RunConfig]) -> list[dict[str, int]]:
-    """What a rank holds in the first steps of each run."""
+    """Returns the bytes that a rank holds in the first steps of each run, by cause."""
     from held_memory import measure
 
     from zero_ds.runtime import distributed
@@ -62,7 +65,7 @@ def case(run_config: Callable[..., RunConfig], stage: str, zero: str, precision:
 
 @pytest.fixture(scope="module")
 def held(run_config: Callable[..., RunConfig]) -> dict[tuple[Any, ...], list[dict[str, int]]]:
-    """Case -> what each of two ranks holds. One start of the ranks for all cases."""
+    """Returns the bytes that each of two ranks holds, by case. The ranks start once for all cases."""
     ranks = run_ranks(measured, 2, [case(run_config, *one) for one in CASES], timeout=500)
     return {one: [rank[number] for rank in ranks] for number, one in enumerate(CASES)}
 
@@ -82,7 +85,7 @@ def test_a_rank_holds_what_was_planned(
 
 
 def whole_gradients(config: RunConfig) -> int:
-    """Most elements of gradients that are there whole at a time, in the backward passes of two steps under ZeRO-3."""
+    """Returns the largest number of gradient elements that are whole at a time, in two steps under ZeRO-3."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
     from held_memory import measure
 
@@ -138,20 +141,23 @@ def test_every_config_is_planned_and_the_more_is_sharded_the_less_is_needed(
 def test_what_passes_keep_is_what_autograd_saves(
     run_config: Callable[..., RunConfig], stage: str, recomputed: int | None
 ) -> None:
-    """The plan's meta tensors against a real model in training, whose saved tensors are counted by the same hooks, with
-    the first layers recomputed: none, some, all but one, all."""
-    from zero_ds.training.setup import build
+    """Compares the plan's meta tensors with a real model in training, whose saved tensors the same hooks count.
+
+    The first layers are recomputed: none, some, all but one, all.
+    """
+    from zero_ds.training.setup import load_model, make_loader
     from zero_ds.training.stages import freeze_
 
     config = run_config(stage, attention="eager", global_batch=1)
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     freeze_(model, config)
     model.train()
     batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
     length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
-    of_one = kept(parts.model, length=length, supervised=labels, pictures=1, attention="eager")
-    layers = of_one.keeping[:recomputed]
+    of_one = activation_bytes(parts.model, length=length, supervised=labels, images=1, attention="eager")
+    layers = of_one.recomputable[:recomputed]
     recompute_(model, layers)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
@@ -167,7 +173,7 @@ def test_what_passes_keep_is_what_autograd_saves(
         model(**batch.inputs())
     again = [of_one.layers[number] for number in layers]
     later = sum(of_one.layers) - sum(again)
-    most = max(0.0, max(again, default=0.0) - later)  # what the largest keeps again, where that is more than later ones
+    most = max(0.0, max(again, default=0.0) - later)  # activations of the largest, if more than those of the later ones
     assert of_one.recomputing(len(layers)) == pytest.approx(sum(saved.values()) + most, rel=0.05)
 
 
@@ -279,10 +285,10 @@ def test_fitting_ends_where_no_rate_helps() -> None:
     plan = plan_run(load_run("llama-3.2-3b/decoder"), Cluster(16))
     assert fitted(plan, plan.cluster, seconds=1e-3, ranks=8) is None
     found = fitted(plan, plan.cluster, seconds=30.0, ranks=16)
-    assert found is not None and groups(plan, found, 16).step.seconds == pytest.approx(30.0, rel=1e-3)
+    assert found is not None and shard_groups(plan, found, 16).step.seconds == pytest.approx(30.0, rel=1e-3)
 
 
-# -- what a user gets wrong --------------------------------------------------------------------------------------------
+# -- mistakes of users -------------------------------------------------------------------------------------------------
 
 
 def sentence(*arguments: str) -> str:
@@ -300,10 +306,10 @@ def sentence(*arguments: str) -> str:
             ["llama-3.2-3b/pretrain", "--gpus", "12"],
             "12 GPUs are not a whole number of nodes of 8; set --gpus-per-node.",
         ),
-        (["llama-3.2-3b/pretrain", "--gpus", "24"], "global_batch=256 is no multiple of 24 GPUs"),
+        (["llama-3.2-3b/pretrain", "--gpus", "24"], "global_batch=256 is not a multiple of 24 GPUs"),
         (["llama-3.2-3b/pretrain", "--gpu-memory", "0"], "--gpu-memory 0 is not a size"),
         (["llama-3.2-3b/pretrain", "--gpu", "A1000"], "--gpu A1000 is not known; did you mean 'A100'"),
-        (["llama-3.2-3b/pretrain", "--gpu", "-5"], "--gpu -5 is no peak"),
+        (["llama-3.2-3b/pretrain", "--gpu", "-5"], "--gpu -5 is not a peak"),
         (["llama-3.2-3b/pretrain", "--bandwidth", "240"], "--bandwidth 240 cannot be read; write INSIDE/BETWEEN"),
         (["llama-3.2-3b/pretrain", "--bandwidth", "240/0"], "--bandwidth 240/0 must be two rates above 0"),
         (["llama-3.2-3b/pretrain", "--mfu", "40"], "--mfu 40 is not a share"),
@@ -322,6 +328,19 @@ def sentence(*arguments: str) -> str:
 def test_what_cannot_be_planned_is_one_sentence(arguments: list[str], says: str) -> None:
     said = sentence(*arguments)
     assert says in said and "\n" not in said
+
+
+def test_planning_from_python_refuses_what_the_command_refuses() -> None:
+    with pytest.raises(ConfigError, match="--decoder-share 2 is not a share"):
+        plan_recipe("llama-3.2-3b/pretrain", None, Cluster(8), decoder_share=2.0)
+    with pytest.raises(ConfigError, match="--mfu 4 is not a share"):
+        plan_recipe("llama-3.2-3b/pretrain", None, Cluster(8, mfu=4.0))
+
+
+def test_the_json_file_states_the_decoder_share_that_was_planned_with(run_config: Callable[..., RunConfig]) -> None:
+    plan = RecipePlan("tiny/decoder", plan_run(run_config("decoder"), Cluster(2)), [], decoder_share=0.5)
+    content = json.loads(json.dumps(as_json(plan)))
+    assert any("trains its decoder on 50 % of the data" in sentence for sentence in content["assumptions"])
 
 
 def test_the_surrogate_may_be_there_or_not(run_config: Callable[..., RunConfig], small: Path) -> None:
@@ -350,7 +369,7 @@ def test_shipped_architectures_have_as_many_parameters_as_published(recipe: str,
 
 
 def test_a_finished_run_is_laid_against_its_plan(trained: Path) -> None:
-    """Its commit holds the bytes that were planned; a folder that is no run is one sentence."""
+    """The checkpoint has the planned size; a folder without a run is refused in one sentence."""
     import re
 
     import compare_plan

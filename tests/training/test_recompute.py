@@ -1,4 +1,4 @@
-"""Activation checkpointing by the plan: as few decoder layers are recomputed as fit, and nothing else changes."""
+"""Checks activation checkpointing by the plan: the fewest decoder layers are recomputed, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from zero_ds.runtime import distributed
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options.recompute import Choice, choose, recompute_
-from zero_ds.training.planning.activations import Kept, kept
+from zero_ds.training.planning.activations import ActivationBytes, activation_bytes
 from zero_ds.training.planning.architecture import architecture
-from zero_ds.training.planning.memory import PROCESS_GIB, Memory, recomputed
+from zero_ds.training.planning.cluster import PROCESS_GIB, Cluster
+from zero_ds.training.planning.memory import Memory, recomputed
 from zero_ds.training.planning.recipe import plan_run
-from zero_ds.training.planning.speed import Cluster
-from zero_ds.training.setup import build
+from zero_ds.training.setup import load_model, make_loader
 
 GIB = 2**30
 
@@ -41,53 +41,57 @@ GIB = 2**30
 
 sizes = st.floats(1.0, 1e3)
 samples = st.builds(
-    Kept,
+    ActivationBytes,
     outside=sizes,
     layers=st.lists(sizes | st.just(0.0), min_size=1, max_size=9).map(tuple),
-    again=st.just(()) | st.lists(sizes, min_size=1, max_size=3).map(tuple),
-    input=st.floats(0.1, 1.0),  # no layer keeps less than its input
+    second_pass=st.just(()) | st.lists(sizes, min_size=1, max_size=3).map(tuple),
+    layer_input=st.floats(0.1, 1.0),  # no layer keeps less than its input
     scores=sizes,
-    slice=sizes,
+    loss_slice=sizes,
 )
 
 
 @given(samples, st.floats(0.0, 1e4))
-def test_as_few_layers_are_recomputed_as_fit(kept: Kept, room: float) -> None:
+def test_as_few_layers_are_recomputed_as_fit(kept: ActivationBytes, room: float) -> None:
     whole = Memory({"gpu": {"activations": kept.whole}, "host": {}, "disk": {}}, {"gpu": kept.whole})
 
     def fits(memory: Memory) -> bool:
         return memory.peak["gpu"] <= room
 
     count, need = recomputed(whole, kept, fits, "auto")
-    assert need.peak["gpu"] == kept.recomputing(count) and count in kept.counts
-    fewer = [n for n in kept.counts if n < count]
+    assert need.peak["gpu"] == kept.recomputing(count) and count in kept.recompute_counts
+    fewer = [n for n in kept.recompute_counts if n < count]
     assert all(kept.recomputing(n) > room for n in fewer), "fewer do not fit"
-    assert fits(need) or count == len(kept.keeping), "if nothing fits all are"
+    assert fits(need) or count == len(kept.recomputable), "if nothing fits all are"
     assert recomputed(whole, kept, fits, False) == (0, whole)
-    assert recomputed(whole, kept, fits, True)[0] == len(kept.keeping)
+    assert recomputed(whole, kept, fits, True)[0] == len(kept.recomputable)
 
 
 @given(samples, st.integers(1, 64))
-def test_micro_batches_keep_their_multiple(kept: Kept, rows: int) -> None:
-    needs = [kept.recomputing(count) for count in kept.counts]
-    assert needs[0] == kept.whole == pytest.approx(kept.outside + sum(kept.layers) + sum(kept.again))
+def test_micro_batches_keep_their_multiple(kept: ActivationBytes, rows: int) -> None:
+    needs = [kept.recomputing(count) for count in kept.recompute_counts]
+    assert needs[0] == kept.whole == pytest.approx(kept.outside + sum(kept.layers) + sum(kept.second_pass))
     many = kept.times(rows)
-    assert [many.recomputing(count) for count in kept.counts] == pytest.approx([rows * need for need in needs])
+    assert [many.recomputing(count) for count in kept.recompute_counts] == pytest.approx(
+        [rows * need for need in needs]
+    )
     assert many.scores == pytest.approx(rows * kept.scores)
 
 
 def test_needs_of_layers_that_are_alike_and_of_one_that_is_not() -> None:
-    kept = Kept(outside=100.0, layers=(0.0, 10.0, 10.0, 10.0), again=(), input=1.0, scores=0.0, slice=0.0)
-    assert [kept.recomputing(count) for count in kept.counts] == [130.0, 121.0, 112.0, 113.0]
+    kept = ActivationBytes(
+        outside=100.0, layers=(0.0, 10.0, 10.0, 10.0), second_pass=(), layer_input=1.0, scores=0.0, loss_slice=0.0
+    )
+    assert [kept.recomputing(count) for count in kept.recompute_counts] == [130.0, 121.0, 112.0, 113.0]
     large = replace(kept, layers=(0.0, 50.0, 10.0, 10.0))
-    assert [large.recomputing(count) for count in large.counts] == [170.0, 151.0, 152.0, 153.0]
-    twice = replace(kept, again=(10.0,))
-    assert [(count, twice.recomputing(count)) for count in twice.counts] == [(0, 140.0), (3, 114.0)]
-    assert replace(kept, slice=2.0**29).times(8).logits == 3 * 2.0**28, "a GPU's slice of scores grows no further"
+    assert [large.recomputing(count) for count in large.recompute_counts] == [170.0, 151.0, 152.0, 153.0]
+    twice = replace(kept, second_pass=(10.0,))
+    assert [(count, twice.recomputing(count)) for count in twice.recompute_counts] == [(0, 140.0), (3, 114.0)]
+    assert replace(kept, loss_slice=2.0**29).times(8).logits == 3 * 2.0**28, "a GPU's slice of scores grows no further"
 
 
 def stairs(config: RunConfig, small: Path, world_size: int) -> list[Choice]:
-    """What is chosen with all the room there is, with a byte less than that needs, and so on."""
+    """Returns the choice with unlimited memory, then with a byte less than that choice needs, and so on."""
     ds = ds_config(config, world_size)
     plan = read_surrogate(small).plan if stages.decoder_kind(config) == "surrogate" else None
     found = [choose(config, ds, world_size, math.inf, plan)]
@@ -108,7 +112,7 @@ def test_a_byte_less_is_a_layer_more(run_config: Callable[..., RunConfig], small
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still there."""
+    """Counts the bytes of the storages that operations have created and that still exist."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,24 +131,25 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
 def test_the_peak_of_real_passes_falls_as_planned(run_config: Callable[..., RunConfig], stage: str) -> None:
-    """Forward and backward pass on a CPU: what each further layer saves, to 10 %."""
+    """Measures on a CPU how much each further recomputed layer saves in forward and backward pass, to 10 %."""
     config = run_config(stage, global_batch=1)
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
     length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
-    of_one = kept(parts.model, length=length, supervised=labels, pictures=1, attention="sdpa")
+    of_one = activation_bytes(parts.model, length=length, supervised=labels, images=1, attention="sdpa")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     peaks = []
-    for count in of_one.counts:
-        recompute_(model, of_one.keeping[:count])
+    for count in of_one.recompute_counts:
+        recompute_(model, of_one.recomputable[:count])
         with Live() as live:
             model(**batch.inputs()).total.backward()
         peaks.append(live.peak)
-    *some, _, _ = of_one.counts
+    *some, _, _ = of_one.recompute_counts
     saved = [peaks[0] - peaks[count] for count in some]
     assert saved == pytest.approx([of_one.whole - of_one.recomputing(count) for count in some], rel=0.1)
     assert len(saved) >= 3 and saved[-1] > 0.25 * peaks[0]
@@ -157,7 +162,8 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
     """Float32; relative difference below 1e-6 of every gradient's norm. The first three layers run twice, no other."""
     config = run_config("decoder", target=str(made(family, tied=True)), micro_batch=2)
     config = config.model_copy(update={"data": config.data.model_copy(update={"system_prompt": None})})
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batch = next(loader.steps(0, 1))[0]
@@ -184,7 +190,7 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
 
 
 def train_with(configs: list[RunConfig], limits: list[float]) -> list[list[str]]:
-    """What the runs say of activation checkpointing on devices of so many bytes; rank 1 has one of twice the size."""
+    """Returns what runs log about activation checkpointing on devices of so many bytes; rank 1 has twice as many."""
     from zero_ds.runtime import distributed
     from zero_ds.training.train import train
 
@@ -254,11 +260,11 @@ def test_a_plan_recomputes_less_the_more_memory_there_is() -> None:
     assert better > 0
     for less, more in zip(plans["auto"][:-1], plans["auto"][1:], strict=True):
         assert all(more[zero].recomputed <= option.recomputed for zero, option in less.items())
-    assert all(option.recomputed == option.again == 0 for option in plans["auto"][-1].values() if option.fits)
+    assert all(option.recomputed == option.step_recomputed == 0 for option in plans["auto"][-1].values() if option.fits)
 
 
 def test_limits_of_all_groups_around_a_process_count(tmp_path: Path) -> None:
-    """A job of Slurm's lies some folders below the root, and a limit may stand at any of them."""
+    """A Slurm job is some folders below the root, and any of them may have a limit."""
     groups = tmp_path / "cgroup"
     root = tmp_path / "fs"
     for name, limit in {"": "max", "slurm": "9000", "slurm/job_7": "max", "slurm/job_7/step_0": "5000"}.items():
@@ -278,21 +284,22 @@ def test_limits_of_all_groups_around_a_process_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_a_mask_is_counted(run_config: Callable[..., RunConfig], packed: bool) -> None:
-    """Sdpa with rows of unequal length, or of several samples, against what autograd saves in a real pass."""
+    """Compares sdpa with rows of unequal length, or of several samples, with the tensors saved in a real pass."""
     config = run_config("encoder", attention="sdpa", micro_batch=2, global_batch=4)
     config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packed})})
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batches = [batch for step in loader.steps(0, 6) for batch in step]
     batch = max(batches, key=lambda batch: len(batch.pixel_values) * (int((batch.attention_mask == 0).sum()) > 0))
     rows, length = batch.input_ids.shape
     parts = architecture(config, dtype=torch.float32)
-    of_one = kept(
+    of_one = activation_bytes(
         parts.model,
         length=length,
         supervised=int((batch.labels != -100).sum()) // rows,
-        pictures=len(batch.pixel_values) // rows,
+        images=len(batch.pixel_values) // rows,
         attention="sdpa",
     )
     planned = (of_one.with_mask() if packed else of_one).times(rows)
@@ -314,6 +321,6 @@ def test_a_mask_is_counted(run_config: Callable[..., RunConfig], packed: bool) -
         layer.register_forward_hook(lambda *_: inside.__setitem__(0, -1))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch.inputs())
-    assert of_one.masked > 0
+    assert of_one.mask > 0
     assert list(layers.values()) == pytest.approx(planned.layers, rel=0.1)
     assert sum(of_one.layers) * rows < 0.95 * sum(layers.values()), "without the mask it is too little"

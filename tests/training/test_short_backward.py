@@ -18,7 +18,7 @@ from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training import stages
 from zero_ds.training.options.recompute import recompute_
-from zero_ds.training.planning.cost import StepCost
+from zero_ds.training.planning.flops import StepCost
 
 
 def model_of(config: RunConfig) -> VisionLanguageModel:
@@ -69,18 +69,18 @@ def test_a_text_costs_less_where_its_backward_pass_ends(run_config: Callable[...
     """FLOPs by count: in `pretrain` less for text alone, in `decoder`, where all learns, the same."""
     cost = StepCost.of(model_of(run_config("pretrain")))
     work = {"tokens": 100.0, "pairs": 1000.0, "supervised": 10.0, "image_tokens": 0.0}
-    assert cost.flops(**work, pictures=0) < 0.95 * cost.flops(**work, pictures=1e-9)
+    assert cost.flops(**work, images=0) < 0.95 * cost.flops(**work, images=1e-9)
     whole = StepCost.of(model_of(run_config("decoder")))
-    assert 0.9 < whole.flops(**work, pictures=0) / whole.flops(**work, pictures=1e-9) <= 1
+    assert 0.9 < whole.flops(**work, images=0) / whole.flops(**work, images=1e-9) <= 1
 
 
 def test_two_ranks_learn_the_same(
     run_config: Callable[..., RunConfig], trained: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Steps of text between steps with pictures, which alternate as DeepSpeed would not expect: the same bits."""
+    """Steps of text between steps with images, alternating as DeepSpeed would not expect, give the same bits."""
     mixed = json.loads(data.read_text())
-    texts, pictures = ([r for r in mixed if ("image" in r) is shown] for shown in (False, True))
-    records = [*texts, *texts, *pictures[:4], *texts, *texts, *pictures[2:6]]
+    texts, shown = ([r for r in mixed if ("image" in r) is has_image] for has_image in (False, True))
+    records = [*texts, *texts, *shown[:4], *texts, *texts, *shown[2:6]]
     shutil.copytree(data.parent / "images", tmp_path / "images")
     (tmp_path / "mixed.json").write_text(json.dumps(records))
     configs = [

@@ -1,4 +1,4 @@
-"""Layer by layer from the files: the same curves as with the model in memory, for every family, and bounded memory."""
+"""Checks that streaming layer by layer gives the same curves as the model in memory, in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ from zero_ds.model.decoders.folder import load_decoder
 from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory import lens, streaming
-from zero_ds.trajectory.lens import Floats, TokenSample, check_lens, measure
+from zero_ds.trajectory.lens import check_lens
+from zero_ds.trajectory.metrics import METRICS
+from zero_ds.trajectory.resident import measure_resident
 from zero_ds.trajectory.streaming import measure_streamed
+from zero_ds.trajectory.texts import TokenSample
+from zero_ds.trajectory.transition import Floats
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,12 +46,12 @@ def samples(count: int = 7) -> list[TokenSample]:
 def resident(folder: Path, metric: str) -> Floats:
     decoder = load_decoder(folder, dtype=torch.float32).eval()
     check_lens(decoder, family_of(folder), samples()[-1])
-    return measure(decoder, family_of(folder), samples(), metric=metric, batch_size=3)
+    return measure_resident(decoder, family_of(folder), samples(), metric=METRICS[metric], batch_size=3)
 
 
 def streamed(folder: Path, metric: str, scratch: Path, **options: Any) -> Floats:
     settings = {"batch_size": 3, "dtype": torch.float32, "device": torch.device("cpu"), **options}
-    return measure_streamed(folder, samples(), metric=metric, scratch=scratch, **settings)
+    return measure_streamed(folder, samples(), metric=METRICS[metric], scratch=scratch, **settings)
 
 
 CASES = [(name, tied) for name in (*FAMILIES, "gemma3-multimodal") for tied in (True, False)]
@@ -82,8 +86,8 @@ def test_small_blocks_and_a_file_change_nothing(
 
 def test_a_common_beginning_is_read_once(made: Callable[..., Path], tmp_path: Path, monkeypatch: Any) -> None:
     folder = made("gemma3", tied=True)
-    alike = [TokenSample(s.id, [5, 6, 7, 8, *s.input_ids]) for s in samples()]
-    monkeypatch.setattr("test_streaming.samples", lambda: alike)
+    common = [TokenSample(s.id, [5, 6, 7, 8, *s.input_ids]) for s in samples()]
+    monkeypatch.setattr("test_streaming.samples", lambda: common)
     expected = resident(folder, "sequence")
     np.testing.assert_allclose(streamed(folder, "sequence", tmp_path), expected, rtol=1e-4, atol=1e-6)
 
@@ -170,7 +174,7 @@ def test_a_vocabulary_that_is_not_the_models(made: Callable[..., Path], tmp_path
     folder = tmp_path / "model"
     shutil.copytree(made("llama", tied=True), folder)
     words = AutoTokenizer.from_pretrained(folder)
-    words.add_tokens(["banana"], special_tokens=True)  # what a template writes; typed, it would be plain text
+    words.add_tokens(["banana"], special_tokens=True)  # written by a template; typed by a user it would be plain text
     words.chat_template += "banana"
     words.save_pretrained(folder)
     (tmp_path / "data.json").write_text(json.dumps([tiny.record("x", [("a banana?", "yes")])]))

@@ -1,4 +1,4 @@
-"""Eq. 1-4 on tiny random models, against a plain second implementation, and the command around them."""
+"""Checks Eq. 1-4 on tiny random models against a second, plain implementation, and the command."""
 
 from __future__ import annotations
 
@@ -22,21 +22,17 @@ from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records
 from zero_ds.model.decoders import Family, family_of
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.trajectory import lens as module
-from zero_ds.trajectory import trajectory as written
-from zero_ds.trajectory.lens import (
-    Floats,
-    Lens,
-    TokenSample,
-    batches,
-    check_lens,
-    measure,
-    readings,
-    sequence_divergences,
-    tapped,
-)
-from zero_ds.trajectory.trajectory import Setting, Trajectory, answer_greedily, choose_samples, write
-from zero_ds.trajectory.transition import Transition, find_transition
+from zero_ds.trajectory import lens, texts
+from zero_ds.trajectory import measure as measuring
+from zero_ds.trajectory.batching import batches, readings
+from zero_ds.trajectory.curves import Setting, Trajectory
+from zero_ds.trajectory.lens import Lens, check_lens, tapped
+from zero_ds.trajectory.measure import TrajectoryOptions, measure_trajectory, write
+from zero_ds.trajectory.metrics import METRICS, Metric
+from zero_ds.trajectory.resident import measure_resident
+from zero_ds.trajectory.streaming import measure_streamed
+from zero_ds.trajectory.texts import TokenSample, answer_greedily, choose_samples
+from zero_ds.trajectory.transition import Floats, Transition, find_transition
 
 LAYERS = 8
 TEMPLATE = (
@@ -47,7 +43,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices this small only make threads wait for each other, for seconds where cores are shared."""
+    """With matrices this small, threads only wait for each other, for seconds where cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -127,7 +123,7 @@ def token_samples(count: int = 9) -> list[TokenSample]:
 
 
 def plain_curves(decoder: Any, sample: TokenSample, metric: str) -> Floats:
-    """The definition, written down once more: float32, one sample, all logits at once, RMSNorm by hand."""
+    """Computes the definition a second time: float32, one sample, all logits at once, RMSNorm by hand."""
     ids = torch.tensor([sample.input_ids])
     with torch.no_grad():
         output = decoder(input_ids=ids, output_hidden_states=True)
@@ -152,7 +148,7 @@ def plain_curves(decoder: Any, sample: TokenSample, metric: str) -> Floats:
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_agrees_with_the_definition(decoder: Any, family: Family, metric: str, batch_size: int) -> None:
     samples = token_samples()
-    curves = measure(decoder, family, samples, metric=metric, batch_size=batch_size)
+    curves = measure_resident(decoder, family, samples, metric=METRICS[metric], batch_size=batch_size)
     assert curves.shape == (len(samples), LAYERS)
     expected = np.stack([plain_curves(decoder, sample, metric) for sample in samples])
     np.testing.assert_allclose(curves, expected, rtol=1e-4, atol=2e-6)
@@ -165,32 +161,32 @@ def test_chunks_do_not_matter_and_bound_the_logits(
     decoder: Any, family: Family, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = token_samples()
-    whole = measure(decoder, family, samples, metric=metric, batch_size=4)
+    whole = measure_resident(decoder, family, samples, metric=METRICS[metric], batch_size=4)
     sizes: list[tuple[int, int]] = []
     scores = Lens.scores
 
-    def watched(lens: Lens, normed: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def watched(self: Lens, normed: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         sizes.append((len(normed), len(head)))
-        return scores(lens, normed, head)
+        return scores(self, normed, head)
 
     monkeypatch.setattr(Lens, "scores", watched)
-    monkeypatch.setattr(module, "ROWS", 7)
-    monkeypatch.setattr(module, "SCORES", 350)
-    chunked = measure(decoder, family, samples, metric=metric, batch_size=4)
+    monkeypatch.setattr(lens, "ROWS", 7)
+    monkeypatch.setattr(lens, "SCORES", 350)
+    chunked = measure_resident(decoder, family, samples, metric=METRICS[metric], batch_size=4)
     np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-6)
     assert max(rows for rows, _ in sizes) == 7 and max(rows * part for rows, part in sizes) <= 350
 
 
 @pytest.mark.parametrize("metric", ["sequence", "vocabulary"])
 def test_a_common_beginning_is_read_once(decoder: Any, family: Family, metric: str) -> None:
-    """Samples that begin alike, among them one that is a beginning of the others: the same curves from fewer rows."""
+    """Samples with a common beginning, one of which is a beginning of the others: the same curves from fewer rows."""
     start = [7, 3, 200, 41, 9]
     samples = [TokenSample(str(i), start + rest) for i, rest in enumerate(([1, 2, 3], [4], [], [1, 9, 9, 9, 9]))]
-    alone = measure(decoder, family, samples, metric=metric, batch_size=1)
+    alone = measure_resident(decoder, family, samples, metric=METRICS[metric], batch_size=1)
     own, reading = readings([sample.input_ids for sample in samples])
     assert len(reading) == sum(len(s.input_ids) - 1 for s in samples) and len(own) == len(reading) - 3 * 4
     np.testing.assert_allclose(
-        measure(decoder, family, samples, metric=metric, batch_size=4), alone, rtol=1e-4, atol=1e-6
+        measure_resident(decoder, family, samples, metric=METRICS[metric], batch_size=4), alone, rtol=1e-4, atol=1e-6
     )
     expected = np.stack([plain_curves(decoder, sample, metric) for sample in samples])
     np.testing.assert_allclose(alone, expected, rtol=1e-4, atol=2e-6)
@@ -198,27 +194,53 @@ def test_a_common_beginning_is_read_once(decoder: Any, family: Family, metric: s
 
 def test_padding_does_not_leak(decoder: Any, family: Family) -> None:
     short, long = TokenSample("short", [5, 9, 11, 200]), TokenSample("long", list(range(100)))
-    alone = measure(decoder, family, [short], metric="sequence", batch_size=1)
-    beside = measure(decoder, family, [short, long], metric="sequence", batch_size=2)
-    np.testing.assert_allclose(beside[0], alone[0], rtol=1e-4, atol=1e-6)
+    alone = measure_resident(decoder, family, [short], metric=METRICS["sequence"], batch_size=1)
+    together = measure_resident(decoder, family, [short, long], metric=METRICS["sequence"], batch_size=2)
+    np.testing.assert_allclose(together[0], alone[0], rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_is_near_float32(decoder: Any, family: Family) -> None:
     import copy
 
     samples = token_samples()
-    half = measure(copy.deepcopy(decoder).bfloat16(), family, samples, metric="vocabulary", batch_size=4)
-    full = measure(decoder, family, samples, metric="vocabulary", batch_size=4)
+    half = measure_resident(
+        copy.deepcopy(decoder).bfloat16(), family, samples, metric=METRICS["vocabulary"], batch_size=4
+    )
+    full = measure_resident(decoder, family, samples, metric=METRICS["vocabulary"], batch_size=4)
     assert half.dtype == np.float64
     np.testing.assert_allclose(half, full, rtol=0.2, atol=0.1)
 
 
 def test_sequence_metric_by_hand() -> None:
     probs = np.array([[0.2, 0.2], [1e-12, 0.5], [0.9, 0.1]])
-    found = sequence_divergences(np.log(probs))
+    found = METRICS["sequence"].reduce(np.log(probs))
     tiny = np.array([1e-6, 0.5]) / (0.5 + 1e-6)
     expected = [0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1), (tiny * np.log(tiny / [0.9, 0.1])).sum(), 0.0]
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_new_metric_is_one_class(decoder: Any, family: Family, folder: Path, tmp_path: Path) -> None:
+    """It is found by its name, and serves a model in memory and a streamed one."""
+
+    class SurprisalMetric(Metric):
+        name = "surprisal"
+        description = "difference of the mean surprisal"
+        formula = "D = mean_n log(p_n / q^l_n)"
+        needs_final_layer = False
+        read = type(METRICS["sequence"]).read
+
+        def reduce(self, numbers: Floats) -> Floats:
+            return numbers[-1].mean() - numbers.mean(axis=1)  # type: ignore[no-any-return]
+
+    try:
+        metric = METRICS["surprisal"]
+        curves = measure_resident(decoder, family, token_samples(), metric=metric, batch_size=4)
+        assert curves.shape == (9, LAYERS) and (curves[:, -1] == 0).all() and np.abs(curves[:, 0]).min() > 0.01
+        options: dict[str, Any] = {"batch_size": 4, "dtype": torch.float32, "device": torch.device("cpu")}
+        streamed = measure_streamed(folder, token_samples(), metric=metric, scratch=tmp_path, **options)
+        np.testing.assert_allclose(streamed, curves, rtol=1e-4, atol=1e-5)
+    finally:
+        del METRICS["surprisal"]
 
 
 def test_batches_are_of_like_length_and_complete() -> None:
@@ -260,7 +282,7 @@ def test_non_finite_predictions_are_refused(decoder: Any, family: Family) -> Non
     half = copy.deepcopy(broken).bfloat16()
     for model, remedy in ((broken, "fetch the model again"), (half, "run with --dtype float32")):
         with pytest.raises(ConfigError, match=f"sample s0 are not finite; .*{remedy}"):
-            measure(model, family, token_samples(), metric="sequence", batch_size=4)
+            measure_resident(model, family, token_samples(), metric=METRICS["sequence"], batch_size=4)
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -301,8 +323,8 @@ def test_an_answer_before_any_question_is_no_greedy_sample(tmp_path: Path, templ
 
 
 def test_greedy_answers(tmp_path: Path, decoder: Any, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batched answers are those of an argmax loop on single samples, cut behind the end of the turn."""
-    monkeypatch.setattr(written, "ANSWER_TOKENS", 10)
+    """Batched answers equal those of an argmax loop on single samples, cut after the end of the turn."""
+    monkeypatch.setattr(texts, "ANSWER_TOKENS", 10)
     rows = [record(10 ** (i % 5) + i) for i in range(8)]
     records = Records([SourceConfig(path=str(data_file(tmp_path / "data.json", rows)))])
     encoder = SampleEncoder(template, "response", max_length=256)
@@ -324,8 +346,8 @@ def test_greedy_answers(tmp_path: Path, decoder: Any, template: ChatTemplate, mo
 def test_greedy_answer_ends_with_the_turn(
     decoder: Any, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the model says first is made the end of the turn; nothing of the padding behind it is kept."""
-    monkeypatch.setattr(written, "ANSWER_TOKENS", 6)
+    """The model's first token is declared the end of the turn; the padding after it is dropped."""
+    monkeypatch.setattr(texts, "ANSWER_TOKENS", 6)
     questions = token_samples(5)
     with torch.no_grad():
         first = int(decoder(input_ids=torch.tensor([questions[3].input_ids])).logits[0, -1].argmax())
@@ -388,7 +410,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, moment: str, monkeypatch:
         raise OSError(28, "No space left on device")
 
     if moment == "plot":
-        monkeypatch.setattr(written, "plot", fail)
+        monkeypatch.setattr(measuring, "plot", fail)
     else:
         monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="No space"):
@@ -412,7 +434,7 @@ def data(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("options", [[], ["--metric", "vocabulary", "--dtype", "bfloat16"], ["--greedy"]])
 def test_command(tmp_path: Path, folder: Path, data: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(texts, "ANSWER_TOKENS", 8)
     out = tmp_path / "out"
     arguments = ["--model", folder, "--data", data, "--out", out, "--batch", 4, *options]
     if "--dtype" not in options:
@@ -429,13 +451,24 @@ def test_command(tmp_path: Path, folder: Path, data: Path, options: list[str], m
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(module, "measure", never)
+    monkeypatch.setattr(measuring, "measure_resident", never)
     again = run(*arguments)
     assert again.exception is None and again.stdout == first.stdout
     before = (out / "trajectory.json").read_bytes()
     other = run(*arguments, "--seed", 1)
     assert isinstance(other.exception, ConfigError) and "a trajectory of another setting" in str(other.exception)
     assert (out / "trajectory.json").read_bytes() == before
+
+
+def test_measuring_from_python(tmp_path: Path, folder: Path, data: Path) -> None:
+    """The function writes and returns the same as the command, and has the same checks."""
+    options = TrajectoryOptions(samples=9, dtype="float32")
+    content = measure_trajectory(str(folder), data, tmp_path / "out", options)
+    assert content == json.loads((tmp_path / "out" / "trajectory.json").read_text())
+    assert content == measure_trajectory(str(folder), data, tmp_path / "out", options)
+    with pytest.raises(ConfigError, match="--samples 0 is too small"):
+        measure_trajectory(str(folder), data, tmp_path / "other", TrajectoryOptions(samples=0))
+    assert not (tmp_path / "other").exists()
 
 
 def test_too_few_samples_say_so(tmp_path: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The rule that picks the transition layer, on curves whose answer is known."""
+"""Checks the rule that finds the transition layer on curves whose answer is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zero_ds.trajectory.transition import MIN_SAMPLES, Transition, change_points
 def two_phases(
     layers: int, k: int, *, samples: int, early: float = 2.2, late: float = 1.2, noise: float = 0.05, seed: int = 0
 ) -> np.ndarray:
-    """Figure 3 in small: spread-out curves at a level, from layer k on a narrow descent that ends in zero."""
+    """Returns a small Figure 3: spread-out curves at a level, and from layer k a narrow descent that ends in zero."""
     rng = np.random.default_rng(seed)
     x = np.arange(layers)
     shape = np.where(x < k, early, late * (layers - 1 - x) / (layers - 1 - k))

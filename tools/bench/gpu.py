@@ -115,10 +115,10 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
 
     from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.training import stages
-    from zero_ds.training.planning.architecture import config_folder
+    from zero_ds.training.planning.architecture import find_config
 
     # the full model, even if ours has a surrogate
-    text = DecoderFolder(config_folder(config.target)[0]).text_config()
+    text = DecoderFolder(find_config(config.target).folder).text_config()
     image_token = text.vocab_size - 1
     settings = LlavaConfig(
         vision_config=model.encoder_family.vision_config(model.encoder).to_dict(),
@@ -202,10 +202,11 @@ def main(
     from zero_ds.config.loading import load_run
     from zero_ds.runtime import distributed
     from zero_ds.training.deepspeed import ds_config
+    from zero_ds.training.metrics import StepCounts
     from zero_ds.training.options import compilation
     from zero_ds.training.options import liger as kernels
     from zero_ds.training.planning.architecture import architecture
-    from zero_ds.training.planning.cost import Counts, StepCost, peak_flops
+    from zero_ds.training.planning.flops import StepCost, peak_flops
 
     deadline = time.monotonic() + 60 * minutes
     config = load_run(recipe, [*(setting or []), f"zero={zero}", f"global_batch={batch}", f"micro_batch={rows}"])
@@ -223,7 +224,7 @@ def main(
     batches = micro_batches(drawn, rows, packed and not peers, limit, size)
     for made in batches:
         made.update(skipped=[], too_long=[])
-    counts = Counts.of(batches, cost)
+    counts = StepCounts.of(batches, cost)
     ds = ds_config(config, 1)
     ds["tensorboard"]["enabled"] = False
     ds["gradient_accumulation_steps"] = len(batches)

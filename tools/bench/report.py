@@ -39,7 +39,7 @@ def measured_limits(folder: Path | None = None) -> dict[str, float]:
     """Measures matrix products of one thread, and memory and disk rates: the limits of a benchmark's figures."""
     import torch
 
-    from zero_ds.training.planning.cost import peak_flops
+    from zero_ds.training.planning.flops import peak_flops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()

@@ -8,7 +8,7 @@ Encoder and decoder stage; both sides have the same model, data, precision, Deep
 and ranks. In the encoder stage ours trains against a surrogate and the peer through the full model, because saving that
 is the purpose of the surrogate; a row `full` shows ours through the full model as well. In a round every contestant
 makes `--steps` steps; medians are over rounds. Memory is the peak resident set of a rank, libraries included. MFU
-divides the FLOPs that each method needs (zero_ds/training/planning/cost.py) by the rate of one thread per rank in a
+divides the FLOPs that each method needs (zero_ds/training/planning/flops.py) by the rate of one thread per rank in a
 matrix product. `--also` adds ours with other settings and, for settings with `env:`, the peer in that environment.
 """
 
@@ -115,7 +115,7 @@ def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> fl
     """Returns the FLOPs that the method needs for an average counted sample, forward and backward."""
     from zero_ds.config.loading import load_run
     from zero_ds.training.planning.architecture import architecture
-    from zero_ds.training.planning.cost import StepCost
+    from zero_ds.training.planning.flops import StepCost
 
     config = load_run(arguments["recipe"], arguments["overrides"])
     model = architecture(config).model

@@ -111,11 +111,10 @@ def measured(
 def planned(models: list[str], gpus: int, gpu_memory: float, gpu: str) -> list[dict[str, Any]]:
     """Returns planned costs of the encoder stage on surrogate and full model, with the fastest config of each."""
     from zero_ds.config.loading import load_run
+    from zero_ds.training.planning.cluster import Cluster, find_gpu
     from zero_ds.training.planning.recipe import plan_run
-    from zero_ds.training.planning.speed import Cluster
-    from zero_ds.training.planning.speed import gpu as known
 
-    name, peak, link = known(gpu)
+    name, peak, link = find_gpu(gpu)
     cluster = Cluster(gpus, min(8, gpus), gpu_memory, name, peak, inside=0.8 * link)
     rows = []
     for model in models:

@@ -6,15 +6,11 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from zero_ds.runtime.errors import ConfigError
-
-if TYPE_CHECKING:
-    from zero_ds.training.planning.recipe import RunPlan
-    from zero_ds.training.planning.speed import Cluster
 
 HIDDEN_COST = "CUDA's context, NCCL's buffers, fragmentation"
 
@@ -67,47 +63,31 @@ def plan(
     """
     import json
 
-    from zero_ds.config.loading import load_run
     from zero_ds.runtime.files import write_atomically
+    from zero_ds.training.planning.cluster import Cluster, bandwidths, find_gpu
+    from zero_ds.training.planning.data import DataOverrides
+    from zero_ds.training.planning.plan import plan_recipe
 
-    config = load_run(recipe, overrides)
-    _check_cluster(gpus, gpu_memory, gpus_per_node, mfu, host_memory, reserve)
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ConfigError(f"--out {out} cannot be written; name a file in a folder that exists.")
+    name, peak, link = find_gpu(gpu)
+    inside, between = bandwidths(bandwidth, link)
     with _without_garbage_collection():
-        cluster = _cluster(gpus, gpu_memory, gpus_per_node, gpu, mfu, bandwidth, host_memory, reserve)
-        if not 0 < decoder_share <= 1:
-            raise ConfigError(f"--decoder-share {decoder_share:g} is not a share; give more than 0 and at most 1.")
-        if out is not None and (out.is_dir() or not out.parent.is_dir()):
-            raise ConfigError(f"--out {out} cannot be written; name a file in a folder that exists.")
-        from zero_ds.training.planning import tables
-        from zero_ds.training.planning.recipe import Words, plan_run
-        from zero_ds.training.planning.route import routes
-
-        words = Words(samples, tokens, supervised)
-        planned = plan_run(config, cluster, replace=replace, translators=translators, words=words)
-        if not planned.fitting:
-            raise ConfigError(_nothing_fits(planned))
-        found = routes(
+        found = plan_recipe(
             recipe,
-            overrides or [],
-            cluster,
+            overrides,
+            Cluster(gpus, gpus_per_node, gpu_memory, name, peak, mfu, inside, between, reserve, host_memory),
             replace=replace,
             translators=translators,
-            words=words,
+            data=DataOverrides(samples, tokens, supervised),
             decoder_share=decoder_share,
         )
-        assumptions = [f"  {sentence}" for sentence in tables.assumptions(planned, decoder_share)]
-        sections = [
-            tables.heading(recipe, planned),
-            tables.gpu_table(planned),
-            tables.host_table(planned),
-            tables.speed_table(planned),
-            tables.group_table(planned),
-            tables.route_table(found, cluster, tables.plan_target(planned)),
-            "\n".join(["Assumed:", *assumptions]),
-        ]
-        print("\n\n".join(section for section in sections if section))
+        from zero_ds.training.planning.json_output import as_json
+        from zero_ds.training.planning.tables import as_text
+
+        print(as_text(found))
         if out is not None:
-            write_atomically(out, json.dumps(tables.as_json(recipe, planned, found), indent=1) + "\n")
+            write_atomically(out, json.dumps(as_json(found), indent=1) + "\n")
 
 
 @contextmanager
@@ -120,64 +100,3 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _nothing_fits(planned: RunPlan) -> str:
-    """Returns the message for a run that does not fit under any DeepSpeed config."""
-    cluster, smallest = planned.cluster, planned.smallest
-    gpu = smallest.least.peak["gpu"] / 2**30 + cluster.reserve_gib
-    host = cluster.ranks_per_node * (smallest.least.peak["host"] / 2**30 + cluster.process_gib)
-    return (
-        f"no config of ds_configs/ fits {cluster.gpus} GPUs of {cluster.memory_gib:g} GiB; the smallest, "
-        f"{smallest.zero}, needs {gpu:.1f} GiB a GPU at micro_batch=1 and {host:.0f} GiB of host memory a node."
-    )
-
-
-def _check_cluster(
-    gpus: int, gpu_memory: float, gpus_per_node: int, mfu: float, host_memory: float, reserve: float
-) -> None:
-    """Raises ConfigError for options that do not describe machines, before torch is loaded."""
-    sizes = {
-        "--gpus": gpus,
-        "--gpu-memory": gpu_memory,
-        "--gpus-per-node": gpus_per_node,
-        "--host-memory": host_memory,
-    }
-    for option, value in sizes.items():
-        if not 0 < value < float("inf"):
-            raise ConfigError(f"{option} {value:g} is not a size; give more than 0.")
-    if not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu {mfu:g} is not a share; give more than 0 and at most 1, such as 0.4.")
-    if not 0 <= reserve < gpu_memory:
-        raise ConfigError(f"--reserve {reserve:g} is not a part of {gpu_memory:g} GiB; give less.")
-    if gpus > gpus_per_node and gpus % gpus_per_node:
-        raise ConfigError(f"{gpus} GPUs are not a whole number of nodes of {gpus_per_node}; set --gpus-per-node.")
-
-
-def _cluster(
-    gpus: int,
-    gpu_memory: float,
-    gpus_per_node: int,
-    name: str,
-    mfu: float,
-    bandwidth: str | None,
-    host_memory: float,
-    reserve: float,
-) -> Cluster:
-    """Returns the machines that the options describe.
-
-    Raises:
-        ConfigError: the kind of GPU or the bandwidth cannot be read.
-    """
-    from zero_ds.training.planning.speed import ASSUMED, REACHED, Cluster, gpu
-
-    called, peak, link = gpu(name)
-    inside, between = REACHED * link, REACHED * ASSUMED["between"]
-    if bandwidth is not None:
-        try:
-            inside, between = (float(part) for part in bandwidth.split("/"))
-        except ValueError:
-            raise ConfigError(f"--bandwidth {bandwidth} cannot be read; write INSIDE/BETWEEN, e.g. 240/40.") from None
-        if not 0 < min(inside, between) <= max(inside, between) < float("inf"):
-            raise ConfigError(f"--bandwidth {bandwidth} must be two rates above 0, in GB/s.")
-    return Cluster(gpus, gpus_per_node, gpu_memory, called, peak, mfu, inside, between, reserve, host_memory)

@@ -52,7 +52,7 @@ def surrogate(
     from zero_ds.runtime.hub import local_folder
     from zero_ds.surrogate.build import build_surrogate
     from zero_ds.surrogate.report import Comparison, lines, write_report
-    from zero_ds.trajectory.trajectory import proposed_range
+    from zero_ds.trajectory.curves import proposed_range
 
     if kl is not None and not report:
         raise ConfigError("--kl is part of the report; add --report.")

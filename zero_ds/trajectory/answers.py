@@ -1,7 +1,7 @@
-"""The prediction trajectory of one answer: what every layer would have said in the place of each of its tokens.
+"""The trajectory of one answer: what every layer would have predicted in the place of each of the answer's tokens.
 
-Source: Eq. 1-3 of the paper, read at the positions that predict the answer's tokens; the distance is that of the
-`vocabulary` metric (lens.py), KL(q^l || p), one value a position.
+Source: Eq. 1-3 of the paper, read at the positions that predict the answer's tokens. The divergence is that of the
+`vocabulary` metric (metrics.py), KL(q^l || p), with one value per position.
 """
 
 from __future__ import annotations
@@ -14,38 +14,42 @@ import torch
 from PIL import Image
 
 from zero_ds.model.decoding import Context, Reader
-from zero_ds.trajectory.lens import Floats, ResidentLens, tapped
-from zero_ds.trajectory.trajectory import draw_curves
+from zero_ds.trajectory.lens import ResidentLens, tapped
+from zero_ds.trajectory.plot import draw_curves
+from zero_ds.trajectory.transition import Floats
 
 COLUMNS = 14
-"""Tokens of an answer whose words are drawn; the curves are of all."""
+"""Number of the answer's tokens whose words are drawn; the curves show all tokens."""
 ROWS = 64
-"""Tokens that are read at a time: 32 MB of float32 for a vocabulary of 128k."""
+"""Number of positions that are read at a time: 32 MB of float32 for a vocabulary of 128k."""
 LETTERS = 9
-"""Letters of a word that fit into its cell."""
+"""Number of letters that fit into a word's cell."""
 
 
 @dataclass(frozen=True)
 class AnswerTrajectory:
-    """An answer of n tokens, the one that closes it among them, in a decoder of L layers."""
+    """An answer of n tokens, including the one that closes it, in a decoder of L layers."""
 
-    said: tuple[str, ...]
-    """(n,): the answer's tokens."""
-    read: tuple[tuple[str, ...], ...]
-    """(L, n): the most probable token of every layer in their places."""
+    tokens: tuple[str, ...]
+    """Tokens of the answer, (n,)."""
+    predicted: tuple[tuple[str, ...], ...]
+    """Most probable token of every layer in their places, (L, n)."""
     divergences: Floats
-    """(L, n), in nats, from the last layer's prediction; the last layer's own are zero."""
+    """Divergences from the last layer's prediction, (L, n), in nats; the last layer's own are zero."""
     translators: tuple[int, ...] = ()
-    """Layers that are a surrogate's translators."""
+    """Numbers of the layers that are a surrogate's translators."""
 
 
 @torch.inference_mode()
 def read_answer(
     reader: Reader, context: Context, prompt: list[int], answer: list[int], tokenizer: Any
 ) -> AnswerTrajectory:
-    """Reads the answer once more, with the lens on every layer.
+    """Runs the model over the answer once more, with the lens on every layer.
 
-    context: one row that holds the prompt's tokens, perhaps more behind them; prompt, answer: token ids, neither empty.
+    Args:
+        context: one row that begins with the prompt's tokens, perhaps with more tokens after them.
+        prompt: token ids, not empty.
+        answer: token ids, not empty.
     """
     model = reader.model
     lens = ResidentLens(model.decoder, model.family)
@@ -64,15 +68,15 @@ def read_answer(
             best[number, rows] = log_q.argmax(1).cpu()
             curves[number, rows] = (log_q.exp() * (log_q - log_p)).sum(1).double().cpu().numpy()
     return AnswerTrajectory(
-        said=_words(answer, tokenizer),
-        read=tuple(_words(layer, tokenizer) for layer in best.tolist()),
+        tokens=_words(answer, tokenizer),
+        predicted=tuple(_words(layer, tokenizer) for layer in best.tolist()),
         divergences=curves,
         translators=tuple(model.plan.translators) if model.plan is not None else (),
     )
 
 
 def _log_probs(lens: ResidentLens, normed: torch.Tensor) -> torch.Tensor:
-    """(rows, hidden) -> (rows, vocabulary), of the few rows of an answer."""
+    """Returns log probabilities (rows, vocabulary) of final-normed states (rows, hidden), of few rows only."""
     return torch.cat([lens.scores(normed, head) for _, head in lens.pieces(len(normed))], dim=1).log_softmax(1)
 
 
@@ -81,49 +85,58 @@ def _words(tokens: list[int], tokenizer: Any) -> tuple[str, ...]:
 
 
 def draw(trajectory: AnswerTrajectory, title: str) -> Image.Image:
-    """Left the curves in the look of Figure 3, one a token; right every layer's words, dark where they are far off."""
+    """Draws one curve per token on the left, in the look of Figure 3, and every layer's words on the right.
+
+    The background of a word is the darker, the further its layer's prediction is from the last one's.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     layers, count = trajectory.divergences.shape
-    columns = min(count, COLUMNS)
-    figure = Figure(figsize=(4.6 + 0.25 + 0.62 * max(4, columns), 1.4 + 0.19 * max(10, layers)), layout="constrained")
+    words_width = 0.62 * max(4, min(count, COLUMNS))
+    figure = Figure(figsize=(4.6 + 0.25 + words_width, 1.4 + 0.19 * max(10, layers)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
-    left, right = figure.subplots(1, 2, width_ratios=(4.2, 0.25 + 0.62 * max(4, columns)))
+    left, right = figure.subplots(1, 2, width_ratios=(4.2, 0.25 + words_width))
     draw_curves(left, trajectory.divergences.T)
     left.legend(loc="upper right", frameon=False)
     for layer in trajectory.translators:
         left.axvline(layer, linestyle=":", linewidth=0.8, color="gray")
-
-    far = trajectory.divergences[:, :columns]
-    right.imshow(far, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=max(1e-3, 1.6 * float(far.max())))
-    for layer in range(layers):
-        for place in range(columns):
-            same = trajectory.read[layer][place] == trajectory.said[place]
-            right.text(
-                place,
-                layer,
-                _cell(trajectory.read[layer][place]),
-                ha="center",
-                va="center",
-                fontsize=6,
-                fontweight="bold" if same else "normal",
-                parse_math=False,
-            )
-    right.set_xticks(range(columns), [_cell(word) for word in trajectory.said[:columns]], fontsize=7, rotation=40)
-    for label in right.get_xticklabels():
-        label.set_parse_math(False)
-    names = [f"{layer} translator" if layer in trajectory.translators else str(layer) for layer in range(layers)]
-    right.set_yticks(range(layers), names, fontsize=6)
-    right.set_xlabel("token of the answer" if columns == count else f"first {columns} of {count} tokens of the answer")
-    right.set_title("most probable token of every layer (bold: the one said)", fontsize=8)
+    _draw_words(right, trajectory)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
+def _draw_words(axes: Any, trajectory: AnswerTrajectory) -> None:
+    """Draws the most probable token of every layer for the first COLUMNS tokens of the answer."""
+    layers, count = trajectory.divergences.shape
+    columns = min(count, COLUMNS)
+    shown = trajectory.divergences[:, :columns]
+    axes.imshow(shown, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=max(1e-3, 1.6 * float(shown.max())))
+    for layer in range(layers):
+        for column in range(columns):
+            word = trajectory.predicted[layer][column]
+            axes.text(
+                column,
+                layer,
+                _cell(word),
+                ha="center",
+                va="center",
+                fontsize=6,
+                fontweight="bold" if word == trajectory.tokens[column] else "normal",
+                parse_math=False,
+            )
+    axes.set_xticks(range(columns), [_cell(word) for word in trajectory.tokens[:columns]], fontsize=7, rotation=40)
+    for label in axes.get_xticklabels():
+        label.set_parse_math(False)
+    names = [f"{layer} translator" if layer in trajectory.translators else str(layer) for layer in range(layers)]
+    axes.set_yticks(range(layers), names, fontsize=6)
+    axes.set_xlabel("token of the answer" if columns == count else f"first {columns} of {count} tokens of the answer")
+    axes.set_title("most probable token of every layer (bold: the answer's own)", fontsize=8)
+
+
 def _cell(word: str) -> str:
-    """A token as a plot can show it: white space visible, letters that no font has as a dot."""
+    """Returns a token as a plot can show it: white space visible, letters that fonts lack as a dot, long words cut."""
     shown = "".join(c if c.isprintable() and ord(c) < 0x500 else "\N{MIDDLE DOT}" for c in word.strip(" "))
     shown = shown or ("\N{OPEN BOX}" if word else "\N{MIDDLE DOT}")
     return shown if len(shown) <= LETTERS else shown[: LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"

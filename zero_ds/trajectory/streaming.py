@@ -1,8 +1,8 @@
-"""The trajectory of a model of any size: one decoder layer at a time is read from its file and applied to all samples.
+"""Measures the trajectory of a model of any size: reads one decoder layer at a time and applies it to all texts.
 
-What is in memory is a layer, a block of the output head, and the samples' hidden states, which go into a file when they
-are large. Attention masks and rotary positions are the library's own: the layer runs as the only one of a one-layer
-model of the same class, whose final norm is taken out.
+In memory are a layer, a block of the output head, and the hidden states of all texts; large hidden states go into a
+file. Attention masks and rotary positions are the library's own: each layer runs as the only one of a one-layer model
+of the same class, whose final norm is taken out.
 """
 
 from __future__ import annotations
@@ -20,37 +20,32 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from zero_ds.model.decoders import Family, family_of
-from zero_ds.model.decoders.folder import decoder_spans, decoder_tensors, depth_of, text_config
+from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Stored
-from zero_ds.trajectory.lens import (
-    Floats,
-    Lens,
-    TokenSample,
-    batches,
-    padded,
-    per_sample,
-    progress,
-    readings,
-    refuse_non_finite,
-)
+from zero_ds.trajectory.batching import batches, padded, progress, readings
+from zero_ds.trajectory.curves import check_finite
+from zero_ds.trajectory.lens import FinalLayer, Lens
+from zero_ds.trajectory.metrics import Metric
+from zero_ds.trajectory.texts import TokenSample
+from zero_ds.trajectory.transition import Floats
 
 logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 128 << 20
-"""Size of the block of the output head that is held at a time."""
+"""Bytes of the output head in memory at a time."""
 POSITIONS = 16384
-"""Positions that the lens reads at a time; for each such part the head is read once more."""
+"""Number of positions that the lens reads at a time; the head is read from its file once for each such group."""
 MEMORY_BYTES = 1 << 30
-"""Hidden states beyond this size go into a file."""
+"""Bytes of hidden states that stay in memory; larger ones go into a file."""
 
 
 @dataclass(frozen=True)
 class LayerFiles:
     """A decoder's tensors in their files, read one by one in the precision of the measurement."""
 
-    folder: Path
+    folder: DecoderFolder
     family: Family
     config: Any
     tensors: dict[str, Stored]
@@ -58,36 +53,45 @@ class LayerFiles:
     device: torch.device
 
     @classmethod
-    def of(cls, folder: Path, dtype: torch.dtype, device: torch.device) -> LayerFiles:
-        """Raises ConfigError where the files do not hold, whole, what config.json says (`shards.decoder_spans`)."""
-        decoder_spans(folder)
-        return cls(folder, family_of(folder), text_config(folder), decoder_tensors(folder), dtype, device)
+    def of(cls, folder: DecoderFolder | Path, dtype: torch.dtype, device: torch.device) -> LayerFiles:
+        """Returns the files of a folder.
+
+        Raises:
+            ConfigError: the files do not hold completely what config.json describes (`DecoderFolder.spans`).
+        """
+        folder = DecoderFolder.of(folder)
+        _ = folder.spans
+        return cls(folder, folder.family, folder.text_config(), folder.stored, dtype, device)
 
     def stored(self, name: str) -> Stored:
-        """Raises ConfigError if the weights lack the tensor."""
+        """Returns the file and stored name of a tensor.
+
+        Raises:
+            ConfigError: the weights lack it.
+        """
         if name not in self.tensors:
             raise ConfigError(f"the weights in {self.folder} lack {name}; fetch the model again.")
         return self.tensors[name]
 
     def fill_(self, module: nn.Module, prefix: str) -> None:
-        """Gives a module, made without memory, its weights from the file."""
+        """Gives a module that was made without memory its weights from the files."""
         names = [name for name, _ in module.named_parameters()]
         values = {name: self.read(f"{prefix}{name}") for name in names}
         module.load_state_dict(values, strict=False, assign=True)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, or rows of it.
+        """Returns a tensor, or some of its rows.
 
         Raises:
             ConfigError: the weights lack it, or its shard is damaged.
         """
         with self.open(name) as (file, stored):
-            value = file.get_slice(stored) if rows else file.get_tensor(stored)
-            return cast(torch.Tensor, value[rows] if rows else value).to(self.device, self.dtype, copy=True)
+            value = file.get_slice(stored)[rows] if rows else file.get_tensor(stored)
+            return cast(torch.Tensor, value).to(self.device, self.dtype, copy=True)
 
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[Any, str]]:
-        """The open shard of a tensor, and the tensor's name in it."""
+        """Opens the shard of a tensor; yields the shard and the tensor's name in it."""
         from safetensors import SafetensorError, safe_open
 
         stored = self.stored(name)
@@ -98,13 +102,13 @@ class LayerFiles:
             raise ConfigError(f"shard {stored.file} cannot be read ({error}); fetch the model again.") from None
 
     def read_rows(self, name: str, numbers: Sequence[int]) -> torch.Tensor:
-        """Single rows of a tensor, (len(numbers), ...), without the rest of it."""
+        """Returns single rows of a tensor, (len(numbers), ...), without reading the rest of it."""
         with self.open(name) as (file, stored):
             table = file.get_slice(stored)
-            return torch.cat([table[n : n + 1] for n in numbers]).to(self.device, self.dtype)
+            return torch.cat([table[number : number + 1] for number in numbers]).to(self.device, self.dtype)
 
     def head(self) -> str:
-        """Name of the head's tensor, which is the embeddings' where they are tied."""
+        """Returns the name of the head's tensor, which is that of the embeddings where the two are tied."""
         return self.family.embeddings if self.config.tie_word_embeddings else self.family.head
 
 
@@ -117,86 +121,143 @@ class FileLens(Lens):
         self.name = files.head()
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the head in blocks of HEAD_BYTES."""
         rows = max(1, HEAD_BYTES // (self.config.hidden_size * self.files.dtype.itemsize))
         for start in range(0, self.config.vocab_size, rows):
             yield start, self.files.read(self.name, slice(start, min(start + rows, self.config.vocab_size)))
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """All texts, one after another, in the order in which batches take them."""
+
+    ids: list[list[int]]
+    """Token ids of every text."""
+    starts: list[int]
+    """Index of every text's first token among all tokens, and at the end the number of all tokens."""
+    tokens: torch.Tensor
+    """Token ids of all texts, (tokens,)."""
+    positions: tuple[torch.Tensor, ...]
+    """Indices of the tokens that the lens reads, in groups of POSITIONS."""
+    reading: torch.Tensor
+    """For every position that has a next token, which of these readings it has (`batching.readings`)."""
+
+    @classmethod
+    def of(cls, ids: list[list[int]], device: torch.device) -> _Texts:
+        starts = torch.tensor([0, *(len(text) for text in ids)]).cumsum(0).tolist()
+        tokens = torch.tensor([token for text in ids for token in text], device=device)
+        own, reading = readings(ids)
+        return cls(ids, starts, tokens, own.to(device).split(POSITIONS), reading)
+
+    @property
+    def read(self) -> int:
+        """Number of positions that the lens reads."""
+        return sum(len(group) for group in self.positions)
+
+
+@dataclass(frozen=True)
+class _StreamedDecoder:
+    """A decoder that exists one layer at a time, and the hidden states of all texts."""
+
+    files: LayerFiles
+    texts: _Texts
+    batch_size: int
+    hidden_states: torch.Tensor
+    """(tokens, hidden): output of the layer that ran last."""
+    bar: Any
+    """Progress bar in tokens."""
+
+    def run(self, depth: int) -> Iterator[None]:
+        """Runs the first `depth` layers over all texts, and yields after each, when `hidden_states` is its output."""
+        _embed(self.files, self.texts.tokens, self.hidden_states)
+        for layer in range(depth):
+            _apply_layer(self.files, layer, self.texts, self.batch_size, self.hidden_states)
+            yield
+            self.bar.update(len(self.texts.tokens))
+
+
 def measure_streamed(
-    folder: Path,
+    folder: DecoderFolder | Path,
     samples: Sequence[TokenSample],
     *,
-    metric: str,
+    metric: Metric,
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device,
     scratch: Path,
 ) -> Floats:
-    """What `lens.measure` gives, (samples, layers) in nats, without ever holding the model.
+    """Returns the same as `measure_resident`, (samples, layers) in nats, without ever loading the whole model.
 
-    scratch: existing folder for a file of hidden states, which is removed in the end. The `vocabulary` metric runs the
-    layers twice, because a layer is compared with the last one.
+    Args:
+        scratch: existing folder for a file of hidden states, which is removed in the end.
 
     Raises:
         ConfigError: weights that are damaged or lack a tensor; predictions that are not finite.
         OSError: no space for the hidden states.
     """
     files = LayerFiles.of(folder, dtype, device)
-    depth = depth_of(folder)
-    order = [row for rows in batches([len(s.input_ids) for s in samples], batch_size) for row in rows]
-    ordered = [samples[row].input_ids for row in order]
-    starts = torch.tensor([0, *(len(ids) for ids in ordered)]).cumsum(0).tolist()
-    flat = torch.tensor([token for ids in ordered for token in ids], device=device)
-    own, reading = readings(ordered)
-    parts = own.to(device).split(POSITIONS)
-    spans = [slice(start, start + POSITIONS) for start in range(0, len(own), POSITIONS)]
-    targets = flat.roll(-1)
-    shape = (starts[-1], files.config.hidden_size)
-    passes = 2 if metric == "vocabulary" else 1
-    statistics: list[torch.Tensor] = []
-    with (
-        torch.inference_mode(),
-        ExitStack() as stack,
-        _hidden_states(shape, dtype, device, scratch) as hidden_states,
-        progress(passes * depth * starts[-1], "measuring", "token") as bar,
-    ):
-        model = _one_layer(files, 0)
-        norm = model.norm
+    depth = files.folder.depth
+    order = [row for rows in batches([len(sample.input_ids) for sample in samples], batch_size) for row in rows]
+    texts = _Texts.of([samples[row].input_ids for row in order], device)
+    hidden = files.config.hidden_size
+    applied = 2 * depth - 1 if metric.needs_final_layer else depth
+    with torch.inference_mode(), ExitStack() as stack:
+        hidden_states = stack.enter_context(_hidden_states((len(texts.tokens), hidden), dtype, device, scratch))
+        bar = stack.enter_context(progress(applied * len(texts.tokens), "measuring", "token"))
+        decoder = _StreamedDecoder(files, texts, batch_size, hidden_states, bar)
+        norm = _one_layer(files, 0).norm
         files.fill_(norm, files.family.final_norm)
         lens = FileLens(files, norm)
-        kept = (len(own) if metric == "vocabulary" else 0, shape[1])
-        final = stack.enter_context(_hidden_states(kept, dtype, device, scratch))
-        normalizers: list[torch.Tensor] = []
-        for turn in range(passes):
-            _embed(files, model, flat, hidden_states)
-            for layer in range(depth):
-                _apply_layer(files, layer, ordered, starts, batch_size, hidden_states)
-                states = (hidden_states[part] for part in parts)
-                if metric == "sequence":
-                    read = [lens.true_token_log_probs(x, targets[p]) for x, p in zip(states, parts, strict=True)]
-                    statistics.append(torch.cat(read))
-                elif turn == 0 and layer == depth - 1:
-                    for x, rows in zip(states, spans, strict=True):
-                        final[rows] = norm(x)
-                        normalizers.append(lens.normalizer(final[rows]))
-                elif turn == 1 and layer == depth - 1:
-                    statistics.append(torch.zeros_like(statistics[0]))
-                elif turn == 1:
-                    read = [
-                        lens.divergence(*args)
-                        for args in zip(states, (final[rows] for rows in spans), normalizers, strict=True)
-                    ]
-                    statistics.append(torch.cat(read))
-                bar.update(starts[-1])
-    curves = per_sample(torch.stack(statistics)[:, reading], [len(ids) for ids in ordered], metric)
+        if metric.needs_final_layer:
+            normed = stack.enter_context(_hidden_states((texts.read, hidden), dtype, device, scratch))
+            final = _final_layer(decoder, depth, lens, normed)
+            numbers = _read_layers(decoder, depth - 1, lens, metric, final)
+            numbers.append(torch.zeros(texts.read, device=device))
+        else:
+            numbers = _read_layers(decoder, depth, lens, metric, [None] * len(texts.positions))
+    curves = metric.curves(torch.stack(numbers)[:, texts.reading], [len(text) for text in texts.ids])
     result = curves.copy()
     result[order] = curves
-    refuse_non_finite(result, samples, dtype)
+    check_finite(result, samples, dtype)
     return result
 
 
+def _final_layer(decoder: _StreamedDecoder, depth: int, lens: Lens, normed: torch.Tensor) -> list[FinalLayer]:
+    """Runs all layers; returns the last one's prediction for every group of positions.
+
+    normed: (positions that are read, hidden), which is filled with the final-normed states.
+    """
+    for _ in decoder.run(depth):
+        pass
+    found = []
+    start = 0
+    for group in decoder.texts.positions:
+        rows = slice(start, start + len(group))
+        normed[rows] = lens.norm(decoder.hidden_states[group])
+        found.append(FinalLayer(normed[rows], lens.normalizer(normed[rows])))
+        start = rows.stop
+    return found
+
+
+def _read_layers(
+    decoder: _StreamedDecoder, depth: int, lens: Lens, metric: Metric, final: Sequence[FinalLayer | None]
+) -> list[torch.Tensor]:
+    """Runs the first `depth` layers; returns the metric's numbers of each, (positions that are read,).
+
+    final: the last layer's prediction for every group of positions.
+    """
+    targets = decoder.texts.tokens.roll(-1)
+    numbers = []
+    for _ in decoder.run(depth):
+        groups = zip(decoder.texts.positions, final, strict=True)
+        numbers.append(
+            torch.cat([metric.read(lens, decoder.hidden_states[group], targets[group], last) for group, last in groups])
+        )
+    return numbers
+
+
 def _one_layer(files: LayerFiles, layer: int) -> Any:
-    """A model of the decoder's class with one layer of the kind of number `layer`, weights without memory."""
+    """Returns a one-layer model of the decoder's class, with a layer of the kind of layer `layer`, without memory."""
     from accelerate import init_empty_weights
     from transformers import AutoModel
 
@@ -211,36 +272,29 @@ def _one_layer(files: LayerFiles, layer: int) -> Any:
         return AutoModel.from_config(config, dtype=files.dtype, attn_implementation=attention).eval()
 
 
-def _embed(files: LayerFiles, model: Any, flat: torch.Tensor, hidden_states: torch.Tensor) -> None:
-    """Word embeddings of all tokens, of which only the rows that occur are read."""
-    used, compact = flat.unique(return_inverse=True)
-    module = model.get_input_embeddings()
+def _embed(files: LayerFiles, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    """Writes the word embeddings of all tokens to `hidden_states`; reads only the rows of tokens that occur."""
+    used, compact = tokens.unique(return_inverse=True)
+    module = _one_layer(files, 0).get_input_embeddings()
     module.padding_idx = None
     module.weight = nn.Parameter(files.read_rows(files.family.embeddings, used.tolist()), requires_grad=False)
     module.to(files.device)
-    for rows in torch.arange(len(flat), device=flat.device).split(POSITIONS):
+    for rows in torch.arange(len(tokens), device=tokens.device).split(POSITIONS):
         hidden_states[rows] = module(compact[rows])
 
 
-def _apply_layer(
-    files: LayerFiles,
-    layer: int,
-    samples: Sequence[list[int]],
-    starts: Sequence[int],
-    batch_size: int,
-    hidden_states: torch.Tensor,
-) -> None:
-    """Replaces every sample's hidden states by what the layer makes of them."""
+def _apply_layer(files: LayerFiles, layer: int, texts: _Texts, batch_size: int, hidden_states: torch.Tensor) -> None:
+    """Replaces the hidden states of all texts by the layer's output."""
     model = _one_layer(files, layer)
     files.fill_(model.layers[0], f"{files.family.layer_prefix}{layer}.")
     model.norm = nn.Identity()
     model.embed_tokens = nn.Identity()
     model.to(files.device)
-    for begin in range(0, len(samples), batch_size):
-        group = samples[begin : begin + batch_size]
-        _, mask = padded(group, files.device)
+    for begin in range(0, len(texts.ids), batch_size):
+        batch = texts.ids[begin : begin + batch_size]
+        _, mask = padded(batch, files.device)
         inputs = hidden_states.new_zeros((*mask.shape, hidden_states.shape[1]))
-        span = slice(starts[begin], starts[begin + len(group)])
+        span = slice(texts.starts[begin], texts.starts[begin + len(batch)])
         inputs[mask.bool()] = hidden_states[span]
         output = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         hidden_states[span] = output[mask.bool()]
@@ -250,7 +304,7 @@ def _apply_layer(
 def _hidden_states(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, scratch: Path
 ) -> Iterator[torch.Tensor]:
-    """(tokens, hidden), in memory, or in a file where that would be large and the device is the host."""
+    """Yields an empty tensor (tokens, hidden), in memory, or in a file if it is large and the device is the CPU."""
     size = shape[0] * shape[1] * dtype.itemsize
     if device.type != "cpu" or size <= MEMORY_BYTES:
         yield torch.empty(shape, dtype=dtype, device=device)

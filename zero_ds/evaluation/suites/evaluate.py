@@ -18,7 +18,7 @@ from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.precision import fast_dtype
-from zero_ds.training.checkpoint.checkpoint import versions
+from zero_ds.training.checkpoint.manifest import versions
 
 
 def load_on_rank(named: NamedModel) -> LoadedModel:

@@ -1,6 +1,8 @@
-"""What a run will need and how long it will take, from config files and meta tensors: no weights, no GPU.
+"""Estimates the memory and the time of a run from config files and meta tensors: no weights, no GPU.
 
-architecture: the run's model on meta tensors; activations: what its passes keep; memory: bytes of a rank by cause under
-a DeepSpeed config; speed: seconds of a step; data: what is assumed of data sets; recipe: all of this for one recipe;
-route: the stages of the surrogate's route beside the baseline's, as in the paper's Table 9; tables: as text and JSON.
+`plan.plan_recipe` does everything that `zero-ds plan` prints. From the bottom up: `architecture` builds the run's
+model on meta tensors, `activations` counts the bytes that its passes keep, `flops` the FLOPs of a step, `memory` the
+bytes of a rank by cause under a DeepSpeed config. `cluster` describes the machines, `data` holds the assumptions about
+data sets, `speed` computes the seconds of a step. `recipe` combines all of this for one run, `route` for all stages of
+the surrogate's route and of the baseline's, as in the paper's Table 9. `tables` and `json_output` show the result.
 """

@@ -1,9 +1,9 @@
-"""What a forward pass keeps for the backward pass: counted by autograd's own hooks, on meta tensors.
+"""Counts the bytes that a forward pass keeps for the backward pass, by autograd's own hooks on meta tensors.
 
-The parts of the model run one after the other as they do in training; a hook notes every tensor that autograd saves,
-once a storage, parameters and buffers left out. So frozen layers, which keep less than those that train, and every
-family's own operations count as they are. Attention without a kept score matrix (sdpa, flash) is stood in for by an
-operation that saves what those kernels save: query, key, value, output, and one float32 a row.
+The parts of the model run one after another as they do in training. A hook notes every tensor that autograd saves; each
+storage counts once, parameters and buffers do not count. So frozen layers, which keep less than trained ones, and every
+family's own operations count as they are. Attention without a kept score matrix (sdpa, flash) is replaced by an
+operation that saves what those kernels save: query, key, value, output, and one float32 per row.
 """
 
 from __future__ import annotations
@@ -21,65 +21,65 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.model.vlm import VisionLanguageModel
 
 SLICE = 1 << 28
-"""Float32 scores that the loss works on at a time on a GPU (`vocabulary.ROWS_BYTES`), in bytes."""
+"""Bytes of the float32 scores that the loss works on at a time on a GPU (`vocabulary.ROWS_BYTES`)."""
 COPIES = 3
-"""Of such a slice, while the loss works on it."""
+"""Number of copies of such a slice while the loss works on it."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes for one sample of `length` tokens with `pictures` pictures, or for a micro-batch of such samples."""
+class ActivationBytes:
+    """Bytes that the passes keep for one sample of some length with some images, or for a micro-batch of them."""
 
     outside: float
-    """What autograd keeps outside of the decoder's layers."""
+    """Bytes that autograd keeps outside the decoder's layers."""
     layers: tuple[float, ...]
-    """What it keeps in each of them; 0 where nothing in it or before it learns."""
-    again: tuple[float, ...]
-    """The same of the layers that distillation runs a second time."""
-    input: float
-    """Of one layer: all that is left of a layer whose activations are recomputed in the backward pass."""
+    """Bytes that it keeps in each decoder layer; 0 where nothing in or before the layer trains."""
+    second_pass: tuple[float, ...]
+    """Bytes that it keeps in each layer that distillation runs a second time."""
+    layer_input: float
+    """Bytes of a layer's input, which is all that stays of a layer that is recomputed in the backward pass."""
     scores: float
-    """Logits at the supervised positions, and their gradient."""
-    slice: float
-    """Of these in float32, what the loss works on at a time."""
-    masked: float = 0.0
-    """What each layer keeps besides where a mask goes into sdpa: where rows are padded or packed."""
+    """Bytes of the logits at the supervised positions and of their gradient."""
+    loss_slice: float
+    """Bytes of the float32 part of the logits that the loss works on at a time."""
+    mask: float = 0.0
+    """Additional bytes of each layer where sdpa gets a mask, that is where rows are padded or packed."""
 
-    def times(self, micro_batch: int) -> Kept:
-        """For so many samples at a time, padded to the longest of them; the slice grows no further than `SLICE`."""
-        kept = self.with_mask() if micro_batch > 1 else self
+    def times(self, micro_batch: int) -> ActivationBytes:
+        """Returns the bytes of `micro_batch` samples, padded to the longest; the loss's slice is limited to `SLICE`."""
+        one = self.with_mask() if micro_batch > 1 else self
         return replace(
-            kept,
-            outside=self.outside * micro_batch,
-            layers=tuple(size * micro_batch for size in kept.layers),
-            again=tuple(size * micro_batch for size in kept.again),
-            input=self.input * micro_batch,
-            scores=self.scores * micro_batch,
-            slice=min(self.slice * micro_batch, COPIES * SLICE),
+            one,
+            outside=one.outside * micro_batch,
+            layers=tuple(size * micro_batch for size in one.layers),
+            second_pass=tuple(size * micro_batch for size in one.second_pass),
+            layer_input=one.layer_input * micro_batch,
+            scores=one.scores * micro_batch,
+            loss_slice=min(one.loss_slice * micro_batch, COPIES * SLICE),
         )
 
-    def with_mask(self) -> Kept:
-        """For a row that is padded or packed."""
-        layers, again = (
-            tuple(size + self.masked if size else 0.0 for size in sizes) for sizes in (self.layers, self.again)
-        )
-        return replace(self, layers=layers, again=again, masked=0.0)
+    def with_mask(self) -> ActivationBytes:
+        """Returns the bytes of a row that is padded or packed."""
+        return replace(self, layers=self._masked(self.layers), second_pass=self._masked(self.second_pass), mask=0.0)
+
+    def _masked(self, sizes: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(size + self.mask if size else 0.0 for size in sizes)
 
     @property
     def logits(self) -> float:
-        """Bytes of scores at the supervised positions, their gradient, and the float32 slice of the loss."""
-        return self.scores + self.slice
+        """Bytes of the logits at the supervised positions, their gradient, and the loss's float32 slice."""
+        return self.scores + self.loss_slice
 
     @property
-    def keeping(self) -> tuple[int, ...]:
-        """Numbers of the decoder layers that keep something: only these can be recomputed."""
+    def recomputable(self) -> tuple[int, ...]:
+        """Numbers of the decoder layers that keep something; only these can be recomputed."""
         return tuple(number for number, size in enumerate(self.layers) if size)
 
     @property
-    def counts(self) -> Sequence[int]:
-        """How many of these may be recomputed, from none to all; nothing in between where some run a second time."""
-        most = len(self.keeping)
-        return (0, most) if self.again else range(most + 1)
+    def recompute_counts(self) -> Sequence[int]:
+        """Possible numbers of recomputed layers: from none to all; none or all where some layers run a second time."""
+        most = len(self.recomputable)
+        return (0, most) if self.second_pass else range(most + 1)
 
     @property
     def whole(self) -> float:
@@ -88,100 +88,118 @@ class Kept:
 
     @property
     def checkpointed(self) -> float:
-        """Bytes with all decoder layers recomputed: their inputs, and what the largest of them keeps again."""
-        return self.recomputing(len(self.keeping))
+        """Bytes with all decoder layers recomputed: their inputs, and the activations of the largest of them."""
+        return self.recomputing(len(self.recomputable))
 
     def recomputing(self, count: int) -> float:
-        """Bytes at the peak with the first `count` of the layers that keep something recomputed; one of `counts`.
+        """Returns the bytes at the peak with the first `count` recomputable layers recomputed.
 
-        The first layers' turn comes last in the backward pass, when what the later ones kept is freed. So the peak is
-        at the end of the forward pass, unless one of the first keeps more than all later ones together.
+        The backward pass reaches the first layers last, when what the later ones kept is freed. So the peak is at the
+        end of the forward pass, unless one of the first layers keeps more than all later ones together.
+
+        count: one of `recompute_counts`.
         """
-        sizes = [self.layers[number] for number in self.keeping]
-        whole = self.outside + sum(sizes) + sum(self.again)
+        sizes = [self.layers[number] for number in self.recomputable]
+        whole = self.outside + sum(sizes) + sum(self.second_pass)
         if not count:
             return whole
-        inputs = self.input * (count + len(self.again))
+        inputs = self.layer_input * (count + len(self.second_pass))
         return min(whole, self.outside + inputs + max(sum(sizes[count:]), max(sizes[:count])))
 
 
-def kept_by_longest(model: VisionLanguageModel, config: RunConfig) -> Kept:
-    """What one sample of the run's greatest length keeps; model: the run's, on meta tensors."""
-    length, vision = config.data.max_length, model.encoder is not None
-    only = all(source.images_only for source in config.data.sources) and bool(config.data.sources)
-    tiles = max((rows * columns for rows, columns in config.data.image_grid), default=0)
-    pictures = 1 + tiles
-    if config.data.packing and vision:  # a row may be full of them
-        pictures = max(pictures, length // model.tokens_per_image())
-    of_row = kept(
+def longest_sample_bytes(model: VisionLanguageModel, config: RunConfig) -> ActivationBytes:
+    """Returns the bytes that one sample of the run's greatest length keeps; model: the run's, on meta tensors."""
+    length = config.data.max_length
+    vision = model.encoder is not None
+    always_image = bool(config.data.sources) and all(source.images_only for source in config.data.sources)
+    images = 1 + max((rows * columns for rows, columns in config.data.image_grid), default=0)
+    if config.data.packing and vision:  # a row may be full of images
+        images = max(images, length // model.tokens_per_image())
+    image_tokens = model.tokens_per_image() if vision and always_image else 0
+    of_row = activation_bytes(
         model,
         length=length,
-        supervised=max(1, length - (model.tokens_per_image() if vision and only else 0)),
-        pictures=pictures if vision else 0,
+        supervised=max(1, length - image_tokens),
+        images=images if vision else 0,
         attention=config.attention,
         distilled=config.distill.active,
     )
     return of_row.with_mask() if config.data.packing else of_row
 
 
-def kept(
-    model: VisionLanguageModel, *, length: int, supervised: int, pictures: int, attention: str, distilled: bool = False
-) -> Kept:
-    """What one sample keeps: `length` tokens, of which `supervised` get logits, and `pictures` pictures.
+def activation_bytes(
+    model: VisionLanguageModel, *, length: int, supervised: int, images: int, attention: str, distilled: bool = False
+) -> ActivationBytes:
+    """Runs one sample through the model on meta tensors; returns the bytes that it keeps.
 
-    model: on meta tensors, with what trains in it marked; attention: the run's implementation; distilled: whether the
-    translators follow the target, which runs the layers from the first of them on a second time.
+    Args:
+        model: on meta tensors, with `requires_grad` set on the parameters that train.
+        length: tokens of the sample.
+        supervised: tokens of the sample that get logits.
+        images: number of images of the sample.
+        attention: the run's attention implementation.
+        distilled: whether the translators follow the target. Then the layers from the first translator on run twice.
     """
     width = cast(Any, model.decoder).config.get_text_config().hidden_size
     dtype = next(model.decoder.parameters()).dtype
-    saved = _Saved(model)
-    layers = list(model.family.layers(model.decoder))
-    stacks = [layers]
+    saved = _SavedTensors(model)
+    decoder_layers = list(model.family.layers(model.decoder))
+    stacks = [decoder_layers]
     if model.encoder is not None and model.encoder_family is not None:
         stacks.append(list(model.encoder_family.layers(model.encoder)))
-    with _attention_as_kernels(model, attention) as masked, _repeats_skipped(stacks, saved), saved.noting():
+    with _attention_as_kernels(model, attention) as masks, _repeats_skipped(stacks, saved), saved.noting():
         learns = False
-        if pictures and model.encoder is not None and model.encoder_family is not None:
+        if images and model.encoder is not None and model.encoder_family is not None:
             size = model.encoder_family.vision_config(model.encoder).image_size
-            features = model.image_features(torch.empty(pictures, 3, size, size, dtype=dtype, device="meta"))
+            features = model.image_features(torch.empty(images, 3, size, size, dtype=dtype, device="meta"))
             learns = features.requires_grad
-        each = _by_layer(layers, saved)
+        layers = _LayerSizes(decoder_layers, saved)
         embeddings = torch.empty(1, length, width, dtype=dtype, device="meta")
         embedding = cast(Any, model.decoder).get_input_embeddings().weight
         embeddings.requires_grad_(learns or embedding.requires_grad)
         mask = torch.ones(1, length, dtype=torch.long, device="meta")
         hidden = model.family.hidden_states(model.decoder, embeddings, mask)
-        for handle in each.handles:
-            handle.remove()
-        scores = model.logits(hidden[:, :supervised])
-    outside = saved.total - sum(each.sizes) + (2 * embeddings.nbytes if embeddings.requires_grad else 0)
-    again: tuple[float, ...] = ()
-    second_logits = 1
+        layers.remove_hooks()
+        logits = model.logits(hidden[:, :supervised])
+    outside = saved.total - sum(layers.sizes)
+    if embeddings.requires_grad:
+        outside += 2 * embeddings.nbytes
+    second_pass: tuple[float, ...] = ()
+    logits_computed = 1
     if distilled and model.plan is not None:
-        again = tuple(each.sizes[model.plan.first_replaced :]) if learns else ()
-        second_logits = 3 if learns else 2
-    part = float(COPIES * min(SLICE, scores.numel() * 4))
-    scores_kept = 2.0 * scores.nbytes * second_logits
-    return Kept(outside, tuple(each.sizes), again, embeddings.nbytes, scores_kept, part, max(masked, default=0.0))
+        second_pass = tuple(layers.sizes[model.plan.first_replaced :]) if learns else ()
+        logits_computed = 3 if learns else 2
+    return ActivationBytes(
+        outside,
+        tuple(layers.sizes),
+        second_pass,
+        layer_input=embeddings.nbytes,
+        scores=2.0 * logits.nbytes * logits_computed,
+        loss_slice=float(COPIES * min(SLICE, logits.numel() * 4)),
+        mask=max(masks, default=0.0),
+    )
 
 
-class _Saved:
+class _SavedTensors:
     """Storages that autograd saves, each counted once."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        self._counted = {_storage(t) for t in (*model.parameters(), *model.buffers())}
         self._alive: list[torch.Tensor] = []  # a storage that is freed could give its number to another
         self.total = 0
+        """Bytes so far."""
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        if (key := _storage(tensor)) not in self._own:
-            self._own.add(key)
+        key = _storage(tensor)
+        if key not in self._counted:
+            self._counted.add(key)
             self._alive.append(tensor)
             self.total += tensor.untyped_storage().nbytes()
         return tensor
 
     @contextmanager
     def noting(self) -> Iterator[None]:
+        """Counts what autograd saves while the block is open."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
 
@@ -190,26 +208,28 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-@dataclass
-class _Layers:
-    sizes: list[float]
-    handles: list[Any]
+class _LayerSizes:
+    """Bytes that autograd saves in the forward pass of each layer."""
 
+    def __init__(self, layers: list[nn.Module], saved: _SavedTensors) -> None:
+        self.sizes: list[float] = []
+        self._saved = saved
+        self._before = 0
+        self._hooks: list[Any] = []
+        for layer in layers:
+            self._hooks.append(layer.register_forward_pre_hook(self._enter))
+            self._hooks.append(layer.register_forward_hook(self._leave))
 
-def _by_layer(layers: list[nn.Module], saved: _Saved) -> _Layers:
-    """Notes, for every layer, by how much `saved` grows in its forward pass."""
-    noted = _Layers([], [])
-    entered = [0]
+    def _enter(self, *_: Any) -> None:
+        self._before = self._saved.total
 
-    def entering(*_: Any) -> None:
-        entered[0] = saved.total
+    def _leave(self, *_: Any) -> None:
+        self.sizes.append(self._saved.total - self._before)
 
-    def leaving(*_: Any) -> None:
-        noted.sizes.append(saved.total - entered[0])
-
-    for layer in layers:
-        noted.handles += [layer.register_forward_pre_hook(entering), layer.register_forward_hook(leaving)]
-    return noted
+    def remove_hooks(self) -> None:
+        """Ends the counting."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 # -- layers that repeat each other -------------------------------------------------------------------------------------
@@ -220,18 +240,18 @@ class _Measured:
     """Measurements of one layer's forward pass."""
 
     size: int = 0
-    """Bytes by which `_Saved.total` grew."""
+    """Bytes by which `_SavedTensors.total` grew."""
     returns_tuple: bool = False
     """Whether the layer returns its hidden states in a tuple."""
 
 
 @contextmanager
-def _repeats_skipped(stacks: Sequence[Sequence[nn.Module]], saved: _Saved) -> Iterator[None]:
+def _repeats_skipped(stacks: Sequence[Sequence[nn.Module]], saved: _SavedTensors) -> Iterator[None]:
     """Lets layers that repeat the two before them count as much as the layer before, without running them.
 
     Where layers with the same shapes, settings and trained parameters follow each other, the second, third, ... keep
-    the same number of bytes; only the first may also keep what they share. Measuring a model of 80 layers then takes
-    as long as measuring one of a few layers.
+    the same number of bytes; only the first may also keep tensors that all of them share. Measuring a model of 80
+    layers then takes as long as measuring one of a few layers.
 
     stacks: the layers of every part of the model, in the order in which they run.
     """
@@ -273,8 +293,8 @@ def _traits(layer: nn.Module) -> list[Any]:
     return [tensors, settings]
 
 
-def _measure(layer: nn.Module, measured: _Measured, saved: _Saved) -> list[Any]:
-    """Notes in `measured` what the layer's next forward pass keeps; returns the handles of the hooks that do so."""
+def _measure(layer: nn.Module, measured: _Measured, saved: _SavedTensors) -> list[Any]:
+    """Measures the layer's next forward pass into `measured`; returns the handles of the hooks that do so."""
 
     def entering(*_: Any) -> None:
         measured.size = -saved.total
@@ -286,8 +306,8 @@ def _measure(layer: nn.Module, measured: _Measured, saved: _Saved) -> list[Any]:
     return [layer.register_forward_pre_hook(entering), layer.register_forward_hook(leaving)]
 
 
-def _count_again(measured: _Measured, saved: _Saved, *inputs: Any, **named: Any) -> Any:
-    """Stands in for a layer's forward pass: counts what was measured, and returns hidden states of the same shape."""
+def _count_again(measured: _Measured, saved: _SavedTensors, *inputs: Any, **named: Any) -> Any:
+    """Replaces a layer's forward pass: counts the measured bytes, and returns hidden states of the same shape."""
     hidden = inputs[0] if inputs else named["hidden_states"]
     saved.total += measured.size
     output = _KeepNothing.apply(hidden)
@@ -307,6 +327,7 @@ class _KeepNothing(torch.autograd.Function):
 # -- attention that keeps no score matrix ------------------------------------------------------------------------------
 
 KERNEL = "zero_ds_planned"
+"""Name under which transformers knows the stand-in for sdpa and flash attention."""
 
 
 class _KernelAttention(torch.autograd.Function):
@@ -325,40 +346,43 @@ class _KernelAttention(torch.autograd.Function):
 
 @contextmanager
 def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterator[list[float]]:
-    """Lets decoder and encoder attend as they will in training; eager attention stays what it is.
+    """Lets decoder and vision encoder attend as they will in training; eager attention stays as it is.
 
-    Notes the bytes that each attention of the decoder keeps besides with a mask, which transformers gives sdpa where it
-    cannot be left out: keys and values are then repeated for every head, and torch makes of the mask, in every layer,
-    numbers of the type that is computed in. Variable-length kernels take no mask.
+    Yields a list that receives, for every attention of the decoder, the bytes that a mask would add. transformers gives
+    sdpa a mask where it cannot be omitted. Keys and values are then repeated for every head, and in every layer torch
+    turns the mask into numbers of the type that is computed in. Variable-length kernels take no mask.
     """
-    masked: list[float] = []
+    masks: list[float] = []
     if attention not in model.family.attentions:
         attention = model.family.attentions[0]
     if attention == "eager":
-        yield masked
+        yield masks
         return
     from transformers import AttentionInterface
 
-    inside = set(model.decoder.modules())
+    decoder_modules = set(model.decoder.modules())
 
     def attend(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        if module in inside and attention == "sdpa":
+        if module in decoder_modules and attention == "sdpa":
             repeated = query.shape[1] // key.shape[1] - 1
             scores = query.shape[0] * query.shape[2] * key.shape[2]
-            masked.append(float(repeated * (key.nbytes + value.nbytes) + scores * query.dtype.itemsize))
+            masks.append(float(repeated * (key.nbytes + value.nbytes) + scores * query.dtype.itemsize))
         output = cast(torch.Tensor, _KernelAttention.apply(query, key, value))
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(KERNEL, attend)
-    parts = [part for part in (model.decoder, model.encoder) if part is not None]
-    configs: dict[int, Any] = {id(m.config): m.config for part in parts for m in part.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {}
+    for part in (model.decoder, model.encoder):
+        for module in part.modules() if part is not None else ():
+            if hasattr(module, "config"):
+                configs[id(module.config)] = module.config
     before = [(config, config._attn_implementation) for config in configs.values()]
     for config, _ in before:
         config._attn_implementation = KERNEL
     try:
-        yield masked
+        yield masks
     finally:
         for config, name in before:
             config._attn_implementation = name

@@ -1,7 +1,8 @@
-"""The model of a run on meta tensors, built from config.json files alone, with what trains in it marked.
+"""Builds the model of a run on meta tensors, from config.json files alone, and marks the parameters that train.
 
-A folder that is there is read, then the hub's cache; what is in neither may be an architecture that the package brings
-(`architectures/`: the paper's models, as published), and at last config.json, and nothing else, is asked of the hub.
+A model's config.json is looked for in its folder, then in the hub's cache, then among the architectures that come with
+zero-ds (`architectures/`: the paper's models, as published). Only then is it downloaded from the hub, and nothing else
+is.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import nn
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.build import ModelSpec, build_model
-from zero_ds.model.decoders.folder import depth_of
-from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
+from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.options.int8 import quantize_
-from zero_ds.training.planning.cost import StepCost
+from zero_ds.training.planning.flops import StepCost
 
 SHIPPED = Path(__file__).parent / "architectures"
+"""Folder with the config.json of every model whose architecture comes with zero-ds."""
 
 PAPER_CUTS = {
     "Llama-3.2-3B-Instruct": "16:26",
@@ -34,7 +36,7 @@ PAPER_CUTS = {
 """Layers that the paper replaces in its surrogates (Table A.2: from the translator's layer to the last but one)."""
 
 NAMED_CUT = re.compile(r"T(\d+)-(\d+)")
-"""How recipes call the folders of surrogates."""
+"""How recipes name the folders of surrogates."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,15 @@ class Architecture:
 
     model: VisionLanguageModel
     dtype: torch.dtype
+    """Type that the run computes in."""
     groups: dict[stages.Part, list[tuple[str, nn.Parameter]]]
     """Parameters of every part that trains: the optimizer's groups."""
     replaced: int = 0
-    """Parameters of the target's layers that distillation loads beside the surrogate."""
+    """Number of parameters of the target's layers that distillation loads in addition to the surrogate."""
     int8: bool = False
-    """Whether frozen decoder layers are in 8 bits."""
+    """Whether the weights of frozen decoder layers take 8 bits."""
     sources: tuple[str, ...] = ()
-    """Where every architecture comes from, a sentence each."""
+    """Where every architecture comes from, one sentence each."""
 
     @cached_property
     def trained(self) -> list[int]:
@@ -65,7 +68,7 @@ class Architecture:
 
     @cached_property
     def frozen_bytes(self) -> int:
-        """Of them where they are whole: those in 8 bits have one each."""
+        """Bytes of all other parameters where they are not sharded; those in 8 bits take one byte each."""
         own = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         return own + self.replaced * (1 if self.int8 else self.dtype.itemsize)
 
@@ -84,61 +87,69 @@ class Architecture:
         return max(units)
 
 
-def config_folder(name: str) -> tuple[Path, str]:
-    """A folder with the config.json of a model given by path or hub id, and where that was found.
+@dataclass(frozen=True)
+class ConfigSource:
+    """A folder with the config.json of a model."""
+
+    folder: Path
+    origin: str
+    """How the folder was found, for the reader."""
+
+
+def find_config(name: str) -> ConfigSource:
+    """Finds the config.json of a model given by path or hub id.
 
     Raises:
-        ConfigError: no config.json is to be had.
+        ConfigError: there is none, here or on the hub.
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        return folder.resolve(), "folder"
+        return ConfigSource(folder.resolve(), "from its folder")
     import huggingface_hub
 
     hub_id = bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not folder.exists()
     if hub_id and isinstance(cached := huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return Path(cached).parent, "cache"
+        return ConfigSource(Path(cached).parent, "from the hub's cache")
     for shipped in SHIPPED.iterdir():
         if shipped.name.lower() == folder.name.lower():
-            return shipped, "package"
+            return ConfigSource(shipped, "the architecture that comes with zero-ds, since the model is not at hand")
     known = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
     advice = f"give a folder that holds it, or a model whose architecture comes with zero-ds ({known})"
     if not hub_id:
         raise ConfigError(f"there is no config.json in {name}; {advice}.")
     try:
-        return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent, "hub"
-    except Exception as error:  # the hub client raises many kinds; each means that the file is not to be had
+        return ConfigSource(Path(huggingface_hub.hf_hub_download(name, "config.json")).parent, "from the hub")
+    except Exception as error:  # the hub client raises many kinds; each means that the file cannot be had
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ConfigError(f"config.json of '{name}' cannot be had from the hub ({reason}); {advice}.") from None
+        raise ConfigError(f"config.json of '{name}' cannot be downloaded from the hub ({reason}); {advice}.") from None
 
 
-WHENCE = {
-    "folder": "from its folder",
-    "cache": "from the hub's cache",
-    "hub": "from the hub",
-    "package": "the architecture that comes with zero-ds, since the model is not at hand",
-}
+def layer_plan(
+    config: RunConfig, target: DecoderFolder, replace: list[str], translators: int = 1
+) -> tuple[LayerPlan, str]:
+    """Returns how the run's surrogate is cut, and how that is known.
 
-
-def layer_plan(config: RunConfig, target: Path, replace: list[str], translators: int = 1) -> tuple[LayerPlan, str]:
-    """How the run's surrogate is cut, and how that is known.
-
-    replace: ranges `first:last` in place of those of the surrogate that the recipe names.
+    Args:
+        target: folder of the full model.
+        replace: ranges `first:last` in place of those of the surrogate that the recipe names.
+        translators: number of translators for each of these ranges.
 
     Raises:
-        ConfigError: the surrogate is not there, and nothing says how it will be cut.
+        ConfigError: the surrogate is not built yet, and nothing says how it will be cut.
     """
     name = str(config.surrogate)
-    depth = depth_of(target)
     if replace:
-        return LayerPlan(depth, tuple(Replaced.parse(text, translators) for text in replace)), "as --replace says"
-    folder = Path(name).expanduser()
-    if (folder / "surrogate.json").is_file():
-        return read_surrogate(folder).plan, f"from {name}"
-    if match := NAMED_CUT.fullmatch(folder.name):
-        return LayerPlan(depth, (Replaced(int(match[1]), int(match[2])),)), f"by the name of {name}, not built yet"
-    if target.name in PAPER_CUTS:
-        return LayerPlan(depth, (Replaced.parse(PAPER_CUTS[target.name]),)), f"the paper's; {name} is not built yet"
+        ranges = tuple(Replaced.parse(text, translators) for text in replace)
+        return LayerPlan(target.depth, ranges), "as --replace says"
+    surrogate = DecoderFolder(Path(name).expanduser())
+    if surrogate.plan is not None:
+        return surrogate.plan, f"from {name}"
+    if match := NAMED_CUT.fullmatch(surrogate.path.name):
+        cut = Replaced(int(match[1]), int(match[2]))
+        return LayerPlan(target.depth, (cut,)), f"by the name of {name}, not built yet"
+    if target.path.name in PAPER_CUTS:
+        cut = Replaced.parse(PAPER_CUTS[target.path.name])
+        return LayerPlan(target.depth, (cut,)), f"the paper's; {name} is not built yet"
     raise ConfigError(f"the surrogate {name} is not built yet; say how it will be cut with --replace first:last.")
 
 
@@ -150,21 +161,28 @@ def architecture(
     translators: int = 1,
     plan: LayerPlan | None = None,
 ) -> Architecture:
-    """The run's model on meta tensors; its surrogate as `plan` says, else as `layer_plan` finds.
+    """Builds the run's model on meta tensors.
+
+    Args:
+        dtype: type that the run computes in.
+        replace, translators: as for `layer_plan`.
+        plan: how the surrogate is cut; by default as `layer_plan` finds.
 
     Raises:
-        ConfigError: as `config_folder`, `layer_plan` and `stages.stage_of`.
+        ConfigError: as `find_config`, `layer_plan` and `stages.stage_of`.
     """
     stage = stages.stage_of(config)
-    target, whence = config_folder(config.target)
-    sources = [f"target {Path(config.target).name}: {WHENCE[whence]}"]
+    found = find_config(config.target)
+    target = DecoderFolder(found.folder)
+    sources = [f"target {Path(config.target).name}: {found.origin}"]
     if stages.decoder_kind(config) == "surrogate":
         plan, how = (plan, "as it is") if plan else layer_plan(config, target, replace or [], translators)
         sources.append(f"surrogate {plan}, {plan.surrogate_depth} of {plan.depth} layers: {how}")
     encoder = None
     if stage.vision and config.encoder is not None:
-        encoder, whence = config_folder(config.encoder.path)
-        sources.append(f"encoder {Path(config.encoder.path).name}: {WHENCE[whence]}")
+        found = find_config(config.encoder.path)
+        encoder = found.folder
+        sources.append(f"encoder {Path(config.encoder.path).name}: {found.origin}")
     model = build_model(
         ModelSpec(
             target,

@@ -1,4 +1,4 @@
-"""What a plan assumes of data that is not at hand: how many samples, and how long they are. None of it was measured."""
+"""Assumptions about data that is not at hand: number and length of its samples. None of them was measured."""
 
 from __future__ import annotations
 
@@ -8,96 +8,129 @@ from pathlib import Path
 
 from zero_ds.config.schema import RunConfig, SourceConfig
 
-WITH_PICTURE_WORDS, WITH_PICTURE_ANSWERS = 250, 100
-"""Text tokens of a sample with a picture, chat template included, and how many of them carry loss."""
-TEXT_WORDS, TEXT_ANSWERS = 600, 400
-"""The same of a text sample."""
+IMAGE_SAMPLE_TOKENS = 250
+"""Number of text tokens of a sample with an image, chat template included."""
+IMAGE_SAMPLE_SUPERVISED = 100
+"""Number of these tokens that carry loss."""
+TEXT_SAMPLE_TOKENS = 600
+"""Number of tokens of a sample of text alone."""
+TEXT_SAMPLE_SUPERVISED = 400
+"""Number of these tokens that carry loss."""
+DECODER_SHARE = 0.2
+"""Share of the data for a decoder that starts from the grafted encoder: enough in the paper (Tables 8 and 9)."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class AverageSample:
     """A sample of a data set, on average."""
 
-    words: float
-    """Text tokens."""
+    text_tokens: float
+    """Number of text tokens."""
     supervised: float
-    pictures: float
+    """Number of these tokens that carry loss."""
+    images: float
+    """Number of images."""
     length: float = 0.0
-    """Tokens, with those of its pictures."""
+    """Number of tokens, with those of the images."""
 
-    def within(self, tokens_per_image: int, max_length: int) -> Sample:
-        """With its length filled in; what is longer than a run allows is cut."""
-        length = min(float(max_length), self.words + self.pictures * tokens_per_image)
-        words = length - self.pictures * tokens_per_image
-        return Sample(words, min(self.supervised, max(0.0, words)), self.pictures, length)
+    def within(self, tokens_per_image: int, max_length: int) -> AverageSample:
+        """Returns the sample with its length, cut to the longest that the run allows."""
+        length = min(float(max_length), self.text_tokens + self.images * tokens_per_image)
+        text_tokens = length - self.images * tokens_per_image
+        return AverageSample(text_tokens, min(self.supervised, max(0.0, text_tokens)), self.images, length)
 
 
-WITH_PICTURE = Sample(WITH_PICTURE_WORDS, WITH_PICTURE_ANSWERS, 1.0)
-TEXT = Sample(TEXT_WORDS, TEXT_ANSWERS, 0.0)
+WITH_IMAGE = AverageSample(IMAGE_SAMPLE_TOKENS, IMAGE_SAMPLE_SUPERVISED, 1.0)
+TEXT_ONLY = AverageSample(TEXT_SAMPLE_TOKENS, TEXT_SAMPLE_SUPERVISED, 0.0)
 
 SIZES: dict[str, tuple[int, int]] = {"genqa_500k": (0, 500_000), "llava_v1_5_mix665k": (625_000, 40_000)}
-"""Samples with and without a picture, as the paper counts them, by the name of the file."""
+"""Number of samples with and without an image, as the paper counts them, by the name of the file."""
 
 
 @dataclass(frozen=True)
-class Data:
-    """All samples of a run in one epoch."""
+class DataOverrides:
+    """Facts about the data from the user, which replace assumptions; None where the assumption stays."""
 
-    with_picture: float
-    text: float
+    samples: int | None = None
+    """Number of samples, where it is not known."""
+    tokens: int | None = None
+    """Number of text tokens of every sample."""
+    supervised: int | None = None
+    """Number of these tokens that carry loss."""
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Number of samples of a run in one epoch."""
+
+    with_image: float
+    text_only: float
 
     @property
     def samples(self) -> float:
-        return self.with_picture + self.text
+        """Number of all samples."""
+        return self.with_image + self.text_only
 
-    def sample(self, tokens_per_image: int, max_length: int, words: int | None, supervised: int | None) -> Sample:
-        """The average over all of them; words, supervised: text tokens of every sample, in place of what is assumed."""
-        kinds = [(WITH_PICTURE, self.with_picture), (TEXT, self.text)]
-        total = Sample(0.0, 0.0, 0.0)
-        for kind, count in kinds:
+    def average(self, tokens_per_image: int, max_length: int, overrides: DataOverrides) -> AverageSample:
+        """Returns the average over all samples."""
+        total = AverageSample(0.0, 0.0, 0.0)
+        for kind, count in ((WITH_IMAGE, self.with_image), (TEXT_ONLY, self.text_only)):
             share = count / self.samples if self.samples else 0.0
-            text = kind.words if words is None else words
-            one = Sample(text, min(text, kind.supervised if supervised is None else supervised), kind.pictures)
+            text_tokens = kind.text_tokens if overrides.tokens is None else overrides.tokens
+            supervised = kind.supervised if overrides.supervised is None else overrides.supervised
+            one = AverageSample(text_tokens, min(text_tokens, supervised), kind.images)
             one = one.within(tokens_per_image, max_length)
-            total = Sample(
-                total.words + share * one.words,
+            total = AverageSample(
+                total.text_tokens + share * one.text_tokens,
                 total.supervised + share * one.supervised,
-                total.pictures + share * one.pictures,
+                total.images + share * one.images,
                 total.length + share * one.length,
             )
         return total
 
 
-def data_of(config: RunConfig, vision: bool, samples: int | None = None, only_pictures: bool = False) -> Data | None:
-    """The run's data by the sizes that are known; None where a source's size is not.
+def data_size(
+    config: RunConfig, vision: bool, samples: int | None = None, images_only: bool = False
+) -> DataSize | None:
+    """Returns the size of the run's data by the sizes that are known; None where that of a source is not.
 
-    samples: their number in place of what is known; only_pictures: leave out sources of text alone.
+    Args:
+        vision: whether the run's model has a vision encoder.
+        samples: number of samples in place of the known one.
+        images_only: whether sources of text alone are excluded.
     """
-    found = [_source(source) for source in config.data.sources]
-    if only_pictures:
-        found = [data for data in found if data is None or data.with_picture]
+    found = [_source_size(source) for source in config.data.sources]
+    if images_only:
+        found = [size for size in found if size is None or size.with_image]
+    known = [size for size in found if size is not None]
+    with_image, text_only = sum(size.with_image for size in known), sum(size.text_only for size in known)
     if samples is not None:
-        known = [data for data in found if data is not None]
-        share = sum(d.with_picture for d in known) / sum(d.samples for d in known) if known else float(vision)
-        return Data(samples * share, samples * (1 - share))
-    if not found or any(data is None for data in found):
+        share = with_image / (sum(size.samples for size in known)) if known else float(vision)
+        return DataSize(samples * share, samples * (1 - share))
+    if not found or len(known) < len(found):
         return None
-    return Data(sum(d.with_picture for d in found if d), sum(d.text for d in found if d))
+    return DataSize(with_image, text_only)
 
 
-def _source(source: SourceConfig) -> Data | None:
+def _source_size(source: SourceConfig) -> DataSize | None:
+    """Returns the size of a source with a known name; None for any other."""
     sizes = SIZES.get(Path(source.path).stem)
     if sizes is None:
         return None
-    pictures, text = sizes[0], 0 if source.images_only else sizes[1]
-    if source.limit is not None and source.limit < pictures + text:
-        scale = source.limit / (pictures + text)
-        return Data(pictures * scale, text * scale)
-    return Data(pictures, text)
+    with_image, text_only = sizes
+    if source.images_only:
+        text_only = 0
+    if source.limit is not None and source.limit < with_image + text_only:
+        scale = source.limit / (with_image + text_only)
+        return DataSize(with_image * scale, text_only * scale)
+    return DataSize(with_image, text_only)
 
 
-def steps_of(config: RunConfig, data: Data | None, share: float = 1.0) -> int | None:
-    """Optimizer steps of the run; share: the part of its data that it sees."""
+def steps_of(config: RunConfig, data: DataSize | None, share: float = 1.0) -> int | None:
+    """Returns the number of optimizer steps of the run; None if it is not known.
+
+    share: part of its data that the run sees.
+    """
     if config.max_steps is not None:
         return max(1, round(config.max_steps * share))
     if data is None:

@@ -1,7 +1,7 @@
-"""Bytes of a rank, by cause, under a DeepSpeed config: what DeepSpeed 0.19 allocates, as read from its source.
+"""Bytes of a rank, by cause, under a DeepSpeed config: the allocations of DeepSpeed 0.19, as read from its source.
 
 N ranks; F and T: frozen and trained parameters; b: bytes of the type that is computed in; g: bytes of the type in which
-gradients add up (4 under ZeRO-2 and 3 here, b under 0 and 1).
+gradients are accumulated (4 under ZeRO-2 and 3 here, b under 0 and 1).
 
     stage         frozen   trained      gradients   optimizer (fp32 master, two moments)
     0             b F      b T          b T         12 T (fp32: 8 T, parameters are their own master)
@@ -9,12 +9,12 @@ gradients add up (4 under ZeRO-2 and 3 here, b under 0 and 1).
     2             b F      b T          g T / N     12 T / N
     3             b F / N  b T / N      g T / N     12 T / N
 
-With `frozen_weights=int8` (stages 0 to 2) a linear weight of a frozen decoder layer has one byte instead of b.
-Stage 1 without accumulation, and stage 2 where g = b, keep the gradients of all parameters that a rank's share touches,
-whole. ZeRO-3 keeps parameters up to `stage3_param_persistence_threshold` whole as well, and with hpZ a second shard of
-every other parameter within its group of ranks. An offloaded optimizer has 4 T / N bytes of float32 gradients with it.
-Beside these states a rank needs communication buckets, what ZeRO-3 gathers, what the passes keep (activations.py), a
-float32 copy of the gradient in the update, and 16 MiB pieces in a commit.
+With `frozen_weights=int8` (stages 0 to 2) a linear weight of a frozen decoder layer has one byte instead of b. Stage 1
+without accumulation, and stage 2 where g = b, keep the whole gradient of every parameter that the rank's share touches.
+ZeRO-3 also keeps parameters up to `stage3_param_persistence_threshold` whole, and with hpZ a second shard of every
+other parameter within its group of ranks. An offloaded optimizer comes with 4 T / N bytes of float32 gradients. In
+addition to these states a rank needs communication buckets, what ZeRO-3 gathers, what the passes keep (activations.py),
+a float32 copy of the gradient in the update, and 16 MiB pieces while it saves a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,128 +27,166 @@ from typing import Any, Literal
 import torch
 
 from zero_ds.training.checkpoint.optimizer_state import PIECE
-from zero_ds.training.planning.activations import Kept
+from zero_ds.training.planning.activations import ActivationBytes
 from zero_ds.training.planning.architecture import Architecture
 
 GIB = 2.0**30
-RESERVE_GIB = 3.0
-"""Of a GPU, for what is not planned: CUDA's context, NCCL's buffers, holes between blocks of memory."""
-PROCESS_GIB = 3.0
-"""Of a machine's memory, for each rank: Python, the libraries, workers of the loader."""
 CAUSES = ("frozen", "trained", "gradients", "optimizer", "buckets", "gather", "activations", "logits", "update", "save")
-"""In the order of the tables. `update` and `save` are needed when activations, logits and what is gathered are not."""
+"""Causes in the order of the tables. `update` and `save` are needed when activations, logits and gathered parameters
+are not."""
+STATES = ("frozen", "trained", "gradients", "optimizer")
+"""Causes that are there all the time."""
+PASSES = ("buckets", "gather", "activations", "logits")
+"""Causes that are there in the forward and backward pass."""
 PLACES = ("gpu", "host", "disk")
 
+PERSISTENT = 100_000
+"""DeepSpeed's default of `stage3_param_persistence_threshold`, in elements."""
+
 Bytes = dict[str, dict[str, float]]
+"""Bytes by place and cause."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank by place and cause."""
+    """Bytes of a rank."""
 
     by_cause: Bytes
+    """Bytes by place and cause."""
     peak: dict[str, float] = field(default_factory=dict)
-    """The largest sum of a phase, by place."""
+    """Bytes of the phase that needs most, by place."""
 
     def total(self, cause: str) -> float:
-        """Wherever it lies."""
+        """Returns the bytes of a cause in all places together."""
         return sum(self.by_cause[place].get(cause, 0.0) for place in PLACES)
 
     def keeping(self, activations: float) -> Memory:
-        """The same with so many bytes of activations."""
+        """Returns the same with another number of bytes for activations."""
         gpu = {**self.by_cause["gpu"], "activations": activations}
         return Memory({**self.by_cause, "gpu": gpu}, {**self.peak, "gpu": _peak(gpu)})
 
 
-def memory(parts: Architecture, ds: dict[str, Any], world_size: int, kept: Kept, *, accumulation: int = 1) -> Memory:
-    """What a rank of `world_size` needs under the resolved DeepSpeed configuration `ds`, with nothing recomputed.
+def memory(
+    parts: Architecture, ds: dict[str, Any], world_size: int, activations: ActivationBytes, *, accumulation: int = 1
+) -> Memory:
+    """Returns the memory that a rank of `world_size` needs with no layer recomputed.
 
-    kept: of one micro-batch.
+    Args:
+        ds: the resolved DeepSpeed configuration.
+        activations: bytes of one micro-batch.
+        accumulation: number of micro-batches per step.
     """
-    states = (
-        _sharded(parts, ds, world_size)
-        if ds["zero_optimization"]["stage"] == 3
-        else _whole(parts, ds, world_size, accumulation)
-    )
+    if ds["zero_optimization"]["stage"] == 3:
+        states = _sharded(parts, ds, world_size)
+    else:
+        states = _whole(parts, ds, world_size, accumulation)
     gpu = states["gpu"]
-    gpu["activations"] = kept.whole
-    gpu["logits"] = kept.logits
+    gpu["activations"] = activations.whole
+    gpu["logits"] = activations.logits
     gpu["save"] = 2.0 * 4 * PIECE
     states["host"]["save"] = 3.0 * 4 * PIECE
     return Memory(states, {place: _peak(states[place]) for place in PLACES})
 
 
 def recomputed(
-    whole: Memory, kept: Kept, fits: Callable[[Memory], bool], checkpointing: Literal["auto", True, False]
+    whole: Memory,
+    activations: ActivationBytes,
+    fits: Callable[[Memory], bool],
+    checkpointing: Literal["auto", True, False],
 ) -> tuple[int, Memory]:
-    """How many decoder layers are recomputed (the first that keep something), and what a rank then needs.
+    """Returns how many decoder layers are recomputed (the first recomputable ones), and the memory of a rank then.
 
-    whole, kept: a micro-batch's, as for `memory`; fits: whether there is room for so much; checkpointing: the recipe's
-    `activation_checkpointing`. `auto` takes the fewest that fit, and all where not even that fits.
+    Args:
+        whole: memory with no layer recomputed.
+        activations: bytes of one micro-batch, as for `memory`.
+        fits: whether there is room for so much.
+        checkpointing: the recipe's `activation_checkpointing`. `auto` takes the smallest number that fits, and all
+            layers if not even that fits.
     """
-    counts = kept.counts
+    counts = activations.recompute_counts
     if checkpointing != "auto":
         counts = counts[-1:] if checkpointing else counts[:1]
     for count in counts:
-        need = whole.keeping(kept.recomputing(count))
+        need = whole.keeping(activations.recomputing(count))
         if fits(need):
             break
     return count, need
 
 
 def _peak(by_cause: dict[str, float]) -> float:
-    """Passes, update and commit follow each other; what one of them alone needs is not there in the others."""
-    of = {cause: by_cause.get(cause, 0.0) for cause in CAUSES}
-    states = sum(of[cause] for cause in ("frozen", "trained", "gradients", "optimizer"))
-    passes = of["buckets"] + of["gather"] + of["activations"] + of["logits"]
-    return states + max(passes, of["update"], of["save"])
+    """Returns the bytes at the peak.
+
+    Forward/backward, update and checkpoint run one after another, so the peak is the largest of the three.
+    """
+    states = sum(by_cause.get(cause, 0.0) for cause in STATES)
+    passes = sum(by_cause.get(cause, 0.0) for cause in PASSES)
+    return states + max(passes, by_cause.get("update", 0.0), by_cause.get("save", 0.0))
 
 
-def _bytes(ds: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of an element that is computed with, and of one in which gradients add up."""
+def _itemsizes(ds: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Returns the bytes of an element that is computed with, and of one in which gradients are accumulated."""
     accumulated = ds.get("data_types", {}).get("grad_accum_dtype")
     return dtype.itemsize, {"fp32": 4, "fp16": 2, "bf16": 2}.get(accumulated, dtype.itemsize)
 
 
-def _device(section: Any) -> str:
+def _place(section: Any) -> str:
+    """Returns the place that an offload section of the DeepSpeed configuration names."""
     device = str(section.get("device", "none")) if isinstance(section, dict) else "none"
     return {"none": "gpu", "cpu": "host", "nvme": "disk"}[device]
 
 
+# -- ZeRO stages 0, 1 and 2: whole parameters on every rank ------------------------------------------------------------
+
+
 def _whole(parts: Architecture, ds: dict[str, Any], world_size: int, accumulation: int) -> Bytes:
-    """ZeRO stages 0, 1 and 2: parameters whole on every rank."""
     zero = ds["zero_optimization"]
-    b, g = _bytes(ds, parts.dtype)
+    b, g = _itemsizes(ds, parts.dtype)
     trained = sum(parts.trained)
     largest = max(parts.trained)
     gpu: dict[str, float] = {"frozen": parts.frozen_bytes, "trained": b * trained}
     host: dict[str, float] = {}
+    result: Bytes = {"gpu": gpu, "host": host, "disk": {}}
     if zero["stage"] == 0:
         master = 0 if parts.dtype == torch.float32 else 4
-        gpu |= {"gradients": b * trained, "optimizer": (8 + master) * trained, "update": master * trained}
-        return {"gpu": gpu, "host": host, "disk": {}}
-    # every group is padded so that ranks share it evenly
-    shards = [ceil(sum(p.numel() for _, p in group) / (2 * world_size)) * 2 for group in parts.groups.values()]
+        gpu["gradients"] = b * trained
+        gpu["optimizer"] = (8 + master) * trained
+        gpu["update"] = master * trained
+        return result
+
+    shards = _group_shards(parts, world_size)
     shard = sum(shards)
     bucket = int(zero.get("reduce_bucket_size", 5e8))
-    gpu["buckets"] = (2 if zero.get("overlap_comm") else 1) * b * bucket + (b * largest if largest > bucket else 0)
+    gpu["buckets"] = (2 if zero.get("overlap_comm") else 1) * b * bucket
+    if largest > bucket:
+        gpu["buckets"] += b * largest
     compact = zero["stage"] == 2 and g != b
     touched = g * shard if compact else b * _touched(parts, shards, world_size)
-    if _device(zero.get("offload_optimizer")) == "gpu":
-        adding_up = zero["stage"] == 1 and accumulation > 1
-        gpu |= {"gradients": b * trained if adding_up else touched, "optimizer": 12 * shard}
+    if _place(zero.get("offload_optimizer")) == "gpu":
+        accumulates_whole = zero["stage"] == 1 and accumulation > 1
+        gpu["gradients"] = b * trained if accumulates_whole else touched
+        gpu["optimizer"] = 12 * shard
         gpu["update"] = 4 * max(shards)
-    else:
-        gpu["buckets"] += b * largest
-        if compact:
-            gpu["gradients"] = touched
-        added_up = touched if accumulation > 1 and not compact else 0
-        host |= {"gradients": 4 * shard + added_up, "optimizer": 12 * shard, "buckets": b * (shard + largest)}
-    return {"gpu": gpu, "host": host, "disk": {}}
+        return result
+
+    gpu["buckets"] += b * largest
+    if compact:
+        gpu["gradients"] = touched
+    host["gradients"] = 4 * shard
+    if accumulation > 1 and not compact:
+        host["gradients"] += touched
+    host["optimizer"] = 12 * shard
+    host["buckets"] = b * (shard + largest)
+    return result
+
+
+def _group_shards(parts: Architecture, world_size: int) -> list[int]:
+    """Returns the elements of a rank's share of every optimizer group, which is padded to equal shares of even size."""
+    sizes = [sum(p.numel() for _, p in group) for group in parts.groups.values()]
+    return [ceil(size / (2 * world_size)) * 2 for size in sizes]
 
 
 def _touched(parts: Architecture, shards: list[int], world_size: int) -> int:
-    """Elements of the parameters that a rank's share of the flattened groups touches; of the rank with most."""
+    """Returns the elements of the parameters that a rank's share of the flattened groups touches, at most."""
     most = 0
     for rank in range(world_size):
         touched = 0
@@ -156,43 +194,23 @@ def _touched(parts: Architecture, shards: list[int], world_size: int) -> int:
             begin, end, offset = rank * shard, (rank + 1) * shard, 0
             for _, parameter in group:
                 size = parameter.numel()
-                touched += size if offset < end and begin < offset + size else 0
+                if offset < end and begin < offset + size:
+                    touched += size
                 offset += size
         most = max(most, touched)
     return most
 
 
+# -- ZeRO stage 3: everything in shards, parameters gathered when they are used ----------------------------------------
+
+
 def _sharded(parts: Architecture, ds: dict[str, Any], world_size: int) -> Bytes:
-    """ZeRO stage 3: everything in shards; parameters are gathered when they are used."""
     zero = ds["zero_optimization"]
-    b, g = _bytes(ds, parts.dtype)
-    threshold = int(zero.get("stage3_param_persistence_threshold", 100_000))
-    group = int(zero.get("zero_hpz_partition_size", 1))
-    shard = {"frozen": _shards(parts.frozen, world_size), "trained": _shards(parts.trained, world_size)}
+    b, _ = _itemsizes(ds, parts.dtype)
+    threshold = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
     result: Bytes = {place: {} for place in PLACES}
-    parameters = _device(zero.get("offload_param"))
-    for cause, sizes in (("frozen", parts.frozen), ("trained", parts.trained)):
-        result[parameters][cause] = b * shard[cause]
-        result["gpu"][cause] = result["gpu"].get(cause, 0.0) + b * sum(size for size in sizes if size <= threshold)
-        if group > 1:
-            result["gpu"][cause] += b * sum(size // group for size in sizes if size > threshold)
-    optimizer = _device(zero.get("offload_optimizer"))
-    trained = shard["trained"]
-    at_a_time = min(trained, int(zero.get("sub_group_size", 1e9)))
-    if optimizer == "gpu":
-        result["gpu"] |= {"gradients": g * trained, "optimizer": 12 * trained, "update": 4 * at_a_time}
-    else:
-        result["host"] |= {"gradients": g * trained + (4 * trained if optimizer == "host" else 0)}
-        result[optimizer]["optimizer"] = 12 * trained
-    if optimizer == "disk":
-        count = int(zero["offload_optimizer"].get("buffer_count", 4))
-        result["host"]["buckets"] = 4.0 * count * at_a_time
-        result["disk"]["gradients"] = 4.0 * trained
-    if parameters == "disk":
-        section = zero["offload_param"]
-        pool = int(section.get("buffer_count", 5)) * float(section.get("buffer_size", 1e8))
-        inside = min(trained, float(section.get("max_in_cpu", 1e9)))
-        result["host"]["buckets"] = result["host"].get("buckets", 0.0) + b * (pool + inside)
+    _add_parameters(result, parts, zero, b, world_size, threshold)
+    _add_optimizer(result, parts, ds, world_size)
     bucket, largest = int(zero.get("reduce_bucket_size", 5e8)), max(parts.trained)
     # the bucket, its copy in the order of the ranks, and the whole gradient of a parameter that no bucket holds
     result["gpu"]["buckets"] = float(b * (2 * bucket + (largest if largest > bucket else 0)))
@@ -200,12 +218,53 @@ def _sharded(parts: Architecture, ds: dict[str, Any], world_size: int) -> Bytes:
     return result
 
 
+def _add_parameters(
+    result: Bytes, parts: Architecture, zero: dict[str, Any], b: int, world_size: int, threshold: int
+) -> None:
+    """Adds the shards of all parameters, whole persistent parameters, hpZ's second shards, and NVMe's buffers."""
+    group = int(zero.get("zero_hpz_partition_size", 1))
+    place = _place(zero.get("offload_param"))
+    for cause, sizes in (("frozen", parts.frozen), ("trained", parts.trained)):
+        result[place][cause] = b * _shards(sizes, world_size)
+        result["gpu"][cause] = result["gpu"].get(cause, 0.0) + b * sum(size for size in sizes if size <= threshold)
+        if group > 1:
+            result["gpu"][cause] += b * sum(size // group for size in sizes if size > threshold)
+    if place == "disk":
+        section = zero["offload_param"]
+        pool = int(section.get("buffer_count", 5)) * float(section.get("buffer_size", 1e8))
+        inside = min(_shards(parts.trained, world_size), float(section.get("max_in_cpu", 1e9)))
+        result["host"]["buckets"] = b * (pool + inside)
+
+
+def _add_optimizer(result: Bytes, parts: Architecture, ds: dict[str, Any], world_size: int) -> None:
+    """Adds gradients, the optimizer's states, and what its update needs."""
+    zero = ds["zero_optimization"]
+    _, g = _itemsizes(ds, parts.dtype)
+    trained = _shards(parts.trained, world_size)
+    at_a_time = min(trained, int(zero.get("sub_group_size", 1e9)))
+    place = _place(zero.get("offload_optimizer"))
+    if place == "gpu":
+        result["gpu"]["gradients"] = g * trained
+        result["gpu"]["optimizer"] = 12 * trained
+        result["gpu"]["update"] = 4 * at_a_time
+        return
+    result["host"]["gradients"] = g * trained
+    result[place]["optimizer"] = 12 * trained
+    if place == "host":
+        result["host"]["gradients"] += 4 * trained
+    else:
+        count = int(zero["offload_optimizer"].get("buffer_count", 4))
+        result["host"]["buckets"] = result["host"].get("buckets", 0.0) + 4.0 * count * at_a_time
+        result["disk"]["gradients"] = 4.0 * trained
+
+
 def _shards(sizes: Sequence[int], world_size: int) -> int:
+    """Returns the elements of a rank's shards of parameters of these sizes."""
     return sum(ceil(size / world_size) for size in sizes)
 
 
 def _gathered(parts: Architecture, zero: dict[str, Any], threshold: int) -> float:
-    """Most elements that ZeRO-3 holds whole at a time beside persistent ones: as many as the config allows."""
+    """Returns the largest number of elements that ZeRO-3 may hold whole at a time, without persistent parameters."""
     gatherable = sum(size for size in (*parts.frozen, *parts.trained) if size > threshold)
     prefetched = int(zero.get("stage3_prefetch_bucket_size", 5e7))
     allowed = max(int(zero.get("stage3_max_live_parameters", 1e9)), parts.largest_unit + prefetched)

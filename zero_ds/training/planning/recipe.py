@@ -1,8 +1,8 @@
-"""The plan of one run: its memory under every DeepSpeed config, what fits, what is fastest, and the hours it takes."""
+"""Plans one run: its memory under every DeepSpeed config, which of them fit, which is fastest, and the hours it
+takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,23 +14,15 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config, ds_config_names
-from zero_ds.training.planning.activations import Kept, kept_by_longest
+from zero_ds.training.planning.activations import ActivationBytes, longest_sample_bytes
 from zero_ds.training.planning.architecture import Architecture, architecture
-from zero_ds.training.planning.data import Data, Sample, data_of, steps_of
+from zero_ds.training.planning.cluster import Cluster
+from zero_ds.training.planning.data import AverageSample, DataOverrides, DataSize, data_size, steps_of
 from zero_ds.training.planning.memory import GIB, Memory, memory, recomputed
-from zero_ds.training.planning.speed import Cluster, Step, flops, step
+from zero_ds.training.planning.speed import Step, Work, step, work
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": torch.bfloat16}
-"""`auto` is planned as on GPUs since Ampere."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """What is said on the command line about the data, in place of what is assumed."""
-
-    samples: int | None = None
-    tokens: int | None = None
-    supervised: int | None = None
+"""Type that each `precision` computes in; `auto` as on GPUs since Ampere."""
 
 
 @dataclass(frozen=True)
@@ -38,62 +30,62 @@ class Option:
     """The run under one DeepSpeed config."""
 
     zero: str
+    """Name of the config."""
     memory: Memory
-    """At the recipe's micro-batch, or the next smaller one that divides a rank's share."""
+    """Memory at the recipe's micro-batch, or the next smaller one that divides a rank's share."""
     recomputed: int
-    """Decoder layers that are then recomputed, as the recipe's `activation_checkpointing` says."""
+    """Number of decoder layers recomputed at that micro-batch, by the recipe's `activation_checkpointing`."""
     bounds: tuple[Memory, Memory]
-    """The same with none and with all of them recomputed."""
+    """Memory at that micro-batch with no and with all decoder layers recomputed."""
     least: Memory
-    """At the smallest micro-batch."""
+    """Memory at the smallest micro-batch."""
     fits: bool
-    """Whether it fits at the smallest micro-batch."""
+    """Whether the run fits at the smallest micro-batch."""
     micro_batch: int
-    """The fastest that fits, of equally fast ones the largest; 1 if none fits."""
-    again: int
-    """Decoder layers that are recomputed at that micro-batch."""
+    """Fastest micro-batch that fits, of equally fast ones the largest; 1 if none fits."""
+    step_recomputed: int
+    """Number of decoder layers recomputed at the fastest micro-batch."""
     step: Step
-    """At that micro-batch."""
-
-    @property
-    def gib(self) -> dict[str, float]:
-        """Peak of a rank by place."""
-        return {place: size / GIB for place, size in self.memory.peak.items()}
+    """Time of a step at the fastest micro-batch."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs on a cluster."""
+    """Memory and time of a run on a cluster."""
 
     config: RunConfig
     cluster: Cluster
     parts: Architecture
-    sample: Sample
-    """The average one, which times are computed for."""
+    sample: AverageSample
+    """Average sample, for which times are computed."""
     longest: int
-    """Tokens of the longest one, which memory is computed for."""
-    kept: Kept
-    """Of one sample of that length."""
+    """Tokens of the longest sample, for which memory is computed."""
+    activations: ActivationBytes
+    """Bytes that one sample of that length keeps."""
     micro_batch: int
-    """At which memory is shown."""
+    """Micro-batch for which memory is shown."""
     options: tuple[Option, ...]
     refused: dict[str, str]
     """Configs that cannot be used here, and why."""
     steps: int | None
+    """Number of optimizer steps; None if it is not known."""
 
     @property
     def fitting(self) -> list[Option]:
-        """Those that fit, the fastest first; of two equally fast ones that which needs less memory."""
-        fitting = [option for option in self.options if option.fits]
-        return sorted(fitting, key=lambda o: (round(o.step.seconds, 3), o.memory.peak["gpu"] + o.memory.peak["host"]))
+        """Options that fit, the fastest first; of two equally fast ones the one that needs less memory."""
+
+        def rank(option: Option) -> tuple[float, float]:
+            return round(option.step.seconds, 3), option.memory.peak["gpu"] + option.memory.peak["host"]
+
+        return sorted((option for option in self.options if option.fits), key=rank)
 
     @property
     def smallest(self) -> Option:
-        """The one that needs least of a GPU."""
+        """Option that needs least of a GPU."""
         return min(self.options, key=lambda option: option.least.peak["gpu"])
 
     def hours(self, seconds: float) -> float | None:
-        """Of the whole run, at so many seconds a step, without loading and saving."""
+        """Returns the hours of the whole run at so many seconds a step, without loading and saving."""
         return None if self.steps is None else self.steps * seconds / 3600
 
 
@@ -103,35 +95,38 @@ def plan_run(
     *,
     replace: list[str] | None = None,
     translators: int = 1,
-    words: Words | None = None,
+    data: DataOverrides | None = None,
     share: float = 1.0,
-    only_pictures: bool = False,
+    images_only: bool = False,
 ) -> RunPlan:
-    """Plans one run. share: the part of its data that it sees; only_pictures: without sources of text alone.
+    """Plans one run.
+
+    Args:
+        replace, translators: how the surrogate is cut, as for `architecture.layer_plan`.
+        data: facts about the data, which replace assumptions.
+        share: part of its data that the run sees.
+        images_only: whether sources of text alone are excluded.
 
     Raises:
-        ConfigError: what cannot be planned, in one sentence.
+        ConfigError: a run that cannot be planned.
     """
-    words = words or Words()
+    data = data or DataOverrides()
     if config.global_batch % cluster.gpus:
         raise ConfigError(
-            f"global_batch={config.global_batch} is no multiple of {cluster.gpus} GPUs; give --gpus a divisor of it."
+            f"global_batch={config.global_batch} is not a multiple of {cluster.gpus} GPUs; give --gpus a divisor of it."
         )
     of_rank = config.global_batch // cluster.gpus
-    parts, of_one = _model(_same_model(config), tuple(replace or ()), translators)
+    parts, activations = _model(_same_model(config), tuple(replace or ()), translators)
     vision = stages.STAGES[config.stage].vision
-    data = data_of(config, vision, words.samples, only_pictures)
-    sample = (data or Data(float(vision), float(not vision))).sample(
-        parts.model.tokens_per_image(), config.data.max_length, words.tokens, words.supervised
-    )
+    size = data_size(config, vision, data.samples, images_only)
+    kind = size or DataSize(float(vision), float(not vision))
+    sample = kind.average(parts.model.tokens_per_image(), config.data.max_length, data)
     micro_batches = [n for n in range(1, of_rank + 1) if of_rank % n == 0]
     shown = max(n for n in micro_batches if n <= max(1, config.micro_batch))
-    cost = parts.cost
+    planner = _Planner(config, cluster, parts, activations, sample, micro_batches, shown)
 
-    def work(layers: int) -> tuple[float, float]:
-        return flops(parts, cost, sample, config.global_batch, layers / len(of_one.layers))
-
-    options, refused = [], {}
+    options: list[Option] = []
+    refused: dict[str, str] = {}
     for name in zero_names(config):
         changed = config.model_copy(update={"zero": name, "nvme_path": config.nvme_path or "/nvme"})
         try:
@@ -141,83 +136,127 @@ def plan_run(
                 raise
             refused[name] = str(error)
             continue
-        options.append(_option(name, parts, ds, cluster, of_one, micro_batches, shown, work, changed))
+        options.append(planner.option(Path(name).stem, ds))
     return RunPlan(
-        config,
-        cluster,
-        parts,
-        sample,
-        config.data.max_length,
-        of_one,
-        shown,
-        tuple(options),
-        refused,
-        steps_of(config, data, share),
+        config=config,
+        cluster=cluster,
+        parts=parts,
+        sample=sample,
+        longest=config.data.max_length,
+        activations=activations,
+        micro_batch=shown,
+        options=tuple(options),
+        refused=refused,
+        steps=steps_of(config, size, share),
     )
 
 
 WITHOUT_EFFECT = (
-    *("out", "init_from", "continue_from", "zero", "global_batch", "micro_batch", "optimizer", "checkpoint"),
+    "out",
+    "init_from",
+    "continue_from",
+    "zero",
+    "global_batch",
+    "micro_batch",
+    "optimizer",
+    "checkpoint",
     "activation_checkpointing",
 )
-"""Entries of a run on which neither its model depends nor what a sample keeps."""
+"""Entries of a run that change neither its model nor the bytes that a sample keeps."""
 
 
 def _same_model(config: RunConfig) -> str:
-    """The run's configuration as text, alike for runs with the same model and the same longest sample."""
+    """Returns the run's configuration as text that is equal for runs with the same model and longest sample."""
     some = RunConfig(stage=config.stage, target=config.target, out="")
     return config.model_copy(update={name: getattr(some, name) for name in WITHOUT_EFFECT}).model_dump_json()
 
 
 @lru_cache(maxsize=8)
-def _model(text: str, replace: tuple[str, ...], translators: int) -> tuple[Architecture, Kept]:
-    """The run's model, and what one sample of the greatest length keeps."""
+def _model(text: str, replace: tuple[str, ...], translators: int) -> tuple[Architecture, ActivationBytes]:
+    """Returns the run's model, and the bytes that one sample of the greatest length keeps."""
     config = RunConfig.model_validate_json(text)
     parts = architecture(config, dtype=DTYPES[config.precision], replace=list(replace), translators=translators)
-    return parts, kept_by_longest(parts.model, config)
+    return parts, longest_sample_bytes(parts.model, config)
 
 
 def zero_names(config: RunConfig) -> list[str]:
-    """All of ds_configs/, and the run's own file where it is another."""
+    """Returns the names of all configs in ds_configs/, and the run's own file if it is another."""
     names = ds_config_names()
     return names if config.zero in names else [*names, config.zero]
 
 
 def fits(memory: Memory, cluster: Cluster) -> bool:
-    """Whether a rank's GPU, and a node's host memory, hold it."""
+    """Returns whether a rank's GPU and a node's host memory have room for it."""
     gpu = memory.peak["gpu"] / GIB + cluster.reserve_gib
     host = cluster.ranks_per_node * (memory.peak["host"] / GIB + cluster.process_gib)
     return gpu <= cluster.memory_gib and host <= cluster.host_gib
 
 
-def _option(
-    name: str,
-    parts: Architecture,
-    ds: dict[str, Any],
-    cluster: Cluster,
-    of_one: Kept,
-    micro_batches: list[int],
-    shown: int,
-    work: Callable[[int], tuple[float, float]],
-    config: RunConfig,
-) -> Option:
-    """work: FLOPs by the number of decoder layers that are recomputed, as `flops` has them."""
-    of_rank = micro_batches[-1]
-    bounds: dict[int, tuple[Memory, Memory]] = {}
-    needs: dict[int, tuple[int, Memory]] = {}
-    for n in micro_batches:
-        kept = of_one.times(n)
-        whole = memory(parts, ds, cluster.gpus, kept, accumulation=of_rank // n)
-        bounds[n] = whole, whole.keeping(kept.checkpointed)
-        needs[n] = recomputed(whole, kept, lambda need: fits(need, cluster), config.activation_checkpointing)
+@dataclass(frozen=True)
+class _Planner:
+    """Everything about a run that does not depend on the DeepSpeed config."""
 
-    def at(n: int) -> Step:
-        layers, need = needs[n]
-        return step(parts, ds, need, cluster, work(layers), of_rank // n)
+    config: RunConfig
+    cluster: Cluster
+    parts: Architecture
+    activations: ActivationBytes
+    """Bytes of one sample of the greatest length."""
+    sample: AverageSample
+    micro_batches: list[int]
+    """Divisors of a rank's share of the global batch, the share itself last."""
+    shown: int
+    """Micro-batch for which memory is shown."""
 
-    fitting = [n for n in micro_batches if fits(needs[n][1], cluster)]
-    fastest = min(fitting, key=lambda n: (at(n).seconds, -n), default=1)
-    layers, need = needs[shown]
-    again = needs[fastest][0]
-    zero = Path(name).stem
-    return Option(zero, need, layers, bounds[shown], needs[1][1], bool(fitting), fastest, again, at(fastest))
+    def option(self, zero: str, ds: dict[str, Any]) -> Option:
+        """Plans the run under one resolved DeepSpeed configuration."""
+        found = {size: self._at(size, ds) for size in self.micro_batches}
+        fitting = [size for size in self.micro_batches if fits(found[size].memory, self.cluster)]
+
+        def rank(size: int) -> tuple[float, int]:
+            return self._step(size, found[size], ds).seconds, -size
+
+        fastest = min(fitting, key=rank, default=1)
+        shown = found[self.shown]
+        return Option(
+            zero=zero,
+            memory=shown.memory,
+            recomputed=shown.recomputed,
+            bounds=shown.bounds,
+            least=found[1].memory,
+            fits=bool(fitting),
+            micro_batch=fastest,
+            step_recomputed=found[fastest].recomputed,
+            step=self._step(fastest, found[fastest], ds),
+        )
+
+    def _at(self, size: int, ds: dict[str, Any]) -> _MicroBatch:
+        """Plans the memory of micro-batches of `size` samples."""
+        activations = self.activations.times(size)
+        accumulation = self.micro_batches[-1] // size
+        whole = memory(self.parts, ds, self.cluster.gpus, activations, accumulation=accumulation)
+        count, need = recomputed(
+            whole, activations, lambda need: fits(need, self.cluster), self.config.activation_checkpointing
+        )
+        return _MicroBatch(count, need, (whole, whole.keeping(activations.checkpointed)))
+
+    def _step(self, size: int, found: _MicroBatch, ds: dict[str, Any]) -> Step:
+        """Plans the time of a step in micro-batches of `size` samples."""
+        accumulation = self.micro_batches[-1] // size
+        return step(self.parts, ds, found.memory, self.cluster, self._work(found.recomputed), accumulation)
+
+    def _work(self, layers: int) -> Work:
+        """Returns the FLOPs of a global batch with so many decoder layers recomputed."""
+        share = layers / len(self.activations.layers)
+        return work(self.parts, self.sample, self.config.global_batch, share)
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """The run under one DeepSpeed config with one size of micro-batches."""
+
+    recomputed: int
+    """Number of decoder layers that are recomputed."""
+    memory: Memory
+    """Memory with these layers recomputed."""
+    bounds: tuple[Memory, Memory]
+    """Memory with no and with all decoder layers recomputed."""

@@ -1,9 +1,10 @@
-"""The surrogate's route beside the baseline's, as in the paper's Table 9, and shards of everything as in its A.4.
+"""Plans all stages of the surrogate's route and of the baseline's, and the paper's own layout of shards.
 
-The paper trains Llama-70B with PyTorch FSDP on 128 GPUs: everything is sharded over 16 ranks, and there are 8 such
-groups. No DeepSpeed config does that (`ds_configs/zero3_hpz` comes nearest), so it is computed here for itself: fp32
-parameters, gradients and two moments, 16 bytes a trained parameter, b bytes a frozen one; gathers and reduce-scatters
-within a group, an all-reduce of the gradients between groups.
+The routes are those of the paper's Table 9. The paper trains Llama-70B with PyTorch FSDP on 128 GPUs (A.4): everything
+is sharded over 16 ranks, and there are 8 such groups. No DeepSpeed config does that (`ds_configs/zero3_hpz` comes
+nearest), so `shard_groups` computes it separately: fp32 parameters, gradients and two moments, 16 bytes per trained
+parameter, b bytes per frozen one; gathers and reduce-scatters within a group, an all-reduce of the gradients between
+groups.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from pathlib import Path
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.planning.cluster import Cluster
+from zero_ds.training.planning.data import DECODER_SHARE, DataOverrides
 from zero_ds.training.planning.memory import GIB
-from zero_ds.training.planning.recipe import RunPlan, Words, plan_run
-from zero_ds.training.planning.speed import Cluster, Step, flops
-
-DECODER_SHARE = 0.2
-"""Of the data, for a decoder that starts from the grafted encoder: enough in the paper (Tables 8 and 9)."""
+from zero_ds.training.planning.recipe import RunPlan, plan_run
+from zero_ds.training.planning.speed import Step, work
 
 PAPER_HOURS = {
     "Llama-3.1-70B-Instruct": {
@@ -27,10 +27,13 @@ PAPER_HOURS = {
         "baseline": {"baseline-adapter": 7.01, "baseline-decoder": 27.88},
     }
 }
-"""Table 9: hours on 128 A100-80G, without loading and saving."""
+"""Hours of Table 9, on 128 A100-80G, without loading and saving."""
+PAPER_GPUS = 128
+"""Number of GPUs of these hours."""
 PAPER_STEP = 20.5
 """Seconds of a step of the full Llama-70B, 16-way shards, 128 samples (A.4)."""
 PAPER_GROUP = 16
+"""Number of ranks that the paper shards over."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,24 @@ class Leg:
     name: str
     plan: RunPlan
     share: float
+    """Part of its data that the stage sees."""
 
     def hours(self) -> float | None:
-        """Under the fastest DeepSpeed config that fits; None if none does, or the number of steps is not known."""
+        """Returns the hours under the fastest DeepSpeed config that fits.
+
+        None if no config fits, or the number of steps is not known.
+        """
         fitting = self.plan.fitting
         return self.plan.hours(fitting[0].step.seconds) if fitting else None
 
     def hours_in_groups(self, cluster: Cluster, ranks: int) -> float | None:
-        """With everything sharded over groups of so many ranks."""
-        return self.plan.hours(groups(self.plan, cluster, ranks).step.seconds)
+        """Returns the hours with everything sharded over groups of so many ranks."""
+        return self.plan.hours(shard_groups(self.plan, cluster, ranks).step.seconds)
 
 
 @dataclass(frozen=True)
 class Route:
-    """Stages one after the other."""
+    """Stages that run one after another."""
 
     name: str
     legs: tuple[Leg, ...]
@@ -66,13 +73,13 @@ def routes(
     *,
     replace: list[str] | None = None,
     translators: int = 1,
-    words: Words | None = None,
+    data: DataOverrides | None = None,
     decoder_share: float = DECODER_SHARE,
 ) -> list[Route]:
-    """The surrogate's route and the baseline's from the recipes beside `recipe`; none where they are not all there.
+    """Plans the surrogate's route and the baseline's from the recipes next to `recipe`; empty if one is missing.
 
-    Where there are no recipes of the baseline, its adapter trains as `pretrain` does, on the target, and its decoder as
-    `decoder`. As in the paper the baseline's adapter sees no data sets of text alone.
+    Where the baseline has no recipes of its own, its adapter trains as `pretrain` does, on the target, and its decoder
+    as `decoder` does. As in the paper, the baseline's adapter sees no data sets of text alone.
     """
     configs: dict[str, RunConfig] = {}
     for name in ("pretrain", "encoder", "decoder", "baseline-adapter", "baseline-decoder"):
@@ -84,23 +91,19 @@ def routes(
         return []
     configs.setdefault("baseline-adapter", configs["pretrain"].model_copy(update={"decoder": "target"}))
     configs.setdefault("baseline-decoder", configs["decoder"])
-    shares = {"decoder": decoder_share}
-    legs = {
-        name: Leg(
-            name,
-            plan_run(
-                config,
-                cluster,
-                replace=replace,
-                translators=translators,
-                words=words,
-                share=shares.get(name, 1.0),
-                only_pictures=name == "baseline-adapter",
-            ),
-            shares.get(name, 1.0),
+    legs = {}
+    for name, config in configs.items():
+        share = decoder_share if name == "decoder" else 1.0
+        plan = plan_run(
+            config,
+            cluster,
+            replace=replace,
+            translators=translators,
+            data=data,
+            share=share,
+            images_only=name == "baseline-adapter",
         )
-        for name, config in configs.items()
-    }
+        legs[name] = Leg(name, plan, share)
     return [
         Route("surrogate", (legs["pretrain"], legs["encoder"], legs["decoder"])),
         Route("baseline", (legs["baseline-adapter"], legs["baseline-decoder"])),
@@ -108,7 +111,7 @@ def routes(
 
 
 def sibling(recipe: str, name: str) -> str:
-    """The recipe of that name beside another one."""
+    """Returns the recipe called `name` next to another one."""
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         return str(path.with_name(f"{name}{path.suffix}"))
@@ -116,30 +119,35 @@ def sibling(recipe: str, name: str) -> str:
 
 
 def total(hours: list[float | None]) -> float | None:
-    """The sum, if every stage has one."""
-    return None if any(value is None for value in hours) else sum(value for value in hours if value is not None)
+    """Returns the sum; None if a stage has none."""
+    known = [value for value in hours if value is not None]
+    return sum(known) if len(known) == len(hours) else None
 
 
 # -- everything sharded over groups of ranks, as FSDP does it ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Groups:
-    """Everything sharded over groups of `ranks`, of which there are `replicas`."""
+class ShardGroups:
+    """A run with everything sharded over groups of ranks. The fields are keys of the plan's JSON file."""
 
     ranks: int
+    """Number of ranks of a group."""
     replicas: int
+    """Number of groups."""
     state: float
-    """Bytes of parameters, gradients and moments of a rank."""
+    """Bytes of a rank for parameters, gradients and moments."""
     peak: float
-    """With what is gathered, activations and logits at the micro-batch."""
+    """Bytes of a rank with gathered parameters, activations and logits at the micro-batch."""
     fits: bool
     micro_batch: int
+    """Largest micro-batch that fits; 1 if none does."""
     step: Step
+    """Time of a step at that micro-batch."""
 
 
 def group_sizes(cluster: Cluster) -> list[int]:
-    """1, a node, two nodes, four nodes, ... and all ranks, as far as they divide."""
+    """Returns 1, a node, two nodes, four nodes, ... and all ranks, as far as they divide the number of GPUs."""
     sizes = [1]
     ranks = cluster.ranks_per_node
     while ranks < cluster.gpus:
@@ -148,20 +156,26 @@ def group_sizes(cluster: Cluster) -> list[int]:
     return [size for size in dict.fromkeys([*sizes, cluster.gpus]) if cluster.gpus % size == 0]
 
 
-def groups(plan: RunPlan, cluster: Cluster, ranks: int) -> Groups:
-    """The run with everything sharded over groups of so many ranks."""
+def shard_groups(plan: RunPlan, cluster: Cluster, ranks: int) -> ShardGroups:
+    """Plans the run with everything sharded over groups of `ranks` ranks."""
     parts, b = plan.parts, plan.parts.dtype.itemsize
     frozen, trained = sum(parts.frozen), sum(parts.trained)
     state = (b * frozen + 16 * trained) / ranks
     unit = parts.largest_unit
-    gathered = 0.0 if ranks == 1 else 2.0 * b * unit + b * unit * (trained > frozen)  # this unit, the next, a gradient
+    gathered = 0.0
+    if ranks > 1:
+        gathered = 2.0 * b * unit  # this unit and the next
+        if trained > frozen:
+            gathered += b * unit  # its gradient
     of_rank = plan.config.global_batch // cluster.gpus
-    always = plan.config.activation_checkpointing is not False  # as the paper's runs: `auto` recomputes no less here
+    recompute = (
+        plan.config.activation_checkpointing is not False
+    )  # as in the paper's runs; `auto` recomputes no less here
 
     def peak(micro_batch: int) -> float:
-        kept = plan.kept.times(micro_batch)
-        passes = kept.checkpointed if always else kept.whole
-        return state + gathered + passes + kept.logits
+        activations = plan.activations.times(micro_batch)
+        passes = activations.checkpointed if recompute else activations.whole
+        return state + gathered + passes + activations.logits
 
     room = (cluster.memory_gib - cluster.reserve_gib) * GIB
     fitting = [n for n in range(1, of_rank + 1) if of_rank % n == 0 and peak(n) <= room]
@@ -170,26 +184,39 @@ def groups(plan: RunPlan, cluster: Cluster, ranks: int) -> Groups:
     whole = b * (frozen + trained)
     communication = accumulation * (2 * cluster.collective(whole, ranks) + cluster.collective(b * trained, ranks))
     communication += cluster.between_replicas(b * trained, ranks)
-    work = flops(parts, parts.cost, plan.sample, plan.config.global_batch, float(always))
-    computing = work[1] / (cluster.gpus * cluster.peak * cluster.mfu)
-    step = Step(computing, communication, 0.0, work[0], cluster.gpus, cluster.peak)
-    return Groups(ranks, cluster.gpus // ranks, state, peak(micro_batch), bool(fitting), micro_batch, step)
+    needed = work(parts, plan.sample, plan.config.global_batch, float(recompute))
+    computing = needed.computed / (cluster.gpus * cluster.peak * cluster.mfu)
+    step = Step(computing, communication, 0.0, needed.method, cluster.gpus, cluster.peak)
+    return ShardGroups(ranks, cluster.gpus // ranks, state, peak(micro_batch), bool(fitting), micro_batch, step)
 
 
 def fitted(plan: RunPlan, cluster: Cluster, *, seconds: float = PAPER_STEP, ranks: int = PAPER_GROUP) -> Cluster | None:
-    """The cluster with the rate between nodes at which a step in groups of `ranks` takes `seconds`.
+    """Returns the cluster with the rate between nodes at which a step in groups of `ranks` takes `seconds`.
 
-    None where no rate gives that: computing alone takes longer, or a group and its replicas need no link between nodes.
+    None where no rate gives that: computing alone takes longer, or neither the groups nor their replicas use a link
+    between nodes.
     """
     low, high = 1e-3, 1e6
-    fast = groups(plan, replace(cluster, between=high), ranks).step.seconds
-    slow = groups(plan, replace(cluster, between=low), ranks).step.seconds
+    fast = shard_groups(plan, replace(cluster, between=high), ranks).step.seconds
+    slow = shard_groups(plan, replace(cluster, between=low), ranks).step.seconds
     if not fast < seconds < slow:
         return None
     for _ in range(100):
         middle = (low * high) ** 0.5
-        if groups(plan, replace(cluster, between=middle), ranks).step.seconds > seconds:
+        if shard_groups(plan, replace(cluster, between=middle), ranks).step.seconds > seconds:
             low = middle
         else:
             high = middle
     return replace(cluster, between=high)
+
+
+def paper_cluster(found: list[Route], cluster: Cluster, target: str) -> Cluster | None:
+    """Returns the cluster fitted to the paper's step; None for another model or number of GPUs than it was measured
+    with.
+
+    found: both routes; target: name of the model.
+    """
+    if target not in PAPER_HOURS or cluster.gpus != PAPER_GPUS:
+        return None
+    baseline_decoder = found[1].legs[-1]
+    return fitted(baseline_decoder.plan, cluster)

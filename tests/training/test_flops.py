@@ -1,4 +1,4 @@
-"""FLOPs by count: relations that hold whatever the counter counts."""
+"""Checks relations between FLOPs that hold with any counter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.surrogate.build import build_surrogate
-from zero_ds.training.planning.cost import encoder_step_ratio, step_flops
+from zero_ds.training.planning.flops import encoder_step_ratio, step_flops
 
 
 def test_flops_grow_by_the_same_amount_per_layer(made: Callable[..., Path]) -> None:

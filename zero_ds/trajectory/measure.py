@@ -1,0 +1,150 @@
+"""`measure_trajectory`: model + text -> curves, transition layer, proposed surrogate, files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zero_ds.data.formats import DataError
+from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import new_folder
+from zero_ds.runtime.hub import local_folder
+from zero_ds.runtime.precision import fast_dtype
+from zero_ds.trajectory.curves import Setting, Trajectory
+from zero_ds.trajectory.lens import check_lens
+from zero_ds.trajectory.metrics import METRICS
+from zero_ds.trajectory.options import TrajectoryOptions
+from zero_ds.trajectory.plot import plot
+from zero_ds.trajectory.resident import measure_resident
+from zero_ds.trajectory.streaming import measure_streamed
+from zero_ds.trajectory.texts import answer_greedily, read_samples
+from zero_ds.trajectory.transition import find_transition
+
+logger = logging.getLogger(__name__)
+
+
+def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOptions | None = None) -> dict[str, Any]:
+    """Measures a model's trajectory and writes trajectory.json, .png and .pdf; returns the content of trajectory.json.
+
+    Computes nothing if `out` already holds the trajectory of the same model, data and options.
+
+    Args:
+        model: folder or hub id.
+        data: JSON file in LLaVA's format, of which conversations without images are read.
+        out: folder for the results: new, empty, or that of an earlier call with the same arguments.
+
+    Raises:
+        ConfigError: an option, the model or `out` cannot be used.
+        DataError: the data file is missing or damaged.
+    """
+    options = options or TrajectoryOptions()
+    options.check()
+    folder = DecoderFolder(local_folder(model))
+    _ = folder.family  # a model that no family describes is refused before anything is read
+    if not data.is_file():
+        raise DataError(f"there is no data file {data}")
+    setting = Setting(
+        model=model,
+        target_hash=folder.hash(),
+        data=str(data),
+        data_hash=_file_hash(data),
+        metric=options.metric,
+        dtype=str(dtype_of(options)).removeprefix("torch."),
+        greedy=options.greedy,
+        seed=options.seed,
+        requested_samples=options.samples,
+        system_prompt=options.system_prompt,
+    )
+    earlier = read_earlier(out, setting)
+    if earlier is not None:
+        logger.info("%s already holds the trajectory of this setting; nothing is computed", out)
+        return earlier
+    trajectory = _measure(folder, setting, options, out)
+    write(trajectory, out)
+    return trajectory.to_json()
+
+
+def dtype_of(options: TrajectoryOptions) -> torch.dtype:
+    """Returns the precision of the forward passes."""
+    if options.dtype == "auto":
+        return fast_dtype()
+    return torch.float32 if options.dtype == "float32" else torch.bfloat16
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def read_earlier(out: Path, setting: Setting) -> dict[str, Any] | None:
+    """Returns the content of an earlier trajectory.json of the same setting in `out`; None if `out` is free.
+
+    Raises:
+        ConfigError: `out` holds something else, or cannot be created.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return None
+    if not out.exists():
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ConfigError(f"--out {out} cannot be made below {above}; choose another.")
+        return None
+    try:
+        content = json.loads((out / "trajectory.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--out {out} already holds something else; choose another or remove it.")
+    if not setting.same(content):
+        raise ConfigError(f"--out {out} already holds a trajectory of another setting; choose another or remove it.")
+    complete = {"transition", "proposed", "samples", "layers"} <= content.keys()
+    if not complete or not all((out / f"trajectory.{kind}").is_file() for kind in ("png", "pdf")):
+        raise ConfigError(f"--out {out} holds a damaged trajectory; remove it and run again.")
+    return content
+
+
+def _measure(folder: DecoderFolder, setting: Setting, options: TrajectoryOptions, out: Path) -> Trajectory:
+    """Reads the texts, runs the model on them, and finds the transition layer."""
+    chosen, template = read_samples(
+        folder,
+        Path(setting.data),
+        count=options.samples,
+        seed=options.seed,
+        greedy=options.greedy,
+        system_prompt=options.system_prompt,
+    )
+    dtype = dtype_of(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    metric = METRICS[options.metric]
+    if options.stream_layers:
+        scratch = out.absolute().parent
+        scratch.mkdir(parents=True, exist_ok=True)
+        curves = measure_streamed(
+            folder, chosen, metric=metric, batch_size=options.batch, dtype=dtype, device=device, scratch=scratch
+        )
+    else:
+        decoder = folder.load(dtype=dtype).to(device).eval()
+        check_lens(decoder, folder.family, chosen[0])
+        if options.greedy:
+            chosen = answer_greedily(decoder, template, chosen, batch_size=options.batch)
+        curves = measure_resident(decoder, folder.family, chosen, metric=metric, batch_size=options.batch)
+    ids = tuple(sample.id for sample in chosen)
+    return Trajectory(setting, ids, curves, find_transition(curves, seed=options.seed))
+
+
+def write(trajectory: Trajectory, out: Path) -> None:
+    """Writes trajectory.json, .png and .pdf to the new folder `out`, all at once."""
+    with new_folder(out) as folder:
+        text = json.dumps(trajectory.to_json(), indent=1)
+        (folder / "trajectory.json").write_text(text + "\n", encoding="utf-8")
+        plot(trajectory, folder)
