@@ -1,4 +1,4 @@
-"""What all tests share: no network, no cache outside the session's folder, no accelerator, tiny models made once."""
+"""Set-up of all tests: no network, no cache outside the session's folder, no accelerator, tiny models built once."""
 
 # ruff: noqa: E402 - the environment is set before any library reads it
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _SESSION = tempfile.TemporaryDirectory(prefix="zero_ds-tests-")
-# before any library reads them, and for every process that a test starts
+# set before any library reads them; processes that tests start inherit them
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HOME=f"{_SESSION.name}/huggingface",
@@ -22,14 +22,14 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
-    # nothing is compiled but in tests of that, and loading the compiler takes a second of every rank
+    # only tests of compilation compile, and loading the compiler takes a second of every rank
     TORCHDYNAMO_DISABLE="0" if "TEST_COMPILE" in os.environ else "1",
     TRANSFORMERS_VERBOSITY="error",
 )
 
 import pace
 
-# in every process that a test starts; a rank on a busy machine is not lost
+# inherited by processes that tests start: a rank that is slow on a busy machine must not count as dead
 os.environ.setdefault("ZERO_DS_SILENCE", str(round(pace.scaled(30))))
 
 import pytest
@@ -49,27 +49,27 @@ settings.load_profile("zero_ds")
 
 LONG = ("failure", "nodes", "pipeline", "kill", "engine", "vision_suites", "mixed", "real_model", "export", "distill")
 LONG += ("plan", "train", "packing", "recipes", "text_suites", "pains")
-"""Files that take longest: begun first, so that no worker ends with one of them alone."""
+"""Files that take longest. They run first, so that no worker is left with one of them at the end."""
 
 _STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run the slow tier, too: tests marked slow")
+    parser.addoption("--all", action="store_true", help="also run the slow tier: tests marked slow")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow(reason): of the slow tier, which --all runs; the reason says why it is")
+    config.addinivalue_line("markers", "slow(reason): test of the slow tier, which --all runs; give the reason")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("slow"):
             if mark.args or set(mark.kwargs) != {"reason"} or not str(mark.kwargs["reason"]).strip():
-                raise pytest.UsageError(f"{item.nodeid}: a slow test says why, as slow(reason=...)")
+                raise pytest.UsageError(f"{item.nodeid}: a slow test needs a reason; mark it as slow(reason=...)")
             if not config.getoption("--all"):
                 item.add_marker(pytest.mark.skip(reason=f"slow tier (--all): {mark.kwargs['reason']}"))
-        # the first of two marks counts
+        # of two timeout marks the first one counts
         own = item.get_closest_marker("timeout")
         if own or config.getoption("timeout") is None:
             seconds = float(own.args[0] if own else config.getini("timeout"))
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    """Keeps what a whole run took, for launch/test.sh's estimate."""
+    """Records the duration of a whole run, for the estimate of launch/test.sh."""
     whole = not (config.getoption("keyword") or config.getoption("markexpr") or config.option.file_or_dir)
     if whole and exitstatus == pytest.ExitCode.OK:
         tests = len(terminalreporter.stats.get("passed", []))
@@ -92,8 +92,11 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Iterator[None]:
-    """Commands handle signals for the rest of their process. What a later test forks would inherit a handler that
-    raises: ended by SIGTERM, it goes on as a second pytest, for whose end the first waits."""
+    """Restores signal handlers after every test, because commands set them for the rest of their process.
+
+    A process that a later test forks would inherit a handler that raises. Ended by SIGTERM, it would continue as a
+    second pytest, and the first one would wait for it.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -104,7 +107,7 @@ def _own_signals() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """Commands set up this package's logging for their process; every test starts without it."""
+    """Removes the logging set-up of commands after every test."""
     yield
     package = logging.getLogger("zero_ds")
     package.handlers.clear()
@@ -114,7 +117,7 @@ def _own_logging() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`made("llama", tied=True)`, `made("clip")`: folder of a tiny model, built on first use. Nobody writes into it."""
+    """`made("llama", tied=True)`, `made("clip")`: read-only folder of a tiny model, which is built on first use."""
     root = tmp_path_factory.mktemp("models")
 
     def make(name: str, **options: object) -> Path:
@@ -135,13 +138,13 @@ def tokenizer() -> object:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA JSON file of eight samples: six with a picture, two of text alone."""
+    """Returns a LLaVA JSON file of eight samples: six with an image, and two with text only."""
     return tiny.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def small(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A surrogate of the tiny tied Llama: layers 1..2 and 3..4 replaced by a translator each."""
+    """Returns a surrogate of the tiny tied Llama, in which a translator each replaces layers 1..2 and 3..4."""
     from zero_ds.model.layer_plan import Replaced
     from zero_ds.surrogate.build import build_surrogate
 
@@ -154,7 +157,7 @@ def small(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 def run_config(
     made: Callable[..., Path], small: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., RunConfig]:
-    """`run_config("pretrain", out, seed=3)`: a run of a few seconds on the tiny models, in float32."""
+    """`run_config("pretrain", out, seed=3)`: config of a float32 run of a few seconds on the tiny models."""
     nowhere = tmp_path_factory.mktemp("runs")
 
     def make(stage: str, out: Path | None = None, **changes: object) -> RunConfig:
@@ -169,7 +172,7 @@ def run_config(
             "micro_batch": 1,
             "max_steps": 6,
             "precision": "fp32",
-            "activation_checkpointing": False,  # a third of a tiny model's step; test_engine and test_mixed ask for it
+            "activation_checkpointing": False,  # a third of a tiny model's step; test_engine and test_mixed enable it
             "zero": "zero2",
             "out": str(out or nowhere),
         }
@@ -180,7 +183,7 @@ def run_config(
 
 @pytest.fixture(scope="session")
 def trained(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with two finished runs: `pretrain`, and `encoder`, which started from it."""
+    """Returns a folder with two finished runs: `pretrain`, and `encoder`, which started from it."""
     from distributed_helper import run_ranks, train_all
 
     root = tmp_path_factory.mktemp("trained")

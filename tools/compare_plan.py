@@ -1,12 +1,12 @@
-"""Lays the plan of a finished run against what was measured in it.
+"""Compares the plan of a finished run with the measurements in its metrics.jsonl.
 
     python tools/compare_plan.py RUN --gpus 2
 
-Reads RUN's config.yaml, metrics.jsonl and last commit. Memory is the peak of the rank that needs most, as metrics.jsonl
-has it: of the accelerator, or on CPU ranks of the process, with which the libraries come. Times are medians without the
-first step; the plan gets the run's own tokens a step. On CPU ranks the peak is what a matrix product reaches now, so
-the machine should be as it was. Without `--gpu-memory` a run with `activation_checkpointing: auto` is planned as if it
-had recomputed nothing; its log says what it chose.
+It reads RUN's config.yaml, metrics.jsonl and last checkpoint. Memory is the peak of the rank that needs most, from
+metrics.jsonl: that of the accelerator or, on CPU ranks, that of the whole process, libraries included. Times are
+medians without the first step; the plan gets the run's own number of tokens per step. On CPU ranks the peak FLOP/s are
+measured now with a matrix product, so the machine should be in the same state as during the run. Without `--gpu-memory`
+a run with `activation_checkpointing: auto` is planned as if it had recomputed nothing; its log has the actual choice.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ MIB = 2.0**20
 
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    gpus: Annotated[int, typer.Option(help="Ranks that it ran on.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="Ranks of a machine.")] = 8,
-    name: Annotated[str | None, typer.Option("--gpu", help="The accelerator; left out: CPU ranks.")] = None,
+    gpus: Annotated[int, typer.Option(help="Number of ranks of the run.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="Number of ranks on a machine.")] = 8,
+    name: Annotated[str | None, typer.Option("--gpu", help="Accelerator of the run; CPU ranks if not given.")] = None,
     gpu_memory: Annotated[
-        float, typer.Option(help="GiB of each rank: by them activation_checkpointing=auto is planned.")
+        float, typer.Option(help="GiB of each rank, with which activation_checkpointing=auto is planned.")
     ] = 1e6,
-    mfu: Annotated[float, typer.Option(help="As for `zero-ds plan`.")] = 0.4,
+    mfu: Annotated[float, typer.Option(help="Share of peak FLOP/s, as for `zero-ds plan`.")] = 0.4,
 ) -> None:
-    """Prints a table: planned, measured, and by how much they differ."""
+    """Print a table of planned and measured figures and their differences."""
     config, metrics = read(run)
     config = config.model_copy(update={"precision": str(resolve_precision(config)).removeprefix("torch.")})
     config = config.model_copy(
@@ -70,18 +70,18 @@ def main(
 
 
 def read(run: Path) -> tuple[RunConfig, list[dict[str, float]]]:
-    """Configuration and step records of a run.
+    """Returns the configuration and the step records of a run.
 
     Raises:
-        ConfigError: no run, or one that made no step.
+        ConfigError: the folder is not a run, or the run has not made a step.
     """
     path = run / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{run} is no run: it holds no config.yaml.")
+        raise ConfigError(f"{run} is not a run, because it has no config.yaml; name the folder of a run.")
     config = validate(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), what=str(path))
     metrics = read_metrics(run)
     if not metrics:
-        raise ConfigError(f"{run} has no metrics.jsonl, or it is empty; let the run make a step.")
+        raise ConfigError(f"{run} has no metrics.jsonl, or an empty one; let the run make a step.")
     return config, metrics
 
 
@@ -93,7 +93,7 @@ def heading(plan: RunPlan, run: Path, tokens: float) -> str:
 
 
 def rows(plan: RunPlan, run: Path, metrics: list[dict[str, float]]) -> list[list[str]]:
-    """What can be compared; by cause only what was planned."""
+    """Returns rows of figures that can be compared, and the planned memory by cause, which is not measured."""
     (option,) = (o for o in plan.options if o.zero == Path(plan.config.zero).stem)
     on_cpu = plan.cluster.name == "CPU"
     seconds = median(m["seconds"] - m.get("data_wait_seconds", 0.0) for m in metrics)
@@ -106,23 +106,23 @@ def rows(plan: RunPlan, run: Path, metrics: list[dict[str, float]]) -> list[list
     place = "memory_gib/host" if on_cpu else "memory_gib/accelerator"
     seen = [m[place] for m in metrics if place in m]
     found += [(f"{place}, peak", peak / GIB, max(seen) if seen else None)]
-    for label, planned, path in commit_sizes(plan, run):
+    for label, planned, path in checkpoint_sizes(plan, run):
         found.append((label, planned / MIB, path.stat().st_size / MIB if path.is_file() else None))
     lines = [[name, number(planned), number(value), difference(planned, value)] for name, planned, value in found]
     causes = [(cause, option.memory.total(cause)) for cause in CAUSES]
     return [*lines, *([f"GiB of a rank: {cause}", number(size / GIB), "", ""] for cause, size in causes if size)]
 
 
-def commit_sizes(plan: RunPlan, run: Path) -> list[tuple[str, float, Path]]:
-    """Label, bytes planned and file of what a commit holds: weights, and 12 bytes a parameter to resume from."""
+def checkpoint_sizes(plan: RunPlan, run: Path) -> list[tuple[str, float, Path]]:
+    """Returns label, planned bytes and path of a checkpoint's files: weights, and 12 bytes per parameter to resume."""
     try:
         folder = find_checkpoint(run).folder
     except (ConfigError, ValueError, OSError):
         return []
     trained = sum(plan.parts.trained)
     return [
-        ("commit, weights, MiB", float(plan.parts.dtype.itemsize * trained), folder / "weights.safetensors"),
-        ("commit, optimizer, MiB", 12.0 * trained, folder / "resume" / "state.safetensors"),
+        ("checkpoint, weights, MiB", float(plan.parts.dtype.itemsize * trained), folder / "weights.safetensors"),
+        ("checkpoint, optimizer, MiB", 12.0 * trained, folder / "resume" / "state.safetensors"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Converts a run into a Hugging Face folder: the command `zero-ds export` under the name that other trainers give it.
+"""Converts a run into a Hugging Face folder; this is `zero-ds export` under the name that other trainers use.
 
 python tools/convert_to_hf.py runs/quickstart/encoder --out my-model --format llava --dtype bfloat16
 """

@@ -35,7 +35,7 @@ def main(
     screenshot: Annotated[Path, typer.Option(help="PNG file for a screenshot of the page.")] = Path("chat-page.png"),
     chromium: Annotated[str, typer.Option(help="Path of the browser.")] = shutil.which("chromium") or "chromium",
 ) -> None:
-    """Open the page of a run and its graft, use it, and compare what it shows with the models' own answers."""
+    """Open the page of a run and its graft, use it, and compare its answers with those of the models."""
     command = [sys.executable, "-m", "zero_ds.cli", "chat", run, "--target", target, "--page", "--port", "0"]
     command += ["--dtype", "float32", "--max-new-tokens", str(TOKENS)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -138,7 +138,7 @@ def save_screenshot(page: Page, path: Path) -> None:
 
 
 def check_stop(page: Page) -> None:
-    """Stops an answer and asks again: both models answer, and what they had said before is still there."""
+    """Stops an answer and asks again: both models answer, and their earlier answers are still there."""
     box = page.locator("#question textarea")
     box.fill("Tell me a long story about the sea.")
     box.press("Enter")

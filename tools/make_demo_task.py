@@ -1,4 +1,4 @@
-"""Writes held-out questions of the demo as tasks of lmms-eval: free answers, and a choice between words.
+"""Writes held-out questions of the demo as two tasks of lmms-eval: free answers, and a choice between words.
 
 python tools/make_demo_task.py runs/demo/data/heldout.json --out tasks --questions 7
 zero-ds eval runs/quickstart/encoder --target MODEL --suite demo_words,demo_choice --tasks-folder tasks
@@ -58,8 +58,9 @@ metric_list:
 def main(
     records: Annotated[Path, typer.Argument(help="Held-out records of the demo.")],
     out: Annotated[Path, typer.Option(help="Folder of the tasks.")],
-    questions: Annotated[int, typer.Option(help="How many, the first ones.", min=1)] = 7,
+    questions: Annotated[int, typer.Option(help="Number of questions; the first ones are used.", min=1)] = 7,
 ) -> None:
+    """Write the tasks demo_words and demo_choice, their documents and their functions."""
     rows = []
     for record in [r for r in read_records(records) if r.kind == "question"][:questions]:
         word = record.words[0]

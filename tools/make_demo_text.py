@@ -1,4 +1,4 @@
-"""Makes zero_ds/data/demo/texts.json: prompts, and the language model's own greedy answers to them.
+"""Writes zero_ds/data/demo/texts.json: prompts, and a language model's own greedy answers to them.
 
 python tools/make_demo_text.py --model ~/.cache/zero_ds/smollm2-135m-instruct --out zero_ds/data/demo/texts.json
 """
@@ -121,7 +121,7 @@ THINGS = [
 
 
 def prompts() -> list[str]:
-    """About 360 short prompts, the same at every call."""
+    """Returns about 360 short prompts, the same ones on every call."""
     listed = [form.format(topic) for topic, form in product(TOPICS, FORMS)]
     for place in PLACES:
         listed += [f"What is the capital of {place}?", f"Name a famous food from {place}."]
@@ -132,11 +132,11 @@ def prompts() -> list[str]:
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the language model.")],
-    out: Annotated[Path, typer.Option(help="JSON file to write: a list of [prompt, answer].")],
-    tokens: Annotated[int, typer.Option(help="Longest answer.")] = 48,
+    out: Annotated[Path, typer.Option(help="JSON file to write, a list of [prompt, answer].")],
+    tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 48,
     batch: int = 48,
 ) -> None:
-    """Answers every prompt greedily; answers that reach the limit are cut there."""
+    """Answer every prompt greedily. Answers that reach the limit are cut there."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     asked = sorted(prompts(), key=len)

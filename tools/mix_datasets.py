@@ -1,4 +1,4 @@
-"""Mixes data sets into one pre-shuffled file: each in a seeded random order, spread evenly over the whole.
+"""Mixes data sets into one pre-shuffled file: each is put into a seeded random order and spread evenly over the file.
 
 python tools/mix_datasets.py data/genqa_500k.json data/llava_v1_5_mix665k.json:data/images --out data/mixed.jsonl
 """
@@ -20,18 +20,18 @@ from zero_ds.runtime.errors import ConfigError
 
 def main(
     sources: Annotated[
-        list[str], typer.Argument(help="Data files, or FILE:ROOT where pictures lie elsewhere; registered names.")
+        list[str], typer.Argument(help="Data files, FILE:ROOT if the images are elsewhere, or registered names.")
     ],
-    out: Annotated[Path, typer.Option(help="New file, .json or .jsonl, in a folder that holds all pictures.")],
-    seed: Annotated[int, typer.Option(help="Of the random order within each source.", min=0)] = 0,
-    shuffle: Annotated[bool, typer.Option(help="Permute each source first.")] = True,
-    limit: Annotated[list[int] | None, typer.Option(help="Take so many of a source; one a source, 0 for all.")] = None,
+    out: Annotated[Path, typer.Option(help="New file, .json or .jsonl, in a folder that contains all images.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random order within each source.", min=0)] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle each source before mixing.")] = True,
+    limit: Annotated[list[int] | None, typer.Option(help="Samples of a source, 0 for all; one per source.")] = None,
 ) -> None:
-    """Mix data sets by evenly spaced insertion."""
+    """Mix data sets into one file, each spread evenly over it."""
     try:
         limits = limit or [0] * len(sources)
         if len(limits) != len(sources):
-            raise ConfigError(f"{len(limits)} --limit for {len(sources)} sources; give one for each, 0 for all.")
+            raise ConfigError(f"--limit: {len(limits)} given for {len(sources)} sources; give one for each, 0 for all.")
         if min(limits) < 0:
             raise ConfigError(f"--limit {min(limits)} is negative; give the number of samples, 0 for all.")
         chosen = []

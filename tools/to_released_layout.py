@@ -1,4 +1,4 @@
-"""Writes a result of ours in the layout of the released checkpoints.
+"""Writes trained weights of this package in the layout of the released checkpoints.
 
 python tools/to_released_layout.py --weights runs/llama-3.2-3b/pretrain --out adapter_translator.pth
 """
@@ -17,10 +17,10 @@ from zero_ds.training.checkpoint.released import to_released
 
 
 def main(
-    weights: Annotated[Path, typer.Option(help="Run or commit folder.")],
+    weights: Annotated[Path, typer.Option(help="Folder of a run or checkpoint.")],
     out: Annotated[Path, typer.Option(help="New file (.pth).")],
 ) -> None:
-    """Write encoder, adapter and translator under the names of the released checkpoints."""
+    """Write vision encoder, adapter and translator under the names of the released checkpoints."""
     try:
         count = to_released(weights, out)
     except (ConfigError, CheckpointError) as error:

@@ -231,7 +231,7 @@ def test_a_slow_test_says_why_and_limits_follow_the_pace(request: pytest.Fixture
     rules, item = sys.modules["conftest"], request.node
     for mark in (pytest.mark.slow, pytest.mark.slow("just so"), pytest.mark.slow(reason=" ")):
         item.own_markers[:] = [mark.mark]
-        with pytest.raises(pytest.UsageError, match=r"a slow test says why, as slow\(reason=...\)"):
+        with pytest.raises(pytest.UsageError, match=r"a slow test needs a reason; mark it as slow\(reason=...\)"):
             rules.pytest_collection_modifyitems(request.config, [item])
     item.own_markers[:] = [pytest.mark.slow(reason="for the test").mark, pytest.mark.timeout(70).mark]
     rules.pytest_collection_modifyitems(request.config, [item])

@@ -151,7 +151,7 @@ def test_what_cannot_be_mixed(tmp_path: Path) -> None:
         ((good, "--out", tmp_path / "x.txt"), "must end in .json or .jsonl"),
         ((good, "--out", good), "already exists"),
         ((good, "--out", tmp_path / "inner" / "x.json"), "sample x has its image in"),
-        ((good, good, "--out", tmp_path / "x.json", "--limit", 1), "1 --limit for 2 sources"),
+        ((good, good, "--out", tmp_path / "x.json", "--limit", 1), "--limit: 1 given for 2 sources"),
         ((tmp_path / "nowhere.json", "--out", tmp_path / "x.json"), "there is no data file"),
     ):
         done = tool(*words)

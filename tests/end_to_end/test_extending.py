@@ -1,4 +1,4 @@
-"""docs/extending.md, carried out word by word on a copy of the sources."""
+"""Carries out docs/extending.md literally on a copy of the sources."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from places import ROOT
 
 
 def blocks(section: str) -> dict[str, list[str]]:
-    """Fenced blocks of a section of the guide, by language."""
+    """Returns the fenced blocks of a section of the guide, by language."""
     text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
     part = text.split(f"## {section}\n")[1].split("\n## ")[0]
     found: dict[str, list[str]] = {}
     for language, body in re.findall(r"^ *```(\w+)\n(.*?)^ *```$", part, re.MULTILINE | re.DOTALL):
-        # a blank line of context has lost its one space to the editor
+        # editors remove the one space of a blank context line
         lines = [line if line or language != "diff" else " " for line in textwrap.dedent(body).splitlines()]
         found.setdefault(language, []).append("\n".join(lines) + "\n")
     return found
@@ -33,7 +33,7 @@ def test_a_new_family(tmp_path: Path) -> None:
     (tmp_path / "zero_ds/model/decoders/mistral.py").write_text(guide["python"][0])
     for number, diff in enumerate(guide["diff"]):
         (tmp_path / f"{number}.diff").write_text(diff)
-        # -C0: line numbers in the guide are a hint, the lines themselves must be there
+        # line numbers in the guide are hints, but its context lines must exist
         applied = subprocess.run(
             ["git", "apply", "--unidiff-zero", "--recount", f"{number}.diff"],
             cwd=tmp_path,

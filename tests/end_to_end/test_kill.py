@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends where an uninterrupted one ends, bit for bit; elsewhere to 1e-5."""
+"""A run that is killed repeatedly ends bit for bit like an uninterrupted one; with other ranks or configs, to 1e-5."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ MIDDLE = 15
 
 
 def train_until_killed(config: RunConfig, step: int | None, after: float, write: int | None) -> list[str]:
-    """All ranks die by SIGKILL: `after` seconds after the n-th step of this attempt has begun, or at the n-th write of
-    a file of a checkpoint."""
+    """Trains until all ranks are killed with SIGKILL; otherwise returns the result of `train_all`.
+
+    They die `after` seconds after the start of step `step` of this attempt, or at write number `write` to the files of
+    checkpoints.
+    """
     from zero_ds.runtime import distributed
     from zero_ds.training.checkpoint import save
     from zero_ds.training.engine import Engine
@@ -106,7 +109,7 @@ def config(run_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="module")
 def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The uninterrupted run on two ranks, with all of its checkpoints; seconds of a step."""
+    """Returns the uninterrupted run on two ranks, with all of its checkpoints, and the seconds of a step."""
     out = tmp_path_factory.mktemp("kill") / "whole"
     settings = config(out).model_copy(update={"checkpoint": config(out).checkpoint.model_copy(update={"keep": 99})})
     assert run_ranks(train_all, 2, [settings]) == [[f"step-{STEPS:06d}"]] * 2
@@ -118,18 +121,19 @@ def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFac
     "kills",
     [
         4,
-        pytest.param(10, marks=pytest.mark.slow(reason="the same proof for six instants more, each a start of ranks")),
+        pytest.param(
+            10, marks=pytest.mark.slow(reason="the same proof for six more instants, each of which starts ranks")
+        ),
     ],
 )
 def test_killed_at_several_instants_the_run_ends_as_if_nothing_had_happened(
     whole: tuple[Path, float], config: Callable[..., RunConfig], tmp_path: Path, kills: int
 ) -> None:
-    """Half of the instants are in steps or between them, half while saving; one just before `latest` moves."""
+    """Half of the instants are in steps or between them, half in checkpoints, and one just before `latest` moves."""
     expected, seconds = whole
     run, chance = config(tmp_path / "run"), random.Random(7)
-    writes = (
-        len(held(expected)) * 4 + 3
-    )  # two headers, each tensor in one file and its three states in the other, latest
+    # two headers, each tensor in one file and its three states in the other, and `latest`
+    writes = len(held(expected)) * 4 + 3
     instants: list[tuple[int | None, float, int | None]] = [
         (chance.randint(1, 4), chance.uniform(0, 2 * seconds), None) for _ in range(kills // 2)
     ]
@@ -141,14 +145,14 @@ def test_killed_at_several_instants_the_run_ends_as_if_nothing_had_happened(
         if (Path(run.out) / "latest").is_file():
             checkpoint = find_checkpoint(run.out)
             assert checkpoint.weights(), "the newest checkpoint is whole"
-    assert int((Path(run.out) / "latest").read_text()[5:]) < STEPS, "there is something to go on with"
+    assert int((Path(run.out) / "latest").read_text()[5:]) < STEPS, "the last attempt has steps left to train"
     assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
     assert curve(Path(run.out)) == curve(expected)
     for name in ("weights.safetensors", "resume/state.safetensors"):
         ours, theirs = held(Path(run.out), name), held(expected, name)
         assert list(ours) == list(theirs) and all(torch.equal(ours[n], theirs[n]) for n in theirs), "bit for bit"
     left = [p.name for p in Path(run.out).iterdir() if p.name.startswith((".", "step-"))]
-    assert sorted(left) == ["step-000030", "step-000031"], "nothing half-written, and no more than asked for"
+    assert sorted(left) == ["step-000030", "step-000031"], "no half-written checkpoint, and no more than `keep`"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_other_ranks_and_another_zero_config_go_on_alike(
 def test_more_ranks_take_over_from_one(
     config: Callable[..., RunConfig], whole: tuple[Path, float], tmp_path: Path
 ) -> None:
-    """1 -> 2: begun on one rank, asked to stop there, and ended on two."""
+    """1 -> 2 ranks: begun on one rank, killed there, and finished on two."""
     run = config(tmp_path / "run")
     with pytest.raises(RankError, match="exit code -9"):
         run_ranks(train_until_killed, 1, run, None, 0.0, 3 * (len(held(whole[0])) * 4 + 3))  # in its third checkpoint

@@ -22,7 +22,7 @@ LONG = {"pretrain": 200, "encoder": 48}
 
 @pytest.fixture(scope="module")
 def arranged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 samples: the first sixteen steps of four hold every arrangement of text and images over ranks and passes."""
+    """Writes 64 samples: 16 steps of four hold every arrangement of text and images over ranks and passes."""
     folder = tmp_path_factory.mktemp("arranged")
     mixed = json.loads(tiny.write_data(folder, pictures=32, texts=32).read_text())
     images = iter([record for record in mixed if "image" in record])
@@ -38,7 +38,7 @@ def arranged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         *STEPS.items(),
         *(
-            pytest.param(stage, last, marks=pytest.mark.slow(reason="the same arrangements, only more often"))
+            pytest.param(stage, last, marks=pytest.mark.slow(reason="the same arrangements, more often"))
             for stage, last in LONG.items()
         ),
     ],
@@ -69,5 +69,5 @@ def test_every_arrangement_runs_and_learns_alike(
     assert sum(curves[0][-16:]) < sum(curves[0][:16]), "it learns"
     one, two = (load_file(tmp_path / ranks / f"step-{last:06d}" / "weights.safetensors") for ranks in "12")
     for name, tensor in one.items():
-        if not name.endswith("k_proj.bias"):  # without effect on a softmax: rounding, which Adam blows up
+        if not name.endswith("k_proj.bias"):  # they do not change a softmax, so Adam amplifies rounding noise
             torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)

@@ -1,6 +1,6 @@
 """Runs over two machines, which are two loopback addresses served by a private sshd (loopback.py).
 
-DeepSpeed's own launcher over pdsh and ssh, faults of a machine, restarts, Ctrl-C, and what `zero-ds doctor` finds.
+The tests cover DeepSpeed's own launcher over pdsh and ssh, faults of a machine, restarts, Ctrl-C and `zero-ds doctor`.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from zero_ds.runtime import failure
 from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 ODD = """it's 100% "$HOME" `true` \\ ; & fine"""
-"""Words that shells on the way to the ranks would love to read."""
+"""A value with characters that every shell on the way to the ranks would interpret."""
 SILENCE = round(scaled(12))
 STEPS = 18
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-"""Variables that change rounding: if they are set, all ranks need the same values."""
+"""Variables that are forwarded if they are set, so that all ranks round in the same way."""
 
 MUST = os.environ.get("ZERO_DS_TEST_NODES") == "must"
-"""Set by .ci/run: not even a machine without sshd is an excuse."""
+"""Set by .ci/run: if set, these tests fail instead of being skipped on a machine without sshd."""
 pytestmark = [
     pytest.mark.skipif(missing() is not None and not MUST, reason=missing() or ""),
-    pytest.mark.timeout(1800),  # many launches, on machines that may have other things to do
+    pytest.mark.timeout(1800),  # many launches, on machines that may be busy
 ]
 
 
@@ -68,7 +68,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 def doctor(machines: Machines, *words: str) -> tuple[int, str]:
-    """Exit status and output, with a folder of its own as the shared one."""
+    """Runs `zero-ds doctor` with a new shared folder; returns its exit status and output."""
     shared = ("--shared", str(machines.folder / "shared"), "--min-disk", "0.001")
     here = Path.cwd()
     os.chdir(ROOT)
@@ -85,13 +85,16 @@ def failed(said: str) -> list[str]:
 
 
 def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ranks on both: bandwidth, and ZeRO-3 that computes what ZeRO-0 does. Machines are asked side by side: no
-    question is sent before there is one for every other machine, too."""
+    """With ranks on both: bandwidth is measured, and ZeRO-3 computes the same as ZeRO-0.
+
+    Machines are asked in parallel: every question waits until all machines are asked.
+    """
     ask, ask_one = Ssh.ask, Ssh._ask
     asked: dict[Ssh, threading.Barrier] = {}
 
     def ask_all(self: Ssh, hosts: list[str], *words: Any, **options: Any) -> list[Answer]:
-        asked[self] = threading.Barrier(len(hosts), timeout=scaled(60))  # this machine is asked by another, beside it
+        # another Ssh object asks this machine meanwhile
+        asked[self] = threading.Barrier(len(hosts), timeout=scaled(60))
         return ask(self, hosts, *words, **options)
 
     def together(self: Ssh, *words: Any) -> Answer:
@@ -170,11 +173,11 @@ def test_doctor_names_a_machine_that_does_not_answer(machines: Machines, tmp_pat
     lost.write_text(machines.hostfile.read_text() + "127.0.0.4 slots=1\n")
     status, said = doctor(machines, "--hostfile", str(lost), "--no-launch")
     assert status == 1 and failed(said) == ["ssh"] and "127.0.0.4 does not answer: " in said, said
-    assert "no answer in" not in said, "nobody has waited for its time to be over"
+    assert "no answer in" not in said, "doctor has not waited for the time limit"
 
 
 def test_doctor_names_a_machine_that_takes_too_long(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It sleeps until the test is over; the time limit of the other, which is sound, is not looked at here."""
+    """The second machine sleeps until the test is over; only its time limit is shortened."""
     ask = Ssh._ask
 
     def impatient(self: Ssh, host: str, program: bytes, timeout: float) -> Answer:
@@ -210,7 +213,7 @@ def test_doctor_warns_of_a_secret_that_stays_here(machines: Machines, monkeypatc
 
 
 class Run:
-    """`launch/train.sh` over both machines."""
+    """A run of `launch/train.sh` over both machines."""
 
     def __init__(self, config: RunConfig, machines: Machines, *options: str) -> None:
         recipe = Path(config.out).with_suffix(".yaml")
@@ -221,9 +224,9 @@ class Run:
             **os.environ,
             "PATH": f"{scripts}:{os.environ['PATH']}",
             "ZERO_DS_SILENCE": str(SILENCE),
-            "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and loading its libraries takes a second a rank
+            "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and loading the compiler takes time
             "HF_TOKEN": "hf_verysecret",
-            "MLFLOW_TRACKING_TOKEN": "ml_verysecret",  # DeepSpeed exports what begins with MLFLOW
+            "MLFLOW_TRACKING_TOKEN": "ml_verysecret",  # DeepSpeed exports variables that begin with MLFLOW
             "ZERO_DS_ODD": ODD,
         }
         self.out, self.machines = Path(config.out), machines
@@ -238,7 +241,7 @@ class Run:
         )
 
     def until(self, *words: str) -> str:
-        """Reads until a line holds one of these."""
+        """Reads output until a line contains one of the words; returns the line."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said += line
@@ -252,7 +255,7 @@ class Run:
         return self.process.returncode
 
     def rank_on(self, host: str) -> int:
-        """Process id of the rank on a machine."""
+        """Returns the process id of the rank on a machine."""
         for pid in self.machines.processes(host):
             if "zero_ds.train\0--local_rank" in Path(f"/proc/{pid}/cmdline").read_text():
                 return pid
@@ -260,7 +263,7 @@ class Run:
 
 
 def left_of(run: Path) -> list[str]:
-    """Command lines of processes that have to do with a run folder."""
+    """Returns the command lines of all processes that name a run folder."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -279,7 +282,7 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
     def make(stage: str, hosts: str) -> RunConfig:
         changes: dict[str, Any] = {"max_steps": STEPS}
-        if hosts == "two":  # to have something to go on from
+        if hosts == "two":  # to have a checkpoint to continue from
             changes["checkpoint"] = {"every_steps": 3}
         if stage == "encoder":
             changes["init_from"] = [str(folders[hosts] / "pretrain")]
@@ -290,7 +293,7 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def one_machine(config: Callable[..., RunConfig]) -> Iterator[Callable[[str], list[list[str]]]]:
-    """Trains a stage with two ranks of one machine, without ssh and faults; returns what it ended with. The first stage
+    """Trains a stage with two ranks of one machine, without ssh and faults; returns its results. The first stage
     runs while others wait for a fault."""
 
     def train(stage: str) -> list[list[str]]:
@@ -302,7 +305,7 @@ def one_machine(config: Callable[..., RunConfig]) -> Iterator[Callable[[str], li
 
 
 def same(config: Callable[..., RunConfig], stage: str, one_machine: Callable[[str], list[list[str]]]) -> None:
-    """Weights and loss curves on two machines are those on one."""
+    """Checks that weights and loss curves on two machines equal those on one."""
     assert one_machine(stage) == [[f"step-{STEPS:06d}"]] * 2
     two, one = (Path(config(stage, hosts).out) for hosts in ("two", "one"))
     curves = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (two, one)]
@@ -353,7 +356,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     every, times = (
         int(found[1]) for word in ("Interval", "CountMax") if (found := re.search(rf"ServerAlive{word}=(\d+)", options))
     )
-    assert every * times <= SILENCE, "ssh gives a machine up before the ranks do"
+    assert every * times <= SILENCE, "ssh gives up on a machine before the ranks do"
     stopped = machines.processes(HOSTS[1], ssh=True)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
@@ -361,7 +364,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     run.until("restart 1 of 2, from the last checkpoint")
     assert f"rank 1 has given no sign of life for {SILENCE} s" in run.said, run.said
     assert "(rank 1 runs on 127.0.0.3)" in run.said
-    for pid in stopped:  # of those that belong to no run, sshd's
+    for pid in stopped:  # also the sshd processes, which do not belong to a run
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
@@ -377,16 +380,16 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     run.until("127.0.0.3: ")  # its ranks are just starting
     for _ in range(2):
         run.process.send_signal(signal.SIGINT)
-        time.sleep(scaled(0.3))  # the first is being handled
+        time.sleep(scaled(0.3))  # so that the first one is being handled
     assert run.end() != 0 and "restart" not in run.said
     nothing_is_left(run)
 
 
-@pytest.mark.slow(reason="another launch and two more runs; the first stage has the same weights after a restart, too")
+@pytest.mark.slow(reason="another launch and two more runs; the first stage also proves equal weights after a restart")
 def test_the_run_goes_on_to_the_same_weights(
     machines: Machines, config: Callable[..., RunConfig], one_machine: Callable[[str], list[list[str]]]
 ) -> None:
-    """After the fault and the stops before."""
+    """Continues the run of the test before, after its fault and its stops."""
     one_machine("pretrain")
     run = Run(config("encoder", "two"), machines)
     assert run.end() == 0, run.said

@@ -1,4 +1,4 @@
-"""Problems that users report of other trainers, as far as no other test has them: see the table in docs/training.md."""
+"""Problems that users report of other trainers and that no other test covers; docs/training.md has a table of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from zero_ds.training.setup import load_model, make_loader
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
 def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[..., RunConfig], stage: str) -> None:
-    """Bytes kept for the backward pass: a frozen decoder must not need more of them than one that trains."""
+    """Activation checkpointing reduces the bytes kept for the backward pass, also those of a frozen decoder."""
     kept: dict[bool, int] = {}
     for again in (False, True):
         config = run_config(stage, micro_batch=4)
@@ -40,7 +40,7 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
                 seen[place] = tensor.untyped_storage().nbytes()
             return tensor
 
-        images = model.image_features(batch.pixel_values).detach()  # the encoder's own are not looked at
+        images = model.image_features(batch.pixel_values).detach()  # activations of the vision encoder are not counted
         model.image_features = lambda pixels, images=images: images.requires_grad_()  # type: ignore[method-assign]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             total = model(**batch.inputs()).total
@@ -50,7 +50,7 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
 
 
 def trained_with_a_cut(config: RunConfig, part: str) -> str:
-    """Trains with a part that is cut off from the loss; returns what the run ended with."""
+    """Trains with a part that is cut off from the loss; returns the result of `train_all`."""
     from zero_ds.model.vlm import VisionLanguageModel
     from zero_ds.training import engine
 
@@ -78,7 +78,7 @@ def test_a_part_that_is_cut_off_is_noticed(
 
 
 def loaded_wrongly(config: RunConfig) -> str:
-    """A loader that leaves one layer random, as libraries have done under ZeRO-3."""
+    """Loads a model whose loader leaves one tensor random, as libraries have done under ZeRO-3; returns the error."""
     from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.runtime import distributed
     from zero_ds.runtime.errors import ConfigError
@@ -101,7 +101,7 @@ def loaded_wrongly(config: RunConfig) -> str:
     except ConfigError as error:
         return str(error)
     distributed.barrier()
-    return "it went through"
+    return "no error"
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
@@ -111,7 +111,7 @@ def test_weights_that_were_lost_on_the_way(run_config: Callable[..., RunConfig],
 
 
 def slow_first(limit: float) -> tuple[float, float]:
-    """Rank 0 prepares something for longer than a collective may take; when that ended, and when this rank went on."""
+    """Lets rank 0 work longer than a collective may take; returns when that ended, and when this rank went on."""
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
     from zero_ds.runtime import distributed
@@ -135,7 +135,7 @@ def test_long_work_of_rank_zero_exceeds_no_time_limit() -> None:
     (ended, _), (_, went_on) = run_ranks(slow_first, 2, limit)
     assert 0 < ended < went_on
     with pytest.raises(RankError, match=r"rank 1 ended with exit code(.|\n)*[Tt]imed out"):
-        run_ranks(slow_barrier, 2, limit)  # the limit is there: a collective that waits for rank 0 fails
+        run_ranks(slow_barrier, 2, limit)  # the limit is in force: a collective that waits for rank 0 fails
 
 
 def slow_barrier(limit: float) -> None:
@@ -152,7 +152,7 @@ def slow_barrier(limit: float) -> None:
 
 
 def peak_of_loading(first: Path, folder: Path) -> float:
-    """GiB by which this rank's peak memory grows while a decoder is loaded into partitions, after a small one."""
+    """Loads a small decoder and then another into partitions; returns the GiB by which that raises peak memory."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from zero_ds.model.decoders.folder import load_decoder
@@ -169,8 +169,10 @@ def peak_of_loading(first: Path, folder: Path) -> float:
 
 
 def test_no_rank_but_the_first_reads_the_whole_model(made: Callable[..., Path], tmp_path: Path) -> None:
-    """512 MiB of weights on two ranks, of which each keeps half. Measured: a peak of 1.0 times the weights on a rank
-    that does not read, 2.0 on the first, which does."""
+    """Loads 512 MiB of weights on two ranks, each of which keeps half.
+
+    Measured: a peak of 1.0 times the weights on a rank that does not read, and 2.0 on the first rank, which does.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -203,7 +205,7 @@ def test_flash_attention_that_is_not_installed(
 
 
 def nan_gradient(config: RunConfig) -> str:
-    """A finite loss whose gradient is not, in the third step."""
+    """Trains with a finite loss but a gradient that is not finite in the third step; returns the run's end."""
     from zero_ds.training.engine import Engine
 
     step_of_engine = Engine.step

@@ -1,4 +1,4 @@
-"""The quickstart's plan: public commands whose runs resolve, before anything is run."""
+"""The quickstart consists of public commands whose recipes resolve before anything runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def test_every_training_run_of_the_plan_resolves(tmp_path: Path) -> None:
     ]
     against_target = {name for name, run in runs.items() if decoder_kind(run) == "target"}
     assert against_target == {"full-cost", "full-adapter", "full-encoder", "warm-start", "cold-start"}
-    assert not any(runs[name].distill.active for name in against_target), "there is no translator to distil"
+    assert not any(runs[name].distill.active for name in against_target), (
+        "runs on the full model have no translator to distil"
+    )
 
 
 def test_without_the_demo_it_says_how_to_make_it(tmp_path: Path) -> None:

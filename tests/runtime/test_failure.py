@@ -1,4 +1,4 @@
-"""A rank that dies ends the job on all ranks, soon, with a non-zero status and its reason."""
+"""When a rank dies, the job ends on all ranks soon, with a non-zero status and the reason."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime import failure
 
 LIMIT = 120.0
-"""Seconds of pace 1 from a rank's death to the end of the job. Without a watch it would be the half hour that a
-collective waits, or for ever."""
+"""Most seconds of pace 1 from a rank's death to the end of the job. Without a watch the job would hang for half an
+hour, the time limit of collectives, or for ever."""
 SILENCE = round(scaled(4))
 """Seconds without a sign of life after which a rank counts as dead here."""
 
 
 @pytest.fixture
 def launch(run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a long run on two ranks with the real launcher; its data lie in tmp_path/data, which a test may spoil."""
+    """Returns a function that starts a long run on two ranks with the real launcher, on data in tmp_path/data."""
     data = tiny.write_data(tmp_path / "data", pictures=40, texts=4)
 
     def start(**changes: object) -> subprocess.Popen[str]:
@@ -56,7 +56,7 @@ def launch(run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[...
 
 
 def wait_for(process: subprocess.Popen[str], line: str) -> str:
-    """Reads until a line holds these words."""
+    """Reads output until a line contains `line`; returns the output so far."""
     assert process.stdout is not None
     read = ""
     for text in process.stdout:
@@ -67,7 +67,7 @@ def wait_for(process: subprocess.Popen[str], line: str) -> str:
 
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Rank -> process id of a launched job."""
+    """Returns the process id of each rank of a launched job."""
     try:
         below = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -92,8 +92,8 @@ def test_a_bad_sample_on_one_rank_ends_the_job_with_its_reason_last(
 
 
 def other(rank: int) -> Any:
-    """A case of the slow tier."""
-    reason = "as for the other rank; test_a_blocked_rank_is_ended_by_its_watch has what each of them notices"
+    """Returns a case of the slow tier."""
+    reason = "same as for the other rank; test_a_blocked_rank_is_ended_by_its_watch covers what each rank notices"
     return pytest.param(rank, marks=pytest.mark.slow(reason=reason))
 
 
@@ -116,7 +116,7 @@ def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]]
 def test_a_rank_that_stands_still_ends_the_job_too(
     launch: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    """A stopped process does not even react to being asked to end."""
+    """A stopped process does not even react to SIGTERM."""
     silence = SILENCE + 1
     monkeypatch.setenv("ZERO_DS_SILENCE", str(silence))
     process = launch()
@@ -144,19 +144,19 @@ def test_a_signal_to_the_launcher_commits_and_the_job_resumes(
     wait_for(process, f"resumed {tmp_path / 'run'} after step {step}")
     ranks = ranks_of(process)
     process.send_signal(signal.SIGINT)
-    wait_for(process, "the ranks commit and stop after this step")
-    process.send_signal(signal.SIGINT)  # asked twice, it does not wait for the step
+    wait_for(process, "the ranks write a checkpoint and stop after this step")
+    process.send_signal(signal.SIGINT)  # a second signal ends the job without waiting for the step
     process.communicate(timeout=scaled(LIMIT))
     assert ranks and not any(map(alive, ranks.values()))
 
 
-# -- where no collective tells -----------------------------------------------------------------------------------------
+# -- outside of collectives -----------------------------------------------------------------------------------------
 
 
 def join(dying: tuple[int, ...]) -> bool:
-    """Joins the group, with short times; whether this rank is one that is to die.
+    """Joins the group with short intervals; returns whether this rank is one of `dying`.
 
-    Such a rank waits until all others have seen that it and its like were alive: two signs of life later.
+    Such a rank first waits for two signs of life of every other rank, so that these have seen it alive.
     """
     from zero_ds.runtime import distributed
 
@@ -176,13 +176,13 @@ def join(dying: tuple[int, ...]) -> bool:
 
 
 def blocked(folder: Path, how: str) -> None:
-    """Rank 1 is blocked outside of any collective; rank 0 fails, is killed, or stops to give signs of life."""
+    """Blocks rank 1 outside of collectives, while rank 0 fails, is killed, or stops giving signs of life."""
     failure.WATCH.folder = folder
     if not join((0,)):
         time.sleep(600)
     if how == "fails":
         failure.WATCH.fail("the disk is full")
-        time.sleep(600)  # rank 1 ends, and with it the test
+        time.sleep(600)  # the end of rank 1 ends the test
     if how == "is silent":
         os.kill(os.getpid(), signal.SIGSTOP)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -200,7 +200,7 @@ def blocked(folder: Path, how: str) -> None:
 def test_a_blocked_rank_is_ended_by_its_watch(tmp_path: Path, how: str, reason: str) -> None:
     with pytest.raises(RankError) as caught:
         run_ranks(blocked_to_the_end, 2, tmp_path, how, timeout=LIMIT)
-    for pid in tmp_path.glob("*.pid"):  # the helper kills the ranks, not what they started
+    for pid in tmp_path.glob("*.pid"):  # the helper kills ranks, but not their children
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid.read_text()), signal.SIGKILL)
     assert "rank 1 ended with exit code 1" in str(caught.value)
@@ -208,7 +208,7 @@ def test_a_blocked_rank_is_ended_by_its_watch(tmp_path: Path, how: str, reason: 
 
 
 def blocked_to_the_end(folder: Path, how: str) -> None:
-    """As `blocked`, in a process of its own each: the helper kills the others as soon as one of them has failed."""
+    """Runs `blocked` in a child process of each rank, because the helper kills all ranks as soon as one has failed."""
     rank = os.environ["RANK"]
     pid = os.fork()
     if pid == 0:
@@ -226,14 +226,14 @@ def blocked_to_the_end(folder: Path, how: str) -> None:
 
 
 def test_a_rank_whose_watchers_die_first_is_missed_all_the_same() -> None:
-    """Of four ranks, 1 and 2 stop to give signs of life together; 3 watches both, and so does 0."""
+    """Of four ranks, 1 and 2 stop giving signs of life at the same time; ranks 3 and 0 watch both."""
     with pytest.raises(RankError) as caught:
         run_ranks(silent, 4, (1, 2), timeout=LIMIT)
     assert re.search(rf"rank [03] ends because rank [12] has given no sign of life for {SILENCE} s", str(caught.value))
 
 
 def test_no_watching_thread_is_left_in_the_store_when_a_rank_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's end would find it there, and the process would end by SIGABRT behind a run that went well."""
+    """If a thread were in the store when Python ends, a successful run would end with SIGABRT."""
     inside, stopping, left = threading.Event(), threading.Event(), threading.Event()
 
     class Slow:
@@ -261,7 +261,7 @@ def test_no_watching_thread_is_left_in_the_store_when_a_rank_ends(monkeypatch: p
 
 
 def test_a_silent_rank_counts_as_dead(tmp_path: Path) -> None:
-    """Rank 0's store answers while rank 1, its neighbour, gives no sign: the one that notices is rank 0."""
+    """The store of rank 0 answers while its neighbour, rank 1, gives no sign of life; rank 0 notices that."""
     with pytest.raises(RankError) as caught:
         run_ranks(silent, 2, (1,), timeout=LIMIT)
     assert f"rank 1 has given no sign of life for {SILENCE} s" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_folder_with_content_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="late already exists"), new_folder(late) as folder:
         late.mkdir()
         (late / "b").write_text("b")
-    assert [path.name for path in late.iterdir()] == ["b"], "what came meanwhile is not overwritten"
+    assert [path.name for path in late.iterdir()] == ["b"], "a folder that appeared meanwhile is not overwritten"
 
 
 def test_what_cannot_be_made_is_said_before_anything_is_computed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models by hub id: what is fetched, and repositories that hold their weights as a pickle. The hub is a folder here."""
+"""Models by hub id: which files are fetched, and how pickled weights are converted. The hub is a folder here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zero_ds.runtime.hub import local_folder
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with repositories, fetched from as the hub's client does, into another one by revision."""
+    """Returns a folder of repositories, from which a stand-in for the hub's client fetches into a cache by revision."""
     import huggingface_hub
 
     def snapshot_download(name: str, allow_patterns: list[str]) -> str:
@@ -45,7 +45,7 @@ def pickled(repository: Path, made: Callable[..., Path], content: Any) -> dict[s
 
 
 def test_weights_in_a_pickle_become_safetensors_once(hub: Path, made: Callable[..., Path]) -> None:
-    """As in older repositories; numbers that old versions stored beside the weights do no harm."""
+    """Older repositories have pickles; buffers that old versions stored with the weights are ignored."""
     ids = {"embeddings.position_ids": torch.arange(5)}
     tensors = pickled(hub / "openai" / "clip", made, lambda weights: {**weights, **ids})
     folder = local_folder("openai/clip")

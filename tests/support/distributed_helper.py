@@ -1,7 +1,7 @@
-"""The one way in which tests start processes: ranks over gloo on the CPU, with a time limit that ends all of them.
+"""Starts groups of ranks for tests: processes that use gloo on the CPU, with a time limit that ends all of them.
 
-Children come from a fork server that has imported the heavy libraries once, so that a group of ranks starts in well
-under a second. What a rank prints goes into a file and is shown when it fails.
+Ranks come from a fork server that has imported the heavy libraries once, so that a group starts in well under a second.
+Output of a rank goes into a file, and is shown if the rank fails.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ _context.set_forkserver_preload(
 )
 
 TIMEOUT = 240.0
-"""Seconds of pace 1 that a group of ranks may take unless a test says otherwise; a quiet machine needs a tenth."""
+"""Default time limit of a group of ranks in seconds of pace 1; a quiet machine needs a tenth of it."""
 _STACKS = signal.SIGUSR2
-"""Makes a rank write its threads' stacks."""
+"""Signal that makes a rank write the stacks of its threads."""
 
 
 class RankError(AssertionError):
-    """A rank failed, died or did not finish; the message holds the first traceback."""
+    """Raised if a rank failed, died or did not finish; the message contains the first traceback."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
     """Runs `function(*arguments)` in `world_size` ranks and returns what each of them returned.
 
-    `function` must be importable (a function of a test module's top level); arguments and results are pickled. The
-    process group is not joined yet: `zero_ds.distributed.initialize` does that, as in a real run. timeout: in seconds
-    of pace 1 (pace.py), from when all ranks have been started.
+    `function` must be importable (a function at the top level of a test module); arguments and results are pickled. The
+    ranks have not joined a process group; `zero_ds.runtime.distributed.initialize` does that, as in a real run.
+    timeout: seconds of pace 1 (pace.py) after all ranks have been started.
 
     Raises:
         RankError: a rank raised, died or hung; every other rank has been killed.
@@ -95,7 +95,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
 
 
 def _wait(ranks: list[BaseProcess], deadline: float, folder: Path) -> str | None:
-    """Waits for all ranks; what went wrong, if anything did."""
+    """Waits for all ranks; returns a description of the first failure, or None."""
     alive = list(ranks)
     while alive:
         ready = connection.wait([rank.sentinel for rank in alive], timeout=max(0.0, deadline - time.monotonic()))
@@ -106,14 +106,14 @@ def _wait(ranks: list[BaseProcess], deadline: float, folder: Path) -> str | None
             rank.join()
             alive.remove(rank)
             if rank.exitcode != 0:
-                # the others are probably in a collective with the dead one; let them say so, but not for long
+                # the others are probably in a collective with the dead rank; give them a moment to report that
                 connection.wait([other.sentinel for other in alive], timeout=2)
                 return f"{rank.name} ended with exit code {rank.exitcode}"
     return None
 
 
 def _ask_for_stacks(ranks: list[BaseProcess], folder: Path) -> None:
-    """Waits until all of these have written theirs, but not for long."""
+    """Makes ranks write their stacks, and waits until they have, but not for long."""
     written = []
     for rank in ranks:
         assert rank.pid is not None
@@ -122,7 +122,7 @@ def _ask_for_stacks(ranks: list[BaseProcess], folder: Path) -> None:
     patience = time.monotonic() + scaled(10)
     while time.monotonic() < patience and not all(path.is_file() and path.stat().st_size for path in written):
         time.sleep(0.05)
-    time.sleep(0.1)  # a stack has several lines
+    time.sleep(0.1)  # lets the last of them be written completely
 
 
 def _story(function: Callable[..., Any], failed: str, folder: Path, world_size: int) -> str:
@@ -140,7 +140,7 @@ def _story(function: Callable[..., Any], failed: str, folder: Path, world_size: 
 
 
 def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], files: Path) -> None:
-    gc.freeze()  # what the fork server has imported stays; DeepSpeed collects whenever an engine is made
+    gc.freeze()  # keeps imported objects out of the garbage collection that DeepSpeed starts for every engine
     os.environ.update(environment)
     os.chdir(files.parent)
     log = os.open(f"{files}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -154,7 +154,7 @@ def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment:
             result = pickle.dumps(function(*arguments))
             Path(f"{files}.written").write_bytes(result)
             Path(f"{files}.written").rename(f"{files}.result")
-            # the store is rank 0's, and a rank without it counts as lost; if another fails, the helper ends this one
+            # rank 0 holds the store, and ranks fail without it; if another rank fails, the helper ends this one
             others = [files.with_name(f"{r}.result") for r in range(int(environment["WORLD_SIZE"]))]
             while not all(other.exists() for other in others):
                 time.sleep(0.02)
@@ -164,12 +164,12 @@ def _rank(function: Callable[..., Any], arguments: tuple[Any, ...], environment:
         faulthandler.unregister(_STACKS)
     sys.stdout.flush()
     sys.stderr.flush()
-    # no clean-up of process groups: at this point it could only hang
+    # without clean-up of process groups, which could only hang here
     os._exit(status)
 
 
 def alive(pid: int) -> bool:
-    """A zombie, which only waits to be collected, is not."""
+    """Returns whether a process runs; a zombie does not."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -177,7 +177,7 @@ def alive(pid: int) -> bool:
 
 
 def whole_state(engine: Any, parameter: Any, key: str) -> Any:
-    """The whole of one tensor of the optimizer's state, on every rank. A collective."""
+    """Returns one whole tensor of the optimizer's state, on every rank. Every rank must call it."""
     import torch.distributed as dist
 
     whole = engine.state.whole(parameter, key)
@@ -186,7 +186,7 @@ def whole_state(engine: Any, parameter: Any, key: str) -> Any:
 
 
 def train_all(configs: list[Any]) -> list[str]:
-    """Trains each in turn; what a run ended with: the commit's name, or the sentence of its error."""
+    """Trains one run after another; returns, for each, the name of its last checkpoint or its error message."""
     from zero_ds.training.train import train
 
     ends = []

@@ -1,4 +1,4 @@
-"""Runs to export, written instead of trained: a commit as training leaves it, with weights of its own in every part."""
+"""Writes runs to export without training them: a checkpoint in which the weights of every trained part have changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zero_ds.training.stages import trained_parts
 
 
 def write_run(config: RunConfig, decoder: Path, noise: float = 0.05) -> Path:
-    """`config.out` as a finished run of one step on `decoder`, in which every trained tensor has moved."""
+    """Writes `config.out` as a finished run of one step on `decoder`, in which every trained tensor has changed."""
     assert config.encoder is not None
     encoder, target = Path(config.encoder.path), Path(config.target)
     model = build_model(
@@ -56,7 +56,10 @@ def write_run(config: RunConfig, decoder: Path, noise: float = 0.05) -> Path:
 
 
 def here(monkeypatch: pytest.MonkeyPatch, questions: int = 2, tokens: int = 6) -> None:
-    """Proofs in this process, with fewer questions: a new one spends its seconds on imports. Some tests start one."""
+    """Runs proofs in this process and with fewer questions, because a new process spends its time on imports.
+
+    Some tests do start a new process.
+    """
     from zero_ds.export import fresh, proof
 
     @contextmanager
@@ -97,7 +100,7 @@ except ImportError:
 
 
 def run_alone(script: str, folder: Path) -> str:
-    """Output of a script in a new interpreter in which this package cannot be imported."""
+    """Runs a script in a new interpreter in which this package cannot be imported; returns its output."""
     import os
 
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}

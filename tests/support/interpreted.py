@@ -1,8 +1,8 @@
-"""What Triton's interpreter (3.7) lacks for Liger's kernels on a CPU, put in where it is asked for.
+"""Adds to Triton's interpreter (3.7) the functions that it lacks for Liger's kernels on a CPU.
 
-Compiled kernels get a plain number as a float32 scalar, which the interpreter leaves a Python float; and functions of
-CUDA's libdevice have no body there: rsqrt of the language itself stands in for one, tanh by its definition for another.
-The kernels' own code is run as it is.
+Compiled kernels get a plain number as a float32 scalar, which the interpreter leaves as a Python float. Functions of
+CUDA's libdevice have no body there, so rsqrt is replaced by that of the language, and tanh by its definition. The
+kernels' own code is not changed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 
 def complete_() -> None:
-    """Fits the interpreter of this process; it must have been chosen in the environment.
+    """Completes the interpreter of this process, which must have been selected by the environment.
 
     Raises:
-        RuntimeError: it was not.
+        RuntimeError: the interpreter is not selected.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("Triton's interpreter is chosen by TRITON_INTERPRET=1, before Triton is imported")
+        raise RuntimeError("Triton's interpreter is not selected; set TRITON_INTERPRET=1 before Triton is imported")
     import numpy as np
     import triton.language as tl
     from liger_kernel.ops import geglu, rms_norm
@@ -32,7 +32,7 @@ def complete_() -> None:
             return tl.tensor(handle, tl.float32)
         return convert(argument)
 
-    # the language's functions are looked up when a kernel runs: the interpreter exchanges them for that time
+    # looked up when a kernel runs, because the interpreter replaces functions of the language during that time
     def rsqrt(x: Any) -> Any:
         return tl.rsqrt(x)
 

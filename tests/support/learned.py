@@ -1,4 +1,4 @@
-"""What one step of training sees, of two models that should learn the same."""
+"""Compares losses and gradients of one training step between two models that should learn the same."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ TOLERANCE = 1e-5
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """2-norm of the difference over that of theirs."""
+    """Returns the 2-norm of the difference, divided by the 2-norm of `theirs`."""
     return float((ours.detach().float() - theirs.detach().float()).norm() / theirs.detach().float().norm())
 
 
 def learned(model: VisionLanguageModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """Losses, and the gradient of all that trains, but for the encoder's key biases.
+    """Returns the losses and the gradients of all trained tensors except the vision encoder's key biases.
 
-    A softmax does not change with those, so that their gradients are rounding.
+    A softmax does not change with those, so their gradients are rounding noise.
     """
     model.train().zero_grad()
     outcome = model(**batch.inputs())
@@ -29,7 +29,7 @@ def learned(model: VisionLanguageModel, batch: Batch) -> dict[str, torch.Tensor]
 
 
 def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Fails, naming the tensor that is furthest apart, if that is more than the tolerance."""
+    """Fails with the name of the tensor that differs most, if it differs by more than the tolerance."""
     assert ours.keys() == theirs.keys()
     difference, name = max((apart(ours[name], theirs[name]), name) for name in theirs)
     assert difference < TOLERANCE, name

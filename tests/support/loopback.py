@@ -1,6 +1,6 @@
-"""Two machines on one: a private sshd on 127.0.0.2 and 127.0.0.3, with keys and a port of its own.
+"""Emulates two machines on one: a private sshd on 127.0.0.2 and 127.0.0.3, with its own keys and port.
 
-The second address can be given faults, as another machine might have them (`Machines.fault`).
+The second address can be given faults that another machine might have (`Machines.fault`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pace import scaled
 
 HOSTS = ("127.0.0.2", "127.0.0.3")
 NEEDED = {"sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "pdsh": "pdsh"}
-"""Program -> Debian package."""
+"""Needed programs and their Debian packages."""
 SBIN = "/usr/sbin:/usr/local/sbin:/sbin"
 
 
@@ -28,13 +28,13 @@ def _program(name: str) -> str | None:
 
 
 def missing() -> str | None:
-    """What must be installed before these tests can run; None if nothing."""
+    """Returns a message that names the packages these tests still need, or None if all are installed."""
     packages = sorted({package for name, package in NEEDED.items() if _program(name) is None})
     return f"two loopback hosts need ssh and pdsh; install {', '.join(packages)} (apt-get)" if packages else None
 
 
 class Machines:
-    """The two, while their sshd runs."""
+    """The two machines, from the start of their sshd until `stop`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ class Machines:
 
     @property
     def ssh_options(self) -> str:
-        """For PDSH_SSH_ARGS_APPEND."""
+        """Options of ssh that reach the two machines, for PDSH_SSH_ARGS_APPEND."""
         return f"-F {self.folder / 'ssh_config'}"
 
     def _write(self) -> None:
@@ -62,7 +62,7 @@ class Machines:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         shutil.copy(folder / "user.pub", folder / "authorized_keys")
         if os.getuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)  # where sshd, started by root, wants to lock itself in
+            Path("/run/sshd").mkdir(exist_ok=True)  # sshd needs this folder if root starts it (privilege separation)
         (folder / "sshd_config").write_text(
             f"Port {self.port}\n"
             + "".join(f"ListenAddress {host}\n" for host in HOSTS)
@@ -83,8 +83,10 @@ class Machines:
 
     @contextlib.contextmanager
     def fault(self, lines: str) -> Iterator[None]:
-        """On the second machine, bash lines before a command: they may change `command` and set `input`, a sed
-        expression for what comes in."""
+        """Runs bash lines before every command on the second machine.
+
+        The lines may change `command`, and may set `input`, a sed expression that is applied to standard input.
+        """
         path = self.folder / "fault"
         path.write_text(lines)
         try:
@@ -93,7 +95,7 @@ class Machines:
             path.unlink()
 
     def processes(self, host: str, *, ssh: bool = False) -> list[int]:
-        """What runs on one of the two; with `ssh` also the sshd that holds the connection."""
+        """Returns the process ids on one of the two machines; with `ssh`, also those of the connections' sshd."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):

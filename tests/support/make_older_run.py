@@ -1,4 +1,4 @@
-"""Writes tests/support/older_run: what the code wrote before its modules moved into packages.
+"""Writes tests/support/older_run: runs and models as the code wrote them before its modules moved into packages.
 
 It was run once, with the code of commit 6b2261b, whose module names it uses; it does not run with today's code:
 
@@ -11,7 +11,7 @@ The folder holds, with paths relative to it:
     data/                                          samples and images
     pretrain/                                      a run of 4 steps, stopped by a signal after step 2, with resume state
     encoder/                                       a finished run that started from it, without its resume state
-    expected.json                                  what the old code makes of them: the losses of the resumed run, the
+    expected.json                                  results of the old code on them: the losses of the resumed run, the
                                                    graft's answers, and a hash of every file of two exports
 
 tests/training/test_older_runs.py does the same with today's code.
@@ -65,7 +65,7 @@ def settings(stage: str, **changes: Any) -> Any:
 
 
 def train(folder: Path, stage: str, changes: dict[str, Any], stop_after: int | None = None) -> str:
-    """Trains in `folder`, in a process of its own; a signal asks the run to end during step `stop_after`."""
+    """Trains in `folder` in a process of its own, which a signal asks to end during step `stop_after`."""
     os.chdir(folder)
     from distributed_helper import train_all
     from zero_ds.engine import Engine
@@ -101,7 +101,7 @@ def answers() -> list[str]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes; of JSON without the entries that name versions of libraries."""
+    """Returns the SHA-256 of a file; of a JSON file, without the entries that name versions of libraries."""
     content = path.read_bytes()
     if path.suffix == ".json":
         tree = json.loads(content)

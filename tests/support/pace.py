@@ -1,10 +1,10 @@
-"""How fast this machine is, so that no time limit of a test says more about the machine than about the code.
+"""Measures the speed of this machine, by which the time limits of tests are scaled.
 
-`PACE` is measured once a session, before any test, and handed to every worker and rank through the environment. Limits
-are written as `scaled(seconds)`, with seconds that are several times what a quiet two-core machine of pace 1 needs: a
-limit only ends what hangs. What a test proves, it proves by events and counts.
+`PACE` is measured once per session, before any test, and passed to every worker and rank through the environment.
+Limits are written as `scaled(seconds)`, with several times the seconds that a quiet two-core machine of pace 1 needs,
+so that a limit ends only tests that hang. Tests prove things by events and counts, not by time.
 
-As a program (`python tests/support/pace.py`), it says what launch/test.sh will take here.
+As a program (`python tests/support/pace.py`), it estimates the duration of launch/test.sh on this machine.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 
 _NAME = "ZERO_DS_TEST_PACE"
 _REFERENCE = 0.45
-"""Seconds of `_work` on the machine of pace 1: two quiet cores with AVX2 alone."""
+"""Seconds of `_work` on the reference machine, which has pace 1: two quiet cores with AVX2 and no AVX-512."""
 _MINUTES = {"default": 8.0, "slow tier": 8.0}
-"""Minutes of the tests there, with three workers."""
+"""Minutes of the tests on the reference machine, with three workers."""
 
 RECORD = Path(__file__).parents[2] / ".pytest_cache" / "zero_ds.json"
-"""What the last whole run took here, by tier: {"default": {"seconds": ..., "pace": ..., "tests": ...}}."""
+"""Record of the last whole run on this machine, by tier: {"default": {"seconds": ..., "pace": ..., "tests": ...}}."""
 
 
 def _work() -> float:
-    """Seconds of what the tests are made of: interpreters that start and import, Python, and products of matrices."""
+    """Returns the seconds of work like that of the tests: starting interpreters, imports, Python, matrix products."""
     import numpy as np
 
     started = time.perf_counter()
@@ -43,7 +43,7 @@ def _work() -> float:
 
 
 def measure() -> float:
-    """How many times the reference's time this machine needs now; at least 1. The median of three."""
+    """Returns this machine's current time relative to the reference machine's; the median of three, at least 1."""
     return max(1.0, sorted(_work() for _ in range(3))[1] / _REFERENCE)
 
 
@@ -53,12 +53,12 @@ PACE = float(os.environ[_NAME])
 
 
 def scaled(seconds: float) -> float:
-    """A time limit for this machine."""
+    """Returns a time limit in seconds for this machine, from seconds of pace 1."""
     return seconds * PACE
 
 
 def last_run(tier: str) -> dict[str, float] | None:
-    """What the last whole run of a tier took on this machine; None before the first."""
+    """Returns the record of the last whole run of a tier on this machine; None before the first one."""
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))[tier]
         return {key: float(record[key]) for key in ("seconds", "pace", "tests")}
@@ -67,7 +67,7 @@ def last_run(tier: str) -> dict[str, float] | None:
 
 
 def note_run(tier: str, seconds: float, tests: int) -> None:
-    """Keeps what a whole run took, for the next estimate."""
+    """Records the duration of a whole run, for the next estimate."""
     try:
         records = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -78,7 +78,7 @@ def note_run(tier: str, seconds: float, tests: int) -> None:
 
 
 def estimate(tier: str) -> str:
-    """A sentence about a tier: minutes, and where they come from."""
+    """Returns a sentence with the expected minutes of a tier, and the basis of the estimate."""
     speed = f"this machine needs {PACE:.1f} times the reference's seconds"
     whole = "the tests with the slow tier" if tier == "all" else "the tests"
     if last := last_run(tier):

@@ -1,7 +1,7 @@
-"""Tiny random models and data, made on the spot: no network, no cache, no file of the repository but its own code.
+"""Builds tiny random models and data, without network, caches or files of the repository other than its code.
 
-A new family needs one builder in `FAMILIES` (a new encoder: in `ENCODERS`); tests that run for every registered family
-fail until it has one.
+A new family needs a builder in `FAMILIES`, and a new vision encoder one in `ENCODERS`; tests that run for every
+registered family fail until it has one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GEMMA_TEMPLATE = (
     "{{ '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
 )
-"""Gemma's: a role `model`, no system message; the turns' special tokens go by other names here."""
+"""Gemma's chat template, with role `model` and without system messages; the special tokens of turns are renamed."""
 
 
 def tokenizer(
@@ -48,11 +48,11 @@ def tokenizer(
     plain: tuple[str, ...] = (),
     named: dict[str, str] | None = None,
 ) -> Any:
-    """Byte-level BPE of some 400 tokens, trained on the demo's sentences; any text can be written with it.
+    """Returns a byte-level BPE tokenizer of about 400 tokens, trained on the demo's sentences; it can encode any text.
 
-    As in the files of models, few special tokens have names (`named`, as bos_token), and the others are special by the
-    tokenizer's own file alone. `spare`: special tokens without a use, as real vocabularies have them; `plain`: added
-    tokens that are not called special.
+    As in files of real models, few special tokens have names (`named`, such as bos_token), and the others are marked as
+    special only in the tokenizer's own file. spare: unused special tokens, as real vocabularies have them; plain: added
+    tokens that are not marked as special.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -105,7 +105,7 @@ def _shape(words: Any) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
-        "initializer_range": 0.2,  # far from linear, so that a missing or misplaced layer is seen
+        "initializer_range": 0.2,  # far from linear, so that tests notice a missing or misplaced layer
         "bos_token_id": words.bos_token_id,
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,
@@ -127,7 +127,7 @@ def qwen3(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None
 
 
 GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}
-"""A window shorter than any sample, so that a layer of the wrong kind is seen."""
+"""Settings of Gemma, with a window shorter than any sample, so that tests notice a layer of the wrong kind."""
 
 
 def gemma2(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
@@ -144,7 +144,7 @@ def gemma3(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> Non
 
 
 def gemma3_multimodal(out: Path, *, tied: bool, layers: int = LAYERS, seed: int = 0) -> None:
-    """Gemma-3's class with a vision tower, under the tensor names that are published."""
+    """Writes Gemma-3's class with a vision tower, under the published tensor names."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     words = tokenizer(("<unused0>",), GEMMA_TEMPLATE)
@@ -163,7 +163,7 @@ def gemma3_multimodal(out: Path, *, tied: bool, layers: int = LAYERS, seed: int 
 
 
 def _forget_layer_types(folder: Path, **more: Any) -> None:
-    """As in the published configs, which leave it to the class which layers are global."""
+    """Removes layer_types, which published configs do not have: the class decides which layers are global."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("layer_types")
@@ -196,20 +196,20 @@ FAMILIES: dict[str, Callable[..., None]] = {
     "gemma2": gemma2,
     "gemma3": gemma3,
 }
-"""Family name -> builder(out, *, tied, layers, seed) that writes a Hugging Face folder with tokenizer."""
+"""Builder of each family: builder(out, *, tied, layers, seed) writes a Hugging Face folder with a tokenizer."""
 
 VARIANTS: dict[str, Callable[..., None]] = {"gemma3-multimodal": gemma3_multimodal}
-"""Other classes that a registered family reads; same builder."""
+"""Builders, with the same arguments, of other classes that a registered family reads."""
 
 ENCODERS: dict[str, Callable[..., None]] = {"clip": clip}
-"""Encoder name -> builder(out, *, layers, seed) that writes a Hugging Face folder with image processor."""
+"""Builder of each vision encoder: builder(out, *, layers, seed) writes a folder with an image processor."""
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
 def write_data(folder: Path, *, pictures: int = 6, texts: int = 2, seed: int = 0) -> Path:
-    """LLaVA JSON with drawn pictures, text-only samples spread between them, one to three short turns each."""
+    """Writes a LLaVA JSON file with drawn images and text-only samples among them, each of one to three short turns."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
@@ -228,7 +228,7 @@ def write_data(folder: Path, *, pictures: int = 6, texts: int = 2, seed: int = 0
 
 
 def record(name: str, turns: list[tuple[str, str]], image: str | None = None) -> dict[str, Any]:
-    """One sample in LLaVA's format."""
+    """Returns one sample in LLaVA's format."""
     conversations = []
     for number, (question, answer) in enumerate(turns):
         asked = f"<image>\n{question}" if image and number == 0 else question

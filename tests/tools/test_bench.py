@@ -1,4 +1,4 @@
-"""The benches of tools/bench run: each in a minimal form on tiny models, and what they compute from their figures."""
+"""Tests of tools/bench: each benchmark runs in a minimal form on tiny models, and computes its results correctly."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ import scaling  # noqa: E402
 import scripts  # noqa: E402
 import step  # noqa: E402
 import surrogate  # noqa: E402
+import trainers  # noqa: E402
 import turns  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def runs(made: Callable[..., Path], data: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as launch/quickstart.sh leaves it, of tiny models."""
+    """Returns a folder of tiny models with the files that launch/quickstart.sh leaves."""
     from zero_ds.export import export_model
 
     root = tmp_path_factory.mktemp("bench") / "runs"
@@ -45,11 +46,11 @@ def runs(made: Callable[..., Path], data: Path, trained: Path, tmp_path_factory:
 
 
 class Over(BaseException):
-    """The turns of a `Counted` are over."""
+    """Raised when the turns of a `Counted` are over."""
 
 
 class Counted(turns.Turn):
-    """A turn that never waits, and ends after so many steps."""
+    """A turn that never waits, and ends after `steps` steps."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(connection=None)  # type: ignore[arg-type]
@@ -62,7 +63,7 @@ class Counted(turns.Turn):
 
 
 def counted(function: Callable[..., None], arguments: dict[str, Any], steps: int) -> dict[str, float]:
-    """What a rank's function counts in so many steps."""
+    """Returns the numbers that a rank's function counts in `steps` steps."""
     turn = Counted(steps)
     with pytest.raises(Over):
         function(turn, **arguments)
@@ -71,26 +72,26 @@ def counted(function: Callable[..., None], arguments: dict[str, Any], steps: int
 
 @pytest.fixture(scope="module")
 def settings(runs: Path, made: Callable[..., Path]) -> tuple[list[str], dict[str, Any]]:
-    """Our overrides and the peer's arguments on the tiny models."""
+    """Returns our overrides and the peer's arguments for the tiny models."""
     common, peer = step.settings(runs, "zero3_resident", "fp32", 4, 4, 1)
     return [*common, f"target={made('llama', tied=True)}", "data.max_length=512"], peer
 
 
 def test_both_ways_of_a_step_see_the_same_samples(settings: Any, tmp_path: Path) -> None:
-    """Two steps of four samples each: the same pictures and text, and more places than tokens in the padded batches."""
+    """Two steps of four samples each: the same images and text, and more positions than tokens in padded batches."""
     common, peer = settings
     entries = step.contestants("encoder", [], tmp_path, "smollm2-135m", common, peer, [], True)
     (theirs,), (ours,) = (run_ranks(counted, 1, *entry[:2], 2) for entry in entries.values())
     assert ours["samples"] == 8 and theirs["samples"] >= 8  # it fetches a batch ahead
     per_sample = theirs["samples"] / ours["samples"]
-    assert ours["pictures"] * per_sample == pytest.approx(theirs["pictures"], abs=4)
+    assert ours["images"] * per_sample == pytest.approx(theirs["images"], abs=4)
     assert theirs["tokens"] / theirs["samples"] == pytest.approx(ours["tokens"] / ours["samples"], rel=0.2)
-    assert 0 < theirs["supervised"] < theirs["tokens"] < theirs["places"]
+    assert 0 < theirs["supervised"] < theirs["tokens"] < theirs["positions"]
     assert ours["supervised"] > 0
 
 
 def test_saves_of_both_are_counted(settings: Any, tmp_path: Path) -> None:
-    """One save in every way: a folder with something in it, gone afterwards."""
+    """Saves once in every way: each writes a folder with files, which is removed afterwards."""
     common, peer = settings
     for part, function, arguments, ways in (
         (
@@ -107,7 +108,7 @@ def test_saves_of_both_are_counted(settings: Any, tmp_path: Path) -> None:
         (
             "theirs",
             checkpoints.theirs,
-            {**peer, "trains": step.ENCODER_PARTS, "out": str(tmp_path / "theirs/run")},
+            {"options": trainers.LlavaOptions(**peer, trains=step.ENCODER_PARTS, out=str(tmp_path / "theirs/run"))},
             checkpoints.THEIRS,
         ),
     ):
@@ -118,14 +119,14 @@ def test_saves_of_both_are_counted(settings: Any, tmp_path: Path) -> None:
 
 
 class Canned:
-    """A group whose ranks are not there: every step takes 1 s for the first contestant, 0.5 s for the others."""
+    """A group without ranks: every step takes 1 s for the first contestant and 0.5 s for the others."""
 
     number = 0
 
     def __init__(self, name: str, function: Any, ranks: int, folder: Path, **arguments: Any) -> None:
         self.name, self.found = name, list[dict[str, Any]]()
         self.speed = 1.0 if "Trainer" in name else 0.5
-        self.work = {"samples": 8, "tokens": 512, "pairs": 512 * 64, "supervised": 128, "pictures": 8, "places": 640}
+        self.work = {"samples": 8, "tokens": 512, "pairs": 512 * 64, "supervised": 128, "images": 8, "positions": 640}
 
     def turn(self, steps: int) -> dict[str, Any]:
         number = len(self.found) + 1
@@ -145,7 +146,7 @@ class Canned:
 def test_tables(
     settings: Any, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What step, checkpoints and scaling make of their figures; the ranks are canned, all else is real."""
+    """Tables of step, checkpoints and scaling, with canned results of the ranks; everything else is real."""
     for module in (step, checkpoints, scaling):
         monkeypatch.setattr(module, "Group", Canned)
     monkeypatch.setattr(step, "build", lambda target, layers, out: build(target, layers, out))
@@ -171,7 +172,7 @@ def test_tables(
 
 
 def build(target: Path, layers: str, out: Path) -> None:
-    """As step.build, without a process."""
+    """Does the same as step.build, without a process."""
     from zero_ds.model.layer_plan import Replaced
     from zero_ds.surrogate.build import build_surrogate
 
@@ -186,7 +187,7 @@ def test_a_line_is_found() -> None:
 
 
 def test_fewer_layers_cost_less(made: Callable[..., Path]) -> None:
-    """By FLOPs and by time on the tiny model, and by plan."""
+    """A cut costs less in measured FLOPs and time on the tiny model, and in the plan."""
     full, cut = surrogate.measured(made("llama", tied=True), ["0:4"], (2, 16, 4), rounds=1, steps=1, precision="fp32")
     assert full["layers"] == 6 and cut["layers"] == 2
     assert 0.2 < cut["flop_ratio"] < 0.8 and full["time_over_flops"] == 1
@@ -195,7 +196,7 @@ def test_fewer_layers_cost_less(made: Callable[..., Path]) -> None:
 
 
 def test_obvious_scripts_do_the_same(runs: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    """The script's surrogate, and its Llava, have the tensors of ours."""
+    """The surrogate and the Llava of the obvious scripts have the same tensors as ours."""
     from safetensors.torch import load_file
     from transformers import LlavaForConditionalGeneration
 
@@ -216,7 +217,7 @@ def test_obvious_scripts_do_the_same(runs: Path, made: Callable[..., Path], tmp_
     assert made_by[0].keys() == made_by[1].keys()
     assert all((made_by[0][name] == made_by[1][name]).all() for name in made_by[0])
     seconds, peak = scripts.run([sys.executable, "-c", "print(1)"], tmp_path)
-    assert seconds > 0 and peak > 0  # a child of a large process begins with its peak
+    assert seconds > 0 and peak > 0  # no bound: a child of a large process starts with its peak
 
 
 def gpu_part(recipe: str, settings: list[str], peers: bool, out: str) -> None:
@@ -245,13 +246,13 @@ def pauses(turn: turns.Turn, fail: bool) -> None:
 
 
 def test_groups_take_turns(tmp_path: Path) -> None:
-    """Two ranks, two turns; one that fails says what happened."""
+    """Two ranks take two turns; a rank that fails reports its error."""
     with turns.Group("pauses", pauses, 2, tmp_path, fail=False) as group:
         begun = time.perf_counter()
         assert group.turn(2)["counted"] == {"steps": 4}
         waited = time.perf_counter() - begun
         assert group.turn(3)["counted"] == {"steps": 10}
-        assert 0 < group.found[0]["seconds"] < waited, "those of the turn, in which a rank no longer starts"
+        assert 0 < group.found[0]["seconds"] < waited, "only seconds of the turn, without the start of the ranks"
         assert group.found[1]["peak_gib"] > 0
     with (
         turns.Group("fails", pauses, 1, tmp_path, fail=True) as group,

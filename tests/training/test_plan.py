@@ -383,7 +383,7 @@ def test_a_finished_run_is_laid_against_its_plan(trained: Path) -> None:
     }
     for name in ("seconds of a step", "MFU", "memory_gib/host, peak"):
         assert len(numbers[name]) == 3, "planned, measured, difference"
-    planned, measured = (float(value) for value in numbers["commit, optimizer, MiB"][:2])
+    planned, measured = (float(value) for value in numbers["checkpoint, optimizer, MiB"][:2])
     assert measured > 0.1 and measured == pytest.approx(planned, rel=0.15), "and the file's header"
     refused = CliRunner().invoke(tool, [str(trained)])
-    assert str(refused.exception) == f"{trained} is no run: it holds no config.yaml."
+    assert str(refused.exception) == f"{trained} is not a run, because it has no config.yaml; name the folder of a run."

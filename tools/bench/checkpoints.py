@@ -1,10 +1,11 @@
-"""What a save costs: our commit against DeepSpeed's own ways and transformers' Trainer, in one run, in turns.
+"""Measures the cost of a save: our checkpoint, DeepSpeed's own ways and transformers' Trainer, in turns in one run.
 
     python tools/bench/checkpoints.py --runs runs --stage encoder --out checkpoints.json
 
-Same model, DeepSpeed JSON and ranks, behind one step. `resumes`: whether training can go on from what was written.
-Bytes are those of the folder; growth is what the ranks' resident memory grows at its most while they save, summed over
-ranks. Ours syncs its files to the disk before it counts as saved, the others leave that to the system.
+All use the same model, DeepSpeed JSON and number of ranks, and save after one step. `resumes` says whether training can
+continue from the files. Bytes are those of the folder; growth is the largest increase of the ranks' resident memory
+during the save, summed over ranks. Ours syncs its files to the disk before the save counts as done, the others leave
+that to the system.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RESUMES = ("ours, checkpoint", "DeepSpeed save_checkpoint", "Trainer checkpoint"
 
 
 def saving(turn: Turn, folder: Path, ways: list[Callable[[str], Any]]) -> None:
-    """Saves in each way in turn, for ever."""
+    """Saves in each way in turn, without end."""
     import torch.distributed as dist
 
     rank = dist.get_rank()
@@ -37,7 +38,7 @@ def saving(turn: Turn, folder: Path, ways: list[Callable[[str], Any]]) -> None:
             out = folder / f"save-{number}"
             turn.step()
             before = report.resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak, VmHWM
             way(str(out))
             dist.barrier()
             turn.count(growth=max(0.0, report.resident() - before))
@@ -48,7 +49,7 @@ def saving(turn: Turn, folder: Path, ways: list[Callable[[str], Any]]) -> None:
 
 
 def ours(turn: Turn, recipe: str, overrides: list[str], zero: str, out: str) -> None:
-    """Builds a run's engine, makes a step, and saves it in three ways."""
+    """Builds a run's engine, makes a step, and saves it in the three ways of OURS."""
     from zero_ds.config.loading import load_run
     from zero_ds.runtime import distributed
     from zero_ds.training import stages
@@ -75,28 +76,28 @@ def ours(turn: Turn, recipe: str, overrides: list[str], zero: str, out: str) -> 
     engine.step(next(iter(loader.steps(0, 1))), 0, 100.0)
     manifest: Manifest = {**describe_run(config), **describe_models(config, model.plan)}
 
-    def commit(folder: str) -> None:
+    def save(folder: str) -> None:
         save_checkpoint(Path(folder), engine, manifest, {"step": 1}, keep=1)
 
-    def commit_in(folder: str) -> None:
+    def make_folder_and_save(folder: str) -> None:
         if distributed.is_rank_zero():
             Path(folder).mkdir()
-        commit(folder)
+        save(folder)
 
-    saving(turn, Path(out), [commit_in, engine.engine.save_16bit_model, engine.engine.save_checkpoint])
+    saving(turn, Path(out), [make_folder_and_save, engine.engine.save_16bit_model, engine.engine.save_checkpoint])
 
 
-def theirs(turn: Turn, **arguments: Any) -> None:
-    """Lets Trainer make a step, and saves in two ways."""
+def theirs(turn: Turn, options: trainers.LlavaOptions) -> None:
+    """Lets Trainer make a step, and saves in the two ways of THEIRS."""
 
-    def behind(trainer: Any) -> None:
+    def after_step(trainer: Any) -> None:
         def checkpoint(folder: str) -> None:
             trainer.args.output_dir = folder
             trainer._save_checkpoint(trainer.model, trial=None)
 
-        saving(turn, Path(arguments["out"]).parent, [trainer.save_model, checkpoint])
+        saving(turn, Path(options.out).parent, [trainer.save_model, checkpoint])
 
-    trainers.llava(turn, behind=behind, **arguments)
+    trainers.llava(turn, options, after_step=after_step)
 
 
 def main(
@@ -105,12 +106,12 @@ def main(
     stage: Annotated[str, typer.Option(help="encoder or decoder.")] = "encoder",
     zero: Annotated[str, typer.Option(help="DeepSpeed config.")] = "zero3_resident",
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    setting: Annotated[list[str] | None, typer.Option(help="For ours: key=value of the recipe.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="key=value of our recipe.")] = None,
     ranks: int = 2,
     rounds: int = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Compare saves."""
+    """Compare the costs of saves."""
     common, peer = step.settings(runs.resolve(), zero, precision, 4 * ranks, 4, ranks)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -119,10 +120,11 @@ def main(
         overrides = [*common, *(setting or []), "decoder=target", "init_from=[]", f"out={folder / 'ours/run'}"]
         arguments = {"recipe": f"{model}/{stage}", "overrides": overrides, "zero": peer["zero"]}
         trains = step.ENCODER_PARTS if stage == "encoder" else []
+        options = trainers.LlavaOptions(**peer, trains=trains, out=str(folder / "theirs/run"))
         found: dict[str, list[dict[str, float]]] = {way: [] for way in (*OURS, *THEIRS)}
         with (
             Group("ours", ours, ranks, folder, out=str(folder / "ours"), **arguments) as mine,
-            Group("Trainer", theirs, ranks, folder, **peer, trains=trains, out=str(folder / "theirs/run")) as other,
+            Group("Trainer", theirs, ranks, folder, options=options) as other,
         ):
             for _ in range(rounds):
                 for group, ways in ((mine, OURS), (other, THEIRS)):
@@ -154,7 +156,7 @@ def main(
 
 
 def _difference(group: Group) -> dict[str, float]:
-    """One save: what was counted beyond the saves before it."""
+    """Lets a group save once; returns the counts of this save alone, since a group's counts add up."""
     before = dict(group.found[-1]["counted"]) if group.found else {}
     turn = group.turn(1)
     return {

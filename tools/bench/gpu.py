@@ -1,11 +1,11 @@
-"""One part of gpu.sh: steps of a recipe with random weights of the real shapes on one GPU, ours or the peer's.
+"""Runs one part of gpu.sh: steps of a recipe with random weights of the real shapes on one GPU, ours or the peer's.
 
     python tools/bench/gpu.py --recipe llama-3.1-8b/encoder --zero zero2 --out part.json
 
-Nothing is read but config.json, of which the paper's come with zero_ds. The samples are drawn: a picture and text of
-log-normal length, a third of it with loss. The peer is Llava with the full model, labels masked, batches padded, scores
-at every position, under the same DeepSpeed JSON; `--peer` measures it. Without a GPU everything runs on the CPU, which
-is good for a trial with small shapes.
+It reads only config.json files; those of the paper's models come with zero_ds. The samples are random: an image and
+text of log-normal length, a third of it with loss. The peer is Llava with the full model, masked labels, padded batches
+and logits at every position, under the same DeepSpeed JSON; `--peer` measures it. Without a GPU everything runs on the
+CPU, which is enough for a trial with small shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PADDING = 0
 
 
 def fill_(model: Any, device: Any) -> None:
-    """Gives a module of meta tensors memory on the device, and random weights; what is computed is computed anew."""
+    """Gives a module of meta tensors memory on the device and random weights, and recomputes its computed buffers."""
     import torch
 
     model.to_empty(device=device)
@@ -34,7 +34,7 @@ def fill_(model: Any, device: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2:
-                parameter.fill_(1.0)  # norms; a bias of one does no harm to what is measured
+                parameter.fill_(1.0)  # norms; a bias of one does not change the measured time
             else:
                 parameter.normal_(std=0.02, generator=generator)
     for module in list(model.modules()):
@@ -48,7 +48,7 @@ def fill_(model: Any, device: Any) -> None:
 
 
 def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: int) -> list[Any]:
-    """Drawn samples as a SampleEncoder makes them."""
+    """Returns random samples of the kind that a SampleEncoder makes, of at most `limit` positions each."""
     import torch
 
     from zero_ds.data.samples import EncodedSample
@@ -73,7 +73,7 @@ def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: in
 
 
 def micro_batches(drawn: list[Any], rows: int, packed: bool, limit: int, size: int) -> list[Any]:
-    """The samples in micro-batches of so many rows."""
+    """Returns the samples in micro-batches of `rows` rows, packed or padded."""
     from zero_ds.data.batches import collate, collate_rows, pack_rows
 
     if not packed:
@@ -84,7 +84,7 @@ def micro_batches(drawn: list[Any], rows: int, packed: bool, limit: int, size: i
 
 
 def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
-    """Steps of this package's engine; yields before each."""
+    """Makes steps with this package's engine; yields before each."""
     from zero_ds.model.losses import count_supervised
     from zero_ds.training import stages
     from zero_ds.training.engine import Engine
@@ -108,7 +108,7 @@ def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
 
 
 def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
-    """Steps of Llava under DeepSpeed, as Trainer makes them; yields before each. `model`: ours, for its shapes."""
+    """Makes steps of Llava under DeepSpeed as Trainer does; yields before each. model: ours, which has the shapes."""
     import deepspeed
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -117,7 +117,7 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     from zero_ds.training import stages
     from zero_ds.training.planning.architecture import find_config
 
-    # the full model, also where ours has a surrogate
+    # the full model, even if ours has a surrogate
     text = DecoderFolder(find_config(config.target).folder).text_config()
     image_token = text.vocab_size - 1
     settings = LlavaConfig(
@@ -135,11 +135,11 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
     names = [parts[part] for part in trained if part in parts]
     for name, parameter in whole.named_parameters():
         parameter.requires_grad_(any(part in name for part in names))
-    if config.activation_checkpointing is not False:  # as Trainer has it: all layers or none
+    if config.activation_checkpointing is not False:  # like Trainer: all layers or none
         whole.gradient_checkpointing_enable({"use_reentrant": False})
     whole.train()
     learning = [p for p in whole.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)  # as Trainer has it
+    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)  # like Trainer
     engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=ds)
     while True:
         yield
@@ -157,10 +157,29 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
 
 
 def model_dtype(config: Any) -> Any:
-    """As the run computes."""
+    """Returns the dtype in which the run computes."""
     from zero_ds.training.deepspeed import resolve_precision
 
     return resolve_precision(config)
+
+
+def timed_steps(stepping: Iterator[None], device: Any, steps: int, warm_up: int, deadline: float) -> Iterator[float]:
+    """Yields the seconds of each of `steps` steps, after `warm_up` others; no step begins after the deadline.
+
+    deadline: a time of time.monotonic.
+    """
+    import torch
+
+    next(stepping)
+    for number in range(warm_up + steps):
+        if time.monotonic() > deadline:
+            return
+        started = time.perf_counter()
+        next(stepping)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= warm_up:
+            yield time.perf_counter() - started
 
 
 def main(
@@ -168,13 +187,13 @@ def main(
     setting: Annotated[list[str] | None, typer.Option(help="key=value of the recipe.")] = None,
     replace: Annotated[str | None, typer.Option(help="Layers that one translator replaces, first:last.")] = None,
     zero: Annotated[str, typer.Option(help="DeepSpeed config.")] = "zero2",
-    peers: Annotated[bool, typer.Option("--peer", help="Measure the peer instead.")] = False,
+    peers: Annotated[bool, typer.Option("--peer", help="Measure the peer instead of ours.")] = False,
     rows: Annotated[int, typer.Option(help="Rows of a micro-batch.")] = 4,
     batch: Annotated[int, typer.Option(help="Samples of a step.")] = 32,
-    packed: Annotated[bool, typer.Option(help="Ours: several samples in a row.")] = True,
+    packed: Annotated[bool, typer.Option(help="Put several samples into a row (ours only).")] = True,
     steps: int = 8,
     warm_up: int = 2,
-    minutes: Annotated[float, typer.Option(help="No step begins behind so many minutes.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="No step begins after this many minutes.")] = 8.0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure one part."""
@@ -189,7 +208,7 @@ def main(
     from zero_ds.training.planning.architecture import architecture
     from zero_ds.training.planning.flops import StepCost, peak_flops
 
-    began = time.monotonic()
+    deadline = time.monotonic() + 60 * minutes
     config = load_run(recipe, [*(setting or []), f"zero={zero}", f"global_batch={batch}", f"micro_batch={rows}"])
     compilation.check(config)
     kernels.check(config)
@@ -214,16 +233,8 @@ def main(
     seconds: list[float] = []
     try:
         stepping = (peer if peers else ours)(config, ds, batches, model, device)
-        next(stepping)
-        for number in range(warm_up + steps):
-            if (time.monotonic() - began) / 60 > minutes:
-                break
-            started = time.perf_counter()
-            next(stepping)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number >= warm_up:
-                seconds.append(time.perf_counter() - started)
+        for value in timed_steps(stepping, device, steps, warm_up, deadline):
+            seconds.append(value)  # one by one, so that those before an error are kept
     except torch.cuda.OutOfMemoryError as error:
         found["does_not_fit"] = str(error).splitlines()[0]
     if seconds:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Training steps on one large GPU with random weights of the real shapes: tokens/s, MFU and peak memory, ours and the peer's.
+# Training steps on one large GPU with random weights of the real shapes: tokens/s, MFU and peak memory of ours and the peer.
 #
 #   tools/bench/gpu.sh OUT_FOLDER [PART ...]
 #
 # Parts: encoder-5b pretrain-5b (Llama-8B, T(17,30)), encoder-37b pretrain-37b (Llama-70B, T(40,78)), decoder-3b
-# (Llama-3.2-3B, everything trains). Each part is stopped after ten minutes, ours and the peer's apart; one that does not
-# fit or fails is told and the next one starts. The peer of the 37b parts is the full Llama-70B: it fits no single GPU.
-# WAYS says what is measured of each part, "ours peer" unless it is set; ours:key=value is ours with another setting:
+# (Llama-3.2-3B, everything trains). Ours and the peer of each part may take ten minutes each; if one does not fit or
+# fails, that is reported and the next one starts. The peer of the 37b parts is the full Llama-70B, which fits no single
+# GPU. WAYS names the measurements of each part, "ours peer" by default; ours:key=value is ours with another setting:
 #
 #   WAYS="ours ours:kernels=liger ours:compile=true peer" tools/bench/gpu.sh OUT_FOLDER encoder-5b
 set -u
@@ -28,7 +28,7 @@ for part in "$@"; do
     *-37b) recipe="llama-3.1-70b/${part%-37b}" replace=(--replace 40:78) ;;
     decoder-3b) recipe="llama-3.2-3b/decoder" replace=() ;;
     *)
-      echo "there is no part $part; see --help" >&2
+      echo "unknown part $part; see --help" >&2
       exit 2 ;;
   esac
   for who in ${WAYS:-ours peer}; do
@@ -37,7 +37,7 @@ for part in "$@"; do
       ours:*) words=(--setting "${who#ours:}") ;;
       peer) words=(--peer) ;;
       *)
-        echo "WAYS holds $who; ours, ours:key=value and peer are known" >&2
+        echo "WAYS contains $who; use ours, ours:key=value or peer" >&2
         exit 2 ;;
     esac
     echo "== $part, $who"

@@ -1,9 +1,9 @@
-"""Bytes that DeepSpeed's engines hold on this rank, by cause, beside what `zero-ds plan` says of them.
+"""Measures the bytes that DeepSpeed's engines hold on a rank, by cause, and compares them with `zero-ds plan`.
 
 torchrun --nproc-per-node 2 tools/bench/held_memory.py RECIPE key=value ... --zero zero1 --zero zero2 --zero zero3
 
-Makes the model and two optimizer steps of the run for every DeepSpeed config in turn; models and data must be at hand.
-The bytes are those of real tensors, each storage counted once, behind every backward pass.
+Builds the model and makes two optimizer steps of the run for every DeepSpeed config in turn; models and data must be
+available. The bytes are those of real tensors after every backward pass, with each storage counted once.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ CAUSES = ("frozen", "trained", "gradients", "optimizer")
 
 
 def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
-    """What this rank holds in the run's first two steps, the most of every cause. A collective.
+    """Returns the largest number of bytes of every cause that this rank holds in the run's first two steps.
 
-    rest: also what lies beside these causes, which takes long to look for.
+    Every rank must call it. rest: also measure all other tensors, as `other`; searching for them takes long.
     """
     seed_everything(config.seed)
     world_size = distributed.world_size()
@@ -53,16 +53,17 @@ def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
         update()
 
     engine.engine.step = step
-    for number, micro in enumerate(loader.steps(0, 2)):  # ZeRO-3 gathers persistent parameters behind the first update
+    for number, micro in enumerate(loader.steps(0, 2)):  # ZeRO-3 gathers persistent parameters after the first update
         engine.step(micro, number, 10)
     return seen
 
 
 def held(engine: Any, rest: bool) -> dict[str, int]:
-    """Bytes that an `Engine` holds between backward pass and update: frozen, trained, gradients, optimizer, buckets.
+    """Returns the bytes that an `Engine` holds between backward pass and update, by cause.
 
-    With `rest`, `other` is what the garbage collector finds beside them in tensors of more than 64 KiB; also what
-    engines made before in this process have left, so that it means something for the first config alone.
+    The causes are frozen, trained, gradients, optimizer and buckets. With `rest`, `other` counts the remaining tensors
+    of more than 64 KiB that the garbage collector finds. These include tensors left by earlier engines of this process,
+    so `other` is meaningful for the first config only.
     """
     optimizer = engine.optimizer
     model = list(engine.model.named_parameters())
@@ -94,7 +95,7 @@ def held(engine: Any, rest: bool) -> dict[str, int]:
 
 
 def _of(parameter: Any) -> list[Any]:
-    """The parameter's own data, and its shards under ZeRO-3."""
+    """Returns the parameter's own data, and its shards under ZeRO-3."""
     return [
         parameter.data,
         *(getattr(parameter, name, None) for name in ("ds_tensor", "ds_secondary_tensor")),
@@ -136,7 +137,7 @@ def _walk(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _new(tensor: torch.Tensor | None, seen: set[int]) -> int:
-    """Bytes of a tensor's storage, if it was not counted before."""
+    """Returns the bytes of a tensor's storage, or 0 if it was counted before."""
     if tensor is None or tensor.device.type == "meta":
         return 0
     storage = tensor.untyped_storage()
@@ -149,9 +150,9 @@ def _new(tensor: torch.Tensor | None, seen: set[int]) -> int:
 def main(
     recipe: Annotated[str, typer.Argument(help="Recipe or YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
-    zero: Annotated[list[str] | None, typer.Option(help="DeepSpeed config; give several.")] = None,
+    zero: Annotated[list[str] | None, typer.Option(help="DeepSpeed config; repeatable.")] = None,
 ) -> None:
-    """Prints, for every config and cause, MiB held by the rank that holds most, MiB planned, and their difference."""
+    """Print, for every config and cause, the MiB of the rank that holds most, the planned MiB and the difference."""
     distributed.initialize()
     for name in zero or ["zero3"]:
         config = load_run(recipe, [*(overrides or []), f"zero={Path(name)}"])
@@ -162,9 +163,10 @@ def main(
         option = next(option for option in plan.options if option.zero == Path(name).stem)
         for cause, size in zip(CAUSES, most, strict=False):
             planned = option.memory.total(cause)
-            apart = f"{100 * (planned / size - 1):+.2f} %" if size else ""
+            difference = f"{100 * (planned / size - 1):+.2f} %" if size else ""
             if distributed.is_rank_zero():
-                print(f"{option.zero:22} {cause:10} {size / 2**20:10.2f} {planned / 2**20:10.2f} {apart}", flush=True)
+                figures = f"{size / 2**20:10.2f} {planned / 2**20:10.2f} {difference}"
+                print(f"{option.zero:22} {cause:10} {figures}", flush=True)
         if distributed.is_rank_zero():
             print(f"{option.zero:22} {'other':10} {most[-1] / 2**20:10.2f}", flush=True)
     distributed.shutdown()

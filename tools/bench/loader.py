@@ -1,11 +1,11 @@
-"""Samples a second: the loader against reading, tokenising and padding inside the training step, in one run, in turns.
+"""Compares samples per second of the loader and of reading, tokenising and padding in the training step, in turns.
 
 python tools/bench/loader.py --model MODEL --encoder ENCODER --workers 2
 
-The other way is what most training scripts do: records in a list, pictures padded to squares, transformers' image
-processor and chat template for every sample where the step needs it, labels by tokenising the beginning of the
-conversation, batches padded to the longest.
-Draws its own data: JPEG pictures of 640 x 480 and conversations of the lengths of LLaVA-1.5-665K's.
+The second way is that of most training scripts: a list of records, images padded to squares, transformers' image
+processor and chat template for every sample when the step needs it, labels by tokenising the conversation up to each
+answer, and batches padded to the longest row. The data is random: JPEG images of 640 x 480 pixels, and conversations
+with the lengths of LLaVA-1.5-665K's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
-from synthetic_data import draw_pictures, write_records
+from synthetic_data import draw_images, write_records
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from zero_ds.config.schema import SourceConfig
@@ -35,7 +35,7 @@ from zero_ds.data.sources import Records
 def in_the_step(
     data: Path, model: Path, encoder: Path, size: int, batch: int, tokens: int, limit: int
 ) -> Iterator[int]:
-    """Yields the number of samples of each batch, made the obvious way."""
+    """Makes batches in the obvious way, and yields the number of samples of each."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     sides = {"height": size, "width": size}
     processor = AutoImageProcessor.from_pretrained(encoder, size={"shortest_edge": size}, crop_size=sides)
@@ -45,10 +45,10 @@ def in_the_step(
     for start in range(0, len(records) - batch + 1, batch):
         rows = []
         for record in records[start : start + batch]:
-            picture = Image.open(data.parent / record["image"]).convert("RGB")
-            side = max(picture.size)
+            image = Image.open(data.parent / record["image"]).convert("RGB")
+            side = max(image.size)
             square = Image.new("RGB", (side, side), fill)
-            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             pixels = processor(square, return_tensors="pt").pixel_values[0]
             messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
             ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False)
@@ -58,8 +58,8 @@ def in_the_step(
                     before = tokenizer.apply_chat_template(
                         messages[:number], add_generation_prompt=True, return_dict=False
                     )
-                    behind = tokenizer.apply_chat_template(messages[: number + 1], return_dict=False)
-                    labels[len(before) : len(behind)] = ids[len(before) : len(behind)]
+                    through = tokenizer.apply_chat_template(messages[: number + 1], return_dict=False)
+                    labels[len(before) : len(through)] = ids[len(before) : len(through)]
             rows.append((([0] * tokens + ids)[:limit], ([-100] * tokens + labels)[:limit], pixels))
         longest = max(len(ids) for ids, _, _ in rows)
         torch.tensor([ids + [0] * (longest - len(ids)) for ids, _, _ in rows])
@@ -69,7 +69,7 @@ def in_the_step(
 
 
 def rate(batches: Iterator[int]) -> float:
-    """Samples a second from before the first batch to the last; what workers fetch ahead, and their start, count."""
+    """Returns samples per second from before the first batch to the last, including the start of the workers."""
     started = time.perf_counter()
     count = sum(batches)
     return count / (time.perf_counter() - started)
@@ -78,19 +78,19 @@ def rate(batches: Iterator[int]) -> float:
 def main(
     model: Annotated[Path, typer.Option(help="Folder with tokenizer and chat template.")],
     encoder: Annotated[Path, typer.Option(help="Folder with an image processor.")],
-    size: Annotated[int, typer.Option(help="Side of the encoder's pictures.")] = 336,
+    size: Annotated[int, typer.Option(help="Side of the encoder's images, in pixels.")] = 336,
     batch: int = 16,
     workers: int = 2,
     samples: int = 1024,
     rounds: int = 5,
     out: Path | None = None,
 ) -> None:
-    """Compare the loader with reading in the step."""
+    """Compare the loader with reading in the training step."""
     tokens, limit = (size // 14) ** 2, 2048
     found: dict[str, list[float]] = {"in the step": [], "loader, padded": [], "loader, packed": []}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.json"
-        write_records(data, samples, draw_pictures(Path(folder), 64))
+        write_records(data, samples, draw_images(Path(folder), 64))
         processor: Any = ImageProcessor.from_folder(encoder, size)
         template = ChatTemplate(AutoTokenizer.from_pretrained(model))
         sample_encoder = SampleEncoder(template, "response", processor, tokens, limit)

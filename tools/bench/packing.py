@@ -1,9 +1,9 @@
-"""How full batches are: positions that hold a token, padded, grouped by length and packed, on a data set's samples.
+"""Measures the share of positions that hold a token in padded, length-grouped and packed batches of a data set.
 
 python tools/bench/packing.py DATA.json --model MODEL --global-batch 128 --ranks 8 --micro-batch 1
 
-Counts tokens only; pictures are not opened. A micro-batch of one row has no padding of its own: the other two figures
-say what it costs that rows differ. Prints a table and writes JSON.
+It counts tokens only and opens no images. A micro-batch of one row has no padding of its own, so the other two figures
+give the cost of rows of different lengths. Prints a line for each way, and writes JSON.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.hub import local_folder
 
 
-class WithoutPictures(SampleEncoder):
-    """Counts image tokens and opens no picture."""
+class WithoutImages(SampleEncoder):
+    """A sample encoder that counts image tokens and opens no images."""
 
     def with_pixels(self, sample: Sample, conversation: EncodedConversation) -> EncodedSample:
         return super().with_pixels(replace(sample, images=()), conversation)
@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """Measure the share of positions that hold a token."""
     template = ChatTemplate(load_tokenizer(local_folder(model)))
-    encoder = WithoutPictures(template, "response", None, tokens_per_image, max_length)
+    encoder = WithoutImages(template, "response", None, tokens_per_image, max_length)
     records = Records([SourceConfig(path=str(data))])
     rows = []
     ways: dict[str, tuple[int, dict[str, bool]]] = {
@@ -56,7 +56,7 @@ def main(
         "packed": (micro_batch, {"packing": True}),
     }
     for name, (micro, options) in ways.items():
-        tokens = places = waiting = whole = passes = 0
+        tokens = positions = waiting = whole = passes = 0
         loaders = [Loader(records, encoder, global_batch, micro, r, ranks, 0, 0, **options) for r in range(ranks)]
         streams = [loader.steps(0, steps) for loader in loaders]
         for _ in tqdm(range(steps), desc=name, leave=False, disable=None):
@@ -64,14 +64,14 @@ def main(
             passes += len(held[0])
             of_step = [batch.input_ids.shape for batches in held for batch in batches]
             whole += sum(count for count, _ in of_step) * max(length for _, length in of_step)
-            for side_by_side in zip(*held, strict=True):
-                shapes = torch.tensor([list(batch.input_ids.shape) for batch in side_by_side])
-                tokens += sum(int(batch.lengths.sum()) for batch in side_by_side)
-                places += int(shapes.prod(1).sum())
+            for simultaneous in zip(*held, strict=True):
+                shapes = torch.tensor([list(batch.input_ids.shape) for batch in simultaneous])
+                tokens += sum(int(batch.lengths.sum()) for batch in simultaneous)
+                positions += int(shapes.prod(1).sum())
                 waiting += int(shapes.prod(1).max()) * ranks
         row = {
             "way": name,
-            "used": tokens / places,
+            "used": tokens / positions,
             "used_with_waiting": tokens / waiting,
             "used_as_one": tokens / whole,
             "passes": passes / steps,

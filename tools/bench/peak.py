@@ -1,9 +1,9 @@
-"""Runs a command and says how long it took and how much memory it had at most.
+"""Runs a command, and prints its duration and its peak memory.
 
     python tools/bench/peak.py zero-ds surrogate --target MODEL --replace 17:30 --out runs/small
 
-Peak is the largest resident set of the command or one of its children, as the kernel counted it: pages of files that
-were mapped are part of it.
+The peak is the largest resident set of the command or one of its children as counted by the kernel, which includes
+pages of mapped files.
 """
 
 from __future__ import annotations

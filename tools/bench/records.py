@@ -1,10 +1,10 @@
-"""What a large data file costs: the first reading, a later start, random access, and memory of each worker process.
+"""Measures the costs of a large data file: first reading, later starts, random access, and memory of each worker.
 
 python tools/bench/synthetic_data.py /tmp/665k.json && python tools/bench/records.py /tmp/665k.json --model MODEL
 
-Starts are of new processes. Own memory of a worker is what it has written and no other process shares (private dirty
-pages; the mapped file's are the page cache's), behind 50 steps of the loader on the data; pictures are not opened, for
-what they need does not depend on the number of records.
+Every start is that of a new process. A worker's own memory is its private dirty pages, those that it has written and
+shares with no other process, after 200 steps of the loader; pages of the mapped file belong to the page cache and are
+not counted. Images are not opened, because the memory they need does not depend on the number of records.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Annotated
 
 import psutil
 import typer
-from packing import WithoutPictures
+from packing import WithoutImages
 
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import ChatTemplate
@@ -43,7 +43,7 @@ print(json.dumps([time.perf_counter() - started, len(records)]))
 
 
 def start(data: Path, cache: Path) -> tuple[float, int]:
-    """Seconds until a new process has the first record, and their number."""
+    """Starts a process that reads a record; returns the seconds until it has it, and the number of records."""
     done = subprocess.run(
         [sys.executable, "-c", START, str(data)],
         env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
@@ -56,12 +56,12 @@ def start(data: Path, cache: Path) -> tuple[float, int]:
 
 
 def own_memory(data: Path, model: str, workers: int) -> list[float]:
-    """Megabytes that each worker has written and shares with no other process."""
+    """Returns, for each worker, the megabytes that it has written and shares with no other process."""
     template = ChatTemplate(load_tokenizer(local_folder(model)))
-    encoder = WithoutPictures(template, "response", None, 576, 2048)
+    encoder = WithoutImages(template, "response", None, 576, 2048)
     records = Records([SourceConfig(path=str(data))])
     stream = Loader(records, encoder, 128, 8, 0, 1, 0, 0, workers=workers).steps(0, 300)
-    for _ in range(200):  # what a worker fails to give back shows late
+    for _ in range(200):  # a leak in a worker shows only after many steps
         next(stream)
     maps = [process.memory_maps(grouped=False) for process in psutil.Process().children()]
     found = [sum(part.private_dirty for part in parts) / 1e6 for parts in maps]
@@ -76,7 +76,7 @@ def main(
     rounds: int = 5,
     out: Path | None = None,
 ) -> None:
-    """Measure a data file."""
+    """Measure the costs of a data file."""
     with tempfile.TemporaryDirectory() as cache:
         first, count = start(data, Path(cache))
         later = [start(data, Path(cache))[0] for _ in range(rounds)]

@@ -1,4 +1,4 @@
-"""What every bench shares: the machine in words and figures, medians, a table, and a JSON file."""
+"""Functions that all benchmarks share: a description of the machine, medians, tables and JSON files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate", "safetensors")
 
 
 def machine(*, limits: bool = True) -> dict[str, Any]:
-    """Processor, memory, devices and versions; `limits`: also what they reach, measured now in about three seconds."""
+    """Returns processor, memory, devices and versions; with `limits`, also rates, measured in about three seconds."""
     import torch
 
     found: dict[str, Any] = {
@@ -36,7 +36,7 @@ def machine(*, limits: bool = True) -> dict[str, Any]:
 
 @functools.cache
 def measured_limits(folder: Path | None = None) -> dict[str, float]:
-    """One thread's matrix products, and memory and disk rates: the limits that a bench's figures are held against."""
+    """Measures matrix products of one thread, and memory and disk rates: the limits of a benchmark's figures."""
     import torch
 
     from zero_ds.training.planning.flops import peak_flops
@@ -68,14 +68,14 @@ def measured_limits(folder: Path | None = None) -> dict[str, float]:
 
 
 def seconds_of(work: Any) -> float:
-    """Seconds that a call takes."""
+    """Returns the seconds that a call takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def resident(field: str = "VmHWM") -> float:
-    """GiB of this process: `VmHWM`, the peak since it began, or `VmRSS`, now."""
+    """Returns the resident GiB of this process: `VmHWM`, the peak since its start, or `VmRSS`, the current size."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 2**20
@@ -83,17 +83,17 @@ def resident(field: str = "VmHWM") -> float:
 
 
 def median(values: Sequence[float]) -> float:
-    """Of at least one value."""
+    """Returns the median of at least one value."""
     return statistics.median(values)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """`median (least to most)`."""
+    """Returns `median (least to most)` as text."""
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table with columns of equal width; numbers come with three digits."""
+    """Returns a Markdown table with aligned columns; floats have three significant digits."""
     cells = [[_cell(value) for value in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
@@ -107,7 +107,7 @@ def _cell(value: Any) -> str:
 
 
 def write(out: Path | None, found: dict[str, Any], *, limits: bool = True) -> None:
-    """Writes what was found, with the machine, as JSON; nothing where `out` is None."""
+    """Writes results as JSON, with a description of the machine. Does nothing if `out` is None."""
     if out is not None:
         content = {"machine": machine(limits=limits), **found}
         out.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")

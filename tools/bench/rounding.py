@@ -1,9 +1,10 @@
-"""What frozen decoder layers in 8 bits change in a trained run: losses, and the gradient that reaches the pictures.
+"""Measures what 8-bit frozen decoder layers change in a trained run: losses, and the gradient at the image features.
 
     python tools/bench/rounding.py runs/quickstart/encoder
     python tools/bench/rounding.py runs/quickstart/encoder --full --bitsandbytes
 
-All contestants see the same batches and are held against float32. bf16 without 8 bits shows what rounding costs anyway.
+All contestants see the same batches and are compared with float32. bf16 without 8 bits shows the effect of rounding
+that is there anyway.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CONTESTANTS = (("fp32", "native"), ("bf16", "native"), ("fp32", "int8"), ("bf16"
 
 
 def load(run: Path, precision: str, full: bool) -> tuple[VisionLanguageModel, Loader]:
-    """The run's model with its trained weights, and those it started from, and its data."""
+    """Loads a run's model, with the weights that it started from and those that it trained, and its data loader."""
     config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     config = config.model_copy(
         update={
@@ -55,7 +56,7 @@ def load(run: Path, precision: str, full: bool) -> tuple[VisionLanguageModel, Lo
 
 
 def learned(model: VisionLanguageModel, batches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of the supervised tokens, and the gradient at the image features, of all batches one behind the other."""
+    """Returns the losses of the supervised tokens and the gradient at the image features, concatenated over batches."""
     tokens, gradients = [], []
     for batch in batches:
         features: list[torch.Tensor] = []
@@ -74,7 +75,7 @@ def _keep(output: torch.Tensor, into: list[torch.Tensor]) -> None:
 
 
 def bitsandbytes_(model: VisionLanguageModel, threshold: float) -> None:
-    """LLM.int8() in all decoder layers, by the product that bitsandbytes uses on GPUs."""
+    """Puts LLM.int8() into all decoder layers, with the matrix product that bitsandbytes uses on GPUs."""
     import logging
 
     import bitsandbytes
@@ -90,17 +91,17 @@ def bitsandbytes_(model: VisionLanguageModel, threshold: float) -> None:
                     theirs.bias = child.bias
                     weight = library.Int8Params(child.weight.data, requires_grad=False, has_fp16_weights=False)
                     theirs.weight = weight.to("cpu")
-                    setattr(module, name, theirs.eval())  # in training it multiplies otherwise on a CPU
+                    setattr(module, name, theirs.eval())  # in training mode it multiplies differently on a CPU
 
 
 def held(model: VisionLanguageModel) -> float:
-    """Megabytes of the decoder's layers."""
+    """Returns the megabytes of the decoder's layers."""
     layers = model.family.layers(model.decoder)
     return sum(t.nbytes for layer in layers for t in (*layer.parameters(), *layer.buffers())) / 1e6
 
 
 def compare(run: Path, batches: int, full: bool = False, with_bitsandbytes: bool = False) -> list[dict[str, Any]]:
-    """A row for each contestant, the first of which is float32."""
+    """Returns a row for each contestant; the first one is float32."""
     contestants = [*CONTESTANTS]
     if with_bitsandbytes:
         contestants += [(precision, f"bitsandbytes {t}") for precision in ("fp32", "bf16") for t in (0.0, 6.0)]
@@ -130,11 +131,13 @@ def compare(run: Path, batches: int, full: bool = False, with_bitsandbytes: bool
 def main(
     run: Annotated[Path, typer.Argument(help="Run of the encoder stage.")],
     batches: int = 8,
-    full: Annotated[bool, typer.Option("--full", help="Through the target instead of the surrogate.")] = False,
-    bitsandbytes: Annotated[bool, typer.Option("--bitsandbytes", help="Beside LLM.int8(), where installed.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Use the target instead of the surrogate.")] = False,
+    bitsandbytes: Annotated[
+        bool, typer.Option("--bitsandbytes", help="Also compare LLM.int8(); needs bitsandbytes.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Losses and gradients with frozen layers in 8 bits, beside float32."""
+    """Compare losses and gradients with 8-bit frozen layers with those of float32."""
     distributed.initialize()
     rows = compare(run, batches, full, bitsandbytes)
     head = ["precision", "frozen_weights", "loss", "of a token", "gradient", "layers, MB"]

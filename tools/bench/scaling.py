@@ -1,10 +1,11 @@
-"""How a training step grows: with ranks, with layers and with the length of sequences; time, memory and the trend.
+"""Measures how time and memory of a step grow with ranks, layers and sequence length, and fits the trends.
 
     python tools/bench/scaling.py --runs runs --out scaling.json
 
-Ranks and layers: the encoder stage of the recipe on the demo's data, a group of ranks for each number of ranks and each
-cut, in turns. Length: the decoder's part of a step in one process, with as many tokens in every step, on random
-weights. Trends are least squares: a line over layers, and a + b x length for the seconds a token.
+Ranks and layers: the encoder stage of the recipe on the demo's data, with a group of ranks for each number of ranks and
+each cut, in turns. Length: the decoder's part of a step in one process, on random weights, with the same number of
+tokens in every step. Trends are fitted by least squares: a line over layers, and a + b x length for the seconds per
+token.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from turns import Group
 
 
 def line(x: list[float], y: list[float]) -> dict[str, float]:
-    """Least squares of y = at_zero + slope x, and r2, the share of y's variance that it explains."""
+    """Fits y = at_zero + slope x by least squares; r2 is the share of y's variance that the line explains."""
     import numpy as np
 
     slope, at_zero = np.polyfit(x, y, 1)
@@ -34,7 +35,7 @@ def line(x: list[float], y: list[float]) -> dict[str, float]:
 
 
 def over_lengths(target: Path, lengths: list[int], tokens: int, rounds: int, attention: str) -> list[dict[str, Any]]:
-    """Seconds a token of the decoder's step, at so many tokens a step whatever the length."""
+    """Measures seconds per token of the decoder's step for each length, with equally many tokens in every step."""
     import torch
 
     decoder = surrogate.Decoder(target, None, torch.bfloat16, attention)
@@ -43,7 +44,7 @@ def over_lengths(target: Path, lengths: list[int], tokens: int, rounds: int, att
         for length in lengths:
             started = time.perf_counter()
             decoder.step(max(1, tokens // length), length, max(1, length // 3))
-            if number:  # the first does not count
+            if number:  # the first round does not count
                 seconds[length].append((time.perf_counter() - started) / (max(1, tokens // length) * length))
     return [{"length": length, "seconds_a_token": times} for length, times in seconds.items()]
 
@@ -52,15 +53,15 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder with demo/ and quickstart/, as launch/quickstart.sh leaves it.")],
     model: Annotated[str, typer.Option(help="Folder of recipes.")] = "smollm2-135m",
     cut: Annotated[list[str] | None, typer.Option(help="Layers that one translator replaces, first:last.")] = None,
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence.")] = None,
-    tokens: Annotated[int, typer.Option(help="Of a step of the series over lengths.")] = 1024,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeatable.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step in the series over lengths.")] = 1024,
     zero: Annotated[str, typer.Option(help="DeepSpeed config.")] = "zero3_resident",
-    setting: Annotated[list[str] | None, typer.Option(help="key=value of the recipe.")] = None,
-    steps: Annotated[int, typer.Option(help="Of a turn.")] = 8,
+    setting: Annotated[list[str] | None, typer.Option(help="key=value of the recipe; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a turn.")] = 8,
     rounds: int = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Measure the three series."""
+    """Measure steps over ranks, layers and lengths."""
     from zero_ds.config.loading import load_run
     from zero_ds.model.layer_plan import LayerPlan, Replaced
 

@@ -1,11 +1,11 @@
-"""Trajectory, surrogate and export against the script that one would write without this package, in turns.
+"""Compares trajectory, surrogate and export with the scripts that one would write without this package, in turns.
 
     python tools/bench/scripts.py compare --runs runs --out scripts.json
 
-Every round starts new processes, one after the other; seconds and the peak resident set are those of a process and its
-children, imports included. The obvious scripts are this file's other commands. Ours does more: the trajectory with its
-statistics and plot, the surrogate with hashes, the export with a proof (`full`: logits and answers of a fresh process).
-Data loading is compared by `loader.py`.
+Every round starts new processes, one after the other; seconds and peak resident set are those of a process and its
+children, imports included. The obvious scripts are the other commands of this file. Ours does more: the trajectory
+includes statistics and a plot, the surrogate has hashes, and the export has a proof (`full`: logits and answers of a
+fresh process). `loader.py` compares data loading.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 @app.command()
 def trajectory(model: Path, data: Path, samples: int, out: Path) -> None:
-    """The obvious script: all hidden states of a text, each through norm and head, KL of Eq. 1-4 to the last layer."""
+    """Run the obvious script: all hidden states of a text through norm and head, and KL (Eq. 1-4) to the last layer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,7 +54,7 @@ def trajectory(model: Path, data: Path, samples: int, out: Path) -> None:
 
 @app.command()
 def surrogate(model: Path, first: int, last: int, out: Path) -> None:
-    """The obvious script: load the model, drop layers, save it."""
+    """Run the obvious script: load the model, drop layers, save it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,7 +72,7 @@ def surrogate(model: Path, first: int, last: int, out: Path) -> None:
 
 @app.command()
 def export(model: Path, encoder: Path, weights: Path, like: Path, out: Path) -> None:
-    """The obvious script: load everything, put the trained weights into Llava, save it. `like`: a Llava folder."""
+    """Run the obvious script: load all weights, put them into a Llava, save it. LIKE is a folder with its config."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVisionModel
@@ -95,13 +95,13 @@ def export(model: Path, encoder: Path, weights: Path, like: Path, out: Path) -> 
 
 
 def run(command: list[str], folder: Path) -> tuple[float, float]:
-    """Seconds, and peak GiB of the process or one of its children.
+    """Runs a command; returns its seconds, and the peak GiB of the process or one of its children.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     started = time.perf_counter()
-    # the child of a child: `ru_maxrss` of our own would begin with what this process holds
+    # wait4 gives the usage of this child and its descendants; RUSAGE_CHILDREN is the largest of all children so far
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     said = process.stdout.read()
@@ -113,11 +113,11 @@ def run(command: list[str], folder: Path) -> tuple[float, float]:
 
 
 def commands(runs: Path, model: Path, replace: str, samples: int, out: Path) -> dict[str, dict[str, list[str]]]:
-    """Task -> way -> command."""
+    """Returns the command of each way of each task, as task -> way -> command."""
     ours = [sys.executable, "-m", "zero_ds.cli"]
     script = [sys.executable, str(Path(__file__).resolve())]
     data, run_folder = str(runs / "demo/data/trajectory.json"), runs / "quickstart/encoder"
-    commit = run_folder / (run_folder / "latest").read_text(encoding="utf-8").strip()
+    checkpoint = run_folder / (run_folder / "latest").read_text(encoding="utf-8").strip()
     cut = ["--target", str(model), "--replace", replace, "--out", str(out)]
     exported = [*ours, "export", str(run_folder), "--target", str(model), "--dtype", "float32", "--out", str(out)]
     end = replace.split(":")
@@ -138,7 +138,7 @@ def commands(runs: Path, model: Path, replace: str, samples: int, out: Path) -> 
             "ours, proof tensors": [*exported, "--proof", "tensors"],
             "obvious script": [
                 *[*script, "export", str(model), str(runs / "demo/encoder")],
-                *[str(commit / "weights.safetensors"), str(runs / "quickstart/export"), str(out)],
+                *[str(checkpoint / "weights.safetensors"), str(runs / "quickstart/export"), str(out)],
             ],
         },
     }
@@ -154,7 +154,7 @@ def compare(
     rounds: int = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Compare each task's ways."""
+    """Compare the ways of each task."""
     runs, model = runs.resolve(), model.expanduser().resolve()
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -165,7 +165,7 @@ def compare(
             found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
             for _ in range(rounds):
                 for way, command in ways.items():
-                    found[way].append(run(command, runs.parent))  # manifests name folders from there
+                    found[way].append(run(command, runs.parent))  # manifests name folders relative to it
                     if result.is_dir():
                         shutil.rmtree(result)
                     else:

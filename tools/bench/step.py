@@ -1,15 +1,15 @@
-"""A training step, ours against transformers' Trainer on Llava: encoder and decoder stage, in one run, in turns.
+"""Compares a training step of this package with transformers' Trainer on Llava, in turns in one run.
 
     launch/quickstart.sh          # once: demo data, surrogate, and the exported Llava that the peer trains
     python tools/bench/step.py --runs runs --out step.json
     python tools/bench/step.py --runs runs --also compile=true --also env:LD_PRELOAD=libtcmalloc_minimal.so.4
 
-Same model, data, precision, DeepSpeed JSON, global batch, micro-batch and ranks. In the encoder stage ours trains
-against a surrogate, the peer through the full model, which is what the surrogate is for; a row `full` shows ours
-through the full model, too. A round gives every contestant so many steps; medians are over rounds. Memory is the peak
-resident set of a rank, libraries included. MFU counts what each method needs
-(zero_ds/training/planning/flops.py), over what one thread a rank reaches in a matrix product. `--also` shows ours with
-other settings besides, and where it has an `env:` the peer with that environment as well.
+Encoder and decoder stage; both sides have the same model, data, precision, DeepSpeed JSON, global batch, micro-batch
+and ranks. In the encoder stage ours trains against a surrogate and the peer through the full model, because saving that
+is the purpose of the surrogate; a row `full` shows ours through the full model as well. In a round every contestant
+makes `--steps` steps; medians are over rounds. Memory is the peak resident set of a rank, libraries included. MFU
+divides the FLOPs that each method needs (zero_ds/training/planning/flops.py) by the rate of one thread per rank in a
+matrix product. `--also` adds ours with other settings and, for settings with `env:`, the peer in that environment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENCODER_PARTS = ["vision_tower", "multi_modal_projector"]
 def settings(
     runs: Path, zero: str, precision: str, global_batch: int, micro_batch: int, ranks: int
 ) -> tuple[list[str], dict[str, Any]]:
-    """The same for both: our overrides, and the peer's arguments."""
+    """Returns the same settings for both: our overrides, and the peer's arguments for `LlavaOptions`."""
     from zero_ds.training.deepspeed import DS_CONFIG_ROOT
 
     data = runs / "demo/data/train.json"
@@ -56,13 +56,13 @@ def settings(
 
 
 def build(target: Path, layers: str, out: Path) -> None:
-    """Cuts a surrogate, in a process of its own: this one stays small."""
+    """Builds a surrogate in a process of its own, so that this one stays small."""
     command = [sys.executable, "-m", "zero_ds.cli", "surrogate", "--target", str(target), "--replace", layers]
     subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
 
 
 def words(text: str) -> tuple[list[str], dict[str, str]]:
-    """`key=value env:NAME=value ...` -> settings of a recipe, environment."""
+    """Splits `key=value env:NAME=value ...` into settings of a recipe and environment variables."""
     parts = text.split()
     environment = dict(part[4:].split("=", 1) for part in parts if part.startswith("env:"))
     return [part for part in parts if not part.startswith("env:")], environment
@@ -78,15 +78,20 @@ def contestants(
     also: list[str],
     plain: bool,
 ) -> dict[str, tuple[Any, dict[str, Any], dict[str, str]]]:
-    """Name -> function, its arguments, environment; the peer first, of ours first through the full model."""
+    """Returns, for each contestant's name, its function, arguments and environment.
+
+    The peer comes first; of ours, the one through the full model comes first. plain: whether ours without any of `also`
+    takes part.
+    """
     trains = ENCODER_PARTS if stage == "encoder" else []
     found: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {}
     for number, text in enumerate(["", *also]):
         settings, environment = words(text)
         if environment or not text:
             named = ", ".join([f"{stage}: Trainer", *map(short, environment.values())])
-            given = {**peer, "trains": trains, "out": str(folder / f"peer-{stage}-{number}")}
-            found.setdefault(named, (trainers.llava, given, environment))
+            out = str(folder / f"peer-{stage}-{number}")
+            options = trainers.LlavaOptions(**peer, trains=trains, out=out)
+            found.setdefault(named, (trainers.llava, {"options": options}, environment))
     ways = {"ours": []} if stage == "decoder" else {"ours, full": ["decoder=target"]}
     if stage == "encoder":
         ways |= {f"ours, T({cut.replace(':', ',')})": [f"surrogate={folder / cut.replace(':', '-')}"] for cut in cuts}
@@ -94,7 +99,7 @@ def contestants(
         settings, environment = words(text)
         for name, own in ways.items():
             if text and own == ["decoder=target"]:
-                continue  # shown once
+                continue  # the full model is measured with the recipe's own settings only
             named = ", ".join([f"{stage}: {name}", *settings, *map(short, environment.values())])
             overrides = [*common, *own, *settings, f"out={folder / f'{stage}-{len(found)}'}", "init_from=[]"]
             found[named] = (trainers.ours, {"recipe": f"{model}/{stage}", "overrides": overrides}, environment)
@@ -102,21 +107,21 @@ def contestants(
 
 
 def short(value: str) -> str:
-    """A file's name without its folder and endings."""
+    """Returns a file's name without its folder and extensions."""
     return Path(value).name.split(".")[0]
 
 
 def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> float:
-    """What the method needs for an average sample of what was counted, forward and backward."""
+    """Returns the FLOPs that the method needs for an average counted sample, forward and backward."""
     from zero_ds.config.loading import load_run
     from zero_ds.training.planning.architecture import architecture
     from zero_ds.training.planning.flops import StepCost
 
     config = load_run(arguments["recipe"], arguments["overrides"])
     model = architecture(config).model
-    tokens = counted["pictures"] * model.tokens_per_image()
+    tokens = counted["images"] * model.tokens_per_image()
     whole = StepCost.of(model).flops(
-        counted["tokens"], counted["pairs"], counted["supervised"], counted["pictures"], tokens
+        counted["tokens"], counted["pairs"], counted["supervised"], counted["images"], tokens
     )
     return whole / counted["samples"]
 
@@ -125,19 +130,21 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder with demo/ and quickstart/, as launch/quickstart.sh leaves it.")],
     model: Annotated[str, typer.Option(help="Folder of recipes.")] = "smollm2-135m",
     stages: Annotated[str, typer.Option(help="encoder, decoder, or both with a comma.")] = "encoder,decoder",
-    cut: Annotated[list[str] | None, typer.Option(help="Layers replaced by one translator, first:last.")] = None,
+    cut: Annotated[list[str] | None, typer.Option(help="Layers that one translator replaces, first:last.")] = None,
     zero: Annotated[str, typer.Option(help="DeepSpeed config of all contestants.")] = "zero3_resident",
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    setting: Annotated[list[str] | None, typer.Option(help="For ours: key=value of the recipe.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="key=value of our recipe; repeatable.")] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="Ours with key=value, env:NAME=value, too; several with a blank between."),
+        typer.Option(help="Also measure ours with these settings: key=value and env:NAME=value, separated by blanks."),
     ] = None,
-    plain: Annotated[bool, typer.Option(help="Ours as it is, too; without, more of --also fit into memory.")] = True,
+    plain: Annotated[
+        bool, typer.Option(help="Measure ours without --also as well; without it, more of --also fit into memory.")
+    ] = True,
     ranks: int = 2,
     global_batch: int = 8,
     micro_batch: int = 4,
-    steps: Annotated[int, typer.Option(help="Of a turn; a multiple of 8, so that all see the same samples.")] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of a turn; a multiple of 8, so that all see the same samples.")] = 8,
     warm_up: Annotated[int, typer.Option(help="Steps that do not count.")] = 8,
     rounds: int = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -156,7 +163,7 @@ def main(
         for layers in cuts if "encoder" in names else []:
             build(Path(target), layers, folder / layers.replace(":", "-"))
         limits = report.measured_limits()
-        for stage in names:  # of one stage at a time: they are alive side by side
+        for stage in names:  # one stage at a time, because all contestants of a stage are alive together
             entries = contestants(stage, cuts, folder, model, common, peer, also or [], plain)
             groups = []
             with contextlib.ExitStack() as stack:
@@ -164,7 +171,7 @@ def main(
                     group = stack.enter_context(
                         Group(called, function, ranks, folder, environment=environment, **arguments)
                     )
-                    # one after the other: loading needs the most memory
+                    # one after the other, because loading needs the most memory
                     print(f"{called}: warm-up {group.turn(warm_up)['seconds']:.1f} s", file=sys.stderr, flush=True)
                     groups.append(group)
                 for _ in range(rounds):
@@ -199,9 +206,9 @@ def main(
 
 
 def summary(groups: list[Group], methods: dict[str, dict[str, Any]], samples: int, peak: float) -> list[dict[str, Any]]:
-    """A row each, beside the first, the peer; the first turn was the warm-up.
+    """Returns a row for each group, compared with the first one, the peer. The first turn was the warm-up.
 
-    methods: our groups' arguments by name; the peer computes through the full model.
+    methods: the arguments of our groups by name. The peer's FLOPs are those of the full model.
     """
     rows = []
     base = report.median([samples / turn["seconds"] for turn in groups[0].found[1:]])
@@ -220,7 +227,7 @@ def summary(groups: list[Group], methods: dict[str, dict[str, Any]], samples: in
                 "peak_gib": memory,
                 "share_of_peers_memory": memory / groups[0].found[-1]["peak_gib"],
                 "mfu": rate * flops_per_sample(methods.get(group.name, through_all), counted) / peak,
-                "positions_used": counted["tokens"] / counted["places"],
+                "positions_used": counted["tokens"] / counted["positions"],
             }
         )
     return rows

@@ -91,7 +91,7 @@ def measured(
             seconds[cut].append((time.perf_counter() - started) / steps)
     rows = []
     for cut, decoder in decoders.items():
-        # each round's ratio: what slows the machine for a while slows both
+        # each round's ratio, because a machine that is slow for a while slows both
         ratios = [mine / full for mine, full in zip(seconds[cut], seconds[None], strict=True)]
         by_flops = flops[cut] / flops[None]
         rows.append(
@@ -109,7 +109,7 @@ def measured(
 
 
 def planned(models: list[str], gpus: int, gpu_memory: float, gpu: str) -> list[dict[str, Any]]:
-    """Encoder stage on the surrogate and on the full model, by `zero_ds.plan`, under the fastest config that fits."""
+    """Returns planned costs of the encoder stage on surrogate and full model, with the fastest config of each."""
     from zero_ds.config.loading import load_run
     from zero_ds.training.planning.cluster import Cluster, find_gpu
     from zero_ds.training.planning.recipe import plan_run
@@ -138,21 +138,21 @@ def planned(models: list[str], gpus: int, gpu_memory: float, gpu: str) -> list[d
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder whose config.json is cut; weights are random.")],
+    target: Annotated[Path, typer.Option(help="Folder of a model; only its config.json is read, weights are random.")],
     cut: Annotated[list[str] | None, typer.Option(help="Layers that one translator replaces, first:last.")] = None,
     batch: int = 4,
     length: int = 64,
-    supervised: Annotated[int, typer.Option(help="Tokens with loss of a sequence.")] = 24,
+    supervised: Annotated[int, typer.Option(help="Tokens with loss in a sequence.")] = 24,
     rounds: int = 7,
-    steps: Annotated[int, typer.Option(help="Of each cut in a round.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps of each cut in a round.")] = 2,
     precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    model: Annotated[list[str] | None, typer.Option(help="Recipes that are planned; the paper's by default.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Recipes to plan; the paper's models by default.")] = None,
     gpus: int = 128,
     gpu_memory: float = 80.0,
     gpu: str = "A100",
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Compare the cost of steps."""
+    """Compare the costs of steps."""
     rows = measured(target.expanduser(), cut or list(CUTS), (batch, length, supervised), rounds, steps, precision)
     keys = ["time_ratio", "flop_ratio", "time_over_flops"]
     cells = [

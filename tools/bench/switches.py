@@ -1,10 +1,10 @@
-"""What a setting is worth: a stage with and without it, in one run, in turns, and whether the losses are the same.
+"""Measures the effect of settings: a stage with and without them, in turns in one run, and whether losses agree.
 
     python tools/bench/switches.py --runs runs --stage encoder --switch attention=sdpa --switch data.packing=true
     python tools/bench/switches.py --runs runs --stage pretrain --text --switch short_backward=false
 
 Every contestant runs the same recipe on the same samples. `difference` is the largest relative difference of a step's
-loss from the first contestant's; a setting that is said to change nothing shows 0 or rounding.
+loss from the first contestant's; it is 0 or rounding for a setting that should not change the numbers.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from turns import Group
 
 
 def losses(out: Path) -> list[float]:
-    """Of a run's steps."""
+    """Returns the losses of a run's steps."""
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def difference(mine: list[float], base: list[float]) -> float:
-    """The largest relative one over the steps that both have made."""
+    """Returns the largest relative difference over the steps that both runs have made."""
     return max(abs(a - b) / abs(b) for a, b in zip(mine, base, strict=False))
 
 
 def main(
     runs: Annotated[Path, typer.Option(help="Folder with demo/ and quickstart/, as launch/quickstart.sh leaves it.")],
     switch: Annotated[
-        list[str], typer.Option(help="key=value, env:NAME=value; several with a blank between. One contestant each.")
+        list[str], typer.Option(help="Settings of a contestant: key=value and env:NAME=value, separated by blanks.")
     ],
     model: Annotated[str, typer.Option(help="Folder of recipes.")] = "smollm2-135m",
     stage: str = "encoder",
-    text: Annotated[bool, typer.Option("--text", help="Data: the demo's texts without pictures.")] = False,
-    setting: Annotated[list[str] | None, typer.Option(help="key=value of all contestants.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Train on the demo's texts, without images.")] = False,
+    setting: Annotated[list[str] | None, typer.Option(help="key=value for all contestants; repeatable.")] = None,
     zero: str = "zero3_resident",
     precision: str = "bf16",
     ranks: int = 2,
@@ -48,7 +48,7 @@ def main(
     rounds: int = 5,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Compare settings with the recipe as it is, which comes first."""
+    """Compare settings with the unmodified recipe, which is the first contestant."""
     runs = runs.resolve()
     common, _ = step.settings(runs, zero, precision, 8, 4, ranks)
     common += [f"surrogate={runs / 'quickstart/surrogate'}", "init_from=[]", *(setting or [])]
@@ -75,7 +75,7 @@ def main(
             {
                 "setting": group.name,
                 "seconds": [value / steps for value in seconds],
-                # of each round: what slows the machine for a while slows both
+                # ratios of each round, because a machine that is slow for a while slows both
                 "times": report.median([value / other for value, other in zip(seconds, base, strict=True)]),
                 "peak_gib": group.found[-1]["peak_gib"],
                 "difference": difference(curve, curves[0]),

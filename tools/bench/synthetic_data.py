@@ -1,4 +1,4 @@
-"""Pictures and LLaVA records of the lengths of LLaVA-1.5-665K's, drawn, for measurements.
+"""Makes random images and LLaVA records with the lengths of LLaVA-1.5-665K's, for measurements.
 
 python tools/bench/synthetic_data.py OUT.json --records 665000
 """
@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 
-def draw_pictures(folder: Path, count: int) -> list[str]:
-    """Writes JPEG files of 640 x 480 with structure and noise; returns their names."""
+def draw_images(folder: Path, count: int) -> list[str]:
+    """Writes JPEG files of 640 x 480 pixels with structure and noise; returns their names."""
     noise = np.random.default_rng(0)
     for number in range(count):
         coarse = Image.fromarray(noise.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480))
@@ -26,10 +26,11 @@ def draw_pictures(folder: Path, count: int) -> list[str]:
     return [f"{number}.jpg" for number in range(count)]
 
 
-def write_records(path: Path, count: int, pictures: list[str], text_only: float = 0.0) -> None:
-    """Writes a JSON list of so many conversations, a share of them without a picture.
+def write_records(path: Path, count: int, images: list[str], text_only: float = 0.0) -> None:
+    """Writes a JSON list of `count` conversations, a share of them without an image.
 
-    Turns: log-normal, 1 to 12, median 2.7; answers: log-normal, median 20 words; questions: 4 to 14 words.
+    The number of turns is log-normal (1 to 12, median 2.7), answers are log-normal (median 20 words), and questions
+    have 4 to 14 words.
     """
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(3000)]
@@ -50,18 +51,18 @@ def write_records(path: Path, count: int, pictures: list[str], text_only: float 
                 turns.append({"from": "gpt", "value": text(rng.lognormvariate(3.0, 1.1))})
             record = {"id": f"{number:09d}", "conversations": turns}
             if shown:
-                record["image"] = pictures[number % len(pictures)]
+                record["image"] = images[number % len(images)]
             file.write("[" if number == 0 else ",\n")
-            json.dump(record, file, indent=2)  # as LLaVA's own file
+            json.dump(record, file, indent=2)  # like LLaVA's own file
         file.write("]\n")
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="New JSON file.")],
     records: Annotated[int, typer.Option(min=1)] = 665_000,
-    text_only: Annotated[float, typer.Option(min=0, max=1, help="Share of records without a picture.")] = 0.06,
+    text_only: Annotated[float, typer.Option(min=0, max=1, help="Share of records without an image.")] = 0.06,
 ) -> None:
-    """Write records that name pictures which are not there: enough to read, to count tokens and to pack."""
+    """Write records that name images which do not exist: enough to read, to count tokens and to pack."""
     write_records(out, records, [f"{number:06d}.jpg" for number in range(100_000)], text_only)
     print(f"{out}: {records:,} records, {out.stat().st_size / 1e9:.2f} GB")
 

@@ -1,9 +1,9 @@
-"""Writes a Llama of any shape with random weights in bfloat16, shard by shard: something large to measure with.
+"""Writes a Llama of any shape with random bfloat16 weights, shard by shard, for measurements with large models.
 
     python tools/bench/synthetic_model.py --shape 8b --tokenizer FOLDER --out /tmp/llama-8b
 
-The vocabulary is of the shape's size; of the tokenizer's folder, whose own must not be larger, the text files are
-copied. A shard holds one layer, so that the memory needed is that of the embeddings.
+The vocabulary has the size of the shape, and must not be smaller than that of the tokenizer, whose files are copied. A
+shard holds one layer, so the memory needed is that of the embeddings.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
-"""Llama 3.x; all have 8 key and value heads and 128256 tokens."""
+"""Shapes of Llama 3.x; all have 8 key and value heads and 128256 tokens."""
 
 
 def main(
     out: Annotated[Path, typer.Option(help="New folder.")],
     tokenizer: Annotated[Path, typer.Option(help="Model folder whose tokenizer and template are copied.")],
     shape: Annotated[str, typer.Option(help="1b, 3b, 8b or 70b.")] = "8b",
-    tied: Annotated[bool, typer.Option("--tied", help="One tensor for embeddings and head.")] = False,
+    tied: Annotated[bool, typer.Option("--tied", help="Use one tensor for embeddings and head.")] = False,
 ) -> None:
-    """Writes the model."""
+    """Write the model."""
     if shape not in SHAPES:
-        raise typer.BadParameter(f"{shape} is none of {', '.join(SHAPES)}")
+        raise typer.BadParameter(f"unknown shape {shape}; use one of {', '.join(SHAPES)}")
     sizes = {**SHAPES[shape], "num_key_value_heads": 8, "vocab_size": 128256}
     hidden, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
     head = hidden // sizes["num_attention_heads"]
@@ -55,7 +55,7 @@ def main(
     layers = sizes["num_hidden_layers"]
 
     def random(rows: int, columns: int) -> torch.Tensor:
-        # a block of rows, repeated: random bytes cost more time than anything that is measured with them
+        # a repeated block of rows, because drawing all numbers would take longer than any measurement
         block = (torch.randn(min(rows, 1024), columns, generator=generator) * columns**-0.5).bfloat16()
         return block.repeat(-(-rows // len(block)), 1)[:rows].contiguous()
 

@@ -1,6 +1,6 @@
 """Two ways to train the same stage, as ranks that take turns: this package, and transformers' Trainer with Llava.
 
-Each is what a user would run: `zero_ds.train.train` on a recipe, and a script around `Trainer`,
+Both are ordinary uses: `zero_ds.train.train` on a recipe, and a script around `Trainer`,
 `LlavaForConditionalGeneration` and its processor, with the same DeepSpeed JSON.
 """
 
@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from turns import Turn
+
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Role in LLaVA's JSON -> role in a chat template."""
 
 
 def ours(turn: Turn, recipe: str, overrides: list[str]) -> None:
@@ -37,9 +41,9 @@ def ours(turn: Turn, recipe: str, overrides: list[str]) -> None:
                     samples=len(lengths),
                     tokens=float(lengths.sum()),
                     pairs=float((lengths**2).sum()),
-                    places=batch.attention_mask.numel(),
+                    positions=batch.attention_mask.numel(),
                     supervised=count_supervised(batch.labels),
-                    pictures=0 if batch.pixel_values is None else len(batch.pixel_values),
+                    images=0 if batch.pixel_values is None else len(batch.pixel_values),
                 )
             yield step
 
@@ -48,8 +52,134 @@ def ours(turn: Turn, recipe: str, overrides: list[str]) -> None:
     train(load_run(recipe, [*overrides, "max_steps=1000000"]))
 
 
+@dataclass(frozen=True)
+class LlavaOptions:
+    """Settings of Trainer on Llava."""
+
+    model: str
+    """Folder of a Llava with its processor."""
+    data: str
+    """File in LLaVA's JSON format; its images are relative to its folder."""
+    zero: str
+    """DeepSpeed JSON file."""
+    micro_batch: int
+    accumulation: int
+    """Number of micro-batches of a step on each rank."""
+    precision: str
+    """bf16 or fp32."""
+    out: str
+    """Output folder of Trainer."""
+    trains: list[str] = field(default_factory=list)
+    """Parts of the names of the parameters that train; if empty, all parameters train."""
+    attention: str = "sdpa"
+    checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass."""
+
+    def training_arguments(self) -> Any:
+        """Returns Trainer's arguments. While they exist, models are loaded under their DeepSpeed config."""
+        from transformers import TrainingArguments
+
+        ds = json.loads(Path(self.zero).read_text(encoding="utf-8"))
+        ds["data_types"] = {"grad_accum_dtype": "fp32"}
+        ds["zero_allow_untested_optimizer"] = True
+        return TrainingArguments(
+            output_dir=self.out,
+            per_device_train_batch_size=self.micro_batch,
+            gradient_accumulation_steps=self.accumulation,
+            max_steps=1_000_000,
+            learning_rate=1e-5,
+            bf16=self.precision == "bf16",
+            deepspeed=ds,
+            gradient_checkpointing=self.checkpointing,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=10,
+        )
+
+    def load_model(self) -> Any:
+        """Loads the Llava, and freezes the parameters that do not train."""
+        import torch
+        from transformers import LlavaForConditionalGeneration
+
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        load = cast(Any, LlavaForConditionalGeneration).from_pretrained
+        model = load(self.model, dtype=dtype, attn_implementation=self.attention)
+        model.config.use_cache = False
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not self.trains or any(part in name for part in self.trains))
+        return model
+
+
+class LlavaCollator:
+    """Makes padded batches of LLaVA records with Llava's processor, with labels at the answers, and counts them."""
+
+    def __init__(self, options: LlavaOptions, turn: Turn) -> None:
+        from transformers import AutoProcessor
+
+        self.processor: Any = AutoProcessor.from_pretrained(options.model)
+        self.processor.tokenizer.padding_side = "right"
+        self.folder = Path(options.data).parent
+        self.turn = turn
+
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        from PIL import Image
+
+        texts = [self.processor.apply_chat_template(_messages(record), tokenize=False) for record in records]
+        images = [Image.open(self.folder / record["image"]).convert("RGB") for record in records if "image" in record]
+        batch = self.processor(
+            text=texts, images=images or None, padding=True, add_special_tokens=False, return_tensors="pt"
+        )
+        labels = self._labels(batch["input_ids"])
+        lengths = batch["attention_mask"].sum(1).double()
+        self.turn.count(
+            samples=len(lengths),
+            tokens=float(lengths.sum()),
+            pairs=float((lengths**2).sum()),
+            positions=batch["attention_mask"].numel(),
+            supervised=int((labels[:, 1:] != -100).sum()),
+            images=len(images),
+        )
+        return {**batch, "labels": labels}
+
+    def _labels(self, input_ids: Any) -> Any:
+        """Returns labels (rows, length): the ids of the assistant's turns and their closing tokens, -100 elsewhere."""
+        import torch
+
+        tokenizer = self.processor.tokenizer
+        labels = torch.full_like(input_ids, -100)
+        start = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        for row, ids in enumerate(input_ids.tolist()):
+            position = 0
+            while position < len(ids):
+                if ids[position : position + len(start)] == start:
+                    first = position + len(start)
+                    last = ids.index(end, first) if end in ids[first:] else len(ids) - 1
+                    labels[row, first : last + 1] = input_ids[row, first : last + 1]
+                    position = last
+                position += 1
+        return labels
+
+
+def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a LLaVA record as messages of a chat template."""
+    return [{"role": ROLES[turn["from"]], "content": _content(turn["value"])} for turn in record["conversations"]]
+
+
+def _content(value: str) -> list[dict[str, str]]:
+    if "<image>" not in value:
+        return [{"type": "text", "text": value}]
+    return [{"type": "image"}, {"type": "text", "text": value.replace("<image>", "").strip()}]
+
+
 def _let_trainer_use_deepspeed_on_a_cpu() -> None:
-    """Its `use_cpu` leaves DeepSpeed out, and without that it asks for a GPU, though nothing else in it needs one."""
+    """Lets Trainer run DeepSpeed without a GPU.
+
+    Its `use_cpu` excludes DeepSpeed, and without `use_cpu` it asks for a GPU, although nothing else in it needs one.
+    """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
     from transformers import training_args
@@ -59,113 +189,46 @@ def _let_trainer_use_deepspeed_on_a_cpu() -> None:
     cast(Any, PartialState)._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
 
 
-def llava(
-    turn: Turn,
-    model: str,
-    data: str,
-    zero: str,
-    trains: list[str],
-    micro_batch: int,
-    accumulation: int,
-    precision: str,
-    out: str,
-    attention: str = "sdpa",
-    checkpointing: bool = False,
-    behind: Callable[[Any], None] | None = None,
-) -> None:
-    """Trainer on Llava: pictures and text through its processor, batches padded, labels at the answers.
-
-    model: folder with processor; data: LLaVA's JSON; zero: DeepSpeed JSON; trains: beginnings of the names of what
-    trains, all of it if empty; behind: called with the trainer after each step, in place of waiting for a turn.
-    """
+def _set_up_process() -> None:
+    """Joins the process group, on CPUs with the settings under which Trainer accepts them."""
     import deepspeed
     import torch
-    from PIL import Image
-    from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ours: no kernel is compiled
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in this package: no kernel is compiled
         _let_trainer_use_deepspeed_on_a_cpu()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
-    ds = json.loads(Path(zero).read_text(encoding="utf-8"))
-    ds["data_types"] = {"grad_accum_dtype": "fp32"}
-    ds["zero_allow_untested_optimizer"] = True
-    arguments = TrainingArguments(
-        output_dir=out,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1_000_000,
-        learning_rate=1e-5,
-        bf16=precision == "bf16",
-        deepspeed=ds,
-        gradient_checkpointing=checkpointing,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=10,
-    )
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    whole = cast(Any, LlavaForConditionalGeneration).from_pretrained(model, dtype=dtype, attn_implementation=attention)
-    whole.config.use_cache = False
-    for name, parameter in whole.named_parameters():
-        parameter.requires_grad_(not trains or any(part in name for part in trains))
-    processor: Any = AutoProcessor.from_pretrained(model)
-    processor.tokenizer.padding_side = "right"
-    roles = {"human": "user", "gpt": "assistant"}
-    folder = Path(data).parent
 
-    def messages(record: dict[str, Any]) -> list[dict[str, str]]:
-        return [{"role": roles[t["from"]], "content": _content(t["value"])} for t in record["conversations"]]
 
-    def _content(value: str) -> Any:
-        if "<image>" not in value:
-            return [{"type": "text", "text": value}]
-        return [{"type": "image"}, {"type": "text", "text": value.replace("<image>", "").strip()}]
+def llava(turn: Turn, options: LlavaOptions, after_step: Callable[[Any], None] | None = None) -> None:
+    """Runs Trainer on Llava, and waits between steps for its turn.
 
-    def collate(records: list[dict[str, Any]]) -> dict[str, Any]:
-        texts = [processor.apply_chat_template(messages(record), tokenize=False) for record in records]
-        images = [Image.open(folder / record["image"]).convert("RGB") for record in records if "image" in record]
-        batch = processor(
-            text=texts, images=images or None, padding=True, add_special_tokens=False, return_tensors="pt"
-        )
-        labels = torch.full_like(batch["input_ids"], -100)
-        start = processor.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
-        end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        for row, ids in enumerate(batch["input_ids"].tolist()):
-            place = 0
-            while place < len(ids):
-                if ids[place : place + len(start)] == start:
-                    first = place + len(start)
-                    last = ids.index(end, first) if end in ids[first:] else len(ids) - 1
-                    labels[row, first : last + 1] = batch["input_ids"][row, first : last + 1]
-                    place = last
-                place += 1
-        lengths = batch["attention_mask"].sum(1).double()
-        turn.count(
-            samples=len(lengths),
-            tokens=float(lengths.sum()),
-            pairs=float((lengths**2).sum()),
-            places=batch["attention_mask"].numel(),
-            supervised=int((labels[:, 1:] != -100).sum()),
-            pictures=len(images),
-        )
-        return {**batch, "labels": labels}
+    after_step: called with the trainer after each step, instead of waiting for a turn.
+    """
+    from transformers import Trainer, TrainerCallback
+
+    _set_up_process()
+    arguments = options.training_arguments()
+    model = options.load_model()
 
     class InTurns(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            if behind is None:
+            if after_step is None:
                 turn.step()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if behind is None:
+            if after_step is None:
                 turn.step()
             else:
-                behind(trainer)
+                after_step(trainer)
 
-    records = json.loads(Path(data).read_text(encoding="utf-8"))
-    trainer = Trainer(model=whole, args=arguments, train_dataset=records, data_collator=collate, callbacks=[InTurns()])
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=json.loads(Path(options.data).read_text(encoding="utf-8")),
+        data_collator=LlavaCollator(options, turn),
+        callbacks=[InTurns()],
+    )
     trainer.train()

@@ -1,6 +1,6 @@
-"""Groups of ranks that live side by side and work in turns, so that what is compared meets the same machine.
+"""Groups of ranks that are alive together and work in turns, so that contestants meet the machine in the same state.
 
-A rank's function gets a `Turn` and calls `turn.step()` before every step; between turns it waits there, without load.
+A rank's function gets a `Turn` and calls `turn.step()` before every step; between turns it waits there without load.
 """
 
 from __future__ import annotations
@@ -23,34 +23,37 @@ _context = multiprocessing.get_context("spawn")
 
 @dataclass
 class Turn:
-    """A rank's side."""
+    """A rank's side of the turns."""
 
     connection: Connection
     counted: dict[str, float] = field(default_factory=dict)
-    """What the rank has worked on since it began; see `count`."""
+    """Sums of the numbers that were given to `count` since the rank began."""
     _left: int = 0
     _started: float | None = None
 
     def step(self) -> None:
-        """Before every step. Waits where a turn is over; ends the process when there is none to come."""
+        """Waits for the next turn if this one is over, and ends the process after the last one.
+
+        Ranks call it before every step.
+        """
         if self._left == 0:
             if self._started is not None:
                 seconds = time.perf_counter() - self._started
                 self.connection.send({"seconds": seconds, "peak_gib": resident(), "counted": dict(self.counted)})
             self._left = self.connection.recv()
             if self._left == 0:
-                os._exit(0)  # no clean-up of process groups, in which ranks would wait for each other
+                os._exit(0)  # without clean-up of process groups, in which ranks would wait for each other
             self._started = time.perf_counter()
         self._left -= 1
 
     def count(self, **numbers: float) -> None:
-        """Adds to what was counted."""
+        """Adds numbers to those counted so far."""
         for name, number in numbers.items():
             self.counted[name] = self.counted.get(name, 0.0) + number
 
 
 class Group:
-    """Ranks of one contestant; a context, at whose end they are gone."""
+    """Ranks of one contestant. A context manager that kills them at its end."""
 
     def __init__(
         self,
@@ -61,10 +64,13 @@ class Group:
         environment: dict[str, str] | None = None,
         **arguments: Any,
     ) -> None:
-        """function: importable, called as function(turn, **arguments) in every rank; logs lie in `folder`."""
+        """Starts the ranks, whose logs are in `folder`.
+
+        function: importable; every rank calls function(turn, **arguments).
+        """
         self.name = name
         self.found: list[dict[str, Any]] = []
-        """One entry a turn: seconds, peak_gib (of the rank that needs most), counted (sum over ranks)."""
+        """Results of each turn: seconds, peak_gib (of the rank that needs most), counted (sums over ranks)."""
         self.logs = [folder / f"{name.replace(' ', '-').replace('/', '-')}-{rank}.log" for rank in range(ranks)]
         environment = {
             **(environment or {}),
@@ -81,7 +87,7 @@ class Group:
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             given = (function, arguments, own, self.logs[rank], theirs)
             self._processes.append(_context.Process(target=_rank, args=given, name=f"{name} {rank}", daemon=True))
-        # threads of the libraries are counted when they are imported: before the child's own code could say so
+        # libraries read the number of threads when they are imported, which is before the child's own code runs
         before = {key: os.environ.get(key) for key in environment}
         os.environ.update(environment)
         try:
@@ -97,7 +103,7 @@ class Group:
             theirs.close()
 
     def turn(self, steps: int, timeout: float = 1800.0) -> dict[str, Any]:
-        """Lets the ranks make so many steps; returns, and keeps, what they found.
+        """Lets the ranks make `steps` steps; returns their results, and adds them to `found`.
 
         Raises:
             RuntimeError: a rank failed or took too long.
