@@ -204,6 +204,25 @@ def test_train_reads_aloud() -> None:
         assert function.end_lineno is not None and function.end_lineno - function.lineno + 1 <= lines, name
 
 
+def test_the_work_can_be_called_from_python() -> None:
+    """Every public function exists, is a function, and is described; the commands' work needs no command line."""
+    assert set(zero_ds.PUBLIC) == {
+        "measure_trajectory",
+        "build_surrogate",
+        "train",
+        "graft",
+        "evaluate",
+        "export_model",
+        "plan",
+    }
+    for name in zero_ds.PUBLIC:
+        function = getattr(zero_ds, name)
+        assert callable(function) and function.__doc__, name
+        assert name in dir(zero_ds)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = zero_ds.trian
+
+
 def test_every_package_is_installed() -> None:
     """pyproject.toml lists packages by hand; one that is missing there would be missing in a wheel."""
     text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Asks models of this package, for launch/test_stock.sh: what stock software must answer with their exports.
+"""Writes answers of this package's models, for launch/test_stock.sh: other software must give them with the exports.
 
-`run`: a run on its full model, about pictures of the demo. `tiny`: runs of two steps on tiny random models of every
-family with every encoder, exported.
+`run` asks a run on its full model about images of the demo. `tiny` trains tiny random models of every family with every
+vision encoder for two steps, exports them and asks them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.export import export_model, proof
 from zero_ds.export.source import open_source
-from zero_ds.export.text import texts
+from zero_ds.export.text import text_settings
 from zero_ds.grafting.engines.vllm import answerer
-from zero_ds.grafting.graft import load_trained
+from zero_ds.grafting.load import load_trained
 from zero_ds.grafting.named_model import find_model, load_model
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.encoders import ENCODERS
@@ -50,25 +50,25 @@ def run(
     target: Annotated[str, typer.Option(help="Full language model.")],
     records: Annotated[Path, typer.Option(help="Held-out records of the demo.")],
     out: Annotated[Path, typer.Option(help="Existing folder; asked.json is written into it.")],
-    pictures: Annotated[int, typer.Option(help="Questions with a picture.", min=1)] = 16,
+    pictures: Annotated[int, typer.Option(help="Number of questions with an image.", min=1)] = 16,
 ) -> None:
-    """The graft's greedy answers to questions about pictures of the demo, and to texts alone."""
+    """Write the graft's greedy answers to questions about images of the demo, and to questions without an image."""
     ours = answerer(load_model(find_model(run, target)), max_new_tokens=TOKENS)
     asked = []
     for record in json.loads(records.read_text(encoding="utf-8"))[:pictures]:
-        picture = str((records.parent / record["image"]).resolve())
+        image = str((records.parent / record["image"]).resolve())
         turn = Turn("user", f"{PLACEHOLDER}\n{record['question']}")
-        asked.append({"picture": picture, "question": record["question"], "answer": ours.reply([turn], [picture])})
+        asked.append({"image": image, "question": record["question"], "answer": ours.reply([turn], [image])})
     for text in TEXTS:
-        asked.append({"picture": None, "question": text, "answer": ours.reply([Turn("user", text)])})
+        asked.append({"image": None, "question": text, "answer": ours.reply([Turn("user", text)])})
     content = {"tokens": TOKENS, "asked": asked}
     (out / "asked.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    print(f"{len(asked)} questions, {sum(bool(one['picture']) for one in asked)} of them with a picture")
+    print(f"{len(asked)} questions, {sum(bool(one['image']) for one in asked)} of them with an image")
 
 
 @app.command()
 def tiny(out: Annotated[Path, typer.Option(help="New folder.")]) -> None:
-    """Trains, exports and asks tiny models; NAME/export lies beside NAME/asked.json and NAME/asked.safetensors."""
+    """Train, export and ask tiny models; writes NAME/export, NAME/asked.json and NAME/asked.safetensors for each."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
     from distributed_helper import run_ranks, train_all
     from tiny import ENCODERS as ENCODER_BUILDERS
@@ -92,7 +92,7 @@ def tiny(out: Annotated[Path, typer.Option(help="New folder.")]) -> None:
                 for encoder in ENCODERS:
                     name = f"{decoder.name}-{encoder}"
                     configs[name] = _config(root, decoder, root / encoder, data, name)
-                    forms[name] = "remote-code" if family == "gemma2" else "llava"  # Llava caps no scores
+                    forms[name] = "remote-code" if family == "gemma2" else "llava"  # Llava does not cap scores
         extras = {"adapter": {"boundary_tokens": True}, "patch_norm": True}
         decoder, encoder = root / "llama-untied", root / next(iter(ENCODERS))
         configs["llama-as-released"] = _config(root, decoder, encoder, data, "llama-as-released", **extras)
@@ -105,7 +105,7 @@ def tiny(out: Annotated[Path, typer.Option(help="New folder.")]) -> None:
 
 
 def _begin_texts(folder: Path) -> None:
-    """As Llama's and Gemma's tokenizers: a token begins every text, and what ends a text does not close a turn."""
+    """Makes a tokenizer like Llama's and Gemma's: a token begins every text, and its end token closes no turn."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -126,7 +126,7 @@ def _config(root: Path, decoder: Path, encoder: Path, data: Path, name: str, **m
         "decoder": "target",
         "encoder": {"path": str(encoder), "patch_norm": more.pop("patch_norm", False)},
         "data": {"sources": [{"path": str(data)}], "max_length": 512, "system_prompt": None},
-        "optimizer": {"learning_rate": 1e-4},  # answers to different questions stay different
+        "optimizer": {"learning_rate": 1e-4},  # small, so that answers to different questions stay different
         "global_batch": 4,
         "micro_batch": 1,
         "max_steps": 2,
@@ -139,22 +139,22 @@ def _config(root: Path, decoder: Path, encoder: Path, data: Path, name: str, **m
 
 
 def _export(config: RunConfig, out: Path, form: str) -> None:
-    """The folder, and what its source says to the questions of a proof: stock software repeats it elsewhere."""
+    """Exports a run, and writes its source's answers to the questions of a proof, which stock software must repeat."""
     out.mkdir()
     export_model(config.out, None, out / "export", form=form, proof="tensors")
     source = open_source(config.out, None)
-    words = texts(source)
+    words = text_settings(source)
     side = source.vision.image_size
-    picture = proof.draw((side, side), out / "picture.png")
-    model = load_trained(source.commit.folder, str(source.folder))
+    image = proof.draw_image((side, side), out / "image.png")
+    model = load_trained(source.checkpoint.folder, source.decoder)
     asked, tensors = [], {}
-    for number, one in enumerate(proof.ask(source, words, model, picture)):
+    for number, one in enumerate(proof.ask_source(source, words, model, image)):
         ids = [words.image_token_id if token == IMAGE_TOKEN else token for token in one.ids]
         tensors[f"{number}.ids"], tensors[f"{number}.answer"] = torch.tensor(ids), torch.tensor(one.answer)
         tensors[f"{number}.logits"] = one.logits[: min(proof.POSITIONS, len(ids))].contiguous()
         said = str(words.tokenizer.decode(one.answer, skip_special_tokens=True)).strip()
-        shown = str(picture.resolve()) if one.picture else None
-        asked.append({"picture": shown, "question": one.question, "answer": said})
+        shown = str(image.resolve()) if one.image else None
+        asked.append({"image": shown, "question": one.question, "answer": said})
     save_file(tensors, out / "asked.safetensors")
     content = {"tokens": proof.TOKENS, "remote_code": form == "remote-code", "asked": asked}
     (out / "asked.json").write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""vLLM's own `LlavaForConditionalGeneration` on an export, against the tokens that transformers answered with.
+"""Compares the answers of vLLM's own `LlavaForConditionalGeneration` on an export with those of transformers.
 
-Run by launch/test_stock.sh in an environment with vLLM. It imports nothing of this package.
+launch/test_stock.sh runs it in an environment with vLLM. It imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def main(scratch: Path, export: Path) -> int:
     conversations = []
     for line in asked["lines"]:
         contents: list[dict[str, Any]] = [{"type": "text", "text": line["question"]}]
-        if line["picture"]:
-            contents.insert(0, {"type": "image_pil", "image_pil": Image.open(line["picture"]).convert("RGB")})
+        if line["image"]:
+            contents.insert(0, {"type": "image_pil", "image_pil": Image.open(line["image"]).convert("RGB")})
         conversations.append([{"role": "user", "content": contents}])
     options = SamplingParams(temperature=0, max_tokens=asked["limit"])
     same = 0
@@ -29,8 +29,10 @@ def main(scratch: Path, export: Path) -> int:
         prompt, tokens = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
         equal = prompt == line["prompt"] and tokens == line["tokens"]
         same += equal
-        mark = "same " if equal else "OTHER" if prompt == line["prompt"] else "OTHER PROMPT"
-        kind = "with a picture" if line["picture"] else "text alone"
+        mark = "same "
+        if not equal:
+            mark = "OTHER" if prompt == line["prompt"] else "OTHER PROMPT"
+        kind = "with an image" if line["image"] else "text only"
         print(
             f"{mark} {len(prompt)} + {len(tokens)} tokens, {kind}: {line['question']!r} -> {output.outputs[0].text!r}"
         )

@@ -1,7 +1,7 @@
-"""Exports in an environment without zero_ds: transformers' pipeline, its classes, and lmms-eval's `llava_hf`.
+"""Checks exports in an environment without zero_ds: transformers' pipeline and classes, and lmms-eval's `llava_hf`.
 
-Run by launch/test_stock.sh after tools/ask_source.py has written what must be answered. It imports nothing of this
-package, and fails where it could.
+launch/test_stock.sh runs it after tools/ask_source.py has written the expected answers. It imports nothing of this
+package, and fails if it could.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 1e-5
-"""Largest difference of logits."""
+"""Largest difference of logits that is accepted."""
 
 
-def ask_pipeline(answer: Any, question: str, picture: str | None, tokens: int) -> str:
-    contents: list[dict[str, str]] = [{"type": "image", "url": picture}] if picture else []
+def ask_pipeline(answer: Any, question: str, image: str | None, tokens: int) -> str:
+    """Returns a pipeline's greedy answer to a question, with an image file or without."""
+    contents: list[dict[str, str]] = [{"type": "image", "url": image}] if image else []
     message = {"role": "user", "content": [*contents, {"type": "text", "text": question}]}
     options = {"max_new_tokens": tokens, "do_sample": False}
     said = answer(text=[message], generate_kwargs=options)[0]["generated_text"][-1]["content"]
     return str(said).strip()
 
 
-def count(kind: str, lines: list[tuple[str, str, str]]) -> bool:
-    """Prints (question, found, wanted) and how many are equal; whether all are."""
+def compare(kind: str, lines: list[tuple[str, str, str]]) -> bool:
+    """Prints every (question, found, wanted) and how many answers are the same; returns whether all are."""
     for question, found, wanted in lines:
         print(f"{'same ' if found == wanted else 'OTHER'} {question!r} -> {found!r}")
         if found != wanted:
@@ -43,77 +44,81 @@ def check_pipeline(export: Path, asked: dict[str, Any]) -> bool:
     answer = pipeline("image-text-to-text", model=str(export), dtype="auto", device="cpu")
     lines = []
     for one in asked["asked"]:
-        found = ask_pipeline(answer, one["question"], one["picture"], asked["tokens"])
+        found = ask_pipeline(answer, one["question"], one["image"], asked["tokens"])
         lines.append((one["question"], found, one["answer"]))
-    return count("pipeline", lines)
+    return compare("pipeline", lines)
 
 
 def check_tiny(folder: Path) -> bool:
-    """Every export beside its answers: prompts to the token, logits within TOLERANCE, answers, and the pipeline's."""
+    """Compares every tiny export with its source: prompts and answers to the token, logits within TOLERANCE."""
+    names = sorted(path.parent.name for path in folder.glob("*/asked.json"))
+    good = [check_export(folder / name) for name in names]
+    print(f"{len(names)} tiny exports")
+    return bool(names) and all(good)
+
+
+def check_export(folder: Path) -> bool:
+    """Compares one tiny export, by transformers' classes and by its pipeline; prints and returns whether all agrees."""
     import torch
     import transformers
-    from PIL import Image
     from safetensors.torch import load_file
 
-    good = True
-    names = sorted(path.parent.name for path in folder.glob("*/asked.json"))
-    for name in names:
-        here, asked = folder / name, json.loads((folder / name / "asked.json").read_text(encoding="utf-8"))
-        wanted = load_file(here / "asked.safetensors")
-        trust = {"trust_remote_code": True} if asked["remote_code"] else {}
-        auto: Any = transformers.AutoModelForCausalLM if trust else transformers.AutoModelForImageTextToText
-        model = auto.from_pretrained(here / "export", dtype="auto", **trust).eval()
-        processor = transformers.AutoProcessor.from_pretrained(here / "export", **trust)
-        answer = transformers.pipeline("image-text-to-text", model=str(here / "export"), device="cpu", **trust)
-        gap, same_ids, same_answers, through_pipeline = 0.0, 0, 0, 0
-        for number, one in enumerate(asked["asked"]):
-            picture = one["picture"]
-            contents = [*([{"type": "image"}] if picture else []), {"type": "text", "text": one["question"]}]
-            prompt = processor.apply_chat_template([{"role": "user", "content": contents}], add_generation_prompt=True)
-            inputs = processor(text=prompt, images=Image.open(picture) if picture else None, return_tensors="pt")
-            same_ids += inputs["input_ids"][0].tolist() == wanted[f"{number}.ids"].tolist()
-            with torch.inference_mode():
-                found = model(**inputs).logits[0, -len(wanted[f"{number}.logits"]) :].float()
-                tokens = model.generate(**inputs, max_new_tokens=asked["tokens"], do_sample=False)
-            gap = max(gap, float((found - wanted[f"{number}.logits"].float()).abs().max()))
-            answered = wanted[f"{number}.answer"].tolist()
-            same_answers += tokens[0, inputs["input_ids"].shape[1] :].tolist() == answered
-            said = ask_pipeline(answer, one["question"], picture, asked["tokens"])
-            through_pipeline += said == one["answer"]
-        total, different = len(asked["asked"]), len({one["answer"] for one in asked["asked"]})
-        fits = gap <= TOLERANCE and same_ids == same_answers == through_pipeline == total
-        good &= fits
-        print(
-            f"{'same ' if fits else 'OTHER'} {name} ({type(model).__name__}): prompts {same_ids}/{total}, "
-            f"logits within {gap:.1e}, answers {same_answers}/{total} ({different} different ones), by pipeline "
-            f"{through_pipeline}/{total}",
-            flush=True,
-        )
-    print(f"{len(names)} tiny exports")
-    return good and bool(names)
+    asked = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+    wanted = load_file(folder / "asked.safetensors")
+    trust = {"trust_remote_code": True} if asked["remote_code"] else {}
+    auto: Any = transformers.AutoModelForCausalLM if trust else transformers.AutoModelForImageTextToText
+    model = auto.from_pretrained(folder / "export", dtype="auto", **trust).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder / "export", **trust)
+    pipeline = transformers.pipeline("image-text-to-text", model=str(folder / "export"), device="cpu", **trust)
+    gap, same_prompts, same_answers, same_by_pipeline = 0.0, 0, 0, 0
+    for number, one in enumerate(asked["asked"]):
+        inputs = inputs_of(processor, one["question"], one["image"])
+        length = inputs["input_ids"].shape[1]
+        wanted_logits = wanted[f"{number}.logits"].float()
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, -len(wanted_logits) :].float()
+            tokens = model.generate(**inputs, max_new_tokens=asked["tokens"], do_sample=False)[0, length:]
+        gap = max(gap, float((logits - wanted_logits).abs().max()))
+        same_prompts += inputs["input_ids"][0].tolist() == wanted[f"{number}.ids"].tolist()
+        same_answers += tokens.tolist() == wanted[f"{number}.answer"].tolist()
+        same_by_pipeline += ask_pipeline(pipeline, one["question"], one["image"], asked["tokens"]) == one["answer"]
+    total, different = len(asked["asked"]), len({one["answer"] for one in asked["asked"]})
+    good = gap <= TOLERANCE and same_prompts == same_answers == same_by_pipeline == total
+    print(
+        f"{'same ' if good else 'OTHER'} {folder.name} ({type(model).__name__}): prompts {same_prompts}/{total}, "
+        f"logits within {gap:.1e}, answers {same_answers}/{total} ({different} different ones), by pipeline "
+        f"{same_by_pipeline}/{total}",
+        flush=True,
+    )
+    return good
+
+
+def inputs_of(processor: Any, question: str, image: str | None) -> Any:
+    """Returns the inputs that the export's processor makes of a question, with an image file or without."""
+    from PIL import Image
+
+    contents = [*([{"type": "image"}] if image else []), {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": contents}], add_generation_prompt=True)
+    return processor(text=prompt, images=Image.open(image) if image else None, return_tensors="pt")
 
 
 def write_tokens(export: Path, asked: dict[str, Any], scratch: Path) -> bool:
-    """What transformers' class answers, token by token, for tools/check_served.py to compare with vLLM's."""
+    """Writes the answers of transformers' class token by token, with which tools/check_served.py compares vLLM's."""
     import torch
-    from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(export)
     model = LlavaForConditionalGeneration.from_pretrained(export, dtype=torch.float32).eval()
     lines = []
     for one in asked["asked"]:
-        contents = [*([{"type": "image"}] if one["picture"] else []), {"type": "text", "text": one["question"]}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": contents}], add_generation_prompt=True)
-        image = Image.open(one["picture"]) if one["picture"] else None
-        inputs = processor(text=prompt, images=image, return_tensors="pt")
+        inputs = inputs_of(processor, one["question"], one["image"])
         found = model.generate(**inputs, max_new_tokens=asked["tokens"], do_sample=False)
         ids = inputs["input_ids"][0].tolist()
         lines.append({**one, "prompt": ids, "tokens": found[0, len(ids) :].tolist()})
     (scratch / "tokens.json").write_text(json.dumps({"limit": asked["tokens"], "lines": lines}), encoding="utf-8")
     texts = [str(processor.decode(line["tokens"], skip_special_tokens=True)).strip() for line in lines]
-    return count(
-        "transformers", [(one["question"], text, one["answer"]) for one, text in zip(lines, texts, strict=True)]
+    return compare(
+        "transformers", [(line["question"], text, line["answer"]) for line, text in zip(lines, texts, strict=True)]
     )
 
 
@@ -133,7 +138,7 @@ metric_list:
 VISUALS = """from PIL import Image
 
 def visuals(document):
-    return [Image.open(document["picture"]).convert("RGB")]
+    return [Image.open(document["image"]).convert("RGB")]
 
 def score(document, results):
     return {"same": float(results[0].strip() == document["answer"])}
@@ -141,10 +146,10 @@ def score(document, results):
 
 
 def check_lmms(export: Path, asked: dict[str, Any], scratch: Path) -> bool:
-    """The command line of lmms-eval, on a task of the questions that have a picture."""
+    """Runs the command line of lmms-eval on a task with the questions that have an image."""
     task = scratch / "task"
     task.mkdir()
-    shown = [one for one in asked["asked"] if one["picture"]]  # llava_hf cannot ask without one
+    shown = [one for one in asked["asked"] if one["image"]]  # llava_hf cannot ask without an image
     (task / "documents.json").write_text("\n".join(map(json.dumps, shown)), encoding="utf-8")
     (task / "seen.yaml").write_text(
         TASK.format(documents=task / "documents.json", tokens=asked["tokens"]), encoding="utf-8"
@@ -164,7 +169,7 @@ def check_lmms(export: Path, asked: dict[str, Any], scratch: Path) -> bool:
         found = row["filtered_resps"]
         one = shown[row["doc_id"]]
         lines.append((one["question"], str(found if isinstance(found, str) else found[0]).strip(), one["answer"]))
-    return count("lmms_eval --model llava_hf", lines)
+    return compare("lmms_eval --model llava_hf", lines)
 
 
 def main(kind: str, scratch: Path, export: Path | None) -> int:

@@ -1,6 +1,6 @@
-"""Compares vLLM with transformers on a graft: greedy answers token for token, with pictures and without.
+"""Compares vLLM with transformers on a graft: greedy answers token for token, with images and without.
 
-Run by launch/test_vllm.sh in an environment with vLLM. Prompts are about held-out pictures of the demo, or plain text.
+launch/test_vllm.sh runs it in an environment with vLLM. Prompts are about held-out images of the demo, or plain text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKENS = 32
 
 
 def greedy(reader: Reader, ids: list[int], features: torch.Tensor | None, stop: int) -> tuple[list[int], float]:
-    """Tokens by transformers, the closing one among them, and the smallest lead of a token over the next best."""
+    """Returns transformers' greedy tokens, up to the closing one, and the smallest lead of a logit over the next."""
     context, tokens, lead = Context(1, reader.device), [], float("inf")
     rest = ids
     while len(tokens) < TOKENS and (not tokens or tokens[-1] != stop):
@@ -53,7 +53,7 @@ def main(
     run: Annotated[str, typer.Argument(help="Run folder with a trained encoder.")],
     target: Annotated[str, typer.Option(help="Full language model.")],
     records: Annotated[Path, typer.Option(help="Held-out records of the demo.")],
-    pictures: Annotated[int, typer.Option(help="Prompts with a picture.", min=1)] = 16,
+    pictures: Annotated[int, typer.Option(help="Number of prompts with an image.", min=1)] = 16,
 ) -> None:
     named = find_model(run, target)
     assert named.kind == "graft", named.kind
@@ -87,7 +87,7 @@ def main(
     )
     differ = []
     for (text, ids, _), tokens, (wanted, lead) in zip(prompts, found, expected, strict=True):
-        kind = f"{ids.count(IMAGE_TOKEN)} image tokens" if IMAGE_TOKEN in ids else "text alone"
+        kind = f"{ids.count(IMAGE_TOKEN)} image tokens" if IMAGE_TOKEN in ids else "text only"
         mark = "same" if tokens == wanted else "OTHER"
         words = encoder.template.tokenizer.decode(tokens, skip_special_tokens=True)
         print(f"{mark}  {len(tokens):3d} tokens, least lead {lead:.4f}, {kind}: {text!r} -> {words!r}")

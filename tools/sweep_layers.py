@@ -23,7 +23,7 @@ from zero_ds.cluster.quickstart import AGAINST_TARGET, Quickstart
 from zero_ds.evaluation.heldout.results import read_evaluation
 from zero_ds.evaluation.heldout.summary import summary
 from zero_ds.evaluation.report.facts import step_seconds
-from zero_ds.grafting.graft import run_config
+from zero_ds.grafting.compatibility import run_config
 from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.files import write_atomically
 from zero_ds.training.checkpoint.checkpoint import find_checkpoint

@@ -2,5 +2,7 @@
 
 from zero_ds.cli.main import train_module
 
-if __name__ == "__main__":
-    train_module()
+if __name__ != "__main__":
+    raise ImportError("zero_ds.train is run, not imported; the function is zero_ds.train after `import zero_ds`.")
+
+train_module()

@@ -264,7 +264,7 @@ def test_a_real_pipeline_goes_on_inside_of_the_stage_in_which_it_was_stopped(
     settings += ["data.max_length=512", "data.system_prompt=", "data.workers=0", "global_batch=1", "precision=fp32"]
     settings += ["zero=zero1", f"max_steps={steps}", "checkpoint.every_steps=4", "preview.every_steps=null"]
     first = Route(out, *settings)
-    assert first.stop_after("committed ") != 0
+    assert first.stop_after("saved checkpoint ") != 0
     assert "stopped by SIGUSR1 after step" in first.said, first.said
     made_before = {name: (out / name).stat().st_mtime_ns for name in ("trajectory/trajectory.json", "T1-2/config.json")}
     finished = sorted(path.stem for path in (out / "steps").iterdir())

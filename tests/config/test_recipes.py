@@ -247,7 +247,7 @@ def resolve(path: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
         ({"zero_optimization/zero_hpz_partition_size": 2}, "zero_hpz_partition_size needs ZeRO stage 3"),
         (
             {"zero_optimization/stage": 3, "zero_optimization/zero_hpz_partition_size": 2},
-            "1 ranks are no multiple of zero_hpz_partition_size=2",
+            "1 ranks are not a multiple of zero_hpz_partition_size=2",
         ),
         (
             {"zero_optimization/stage": 3, "zero_optimization/offload_param": {"device": "nvme", "nvme_path": "auto"}},
@@ -260,7 +260,7 @@ def resolve(path: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
         ({"data_types/grad_accum_dtype": "fp64"}, "data_types.grad_accum_dtype='fp64'; choose fp32, bf16 or fp16"),
         ({"wandb/projekt": "x"}, "wandb: unknown key 'projekt'; did you mean 'project'"),
         ({"comms_logger/verbos": True}, "comms_logger: unknown key 'verbos'; did you mean 'verbose'"),
-        ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "the key 'gradient_clipping' stands twice"),
+        ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "the key 'gradient_clipping' appears twice"),
         ({"zero_optimization/overlap_comm": "perhaps"}, "zero_optimization: overlap_comm='perhaps'"),
         ({"zero_optimization": 2}, "zero_optimization"),
         ({"zero_optimization": None}, "zero_optimization"),

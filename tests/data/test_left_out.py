@@ -55,7 +55,7 @@ def test_a_run_goes_without_what_cannot_be_used(
     assert all(one == pytest.approx(two, rel=1e-5) for one, two in pairs)
 
     endings = run_ranks(train_all, 2, [config("few", max_bad_samples=3)])
-    sentence = "4 samples could not be used, more than data.max_bad_samples=3; see what the log says of them"
+    sentence = "4 samples could not be used, more than data.max_bad_samples=3; see the log for the reasons"
     assert endings == [[f"DataError: {sentence}, and mend the data"]] * 2
     assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "the checkpoint stays"
     refused = run_ranks(train_all, 1, [config("none", bad_samples="error")])

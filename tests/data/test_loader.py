@@ -484,3 +484,21 @@ def test_a_batch_of_text_alone_brings_one_blank_picture() -> None:
         collate(text, 0, tiny.IMAGE_SIZE).pixel_values, torch.zeros(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
     )
     assert collate(text, 0, None).pixel_values is None
+
+
+def test_a_batch_is_pinned_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's DataLoader hands a list of batches to `pin_memory`, which leaves objects that it does not know alone."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    batch = collate([Plain()(5)], 0, tiny.IMAGE_SIZE, skipped=["bad"])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    (found,) = pin_memory([batch])
+    assert found.ids == ["5"] and found.skipped == ("bad",)
+    assert {id(tensor) for tensor in found.tensors().values()} == {id(tensor) for tensor in pinned}
+    assert found.tensors().keys() == batch.tensors().keys()

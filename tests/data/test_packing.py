@@ -26,7 +26,7 @@ from zero_ds.data.sources import Records
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.decoders.base import Family
-from zero_ds.training.setup import build
+from zero_ds.training.setup import load_model, make_loader
 
 LIMIT = 100
 
@@ -177,7 +177,7 @@ def test_steps_of_more_and_of_fewer_passes(run_config: Callable[..., RunConfig],
         run_config("pretrain", data={**base, "packing": packing}, global_batch=8, dynamic_loss={"order": order})
         for packing in (False, True)
     ]
-    _, loader, _ = build(configs[1], {"zero_optimization": {}}, 1)
+    loader = make_loader(configs[1], load_model(configs[1], {"zero_optimization": {}}), 1)
     assert len({len(step) for step in loader.steps(0, 2)}) == 2
     ((padded, packed),) = run_ranks(engine_run, 1, configs)
     for expected, found in zip(padded["steps"][:2], packed["steps"][:2], strict=True):

@@ -21,15 +21,15 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 
 STEPS = 31
-"""One more than a multiple of the steps between two commits, so that the last one makes a commit of its own."""
+"""One more than a multiple of the steps between checkpoints, so that the last one makes a checkpoint of its own."""
 MIDDLE = 15
 
 
 def train_until_killed(config: RunConfig, step: int | None, after: float, write: int | None) -> list[str]:
     """All ranks die by SIGKILL: `after` seconds after the n-th step of this attempt has begun, or at the n-th write of
-    a file of a commit."""
+    a file of a checkpoint."""
     from zero_ds.runtime import distributed
-    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.checkpoint import save
     from zero_ds.training.engine import Engine
 
     distributed.initialize()
@@ -54,8 +54,8 @@ def train_until_killed(config: RunConfig, step: int | None, after: float, write:
 
         Engine.step = timed  # type: ignore[method-assign]
     if write is not None:
-        put, writes = checkpoint.SafetensorsStream._put, 0
-        write_whole = checkpoint.write_atomically
+        put, writes = save.SafetensorsStream._put, 0
+        write_whole = save.write_atomically
 
         def counted(self: Any, data: Any) -> None:
             nonlocal writes
@@ -70,11 +70,11 @@ def train_until_killed(config: RunConfig, step: int | None, after: float, write:
             nonlocal writes
             writes += path.name == "latest"
             if writes == write and path.name == "latest":
-                kill()  # the commit is there, and `latest` does not name it yet
+                kill()  # the checkpoint is complete, and `latest` does not name it yet
             write_whole(path, text)
 
-        checkpoint.SafetensorsStream._put = counted  # type: ignore[method-assign]
-        checkpoint.write_atomically = moved
+        save.SafetensorsStream._put = counted  # type: ignore[method-assign]
+        save.write_atomically = moved
     return train_all([config])
 
 
@@ -106,7 +106,7 @@ def config(run_config: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="module")
 def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The uninterrupted run on two ranks, with all of its commits; seconds of a step."""
+    """The uninterrupted run on two ranks, with all of its checkpoints; seconds of a step."""
     out = tmp_path_factory.mktemp("kill") / "whole"
     settings = config(out).model_copy(update={"checkpoint": config(out).checkpoint.model_copy(update={"keep": 99})})
     assert run_ranks(train_all, 2, [settings]) == [[f"step-{STEPS:06d}"]] * 2
@@ -124,7 +124,7 @@ def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFac
 def test_killed_at_several_instants_the_run_ends_as_if_nothing_had_happened(
     whole: tuple[Path, float], config: Callable[..., RunConfig], tmp_path: Path, kills: int
 ) -> None:
-    """Half of the instants lie in steps or between them, half in commits; one just before `latest` moves."""
+    """Half of the instants are in steps or between them, half while saving; one just before `latest` moves."""
     expected, seconds = whole
     run, chance = config(tmp_path / "run"), random.Random(7)
     writes = (
@@ -139,8 +139,8 @@ def test_killed_at_several_instants_the_run_ends_as_if_nothing_had_happened(
         with pytest.raises(RankError, match="exit code -9"):
             run_ranks(train_until_killed, 2, run, *instant)
         if (Path(run.out) / "latest").is_file():
-            commit = find_checkpoint(run.out)
-            assert commit.weights(), "the newest commit is whole"
+            checkpoint = find_checkpoint(run.out)
+            assert checkpoint.weights(), "the newest checkpoint is whole"
     assert int((Path(run.out) / "latest").read_text()[5:]) < STEPS, "there is something to go on with"
     assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
     assert curve(Path(run.out)) == curve(expected)
@@ -167,12 +167,12 @@ def test_other_ranks_and_another_zero_config_go_on_alike(
     ranks: int,
     changes: dict[str, object],
 ) -> None:
-    """2 -> 1, 2 -> 3, ZeRO-3 -> ZeRO-2, and all at once, after step 15."""
+    """2 -> 1 ranks, 2 -> 3 ranks, ZeRO-3 -> ZeRO-2, and all at once, after step 15."""
     expected, _ = whole
     shutil.copytree(expected, tmp_path / "run")
-    for commit in (tmp_path / "run").glob("step-*"):
-        if int(commit.name[5:]) > MIDDLE:
-            shutil.rmtree(commit)
+    for folder in (tmp_path / "run").glob("step-*"):
+        if int(folder.name[5:]) > MIDDLE:
+            shutil.rmtree(folder)
     (tmp_path / "run" / "latest").write_text(f"step-{MIDDLE:06d}\n")
     changed = config(tmp_path / "run").model_copy(update=changes)
     assert run_ranks(train_all, ranks, [changed]) == [[f"step-{STEPS:06d}"]] * ranks
@@ -188,7 +188,7 @@ def test_more_ranks_take_over_from_one(
     """1 -> 2: begun on one rank, asked to stop there, and ended on two."""
     run = config(tmp_path / "run")
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks(train_until_killed, 1, run, None, 0.0, 3 * (len(held(whole[0])) * 4 + 3))  # in its third commit
+        run_ranks(train_until_killed, 1, run, None, 0.0, 3 * (len(held(whole[0])) * 4 + 3))  # in its third checkpoint
     assert (tmp_path / "run" / "latest").read_text() == "step-000006\n"
     assert run_ranks(train_all, 2, [run]) == [[f"step-{STEPS:06d}"]] * 2
     assert curve(tmp_path / "run") == pytest.approx(curve(whole[0]), rel=1e-5)

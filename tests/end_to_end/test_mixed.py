@@ -1,4 +1,4 @@
-"""Text beside pictures in every arrangement over two ranks: no hang, and the numbers of a single rank."""
+"""Text alongside images in every arrangement over two ranks: no hang, and the numbers of a single rank."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from zero_ds.config.schema import RunConfig
 
 STEPS = {"pretrain": 64, "encoder": 32}
-"""Text stands beside pictures in the first stage; in the second, each arrangement comes twice."""
+"""The first stage mixes text with images; in the second, each arrangement comes twice."""
 LONG = {"pretrain": 200, "encoder": 48}
 
 
 @pytest.fixture(scope="module")
 def arranged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 samples: the first sixteen steps of four hold every arrangement of text and pictures over ranks and passes."""
+    """64 samples: the first sixteen steps of four hold every arrangement of text and images over ranks and passes."""
     folder = tmp_path_factory.mktemp("arranged")
     mixed = json.loads(tiny.write_data(folder, pictures=32, texts=32).read_text())
-    pictures = iter([record for record in mixed if "image" in record])
+    images = iter([record for record in mixed if "image" in record])
     texts = iter([record for record in mixed if "image" not in record])
-    records = [next(pictures if step >> place & 1 else texts) for step in range(16) for place in range(4)]
+    records = [next(images if step >> place & 1 else texts) for step in range(16) for place in range(4)]
     path = folder / "arranged.json"
     path.write_text(json.dumps(records))
     return path

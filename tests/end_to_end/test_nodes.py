@@ -1,4 +1,4 @@
-"""Runs over two machines, which are two loopback addresses behind a private sshd (loopback.py).
+"""Runs over two machines, which are two loopback addresses served by a private sshd (loopback.py).
 
 DeepSpeed's own launcher over pdsh and ssh, faults of a machine, restarts, Ctrl-C, and what `zero-ds doctor` finds.
 """
@@ -40,7 +40,7 @@ ODD = """it's 100% "$HOME" `true` \\ ; & fine"""
 SILENCE = round(scaled(12))
 STEPS = 18
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
-"""Where somebody has set these, all ranks have to round alike."""
+"""Variables that change rounding: if they are set, all ranks need the same values."""
 
 MUST = os.environ.get("ZERO_DS_TEST_NODES") == "must"
 """Set by .ci/run: not even a machine without sshd is an excuse."""
@@ -56,7 +56,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     both = Machines(tmp_path_factory.mktemp("ssh"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PDSH_SSH_ARGS_APPEND", both.ssh_options)
-        patience = scaled(100)  # a busy machine is no dead one
+        patience = scaled(100)  # a busy machine is not a dead one
         patch.setenv("ZERO_DS_NODE_PATIENCE", str(patience))  # the launcher's
         patch.setattr("zero_ds.cluster.ssh.PATIENCE", patience)
         patch.setattr("zero_ds.cluster.doctor.RANKS_TIMEOUT", scaled(240))
@@ -68,7 +68,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 
 
 def doctor(machines: Machines, *words: str) -> tuple[int, str]:
-    """Exit status, and what was said, with a folder of its own as the shared one."""
+    """Exit status and output, with a folder of its own as the shared one."""
     shared = ("--shared", str(machines.folder / "shared"), "--min-disk", "0.001")
     here = Path.cwd()
     os.chdir(ROOT)
@@ -108,7 +108,7 @@ def test_doctor_has_nothing_to_say_of_two_sound_machines(machines: Machines, mon
         r"ok  numbers +zero3 compared with zero0, fp32: losses (\S+) and \1, .* apart by \d\.\de-0[5-9]", said
     ), said
     assert re.search(r"looked at in [\d.]+ s", said) and 2 in [barrier.parties for barrier in asked.values()]
-    assert not (machines.folder / "shared").exists(), "what it had to make for this is gone"
+    assert not (machines.folder / "shared").exists(), "the folder that it made for this check is gone"
 
 
 FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
     ),
     "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are wanted"),
 }
-"""Fault -> bash lines on the second machine, options of doctor, the check that fails, and what it says."""
+"""Fault -> bash lines on the second machine, options of doctor, the check that fails, and its message."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -216,10 +216,10 @@ class Run:
         recipe = Path(config.out).with_suffix(".yaml")
         recipe.write_text(config.dump())
         forward = [word for name in ARITHMETIC if name in os.environ for word in ("--forward", name)]
-        beside = Path(sys.executable).parent
+        scripts = Path(sys.executable).parent
         environment = {
             **os.environ,
-            "PATH": f"{beside}:{os.environ['PATH']}",
+            "PATH": f"{scripts}:{os.environ['PATH']}",
             "ZERO_DS_SILENCE": str(SILENCE),
             "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and loading its libraries takes a second a rank
             "HF_TOKEN": "hf_verysecret",
@@ -290,15 +290,15 @@ def config(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def one_machine(config: Callable[..., RunConfig]) -> Iterator[Callable[[str], list[list[str]]]]:
-    """A stage by two ranks of one machine, without ssh and without a fault; what it ended with. The first one runs
-    while others wait for a fault."""
+    """Trains a stage with two ranks of one machine, without ssh and faults; returns what it ended with. The first stage
+    runs while others wait for a fault."""
 
     def train(stage: str) -> list[list[str]]:
         return run_ranks(train_all, 2, [config(stage, "one")], timeout=500)
 
-    with ThreadPoolExecutor(1) as beside:
-        first = beside.submit(train, "pretrain")
-        yield lambda stage: first.result() if stage == "pretrain" else beside.submit(train, stage).result()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(train, "pretrain")
+        yield lambda stage: first.result() if stage == "pretrain" else pool.submit(train, stage).result()
 
 
 def same(config: Callable[..., RunConfig], stage: str, one_machine: Callable[[str], list[list[str]]]) -> None:
@@ -323,7 +323,7 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     machines: Machines, config: Callable[..., RunConfig], one_machine: Callable[[str], list[list[str]]]
 ) -> None:
     run = Run(config("pretrain", "two"), machines, "--max-restarts", "1", "--forward", "HF_TOKEN")
-    run.until("committed")
+    run.until("saved checkpoint")
     rank = run.rank_on(HOSTS[1])
     environment = dict(e.split("=", 1) for e in Path(f"/proc/{rank}/environ").read_text().split("\0") if "=" in e)
     assert environment["ZERO_DS_ODD"] == ODD and environment["HF_TOKEN"] == "hf_verysecret"
@@ -345,10 +345,10 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
 def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
     machines: Machines, config: Callable[..., RunConfig]
 ) -> None:
-    """Everything on a machine stands still, its ssh connection too: a restart. Ctrl-C then commits; twice, it ends all
-    at once."""
+    """Everything on a machine stands still, its ssh connection as well: the run restarts. Ctrl-C then saves a
+    checkpoint, and a second one ends all at once."""
     run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
-    run.until("committed")
+    run.until("saved checkpoint")
     options = " ".join(left_of(run.out))
     every, times = (
         int(found[1]) for word in ("Interval", "CountMax") if (found := re.search(rf"ServerAlive{word}=(\d+)", options))
@@ -365,7 +365,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
-    run.until("committed")
+    run.until("saved checkpoint")
     assert machines.processes(HOSTS[0]) and machines.processes(HOSTS[1])
     run.process.send_signal(signal.SIGINT)
     assert run.end() != 0

@@ -1,4 +1,4 @@
-"""What users of other trainers suffer from, and what has no test elsewhere: see the table in docs/training.md."""
+"""Problems that users report of other trainers, as far as no other test has them: see the table in docs/training.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pace import scaled
 from zero_ds.config.schema import RunConfig
 from zero_ds.training import stages
 from zero_ds.training.options.recompute import recompute_
-from zero_ds.training.setup import build
+from zero_ds.training.setup import load_model, make_loader
 
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
@@ -26,7 +26,8 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
     kept: dict[bool, int] = {}
     for again in (False, True):
         config = run_config(stage, micro_batch=4)
-        model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+        model = load_model(config, {"zero_optimization": {}})
+        loader = make_loader(config, model, 1)
         stages.freeze_(model, config)
         recompute_(model, range(6) if again else ())
         model.train()
@@ -49,7 +50,7 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
 
 
 def trained_with_a_cut(config: RunConfig, part: str) -> str:
-    """What a run ends with in which a part is cut off from the loss."""
+    """Trains with a part that is cut off from the loss; returns what the run ended with."""
     from zero_ds.model.vlm import VisionLanguageModel
     from zero_ds.training import engine
 
@@ -78,14 +79,14 @@ def test_a_part_that_is_cut_off_is_noticed(
 
 def loaded_wrongly(config: RunConfig) -> str:
     """A loader that leaves one layer random, as libraries have done under ZeRO-3."""
-    from zero_ds.model.vlm import vlm as model
+    from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.runtime import distributed
     from zero_ds.runtime.errors import ConfigError
     from zero_ds.runtime.zero3 import gathered
     from zero_ds.training.deepspeed import ds_config
 
     distributed.initialize()
-    load = model.load_decoder
+    load = DecoderFolder.load
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         decoder = load(*arguments, **options)
@@ -94,9 +95,9 @@ def loaded_wrongly(config: RunConfig) -> str:
             norm.normal_()
         return decoder
 
-    model.load_decoder = spoiled
+    DecoderFolder.load = spoiled  # type: ignore[method-assign]
     try:
-        build(config, ds_config(config, distributed.world_size()), distributed.world_size())
+        load_model(config, ds_config(config, distributed.world_size()))
     except ConfigError as error:
         return str(error)
     distributed.barrier()
@@ -106,7 +107,7 @@ def loaded_wrongly(config: RunConfig) -> str:
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_weights_that_were_lost_on_the_way(run_config: Callable[..., RunConfig], zero: str) -> None:
     for said in run_ranks(loaded_wrongly, 2, run_config("decoder", zero=zero)):
-        assert "layers.3.mlp.up_proj.weight was not loaded as it stands in" in said
+        assert "layers.3.mlp.up_proj.weight was not loaded as it is stored in" in said
 
 
 def slow_first(limit: float) -> tuple[float, float]:
@@ -151,7 +152,7 @@ def slow_barrier(limit: float) -> None:
 
 
 def peak_of_loading(first: Path, folder: Path) -> float:
-    """GiB by which this rank's peak memory grows while a decoder is loaded into partitions, behind a small one."""
+    """GiB by which this rank's peak memory grows while a decoder is loaded into partitions, after a small one."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from zero_ds.model.decoders.folder import load_decoder
@@ -198,7 +199,7 @@ def test_flash_attention_that_is_not_installed(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flash_attn" else find(name))
     with pytest.raises(ConfigError, match=r"needs flash-attn, which is not installed; .*else attention=sdpa"):
-        build(run_config("decoder", attention="flash_attention_2"), {"zero_optimization": {}}, 1)
+        load_model(run_config("decoder", attention="flash_attention_2"), {"zero_optimization": {}})
 
 
 def nan_gradient(config: RunConfig) -> str:
@@ -218,7 +219,7 @@ def nan_gradient(config: RunConfig) -> str:
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
-def test_a_gradient_that_is_not_finite_spoils_no_commit(
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(
     run_config: Callable[..., RunConfig], tmp_path: Path, zero: str
 ) -> None:
     from zero_ds.training.checkpoint.checkpoint import find_checkpoint
@@ -226,8 +227,8 @@ def test_a_gradient_that_is_not_finite_spoils_no_commit(
     config = run_config("pretrain", tmp_path, zero=zero, checkpoint={"every_steps": 1, "keep": 1})
     for said in run_ranks(nan_gradient, 2, config):
         assert "the gradient of step 3 is not finite" in said
-    commit = find_checkpoint(tmp_path)
-    assert commit.step == 2 and all(torch.isfinite(tensor).all() for tensor in commit.weights().values())
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint.step == 2 and all(torch.isfinite(tensor).all() for tensor in checkpoint.weights().values())
 
 
 def text_first(config: RunConfig) -> str:
@@ -237,7 +238,7 @@ def text_first(config: RunConfig) -> str:
     return trained_with_a_cut(config, "nothing")
 
 
-def test_text_before_the_pictures_is_no_reason_to_stop(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_text_before_the_first_image_does_not_stop_a_run(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     import json
 
     import tiny

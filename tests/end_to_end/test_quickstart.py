@@ -59,7 +59,7 @@ def test_without_the_demo_it_says_how_to_make_it(tmp_path: Path) -> None:
 def test_a_run_starts_from_runs_before_it(tmp_path: Path) -> None:
     seen: set[str] = set()
     for name, run in trained(planned(tmp_path)).items():
-        assert set(run.init_from) <= seen, f"{name} starts from what is not there yet"
+        assert set(run.init_from) <= seen, f"{name} starts from a run that does not exist yet"
         seen.add(run.out)
 
 

@@ -32,7 +32,8 @@ from zero_ds.evaluation.suites.tasks import BINARY_PROMPT, SuiteOptions
 from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.foreign import identity, in_pieces, write_result
+from zero_ds.training.checkpoint.foreign import in_pieces, write_result
+from zero_ds.training.checkpoint.manifest import describe_models
 
 TASKS = ("seen_answer", "seen_choice")
 QUESTIONS: list[tuple[int | None, str, list[str]]] = [
@@ -199,7 +200,7 @@ def real(
     )
     tensors = dict(model.parameters_of("encoder") + model.parameters_of("adapter"))
     declared = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    write_result(out, config, identity(config, None), 0, declared, lambda name: in_pieces(10 * tensors[name]))
+    write_result(out, config, describe_models(config, None), 0, declared, lambda name: in_pieces(10 * tensors[name]))
     return out
 
 

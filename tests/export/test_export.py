@@ -1,4 +1,4 @@
-"""Exports: every family in every format that can express it, whatever was trained, dtypes and shards, bad input."""
+"""Exports every family in every format that can express it, after every kind of training; dtypes, shards, bad input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.export import export_model, shard_bytes
 from zero_ds.export.tensors import merged, read
-from zero_ds.grafting.graft import run_config as config_of
+from zero_ds.grafting.compatibility import run_config as config_of
 from zero_ds.grafting.named_model import find_model, load_model
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
@@ -35,7 +35,8 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime import safetensors as shards
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint, load_weights_
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
 
 EXTRAS: dict[str, Any] = {"adapter": {"boundary_tokens": True}}
 GRID = [(1, 2), (2, 1)]
@@ -74,7 +75,7 @@ def pixels() -> torch.Tensor:
 
 
 def exported_says(folder: Path) -> torch.Tensor:
-    """What transformers' own class makes of the same prompt."""
+    """Returns the logits of transformers' own class for the same prompt."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
     token = model.config.image_token_id
     ids = torch.tensor([[5, *[token] * tiny.TOKENS_PER_IMAGE, 9, 11, 60]])
@@ -91,7 +92,7 @@ def folders(path: Path) -> list[str]:
 def test_every_family(
     run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path, family: str, tied: bool
 ) -> None:
-    """Trained encoder, adapter and decoder: logits, answers and every tensor are the source's."""
+    """Logits, answers and every tensor are the source's, of which encoder, adapter and decoder were trained."""
     form = "remote-code" if family == "gemma2" or not tied else "llava"
     more = {} if form == "llava" else {**EXTRAS, "patch_norm": True}
     commit = run("decoder", family, tied, **more)
@@ -111,7 +112,7 @@ def test_every_family(
 
 
 def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
-    """As Llama-3's and Gemma's: the chat template has written that token already. Gemma's ends texts, but not turns."""
+    """Llama-3's and Gemma's do, although the chat template writes that token. Gemma's end token closes no turn."""
     target = tmp_path / "run-target"
     shutil.copytree(made("llama", tied=True), target)
     words = AutoTokenizer.from_pretrained(target)
@@ -140,7 +141,7 @@ def test_a_surrogate_with_its_translators(
     commit = run("pretrain-early", "qwen3", decoder=tmp_path / "run-surrogate")
     proof = export_model(commit, str(tmp_path / "run-surrogate"), tmp_path / "surrogate", form=form)
     assert proof["largest_logit_difference"] <= 1e-5
-    with pytest.raises(ConfigError, match="the source of the kept layers"):  # which this run has trained, too
+    with pytest.raises(ConfigError, match="the source of the kept layers"):  # because this run has trained them
         export_model(commit, str(target), tmp_path / "graft", form=form)
     plain = run("pretrain", "qwen3", decoder=tmp_path / "run-surrogate")
     export_model(plain, str(target), tmp_path / "graft", form=form)
@@ -153,7 +154,7 @@ def test_a_surrogate_with_its_translators(
 
 
 def test_the_runs_that_a_run_started_from(run: Callable[..., Path], tmp_path: Path) -> None:
-    """What the last run did not train comes from the one before it, and what both trained from the last one."""
+    """Weights that the last run did not train come from the run before it; the last run's replace all others."""
     first = run("encoder")
     second = run("adapter", init_from=[str(first)])
     export_model(second, None, tmp_path / "out")
@@ -260,7 +261,13 @@ def test_settings_that_are_not_known(commit: Path, tmp_path: Path) -> None:
     refused("--dtype int8 is not known; choose float32, bfloat16, float16 or auto", commit, *out, "--dtype", "int8")
     refused("--format lava is not known; did you mean 'llava'", commit, *out, "--format", "lava")
     refused("--proof none is not known; choose full or tensors", commit, *out, "--proof", "none")
-    refused("--shard-size many is no size of a file; write for example 2GB", commit, *out, "--shard-size", "many")
+    refused(
+        "--shard-size many is not a file size of at least 1MB; write for example 2GB",
+        commit,
+        *out,
+        "--shard-size",
+        "many",
+    )
     refused("name one run", *out)
     refused("name one run", commit, *out, "--weights", commit)
     refused("there is no evaluation", commit, *out, "--evaluation", tmp_path / "none.json")
@@ -273,7 +280,7 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     half = tmp_path / "run-half"
     (half / ".step-000001.tmp").mkdir(parents=True)
-    refused("run-half holds no commit .*; was the run finished", half, *out)
+    refused("run-half holds no checkpoint .*; did the run finish", half, *out)
     manifest = commit / "step-000001" / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))
@@ -291,7 +298,7 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     os.mkfifo(weights)
     refused("weights.safetensors cannot be read: it is no regular file", commit, *out)
     graft = ("--weights", commit, "--target", content["config"]["target"])
-    refused("weights.safetensors is missing or damaged; use another commit", *graft, command="graft")
+    refused("weights.safetensors is missing or damaged; use another checkpoint", *graft, command="graft")
     assert folders(tmp_path) == []
 
 
@@ -360,7 +367,7 @@ def test_vocabulary_without_a_spare_token(made: Callable[..., Path], monkeypatch
     monkeypatch.setattr(text, "PLACEHOLDER", "<nowhere>")
     family = Family(name="llama", model_types=("llama",), image_tokens=("<|nothing|>",))
     with pytest.raises(ConfigError, match=r"none of the llama family's spare tokens \(<\|nothing\|>\); name one in"):
-        text.placeholder_token(family, AutoTokenizer.from_pretrained(made("llama", tied=True)))
+        text.find_image_token(family, AutoTokenizer.from_pretrained(made("llama", tied=True)))
 
 
 def test_the_tool_is_the_command(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The proof of an export: what differs is named, and nothing of a failed export stays."""
+"""The proof of an export names the first difference, and a failed export leaves no files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import zero_ds.export as exporting
 from zero_ds.config.schema import RunConfig
-from zero_ds.export import export_model, llava, proof
+from zero_ds.export import export_model, proof
+from zero_ds.export.llava import LlavaFormat
 from zero_ds.export.source import open_source
-from zero_ds.export.text import texts
-from zero_ds.grafting.graft import load_trained
+from zero_ds.export.text import text_settings
+from zero_ds.grafting.load import load_trained
 from zero_ds.runtime.errors import ConfigError
 
 DAMAGED = "language_model.model.layers.3.mlp.up_proj.weight"
@@ -34,7 +35,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In a process of its own, with all questions."""
+    """Exports a run and proves it with all questions, in a process of its own."""
     out = tmp_path_factory.mktemp("exported") / "llava"
     export_model(run, None, out)
     return out
@@ -75,7 +76,7 @@ def damage(tensors: dict[str, torch.Tensor], how: str) -> None:
 def test_the_first_tensor_that_differs_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, how: str, complaint: str
 ) -> None:
-    """Corrupted on the disk between writing and proof; later tensors are damaged, too."""
+    """The file is damaged between writing and proof, and so are later tensors."""
     written = exporting.write_shards
 
     def damaging(tensors: Any, folder: Path, size: int) -> None:
@@ -97,18 +98,18 @@ def test_a_tensor_too_many_is_named(exported: Path, run: Path, tmp_path: Path) -
     stored = load_file(exported / "model.safetensors")
     save_file({**stored, "a.stranger": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"the exported folder has a\.stranger"):
-        proof.compare_files(tmp_path, llava.tensors(open_source(run, None)))
+        proof.compare_files(tmp_path, LlavaFormat().tensors(open_source(run, None)))
 
 
 def test_a_folder_that_transformers_cannot_load(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: the last line of what it said is the reason."""
-    written = llava.write
+    """The error repeats the last line that the process has written."""
+    written = LlavaFormat.write_files
 
-    def spoiled(source: Any, words: Any, folder: Path) -> None:
-        written(source, words, folder)
+    def spoiled(layout: LlavaFormat, source: Any, texts: Any, folder: Path) -> None:
+        written(layout, source, texts, folder)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(llava, "write", spoiled)
+    monkeypatch.setattr(LlavaFormat, "write_files", spoiled)
     with pytest.raises(ConfigError, match=r"transformers alone could not load the exported folder: .*model"):
         export_model(run, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -118,8 +119,8 @@ def test_a_folder_that_transformers_cannot_load(run: Path, tmp_path: Path, monke
     ("spoil", "complaint"),
     [
         ({"chat_template.jinja": ("captured in this image", "seen in that image")}, "its prompt has other tokens"),
-        ({"processor_config.json": ("0.48145466", "0.5")}, "pixel values are apart by"),
-        ({"config.json": ('"vision_feature_layer": -1', '"vision_feature_layer": -2')}, "logits are apart by"),
+        ({"processor_config.json": ("0.48145466", "0.5")}, "pixel values differ by"),
+        ({"config.json": ('"vision_feature_layer": -1', '"vision_feature_layer": -2')}, "logits differ by"),
         ({"generation_config.json": ('"eos_token_id": [', '"eos_token_id": [STOP, ')}, "the greedy answers are not"),
     ],
 )
@@ -128,45 +129,45 @@ def test_what_tensors_do_not_show(
 ) -> None:
     export_helper.here(monkeypatch)
     source = open_source(run, None)
-    model = load_trained(source.commit.folder, str(source.folder))
-    picture = proof.draw((32, 32), tmp_path / "picture.png")
-    stop = next(token for token in proof.ask(source, texts(source), model, picture)[0].answer)
-    written = llava.write
+    model = load_trained(source.checkpoint.folder, source.decoder)
+    image = proof.draw_image((32, 32), tmp_path / "image.png")
+    stop = next(token for token in proof.ask_source(source, text_settings(source), model, image)[0].answer)
+    written = LlavaFormat.write_files
 
-    def spoiled(source: Any, words: Any, folder: Path) -> None:
-        written(source, words, folder)
+    def spoiled(layout: LlavaFormat, source: Any, texts: Any, folder: Path) -> None:
+        written(layout, source, texts, folder)
         for name, (before, after) in spoil.items():
             text = (folder / name).read_text()
             assert before in text
             (folder / name).write_text(text.replace(before, after.replace("STOP", str(stop))))
 
-    monkeypatch.setattr(llava, "write", spoiled)
+    monkeypatch.setattr(LlavaFormat, "write_files", spoiled)
     with pytest.raises(
         ConfigError, match=f"differs from its source on .*, although every tensor is the same: {complaint}"
     ):
         export_model(run, None, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
 def test_a_commit_is_read_alike_by_both_readers(run: Path, exported: Path) -> None:
-    """Streamed and loaded: two ways to every tensor of the folder."""
+    """Streaming the files and loading the model are two ways to the same tensors."""
     source = open_source(run, None)
-    count = proof.compare_files(exported, llava.tensors(source))
-    model = load_trained(source.commit.folder, str(source.folder))
-    loaded = [proof.Loaded(*entry) for entry in llava.loaded(source, model)]
+    count = proof.compare_files(exported, LlavaFormat().tensors(source))
+    model = load_trained(source.checkpoint.folder, source.decoder)
+    loaded = LlavaFormat().loaded_tensors(source, model)
     assert count == proof.compare_loaded(exported, loaded) == len(load_file(exported / "model.safetensors"))
 
 
 def test_a_batch_is_asked_as_each_prompt_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(run, None)
-    model, words = load_trained(source.commit.folder, str(source.folder)), texts(source)
-    picture = proof.draw((32, 32), tmp_path / "picture.png")
-    together = proof.ask(source, words, model, picture)
+    model, words = load_trained(source.checkpoint.folder, source.decoder), text_settings(source)
+    image = proof.draw_image((32, 32), tmp_path / "image.png")
+    together = proof.ask_source(source, words, model, image)
     assert len({len(one.ids) for one in together}) > 2, "prompts of several lengths are padded"
     for question in proof.QUESTIONS:
         monkeypatch.setattr(proof, "QUESTIONS", (question,))
-        for alone in proof.ask(source, words, model, picture):
-            same = next(one for one in together if (one.question, one.picture) == (question, alone.picture))
+        for alone in proof.ask_source(source, words, model, image):
+            same = next(one for one in together if (one.question, one.image) == (question, alone.image))
             assert (same.ids, same.answer) == (alone.ids, alone.answer)
             assert len(alone.logits) == proof.POSITIONS + len(alone.answer) - 1
             torch.testing.assert_close(same.logits, alone.logits, atol=1e-5, rtol=0)

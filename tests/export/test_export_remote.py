@@ -1,4 +1,4 @@
-"""Exports as a stranger uses them: in an interpreter without this package, by the words of the model cards."""
+"""Uses exports as a stranger would: without this package, and as the model cards say."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN, Turn
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.sources import Sample
-from zero_ds.export import card, export_model, llava, remote_code
+from zero_ds.export import FORMATS, card, export_model, remote_code
 from zero_ds.export.source import open_source
 from zero_ds.grafting.generate import Answerer
-from zero_ds.grafting.graft import load_graft
+from zero_ds.grafting.load import load_graft
 from zero_ds.grafting.named_model import find_model, load_model
 from zero_ds.model.build import sample_encoder
 
@@ -46,7 +46,7 @@ trust_remote_code=True # Required as it uses a custom LlavaLlamaForCausalLM arch
 )
 processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
 # Prepare inputs
-image = Image.open("PICTURE")
+image = Image.open("IMAGE.png")
 messages = [
 {"role": "user", "content": "What is in this image?"},
 ]
@@ -58,12 +58,12 @@ output_ids = model.generate(**inputs, max_new_tokens=50)
 output = processor.decode(output_ids[0], skip_special_tokens=True)
 print(output)
 """
-"""The sample usage of the released checkpoints' model card, as printed, but for model and picture."""
+"""Sample usage on the model card of the released checkpoints, as printed, except for the model and the image."""
 
 PIPELINE = """
 from transformers import pipeline
 answer = pipeline("image-text-to-text", model="MODEL", dtype="auto")
-contents = [{"type": "image", "url": "PICTURE"}, {"type": "text", "text": "What is in this image?"}]
+contents = [{"type": "image", "url": "IMAGE.png"}, {"type": "text", "text": "What is in this image?"}]
 said = answer(text=[{"role": "user", "content": contents}], max_new_tokens=8, do_sample=False)
 print("PIPELINE", repr(said[0]["generated_text"][-1]["content"]))
 print("CARD")
@@ -74,7 +74,7 @@ print("CARD")
 def folders(
     made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Runs and exports of them: `plain` as llava; `extras` (boundaries, patch norm, tiles) with code of its own."""
+    """Makes runs and their exports: `plain` as llava, `extras` (boundaries, patch norm, tiles) as remote-code."""
     root = tmp_path_factory.mktemp("remote")
     target = made("llama", tied=True)
     extras = {
@@ -88,21 +88,21 @@ def folders(
         with pytest.MonkeyPatch.context() as patch:
             export_helper.here(patch)
             export_model(run, None, root / name, form="remote-code" if more else "llava")
-    Image.radial_gradient("L").resize((70, 40)).convert("RGB").save(root / "picture.png")
+    Image.radial_gradient("L").resize((70, 40)).convert("RGB").save(root / "image.png")
     return root
 
 
 def test_sample_usage_and_pipeline_without_this_package(folders: Path) -> None:
     script = PIPELINE.replace("MODEL", str(folders / "plain")) + CARD.replace("MODEL", str(folders / "extras"))
     said, _, printed = export_helper.run_alone(
-        script.replace("PICTURE", str(folders / "picture.png")), folders
+        script.replace("IMAGE.png", str(folders / "image.png")), folders
     ).partition("CARD\n")
     assert len(said.split("PIPELINE ", 1)[1].strip()) > 2, "the pipeline answers"
     assert "What is in this image?" in printed and len(printed.split("assistant\n", 1)[1].strip()) > 0
 
 
 def test_the_folder_opens_by_its_name(folders: Path, made: Callable[..., Path]) -> None:
-    """As a model of ours again: the same prompts, features and answers as the run that was exported."""
+    """zero_ds opens it again, with the same prompts, features and answers as the run that was exported."""
     named = find_model(str(folders / "plain"))
     assert named.kind == "export" and named.sees
     target = str(made("llama", tied=True))
@@ -111,9 +111,9 @@ def test_the_folder_opens_by_its_name(folders: Path, made: Callable[..., Path]) 
     prompts = [m.encoder.encode(m.encoder.turns(Sample("x", tuple(asked), ())), generate=True) for m in (ours, theirs)]
     assert prompts[0] == prompts[1]
     answers = [Answerer(m.model, m.encoder, max_new_tokens=8) for m in (ours, theirs)]
-    picture = str(folders / "picture.png")
-    torch.testing.assert_close(*(a.features([picture])[0] for a in answers), atol=1e-5, rtol=1e-5)
-    assert answers[0].reply(asked, [picture]) == answers[1].reply(asked, [picture])
+    shown = str(folders / "image.png")
+    torch.testing.assert_close(*(a.features([shown])[0] for a in answers), atol=1e-5, rtol=1e-5)
+    assert answers[0].reply(asked, [shown]) == answers[1].reply(asked, [shown])
 
 
 def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, made: Callable[..., Path]) -> None:
@@ -121,7 +121,7 @@ def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, m
     run, target = folders / "run-extras", made("llama", tied=True)
     source = open_source(run, None)
     encode = sample_encoder(load_graft(run, target), target, made("clip"), source.config.data)
-    sample = Sample("x", (Turn("user", "<image>\nwhat is it?"),), (str(folders / "picture.png"),))
+    sample = Sample("x", (Turn("user", "<image>\nwhat is it?"),), (str(folders / "image.png"),))
     tokens = encode.image_tokens(sample)
     assert tokens == [5 * (4 + 2)], "four tiles and the whole"
     encoded = encode.encode(encode.turns(sample), generate=True, image_tokens=tokens)
@@ -129,7 +129,7 @@ def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, m
     processor = AutoProcessor.from_pretrained(folders / "extras", trust_remote_code=True)
     placed = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
     token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    image = Image.open(folders / "picture.png")
+    image = Image.open(folders / "image.png")
     for content in ("what is it?", placed):
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(text=prompt, images=image, return_tensors="pt")
@@ -148,15 +148,15 @@ def test_pixels_are_those_of_training(folders: Path, size: tuple[int, int]) -> N
 def test_prompts_and_pictures_that_do_not_fit(folders: Path) -> None:
     processor = AutoProcessor.from_pretrained(folders / "extras", trust_remote_code=True)
     image, place = Image.new("RGB", (32, 32)), processor.image_token
-    with pytest.raises(ValueError, match="the text has 2 places"):
+    with pytest.raises(ValueError, match="the text has 2 image tokens"):
         processor(text=place * 2, images=image)
-    with pytest.raises(ValueError, match="the text has 1 places"):
+    with pytest.raises(ValueError, match="the text has 1 image tokens"):
         processor(text=place)
-    with pytest.raises(ValueError, match="3 pictures for 2 texts"):
+    with pytest.raises(ValueError, match="3 images for 2 texts"):
         processor(text=["a", "b"], images=[image] * 3)
     two = processor(text=["a", "b longer"], images=[image, image], padding=True, return_tensors="pt")
     assert two.input_ids.shape[0] == 2 and two.pixel_values.shape == (2, 3, 32, 32)
-    assert "pixel_values" not in processor(text="no picture")
+    assert "pixel_values" not in processor(text="no image")
 
 
 def test_the_code_needs_nothing_of_this_package(folders: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_code_needs_nothing_of_this_package(folders: Path) -> None:
 
 
 def test_the_model_card(folders: Path, made: Callable[..., Path]) -> None:
-    """Base models, recipe, licence, proof and metrics; no path of this machine, in no file."""
+    """The card has base models, recipe, licence, proof and metrics; no file contains a path of this machine."""
     for name in ("plain", "extras"):
         text = (folders / name / "README.md").read_text()
         front = yaml.safe_load(text.split("---")[1])
@@ -182,7 +182,7 @@ def test_metrics_in_the_model_card(folders: Path, tmp_path: Path) -> None:
     evaluation("held-out | all", tmp_path, 0.6).write(tmp_path / "result.json")
     proof = json.loads((folders / "plain" / "proof.json").read_text())
     measured = card.read_evaluations([tmp_path / "result.json"])
-    text = card.card(open_source(folders / "run-plain", None), llava.USAGE, "plain", "llava", proof, measured)
+    text = card.model_card(open_source(folders / "run-plain", None), FORMATS["llava"], "plain", proof, measured)
     assert "| held-out \\| all | 60.0% | 26.7% | 90 |" in text
     front = yaml.safe_load(text.split("---")[1])
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 60.0

@@ -1,4 +1,4 @@
-"""The chat template of an export writes what training wrote, however a message says its images."""
+"""The chat template of an export writes what training wrote, in whichever way a message contains its images."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def said(text: str) -> dict[str, Any]:
 
 
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
-    "a picture in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
+    "a image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
     "behind the text": ([user(ASK, SHOW)], [Turn("user", "<image>\nwhich shape?")]),
     "as LLaVA and lmms-eval write it": ([user("<image>\nwhich shape?")], [Turn("user", "<image>\nwhich shape?")]),
     "on the last line": ([user("which shape?\n<image>")], [Turn("user", "which shape?\n<image>")]),
     "inside of the text": ([user("is <image> a circle?")], [Turn("user", "is <image> a circle?")]),
-    "two pictures in a list": ([user(SHOW, SHOW, ASK)], [Turn("user", "<image><image>\nwhich shape?")]),
-    "two pictures in a text": ([user("<image> <image>\nwhich?")], [Turn("user", "<image> <image>\nwhich?")]),
-    "no picture": ([user("which shape?")], [Turn("user", "which shape?")]),
+    "two images in a list": ([user(SHOW, SHOW, ASK)], [Turn("user", "<image><image>\nwhich shape?")]),
+    "two images in a text": ([user("<image> <image>\nwhich?")], [Turn("user", "<image> <image>\nwhich?")]),
+    "no image": ([user("which shape?")], [Turn("user", "which shape?")]),
     "text in a list": ([user(ASK)], [Turn("user", "which shape?")]),
     "a second question": (
         [user(SHOW, ASK), said("an <image>"), user("sure?")],
         [Turn("user", "<image>\nwhich shape?"), Turn("assistant", "an <image>"), Turn("user", "sure?")],
     ),
-    "a picture with the second question": (
+    "a image with the second question": (
         [user("hello"), said("hi"), user(SHOW, ASK)],
         [Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "<image>\nwhich shape?")],
     ),
@@ -60,7 +60,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
 @pytest.mark.parametrize("mode", ["fixed", "off"])
 @pytest.mark.parametrize("case", list(CONVERSATIONS))
 def test_messages_become_what_training_wrote(case: str, mode: Literal["fixed", "off"]) -> None:
-    """Token by token, with a system prompt and a template that writes the date, which training fixed."""
+    """All tokens are the same, with a system prompt and a template that writes the date, which training fixes."""
     messages, turns = CONVERSATIONS[case]
     own = DATED + tiny.TEMPLATE
     encoder = SampleEncoder(
@@ -93,7 +93,7 @@ def test_what_else_a_message_has_stays() -> None:
 
 
 def llama() -> Any:
-    """As Llama-3's: BOS by the file's post-processor, and no setting that says so."""
+    """Returns a tokenizer like Llama-3's, whose first token comes from a post-processor, not from a setting."""
     words = tiny.tokenizer(named={"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", words.bos_token_id)]
@@ -102,14 +102,14 @@ def llama() -> Any:
 
 
 def gemma() -> Any:
-    """BOS by the class and its setting."""
+    """Returns a tokenizer whose first token comes from its class and a setting."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|im_end|>", "h", "i"]
     return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], add_bos_token=True)
 
 
 @pytest.mark.parametrize("make", [llama, gemma])
 def test_what_a_template_has_written_is_not_written_twice(make: Any, tmp_path: Path) -> None:
-    """Read by software that does not say a prompt has its special tokens, and that stops at the tokenizer's end."""
+    """Software that ignores which special tokens a prompt contains reads it right, and stops at the end of a turn."""
     words = make()
     words.save_pretrained(tmp_path / "before")
     assert AutoTokenizer.from_pretrained(tmp_path / "before")("hi").input_ids[0] == words.bos_token_id

@@ -1,4 +1,4 @@
-"""Conversations: the plain greedy answers, in pieces, with pictures and turns; and a bad picture ends nothing."""
+"""Conversations give the plain greedy answers, in pieces, about images and over turns; a bad image ends nothing."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def graft(trained: Path, made: Callable[..., Path]) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def pictures(data: Path) -> list[str]:
+def images(data: Path) -> list[str]:
     return [str(data.parent / "images" / f"{number}.png") for number in range(3)]
 
 
-def plainly(loaded: LoadedModel, turns: list[Turn], pictures: list[str], longest: int) -> str:
-    """One pass over the whole conversation for every token, no cache."""
+def plainly(loaded: LoadedModel, turns: list[Turn], images: list[str], longest: int) -> str:
+    """Returns the answer to the whole conversation, read from its beginning."""
     model, encoder = loaded.model, loaded.encoder
     answerer = Answerer(model, encoder, max_new_tokens=longest)
-    return answerer.reply(turns, pictures)
+    return answerer.reply(turns, images)
 
 
-def test_answers_are_the_greedy_ones_over_turns_and_pictures(graft: LoadedModel, pictures: list[str]) -> None:
-    """Three questions, pictures before the first and the second: each answer as if the whole were asked anew."""
+def test_answers_are_the_greedy_ones_over_turns_and_images(graft: LoadedModel, images: list[str]) -> None:
+    """Three questions, with images before the first and the second, are answered as if each conversation were new."""
     talk, turns, shown = Conversation(graft, max_new_tokens=9), [], []
-    for question, new in zip(QUESTIONS, (pictures[:2], pictures[2:], []), strict=True):
+    for question, new in zip(QUESTIONS, (images[:2], images[2:], []), strict=True):
         for path in new:
-            talk.show(Image.open(path) if path == pictures[0] else path)
+            talk.show(Image.open(path) if path == images[0] else path)
         shown += new
         turns.append(Turn("user", "<image>" * len(new) + "\n" * bool(new) + question))
         pieces = list(talk.ask(question))
@@ -70,7 +70,7 @@ def test_a_question_costs_its_own_tokens(graft: LoadedModel, monkeypatch: pytest
 
 
 def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
-    """What was said until then is what the next answer builds on."""
+    """The next answer builds on the words up to there."""
     talk = Conversation(graft, max_new_tokens=12)
     stream = talk.ask(QUESTIONS[0])
     said = next(stream)
@@ -80,18 +80,18 @@ def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
     assert answer == plainly(graft, talk.turns[:-1], [], 12)
 
 
-def test_a_question_that_nobody_listened_to_stays_asked(graft: LoadedModel, pictures: list[str]) -> None:
-    """Two turns of a user in a row are none that a template knows; the first one's answer is empty."""
+def test_a_question_that_nobody_listened_to_stays_asked(graft: LoadedModel, images: list[str]) -> None:
+    """No template knows two turns of a user in a row, so the first question gets an empty answer."""
     talk = Conversation(graft, max_new_tokens=4)
-    talk.show(pictures[0])
+    talk.show(images[0])
     talk.ask(QUESTIONS[0]).close()  # type: ignore[attr-defined]
     answer = "".join(talk.ask("why?"))
     turns = [Turn("user", f"<image>\n{QUESTIONS[0]}"), Turn("assistant", ""), Turn("user", "why?")]
     assert talk.turns == [*turns, Turn("assistant", answer)]
-    assert answer == plainly(graft, turns, pictures[:1], 4)
-    talk.show(pictures[1])
+    assert answer == plainly(graft, turns, images[:1], 4)
+    talk.show(images[1])
     talk.ask(QUESTIONS[0])
-    talk.unask()  # its picture waits for the next question
+    talk.unask()  # its image waits for the next question
     "".join(talk.ask("what?"))
     assert talk.turns[4:5] == [Turn("user", "<image>\nwhat?")]
 
@@ -105,7 +105,7 @@ def test_plain_language_models_chat(kind: str, small: Path, made: Callable[..., 
     answer = "".join(Conversation(loaded, max_new_tokens=8, system="Be brief.").ask("what?"))
     assert answer == plainly(loaded, [Turn("system", "Be brief."), Turn("user", "what?")], [], 8)
     with pytest.raises(ConfigError, match="no vision encoder"):
-        Conversation(loaded).show("picture.png")
+        Conversation(loaded).show("image.png")
 
 
 def test_a_run_is_the_model_as_it_was_trained(trained: Path, small: Path) -> None:
@@ -122,26 +122,26 @@ def test_typed_placeholders_stand_for_nothing(graft: LoadedModel, typed: str) ->
 
 
 def test_what_does_not_fit(graft: LoadedModel, made: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at most 0 tokens is none"):
+    with pytest.raises(ConfigError, match="at least 1 token, not 0"):
         Conversation(graft, max_new_tokens=0)
     talk = Conversation(graft)
     with pytest.raises(DataError, match="the model reads 2048; begin a new one"):
         talk.ask("why? " * 3000)
     assert talk.turns == []
-    with pytest.raises(ConfigError, match=r"is no run.*leave out --target"):
+    with pytest.raises(ConfigError, match=r"is not a run.*leave out --target"):
         find_model(str(made("llama", tied=True)), "somewhere")
     with pytest.raises(ConfigError, match="there is no model folder"):
         find_model(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="'org/model' is not a local folder and could not be fetched from the hub"):
         find_model("org/model")
     (tmp_path / "latest").write_text("step-000001")
-    with pytest.raises(CheckpointError, match="holds no commit"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_model(str(tmp_path))
 
 
-def test_command(trained: Path, made: Callable[..., Path], pictures: list[str], tmp_path: Path) -> None:
-    """A picture that is none and an unknown word cost a sentence each; the chat goes on and starts anew."""
-    (tmp_path / "none.png").write_text("no picture")
+def test_command(trained: Path, made: Callable[..., Path], images: list[str], tmp_path: Path) -> None:
+    """A file that is not an image and an unknown command cost a sentence each; the chat continues and begins again."""
+    (tmp_path / "none.png").write_text("not an image")
     target = str(made("llama", tied=True))
     lines = [
         f"/image {tmp_path / 'none.png'}",
@@ -149,12 +149,12 @@ def test_command(trained: Path, made: Callable[..., Path], pictures: list[str], 
         "/image",
         QUESTIONS[0],
         "/new",
-        f"/image {pictures[0]}",
+        f"/image {images[0]}",
         QUESTIONS[0],
         "/quit",
         "no",
     ]
-    command = ["chat", str(trained / "encoder"), "--target", target, "--image", pictures[0], "--max-new-tokens", "6"]
+    command = ["chat", str(trained / "encoder"), "--target", target, "--image", images[0], "--max-new-tokens", "6"]
     result = CliRunner().invoke(app, [*command, "--dtype", "float32"], input="\n".join(lines) + "\n")
     assert result.exit_code == 0, result.output
     assert "none.png cannot be read" in result.stderr and "/dance is not known" in result.stderr
@@ -164,14 +164,14 @@ def test_command(trained: Path, made: Callable[..., Path], pictures: list[str], 
     for named, complaint in ((tmp_path / "none.png", "none.png cannot be read"), (tmp_path / "no.png", "there is no")):
         bad = CliRunner().invoke(app, ["chat", "nowhere", "--image", str(named)], input="why?\n")
         assert isinstance(bad.exception, ImageError) and complaint in str(bad.exception)
-    blind = CliRunner().invoke(app, ["chat", target, "--image", pictures[0], "--dtype", "float32"], input="why?\n")
+    blind = CliRunner().invoke(app, ["chat", target, "--image", images[0], "--dtype", "float32"], input="why?\n")
     assert isinstance(blind.exception, ConfigError) and "no vision encoder" in str(blind.exception)
     limit = CliRunner().invoke(app, ["chat", target, "--max-new-tokens", "0"])
     assert isinstance(limit.exception, ConfigError) and "at least 1 token" in str(limit.exception)
 
 
-def test_half_precision_chats(trained: Path, made: Callable[..., Path], pictures: list[str]) -> None:
+def test_half_precision_chats(trained: Path, made: Callable[..., Path], images: list[str]) -> None:
     loaded = load_model(find_model(str(trained / "encoder"), str(made("llama", tied=True))), dtype=torch.bfloat16)
     talk = Conversation(loaded, max_new_tokens=4)
-    talk.show(pictures[0])
+    talk.show(images[0])
     assert "".join(talk.ask(QUESTIONS[0]))

@@ -1,7 +1,7 @@
-"""Where a model runs: layers off the device, and vLLM's side of the bargain, with answers that stay the same.
+"""Layers that are not on the device, and decoders that vLLM runs, give the same answers.
 
-vLLM itself is not installed here; a stand-in takes what vLLM would be given and answers by transformers alone.
-launch/test_vllm.sh compares the real one.
+vLLM is not installed here. A stand-in takes the arguments that vLLM would get and answers with transformers alone;
+launch/test_vllm.sh compares the real vLLM.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ def graft(trained: Path, target: str) -> NamedModel:
 
 
 @pytest.fixture(scope="module")
-def pictures(data: Path) -> list[str]:
+def images(data: Path) -> list[str]:
     return [str(data.parent / "images" / f"{number}.png") for number in range(2)]
 
 
-def answers(loaded: LoadedModel, pictures: list[str]) -> list[str]:
+def answers(loaded: LoadedModel, images: list[str]) -> list[str]:
     asker = answerer(loaded, batch_size=2, max_new_tokens=TOKENS)
-    queries = [Query(str(number), tuple(turns), images) for number, (turns, images) in enumerate(ASKED)]
-    return [reply.text for reply in asker.examine(queries, asker.features(pictures))]
+    queries = [Query(str(number), tuple(turns), shown) for number, (turns, shown) in enumerate(ASKED)]
+    return [reply.text for reply in asker.examine(queries, asker.features(images))]
 
 
 @pytest.fixture(scope="module")
-def expected(graft: NamedModel, pictures: list[str]) -> list[str]:
-    found = answers(load_model(graft), pictures)
+def expected(graft: NamedModel, images: list[str]) -> list[str]:
+    found = answers(load_model(graft), images)
     assert len(set(found)) == len(found) and all(found)
     return found
 
@@ -70,21 +70,21 @@ def expected(graft: NamedModel, pictures: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", "disk"])
 def test_a_device_map_changes_no_answer(
-    device_map: str, graft: NamedModel, pictures: list[str], expected: list[str], tmp_path: Path
+    device_map: str, graft: NamedModel, images: list[str], expected: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "layers" if device_map == "disk" else None
     loaded = load_model(graft, device_map=device_map, offload_folder=folder)
     layers = loaded.model.family.layers(loaded.model.decoder)
     gone = [all(p.device.type == "meta" for p in layer.parameters()) for layer in layers]
     assert gone == [device_map == "disk"] * len(layers)
-    assert answers(loaded, pictures) == expected
+    assert answers(loaded, images) == expected
     talk, plain = Conversation(loaded, max_new_tokens=TOKENS), Conversation(load_model(graft), max_new_tokens=TOKENS)
     assert "".join(talk.ask("why?")) == "".join(plain.ask("why?"))
     assert (talk.trajectory().divergences == plain.trajectory().divergences).all()
 
 
 def test_eval_with_layers_on_disk(target: str, tmp_path: Path) -> None:
-    """The same scores, and nothing left in the folder once the process has ended."""
+    """The scores are the same, and the folder is empty once the process has ended."""
     import subprocess
 
     tasks = write_tasks(tmp_path / "tasks", load_model(find_model(target)))
@@ -108,7 +108,7 @@ def test_eval_with_layers_on_disk(target: str, tmp_path: Path) -> None:
         (["--offload-folder", "x"], "--offload-folder is for --device-map disk"),
         (["--engine", "vlm"], "--engine vlm is unknown; did you mean 'vllm'"),
         (["--tensor-parallel", "2"], "--tensor-parallel is for --engine vllm"),
-        (["--tensor-parallel", "0"], "--tensor-parallel 0: at least 1"),
+        (["--tensor-parallel", "0"], "--tensor-parallel must be at least 1, not 0"),
         (["--engine", "vllm", "--device-map", "cpu"], "vLLM places layers itself"),
         (["--engine", "vllm"], "vLLM, which is not installed; pip install vllm"),
     ],
@@ -122,14 +122,14 @@ def test_what_does_not_go_together(command: list[str], options: list[str], compl
 def test_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = CliRunner().invoke(app, ["eval", "model", "--suite", "text", "--device-map", "auto"])
-    assert "--device-map is for one process" in str(done.exception)
+    assert "--device-map uses this machine's devices in one process" in str(done.exception)
 
 
 # -- vLLM --------------------------------------------------------------------------------------------------------------
 
 
 class StandIn:
-    """Reads the folder that vLLM would read, by transformers alone, and decodes greedily."""
+    """Reads the folder that vLLM would read, with transformers alone, and decodes greedily."""
 
     def __init__(self, folder: Path) -> None:
         self.decoder: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -160,30 +160,28 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_graft_is_served_from_its_target_s_folder(
-    graft: NamedModel, pictures: list[str], expected: list[str]
-) -> None:
+def test_a_graft_is_served_from_its_target_s_folder(graft: NamedModel, images: list[str], expected: list[str]) -> None:
     loaded = load_served(graft, dtype=torch.float32)
     assert loaded.served is not None and loaded.served.folder == graft.folder
     assert len(loaded.model.family.layers(loaded.model.decoder)) == 0
-    assert answers(loaded, pictures) == expected
+    assert answers(loaded, images) == expected
     talks = [conversation(loaded, max_new_tokens=TOKENS), Conversation(load_model(graft), max_new_tokens=TOKENS)]
     for talk in talks:
-        talk.show(pictures[0])
+        talk.show(images[0])
     for question in ("what color is it?", "why?"):
         first, second = ("".join(talk.ask(question)) for talk in talks)
         assert first == second and first
-    with pytest.raises(ConfigError, match="asks for log-probabilities, which vLLM does not tell"):
+    with pytest.raises(ConfigError, match="asks for log-probabilities, which vLLM does not report"):
         answerer(loaded).examine([Query("t/1", (Turn("user", "why?"),), answer="no")])
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_trained_decoder_is_written_for_vllm(trained: Path, pictures: list[str]) -> None:
-    """The surrogate with the run's translators, which its folder does not hold."""
+def test_a_trained_decoder_is_written_for_vllm(trained: Path, images: list[str]) -> None:
+    """It is the surrogate with the run's translators, which the surrogate's folder does not contain."""
     named = find_model(str(trained / "encoder"))
     loaded = load_served(named, dtype=torch.float32)
     assert loaded.served is not None and loaded.served.folder != named.folder
-    assert answers(loaded, pictures) == answers(load_model(named), pictures)
+    assert answers(loaded, images) == answers(load_model(named), images)
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -199,7 +197,9 @@ def test_language_models_are_served_as_they_lie(folder: str, target: str, small:
 
 @pytest.mark.usefixtures("stand_in")
 def test_heads_that_devices_cannot_share(graft: NamedModel) -> None:
-    with pytest.raises(ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*of 1, 2, 4"):
+    with pytest.raises(
+        ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*one of 1, 2, 4"
+    ):
         load_served(graft, dtype=torch.float32, tensor_parallel=3)
 
 
@@ -234,7 +234,7 @@ def test_the_cpu_build_answers_to_the_name_of_vllm(tmp_path: Path, monkeypatch: 
 
 
 def test_no_garbage_is_left_where_triton_would_complain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command ends sooner without a last search for garbage; Triton 3.9 prints a page about what nobody collected."""
+    """A command ends sooner without a last garbage collection; Triton 3.9 prints a page about objects that remain."""
     frozen: list[bool] = []
     monkeypatch.setattr("gc.freeze", lambda: frozen.append(True))
     for module, expected in ((None, [True]), (ModuleType("libtriton"), [True])):
@@ -248,4 +248,4 @@ def test_no_garbage_is_left_where_triton_would_complain(monkeypatch: pytest.Monk
 def test_no_page_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "check_installed", lambda: None)
     done = CliRunner().invoke(app, ["chat", "model", "--page", "--engine", "vllm"])
-    assert "--page wants --engine transformers" in str(done.exception)
+    assert "--page needs --engine transformers" in str(done.exception)

@@ -1,4 +1,4 @@
-"""A graft is the target's own weights with the trained encoder, and nothing else; what does not belong is refused."""
+"""A graft is the target's own weights with the trained encoder and nothing else; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from zero_ds.cli.main import app
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.data.sources import Records
-from zero_ds.grafting.graft import compatibility, load_graft, load_trained, run_config
+from zero_ds.grafting import compatibility as compatibility_module
+from zero_ds.grafting.compatibility import compatibility, run_config
+from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.build import sample_encoder
 from zero_ds.model.loading import model_hash
 from zero_ds.model.vlm import VisionLanguageModel
@@ -28,7 +30,7 @@ from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpo
 
 
 def sample(model: VisionLanguageModel, made: Callable[..., Path], data: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids (1, seq) and pixel_values (1, 3, size, size) of a sample with a picture."""
+    """Returns input_ids (1, seq) and pixel_values (1, 3, size, size) of a sample with an image."""
     from zero_ds.config.schema import DataConfig
 
     encode = sample_encoder(model, made("llama", tied=True), made("clip"), DataConfig(system_prompt=""))
@@ -107,38 +109,41 @@ def test_another_width_is_refused(trained: Path, made: Callable[..., Path], tmp_
     }
     assert {name for name, fits in report.items() if not fits} == {"hidden-size", "target"}
     assert "embeddings" not in report and "kept-layers" not in report, "of another width nothing more is compared"
-    with pytest.raises(ConfigError, match="nothing called 'hidden-size' can be accepted"):
+    with pytest.raises(ConfigError, match="'hidden-size' is not a check whose difference can be accepted"):
         load_graft(trained / "encoder", folder, accept=["hidden-size"])
 
 
 def test_weights_that_cannot_be_grafted(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds no commit"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_graft(tmp_path, made("llama", tied=True))
-    commit = tmp_path / "translator"
-    shutil.copytree(trained / "pretrain" / "step-000002", commit)
+    checkpoint = tmp_path / "translator"
+    shutil.copytree(trained / "pretrain" / "step-000002", checkpoint)
     from safetensors.torch import save_file
 
-    weights = load_file(commit / "weights.safetensors")
-    save_file({n: t for n, t in weights.items() if n.startswith("translator.")}, commit / "weights.safetensors")
+    weights = load_file(checkpoint / "weights.safetensors")
+    save_file({n: t for n, t in weights.items() if n.startswith("translator.")}, checkpoint / "weights.safetensors")
     with pytest.raises(ConfigError, match="holds no adapter, so there is nothing to graft"):
-        load_graft(commit, made("llama", tied=True))
+        load_graft(checkpoint, made("llama", tied=True))
 
 
 def test_damaged_weights_are_refused_in_a_sentence(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    """By the command, which reads them whole, and by their header."""
-    commit, target = tmp_path / "damaged", made("llama", tied=True)
-    shutil.copytree(trained / "encoder" / "step-000002", commit)
-    file = commit / "weights.safetensors"
+    """The command finds damage in the header and, because it reads the whole file, after it."""
+    checkpoint, target = tmp_path / "damaged", made("llama", tied=True)
+    shutil.copytree(trained / "encoder" / "step-000002", checkpoint)
+    file = checkpoint / "weights.safetensors"
     content = file.read_bytes()
 
     def refused() -> str:
-        done = CliRunner().invoke(app, ["graft", "--weights", str(commit), "--target", str(target)])
+        done = CliRunner().invoke(app, ["graft", "--weights", str(checkpoint), "--target", str(target)])
         assert isinstance(done.exception, CheckpointError), done.exception
         return str(done.exception)
 
     for damaged in (content[: len(content) // 2], content[:100], b"", b"no weights"):
         file.write_bytes(damaged)
-        assert refused() == f"{file} is missing or damaged; use another commit, or zero-ds consolidate."
+        assert (
+            refused()
+            == f"{file} is missing or damaged; use another checkpoint, or write it again with zero-ds consolidate."
+        )
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "is damaged: its content is not what was saved" in refused()
     file.unlink()
@@ -146,16 +151,16 @@ def test_damaged_weights_are_refused_in_a_sentence(trained: Path, made: Callable
 
 
 def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    """A manifest of the first version, whose hashes were taken another way."""
-    commit, target = tmp_path / "early", made("llama", tied=True)
-    shutil.copytree(trained / "encoder" / "step-000002", commit)
-    manifest = json.loads((commit / "manifest.json").read_text())
+    """Manifests of the first version contain hashes that were computed in another way."""
+    checkpoint, target = tmp_path / "early", made("llama", tied=True)
+    shutil.copytree(trained / "encoder" / "step-000002", checkpoint)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
     early = {"target_hash": model_hash(target, "0" * 32), "encoder_hash": model_hash(made("clip"), "0" * 32)}
     assert all(manifest[name] != taken for name, taken in early.items())
-    (commit / "manifest.json").write_text(json.dumps({**manifest, **early}))
-    report, _ = graft(commit, target)
+    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, **early}))
+    report, _ = graft(checkpoint, target)
     assert report == dict.fromkeys(NAMES, "fits")
-    assert graft(commit, made("llama", tied=True, seed=1))[0]["target"] == "DIFFERS"
+    assert graft(checkpoint, made("llama", tied=True, seed=1))[0]["target"] == "DIFFERS"
 
 
 def test_the_configuration_is_in_the_commit(trained: Path) -> None:
@@ -164,7 +169,7 @@ def test_the_configuration_is_in_the_commit(trained: Path) -> None:
 
 
 def graft(run: Path, target: Path, *more: str) -> tuple[dict[str, str], str]:
-    """The command's report, name -> verdict, and its last line or its error."""
+    """Returns the command's report as name -> verdict, and its last line or its error."""
     done = CliRunner().invoke(app, ["graft", "--weights", str(run), "--target", str(target), *more])
     rows = [line.split() for line in done.output.splitlines() if not line.startswith(str(run))]
     if done.exception is not None:
@@ -226,14 +231,14 @@ DIFFERENCES: dict[str, tuple[Callable[[Path], None], set[str]]] = {
 def test_what_differs_is_named_refused_and_accepted_by_name(
     case: str, trained: Path, made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """One bit of a tensor, one token, one space of the template."""
+    """A bit of a tensor, a token or a space in the template is enough."""
     change, expected = DIFFERENCES[case]
     folder = tmp_path / "target"
     shutil.copytree(made("llama", tied=True), folder)
     change(folder)
     report, error = graft(trained / "encoder", folder)
     assert report == {**dict.fromkeys(NAMES, "fits"), **dict.fromkeys(expected, "DIFFERS")}
-    assert "cannot be grafted into" in error and "grafts them nevertheless" in error
+    assert "cannot be grafted into" in error and "to graft anyway" in error
     accept = [word for name in sorted(expected) for word in ("--accept", name)]
     report, verdict = graft(trained / "encoder", folder, *accept)
     assert report == {**dict.fromkeys(NAMES, "fits"), **dict.fromkeys(expected, "accepted")}
@@ -245,7 +250,9 @@ def test_what_differs_is_named_refused_and_accepted_by_name(
     with pytest.raises(ConfigError, match="cannot be grafted into"):
         load_graft(trained / "encoder", folder)
     assert load_graft(trained / "encoder", folder, accept=cheap).plan is None
-    with pytest.raises(ConfigError, match=r"nothing called 'tokeniser' can be accepted; did you mean 'tokenizer'"):
+    with pytest.raises(
+        ConfigError, match=r"'tokeniser' is not a check whose difference can be accepted; did you mean 'tokenizer'"
+    ):
         load_graft(trained / "encoder", folder, accept=["tokeniser"])
 
 
@@ -261,7 +268,7 @@ def test_kept_layers_are_compared_to_their_last_bit(trained: Path, made: Callabl
 def test_the_encoder_and_the_surrogate_belong_to_the_report(
     trained: Path, made: Callable[..., Path], small: Path, tmp_path: Path
 ) -> None:
-    """Another CLIP, a surrogate that was moved, changed, or is gone, and kept layers that were trained."""
+    """The report shows another CLIP, a surrogate that was moved, changed or deleted, and trained kept layers."""
     from safetensors.torch import save_file
 
     run, target = tmp_path / "run", made("llama", tied=True)
@@ -296,3 +303,23 @@ def test_the_encoder_and_the_surrogate_belong_to_the_report(
         ConfigError, match=r"source of the kept layers is the target, trained with .*, which trained them"
     ):
         load_graft(run, target, accept=["encoder"])
+
+
+def test_the_function_checks_what_the_command_checks(trained: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    """`compatibility.graft` reads kept layers to their last bit, reports every check, then raises."""
+    folder = tmp_path / "target"
+    shutil.copytree(made("llama", tied=True), folder)
+    _changed(folder, "model.layers.5.mlp.up_proj.weight", _last_bit)
+    reported: list[str] = []
+    with pytest.raises(ConfigError, match=r"first kept tensor that differs is .*; pass --accept kept-layers"):
+        compatibility_module.graft(
+            trained / "encoder",
+            str(folder),
+            accept=["target"],
+            report=lambda checks: reported.extend(check.name for check in checks),
+        )
+    assert reported == NAMES
+    checks = compatibility_module.graft(trained / "encoder", str(folder), accept=["target", "kept-layers"])
+    assert [check.name for check in checks] == NAMES
+    with pytest.raises(ConfigError, match=r"--surrogate .* is not a surrogate"):
+        compatibility_module.graft(trained / "encoder", str(folder), surrogate=str(folder))

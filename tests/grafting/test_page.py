@@ -1,4 +1,4 @@
-"""The page: answers of surrogate and graft side by side over HTTP, their trajectory, and what is refused."""
+"""The page shows the answers of surrogate and graft side by side with their trajectories, and refuses bad requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.grafting.chat import Conversation
 from zero_ds.grafting.generate import Answerer
 from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
-from zero_ds.grafting.page import Visit, bind, served
+from zero_ds.grafting.page import ChatSession, bind, served
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory.answers import draw
 
@@ -69,7 +69,7 @@ def expected(loaded: LoadedModel, turns: list[Turn], pictures: list[Path]) -> st
 
 
 def said(messages: Any) -> list[str]:
-    """Texts of the assistant in what the page shows of a model."""
+    """Returns the assistant's texts in a chat on the page."""
     texts = []
     for message in messages:
         if message["role"] == "assistant":
@@ -85,7 +85,7 @@ def asked(text: str, *files: Path) -> dict[str, Any]:
 def test_both_models_answer_about_the_pictures(
     visitor: Client, models: dict[str, LoadedModel], pictures: list[Path]
 ) -> None:
-    """Two pictures, then a further question of the same visitor; the answers are those of the terminal."""
+    """Two images, then another question of the same visitor, get the answers of the terminal."""
     _, first, second, picture = visitor.predict(asked(QUESTION, *pictures), "grafted", api_name="/ask")
     turns = [Turn("user", f"<image><image>\n{QUESTION}")]
     answers = {name: expected(loaded, turns, pictures) for name, loaded in models.items()}
@@ -109,7 +109,7 @@ def test_both_models_answer_about_the_pictures(
 def test_what_the_page_refuses(
     visitor: Client, models: dict[str, LoadedModel], pictures: list[Path], tmp_path: Path
 ) -> None:
-    """A sentence each, on the page, and nothing of it stays in the conversation."""
+    """The page shows a sentence for each, and the conversation stays as it was."""
     (tmp_path / "none.png").write_text("no picture")
     with pytest.raises(AppError, match=r"^image none.png cannot be read: it is none of JPEG"):
         visitor.predict(asked(QUESTION, pictures[0], tmp_path / "none.png"), "grafted", api_name="/ask")
@@ -125,13 +125,13 @@ def test_what_the_page_refuses(
     assert [said(first), said(second)] == [[expected(models[name], turns, [])] for name in ("surrogate", "grafted")]
 
 
-def visit(models: dict[str, LoadedModel]) -> Visit:
+def visit(models: dict[str, LoadedModel]) -> ChatSession:
     talks = {name: Conversation(loaded, max_new_tokens=TOKENS) for name, loaded in models.items()}
-    return Visit(talks, threading.Lock())
+    return ChatSession(talks, threading.Lock())
 
 
 def test_who_stops_an_answer_goes_on_with_both_models(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
-    """Both have heard the question and seen its picture, also the one whose turn to answer had not come."""
+    """Both models have received the question and its image, also the one that had not begun to answer."""
     here = visit(models)
     answers = here.ask(QUESTION, [pictures[0]])
     while not (said_first := said(here.shown.get("surrogate", []))) or not said_first[0]:
@@ -147,19 +147,19 @@ def test_who_stops_an_answer_goes_on_with_both_models(models: dict[str, LoadedMo
 
 
 def test_a_question_is_for_all_models_or_for_none(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
-    """One conversation is as long as the models read, the other is not yet."""
+    """One of the conversations is as long as the models read, the other is shorter."""
     here = visit(models)
     full = [Turn("user", "why? " * 350), Turn("assistant", "so")]
-    here.talks["grafted"].turns = list(full)
+    here.conversations["grafted"].turns = list(full)
     with pytest.raises(DataError, match="begin a new one"):
         list(here.ask("why? " * 160, [pictures[0]]))
-    assert [talk.turns for talk in here.talks.values()] == [[], full] and here.shown == {}
+    assert [talk.turns for talk in here.conversations.values()] == [[], full] and here.shown == {}
     list(here.ask("why?", []))
-    assert here.talks["surrogate"].turns[0] == Turn("user", "why?")
+    assert here.conversations["surrogate"].turns[0] == Turn("user", "why?")
 
 
 def test_two_visitors_at_once(address: str, models: dict[str, LoadedModel], pictures: list[Path]) -> None:
-    """Each gets the answers to their own questions about their own pictures."""
+    """Each visitor gets the answers to their own questions about their own images."""
     visitors = [Client(address, verbose=False, analytics_enabled=False, httpx_kwargs=PATIENT) for _ in range(2)]
     for question in (QUESTION, "why?"):
         files = [pictures[:1], pictures[1:]] if question == QUESTION else [[], []]
@@ -176,7 +176,7 @@ def test_two_visitors_at_once(address: str, models: dict[str, LoadedModel], pict
 
 
 def stranger(address: str, visitor: Client, file: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the page answers to a question about a file that was not uploaded, only named."""
+    """Returns the page's events for a question about a file that was named but not uploaded."""
     import httpx
 
     number = next(d["id"] for d in visitor.config["dependencies"] if d["api_name"] == "ask")
@@ -189,7 +189,7 @@ def stranger(address: str, visitor: Client, file: dict[str, Any]) -> list[dict[s
 
 
 def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path: Path, data: Path) -> None:
-    """Neither by its address nor named as an upload; and no other site's name leads here."""
+    """A file is served neither by its address nor named as an upload, and the page answers to no other site's name."""
     import httpx
 
     secret = data.parent / "images" / "3.png"
@@ -209,7 +209,7 @@ def test_no_file_outside_of_the_uploads(address: str, visitor: Client, tmp_path:
 
 
 def test_large_uploads(address: str, visitor: Client, tmp_path: Path) -> None:
-    """Neither a file of more than 64 MB is taken, nor a small one decoded that would fill the memory."""
+    """A file of more than 64 MB is refused, and so is a small one whose pixels would fill the memory."""
     import httpx
 
     huge = {"files": ("huge.png", b"0" * (65 << 20), "image/png")}
@@ -221,7 +221,7 @@ def test_large_uploads(address: str, visitor: Client, tmp_path: Path) -> None:
 
 
 def test_the_end_of_the_page_is_quiet(models: dict[str, LoadedModel], capfd: pytest.CaptureFixture[str]) -> None:
-    """Also while a browser is still there, whose stream of messages never ends by itself."""
+    """No traceback is logged, even if a browser is still connected to the stream of messages, which never ends."""
     import httpx
 
     with bind("127.0.0.1", 0) as server, served(models, server) as running:
@@ -236,7 +236,7 @@ def test_the_end_of_the_page_is_quiet(models: dict[str, LoadedModel], capfd: pyt
 
 
 def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
-    """Against one pass over prompt and answer with every layer's output read by hand."""
+    """Compares it with one pass over prompt and answer in which the output of every layer is read by hand."""
     loaded = models["surrogate"]
     model, encoder = loaded.model, loaded.encoder
     talk = Conversation(loaded, max_new_tokens=TOKENS)
@@ -269,7 +269,7 @@ def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedMod
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--port", "70000"], "--port 70000 is no port"),
+        (["--port", "70000"], "--port 70000 is out of range"),
         (["--host", "192.0.2.1"], r"cannot listen on 192.0.2.1:\d+ \(.*\); choose another --port"),
         (["--image", "dog.png"], "--image is for the terminal"),
     ],

@@ -13,7 +13,7 @@ from distributed_helper import run_ranks, train_all
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.export import export_model
-from zero_ds.grafting.graft import load_graft
+from zero_ds.grafting.load import load_graft
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.checkpoint import find_checkpoint

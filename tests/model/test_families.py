@@ -13,7 +13,7 @@ from distributed_helper import run_ranks, train_all
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.export import export_model
-from zero_ds.grafting.graft import load_graft
+from zero_ds.grafting.load import load_graft
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.surrogate.build import build_surrogate

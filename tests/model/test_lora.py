@@ -116,8 +116,10 @@ def test_what_is_saved_is_whole_and_the_same_under_every_stage(runs: Path) -> No
 def test_a_graft_with_merged_adapters_answers_like_the_model_in_training(
     runs: Path, made: Callable[..., Path], small: Path
 ) -> None:
-    from zero_ds.grafting.graft import load_graft, load_trained, run_config
-    from zero_ds.training.checkpoint.checkpoint import find_checkpoint, load_weights_
+    from zero_ds.grafting.compatibility import run_config
+    from zero_ds.grafting.load import load_graft, load_trained
+    from zero_ds.training.checkpoint.checkpoint import find_checkpoint
+    from zero_ds.training.checkpoint.load import load_weights_
 
     target = made("llama", tied=True)
     merged = load_graft(runs / "zero3", target)

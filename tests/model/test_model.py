@@ -325,19 +325,17 @@ def test_a_pass_asks_the_device_for_nothing(build: Callable[..., VisionLanguageM
     model = build()
     model.decoder.set_attn_implementation("eager")  # type: ignore[operator]
     inputs = batch(model, images=images)
-    known = {
-        "rows": supervised_rows(inputs["labels"]),
-        "image_places": (inputs["input_ids"] == IMAGE_TOKEN).nonzero(as_tuple=True),
-    }
+    rows = supervised_rows(inputs["labels"])
+    image_places = (inputs["input_ids"] == IMAGE_TOKEN).nonzero(as_tuple=True)
     expected = model(**inputs)
-    torch.testing.assert_close(model(**inputs | known), expected, rtol=0, atol=0)
+    torch.testing.assert_close(model(**inputs, known=(rows, image_places)), expected, rtol=0, atol=0)
 
     model.to("meta")
     inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
-    known = {name: tuple(indices.to("meta") for indices in places) for name, places in known.items()}
-    found = model(**inputs | known)
+    rows, image_places = (tuple(indices.to("meta") for indices in places) for places in (rows, image_places))
+    found = model(**inputs, known=(rows, image_places))
     found.total.backward()
     assert found.tokens.shape == expected.tokens.shape
-    for name in known:
+    for known in ((None, image_places), (rows, None)):
         with pytest.raises(RuntimeError, match="meta"):  # the error of tensors without values that are read
-            model(**inputs | {key: value for key, value in known.items() if key != name})
+            model(**inputs, known=known)

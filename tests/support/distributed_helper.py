@@ -28,8 +28,8 @@ from pace import scaled
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        "zero_ds.train",
-        "zero_ds.grafting.graft",
+        "zero_ds.training.train",
+        "zero_ds.grafting.load",
         "deepspeed",
         "torch.utils.tensorboard",
         "datasets",

@@ -20,8 +20,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import family_of
 from zero_ds.model.loading import model_hash
-from zero_ds.training.checkpoint.checkpoint import manifest_of
-from zero_ds.training.setup import plan_of
+from zero_ds.training.checkpoint.manifest import describe_run
 from zero_ds.training.stages import trained_parts
 
 
@@ -41,12 +40,12 @@ def write_run(config: RunConfig, decoder: Path, noise: float = 0.05) -> Path:
     folder.mkdir(parents=True)
     save_file(tensors, folder / "weights.safetensors")
     manifest = {
-        **manifest_of(config),
+        **describe_run(config),
         "family": family_of(target).name,
         "target": config.target,
         "target_hash": model_hash(target),
         "encoder_hash": model_hash(encoder),
-        "plan": plan_of(model),
+        "plan": model.plan.to_json() if model.plan else None,
         "step": 1,
         "versions": {},
         "weights_sha256": hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest(),
@@ -76,7 +75,7 @@ def here(monkeypatch: pytest.MonkeyPatch, questions: int = 2, tokens: int = 6) -
         yield finish
 
     monkeypatch.setattr(proof, "run_fresh", run)
-    monkeypatch.setattr("zero_ds.export.fresh._Refuse.find_spec", lambda *arguments: None)
+    monkeypatch.setattr("zero_ds.export.fresh._RefuseZeroDs.find_spec", lambda *arguments: None)
     monkeypatch.setattr(proof, "QUESTIONS", proof.QUESTIONS[:questions])
     monkeypatch.setattr(proof, "TOKENS", tokens)
 

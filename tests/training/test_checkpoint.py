@@ -1,4 +1,4 @@
-"""Files of a commit: an ordinary safetensors file is written, what is read is checked, `latest` is never half there.
+"""Files of a checkpoint: weights are an ordinary safetensors file, reading checks them, `latest` is never half there.
 
 Whole runs that stop and resume are in test_train.py.
 """
@@ -19,18 +19,18 @@ from safetensors.torch import load_file
 
 from zero_ds.model.loading import HASH_VERSION
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.safetensors import SafetensorsStream
 from zero_ds.training.checkpoint.checkpoint import (
     Checkpoint,
     CheckpointError,
-    SafetensorsStream,
     check_manifest,
     find_checkpoint,
-    load_weights_,
 )
+from zero_ds.training.checkpoint.load import load_weights_
 
 
-def commit(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = None, **manifest: Any) -> Checkpoint:
-    """A commit as `save` leaves it, without resume state."""
+def written(run: Path, step: int = 1, tensors: dict[str, torch.Tensor] | None = None, **manifest: Any) -> Checkpoint:
+    """Writes a checkpoint as a run does, without resume state."""
     folder = run / f"step-{step:06d}"
     folder.mkdir(parents=True)
     tensors = tensors or {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
@@ -86,8 +86,8 @@ def test_stream_refuses_what_was_not_declared(tmp_path: Path) -> None:
         stream.close()
 
 
-def test_find_checkpoint_takes_run_folders_and_commit_folders(tmp_path: Path) -> None:
-    first, second = commit(tmp_path / "run", 3), commit(tmp_path / "run", 5)
+def test_find_checkpoint_takes_run_folders_and_checkpoint_folders(tmp_path: Path) -> None:
+    first, second = written(tmp_path / "run", 3), written(tmp_path / "run", 5)
     assert find_checkpoint(tmp_path / "run") == second
     assert find_checkpoint(tmp_path / "run" / "step-000003") == first
     assert (first.step, second.step) == (3, 5)
@@ -96,18 +96,18 @@ def test_find_checkpoint_takes_run_folders_and_commit_folders(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("latest", "manifest", "complaint"),
     [
-        (None, None, "holds no commit .no manifest.json.; was the run finished?"),
-        ("", None, "names no commit; write the name of a step-. folder into it"),
-        ("../elsewhere", None, "names no commit"),
-        ("step-000009", None, "holds no commit"),
-        ("\udcff", None, "names no commit"),
-        ("step-000001", "{", "cannot be read .*use another commit"),
-        ("step-000001", "[]", "cannot be read .*use another commit"),
-        ("step-000001", '{"step": "x"}', "cannot be read .*use another commit"),
-        ("step-000001", '{"step": 1, "relies_on": "x"}', "cannot be read .*use another commit"),
+        (None, None, "holds no checkpoint .manifest.json is missing.; did the run finish?"),
+        ("", None, "does not name a checkpoint; write the name of a step-. folder into it"),
+        ("../elsewhere", None, "does not name a checkpoint"),
+        ("step-000009", None, "holds no checkpoint"),
+        ("\udcff", None, "does not name a checkpoint"),
+        ("step-000001", "{", "cannot be read .*use another checkpoint"),
+        ("step-000001", "[]", "cannot be read .*use another checkpoint"),
+        ("step-000001", '{"step": "x"}', "cannot be read .*use another checkpoint"),
+        ("step-000001", '{"step": 1, "relies_on": "x"}', "cannot be read .*use another checkpoint"),
     ],
 )
-def test_folders_without_a_commit(tmp_path: Path, latest: str | None, manifest: str | None, complaint: str) -> None:
+def test_folders_without_a_checkpoint(tmp_path: Path, latest: str | None, manifest: str | None, complaint: str) -> None:
     (tmp_path / "step-000001").mkdir()
     if latest is not None:
         (tmp_path / "latest").write_text(latest, errors="surrogateescape")
@@ -119,21 +119,21 @@ def test_folders_without_a_commit(tmp_path: Path, latest: str | None, manifest: 
 
 
 def test_damaged_weights(tmp_path: Path) -> None:
-    made = commit(tmp_path)
+    made = written(tmp_path)
     assert torch.equal(made.weights()["b"], torch.ones(4))
     path = made.folder / "weights.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged: its content is not what was saved; use another commit"):
+    with pytest.raises(CheckpointError, match="is damaged: its content is not what was saved; use another checkpoint"):
         made.weights()
     path.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read: No such file or directory; use another commit"):
+    with pytest.raises(CheckpointError, match="cannot be read: No such file or directory; use another checkpoint"):
         made.weights()
 
 
 def test_resume_state_that_is_gone(tmp_path: Path) -> None:
-    made = commit(tmp_path)
+    made = written(tmp_path)
     with pytest.raises(CheckpointError, match=r"progress\.json cannot be read"):
         made.progress()
 
@@ -144,31 +144,31 @@ def targets() -> dict[str, torch.nn.Parameter]:
 
 def test_load_weights(tmp_path: Path) -> None:
     into = targets()
-    assert set(load_weights_(into, commit(tmp_path), skip=lambda name: False)) == {"a", "b"}
+    assert set(load_weights_(into, written(tmp_path), skip=lambda name: False)) == {"a", "b"}
     assert torch.equal(into["a"], torch.arange(6.0).view(2, 3))
     assert into["b"].dtype == torch.bfloat16 and bool((into["b"] == 1).all())
 
 
 def test_weights_for_another_model(tmp_path: Path) -> None:
-    made = commit(tmp_path, tensors={"a": torch.zeros(2, 3), "c": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="holds c, which this model has not"):
+    made = written(tmp_path, tensors={"a": torch.zeros(2, 3), "c": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="holds c, which this model does not have"):
         load_weights_(targets(), made, skip=lambda name: False)
     assert set(load_weights_(targets(), made, skip=lambda name: name == "c")) == {"a"}
-    wrong = commit(tmp_path / "wrong", tensors={"a": torch.zeros(3, 2)})
-    with pytest.raises(CheckpointError, match=r"a in .* has shape \(3, 2\), the model's has \(2, 3\)"):
+    wrong = written(tmp_path / "wrong", tensors={"a": torch.zeros(3, 2)})
+    with pytest.raises(CheckpointError, match=r"a in .* has shape \(3, 2\), but in the model it has \(2, 3\)"):
         load_weights_(targets(), wrong, skip=lambda name: False)
 
 
 def test_check_manifest_names_the_field(tmp_path: Path) -> None:
-    made = commit(tmp_path, family="llama", target_hash="abc")
+    made = written(tmp_path, family="llama", target_hash="abc")
     check_manifest(made, {"family": "llama", "target_hash": "abc"})
-    with pytest.raises(ConfigError, match="does not fit: its target_hash is 'abc', here it is 'xyz'"):
+    with pytest.raises(ConfigError, match="does not fit: its target_hash is 'abc', and here it is 'xyz'"):
         check_manifest(made, {"family": "llama", "target_hash": "xyz"})
-    with pytest.raises(ConfigError, match="its absent is None, here it is 1"):
+    with pytest.raises(ConfigError, match="its absent is None, and here it is 1"):
         check_manifest(made, {"absent": 1})
     check_manifest(made, {"target_hash": "xyz"}, allow=["target_hash"])
     with pytest.raises(
-        ConfigError, match=r"cannot be compared: one of its target_hash, abc, .*; make both with one ver"
+        ConfigError, match=r"cannot be compared: of its target_hash abc and .* one was .*; make both with the same ver"
     ):
         check_manifest(made, {"target_hash": f"{HASH_VERSION}abc"})
 
@@ -177,33 +177,35 @@ def test_check_manifest_names_the_field(tmp_path: Path) -> None:
 
 
 PIECE = 1024
-"""Elements gathered at a time, as small beside the tiny models' parameters as the usual size is beside real ones."""
+"""Elements gathered at a time, as small compared with the tiny models as the usual size is compared with real ones."""
 
 
 def extra_while_saving(config: Any) -> tuple[int, int, int]:
-    """While a commit is written: bytes of the largest new tensor, and of what was not freed before the end; bytes of
+    """While a checkpoint is written: bytes of the largest new tensor, and bytes not freed before the end; also bytes of
     the largest parameter in fp32. (Tensors that gloo's own threads free are not seen to be freed.)"""
     from torch.profiler import ProfilerActivity, profile
 
     from zero_ds.runtime import distributed
+    from zero_ds.runtime.zero3 import parameter_shape
     from zero_ds.training import stages
-    from zero_ds.training.checkpoint import checkpoint, optimizer_state
+    from zero_ds.training.checkpoint import optimizer_state
+    from zero_ds.training.checkpoint.save import save_checkpoint
     from zero_ds.training.deepspeed import ds_config
     from zero_ds.training.engine import Engine
-    from zero_ds.training.setup import build, seed_everything
+    from zero_ds.training.setup import load_model, seed_everything
 
     distributed.initialize()
     seed_everything(0)
     optimizer_state.PIECE = PIECE
     ds = ds_config(config, distributed.world_size())
-    model, _, _ = build(config, ds, distributed.world_size())
+    model = load_model(config, ds)
     engine = Engine(config, model, stages.freeze_(model, config), 1, ds)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        checkpoint.save(Path(config.out), engine, {"step": 1, "config": {}, "fingerprint": ""}, {"step": 1}, keep=1)
+        save_checkpoint(Path(config.out), engine, {"config": {}, "fingerprint": ""}, {"step": 1}, keep=1)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert len(sizes) > 2 * len(engine.named), "allocations were seen"
-    largest = 4 * max(checkpoint.parameter_shape(p).numel() for p in engine.named.values())
+    largest = 4 * max(parameter_shape(p).numel() for p in engine.named.values())
     return max(sizes), sum(sizes), largest
 
 
@@ -218,7 +220,7 @@ def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: s
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_sizes_of_a_commit(run_config: Any, made: Any, tmp_path: Path, precision: str) -> None:
+def test_sizes_of_a_checkpoint(run_config: Any, made: Any, tmp_path: Path, precision: str) -> None:
     """Weights at most 1.02 times the bytes of what trains, resume state at most 12.3 bytes a parameter of it."""
     import shutil
 
@@ -233,12 +235,12 @@ def test_sizes_of_a_commit(run_config: Any, made: Any, tmp_path: Path, precision
         "encoder", tmp_path / "run", encoder={"path": str(tmp_path / "clip")}, max_steps=1, precision=precision
     )
     assert run_ranks(train_all, 2, [run]) == [["step-000001"]] * 2
-    commit = find_checkpoint(tmp_path / "run")
-    weights = commit.weights()
+    found = find_checkpoint(tmp_path / "run")
+    weights = found.weights()
     assert {name.split(".")[0] for name in weights} == {"encoder", "adapter"}, "nothing that is frozen"
     trained = sum(tensor.numel() for tensor in weights.values())
     width = {"fp32": 4, "bf16": 2}[precision]
     assert trained > 1_000_000 and all(tensor.dtype.itemsize == width for tensor in weights.values())
-    assert (commit.folder / "weights.safetensors").stat().st_size <= 1.02 * width * trained
-    resume = sum(file.stat().st_size for file in (commit.folder / "resume").iterdir())
+    assert (found.folder / "weights.safetensors").stat().st_size <= 1.02 * width * trained
+    resume = sum(file.stat().st_size for file in (found.folder / "resume").iterdir())
     assert resume <= 12.3 * trained

@@ -42,7 +42,7 @@ def test_no_compiler_is_said_before_anything_is_loaded(
 
 
 def test_what_zero3_gathers_is_not_compiled(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """What is compiled keeps its weights for the backward pass; with gathered ones that is the whole model."""
+    """Compiled code keeps its weights for the backward pass; if they are gathered, that is the whole model."""
     for zero in ("zero3", GATHERED):
         with pytest.raises(
             ConfigError, match=rf"keep all that {Path(zero).stem}.json gathers; set zero=zero3_resident"
@@ -51,7 +51,7 @@ def test_what_zero3_gathers_is_not_compiled(run_config: Callable[..., RunConfig]
     assert ds_config(run_config("encoder", compile=True, zero="zero3_resident"), 2)
     own = json.loads(Path(GATHERED).read_text())
     own["zero_optimization"]["stage3_param_persistence_threshold"] = 1_000_000
-    few = tmp_path / "few.json"  # what is larger is gathered, and only the model knows whether there is such a thing
+    few = tmp_path / "few.json"  # larger parameters are gathered, and only the model knows whether it has any
     few.write_text(json.dumps(own))
     assert ds_config(run_config("encoder", compile=True, zero=str(few)), 2)
 
@@ -84,7 +84,7 @@ def test_a_compiled_decoder_learns_the_same(made: Callable[..., Path], family: s
     before = frames()
     for batch in batches[1:]:
         compare(learned(compiled, batch), learned(plain, batch))
-    assert frames() > before, "compiled anew, with what is recomputed"
+    assert frames() > before, "compiled again, now with recomputation"
 
 
 def frames() -> int:
@@ -104,7 +104,7 @@ def train_compiling(configs: list[RunConfig]) -> tuple[list[str], int]:
 def test_a_compiled_run_is_the_same(
     run_config: Callable[..., RunConfig], tmp_path: Path, stage: str, zero: str
 ) -> None:
-    """Two ranks, six steps, of pictures and of text alone."""
+    """Two ranks make six steps, on images and on text alone."""
     ways = {"plain": False, "compiled": True}
     configs = [run_config(stage, tmp_path / n, compile=on, zero=zero, log_every=1) for n, on in ways.items()]
     for ends, compiled_frames in run_ranks(train_compiling, 2, configs, timeout=900):

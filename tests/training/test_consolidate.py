@@ -20,29 +20,30 @@ from typer.testing import CliRunner
 from zero_ds.cli.main import app
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
-from zero_ds.grafting.graft import load_graft, load_trained
+from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.consolidate import ZeroCheckpoint, consolidate_shards, consolidate_state
+from zero_ds.training.setup import Run
 
 
 def train_and_save(configs: list[RunConfig]) -> list[str]:
-    """Trains each run; behind its last step, DeepSpeed itself saves the engine in the run's folder `deepspeed`."""
+    """Trains each run; after its last step, DeepSpeed itself saves the engine in the run's folder `deepspeed`."""
     from zero_ds.training import train
 
-    loop, committed = train.loop, []
+    loop, saved = train.loop, []
 
-    def saving(config: RunConfig, engine: Any, *rest: Any) -> Path:
-        folder = loop(config, engine, *rest)
-        engine.engine.save_checkpoint(f"{config.out}/deepspeed", exclude_frozen_parameters=True)
+    def saving(run: Run, engine: Any, *rest: Any) -> Path:
+        folder = loop(run, engine, *rest)
+        engine.engine.save_checkpoint(f"{run.out}/deepspeed", exclude_frozen_parameters=True)
         return folder
 
     train.loop = saving  # type: ignore[assignment]
     for config in configs:
-        committed.append(train.train(config).name)
+        saved.append(train.train(config).name)
     train.loop = loop
-    return committed
+    return saved
 
 
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -70,7 +71,7 @@ def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_shards_become_what_the_ranks_gathered(case: str, runs: Path, tmp_path: Path) -> None:
-    """The command finds DeepSpeed's tag and the run's config.yaml; the weights are the commit's, byte for byte."""
+    """The command finds DeepSpeed's tag and the run's config.yaml; the weights are the checkpoint's, byte for byte."""
     done = CliRunner().invoke(
         app, ["consolidate", str(runs / case / "deepspeed"), "--out", str(tmp_path / "out")], catch_exceptions=False
     )
@@ -142,7 +143,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / OPTIMIZER).rename(f / OPTIMIZER.replace("mp_rank_00", "mp_rank_01")),
         "model-par",
     ),
-    "another layout": (_rewritten(lambda c: c.pop("param_shapes"), MODEL), "is no ZeRO checkpoint of DeepSpeed"),
+    "another layout": (_rewritten(lambda c: c.pop("param_shapes"), MODEL), "is not a ZeRO checkpoint of DeepSpeed"),
     "empty": (lambda f: [path.unlink() for path in f.iterdir()], "holds neither shards of DeepSpeed"),
 }
 
@@ -177,7 +178,7 @@ def test_another_run_than_the_recipe_s(runs: Path, tmp_path: Path) -> None:
         )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "latest").write_text("../shards")
-    with pytest.raises(ConfigError, match="names no folder beside it"):
+    with pytest.raises(ConfigError, match="does not name a folder next to it"):
         ZeroCheckpoint(tmp_path / "elsewhere")
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
@@ -244,7 +245,7 @@ def write_shards(folder: Path, *, ranks: int, parameters: int, elements: int) ->
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """168 MB of shares take no more than the window of 16 MB and some pieces on top of what the libraries take."""
+    """168 MB of shares take no more than the window of 16 MB and some pieces on top of the libraries' own."""
     elements = 3_500_001
     size = write_shards(tmp_path / "shards", ranks=3, parameters=12, elements=elements)
     done = subprocess.run(
@@ -255,5 +256,5 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     found = load_file(tmp_path / "out" / "step-000001" / "weights.safetensors")
     for number in (0, 11):
         expected = (torch.arange(elements, dtype=torch.float32) % 251 + number).to(torch.bfloat16)
-        # the last part is padded, and its numbers go on behind the parameter's end
+        # the last part is padded, and its numbers go on after the parameter's end
         assert torch.equal(found[f"p{number}"], expected)

@@ -1,4 +1,4 @@
-"""A run continued by another stage: what trained before keeps its optimizer state, what is new begins at zero."""
+"""A run continued by another stage: parts that trained before keep their optimizer state, new ones begin at zero."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from zero_ds.config.schema import RunConfig
 def begun(config: RunConfig) -> dict[str, Any]:
     """The optimizer's state before the first step, as a rank reads it, and the step counts."""
     from zero_ds.training import train
-    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.setup import Run
 
     seen: dict[str, Any] = {}
 
-    def loop(config: RunConfig, engine: Any, *rest: Any) -> Path:
+    def loop(run: Run, engine: Any, *rest: Any) -> Path:
         for name, parameter in engine.named.items():
             for key in ("master", "exp_avg", "exp_avg_sq"):
                 seen[f"{key}/{name}"] = whole_state(engine, parameter, key)
         seen["steps"] = engine.state.steps()
-        return Path(config.out)
+        return run.out
 
     train.loop = loop  # type: ignore[assignment]
-    assert checkpoint
     train.train(config)
     return seen
 
@@ -71,7 +70,7 @@ def test_what_cannot_be_continued(
 def test_grafting_reads_what_a_continued_run_started_from(
     run_config: Callable[..., RunConfig], trained: Path, made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from zero_ds.grafting.graft import load_graft
+    from zero_ds.grafting.load import load_graft
 
     config = run_config("adapter", tmp_path / "adapter", decoder="target", continue_from=str(trained / "encoder"))
     assert run_ranks(train_all, 1, [config]) == [["step-000006"]]

@@ -35,11 +35,12 @@ Tensors = dict[str, torch.Tensor]
 
 def plain(config: RunConfig, micro_batch: int) -> dict[str, Any]:
     """Gradients, norm, loss of every step, and the final weights: a loop of PyTorch alone, in micro-batches."""
-    from zero_ds.training.setup import build, seed_everything
+    from zero_ds.training.setup import load_model, make_loader, seed_everything
 
     seed_everything(config.seed)
     config = config.model_copy(update={"micro_batch": micro_batch})
-    model, loader, _ = build(config, {"zero_optimization": {}}, world_size=1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     groups = stages.freeze_(model, config)
     model.train()
     named = {n: p for group in groups.values() for n, p in group}
@@ -86,7 +87,7 @@ def weigh_plainly(batches: list[Batch], order: float) -> list[Batch]:
 
 
 def engine_run(configs: list[RunConfig]) -> list[dict[str, Any]]:
-    """What a rank sees of the same steps through the Engine, for each of the configurations in turn."""
+    """Makes the same steps through the Engine, for each of the configurations in turn; returns what a rank sees."""
     from zero_ds.runtime import distributed
 
     distributed.initialize()
@@ -97,12 +98,13 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     from zero_ds.runtime import distributed
-    from zero_ds.training.setup import build, seed_everything
+    from zero_ds.training.setup import load_model, make_loader, seed_everything
 
     seed_everything(config.seed)
     world_size = distributed.world_size()
     ds = ds_config(config, world_size)
-    model, loader, _ = build(config, ds, world_size)
+    model = load_model(config, ds)
+    loader = make_loader(config, model, world_size)
     groups = stages.freeze_(model, config)
     checkpoint_activations_(model, config, ds)
     model.train()
@@ -210,7 +212,7 @@ def settings(run_config: Callable[..., RunConfig], stage: str, zero: str = "zero
 
 
 ALONE = [case for case in CASES if case[1] in ("zero0", "zero2", "zero3") and case[2] != (case[0] == "pretrain")]
-"""What one rank runs: there ZeRO has nothing to divide, and four passes have to add up."""
+"""Runs of one rank: ZeRO has nothing to divide, and four passes have to add up."""
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +237,8 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def test_hybrid_shards_on_four_ranks(expected: dict[str, Any], run_config: Callable[..., RunConfig]) -> None:
-    """hpZ: optimizer over all four ranks, parameters gathered within pairs. Two steps, for the second one reads what
-    the first one has updated."""
+    """hpZ: optimizer over all four ranks, parameters gathered within pairs. Two steps, because the second one reads the
+    weights that the first one has updated."""
     config = settings(run_config, "pretrain", PAIRS)
     theirs = expected["pretrain", 1]
     for rank in run_ranks(engine_run, 4, [config]):
@@ -292,7 +294,7 @@ def test_frozen_parameters_stay_whole_between_steps_where_they_are_persistent(me
 
 
 def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, Any], data: Path) -> None:
-    """Sample 0 is text alone: rank 0 begins with it while rank 1 begins with a picture."""
+    """Sample 0 is text alone: rank 0 begins with it while rank 1 begins with an image."""
     import json
 
     records = json.loads(data.read_text())
@@ -306,11 +308,12 @@ def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, A
 def not_finite(config: RunConfig) -> tuple[str, bool]:
     """The error of a step with an infinite loss, and whether the weights are as before."""
     from zero_ds.runtime import distributed
-    from zero_ds.training.setup import build
+    from zero_ds.training.setup import load_model, make_loader
 
     distributed.initialize()
     ds = ds_config(config, 1)
-    model, loader, _ = build(config, ds, 1)
+    model = load_model(config, ds)
+    loader = make_loader(config, model, 1)
     engine = Engine(config, model, stages.freeze_(model, config), STEPS, ds)
     before = {n: p.detach().clone() for n, p in engine.named.items()}
     (micro,) = loader.steps(0, 1)
@@ -330,11 +333,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run_config: Callable[
 def one_loss_not_finite(config: RunConfig) -> None:
     """A step in which the last of two ranks has an infinite loss."""
     from zero_ds.runtime import distributed
-    from zero_ds.training.setup import build
+    from zero_ds.training.setup import load_model, make_loader
 
     distributed.initialize()
     ds = ds_config(config, 2)
-    model, loader, _ = build(config, ds, 2)
+    model = load_model(config, ds)
+    loader = make_loader(config, model, 2)
     engine = Engine(config, model, stages.freeze_(model, config), STEPS, ds)
     (micro,) = loader.steps(0, 1)
     if distributed.rank() == 1:

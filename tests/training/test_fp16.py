@@ -50,7 +50,7 @@ def test_the_loss_scale_is_found_kept_and_resumed(
         "some steps overflow, some do not"
     )
     moves = {after / before for before, after in pairwise(scales)}
-    assert moves >= {0.5, 2.0}, "down behind an overflow, up after good steps"
+    assert moves >= {0.5, 2.0}, "down after an overflow, up after good steps"
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "step-000012")
     (tmp_path / "again" / "latest").write_text("step-000006\n")

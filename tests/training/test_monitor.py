@@ -1,4 +1,4 @@
-"""What a run says of itself: scalars as TensorBoard's own reader finds them, answers with pictures, FLOPs."""
+"""Records of a run: scalars as TensorBoard's own reader finds them, answers with images, FLOPs."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def test_looking_changes_nothing(runs: Path) -> None:
 def test_an_answer_is_what_greedy_decoding_gives(
     runs: Path, run_config: Callable[..., RunConfig], small: Path, made: Callable[..., Path]
 ) -> None:
-    """The run's last answers, against those that the evaluation's decoding, with a cache, gives of what it saved."""
+    """The run's last answers equal those of the evaluation's decoding, which has a cache, with the saved weights."""
     from zero_ds.data.sources import Records
     from zero_ds.grafting.generate import Answerer
-    from zero_ds.grafting.graft import load_trained
+    from zero_ds.grafting.load import load_trained
     from zero_ds.model.build import sample_encoder
 
     last = [json.loads(line) for line in (runs / "looking" / "answers.jsonl").read_text().splitlines()][-3:]
@@ -118,10 +118,11 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
 ) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from zero_ds.training.setup import build
+    from zero_ds.training.setup import load_model, make_loader
 
     config = run_config("decoder", micro_batch=1, attention="eager")
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     model.requires_grad_(False)
     for part in trains:
         for _, parameter in model.parameters_of(part):
@@ -135,7 +136,7 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
             if total.requires_grad:
                 total.backward()
         ours = StepCounts.of([batch], cost).flops
-        if "picture" in batch.ids[0]:  # the blank picture of a text batch is no work that was asked for
+        if "picture" in batch.ids[0]:  # the blank image of a text batch does not count as work
             assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
             counted += 1
     assert counted == 3

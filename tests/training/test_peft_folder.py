@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.config.schema import RunConfig
-from zero_ds.grafting.graft import load_graft
+from zero_ds.grafting.load import load_graft
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
@@ -130,14 +130,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any] | None, str]] = {
     "modules": (
         lambda f: None,
         {**LORA, "modules": ["q_proj"]},
-        r"up_proj.* is what the run has not; set lora",
+        r"up_proj.* is only in that folder; set lora",
     ),
-    "layers": (lambda f: None, {**LORA, "layers": [1, 3, 4]}, r"layers\.3.* is what it lacks"),
+    "layers": (lambda f: None, {**LORA, "layers": [1, 3, 4]}, r"layers\.3.* is only in the run"),
     "rslora": (_says(use_rslora=True), LORA, "says use_rslora=True; only plain LoRA"),
     "another kind": (_says(peft_type="IA3"), LORA, "says peft_type='IA3'"),
     "no rank": (_says(r=None), LORA, "adapter_config.json cannot be read"),
-    "a tensor less": (_without_a_tensor, LORA, "is what it lacks"),
-    "another rank inside": (_says(r=5), {**LORA, "rank": 5}, r"has shape \(4, 32\), the model's has \(5, 32\)"),
+    "a tensor less": (_without_a_tensor, LORA, "is only in the run"),
+    "another rank inside": (_says(r=5), {**LORA, "rank": 5}, r"has shape \(4, 32\), but in the model it has \(5, 32\)"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), LORA, "adapter_model.safetensors cannot be"),
 }
 

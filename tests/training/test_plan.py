@@ -28,7 +28,7 @@ from zero_ds.training.planning.architecture import architecture
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.flops import StepCost
 from zero_ds.training.planning.json_output import as_json
-from zero_ds.training.planning.plan import RecipePlan, plan_recipe
+from zero_ds.training.planning.plan import RecipePlan, plan
 from zero_ds.training.planning.recipe import plan_run
 from zero_ds.training.planning.route import fitted, shard_groups
 
@@ -145,11 +145,12 @@ def test_what_passes_keep_is_what_autograd_saves(
 
     The first layers are recomputed: none, some, all but one, all.
     """
-    from zero_ds.training.setup import build
+    from zero_ds.training.setup import load_model, make_loader
     from zero_ds.training.stages import freeze_
 
     config = run_config(stage, attention="eager", global_batch=1)
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     freeze_(model, config)
     model.train()
     batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
@@ -331,9 +332,9 @@ def test_what_cannot_be_planned_is_one_sentence(arguments: list[str], says: str)
 
 def test_planning_from_python_refuses_what_the_command_refuses() -> None:
     with pytest.raises(ConfigError, match="--decoder-share 2 is not a share"):
-        plan_recipe("llama-3.2-3b/pretrain", None, Cluster(8), decoder_share=2.0)
+        plan("llama-3.2-3b/pretrain", None, Cluster(8), decoder_share=2.0)
     with pytest.raises(ConfigError, match="--mfu 4 is not a share"):
-        plan_recipe("llama-3.2-3b/pretrain", None, Cluster(8, mfu=4.0))
+        plan("llama-3.2-3b/pretrain", None, Cluster(8, mfu=4.0))
 
 
 def test_the_json_file_states_the_decoder_share_that_was_planned_with(run_config: Callable[..., RunConfig]) -> None:

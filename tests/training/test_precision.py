@@ -1,4 +1,4 @@
-"""What is kept in float32 stays there: rotary frequencies lose their meaning in bf16."""
+"""Buffers in float32 stay in float32: rotary frequencies lose their meaning in bf16."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from zero_ds.training.engine import Engine
 def buffers_around_the_engine(config: RunConfig) -> dict[str, tuple[str, str, bool]]:
     """Name -> (dtype before, dtype after, values equal) of the model's floating buffers."""
     from zero_ds.runtime import distributed
-    from zero_ds.training.setup import build
+    from zero_ds.training.setup import load_model
 
     distributed.initialize()
     ds = ds_config(config, 1)
-    model, _, _ = build(config, ds, 1)
+    model = load_model(config, ds)
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     Engine(config, model, stages.freeze_(model, config), 1, ds)
     after = dict(model.named_buffers())
@@ -53,16 +53,18 @@ def test_a_json_that_is_silent_adds_gradients_up_in_float32(
 
 
 def start_of(configs: list[RunConfig], world_size: int) -> list[dict[str, torch.Tensor]]:
-    """What each run's trained parameters are before its first step, by name."""
+    """Returns each run's trained parameters before its first step, by name."""
     from zero_ds.runtime import distributed
     from zero_ds.runtime.zero3 import gathered
-    from zero_ds.training.setup import build, start_
+    from zero_ds.training.checkpoint.manifest import describe_models
+    from zero_ds.training.setup import load_initial_weights, load_model, make_loader
 
     distributed.initialize()
     starts = []
     for config in configs:
-        model, loader, hashes = build(config, ds_config(config, world_size), world_size)
-        start_(model, config, hashes, loader)
+        model = load_model(config, ds_config(config, world_size))
+        loader = make_loader(config, model)
+        load_initial_weights(model, config, describe_models(config, model.plan), loader)
         start = {}
         for group in stages.freeze_(model, config).values():
             for name, parameter in group:
@@ -97,9 +99,9 @@ def test_every_zero_stage_starts_from_the_same_random_weights(
 def test_gradients_add_up_in_float32(run_config: Callable[..., RunConfig], data: Path) -> None:
     """The gradient of 16 times the same sample is that of one sample."""
     record = next(r for r in json.loads(data.read_text()) if "image" in r)
-    picture = data.parent / record["image"]
-    copies = [{**record, "id": str(number), "image": picture.name} for number in range(32)]
-    path = picture.parent / "the_same.json"
+    image = data.parent / record["image"]
+    copies = [{**record, "id": str(number), "image": image.name} for number in range(32)]
+    path = image.parent / "the_same.json"
     path.write_text(json.dumps(copies))
     try:
         sources = {"sources": [{"path": str(path)}], "max_length": 512, "system_prompt": ""}

@@ -1,4 +1,4 @@
-"""Frozen decoder layers in 8 bits: how far losses and gradients move, what stays as it was, and what is refused."""
+"""Frozen decoder layers in 8 bits: how far losses and gradients move, which weights stay as they were, and refusals."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
 from zero_ds.data.batches import collate
-from zero_ds.grafting.graft import load_trained
+from zero_ds.grafting.load import load_trained
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.distillation import Teacher
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
-from zero_ds.training.checkpoint import checkpoint
+from zero_ds.training.checkpoint.manifest import describe_run
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options.int8 import FrozenLinear, quantize_
 from zero_ds.training.planning.architecture import architecture
-from zero_ds.training.setup import difference
+from zero_ds.training.resume import difference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,7 +60,7 @@ def test_a_layer_multiplies_with_rounded_weights(dtype: torch.dtype, bias: bool)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = layer(ours)
-    assert all(t.dtype == torch.int8 or t.numel() == 32 for t in kept), "what was made of the 8 bits is not kept"
+    assert all(t.dtype == torch.int8 or t.numel() == 32 for t in kept), "the dequantized weight is not kept"
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
     assert apart(output, twin(theirs)) < tolerance
     upstream = torch.randn_like(output)
@@ -184,7 +184,7 @@ def test_a_run_commits_resumes_and_grafts(
 def test_commits_that_do_not_know_the_entry_go_on(run_config: Callable[..., RunConfig]) -> None:
     config, rounded = run_config("encoder"), run_config("encoder", frozen_weights="int8")
     assert config.fingerprint() != rounded.fingerprint()
-    older = checkpoint.manifest_of(config)["config"]
+    older = describe_run(config)["config"]
     del older["frozen_weights"]
     assert difference(older, config.model_dump(mode="json")) == "no difference"
     assert difference(older, rounded.model_dump(mode="json")) == "frozen_weights: 'native' -> 'int8'"

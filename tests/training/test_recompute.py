@@ -33,7 +33,7 @@ from zero_ds.training.planning.architecture import architecture
 from zero_ds.training.planning.cluster import PROCESS_GIB, Cluster
 from zero_ds.training.planning.memory import Memory, recomputed
 from zero_ds.training.planning.recipe import plan_run
-from zero_ds.training.setup import build
+from zero_ds.training.setup import load_model, make_loader
 
 GIB = 2**30
 
@@ -133,7 +133,8 @@ class Live(TorchDispatchMode):
 def test_the_peak_of_real_passes_falls_as_planned(run_config: Callable[..., RunConfig], stage: str) -> None:
     """Measures on a CPU how much each further recomputed layer saves in forward and backward pass, to 10 %."""
     config = run_config(stage, global_batch=1)
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
@@ -161,7 +162,8 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
     """Float32; relative difference below 1e-6 of every gradient's norm. The first three layers run twice, no other."""
     config = run_config("decoder", target=str(made(family, tied=True)), micro_batch=2)
     config = config.model_copy(update={"data": config.data.model_copy(update={"system_prompt": None})})
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batch = next(loader.steps(0, 1))[0]
@@ -188,7 +190,7 @@ def test_partly_recomputed_decoders_have_the_same_gradients(
 
 
 def train_with(configs: list[RunConfig], limits: list[float]) -> list[list[str]]:
-    """Returns the runs' log lines about activation checkpointing; rank 1 has twice the bytes of rank 0."""
+    """Returns what runs log about activation checkpointing on devices of so many bytes; rank 1 has twice as many."""
     from zero_ds.runtime import distributed
     from zero_ds.training.train import train
 
@@ -285,7 +287,8 @@ def test_a_mask_is_counted(run_config: Callable[..., RunConfig], packed: bool) -
     """Compares sdpa with rows of unequal length, or of several samples, with the tensors saved in a real pass."""
     config = run_config("encoder", attention="sdpa", micro_batch=2, global_batch=4)
     config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packed})})
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
     batches = [batch for step in loader.steps(0, 6) for batch in step]

@@ -1,4 +1,4 @@
-"""The released layout: our model computes what it says, it comes back as it was, and what is wrong is refused."""
+"""The released layout: our model computes the same with it, it comes back unchanged, and wrong files are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from zero_ds.cli.main import app
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
-from zero_ds.grafting.graft import compatibility, load_graft, load_trained, run_config
+from zero_ds.grafting.compatibility import compatibility, run_config
+from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.build import sample_encoder
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.vlm import VisionLanguageModel
@@ -51,7 +52,7 @@ def straight_reading(
 ) -> torch.Tensor:
     """Logits as the layout's description says, with nothing of zero_ds: transformers' CLIP and Llama, put side by side.
 
-    sides: token ids before and behind the picture, (1, n) each; cut: the layers that the surrogate replaces, None for
+    sides: token ids before and after the image, (1, n) each; cut: the layers that the surrogate replaces, None for
     the full model. The encoder's classification token is dropped, its last norm applied to the patches, and a
     GELU stands between the adapter's two layers.
     """
@@ -187,7 +188,7 @@ def test_there_and_back(kind: str, dtype: torch.dtype, made: Callable[..., Path]
     options: dict[str, Any] = {"layers": [1, 2], "dtype": dtype, "boundary": boundary, "last": 2}
     first = released(tmp_path / "first.pth", target, clip, kind, **options)
     models = {"surrogate": str(small), "encoder": str(clip)}
-    commit = import_released(first, str(target), tmp_path / "first", **models)
+    checkpoint = import_released(first, str(target), tmp_path / "first", **models)
     if kind == "encoder" or dtype is torch.float32:
         to_released(tmp_path / "first", tmp_path / "again.pth")
     else:
@@ -200,7 +201,7 @@ def test_there_and_back(kind: str, dtype: torch.dtype, made: Callable[..., Path]
         assert tensor.view(torch.uint8).equal(after[name].view(torch.uint8)), name
     assert abs(first.stat().st_size - (tmp_path / "again.pth").stat().st_size) < 4096, "no tensor is in it twice"
     again = import_released(tmp_path / "again.pth", str(target), tmp_path / "again", **models)
-    assert (commit / "weights.safetensors").read_bytes() == (again / "weights.safetensors").read_bytes()
+    assert (checkpoint / "weights.safetensors").read_bytes() == (again / "weights.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="already exists"):
         to_released(tmp_path / "first", tmp_path / "again.pth")
 
@@ -310,11 +311,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "text": (lambda path: path.write_text("hello"), {}, "is not a file of torch.save"),
     "truncated": (_truncated, {}, "is not a file of torch.save.* or is damaged"),
     "no file": (lambda path: path.unlink(), {}, "there is no file"),
-    "list": (lambda path: torch.save([torch.ones(2)], path), {}, "holds no dictionary of tensors"),
+    "list": (lambda path: torch.save([torch.ones(2)], path), {}, "does not hold a dictionary of tensors"),
     "nested": (
         _changed(lambda c: c.update(model={"a": torch.ones(1)})),
         {},
-        r"holds more than tensors by name \(first: model\)",
+        r"holds entries that are not tensors with a name \(the first: model\)",
     ),
     "integers": (_changed(lambda c: c.update(embd_soi=torch.ones(32).int())), {}, "embd_soi in .* is torch.int32"),
     "missing": (_changed(lambda c: c.pop("adapter.2.bias")), {}, r"lacks adapter.2.bias \(and 0 more\)"),
@@ -330,7 +331,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "neither kind": (
         _changed(lambda c: [c.pop(name) for name in list(c) if name.startswith("decoder.")]),
         {},
-        "holds neither a translator nor encoder layers",
+        "holds neither a translator nor layers of a vision encoder",
     ),
     "another width": (lambda path: None, {"layers": 28, "hidden": 64}, r"has shape \(32,.*; with .* it is \(64,"),
     "another depth": (
@@ -371,7 +372,7 @@ def test_models_that_do_not_fit_or_are_not_there(
         ((target,), {"encoder": clip, "surrogate": str(small)}, "was cut from another model"),
         (("meta-llama/Llama-3.2-3B-Instruct",), {"encoder": clip}, "could not be fetched from the hub"),
         ((target,), {}, "'openai/clip-vit-large-patch14-336' is not a local folder and could not be fetched"),
-        ((target,), {"encoder": clip, "init_from": [tmp_path / "nowhere"]}, "holds no commit"),
+        ((target,), {"encoder": clip, "init_from": [tmp_path / "nowhere"]}, "holds no checkpoint"),
     ):
         with pytest.raises((ConfigError, CheckpointError), match=complaint):
             import_released(good, arguments[0], tmp_path / "out", **options)  # type: ignore[arg-type]
@@ -390,8 +391,8 @@ def test_what_the_layout_cannot_say(trained: Path, tmp_path: Path) -> None:
 
 def test_the_weights_are_hashed(good: Path, made: Callable[..., Path], tmp_path: Path) -> None:
     target, clip = made("llama", tied=True, layers=28), made("clip", layers=CLIP_LAYERS)
-    commit = import_released(good, str(target), tmp_path / "out", encoder=str(clip))
-    held = load_file(commit / "weights.safetensors")
-    digest = hashlib.sha256((commit / "weights.safetensors").read_bytes()).hexdigest()
+    checkpoint = import_released(good, str(target), tmp_path / "out", encoder=str(clip))
+    held = load_file(checkpoint / "weights.safetensors")
+    digest = hashlib.sha256((checkpoint / "weights.safetensors").read_bytes()).hexdigest()
     assert find_checkpoint(tmp_path / "out").manifest["weights_sha256"] == digest
     assert torch.equal(held["boundary.embeddings.weight"][1], torch.load(good)["embd_eoi"])

@@ -77,10 +77,10 @@ def test_a_text_costs_less_where_its_backward_pass_ends(run_config: Callable[...
 def test_two_ranks_learn_the_same(
     run_config: Callable[..., RunConfig], trained: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Steps of text between steps with pictures, which alternate as DeepSpeed would not expect: the same bits."""
+    """Steps of text between steps with images, alternating as DeepSpeed would not expect, give the same bits."""
     mixed = json.loads(data.read_text())
-    texts, pictures = ([r for r in mixed if ("image" in r) is shown] for shown in (False, True))
-    records = [*texts, *texts, *pictures[:4], *texts, *texts, *pictures[2:6]]
+    texts, shown = ([r for r in mixed if ("image" in r) is has_image] for has_image in (False, True))
+    records = [*texts, *texts, *shown[:4], *texts, *texts, *shown[2:6]]
     shutil.copytree(data.parent / "images", tmp_path / "images")
     (tmp_path / "mixed.json").write_text(json.dumps(records))
     configs = [

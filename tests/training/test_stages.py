@@ -1,4 +1,4 @@
-"""The stage table against the paper's Table A.2 and appendix A.5, and what it switches on in a model."""
+"""The stage table against the paper's Table A.2 and appendix A.5, and the parameters that it switches on in a model."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def trainable(model: nn.Module) -> set[str]:
 def test_freeze(model: Callable[..., VisionLanguageModel], stage: str, kind: str, prefixes: tuple[str, ...]) -> None:
     whole = model(kind)
     groups = stages.freeze_(whole, config(stage, decoder=kind))
-    # the norm behind CLIP's last layer sees the CLS token only: nothing that reaches the decoder
+    # the norm after CLIP's last layer sees the CLS token only, which does not reach the decoder
     expected = {n for n, _ in whole.named_parameters() if n.startswith(prefixes) and "post_layernorm" not in n}
     assert trainable(whole) == expected
     assert tuple(groups) == stages.trained_parts(config(stage, decoder=kind))

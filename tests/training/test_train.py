@@ -37,13 +37,13 @@ def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
     return train_all([config])
 
 
-def train_on_a_full_disk(config: RunConfig, commit: int) -> list[str]:
-    """The disk is full from the `commit`-th commit on, in the middle of its state."""
+def train_on_a_full_disk(config: RunConfig, number: int) -> list[str]:
+    """The disk is full from the `number`-th checkpoint on, in the middle of its state."""
     import errno
 
-    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.checkpoint import save
 
-    put, opened = checkpoint.SafetensorsStream._put, checkpoint.SafetensorsStream.__init__
+    put, opened = save.SafetensorsStream._put, save.SafetensorsStream.__init__
     streams = 0
 
     def counting(self: Any, *arguments: Any) -> None:
@@ -52,12 +52,12 @@ def train_on_a_full_disk(config: RunConfig, commit: int) -> list[str]:
         opened(self, *arguments)
 
     def full(self: Any, data: Any) -> None:
-        if streams >= 2 * commit and getattr(self, "_next", 0) > 3:
+        if streams >= 2 * number and getattr(self, "_next", 0) > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         put(self, data)
 
-    checkpoint.SafetensorsStream.__init__ = counting  # type: ignore[method-assign]
-    checkpoint.SafetensorsStream._put = full  # type: ignore[method-assign]
+    save.SafetensorsStream.__init__ = counting  # type: ignore[method-assign]
+    save.SafetensorsStream._put = full  # type: ignore[method-assign]
     return train_all([config])
 
 
@@ -91,7 +91,7 @@ def state(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def cut(run: Path, out: Path, step: int = 3) -> Path:
-    """A copy of a run folder as a kill behind the commit of `step` would have left it."""
+    """Copies a run folder, without what came after the checkpoint of `step`, as a kill would have left it."""
     shutil.copytree(run, out)
     for later in out.glob("step-*"):
         if int(later.name[5:]) > step:
@@ -102,8 +102,8 @@ def cut(run: Path, out: Path, step: int = 3) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(run_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """KIND: six steps in one go with two ranks, with a commit after the third; KIND again: resumed behind it by two
-    ranks; KIND alone: resumed behind it by one rank."""
+    """KIND: six steps in one go with two ranks, with a checkpoint after the third; KIND again: resumed after it by two
+    ranks; KIND alone: resumed after it by one rank."""
     root = tmp_path_factory.mktemp("runs")
 
     def configs(suffix: str) -> list[RunConfig]:
@@ -147,7 +147,7 @@ def test_zero_stages_learn_alike(runs: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_commit_holds_what_was_trained_and_nothing_else(runs: Path, small: Path, kind: str) -> None:
+def test_a_checkpoint_holds_the_trained_weights_and_nothing_else(runs: Path, small: Path, kind: str) -> None:
     held = weights(runs / kind)
     adapter = {f"adapter.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
     layer = {
@@ -208,7 +208,7 @@ def ends(
     small: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """What these runs ended with, on one rank; their folders lie beside `runs`."""
+    """Ends of these runs on one rank; their folders are next to `runs`."""
     from zero_ds.model.layer_plan import Replaced
     from zero_ds.surrogate.build import build_surrogate
 
@@ -225,11 +225,11 @@ def ends(
     # killed between the rename of step 6 and the move of `latest`
     shutil.copytree(runs / "zero2", runs / "killed")
     (runs / "killed" / "latest").write_text("step-000003\n")
-    # set back by hand, with commits behind it and room for one
+    # set back by hand, with later checkpoints and room for one
     shutil.copytree(runs / "zero2", runs / "set back")
     (runs / "set back" / "latest").write_text("step-000003\n")
     shutil.copytree(runs / "set back" / "step-000003", runs / "set back" / "step-000099")
-    # another run's folder that was killed in its first commit
+    # another run's folder that was killed in its first checkpoint
     shutil.copytree(runs / "zero3", runs / "leftover")
     (runs / "leftover" / "latest").unlink()
     damaged = cut(runs / "zero2", runs / "damaged")
@@ -237,11 +237,11 @@ def ends(
     changed.write_text(json.dumps({**json.loads(changed.read_text()), "encoder_hash": "2-another"}))
     other_data = cut(runs / "zero2", runs / "other data") / "step-000003" / "manifest.json"
     other_data.write_text(json.dumps({**json.loads(other_data.read_text()), "data_hash": "another"}))
-    # the newest commit is damaged, and `latest` set back to the one before
+    # the newest checkpoint is damaged, and `latest` set back to the one before
     shutil.copytree(runs / "zero2", runs / "one before")
     (runs / "one before" / "latest").write_text("step-000003\n")
-    for commit in (damaged / "step-000003", runs / "one before" / "step-000006"):
-        file = commit / "resume" / "state.safetensors"
+    for folder in (damaged / "step-000003", runs / "one before" / "step-000006"):
+        file = folder / "resume" / "state.safetensors"
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
@@ -291,7 +291,7 @@ def test_going_back_by_hand_keeps_the_new_commit(runs: Path, ends: dict[str, str
     assert ends["set back"] == "step-000006"
     run = runs / "set back"
     assert (run / "latest").read_text() == "step-000006\n" and (run / "step-000006" / "manifest.json").is_file()
-    assert not (run / "step-000003").exists(), "older commits go"
+    assert not (run / "step-000003").exists(), "older checkpoints are deleted"
 
 
 def test_a_leftover_commit_of_another_run_is_not_taken_for_this_one(runs: Path, ends: dict[str, str]) -> None:
@@ -337,13 +337,13 @@ def test_a_resumed_run_has_every_step_once_in_tensorboard(runs: Path) -> None:
 
 
 def test_init_from_starts_the_next_stage(runs: Path, ends: dict[str, str], small: Path) -> None:
-    from zero_ds.grafting.graft import load_trained
+    from zero_ds.grafting.load import load_trained
 
     assert ends["encoder"] == "step-000002"
     start, begun = (
         json.loads((runs / name / "manifest.json").read_text()) for name in ("zero2/step-000006", "encoder/step-000002")
     )
-    assert begun["starts"] == [start["weights_sha256"]], "a resumed run notices if its start was trained anew"
+    assert begun["starts"] == [start["weights_sha256"]], "a resumed run notices if its start was trained again"
     before, after = weights(runs / "zero2"), weights(runs / "encoder", 2)
     assert set(after) & set(before) == {name for name in before if name.startswith("adapter.")}
     assert not any(name.startswith("translator.") for name in after)
@@ -399,7 +399,7 @@ def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[.
     run = runs / "full"
     config = run_config("pretrain", run, **{**OPTIONS, "checkpoint": {"every_steps": 2}})
     (one,), (two,) = run_ranks(train_on_a_full_disk, 2, config, 2)
-    assert "step 4 could not be saved" in one and "No space left on device; earlier commits are intact" in one
+    assert "step 4 could not be saved" in one and "No space left on device; earlier checkpoints are intact" in one
     assert two == "CheckpointError: step 4 could not be saved by rank 0."
     assert "No space left on device" in (run / "failure.txt").read_text(), "the reason, whoever ended first"
     assert (run / "latest").read_text() == "step-000002\n"
@@ -408,7 +408,7 @@ def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[.
     assert losses(run) == pytest.approx(losses(runs / "zero2"), rel=1e-5)
 
 
-# -- what a user can mend ----------------------------------------------------------------------------------------------
+# -- errors that a user can mend ---------------------------------------------------------------------------------------
 
 
 def commands(lines: list[list[str]]) -> list[tuple[int | None, str]]:

@@ -52,10 +52,11 @@ def ours(turn: Turn, recipe: str, overrides: list[str], zero: str, out: str) -> 
     from zero_ds.config.loading import load_run
     from zero_ds.runtime import distributed
     from zero_ds.training import stages
-    from zero_ds.training.checkpoint import checkpoint
+    from zero_ds.training.checkpoint.manifest import Manifest, describe_models, describe_run
+    from zero_ds.training.checkpoint.save import save_checkpoint
     from zero_ds.training.deepspeed import ds_config
     from zero_ds.training.engine import Engine
-    from zero_ds.training.setup import build, seed_everything
+    from zero_ds.training.setup import load_model, make_loader, seed_everything
 
     content = json.loads(Path(zero).read_text(encoding="utf-8"))
     if content["zero_optimization"]["stage"] == 3:
@@ -66,15 +67,16 @@ def ours(turn: Turn, recipe: str, overrides: list[str], zero: str, out: str) -> 
     distributed.initialize()
     seed_everything(config.seed)
     ds = ds_config(config, distributed.world_size())
-    model, loader, hashes = build(config, ds, distributed.world_size())
+    model = load_model(config, ds)
+    loader = make_loader(config, model)
     groups = stages.freeze_(model, config)
     model.train()
     engine = Engine(config, model, groups, 10, ds)
     engine.step(next(iter(loader.steps(0, 1))), 0, 100.0)
-    manifest = {**checkpoint.manifest_of(config), **hashes}
+    manifest: Manifest = {**describe_run(config), **describe_models(config, model.plan)}
 
     def commit(folder: str) -> None:
-        checkpoint.save(Path(folder), engine, manifest, {"step": 1}, 1)
+        save_checkpoint(Path(folder), engine, manifest, {"step": 1}, keep=1)
 
     def commit_in(folder: str) -> None:
         if distributed.is_rank_zero():

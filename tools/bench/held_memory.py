@@ -25,7 +25,7 @@ from zero_ds.training.engine import Engine
 from zero_ds.training.options.recompute import checkpoint_activations_
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.recipe import plan_run
-from zero_ds.training.setup import build, seed_everything
+from zero_ds.training.setup import load_model, make_loader, seed_everything
 
 CAUSES = ("frozen", "trained", "gradients", "optimizer")
 
@@ -38,7 +38,8 @@ def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
     seed_everything(config.seed)
     world_size = distributed.world_size()
     ds = ds_config(config, world_size)
-    model, loader, _ = build(config, ds, world_size)
+    model = load_model(config, ds)
+    loader = make_loader(config, model, world_size)
     groups = stages.freeze_(model, config)
     checkpoint_activations_(model, config, ds)
     model.train()

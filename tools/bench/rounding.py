@@ -23,9 +23,10 @@ from zero_ds.model.losses import count_supervised
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.training import stages
-from zero_ds.training.checkpoint import checkpoint
+from zero_ds.training.checkpoint.checkpoint import find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
 from zero_ds.training.options.int8 import quantize_
-from zero_ds.training.setup import build, seed_everything
+from zero_ds.training.setup import load_model, make_loader, seed_everything
 
 CONTESTANTS = (("fp32", "native"), ("bf16", "native"), ("fp32", "int8"), ("bf16", "int8"))
 
@@ -41,11 +42,12 @@ def load(run: Path, precision: str, full: bool) -> tuple[VisionLanguageModel, Lo
         }
     )
     seed_everything(config.seed)
-    model, loader, _ = build(config, {"zero_optimization": {}}, 1)
+    model = load_model(config, {"zero_optimization": {}})
+    loader = make_loader(config, model, 1)
     for folder in (*stages.check_start(config), run):
-        checkpoint.load_weights_(
+        load_weights_(
             model.named_targets(),
-            checkpoint.find_checkpoint(folder),
+            find_checkpoint(folder),
             skip=lambda name: stages.belongs_elsewhere(config, name),
         )
     stages.freeze_(model, config)

@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zero_ds.cli.models import DeviceMapOption, EngineOption, OffloadOption, Placing, TensorParallelOption, loaded
+from zero_ds.cli.models import (
+    DeviceMapOption,
+    DeviceOptions,
+    EngineOption,
+    OffloadOption,
+    TensorParallelOption,
+    load,
+)
 from zero_ds.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from zero_ds.grafting.chat import Conversation
 
 LOCAL = "127.0.0.1"
-HELP = "/image FILE adds an image, /new starts a new conversation, /quit ends."
+PORT = 7860
+HELP = "/image FILE shows an image, /new begins a new conversation, /quit ends the chat."
 
 
 def chat(
@@ -37,7 +45,7 @@ def chat(
     host: Annotated[
         str, typer.Option(help="With --page: address to listen on. Any other address opens the page to other machines.")
     ] = LOCAL,
-    port: Annotated[int, typer.Option(help="With --page: port to listen on; 0 takes a free one.")] = 7860,
+    port: Annotated[int, typer.Option(help="With --page: port to listen on; 0 takes a free one.")] = PORT,
 ) -> None:
     """Talk with a model in the terminal or on a web page, about any number of images.
 
@@ -46,84 +54,83 @@ def chat(
     Example: zero-ds chat runs/quickstart/encoder --target meta-llama/Llama-3.1-8B-Instruct --image photo.jpg
     """
     if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {max_new_tokens}: an answer has at least 1 token.")
-    placing = Placing(engine, tensor_parallel, device_map, offload_folder)
-    placing.check()
+        raise ConfigError(f"--max-new-tokens {max_new_tokens}: an answer needs room for at least 1 token.")
+    options = DeviceOptions(engine, tensor_parallel, device_map, offload_folder)
+    options.check()
+    answers: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system}
     if page:
         if image:
-            raise ConfigError("--image is for the terminal; on the page images are uploaded.")
+            raise ConfigError("--image is for the terminal; on the page, upload images.")
         if engine != "transformers":
-            raise ConfigError("--page wants --engine transformers, whose layers it can read.")
-        _page(model, target, dtype, placing, host, port, max_new_tokens=max_new_tokens, system=system)
-        return
-
-    from zero_ds.data.images import open_image
-    from zero_ds.grafting.engines.vllm import conversation
-
-    pictures = [open_image(path) for path in image or ()]  # before the model is read
-    _, found = loaded(model, target, dtype, placing)
-
-    def begin() -> Conversation:
-        return conversation(found, max_new_tokens=max_new_tokens, system=system)
-
-    talk = begin()
-    for picture in pictures:
-        talk.show(picture)
-    if sys.stdin.isatty():
-        print(HELP)
-    while (line := _line()) is not None:
-        if line == "/quit":
-            break
-        elif line == "/new":
-            talk = begin()
-        elif line.split()[:1] == ["/image"]:
-            _show(talk, line.removeprefix("/image").strip())
-        elif line.startswith("/"):
-            print(f"{line.split()[0]} is not known. {HELP}", file=sys.stderr)
-        elif line:
-            _say(talk, line)
+            raise ConfigError("--page needs --engine transformers, whose layers it can read.")
+        _show_page(model, target, dtype, options, host, port, **answers)
+    else:
+        _talk_in_terminal(model, target, dtype, options, image or [], **answers)
 
 
-def _page(model: str, target: str | None, dtype: str, placing: Placing, host: str, port: int, **options: Any) -> None:
-    """Serves the page; raises errors of its options before a model is loaded."""
+def _show_page(
+    model: str, target: str | None, dtype: str, options: DeviceOptions, host: str, port: int, **answers: Any
+) -> None:
+    """Serves the page. Everything that could prevent it is checked before the models are loaded."""
     from zero_ds.grafting import page
-    from zero_ds.grafting.named_model import LoadedModel, find_model
 
     page.check_installed()
     with page.bind(host, port) as server:
-        grafted = find_model(model, target).kind == "graft"
-        models: dict[str, LoadedModel] = {}
-        for into in (None, target) if grafted else (target,):
-            named, found = loaded(model, into, dtype, placing)
-            kind = "surrogate" if found.model.plan is not None else {"graft": "grafted"}.get(named.kind, named.kind)
-            models[f"{kind}: {found.model.plan or named.folder.name}"] = found
+        models = page.load_models(model, target, dtype, options)
         address = f"[{host}]" if ":" in host else host
         print(f"http://{address}:{server.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
-        page.serve(models, server, **options)
+        page.serve(models, server, **answers)
 
 
-def _line() -> str | None:
-    """Returns the next line that is typed; None at the end of the input, or on Ctrl-C."""
+def _talk_in_terminal(
+    model: str, target: str | None, dtype: str, options: DeviceOptions, paths: list[Path], **answers: Any
+) -> None:
+    from zero_ds.data.images import open_image
+    from zero_ds.grafting.engines.vllm import conversation
+    from zero_ds.grafting.named_model import find_model
+
+    images = [open_image(path) for path in paths]  # a damaged one is an error before the model is loaded
+    loaded = load(find_model(model, target), dtype, options)
+    talk = conversation(loaded, **answers)
+    for image in images:
+        talk.show(image)
+    if sys.stdin.isatty():
+        print(HELP)
+    while (line := _read_line()) is not None:
+        if line == "/quit":
+            break
+        if line == "/new":
+            talk = conversation(loaded, **answers)
+        elif line.split()[:1] == ["/image"]:
+            _show_image(talk, line.removeprefix("/image").strip())
+        elif line.startswith("/"):
+            print(f"{line.split()[0]} is not known. {HELP}", file=sys.stderr)
+        elif line:
+            _answer(talk, line)
+
+
+def _read_line() -> str | None:
+    """Returns the next line that the user types; None at the end of the input, or after Ctrl-C."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None
 
 
-def _show(talk: Conversation, path: str) -> None:
-    """Adds an image; for a file that is not an image it prints a sentence, and the conversation goes on."""
+def _show_image(talk: Conversation, path: str) -> None:
+    """Adds an image. If it cannot be used, prints why; the conversation continues."""
     from zero_ds.data.images import ImageError
 
     try:
         if not path:
-            raise ConfigError("/image names no file; type one after it.")
+            raise ConfigError("/image names no file; type its path after the word.")
         talk.show(path)
     except (ConfigError, ImageError) as error:
         print(f"zero-ds: {error}", file=sys.stderr)
 
 
-def _say(talk: Conversation, question: str) -> None:
-    """Prints the answer while it is generated; Ctrl-C ends the answer."""
+def _answer(talk: Conversation, question: str) -> None:
+    """Prints the answer while it is generated. Ctrl-C ends the answer."""
     from zero_ds.data.formats import DataError
 
     try:

@@ -38,8 +38,8 @@ def import_released(
     """Turn a released checkpoint (adapter and translator, or surrogate-trained encoder) into a result folder."""
     from zero_ds.training.checkpoint.released import import_released as run
 
-    commit = run(file, target, out, surrogate=surrogate, encoder=encoder, init_from=init_from or ())
-    print(f"{file} -> {commit}")
+    checkpoint = run(file, target, out, surrogate=surrogate, encoder=encoder, init_from=init_from or ())
+    print(f"{file} -> {checkpoint}")
 
 
 def consolidate(
@@ -60,13 +60,13 @@ def consolidate(
     from zero_ds.training.checkpoint.consolidate import consolidate_shards, consolidate_state, holds_resume_state
 
     if holds_resume_state(folder):
-        commit = consolidate_state(folder, out)
+        checkpoint = consolidate_state(folder, out)
     else:
-        beside = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
-        if recipe is None and not beside:
+        saved = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
+        if recipe is None and not saved:
             raise ConfigError(f"say which run saved {folder}: --recipe with its config.yaml or the recipe's name.")
-        commit = consolidate_shards(folder, load_run(recipe or str(beside[0])), out)
-    print(f"{folder} -> {commit}")
+        checkpoint = consolidate_shards(folder, load_run(recipe or str(saved[0])), out)
+    print(f"{folder} -> {checkpoint}")
 
 
 def export_lora(

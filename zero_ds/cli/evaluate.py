@@ -11,9 +11,9 @@ from typer.core import TyperGroup
 
 from zero_ds.cli.models import (
     DeviceMapOption,
+    DeviceOptions,
     EngineOption,
     OffloadOption,
-    Placing,
     TensorParallelOption,
     load,
     precision,
@@ -77,13 +77,13 @@ def run(
 
     options = SuiteOptions(batch, limit, max_new_tokens, chat_template, samples)
     check_options(options)
-    placing = Placing(engine, tensor_parallel, device_map, offload_folder)
-    placing.check()
+    devices = DeviceOptions(engine, tensor_parallel, device_map, offload_folder)
+    devices.check()
     precision(dtype)
     named = find_model(model, target)
     selected = select_suites(suite, harness, tasks_folder)
     label = name or (f"{model} + {target}" if target else model)
-    for result in evaluate_suites(named, selected, out, label, options, lambda found: load(found, dtype, placing)):
+    for result in evaluate_suites(named, selected, out, label, options, lambda found: load(found, dtype, devices)):
         print(table(result), end="")
 
 

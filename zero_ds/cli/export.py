@@ -41,21 +41,19 @@ def export(
 
     Example: zero-ds export runs/quickstart/encoder --out runs/export
     """
-    if (run is None) == (weights is None):
+    source = run or weights
+    if source is None or (run is not None and weights is not None):
         raise ConfigError("name one run: zero-ds export RUN --out FOLDER.")
-    from typing import cast
-
     from zero_ds.export import export_model, shard_bytes
     from zero_ds.export.card import proof_sentence
 
-    size = shard_bytes(shard_size)
     result = export_model(
-        cast(Path, run or weights),
+        source,
         target,
         out,
         form=form,
         dtype=dtype,
-        shard_bytes=size,
+        shard_bytes=shard_bytes(shard_size),
         proof=proof,
         evaluations=evaluation,
     )

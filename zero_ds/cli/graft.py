@@ -1,11 +1,15 @@
-"""`zero-ds graft`: whether a trained vision encoder fits a full language model."""
+"""`zero-ds graft`: checks that a trained vision encoder fits a full language model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from zero_ds.grafting.compatibility import Check
 
 Weights = Annotated[Path, typer.Option(help="Run or checkpoint folder with a trained vision encoder.")]
 Target = Annotated[str, typer.Option(help="Folder or hub id of the full language model.")]
@@ -14,7 +18,7 @@ Target = Annotated[str, typer.Option(help="Folder or hub id of the full language
 def graft(
     weights: Weights,
     target: Target,
-    surrogate: Annotated[str | None, typer.Option(help="Folder of its surrogate, if that was moved.")] = None,
+    surrogate: Annotated[str | None, typer.Option(help="Folder of the run's surrogate, if it was moved.")] = None,
     accept: Annotated[
         list[str] | None,
         typer.Option(help="Name of a difference in the report to accept, such as tokenizer; repeatable."),
@@ -24,24 +28,33 @@ def graft(
 
     Prints every property that is compared; the exit status is 2 if one differs and is not accepted.
     """
-    from zero_ds.grafting.graft import compatibility, refuse_differences
-    from zero_ds.runtime.hub import local_folder
-    from zero_ds.training.checkpoint.checkpoint import find_checkpoint
+    from zero_ds.grafting.compatibility import graft as check_graft
 
-    commit = find_checkpoint(weights)
-    checks = compatibility(commit, local_folder(target), thorough=True, surrogate=surrogate)
-    accepted = [check.name for check in checks if check.fits is False and check.name in (accept or ())]
+    accept = accept or []
+    checks = check_graft(
+        weights, target, accept=accept, surrogate=surrogate, report=lambda checks: _print(checks, accept)
+    )
+    accepted = [check.name for check in checks if _is_accepted(check, accept)]
     unknown = [check.name for check in checks if check.fits is None]
+    verdict = f"{weights} can be grafted into {target}"
+    if accepted:
+        verdict += f", with another {', '.join(accepted)}, which was accepted"
+    if unknown:
+        verdict += f"; not compared: {', '.join(unknown)}"
+    print(f"{verdict}.")
+
+
+def _print(checks: Sequence[Check], accept: Iterable[str]) -> None:
+    """Prints a line for every check: the verdict, the name, and the value here, with that of training if it differs."""
     for check in checks:
         verdict = {True: "fits", False: "DIFFERS", None: "unknown"}[check.fits]
-        differs = check.fits is False or (check.fits is None and check.trained_with != check.here)
-        print(
-            f"{'accepted' if check.name in accepted else verdict:<10}{check.name:<13}{check.here}"
-            + (f" (trained with: {check.trained_with})" if differs else "")
-        )
-    refuse_differences(commit, target, checks, accept or ())
-    print(
-        f"{weights} can be grafted into {target}"
-        + (f", with another {', '.join(accepted)}, which was accepted" if accepted else "")
-        + (f"; not compared: {', '.join(unknown)}." if unknown else ".")
-    )
+        if _is_accepted(check, accept):
+            verdict = "accepted"
+        line = f"{verdict:<10}{check.name:<13}{check.here}"
+        if check.fits is False or (check.fits is None and check.trained_with != check.here):
+            line += f" (trained with: {check.trained_with})"
+        print(line)
+
+
+def _is_accepted(check: Check, accept: Iterable[str]) -> bool:
+    return check.fits is False and check.name in accept

@@ -66,14 +66,14 @@ def plan(
     from zero_ds.runtime.files import write_atomically
     from zero_ds.training.planning.cluster import Cluster, bandwidths, find_gpu
     from zero_ds.training.planning.data import DataOverrides
-    from zero_ds.training.planning.plan import plan_recipe
+    from zero_ds.training.planning.plan import plan
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out} cannot be written; name a file in a folder that exists.")
     name, peak, link = find_gpu(gpu)
     inside, between = bandwidths(bandwidth, link)
     with _without_garbage_collection():
-        found = plan_recipe(
+        found = plan(
             recipe,
             overrides,
             Cluster(gpus, gpus_per_node, gpu_memory, name, peak, mfu, inside, between, reserve, host_memory),

@@ -1,8 +1,15 @@
-"""Run in a process of its own: loads an exported folder with transformers alone and answers questions.
+"""Loads an exported folder with transformers alone and lets it answer questions, in a process of its own.
 
-Its text is handed to a new interpreter (`python -c`), which refuses to import this package. argv[1]: a folder with
-asked.json. The model is loaded when a line comes from standard input, for until then the source's may be in memory;
-pixels.safetensors is there by then. answers.json and logits.safetensors are written beside them.
+The text of this file is given to a new interpreter (`python -c`), which refuses to import this package. Its argument is
+a scratch folder with these files:
+
+    asked.json              in    folder of the export, prompts as pairs of question and image file, and settings
+    pixels.safetensors      in    pixel values of each prompt with an image, as training's image processor makes them
+    answers.json            out   token ids of each prompt and answer, differences of pixel values, class of the model
+    logits.safetensors      out   logits of each prompt
+
+The model is loaded when a line comes from standard input, because until then the source's model may be in memory.
+pixels.safetensors exists by then.
 """
 
 from __future__ import annotations
@@ -15,9 +22,12 @@ from typing import Any
 
 import torch
 
+Inputs = dict[str, torch.Tensor]
+"""Inputs of a model by name: `input_ids` and `attention_mask` (batch, seq), `pixel_values` (views, 3, size, size)."""
 
-class _Refuse:
-    """A finder that finds this package for nobody."""
+
+class _RefuseZeroDs:
+    """An import finder that refuses to find this package."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
@@ -25,18 +35,21 @@ class _Refuse:
             raise ImportError("an exported folder must load without zero_ds")
 
 
-def batch(prompts: list[dict[str, torch.Tensor]], pad: int) -> dict[str, torch.Tensor]:
-    """Prompts of several lengths as one: what is as long as a prompt is padded on the left, the rest joined."""
+def batch(prompts: list[Inputs], pad: int) -> Inputs:
+    """Joins prompts of several lengths into one batch.
+
+    Tensors with a value for every token are padded on the left, `input_ids` with `pad` and others with 0.
+    """
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     joined: dict[str, list[torch.Tensor]] = {}
     for prompt in prompts:
         length = prompt["input_ids"].shape[1]
-        for key, value in prompt.items():
+        for name, value in prompt.items():
             if value.shape == (1, length):
-                room = (longest - length, 0)
-                value = torch.nn.functional.pad(value, room, value=pad if key == "input_ids" else 0)
-            joined.setdefault(key, []).append(value)
-    return {key: torch.cat(values) for key, values in joined.items()}
+                filler = pad if name == "input_ids" else 0
+                value = torch.nn.functional.pad(value, (longest - length, 0), value=filler)
+            joined.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in joined.items()}
 
 
 @torch.no_grad()
@@ -48,81 +61,156 @@ def answer(
     stops: list[int],
     positions: int,
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Greedy answers of a batch, and the logits that were computed on the way: nothing is computed twice.
+    """Generates the answers to a batch and collects the logits that are computed on the way.
 
-    generate: -> new tokens (batch, steps); watched: the module whose outputs `scores` makes logits (batch, seq,
-    vocabulary) of, at least of the last `positions`; lengths: tokens of each prompt, which is padded on the left.
-    Returns each answer up to its end, and (positions + tokens of the answer - 1, vocabulary): the logits of the
-    prompt's last positions (of all, where it has fewer), then of those of the answer that others follow.
+    generate: returns the new tokens (batch, steps). watched: module that `generate` calls at every step. scores: makes
+    logits (batch, seq, vocabulary) of its output, at least for the last `positions`. lengths: number of tokens of each
+    prompt, which are padded on the left. stops: tokens that end an answer.
+
+    Returns the tokens of each answer up to the one that ends it, and the logits of each prompt: (rows, vocabulary), for
+    the prompt's last `positions` (or all of a shorter prompt), then for each token of the answer except the last.
     """
-    seen: list[torch.Tensor] = []
-    hook = watched.register_forward_hook(lambda module, arguments, output: seen.append(scores(output)))
+    steps: list[torch.Tensor] = []
+    hook = watched.register_forward_hook(lambda module, arguments, output: steps.append(scores(output)))
     try:
         tokens = generate().tolist()
     finally:
         hook.remove()
-    answers = [row[: next((i + 1 for i, token in enumerate(row) if token in stops), len(row))] for row in tokens]
+    answers = []
     logits = []
-    for row, (length, found) in enumerate(zip(lengths, answers, strict=True)):
-        prompt = seen[0][row, -min(length, positions) :]
-        logits.append(torch.cat([prompt, *(step[row, -1:] for step in seen[1 : len(found)])]))
+    for row, length in enumerate(lengths):
+        found = until_stop(tokens[row], stops)
+        answers.append(found)
+        of_prompt = steps[0][row, -min(length, positions) :]
+        of_answer = [step[row, -1:] for step in steps[1 : len(found)]]
+        logits.append(torch.cat([of_prompt, *of_answer]))
     return answers, logits
 
 
+def until_stop(tokens: list[int], stops: list[int]) -> list[int]:
+    """Returns the tokens up to and including the first that is in `stops`."""
+    for position, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: position + 1]
+    return tokens
+
+
+class Export:
+    """An exported folder, opened with transformers' Auto classes."""
+
+    def __init__(self, folder: str, remote_code: bool) -> None:
+        import transformers
+
+        self.folder = folder
+        self.auto_class: Any = transformers.AutoModelForImageTextToText
+        self.trust: dict[str, Any] = {}
+        if remote_code:
+            self.auto_class = transformers.AutoModelForCausalLM
+            self.trust = {"trust_remote_code": True}
+        self.processor: Any = transformers.AutoProcessor.from_pretrained(folder, **self.trust)
+        self.model: Any = None
+
+    def prompt(self, question: str, image: str | None) -> Inputs:
+        """Returns the inputs that the folder's processor makes of a question, with an image file or without."""
+        from PIL import Image
+
+        content = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image"})
+        messages = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        images = None if image is None else [Image.open(image)]
+        return dict(self.processor(text=text, images=images, return_tensors="pt"))
+
+    def load_model(self) -> list[str]:
+        """Loads the model; returns the names of tensors that its class and the folder do not agree about."""
+        self.model, info = self.auto_class.from_pretrained(
+            self.folder, dtype="auto", output_loading_info=True, **self.trust
+        )
+        self.model.eval()
+        names = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+        return sorted(str(name) for name in names)
+
+    def answer(self, prompts: list[Inputs], tokens: int, positions: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+        """Returns greedy answers of at most `tokens` tokens to a batch, and their logits; see `answer`."""
+        settings = self.model.generation_config
+        stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        inputs = batch(prompts, settings.pad_token_id)
+
+        def generate() -> torch.Tensor:
+            output: torch.Tensor = self.model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                num_beams=1,
+                logits_to_keep=positions,
+            )
+            return output[:, inputs["input_ids"].shape[1] :]
+
+        lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+        return answer(generate, self.model, lambda output: output.logits, lengths, stops, positions)
+
+
+def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Returns the largest absolute difference between two tensors of the same shape."""
+    return float((one - other).abs().max())
+
+
 def main(scratch: Path) -> None:
-    sys.meta_path.insert(0, _Refuse)
-    import transformers
-    from PIL import Image
+    """Reads asked.json, waits for a line on standard input, then writes answers.json and logits.safetensors."""
+    sys.meta_path.insert(0, _RefuseZeroDs)
     from safetensors.torch import load_file, save_file
 
     asked = json.loads((scratch / "asked.json").read_text(encoding="utf-8"))
     torch.set_num_threads(asked["threads"])
-    trust = {"trust_remote_code": True} if asked["remote_code"] else {}
-    processor = transformers.AutoProcessor.from_pretrained(asked["folder"], **trust)
-    prompts = []
-    for question, picture in asked["prompts"]:
-        contents = [{"type": "image"}] * bool(picture) + [{"type": "text", "text": question}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": contents}], add_generation_prompt=True)
-        images = [Image.open(picture)] if picture else None
-        prompts.append(processor(text=prompt, images=images, return_tensors="pt"))
+    export = Export(asked["folder"], asked["remote_code"])
+    prompts = [export.prompt(question, image) for question, image in asked["prompts"]]
+    with_image = [number for number, (_, image) in enumerate(asked["prompts"]) if image]
+    without_image = [number for number, (_, image) in enumerate(asked["prompts"]) if not image]
+
     if not sys.stdin.readline():
-        return  # whoever asks is gone
-    auto: Any = transformers.AutoModelForCausalLM if trust else transformers.AutoModelForImageTextToText
-    model, info = auto.from_pretrained(asked["folder"], dtype="auto", output_loading_info=True, **trust)
-    model.eval()
-    unfilled = sorted(str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key])
+        return  # the process that asks has ended
+    unfilled = export.load_model()
     pixels = load_file(scratch / "pixels.safetensors")
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    greedy = {"max_new_tokens": asked["tokens"], "do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
-    said: dict[int, list[int]] = {}
-    answers: list[dict[str, Any]] = [{} for _ in prompts]
+
+    answers: dict[int, list[int]] = {}
     logits: dict[str, torch.Tensor] = {}
-    for shown in (True, False):
-        numbers = [number for number, (_, picture) in enumerate(asked["prompts"]) if bool(picture) == shown]
-        own = [dict(prompts[number]) for number in numbers]
-        # one picture through two processors differs by rounding; the same pixels tell what the weights do
-        given = [{**one, "pixel_values": pixels[str(n)]} for n, one in zip(numbers, own, strict=True)] if shown else own
-        gaps = [
-            float((a["pixel_values"] - b["pixel_values"]).abs().max()) if shown else 0.0
-            for a, b in zip(own, given, strict=True)
-        ]
-        for asking in [given, own] if any(gaps) else [given]:
-            inputs = batch(asking, model.generation_config.pad_token_id)
+    differences = dict.fromkeys(range(len(prompts)), 0.0)
 
-            def generate(inputs: dict[str, torch.Tensor] = inputs) -> torch.Tensor:
-                done: torch.Tensor = model.generate(**inputs, **greedy, logits_to_keep=asked["positions"])
-                return done[:, inputs["input_ids"].shape[1] :]
+    def ask(numbers: list[int], batched: list[Inputs]) -> None:
+        """Asks a batch. A later batch with the same prompts replaces their answers, but not their logits."""
+        found, scores = export.answer(batched, asked["tokens"], asked["positions"])
+        for number, tokens, score in zip(numbers, found, scores, strict=True):
+            answers[number] = tokens
+            logits.setdefault(str(number), score.contiguous())
 
-            lengths = [one["input_ids"].shape[1] for one in asking]
-            found, scores = answer(generate, model, lambda output: output.logits, lengths, ends, asked["positions"])
-            for number, tokens, score in zip(numbers, found, scores, strict=True):
-                logits.setdefault(str(number), score.contiguous())  # of the source's pixels, which come first
-                said[number] = tokens  # of its own, which come last
-        for number, one, gap in zip(numbers, own, gaps, strict=True):
-            answers[number] = {"ids": one["input_ids"][0].tolist(), "answer": said[number], "pixels": gap}
+    # The same image through two processors differs by rounding. So logits, which show what the weights do, are taken
+    # with training's pixel values, and answers with the pixel values of the folder's own processor.
+    if with_image:
+        own = [prompts[number] for number in with_image]
+        given = [{**prompts[number], "pixel_values": pixels[str(number)]} for number in with_image]
+        ask(with_image, given)
+        for number, one, other in zip(with_image, own, given, strict=True):
+            differences[number] = largest_difference(one["pixel_values"], other["pixel_values"])
+        if any(differences.values()):
+            ask(with_image, own)
+    if without_image:
+        ask(without_image, [prompts[number] for number in without_image])
+
     save_file(logits, scratch / "logits.safetensors")
-    content = {"class": type(model).__name__, "unfilled": unfilled, "answers": answers}
+    content = {
+        "class": type(export.model).__name__,
+        "unfilled": unfilled,
+        "answers": [
+            {
+                "ids": prompts[number]["input_ids"][0].tolist(),
+                "answer": answers[number],
+                "pixel_difference": differences[number],
+            }
+            for number in range(len(prompts))
+        ],
+    }
     (scratch / "answers.json").write_text(json.dumps(content), encoding="utf-8")
 
 

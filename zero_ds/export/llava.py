@@ -1,35 +1,50 @@
 """Format `llava`: transformers' own `LlavaForConditionalGeneration`, a folder that loads without any code of ours.
 
-Tensors go by the names that published Llava folders have, which every version of transformers and vLLM reads.
+The tensors have the names of published Llava folders, which every version of transformers and vLLM reads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from zero_ds.data.images import ImageProcessor
+from zero_ds.export.formats import LoadedTensor
 from zero_ds.export.source import Source
-from zero_ds.export.tensors import as_dtype, in_memory
-from zero_ds.export.text import Texts
+from zero_ds.export.tensors import as_dtype, in_memory, read
+from zero_ds.export.text import TextSettings
 from zero_ds.model import lora
+from zero_ds.model.adapter import LINEARS, adapter_parameters, linear_layers
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Tensor
 
-REMOTE_CODE = False
 TOWERS = {"clip": "vision_tower.vision_model."}
-"""Encoder -> prefix of its tensors in published folders."""
+"""Prefix of the vision encoder's tensors in published folders, by encoder family."""
 STRATEGIES: dict[int, Any] = {0: "full", 1: "default"}
-"""Tokens that an encoder puts before the patches -> what Llava calls it when they are dropped."""
-PROJECTOR = {"adapter.0.": "linear_1.", "adapter.2.": "linear_2."}
+"""Llava's `vision_feature_select_strategy`, by the number of tokens that the encoder puts before the patches."""
+PROJECTOR = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
+"""Linear layers of Llava's projector, first to last; `.weight` and `.bias` follow."""
+DECODER = "language_model."
+"""Prefix of the decoder's tensors."""
 
-USAGE = """from transformers import AutoProcessor, LlavaForConditionalGeneration
+T = TypeVar("T")
+Linear = tuple[torch.Tensor, torch.Tensor]
+"""Weight (out, in) and bias (out) of a linear layer."""
+
+
+class LlavaFormat:
+    """The format `llava`; see `formats.ExportFormat` for its methods."""
+
+    name = "llava"
+    tag = "llava"
+    remote_code = False
+    usage = """from transformers import AutoProcessor, LlavaForConditionalGeneration
 from PIL import Image
 
 model = LlavaForConditionalGeneration.from_pretrained("{name}", dtype="auto", device_map="auto")
@@ -38,132 +53,144 @@ messages = [
     {{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in this image?"}}]}}
 ]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-image = Image.open("picture.png")
+image = Image.open("image.png")
 inputs = processor(text=prompt, images=image, return_tensors="pt").to(model.device)
 output_ids = model.generate(**inputs, max_new_tokens=50)
 print(processor.decode(output_ids[0], skip_special_tokens=True))
 """
 
-
-def refuse(source: Source) -> None:
-    """Raises ConfigError for a model with something that Llava cannot express."""
-    config, text = source.config, source.text
-    reasons = {
-        "Llava has no image-boundary embeddings and no norm on patch tokens; this run uses them": (
-            config.adapter.boundary_tokens or source.encoder_config.patch_norm
-        ),
-        "Llava shows every picture once; this run was trained with data.image_grid": bool(config.data.image_grid),
-        f"Llava has no soft-capping of scores, which {source.family.name} needs": bool(
-            getattr(text, "final_logit_softcapping", None) or getattr(text, "attn_logit_softcapping", None)
-        ),
-        f"Llava cannot leave out the {source.encoder_family.prefix_tokens} tokens before the patches": (
-            source.encoder_family.prefix_tokens not in STRATEGIES or source.encoder_family.name not in TOWERS
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
+    def check(self, source: Source) -> None:
+        """Raises ConfigError for a model that Llava cannot express."""
+        reason = _what_llava_lacks(source)
+        if reason is not None:
             raise ConfigError(f"{reason}; use --format remote-code.")
 
+    def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
+        self.check(source)
+        found: dict[str, Tensor] = {}
+        for name, tensor in source.encoder_tensors().items():
+            found[_encoder_name(source, name)] = tensor
+        adapter = source.adapter_spans()
+        if source.has_aligner:
+            in_order = linear_layers({name: read(span) for name, span in adapter.items()})
+            for name, value in fold_aligner(in_order, source.dtype).items():
+                found[name] = in_memory(value, source.dtype)
+        else:
+            for name, span in _projector(linear_layers(adapter)).items():
+                found[name] = as_dtype(span, source.dtype)
+        for name, tensor in source.decoder_tensors().items():
+            found[f"{DECODER}{name}"] = tensor
+        return list(found.items())
 
-def tensors(source: Source) -> list[tuple[str, Tensor]]:
-    """Every tensor of the folder by its name, in the order of the model.
+    def loaded_tensors(self, source: Source, model: VisionLanguageModel) -> Iterator[LoadedTensor]:
+        assert model.encoder is not None
+        for name, tensor in model.encoder.state_dict().items():
+            yield LoadedTensor(_encoder_name(source, name), tensor, exact=True)
+        in_order = linear_layers({name: p.detach() for name, p in adapter_parameters(model).items()})
+        projector = fold_aligner(in_order, source.dtype) if source.has_aligner else _projector(in_order)
+        for name, tensor in projector.items():
+            yield LoadedTensor(name, tensor, exact=not source.has_aligner)
+        merged = source.merged_weights()
+        for name, parameter in lora.without(model.decoder):
+            yield LoadedTensor(f"{DECODER}{name}", parameter.detach(), exact=name not in merged)
 
-    Raises:
-        ConfigError, CheckpointError: weights that do not fit; a tensor that Llava has and the source has not.
-    """
-    refuse(source)
-    found = {_encoder_name(source, name): tensor for name, tensor in source.encoder_tensors().items()}
-    if source.config.adapter.width is None:
-        for name, span in source.adapter_spans().items():
-            found[_projector_name(name)] = as_dtype(span, source.dtype)
-    else:
-        folded = fold(source.adapter_in_memory(), source.dtype)
-        found |= {f"multi_modal_projector.{name}": in_memory(tensor, source.dtype) for name, tensor in folded.items()}
-    found |= {f"language_model.{name}": tensor for name, tensor in source.decoder_tensors().items()}
-    return list(found.items())
+    def expected_shapes(self, source: Source, texts: TextSettings) -> dict[str, tuple[int, ...]]:
+        from transformers import LlavaForConditionalGeneration
+
+        config = _llava_config(source, texts)
+        with torch.device("meta"):
+            model = cast(nn.Module, LlavaForConditionalGeneration(config))
+        # prefixes in the class of transformers 5 -> prefixes in published folders
+        prefixes = {
+            "model.language_model.": f"{DECODER}model.",
+            "model.vision_tower.": TOWERS[source.encoder_family.name],
+            "model.multi_modal_projector.": "multi_modal_projector.",
+            "lm_head.": f"{DECODER}lm_head.",
+        }
+        shapes = {}
+        for name, tensor in model.state_dict().items():
+            prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+            shapes[prefixes[prefix] + name.removeprefix(prefix)] = tuple(tensor.shape)
+        if config.tie_word_embeddings:
+            shapes.pop(f"{DECODER}lm_head.weight")
+        return shapes
+
+    def write_files(self, source: Source, texts: TextSettings, folder: Path) -> None:
+        config = _llava_config(source, texts)
+        config.architectures = ["LlavaForConditionalGeneration"]
+        config.dtype = source.dtype
+        config.save_pretrained(folder)
+        _llava_processor(source, texts).save_pretrained(folder)
+        generation = json.dumps(texts.generation, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(generation, encoding="utf-8")
 
 
-def loaded(source: Source, model: VisionLanguageModel) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """(name in the folder, value, whether it is rounded as it stands) of every tensor of a model that was loaded whole.
-
-    Another way to the same tensors than `tensors`, for comparison.
-    """
-    assert model.encoder is not None and model.adapter is not None
-    for name, tensor in model.encoder.state_dict().items():
-        yield _encoder_name(source, name), tensor, True
-    adapter = {name: p.detach() for name, p in model.named_parameters() if name.startswith(("adapter.", "aligner."))}
-    if model.aligner is None:
-        for name, tensor in adapter.items():
-            yield _projector_name(name), tensor, True
-    else:
-        for name, tensor in fold(adapter, source.dtype).items():
-            yield f"multi_modal_projector.{name}", tensor, False
-    merged = {f"{module}.weight" for module in source.lora()}
-    for name, parameter in lora.without(model.decoder):
-        yield f"language_model.{name}", parameter.detach(), name not in merged
-
-
-def fold(adapter: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Adapter and aligner as the two linear layers of Llava's projector.
-
-    Two linear layers in a row are one. Llava's inner width is that of its decoder: a narrower adapter is filled up with
-    units that are zero before and, as GELU(0) = 0, behind the activation.
-
-    Raises:
-        ConfigError: the adapter is wider than the decoder.
-    """
-    wide = adapter["aligner.weight"].double()
-    first, bias = adapter["adapter.0.weight"], adapter["adapter.0.bias"]
-    room = len(wide) - len(first)
-    if room < 0:
-        raise ConfigError(f"Llava has no room for an adapter wider than its decoder ({len(first)} units).")
-    last = wide @ adapter["adapter.2.weight"].double()
-    return {
-        "linear_1.weight": nn.functional.pad(first, (0, 0, 0, room)).to(dtype),
-        "linear_1.bias": nn.functional.pad(bias, (0, room)).to(dtype),
-        "linear_2.weight": nn.functional.pad(last, (0, room)).to(dtype),
-        "linear_2.bias": (wide @ adapter["adapter.2.bias"].double() + adapter["aligner.bias"].double()).to(dtype),
-    }
+def _what_llava_lacks(source: Source) -> str | None:
+    """Returns the reason why Llava cannot express a model, or None."""
+    config, text, encoder = source.config, source.text, source.encoder_family
+    if len(LINEARS) != len(PROJECTOR):
+        return f"Llava's projector has {len(PROJECTOR)} linear layers; this adapter has {len(LINEARS)}"
+    if config.adapter.boundary_tokens or source.encoder_config.patch_norm:
+        return "Llava has no image-boundary embeddings and no norm on patch tokens; this run uses them"
+    if config.data.image_grid:
+        return "Llava shows every image once; this run was trained with data.image_grid"
+    if getattr(text, "final_logit_softcapping", None) or getattr(text, "attn_logit_softcapping", None):
+        return f"Llava has no soft-capping of scores, which {source.decoder.family.name} needs"
+    if encoder.prefix_tokens not in STRATEGIES or encoder.name not in TOWERS:
+        return f"Llava cannot drop the {encoder.prefix_tokens} tokens that {encoder.name} puts before the patches"
+    return None
 
 
 def _encoder_name(source: Source, name: str) -> str:
     return TOWERS[source.encoder_family.name] + name
 
 
-def _projector_name(name: str) -> str:
-    for ours, theirs in PROJECTOR.items():
-        if name.startswith(ours):
-            return f"multi_modal_projector.{theirs}{name.removeprefix(ours)}"
-    raise AssertionError(f"Llava has no place for {name}")
+def _projector(layers: Sequence[tuple[T, T]]) -> dict[str, T]:
+    """Returns the tensors of linear layers under the names that they have in Llava's projector."""
+    found = {}
+    for name, (weight, bias) in zip(PROJECTOR, layers, strict=True):
+        found[f"{name}.weight"] = weight
+        found[f"{name}.bias"] = bias
+    return found
 
 
-def expected(source: Source, texts: Texts) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that transformers' class has, under the names of the folder."""
-    from transformers import LlavaForConditionalGeneration
+def fold_aligner(layers: Sequence[Linear], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns adapter and aligner as the tensors of Llava's projector, which has two linear layers.
 
-    settings = _config(source, texts)
-    with torch.device("meta"):
-        model = cast(nn.Module, LlavaForConditionalGeneration(settings))
-    places = {
-        "model.language_model.": "language_model.model.",
-        "model.vision_tower.": TOWERS[source.encoder_family.name],
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "lm_head.": "language_model.lm_head.",
-    }
-    shapes = {}
-    for name, tensor in model.state_dict().items():
-        prefix = next(prefix for prefix in places if name.startswith(prefix))
-        shapes[places[prefix] + name.removeprefix(prefix)] = tuple(tensor.shape)
-    if settings.tie_word_embeddings:
-        shapes.pop("language_model.lm_head.weight")
-    return shapes
+    layers: the two linear layers of the adapter and the aligner.
+
+    The aligner follows the adapter's last layer without an activation, so the two are one linear layer. The inner width
+    of Llava's projector is that of its decoder: a narrower adapter is padded with units that are zero before the
+    activation and, because GELU(0) = 0, also after it.
+
+    Raises:
+        ConfigError: the adapter is wider than the decoder.
+    """
+    (first, first_bias), (last, last_bias), (aligner, aligner_bias) = layers
+    padding = len(aligner) - len(first)
+    if padding < 0:
+        raise ConfigError(
+            f"Llava has no room for an adapter that is wider ({len(first)} units) than its decoder ({len(aligner)}); "
+            "use --format remote-code."
+        )
+    folded = aligner.double() @ last.double()
+    folded_bias = aligner.double() @ last_bias.double() + aligner_bias.double()
+    return _projector(
+        [
+            (
+                nn.functional.pad(first, (0, 0, 0, padding)).to(dtype),
+                nn.functional.pad(first_bias, (0, padding)).to(dtype),
+            ),
+            (nn.functional.pad(folded, (0, padding)).to(dtype), folded_bias.to(dtype)),
+        ]
+    )
 
 
-def _config(source: Source, texts: Texts) -> Any:
+def _llava_config(source: Source, texts: TextSettings) -> Any:
     from transformers import LlavaConfig
 
     text, vision = source.plain_configs()
-    settings: Any = LlavaConfig(
+    config: Any = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=texts.image_token_id,
@@ -174,29 +201,20 @@ def _config(source: Source, texts: Texts) -> Any:
         multimodal_projector_bias=True,
         tie_word_embeddings=bool(source.text.tie_word_embeddings),
     )
-    return settings
+    return config
 
 
-def write(source: Source, texts: Texts, folder: Path) -> None:
-    """Writes config.json, the processor and generation_config.json beside the weights."""
+def _llava_processor(source: Source, texts: TextSettings) -> Any:
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    settings = _config(source, texts)
-    settings.architectures = ["LlavaForConditionalGeneration"]
-    settings.dtype = source.dtype
-    settings.save_pretrained(folder)
-    pictures = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
-    size = {"height": pictures.size, "width": pictures.size}
-    processor = LlavaProcessor(
-        image_processor=LlavaImageProcessorPil(
-            do_pad=True,
-            size=size,
-            crop_size=size,
-            image_mean=pictures.mean,
-            image_std=pictures.std,
-            resample=pictures.resample,
-        ),
+    ours = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
+    size = {"height": ours.size, "width": ours.size}
+    images = LlavaImageProcessorPil(
+        do_pad=True, size=size, crop_size=size, image_mean=ours.mean, image_std=ours.std, resample=ours.resample
+    )
+    return LlavaProcessor(
+        image_processor=images,
         tokenizer=texts.tokenizer,
         patch_size=source.vision.patch_size,
         vision_feature_select_strategy=STRATEGIES[source.encoder_family.prefix_tokens],
@@ -204,5 +222,3 @@ def write(source: Source, texts: Texts, folder: Path) -> None:
         num_additional_image_tokens=source.encoder_family.prefix_tokens,
         chat_template=texts.template,
     )
-    processor.save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps(texts.generation, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Format `remote-code`: a folder with modelling code of its own, for what Llava cannot express.
+"""Format `remote-code`: a folder with modelling code of its own, for models that Llava cannot express.
 
-The code in `remote/` is copied beside the weights; with it `AutoModelForCausalLM` and `AutoProcessor` load the folder
-where they may (`trust_remote_code=True`). Tensors keep the names that they have in `model.VisionLanguageModel`.
+The code in `remote/` is copied next to the weights. With it, `AutoModelForCausalLM` and `AutoProcessor` load the folder
+if they are given `trust_remote_code=True`. Tensors keep the names that they have in `model.VisionLanguageModel`.
 """
 
 from __future__ import annotations
@@ -11,26 +11,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zero_ds.data.images import ImageProcessor
+from zero_ds.export.formats import LoadedTensor
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype
-from zero_ds.export.text import Texts, wrapper
+from zero_ds.export.text import TextSettings, image_prompt
 from zero_ds.model import lora
+from zero_ds.model.adapter import adapter_parameters
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.safetensors import Tensor
 
-REMOTE_CODE = True
 CODE = ("configuration_grafted.py", "modeling_grafted.py", "processing_grafted.py")
+"""Files of `remote/` that are copied into exports."""
 
-USAGE = """from transformers import AutoProcessor, AutoModelForCausalLM
+
+class RemoteCodeFormat:
+    """The format `remote-code`; see `formats.ExportFormat` for its methods."""
+
+    name = "remote-code"
+    tag = "custom_code"
+    remote_code = True
+    usage = """from transformers import AutoProcessor, AutoModelForCausalLM
 import torch
 from PIL import Image
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-image = Image.open("picture.png")
+image = Image.open("image.png")
 messages = [
     {{"role": "user", "content": "What is in this image?"}},
 ]
@@ -40,53 +47,57 @@ output_ids = model.generate(**inputs, max_new_tokens=50)
 print(processor.decode(output_ids[0], skip_special_tokens=True))
 """
 
+    def check(self, source: Source) -> None:
+        """Accepts every model of this package."""
 
-def refuse(source: Source) -> None:
-    """There is no model of this package that the format cannot express."""
+    def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
+        found: dict[str, Tensor] = {}
+        for name, tensor in source.encoder_tensors().items():
+            found[f"encoder.{name}"] = tensor
+        for name, span in source.adapter_spans().items():
+            found[name] = as_dtype(span, source.dtype)
+        for name, tensor in source.decoder_tensors().items():
+            found[f"decoder.{name}"] = tensor
+        return list(found.items())
+
+    def loaded_tensors(self, source: Source, model: VisionLanguageModel) -> Iterator[LoadedTensor]:
+        assert model.encoder is not None
+        for name, tensor in model.encoder.state_dict().items():
+            yield LoadedTensor(f"encoder.{name}", tensor, exact=True)
+        for name, parameter in adapter_parameters(model).items():
+            yield LoadedTensor(name, parameter.detach(), exact=True)
+        merged = source.merged_weights()
+        for name, parameter in lora.without(model.decoder):
+            yield LoadedTensor(f"decoder.{name}", parameter.detach(), exact=name not in merged)
+
+    def expected_shapes(self, source: Source, texts: TextSettings) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in source.encoder.state_dict().items():
+            shapes[f"encoder.{name}"] = tuple(tensor.shape)
+        shapes |= source.adapter_shapes()
+        for name, shape in source.decoder.expected_shapes.items():
+            shapes[f"decoder.{name}"] = shape
+        return shapes
+
+    def write_files(self, source: Source, texts: TextSettings, folder: Path) -> None:
+        texts.tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(texts.template, encoding="utf-8")
+        files = {
+            "config.json": _config(source, texts),
+            "processor_config.json": _processor_config(source, texts),
+            "generation_config.json": texts.generation,
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name in CODE:
+            (folder / name).write_bytes((Path(__file__).parent / "remote" / name).read_bytes())
 
 
-def tensors(source: Source) -> list[tuple[str, Tensor]]:
-    """Every tensor of the folder by its name, in the order of the model.
-
-    Raises:
-        ConfigError, CheckpointError: weights that do not fit.
-    """
-    found = {f"encoder.{name}": tensor for name, tensor in source.encoder_tensors().items()}
-    found |= {name: as_dtype(span, source.dtype) for name, span in source.adapter_spans().items()}
-    found |= {f"decoder.{name}": tensor for name, tensor in source.decoder_tensors().items()}
-    return list(found.items())
-
-
-def loaded(source: Source, model: VisionLanguageModel) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """(name in the folder, value, whether it is rounded as it stands) of every tensor of a model that was loaded whole.
-
-    Another way to the same tensors than `tensors`, for comparison.
-    """
-    merged = {f"{module}.weight" for module in source.lora()}
-    assert model.encoder is not None
-    for name, tensor in model.encoder.state_dict().items():
-        yield f"encoder.{name}", tensor, True
-    for name, parameter in model.named_parameters():
-        if name.startswith(("adapter.", "boundary.", "aligner.")):
-            yield name, parameter.detach(), True
-    for name, parameter in lora.without(model.decoder):
-        yield f"decoder.{name}", parameter.detach(), name not in merged
-
-
-def expected(source: Source, texts: Texts) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the folder's class has; its parts are transformers' own classes."""
-    from zero_ds.model.decoders.folder import expected_shapes
-
-    shapes = {f"encoder.{name}": tuple(tensor.shape) for name, tensor in source.encoder.state_dict().items()}
-    shapes |= {name: span.shape for name, span in source.adapter_spans().items()}
-    return shapes | {f"decoder.{name}": shape for name, shape in expected_shapes(source.folder).items()}
-
-
-def write(source: Source, texts: Texts, folder: Path) -> None:
-    """Writes code, config.json, the processor and generation_config.json beside the weights."""
+def _config(source: Source, texts: TextSettings) -> dict[str, Any]:
+    """Returns config.json: the arguments of remote/configuration_grafted.py and what transformers needs to find it."""
     text, vision = source.plain_configs()
     adapter = source.config.adapter
-    settings: dict[str, Any] = {
+    return {
         "architectures": ["GraftedForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_grafted.GraftedConfig",
@@ -101,30 +112,27 @@ def write(source: Source, texts: Texts, folder: Path) -> None:
         "patch_norm": source.encoder_family.final_norm if source.encoder_config.patch_norm else None,
         "boundary_tokens": adapter.boundary_tokens,
         "adapter_width": adapter.width or source.text.hidden_size,
-        "aligner": adapter.width is not None,
+        "aligner": source.has_aligner,
         "tie_word_embeddings": bool(source.text.tie_word_embeddings),
         "text_config": text,
         "vision_config": vision,
     }
-    pictures = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
-    before, between = wrapper(source.config.data)
-    processor = {
+
+
+def _processor_config(source: Source, texts: TextSettings) -> dict[str, Any]:
+    """Returns processor_config.json: the arguments of remote/processing_grafted.py and where transformers finds it."""
+    images = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
+    before, between = image_prompt(source.config.data)
+    return {
         "processor_class": "GraftedProcessor",
         "auto_map": {"AutoProcessor": "processing_grafted.GraftedProcessor"},
         "image_token": texts.image_token,
         "tokens_per_view": source.tokens_per_image,
-        "image_size": pictures.size,
-        "image_mean": pictures.mean,
-        "image_std": pictures.std,
-        "resample": int(pictures.resample),
+        "image_size": images.size,
+        "image_mean": images.mean,
+        "image_std": images.std,
+        "resample": int(images.resample),
         "image_grid": source.config.data.image_grid,
         "before": before,
         "between": between,
     }
-    texts.tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(texts.template, encoding="utf-8")
-    files = {"config.json": settings, "processor_config.json": processor, "generation_config.json": texts.generation}
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in CODE:
-        (folder / name).write_bytes((Path(__file__).parent / "remote" / name).read_bytes())

@@ -1,4 +1,4 @@
-"""What an export is made of: a run's weights over the files of decoder and encoder; the decoder is never loaded."""
+"""The weights of an export: those of a run over the files of decoder and vision encoder. No decoder is loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
-from zero_ds.export.tensors import as_dtype, in_memory, merged, read
-from zero_ds.grafting.graft import compatibility, run_config
+from zero_ds.export.tensors import as_dtype, in_memory, merged
+from zero_ds.grafting.compatibility import compatibility, run_config
 from zero_ds.model.adapter import adapter_shapes
-from zero_ds.model.decoders import Family, family_of
-from zero_ds.model.decoders.folder import decoder_spans, expected_shapes, text_config
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.encoders import EncoderFamily, encoder_of
-from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
@@ -33,7 +31,7 @@ from zero_ds.training.checkpoint.checkpoint import (
 from zero_ds.training.stages import SURROGATE_ONLY
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types that an export can have, by the names of the command line."""
+"""Number formats that an export can have, by their names on the command line."""
 _LORA = re.compile(r"lora\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -41,216 +39,237 @@ _LORA = re.compile(r"lora\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 class Source:
     """A run on a decoder, as it is exported."""
 
-    commit: Checkpoint
+    checkpoint: Checkpoint
     config: RunConfig
+    """Configuration that the checkpoint was trained with."""
     target: str
-    """The decoder as the user named it."""
-    folder: Path
-    """Where it lies."""
+    """Name of the decoder, as the user gave it."""
+    decoder: DecoderFolder
+    """Folder of the decoder. This one instance serves the whole export, so that its files are read once."""
     dtype: torch.dtype
-    surrogate: SurrogateInfo | None
-    """Of a decoder that is a surrogate."""
+    """Number format of the export."""
     weights: dict[str, Span]
-    """What the run and the results it started from trained, later ones winning, by the names in weights files."""
+    """Tensors that the run and the results it started from trained, later ones first, by their names in weights
+    files."""
+
+    # -- decoder and encoder -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def text(self) -> Any:
+        """transformers' config of the decoder."""
+        return self.decoder.text_config()
 
     @property
     def encoder_config(self) -> EncoderConfig:
+        """The run's configuration of the vision encoder."""
         assert self.config.encoder is not None
         return self.config.encoder
 
     @cached_property
     def encoder_folder(self) -> Path:
+        """Folder of the vision encoder that training began with."""
         return local_folder(self.encoder_config.path)
 
     @cached_property
     def encoder_family(self) -> EncoderFamily:
+        """Family of the vision encoder."""
         return encoder_of(self.encoder_folder)
 
     @cached_property
-    def family(self) -> Family:
-        return family_of(self.folder)
-
-    @cached_property
-    def text(self) -> Any:
-        """The decoder's config."""
-        return text_config(self.folder)
+    def encoder(self) -> nn.Module:
+        """The vision encoder that training began with. It is small next to a decoder and stays in memory."""
+        return load_complete(self.encoder_family.load, self.encoder_folder, dtype=self.dtype)
 
     @property
-    def plan(self) -> LayerPlan | None:
-        return self.surrogate.plan if self.surrogate else None
+    def vision(self) -> Any:
+        """transformers' config of the vision encoder."""
+        return self.encoder_family.vision_config(self.encoder)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Number of image tokens of one view of an image, with its boundary embeddings."""
+        tokens = self.encoder_family.tokens_per_image(self.vision)
+        return tokens + 2 if self.config.adapter.boundary_tokens else tokens
+
+    @property
+    def has_aligner(self) -> bool:
+        """Whether a linear layer brings the adapter's output to the decoder's width."""
+        return self.config.adapter.width is not None
 
     def plain_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The decoder's config and the encoder's as dictionaries of what an export says of them.
-
-        Where they lay on this machine is not among it.
-        """
+        """Returns the configs of decoder and vision encoder as dictionaries, without paths of this machine."""
         dtype = str(self.dtype).removeprefix("torch.")
-        text, vision = ({**config.to_dict(), "dtype": dtype} for config in (self.text, self.vision))
+        text = {**self.text.to_dict(), "dtype": dtype}
+        vision = {**self.vision.to_dict(), "dtype": dtype}
         for config in (text, vision):
             for name in ("_name_or_path", "_model_name_or_path"):
                 config.pop(name, None)
         return text, vision
 
-    @cached_property
-    def encoder(self) -> nn.Module:
-        """The encoder with the weights it began with. It is small beside a decoder, and stays in memory."""
-        return load_complete(self.encoder_family.load, self.encoder_folder, dtype=self.dtype)
-
-    @property
-    def vision(self) -> Any:
-        """The encoder's config."""
-        return self.encoder_family.vision_config(self.encoder)
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Image tokens of one view of a picture, boundary embeddings included."""
-        return self.encoder_family.tokens_per_image(self.vision) + 2 * self.config.adapter.boundary_tokens
-
     # -- tensors -------------------------------------------------------------------------------------------------------
 
     def decoder_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the decoder under the causal LM's names; no head where it is tied to the embeddings.
+        """Returns every tensor of the decoder under its name in the causal LM; no head if it is tied to the embeddings.
 
         Raises:
             ConfigError, CheckpointError: damaged files of the decoder, weights that do not fit it.
         """
-        files = decoder_spans(self.folder)
-        names = expected_shapes(self.folder)  # of tied models without the head, which some store nevertheless
-        bases = {name: files[name] for name in names}
-        trained: set[str] = set()
+        files = self.decoder.spans
+        # tied models have no head among their expected tensors, although some files contain one
+        bases = {name: files[name] for name in self.decoder.expected_shapes}
         for name, span in self.weights.items():
-            place = self._place(name)
+            place = self._place_in_decoder(name)
             if place is None:
                 continue
             if place not in bases:
                 raise CheckpointError(
-                    f"{span.file} holds {name}, which {self.target} has not; it was made for another."
+                    f"{span.file} holds {name}, which {self.target} does not have; it was trained for another model."
                 )
             if bases[place].shape != span.shape:
                 raise CheckpointError(
                     f"{name} in {span.file} has shape {span.shape}, in {self.target} {bases[place].shape}."
                 )
             bases[place] = span
-            trained.add(place)
-        result: dict[str, Tensor] = {name: as_dtype(span, self.dtype) for name, span in bases.items()}
+        tensors: dict[str, Tensor] = {name: as_dtype(span, self.dtype) for name, span in bases.items()}
         lora = self.config.lora
         for module, sides in self.lora().items():
             name = f"{module}.weight"
             if lora is None or name not in bases or set(sides) != {"A", "B"}:
-                raise CheckpointError(f"{self.commit.folder} holds LoRA of {module}, which does not fit {self.target}.")
-            result[name] = merged(bases[name], sides["A"], sides["B"], scaling(lora), self.dtype)
-        return result
+                raise CheckpointError(
+                    f"{self.checkpoint.folder} holds LoRA of {module}, which does not fit {self.target}."
+                )
+            tensors[name] = merged(bases[name], sides["A"], sides["B"], scaling(lora), self.dtype)
+        return tensors
 
     def lora(self) -> dict[str, dict[str, Span]]:
-        """Module of the decoder -> its LoRA weights, by side: A (rank, in) and B (out, rank)."""
+        """Returns the LoRA weights by module of the decoder and by side: A (rank, in) and B (out, rank)."""
         found: dict[str, dict[str, Span]] = {}
         for name, span in self.weights.items():
             if match := _LORA.fullmatch(name):
                 found.setdefault(match["module"], {})[match["side"]] = span
         return found
 
-    def _place(self, name: str) -> str | None:
-        """The decoder's name of a trained tensor; None for one of another part."""
+    def merged_weights(self) -> set[str]:
+        """Returns the names of the decoder's tensors into which LoRA is merged."""
+        return {f"{module}.weight" for module in self.lora()}
+
+    def _place_in_decoder(self, name: str) -> str | None:
+        """Returns the decoder's name for a trained tensor; None if the tensor belongs to another part of the model."""
         part, _, rest = name.partition(".")
         if part == "decoder":
             return rest
-        if self.plan is None or f"{part}." not in SURROGATE_ONLY:
+        plan = self.decoder.plan
+        if plan is None or f"{part}." not in SURROGATE_ONLY:
             return None
         number, _, inner = rest.partition(".")
-        layers = self.plan.translators if part == "translator" else range(self.plan.surrogate_depth)
+        layers = plan.translators if part == "translator" else range(plan.surrogate_depth)
         if not number.isdecimal() or int(number) >= len(layers):
-            return name  # which no decoder has
-        return f"{self.family.layer_prefix}{layers[int(number)]}.{inner}"
+            return name  # no decoder has a tensor of this name, so it is refused
+        return f"{self.decoder.family.layer_prefix}{layers[int(number)]}.{inner}"
 
     def encoder_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the encoder under its names in memory.
+        """Returns every tensor of the vision encoder under its name in memory.
 
         Raises:
-            CheckpointError: trained weights that do not fit it.
+            CheckpointError: trained weights that do not fit the encoder.
         """
-        result: dict[str, Tensor] = {n: in_memory(t, self.dtype) for n, t in self.encoder.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.encoder.state_dict().items():
+            tensors[name] = in_memory(value, self.dtype)
         for name, span in self.weights.items():
             if not name.startswith("encoder."):
                 continue
             place = name.removeprefix("encoder.")
-            if place not in result or result[place].shape != span.shape:
+            if place not in tensors or tensors[place].shape != span.shape:
                 raise CheckpointError(f"{name} in {span.file} does not fit the encoder in {self.encoder_folder}.")
-            result[place] = as_dtype(span, self.dtype)
-        return result
+            tensors[place] = as_dtype(span, self.dtype)
+        return tensors
+
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns name and shape of every tensor between vision encoder and decoder."""
+        return adapter_shapes(self.config.adapter, self.vision.hidden_size, self.text.hidden_size)
 
     def adapter_spans(self) -> dict[str, Span]:
-        """What stands between encoder and decoder: `adapter.*`, and where configured `boundary.*` and `aligner.*`.
+        """Returns every tensor between vision encoder and decoder.
 
         Raises:
-            ConfigError: a tensor that no result holds or that has another shape.
+            ConfigError: a tensor that no result holds, or that has another shape.
         """
-        shapes = adapter_shapes(self.config.adapter, self.vision.hidden_size, self.text.hidden_size)
-        for name, shape in shapes.items():
+        found = {}
+        for name, shape in self.adapter_shapes().items():
             if name not in self.weights:
-                raise ConfigError(f"{self.commit.folder} holds no {name}; name a run of a later stage.")
-            if self.weights[name].shape != shape:
-                raise ConfigError(f"{name} of {self.commit.folder} has shape {self.weights[name].shape}, not {shape}.")
-        return {name: self.weights[name] for name in shapes}
-
-    def adapter_in_memory(self) -> dict[str, torch.Tensor]:
-        return {name: read(span) for name, span in self.adapter_spans().items()}
+                raise ConfigError(f"{self.checkpoint.folder} holds no {name}; name a run of a later stage.")
+            found[name] = self.weights[name]
+            if found[name].shape != shape:
+                raise ConfigError(f"{name} of {self.checkpoint.folder} has shape {found[name].shape}, not {shape}.")
+        return found
 
 
 def scaling(lora: LoraConfig) -> float:
-    """By how much PEFT multiplies B A."""
+    """Returns the factor by which PEFT multiplies B A."""
     return lora.alpha / lora.rank
 
 
 def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Source:
-    """Finds and checks everything that an export reads; nothing large is read but for the hashes of the run's weights.
+    """Finds and checks everything that an export reads. Of large files it reads the run's weights, to hash them.
 
-    target: any decoder that the run fits: its full model, or its surrogate; None: the full model it was trained for.
-    dtype: a name in KINDS; auto: what the decoder is stored in.
+    run: run or checkpoint folder; target: folder or hub id of a decoder that the run fits, which is its full model or
+    its surrogate; None means the full model that it was trained for; dtype: a name in KINDS, or auto for the number
+    format in which the decoder is stored.
 
     Raises:
-        ConfigError, CheckpointError: a run that is not finished or damaged, a decoder it was not trained for.
+        ConfigError, CheckpointError: an unfinished or damaged run, or a decoder that it was not trained for.
     """
-    commit = find_checkpoint(run)
-    config = run_config(commit)
+    checkpoint = find_checkpoint(run)
+    config = run_config(checkpoint)
     if config.encoder is None:
-        raise ConfigError(f"{run} has no vision encoder to export.")
+        raise ConfigError(f"{run} has no vision encoder to export; name a run of an encoder stage.")
     if dtype not in (*KINDS, "auto"):
         raise ConfigError(f"--dtype {dtype} is not known; choose {', '.join(KINDS)} or auto.")
     target = target or config.target
-    folder = local_folder(target)
-    surrogate = read_surrogate(folder) if (folder / "surrogate.json").is_file() else None
-    weights = _weights([*(find_checkpoint(path) for path in config.starts), commit], surrogate)
+    decoder = DecoderFolder(local_folder(target))
+    _ = decoder.surrogate  # a damaged surrogate.json is an error before the weights are hashed
+    results = [*(find_checkpoint(path) for path in config.starts), checkpoint]
+    weights = _trained_tensors(results, decoder)
+    _check_fit(checkpoint, config, target, decoder)
+    return Source(checkpoint, config, target, decoder, KINDS.get(dtype) or _stored_dtype(decoder), weights)
+
+
+def _check_fit(checkpoint: Checkpoint, config: RunConfig, target: str, decoder: DecoderFolder) -> None:
+    """Raises ConfigError or CheckpointError if the run was not trained for the decoder."""
+    surrogate = decoder.surrogate
     if surrogate is not None:
-        check_manifest(commit, {"target_hash": surrogate.target_hash, "family": surrogate.family})
+        check_manifest(checkpoint, {"target_hash": surrogate.target_hash, "family": surrogate.family})
         if config.lora is not None:
-            raise ConfigError(f"{commit.folder} was trained with LoRA on its target, and {folder} is a surrogate.")
-    else:
-        for check in compatibility(commit, folder):
-            if check.fits is False:  # what was not recorded cannot be compared
-                raise ConfigError(
-                    f"{commit.folder} cannot be exported on {target}: {check.what} is {check.here}, "
-                    f"trained with {check.trained_with}."
-                )
-    kind = KINDS.get(dtype) or _stored(folder)
-    return Source(commit, config, target, folder, kind, surrogate, weights)
+            raise ConfigError(f"{checkpoint.folder} was trained with LoRA on its target, and {decoder} is a surrogate.")
+        return
+    for check in compatibility(checkpoint, decoder):
+        if check.fits is False:  # values that were not recorded cannot be compared
+            raise ConfigError(
+                f"{checkpoint.folder} cannot be exported on {target}: {check.what} is {check.here}, "
+                f"trained with {check.trained_with}."
+            )
 
 
-def _weights(commits: list[Checkpoint], surrogate: SurrogateInfo | None) -> dict[str, Span]:
-    """Trained tensors of several results, later ones winning; translators only where the decoder has them."""
+def _trained_tensors(results: list[Checkpoint], decoder: DecoderFolder) -> dict[str, Span]:
+    """Returns the trained tensors of several results, of which later ones replace earlier ones.
+
+    Layers that only a surrogate has are left out unless the decoder is one; then they must fit its plan.
+    """
     found: dict[str, Span] = {}
-    for commit in commits:
-        path = commit.folder / "weights.safetensors"
-        check_hash(path, str(commit.manifest.get("weights_sha256")))
+    for checkpoint in results:
+        path = checkpoint.folder / "weights.safetensors"
+        check_hash(path, str(checkpoint.manifest.get("weights_sha256")))
         named = spans(path)
-        if surrogate is None:
+        if decoder.plan is None:
             named = {name: span for name, span in named.items() if not name.startswith(SURROGATE_ONLY)}
         elif any(name.startswith(SURROGATE_ONLY) for name in named):
-            check_manifest(commit, {"plan": surrogate.plan.to_json()})
+            check_manifest(checkpoint, {"plan": decoder.plan.to_json()})
         found |= named
     return found
 
 
-def _stored(folder: Path) -> torch.dtype:
-    """The type in which a decoder's embeddings are stored, as far as an export can have it."""
-    stored = decoder_spans(folder)[family_of(folder).embeddings].dtype
+def _stored_dtype(decoder: DecoderFolder) -> torch.dtype:
+    """Returns the number format of the decoder's embeddings, or float32 if an export cannot have that format."""
+    stored = decoder.spans[decoder.family.embeddings].dtype
     return next((dtype for dtype in KINDS.values() if dtype_name(dtype) == stored), torch.float32)

@@ -1,4 +1,4 @@
-"""Tensors of an export on their way from file to file: as they are, cast, or with LoRA added, some rows at a time."""
+"""Tensors of an export on their way from file to file: unchanged, cast, or with LoRA merged, some rows at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Computed, Span, Tensor, dtype_name, torch_dtype
 
 BLOCK = 16 << 20
-"""Bytes of a source that are in memory at a time."""
+"""Number of bytes of a source that are in memory at a time."""
 _ONE_PRODUCT = Lock()
-"""Shards are written by several threads, and a product in float32 is large."""
+"""Lets one thread at a time compute a product, because it is large in float32 and several threads write shards."""
 
 
 def read(span: Span) -> torch.Tensor:
-    """The whole tensor."""
+    """Reads a tensor as a whole."""
     return torch.cat(list(_rows(span))).view(span.shape)
 
 
 def as_dtype(span: Span, dtype: torch.dtype) -> Tensor:
-    """The tensor in another type; where that is its own, its bytes are copied."""
+    """Returns a tensor in a number format. If that is its own, its bytes will be copied, otherwise cast in blocks."""
     if span.dtype == dtype_name(dtype):
         return span
 
@@ -36,16 +36,20 @@ def as_dtype(span: Span, dtype: torch.dtype) -> Tensor:
 
 
 def in_memory(tensor: torch.Tensor, dtype: torch.dtype) -> Computed:
-    """A tensor that is there already."""
+    """Returns a tensor in memory, cast to a number format, as one to be written."""
     size = tensor.numel() * dtype.itemsize
     return Computed(dtype_name(dtype), tuple(tensor.shape), size, lambda: iter([buffer(tensor.detach().to(dtype))]))
 
 
 def merged(base: Span, down: Span, up: Span, scaling: float, dtype: torch.dtype) -> Computed:
-    """W + scaling B A, rounded where PEFT's merge of a model in `dtype` rounds.
+    """Returns W + scaling B A, rounded wherever PEFT's merge of a model in `dtype` rounds.
 
-    base: W (out, in); down: A (rank, in); up: B (out, rank); scaling: alpha / rank. Of W some rows are in memory, the
-    product is whole: in parts, sums could come in another order, and bfloat16 would round some elements another way.
+    base: W (out, in); down: A (rank, in); up: B (out, rank); scaling: alpha / rank. Only some rows of W are in memory
+    at a time, but the product is computed as a whole: in parts, its sums could have another order, and bfloat16 would
+    round some elements differently.
+
+    Raises:
+        ConfigError: the shapes do not fit.
     """
     if (down.shape[1], up.shape[0], down.shape[0]) != (base.shape[1], base.shape[0], up.shape[1]):
         raise ConfigError(
@@ -68,10 +72,10 @@ def merged(base: Span, down: Span, up: Span, scaling: float, dtype: torch.dtype)
 
 
 def _rows(span: Span) -> Iterator[torch.Tensor]:
-    """The tensor's elements, flat, in blocks of whole rows (the last axis).
+    """Yields the tensor's elements as flat blocks of whole rows (the last axis).
 
     Raises:
-        ConfigError: the file became shorter than its header says.
+        ConfigError: the file has become shorter than its header says.
     """
     dtype = torch_dtype(span.dtype)
     row = (span.shape[-1] if span.shape else 1) * dtype.itemsize
@@ -88,7 +92,7 @@ def _rows(span: Span) -> Iterator[torch.Tensor]:
 
 
 def values(tensor: Tensor) -> Iterator[torch.Tensor]:
-    """The elements as they will stand in the file, flat, block by block."""
+    """Yields the elements of a tensor as flat blocks, as they will be in the file."""
     if isinstance(tensor, Span):
         yield from _rows(tensor)
         return
@@ -98,6 +102,6 @@ def values(tensor: Tensor) -> Iterator[torch.Tensor]:
 
 
 def buffer(tensor: torch.Tensor) -> Any:
-    """The tensor's bytes, without a copy where it lies in one piece."""
+    """Returns the tensor's bytes, without a copy if the tensor is contiguous and on the CPU."""
     flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)

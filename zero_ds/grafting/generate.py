@@ -1,10 +1,11 @@
-"""Answers about pictures: greedy generation, and the log-probability of given words, from one pass over each prompt.
+"""Answers about images: greedy generation, and log-probabilities of given words, from one pass over each prompt.
 
-Prompts are read as a tree, so that nothing is computed twice: the text that all prompts begin with, then the pictures
-(once each, whoever asks about them), then the questions, then the true answers of those that have one. Reading the true
-answer gives the words' log-probabilities and, in the same pass, every greedy token up to the first that differs from
-it; generation goes on from there. The result is the plain greedy answer: what is predicted at a position depends on the
-tokens before it alone, and a token of the true answer counts as generated only where it is the argmax.
+Prompts are read as a tree, so that nothing is computed twice: first the text that all prompts begin with, then the
+images (once each, however many questions are about them), then the questions, then the true answers of the queries that
+have one. Reading the true answer yields the log-probabilities of its words and, in the same pass, every greedy token up
+to the first that differs from it; generation continues from there. The result is the plain greedy answer, because the
+prediction at a position depends only on the tokens before it, and a token of the true answer counts as generated only
+where it is the argmax.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -26,79 +25,114 @@ from zero_ds.data.sources import Sample
 from zero_ds.model.decoding import Context, Reader, Spot
 from zero_ds.model.vlm import VisionLanguageModel
 
+SHRINK = 0.75
+"""Finished rows leave a batch when at most this share of its rows is still generating."""
+
 
 @dataclass(frozen=True)
 class Choice:
-    """A word of the true answer that is looked for: at character `start`, one of `options`."""
+    """A word of the true answer that the model chooses from `options`."""
 
     start: int
+    """Position of the word's first character in the true answer."""
     word: str
     options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt, and, where the true answer is known, the words in it that are to be chosen.
-
-    `turns` end with a user's turn; the placeholders in them stand for the pictures `images`, as rows of the features
-    that are passed along with the query.
-    """
+    """A prompt and, if the true answer is known, the words in it that are to be chosen."""
 
     id: str
     turns: tuple[Turn, ...]
+    """Conversation that ends with a user's turn, with a placeholder for each image."""
     images: tuple[int, ...] = ()
+    """Images of the placeholders, as indices into the features that are passed along with the query."""
     answer: str = ""
     choices: tuple[Choice, ...] = ()
     max_new_tokens: int | None = None
-    """Longest answer to this query, in tokens; else the answerer's."""
+    """Longest answer in tokens; None means the limit of the Answerer."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model says to a query."""
+    """The model's answer to a query."""
 
     text: str
     """The greedy answer."""
     log_probs: tuple[tuple[float, ...], ...]
-    """For every choice, the log-probability of each option, given the prompt and the true answer before the word."""
+    """Log-probability of each option of each choice, given the prompt and the true answer up to the word."""
     begins_true: bool = False
-    """Whether every token of the true answer is the most probable one behind the prompt and those before it."""
+    """Whether every token of the true answer is the most probable one, given the prompt and the tokens before it."""
 
 
 @dataclass(frozen=True)
 class _Option:
-    """Where one option's tokens are predicted: at `places` of sequence `sequence` (0 is the true answer)."""
+    """The tokens that distinguish an option of a choice, and where the model predicts them."""
 
     sequence: int
-    places: tuple[tuple[int, int], ...]
-    """(position, token): position 0 is predicted by the prompt's last token."""
+    """Index of the task's sequence in which they are predicted; 0 is the true answer."""
+    tokens: tuple[tuple[int, int], ...]
+    """(position in the sequence, token). The last token of the prompt predicts position 0."""
 
 
-_Head = tuple[tuple[int, ...], tuple[int, ...]]
-"""Tokens and pictures with which prompts begin."""
+@dataclass(frozen=True)
+class _Head:
+    """The beginning of a prompt, up to its last image token."""
+
+    ids: tuple[int, ...]
+    images: tuple[int, ...]
+    """Indices of the images."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A query in tokens: `head` ends with the last image token, `tail` opens the answer."""
+    """A query in tokens."""
 
     number: int
-    head: tuple[int, ...]
+    """Index of the query."""
+    head: _Head
     tail: tuple[int, ...]
-    images: tuple[int, ...]
+    """Rest of the prompt, after the head."""
     sequences: tuple[tuple[int, ...], ...]
-    """The true answer, and further beginnings of answers that options of several tokens need."""
+    """The true answer, then further beginnings of answers, for options that do not continue the true answer."""
     options: tuple[tuple[_Option, ...], ...]
+    """The options of each choice."""
     limit: int
-    """Longest answer, in tokens."""
+    """Longest answer in tokens."""
 
     @property
     def length(self) -> int:
+        """Number of tokens after the head: the rest of the prompt and the true answer."""
         return len(self.tail) + len(self.sequences[0])
 
 
+@dataclass(frozen=True)
+class _Sequences:
+    """Hidden states along all sequences of a batch."""
+
+    hidden: torch.Tensor
+    """(rows, hidden): one sequence after the other, each with a row for every token and one for the token after it."""
+    first_row: dict[tuple[int, int], int]
+    """Row that predicts the first token of a sequence, by (number of the task in the batch, number of the sequence)."""
+
+    def spots(self, number: int, option: _Option) -> list[Spot]:
+        """Returns the rows that predict the tokens of an option of task `number`, with these tokens."""
+        start = self.first_row[number, option.sequence]
+        return [(start + place, token) for place, token in option.tokens]
+
+    def wanted(self, tasks: Sequence[_Task]) -> set[Spot]:
+        """Returns the spots of all options of all tasks."""
+        found: set[Spot] = set()
+        for number, task in enumerate(tasks):
+            for choice in task.options:
+                for option in choice:
+                    found.update(self.spots(number, option))
+        return found
+
+
 class Answerer:
-    """A model with what it needs to answer: template, image processor, and limits."""
+    """Answers queries with a model. Holds what that takes: chat template, image processor and limits."""
 
     def __init__(
         self, model: VisionLanguageModel, encoder: SampleEncoder, *, batch_size: int = 64, max_new_tokens: int = 32
@@ -115,28 +149,33 @@ class Answerer:
 
     @torch.inference_mode()
     def features(
-        self, pictures: Sequence[str | Image.Image], progress: Callable[[int], object] = lambda _: None
+        self, images: Sequence[str | Image.Image], progress: Callable[[int], object] = lambda _: None
     ) -> list[torch.Tensor]:
-        """Features of these pictures, files or loaded ones: (tokens, hidden) of each, on the model's device.
+        """Returns the features of image files or loaded images: (tokens, hidden) of each, on the model's device.
 
-        They depend on encoder and adapter only: a surrogate and the full model it was made for can share them.
+        They depend on vision encoder and adapter alone, so a surrogate and its target can share them. progress:
+        function that receives the number of images that were finished since its last call.
 
         Raises:
-            ImageError: a picture that cannot be read.
+            ImageError: an image that cannot be read.
         """
-        assert self.encoder.processor is not None and pictures
-        found: list[torch.Tensor] = []
-        for start in range(0, len(pictures), self.batch_size):
-            views = [self.encoder.processor(open_image(each)) for each in pictures[start : start + self.batch_size]]
+        assert self.encoder.processor is not None and images
+        features: list[torch.Tensor] = []
+        for start in range(0, len(images), self.batch_size):
+            views = [self.encoder.processor(open_image(image)) for image in images[start : start + self.batch_size]]
             tokens = self.model.image_features(torch.cat(views).to(self.device))
-            found += [part.flatten(0, 1) for part in tokens.split([len(each) for each in views])]
+            features += [part.flatten(0, 1) for part in tokens.split([len(each) for each in views])]
             progress(len(views))
-        return found
+        return features
 
     def reply(self, turns: Sequence[Turn], images: Sequence[str] = ()) -> str:
-        """The answer to a conversation that ends with a user's turn and has a placeholder for each picture file."""
+        """Returns the answer to a conversation that ends with a user's turn.
+
+        images: an image file for each placeholder in the conversation.
+        """
         features = self.features(images) if images else ()
-        return self.examine([Query("chat", tuple(turns), tuple(range(len(images))))], features)[0].text
+        query = Query("chat", tuple(turns), tuple(range(len(images))))
+        return self.examine([query], features)[0].text
 
     @torch.inference_mode()
     def examine(
@@ -145,23 +184,24 @@ class Answerer:
         features: Sequence[torch.Tensor] = (),
         progress: Callable[[int], object] = lambda _: None,
     ) -> list[Reply]:
-        """Answers queries, in their order; the batch size has no influence beyond float ties.
+        """Returns the replies to queries, in their order; they depend on the batch size only where floats tie.
 
-        features: of the pictures that queries name, see `features`; `progress` is told how many more are done.
+        features: features of the images that the queries name, as `features` returns them. progress: function that
+        receives the number of queries that were answered since its last call.
 
         Raises:
-            DataError: a query that does not fit its pictures, its answer or the length limit, named by its id.
+            DataError: a query that does not fit its images, its answer or the length limit; the message has its id.
         """
         tasks = [self._task(number, query, features) for number, query in enumerate(queries)]
         replies: dict[int, Reply] = {}
         for window in self._windows(tasks):
-            heads = list(dict.fromkeys((task.head, task.images) for task in window))
+            heads = list(dict.fromkeys(task.head for task in window))
             row_of = {head: row for row, head in enumerate(heads)}
-            pictures = self._read_heads(heads, features)
-            for part in self._batches(window):
-                answered = self._answer(part, pictures, [row_of[task.head, task.images] for task in part])
-                replies.update((task.number, reply) for task, reply in zip(part, answered, strict=True))
-                progress(len(part))
+            context = self._read_heads(heads, features)
+            for batch in self._batches(window):
+                answered = self._answer(batch, context, [row_of[task.head] for task in batch])
+                replies.update((task.number, reply) for task, reply in zip(batch, answered, strict=True))
+                progress(len(batch))
         return [replies[number] for number in range(len(queries))]
 
     # -- queries in tokens ---------------------------------------------------------------------------------------------
@@ -172,147 +212,200 @@ class Answerer:
         ids = tuple(encoded.input_ids)
         if encoded.images != len(query.images):
             raise DataError(f"sample {query.id} has {len(query.images)} images for {encoded.images} placeholders")
-        if len(ids) > (limit := self.encoder.max_length):
-            raise DataError(f"sample {query.id} has {len(ids)} tokens, more than {limit}; raise data.max_length")
-        last = max((place for place, token in enumerate(ids) if token == IMAGE_TOKEN), default=0)
+        if len(ids) > self.encoder.max_length:
+            raise DataError(
+                f"sample {query.id} has {len(ids)} tokens, more than {self.encoder.max_length}; raise data.max_length"
+            )
+        head_length = 1 + max((place for place, token in enumerate(ids) if token == IMAGE_TOKEN), default=0)
         sequences = [tuple(self.template.encode_text(query.answer))]
-        options = [self._options(query, choice, sequences) for choice in query.choices]
-        most = self.max_new_tokens if query.max_new_tokens is None else query.max_new_tokens
-        return _Task(number, ids[: last + 1], ids[last + 1 :], query.images, tuple(sequences), tuple(options), most)
+        options = tuple(self._options(query, choice, sequences) for choice in query.choices)
+        return _Task(
+            number=number,
+            head=_Head(ids[:head_length], query.images),
+            tail=ids[head_length:],
+            sequences=tuple(sequences),
+            options=options,
+            limit=self.max_new_tokens if query.max_new_tokens is None else query.max_new_tokens,
+        )
 
     def _options(self, query: Query, choice: Choice, sequences: list[tuple[int, ...]]) -> tuple[_Option, ...]:
-        """Splits the options of a choice into tokens behind what all of them share with the text before the word.
+        """Returns the options of a choice as tokens, without those that all options share with the text before.
 
-        A word that goes on behind the choice (`stars` for `star`) goes on alike for every option. Options whose tokens
-        depend on more than the true answer's add a sequence of their own.
+        If the text continues the chosen word (`stars` for `star`), it continues every option in the same way. An option
+        whose tokens depend on others than the true answer's appends a sequence of its own to `sequences`.
         """
         end = choice.start + len(choice.word)
         if choice.start < 0 or query.answer[choice.start : end] != choice.word or choice.word not in choice.options:
-            raise DataError(f"sample {query.id}: {choice.word!r} is not at {choice.start}, or not among its options")
-        ending = cast(re.Match[str], re.match(r"[^\W\d_]*", query.answer[end:])).group()
+            raise DataError(
+                f"sample {query.id}: {choice.word!r} is not at character {choice.start} of the answer, or not among "
+                "its options"
+            )
+        continuation = re.match(r"[^\W\d_]*", query.answer[end:])
+        assert continuation is not None, "the pattern matches an empty text as well"
         before = query.answer[: choice.start]
-        texts = [self.template.encode_text(before + option + ending) for option in choice.options]
-        first = _common([*texts, self.template.encode_text(before.rstrip())])
+        texts = [self.template.encode_text(before + option + continuation.group()) for option in choice.options]
+        first = _common_length([*texts, self.template.encode_text(before.rstrip())])
         options = []
         for ids in texts:
-            given = tuple(ids[:-1])
-            sequence = next((i for i, known in enumerate(sequences) if known[: len(given)] == given), len(sequences))
-            if sequence == len(sequences):
-                sequences.append(given)
+            sequence = _find_or_append(sequences, tuple(ids[:-1]))
             options.append(_Option(sequence, tuple((place, ids[place]) for place in range(first, len(ids)))))
         return tuple(options)
 
     def _windows(self, tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
-        """Tasks about `batch_size` pictures at a time, those of like length together, the longest first."""
-        groups: dict[Any, list[_Task]] = {}
+        """Yields the tasks with `batch_size` heads at a time, longest heads first, so that lengths are similar."""
+        groups: dict[_Head, list[_Task]] = {}
         for task in tasks:
-            groups.setdefault((task.head, task.images), []).append(task)
-        ordered = sorted(groups.values(), key=lambda group: (-len(group[0].head), -max(t.length for t in group)))
+            groups.setdefault(task.head, []).append(task)
+
+        def longest_first(group: list[_Task]) -> tuple[int, int]:
+            return -len(group[0].head.ids), -max(task.length for task in group)
+
+        ordered = sorted(groups.values(), key=longest_first)
         for start in range(0, len(ordered), self.batch_size):
             yield [task for group in ordered[start : start + self.batch_size] for task in group]
 
     def _batches(self, window: Sequence[_Task]) -> Iterator[list[_Task]]:
-        """Tasks of like length that together have `batch_size` sequences, the longest first."""
-        part: list[_Task] = []
+        """Yields tasks that together have at most `batch_size` sequences, longest first, so that lengths are similar.
+
+        A task with more sequences than that is a batch of its own.
+        """
+        batch: list[_Task] = []
+        sequences = 0
         for task in sorted(window, key=lambda task: (-task.length, task.number)):
-            if part and sum(len(other.sequences) for other in [*part, task]) > self.batch_size:
-                yield part
-                part = []
-            part.append(task)
-        yield part
+            if batch and sequences + len(task.sequences) > self.batch_size:
+                yield batch
+                batch, sequences = [], 0
+            batch.append(task)
+            sequences += len(task.sequences)
+        yield batch
 
     # -- passes through the decoder ------------------------------------------------------------------------------------
 
     def _read_heads(self, heads: Sequence[_Head], features: Sequence[torch.Tensor]) -> Context:
-        """Reads the beginnings of prompts with their pictures; what text all begin with is read once."""
-        shared = _common([ids for ids, _ in heads])
-        shared = min(shared, next((i for i, token in enumerate(heads[0][0]) if token == IMAGE_TOKEN), shared))
+        """Reads the heads with their images; the text that all of them begin with is read once."""
+        first = heads[0].ids
+        shared = _common_length([head.ids for head in heads])
+        if IMAGE_TOKEN in first[:shared]:
+            shared = first.index(IMAGE_TOKEN)
         context = Context(1, self.device)
         if shared:
-            self.reader.extend(context, [heads[0][0][:shared]])
+            self.reader.extend(context, [first[:shared]])
         context = context.rows(torch.zeros(len(heads), dtype=torch.long, device=self.device))
-        pictures = [row for _, images in heads for row in images]
-        chosen = torch.cat([features[row] for row in pictures]).to(self.device) if pictures else None
-        self.reader.extend(context, [ids[shared:] for ids, _ in heads], chosen)
+        images = [image for head in heads for image in head.images]
+        chosen = torch.cat([features[image] for image in images]).to(self.device) if images else None
+        self.reader.extend(context, [head.ids[shared:] for head in heads], chosen)
         return context
 
-    def _answer(self, tasks: Sequence[_Task], pictures: Context, rows: Sequence[int]) -> list[Reply]:
-        """One batch: the questions, then the true answers, then what the model says from its first own token on."""
-        context = pictures.rows(torch.tensor(rows, device=self.device))
+    def _answer(self, tasks: Sequence[_Task], heads: Context, rows: Sequence[int]) -> list[Reply]:
+        """Answers one batch: reads the questions, then the true answers, then generates from where these differ.
+
+        heads: context of the heads; rows: row of each task's head in it.
+        """
+        context = heads.rows(torch.tensor(rows, device=self.device))
         hidden = self.reader.extend(context, [task.tail for task in tasks])
         last = torch.tensor([len(task.tail) - 1 for task in tasks], device=self.device)
         opening = hidden[torch.arange(len(tasks), device=self.device), last].unsqueeze(1)
-        columns = context.filled.shape[1]
+        prompt_columns = context.filled.shape[1]
 
-        numbered = [(t, s) for t, task in enumerate(tasks) for s in range(len(task.sequences))]
-        numbered.sort(key=lambda pair: pair[1] > 0)  # row t is the true answer of task t
-        read = [tasks[t].sequences[s] for t, s in numbered]
-        owners = torch.tensor([t for t, _ in numbered], device=self.device)
-        context = context.rows(owners) if len(owners) > len(tasks) else context
-        hidden = torch.cat(
-            [opening[owners], self.reader.extend(context, read)], dim=1
-        )  # column 0 predicts the first token
+        context, sequences = self._read_sequences(tasks, context, opening)
+        greedy, log_probs = self.reader.read(sequences.hidden, sequences.wanted(tasks))
 
-        flat = torch.cat([hidden[row, : len(tokens) + 1] for row, tokens in enumerate(read)])
-        starts = list(accumulate((len(tokens) + 1 for tokens in read), initial=0))
-        offset = dict(zip(numbered, starts, strict=False))
-
-        def spots(t: int, option: _Option) -> list[Spot]:
-            return [(offset[t, option.sequence] + place, token) for place, token in option.places]
-
-        wanted = {
-            spot for t, task in enumerate(tasks) for choice in task.options for o in choice for spot in spots(t, o)
-        }
-        greedy, known = self.reader.read(flat, wanted)
-
-        spoken, agreed = [], []
-        for t, task in enumerate(tasks):
-            truth, predicted = task.sequences[0], greedy[starts[t] : starts[t + 1]]
-            agreed.append(next((i for i, token in enumerate(truth) if predicted[i] != token), len(truth)))
-            spoken.append([*truth[: agreed[t]], predicted[agreed[t]]])
+        answers, agreed = [], []
+        for number, task in enumerate(tasks):
+            truth = task.sequences[0]
+            start = sequences.first_row[number, 0]
+            predicted = greedy[start : start + len(truth) + 1]
+            same = next((place for place, token in enumerate(truth) if predicted[place] != token), len(truth))
+            agreed.append(same == len(truth))
+            answers.append([*truth[:same], predicted[same]])
         limits = [task.limit for task in tasks]
-        self._continue(spoken, limits, context, columns)
-        sums = [[[sum(known[s] for s in spots(t, o)) for o in c] for c in task.options] for t, task in enumerate(tasks)]
-        return [
-            Reply(self._text(spoken[t][: limits[t]]), tuple(map(tuple, sums[t])), agreed[t] == len(task.sequences[0]))
-            for t, task in enumerate(tasks)
-        ]
+        self._continue_(answers, limits, context, prompt_columns)
 
-    def _continue(self, spoken: list[list[int]], limits: Sequence[int], context: Context, columns: int) -> None:
-        """Lengthens each answer, greedily, until it is closed or full.
+        replies = []
+        for number, task in enumerate(tasks):
+            text = self._text(answers[number][: limits[number]])
+            sums = []
+            for choice in task.options:
+                sums.append(tuple(sum(log_probs[spot] for spot in sequences.spots(number, o)) for o in choice))
+            replies.append(Reply(text, tuple(sums), agreed[number]))
+        return replies
 
-        The last token of each answer is not in the context yet; of the columns behind the prompt's, a row keeps those
-        of the tokens before it. Rows that are done leave the batch once they are a quarter of it.
+    def _read_sequences(
+        self, tasks: Sequence[_Task], context: Context, opening: torch.Tensor
+    ) -> tuple[Context, _Sequences]:
+        """Reads all sequences of a batch after its prompts. Row i of the returned context has task i's true answer.
+
+        opening: (tasks, 1, hidden), the hidden states that predict the first token after each prompt.
+        """
+        numbered = [(number, 0) for number in range(len(tasks))]
+        for number, task in enumerate(tasks):
+            numbered += [(number, sequence) for sequence in range(1, len(task.sequences))]
+        read = [tasks[number].sequences[sequence] for number, sequence in numbered]
+        owners = torch.tensor([number for number, _ in numbered], device=self.device)
+        if len(owners) > len(tasks):
+            context = context.rows(owners)
+        # column 0 predicts the first token of a sequence
+        hidden = torch.cat([opening[owners], self.reader.extend(context, read)], dim=1)
+        first_row, rows = {}, 0
+        for key, tokens in zip(numbered, read, strict=True):
+            first_row[key] = rows
+            rows += len(tokens) + 1
+        flat = torch.cat([hidden[row, : len(tokens) + 1] for row, tokens in enumerate(read)])
+        return context, _Sequences(flat, first_row)
+
+    def _continue_(
+        self, answers: list[list[int]], limits: Sequence[int], context: Context, prompt_columns: int
+    ) -> None:
+        """Lengthens each answer greedily, in place, until it is closed or full.
+
+        The last token of an answer is not in the context yet. A row of the context keeps, of its columns after the
+        prompt's, those of the answer's tokens before the last.
         """
 
-        def goes_on(row: int) -> bool:
-            return spoken[row][-1] != self.stop and len(spoken[row]) < limits[row]
+        def is_open(row: int) -> bool:
+            return answers[row][-1] != self.stop and len(answers[row]) < limits[row]
 
-        active = [row for row in range(len(spoken)) if goes_on(row)]
-        longest = max((len(spoken[row]) for row in active), default=0) - 1
-        context.filled[:, columns:] = 0
-        for row in active:
-            context.filled[row, columns : columns + len(spoken[row]) - 1] = 1
-        if active:
-            context = context.rows(torch.tensor(active, device=self.device), columns + longest)
-        rows = active
+        rows = [row for row in range(len(answers)) if is_open(row)]
+        if not rows:
+            return
+        context.filled[:, prompt_columns:] = 0
+        for row in rows:
+            context.filled[row, prompt_columns : prompt_columns + len(answers[row]) - 1] = 1
+        longest = max(len(answers[row]) for row in rows) - 1
+        context = context.rows(torch.tensor(rows, device=self.device), prompt_columns + longest)
+        active = rows
         while active:
-            hidden = self.reader.extend(context, [spoken[row][-1:] for row in rows])
+            hidden = self.reader.extend(context, [answers[row][-1:] for row in rows])
             following, _ = self.reader.read(hidden[:, 0])
             for row, token in zip(rows, following, strict=True):
-                if goes_on(row):
-                    spoken[row].append(token)
-            active = [row for row in rows if goes_on(row)]
-            if active and len(active) <= 0.75 * len(rows):
-                kept = [place for place, row in enumerate(rows) if goes_on(row)]
-                context, rows = context.rows(torch.tensor(kept, device=self.device)), active
+                if is_open(row):
+                    answers[row].append(token)
+            active = [row for row in rows if is_open(row)]
+            if active and len(active) <= SHRINK * len(rows):
+                kept = [place for place, row in enumerate(rows) if is_open(row)]
+                context = context.rows(torch.tensor(kept, device=self.device))
+                rows = active
 
     def _text(self, tokens: Sequence[int]) -> str:
-        kept = tokens[: tokens.index(self.stop)] if self.stop in tokens else tokens
-        return str(self.template.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        """Returns an answer's tokens as text, up to the token that closes it."""
+        if self.stop in tokens:
+            tokens = tokens[: tokens.index(self.stop)]
+        return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def _common(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common beginning."""
-    shortest = min(len(s) for s in sequences)
-    return next((i for i in range(shortest) if len({s[i] for s in sequences}) > 1), shortest)
+def _find_or_append(sequences: list[tuple[int, ...]], tokens: tuple[int, ...]) -> int:
+    """Returns the index of the first sequence that begins with `tokens`, after appending them if there is none."""
+    for number, sequence in enumerate(sequences):
+        if sequence[: len(tokens)] == tokens:
+            return number
+    sequences.append(tokens)
+    return len(sequences) - 1
+
+
+def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Returns the length of the longest common beginning."""
+    shortest = min(len(sequence) for sequence in sequences)
+    for place in range(shortest):
+        if len({sequence[place] for sequence in sequences}) > 1:
+            return place
+    return shortest

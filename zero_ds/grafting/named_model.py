@@ -1,8 +1,7 @@
-"""A model by the name that a user gives it: a folder or hub id, an export, a run, or a run plugged into its target."""
+"""A model by the name that a user gives it: a folder or hub id, an export, a run, or a run grafted into its target."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,11 +11,13 @@ import torch
 from zero_ds.config.schema import DataConfig, EncoderConfig
 from zero_ds.data.conversations import WRAPPERS
 from zero_ds.data.samples import SampleEncoder
+from zero_ds.grafting.compatibility import run_config
 from zero_ds.grafting.engines.offload import spread_
-from zero_ds.grafting.graft import load_graft, load_trained, run_config
+from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.grafting.tokenizers import for_texts_
 from zero_ds.model.build import ModelSpec, Modules, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.encoders import ENCODERS
 from zero_ds.model.loading import load_complete, model_hash
 from zero_ds.model.vlm import VisionLanguageModel
@@ -26,82 +27,98 @@ from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
 from zero_ds.training.stages import decoder_folder
 
 EXPORT = "llava"
-"""`model_type` of an exported folder."""
+"""`model_type` in the config.json of an exported folder."""
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """What a name stands for, before anything large is read."""
+    """A model that was found by its name, before anything large is read."""
 
     name: str
     kind: Literal["target", "surrogate", "trained", "graft", "export"]
-    folder: Path
-    """The decoder's folder; an export's own."""
-    commit: Checkpoint | None = None
-    """Where encoder and adapter come from, if a run was named."""
+    decoder: DecoderFolder
+    """Folder of the decoder; of an export, its own folder."""
+    checkpoint: Checkpoint | None = None
+    """Checkpoint with encoder and adapter, if a run was named."""
+
+    @property
+    def folder(self) -> Path:
+        """Path of `decoder`."""
+        return self.decoder.path
 
     @property
     def sees(self) -> bool:
-        """Whether it has a vision encoder."""
-        return self.kind == "export" or (self.commit is not None and run_config(self.commit).encoder is not None)
+        """Whether the model has a vision encoder."""
+        if self.checkpoint is None:
+            return self.kind == "export"
+        return run_config(self.checkpoint).encoder is not None
 
     def identity(self) -> dict[str, Any]:
-        """Kind, folders and hashes: what a result says about the model that it was measured on."""
-        found: dict[str, Any] = {"name": self.name, "kind": self.kind, "decoder": str(self.folder)}
-        found["decoder_hash"] = model_hash(self.folder)
-        if self.commit is not None:
-            found |= {"weights": str(self.commit.folder), "step": self.commit.step}
-            found["weights_sha256"] = self.commit.manifest.get("weights_sha256")
+        """Returns name, kind, folders and hashes, by which a result names the model that it was measured on."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "kind": self.kind,
+            "decoder": str(self.folder),
+            "decoder_hash": model_hash(self.folder),
+        }
+        if self.checkpoint is not None:
+            found["weights"] = str(self.checkpoint.folder)
+            found["step"] = self.checkpoint.step
+            found["weights_sha256"] = self.checkpoint.manifest.get("weights_sha256")
         return found
 
 
 @dataclass(frozen=True)
+class Served:
+    """Arguments with which vLLM is started."""
+
+    folder: Path
+    """Folder of an ordinary Hugging Face model."""
+    dtype: str
+    max_length: int
+    """Number of tokens that prompt and answer may have together."""
+    tensor_parallel: int = 1
+    """Number of devices that share the model."""
+
+
+@dataclass(frozen=True)
 class LoadedModel:
-    """A model with what turns conversations into its tokens."""
+    """A model in memory, with the sample encoder that turns conversations into its tokens."""
 
     model: VisionLanguageModel
     encoder: SampleEncoder
     served: Served | None = None
-    """How vLLM runs the decoder; then `model` holds none of its layers."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """What vLLM is started with."""
-
-    folder: Path
-    """Of an ordinary Hugging Face model."""
-    dtype: str
-    max_length: int
-    tensor_parallel: int = 1
+    """How vLLM runs the decoder; `model` then holds none of its layers. None if the model runs in this process."""
 
 
 def find_model(name: str, target: str | None = None) -> NamedModel:
-    """What `name` stands for: the folder or hub id of a target, a surrogate or an export; or a run or commit folder,
-    which means the model as it was trained, or, with `target`, plugged into that model.
+    """Finds the model that `name` stands for.
+
+    name: folder or hub id of a target, a surrogate or an export; or a run or checkpoint folder, which stands for the
+    model as it was trained. target: folder or hub id of a full model into which the run is grafted.
 
     Raises:
-        ConfigError, CheckpointError: nothing of that name, or a `target` where there is nothing to plug in.
+        ConfigError, CheckpointError: there is no such model, or `target` was given for a name that is not a run.
     """
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():
-        commit = find_checkpoint(folder)
-        decoder = local_folder(target or decoder_folder(run_config(commit)))
-        grafted = target is not None and not (decoder / "surrogate.json").is_file()
-        return NamedModel(name, "graft" if grafted else "trained", decoder, commit)
+        checkpoint = find_checkpoint(folder)
+        decoder = DecoderFolder(local_folder(target or decoder_folder(run_config(checkpoint))))
+        is_graft = target is not None and not decoder.is_surrogate
+        return NamedModel(name, "graft" if is_graft else "trained", decoder, checkpoint)
     if target is not None:
-        raise ConfigError(f"{name} is no run, so nothing of it can be plugged into {target}; leave out --target.")
-    folder = local_folder(name)
-    if (folder / "surrogate.json").is_file():
-        return NamedModel(name, "surrogate", folder)
-    return NamedModel(name, "export" if _model_type(folder) == EXPORT else "target", folder)
+        raise ConfigError(f"{name} is not a run, so it cannot be grafted into {target}; leave out --target.")
+    decoder = DecoderFolder(local_folder(name))
+    if decoder.is_surrogate:
+        return NamedModel(name, "surrogate", decoder)
+    return NamedModel(name, "export" if _is_export(decoder) else "target", decoder)
 
 
-def _model_type(folder: Path) -> str | None:
+def _is_export(folder: DecoderFolder) -> bool:
     try:
-        return cast("str | None", json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return None
+        return bool(folder.raw_config["model_type"] == EXPORT)
+    except (OSError, ConfigError):
+        return False  # loading the folder as a target will raise the error that explains it
 
 
 def load_model(
@@ -113,34 +130,44 @@ def load_model(
     device_map: str | None = None,
     offload_folder: Path | None = None,
 ) -> LoadedModel:
-    """Reads the model into memory, onto one device, or with a `device_map` (offload.py) decoder layers elsewhere.
+    """Loads a model onto one device, or, with a `device_map`, some decoder layers elsewhere (engines/offload.py).
 
     Prompts may be as long as the decoder allows, whatever `data.max_length` was in training.
 
     Raises:
-        ConfigError, CheckpointError: a folder that is damaged, or parts that do not belong together.
+        ConfigError, CheckpointError: a damaged folder, or parts that do not belong together.
     """
     if named.kind == "export":
         model, encoder = _load_export(named.folder, dtype, attention)
-    elif named.commit is None:
-        model = build_model(ModelSpec(decoder=named.folder, dtype=dtype, attention=attention)).eval()
-        encoder = sample_encoder(model, named.folder, None, DataConfig())
+    elif named.checkpoint is None:
+        model = build_model(ModelSpec(decoder=named.decoder, dtype=dtype, attention=attention)).eval()
+        encoder = sample_encoder(model, named.decoder, None, DataConfig())
     else:
-        config = run_config(named.commit)
-        load = load_graft if named.kind == "graft" else load_trained
-        model = load(named.commit.folder, named.folder, dtype=dtype, attention=attention)
-        vision = local_folder(config.encoder.path) if config.encoder else None
-        prompt = "off" if config.data.image_prompt == "off" else "fixed"
-        encoder = sample_encoder(
-            model, named.folder, vision, config.data.model_copy(update={"image_prompt": prompt}), seed=config.seed
-        )
+        model, encoder = _load_run(named, named.checkpoint, dtype, attention)
     longest = int(cast(Any, model.decoder).config.get_text_config().max_position_embeddings)
-    model = model.to(device) if device_map is None else spread_(model, device_map, torch.device(device), offload_folder)
-    return LoadedModel(model, replace(encoder, max_length=longest))
+    loaded = LoadedModel(model, replace(encoder, max_length=longest))
+    if device_map is None:
+        model.to(device)
+    else:
+        spread_(model, device_map, torch.device(device), offload_folder)
+    return loaded
+
+
+def _load_run(
+    named: NamedModel, checkpoint: Checkpoint, dtype: torch.dtype, attention: str
+) -> tuple[VisionLanguageModel, SampleEncoder]:
+    config = run_config(checkpoint)
+    load = load_graft if named.kind == "graft" else load_trained
+    model = load(checkpoint.folder, named.decoder, dtype=dtype, attention=attention)
+    vision = local_folder(config.encoder.path) if config.encoder else None
+    # training may draw the words around an image at random; answers always use the same ones
+    image_prompt = "off" if config.data.image_prompt == "off" else "fixed"
+    data = config.data.model_copy(update={"image_prompt": image_prompt})
+    return model, sample_encoder(model, named.decoder, vision, data, seed=config.seed)
 
 
 def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[VisionLanguageModel, SampleEncoder]:
-    """transformers' Llava taken apart into encoder, adapter and decoder again."""
+    """Loads transformers' Llava and takes it apart into vision encoder, adapter and decoder again."""
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     llava: Any = load_complete(
@@ -148,12 +175,18 @@ def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Visi
     )
     config = llava.config
     text, vision = config.text_config, config.vision_config
-    family = next((f for f in FAMILIES.values() if text.model_type in f.model_types), None)
-    tower = next((e for e in ENCODERS.values() if vision.model_type in e.model_types), None)
-    if family is None or tower is None:
-        raise ConfigError(f"{folder} holds a {text.model_type} with a {vision.model_type}, which is not known here.")
+    family = next((known for known in FAMILIES.values() if text.model_type in known.model_types), None)
+    encoder_family = next((known for known in ENCODERS.values() if vision.model_type in known.model_types), None)
+    if family is None or encoder_family is None:
+        raise ConfigError(
+            f"{folder} holds a {text.model_type} with a {vision.model_type}, which zero_ds does not know; "
+            "open it with transformers."
+        )
     if config.vision_feature_select_strategy != "default" or isinstance(config.vision_feature_layer, list):
-        raise ConfigError(f"{folder} reads its vision encoder in a way that is not known here; use its own library.")
+        raise ConfigError(
+            f"{folder} takes image features from several layers, or with the tokens before the patches, which zero_ds "
+            "does not do; open it with transformers."
+        )
     with torch.device("meta"):
         decoder: Any = AutoModelForCausalLM.from_config(text)
     setattr(decoder, family.backbone, llava.model.language_model)
@@ -161,14 +194,14 @@ def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Visi
     decoder.generation_config = llava.generation_config
     model = build_model(
         ModelSpec(
-            Modules(decoder, family, llava.model.vision_tower, tower),
+            Modules(decoder, family, llava.model.vision_tower, encoder_family),
             encoder_config=EncoderConfig(path=str(folder), feature_layer=config.vision_feature_layer),
         )
     )
     assert model.adapter is not None
     projector = llava.model.multi_modal_projector
-    model.adapter[0], model.adapter[2] = projector.linear_1, projector.linear_2
+    model.adapter.replace_linears_([projector.linear_1, projector.linear_2])
     encoder = sample_encoder(model.eval(), folder, folder, DataConfig())
     for_texts_(encoder.template.tokenizer)
-    wrapped = WRAPPERS[0].split("{image}")[0] in str(encoder.template.tokenizer.chat_template)
-    return model, replace(encoder, image_prompt="fixed" if wrapped else "off")
+    has_image_prompt = WRAPPERS[0].split("{image}")[0] in str(encoder.template.tokenizer.chat_template)
+    return model, replace(encoder, image_prompt="fixed" if has_image_prompt else "off")

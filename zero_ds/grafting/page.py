@@ -1,8 +1,8 @@
-"""`zero-ds chat --page`: a web page with the answers of one or several models side by side, and their trajectory.
+"""`zero-ds chat --page`: a web page with the answers of one or several models side by side, and their trajectories.
 
-The page is Gradio's, served by uvicorn on a socket that this module binds, so that Gradio neither looks for another
-port, nor asks a server of its own for the newest version, nor offers a link to share. Uploads lie in a folder that ends
-with the process, and no file outside of it is served.
+The page is made with Gradio and served by uvicorn, on a socket that this module binds. So Gradio neither looks for
+another port, nor asks a server of its own for its newest version, nor offers a public link. Uploads are kept in a
+folder that is deleted when the process ends, and no file outside of it is served.
 """
 
 from __future__ import annotations
@@ -26,62 +26,78 @@ from PIL import Image
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageError, open_image
 from zero_ds.grafting.chat import Conversation
-from zero_ds.grafting.named_model import LoadedModel
+from zero_ds.grafting.engines.options import DeviceOptions, load
+from zero_ds.grafting.named_model import LoadedModel, find_model
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory.answers import draw
 
 logger = logging.getLogger(__name__)
 
-PORT = 7860
 LARGEST = "64mb"
-"""Of an uploaded file."""
+"""Largest size of an uploaded file."""
 KEPT = 3600
-"""Seconds that a visitor's conversation, its caches among it, is kept after the last answer, and uploads on disk."""
+"""Seconds for which a visitor's conversation, with its caches and uploads, is kept after the last answer."""
 FONTS = ("system-ui", "sans-serif")
-"""The reader's own: a page that fetches none."""
+"""Fonts of the visitor's own machine, because the page must fetch none from another server."""
 
 CSS = "button[aria-label=Share], [id^=chat-] button[aria-label=Clear] { display: none !important; }"
-"""Gradio's button that publishes a picture, and the one that empties a chat without ending its conversation."""
+"""Hides Gradio's button that publishes an image, and the one that clears a chat without ending its conversation."""
+
+
+def load_models(name: str, target: str | None, dtype: str, options: DeviceOptions) -> dict[str, LoadedModel]:
+    """Loads the models of a page, by the names that it shows: of a graft, the model that the run trained as well.
+
+    name, target: as `find_model` takes them; dtype: auto, float32 or bfloat16.
+
+    Raises:
+        ConfigError, CheckpointError: as `find_model` and `load`.
+    """
+    named = [find_model(name, target)]
+    if named[0].kind == "graft":
+        named.insert(0, find_model(name))
+    models = {}
+    for each in named:
+        loaded = load(each, dtype, options)
+        if loaded.model.plan is not None:
+            models[f"surrogate: {loaded.model.plan}"] = loaded
+        else:
+            kind = "grafted" if each.kind == "graft" else each.kind
+            models[f"{kind}: {each.folder.name}"] = loaded
+    return models
+
+
+# -- a visitor's conversations -----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Visit:
-    """One visitor's conversations, by model, and what the page shows of them."""
+class ChatSession:
+    """One visitor's conversations with all models, and what the page shows of them."""
 
-    talks: dict[str, Conversation]
-    alone: threading.Lock
-    """Held while a model computes: its layers are tapped while a trajectory is read, and a stopped answer may still be
-    at its last word when somebody else's turn comes."""
+    conversations: dict[str, Conversation]
+    """Conversation with each model, by the model's name."""
+    lock: threading.Lock
+    """Held while a model computes, and shared by all visitors: a model's layers are tapped while a trajectory is read,
+    and an answer that was stopped may still compute its last word when another visitor's turn comes."""
     shown: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Gradio's messages: role and content."""
+    """Messages on the page, by the model's name, as Gradio has them: role and content."""
 
     def ask(self, question: str, files: Sequence[str | Path]) -> Iterator[str]:
-        """Asks every model, then has one after the other answer; yields the name of the one whose `shown` has grown.
+        """Asks all models, then lets them answer one after the other.
 
-        Whoever stops listening leaves the answers as far as they came; all models have heard the question.
+        Yields the name of a model whenever its `shown` has grown. If the caller stops iterating, the answers end where
+        they are; all models have received the question.
 
         Raises:
-            DataError: an empty question, or a conversation that has become too long. ImageError: a picture that is
-            none. ConfigError: pictures for a model without a vision encoder. No model has heard the question then.
+            DataError: an empty question, or a conversation that has become too long. ImageError: a file that is not an
+            image. ConfigError: images for models without a vision encoder. No model has received the question then.
         """
         if not question.strip():
-            raise DataError("the question is empty; type one, pictures alone are not answered.")
-        pictures = [_opened(Path(file)) for file in files]
-        first = next(iter(self.talks.values()))
-        with self.alone:
-            features = [first.features(picture) for picture in pictures]
-        answers: dict[str, Iterator[str]] = {}
-        try:
-            for name, talk in self.talks.items():
-                for picture in features:
-                    talk.show_features(picture)
-                answers[name] = talk.ask(question)
-        except DataError:
-            for name, talk in self.talks.items():
-                if name in answers:
-                    talk.unask()
-                talk.withdraw()
-            raise
+            raise DataError("the question is empty; type one, because images alone are not answered.")
+        images = [_open_upload(Path(file)) for file in files]
+        first = next(iter(self.conversations.values()))
+        with self.lock:
+            features = [first.features(image) for image in images]
+        answers = self._ask_all(question, features)
         for name in answers:
             messages = self.shown.setdefault(name, [])
             messages += [{"role": "user", "content": {"path": str(file)}} for file in files]
@@ -90,37 +106,110 @@ class Visit:
         for name, pieces in answers.items():
             answer = {"role": "assistant", "content": ""}
             self.shown[name].append(answer)
-            while (piece := self._next(pieces)) is not None:
+            while (piece := self._next_piece(pieces)) is not None:
                 answer["content"] += piece
                 yield name
 
-    def _next(self, pieces: Iterator[str]) -> str | None:
-        with self.alone:
+    def _ask_all(self, question: str, features: Sequence[Any]) -> dict[str, Iterator[str]]:
+        """Asks all models the question, or none if one of them cannot take it; returns their answers by name."""
+        answers: dict[str, Iterator[str]] = {}
+        try:
+            for name, conversation in self.conversations.items():
+                for image in features:
+                    conversation.show_features(image)
+                answers[name] = conversation.ask(question)
+        except DataError:
+            for name, conversation in self.conversations.items():
+                if name in answers:
+                    conversation.unask()
+                conversation.withdraw()
+            raise
+        return answers
+
+    def _next_piece(self, pieces: Iterator[str]) -> str | None:
+        with self.lock:
             return next(pieces, None)
 
     def trajectory(self, name: str) -> Image.Image:
-        """The picture of the trajectory of a model's last answer.
+        """Returns a plot of the prediction trajectory of a model's last answer.
 
         Raises:
             DataError: nothing has been answered yet.
         """
-        with self.alone:
-            found = self.talks[name].trajectory()
+        with self.lock:
+            found = self.conversations[name].trajectory()
         return draw(found, f"{name}: {len(found.divergences)} layers, prediction of each at the answer's tokens")
 
 
-def _opened(file: Path) -> Image.Image:
-    """A picture; what is wrong with it is said by its name alone, not by the upload folder's."""
+def _open_upload(file: Path) -> Image.Image:
+    """Opens an uploaded image. An error names the file without the upload folder, which visitors do not know."""
     try:
         return open_image(file)
     except ImageError as error:
         raise ImageError(str(error).replace(str(file), file.name)) from None
 
 
-def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, system: str | None = None) -> Any:
-    """The page as gradio.Blocks; uploads go to the folder that GRADIO_TEMP_DIR names now.
+# -- the page ----------------------------------------------------------------------------------------------------------
 
-    models: by the names under which they answer; all see, or none does.
+
+class _Handlers:
+    """Handlers of the page's events. Each returns new values for the page's components."""
+
+    def __init__(self, models: Mapping[str, LoadedModel], max_new_tokens: int, system: str | None) -> None:
+        self._models = models
+        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system}
+        self._lock = threading.Lock()
+
+    def ask(self, message: Mapping[str, Any], of: str, session: ChatSession | None) -> Iterator[tuple[Any, ...]]:
+        """-> question box, session, chat of each model, trajectory of the model `of`."""
+        import gradio as gr
+
+        if session is None:
+            conversations = {name: Conversation(model, **self._options) for name, model in self._models.items()}
+            session = ChatSession(conversations, self._lock)
+        unchanged = gr.skip()
+        with _errors_on_page():
+            for grown in session.ask(str(message.get("text") or ""), message.get("files") or ()):
+                chats = [list(session.shown[name]) if name == grown else unchanged for name in self._models]
+                yield gr.MultimodalTextbox(value=None, interactive=False), session, *chats, unchanged
+            chats = [list(session.shown[name]) for name in self._models]
+            yield unchanged, session, *chats, session.trajectory(of)
+
+    def trajectory(self, of: str, session: ChatSession | None) -> Any:
+        """-> trajectory of the model `of`."""
+        if session is None:
+            return None
+        with _errors_on_page():
+            return session.trajectory(of)
+
+    def new(self) -> tuple[Any, ...]:
+        """-> question box, session, chat of each model, trajectory: all of them empty."""
+        import gradio as gr
+
+        return gr.MultimodalTextbox(value=None, interactive=True), None, *[[] for _ in self._models], None
+
+    def ready(self) -> Any:
+        """-> question box."""
+        import gradio as gr
+
+        return gr.MultimodalTextbox(interactive=True)
+
+
+@contextmanager
+def _errors_on_page() -> Iterator[None]:
+    """Shows errors that a visitor can mend as sentences on the page."""
+    import gradio as gr
+
+    try:
+        yield
+    except (ConfigError, DataError, ImageError) as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, system: str | None = None) -> Any:
+    """Builds the page as gradio.Blocks. Uploads go to the folder that GRADIO_TEMP_DIR names at this moment.
+
+    models: the models by the names that the page shows; either all of them have a vision encoder, or none.
 
     API names: /ask (message, name of the model whose trajectory is shown), /trajectory (name), /new.
     """
@@ -128,48 +217,16 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
 
     names = list(models)
     sees = all(model.encoder.processor is not None for model in models.values())
-
-    alone = threading.Lock()
-
-    def begin() -> Visit:
-        talks = {n: Conversation(m, max_new_tokens=max_new_tokens, system=system) for n, m in models.items()}
-        return Visit(talks, alone)
-
-    @contextmanager
-    def sentences() -> Iterator[None]:
-        """What a visitor can mend is shown on the page in its sentence."""
-        try:
-            yield
-        except (ConfigError, DataError, ImageError) as error:
-            raise gr.Error(str(error), print_exception=False) from None
-
-    def ask(message: Mapping[str, Any], of: str, visit: Visit | None) -> Iterator[tuple[Any, ...]]:
-        visit = begin() if visit is None else visit
-        nothing = gr.skip()
-        with sentences():
-            for grown in visit.ask(str(message.get("text") or ""), message.get("files") or ()):
-                histories = [list(visit.shown[name]) if name == grown else nothing for name in names]
-                yield gr.MultimodalTextbox(value=None, interactive=False), visit, *histories, nothing
-            yield nothing, visit, *(list(visit.shown[name]) for name in names), visit.trajectory(of)
-
-    def trajectory(of: str, visit: Visit | None) -> Any:
-        if visit is None:
-            return None
-        with sentences():
-            return visit.trajectory(of)
-
-    def new() -> tuple[Any, ...]:
-        return gr.MultimodalTextbox(value=None, interactive=True), None, *[[] for _ in names], None
-
+    handlers = _Handlers(models, max_new_tokens, system)
     with gr.Blocks(title="zero_ds", analytics_enabled=False, delete_cache=(KEPT, KEPT), fill_width=True) as page:
-        visit = gr.State(None, time_to_live=KEPT)
+        session = gr.State(None, time_to_live=KEPT)
         with gr.Row():
             chats = [
                 gr.Chatbot(
                     label=name,
                     elem_id=f"chat-{number}",
                     height=320,
-                    render_markdown=False,  # an answer is shown as it is
+                    render_markdown=False,  # an answer is shown exactly as the model wrote it
                     buttons=["copy"],
                     feedback_options=None,
                     allow_file_downloads=False,
@@ -180,49 +237,49 @@ def build(models: Mapping[str, LoadedModel], *, max_new_tokens: int = 256, syste
             sources=["upload"] if sees else [],
             file_types=["image"],
             file_count="multiple",
-            placeholder="Ask about the pictures you add, or about anything." if sees else "Ask anything.",
+            placeholder="Ask about the images you add, or about anything." if sees else "Ask anything.",
             show_label=False,
             autofocus=True,
             elem_id="question",
         )
-        _uploads_alone(box)
+        _accept_only_uploads_(box)
         with gr.Row():
             of = gr.Radio(names, value=names[-1], label="Trajectory of the last answer of", visible=len(names) > 1)
             stop = gr.Button("Stop", scale=0)
             fresh = gr.Button("New conversation", scale=0, min_width=200)
-        picture = gr.Image(
+        trajectory = gr.Image(
             label="Prediction trajectory of the answer", format="png", buttons=["fullscreen"], elem_id="trajectory"
         )
-        # one at a time, whoever asks
-        turns: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
-        asked = box.submit(ask, [box, of, visit], [box, visit, *chats, picture], api_name="ask", **turns)
-
-        def ready() -> Any:
-            return gr.MultimodalTextbox(interactive=True)
-
-        asked.then(ready, None, box, api_visibility="private")  # also if it fails
-        stop.click(ready, None, box, cancels=[asked], queue=False, api_visibility="private")
-        of.change(trajectory, [of, visit], picture, api_name="trajectory", **turns)
-        fresh.click(new, None, [box, visit, *chats, picture], api_name="new", **turns)
+        # one event at a time, whichever visitor it is from
+        queue: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
+        outputs = [box, session, *chats, trajectory]
+        asked = box.submit(handlers.ask, [box, of, session], outputs, api_name="ask", **queue)
+        asked.then(handlers.ready, None, box, api_visibility="private")  # also after an error
+        stop.click(handlers.ready, None, box, cancels=[asked], queue=False, api_visibility="private")
+        of.change(handlers.trajectory, [of, session], trajectory, api_name="trajectory", **queue)
+        fresh.click(handlers.new, None, outputs, api_name="new", **queue)
     return page
 
 
-def _uploads_alone(box: Any) -> None:
-    """Keeps this machine from fetching what a visitor gives an address of."""
+def _accept_only_uploads_(box: Any) -> None:
+    """Keeps the server from fetching an address that a visitor gives in place of an uploaded image."""
     import gradio as gr
 
-    keep = box.async_move_resource_to_block_cache
+    move_to_cache = box.async_move_resource_to_block_cache
 
-    async def kept(path: str | Path | None) -> Any:
+    async def move_upload_to_cache(path: str | Path | None) -> Any:
         if "://" in str(path):
-            raise gr.Error("pictures are uploaded, none is fetched from an address.", print_exception=False)
-        return await keep(path)
+            raise gr.Error("images must be uploaded; none is fetched from an address.", print_exception=False)
+        return await move_to_cache(path)
 
-    box.async_move_resource_to_block_cache = kept
+    box.async_move_resource_to_block_cache = move_upload_to_cache
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
 
 
 class _SameOrigin:
-    """Turns requests away that a page of another origin makes: a browser sends it a visitor's uploads, too."""
+    """Middleware that refuses requests of other sites' pages, with which a browser would send a visitor's uploads."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -235,30 +292,30 @@ class _SameOrigin:
             headers = dict(scope["headers"])
             origin = headers.get(b"origin")
             if origin is not None and origin.split(b"://")[-1] != headers.get(b"host"):
-                answer = PlainTextResponse("this page answers to no other one.", status_code=403)
+                answer = PlainTextResponse("this page does not answer requests from other pages.", status_code=403)
         await answer(scope, receive, send)
 
 
 def check_installed() -> None:
-    """Raises ConfigError where Gradio is missing."""
+    """Raises ConfigError if Gradio is not installed."""
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("--page needs gradio, which is not installed; pip install 'zero_ds[page]'")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Takes the address that the page will have, before anything is loaded; port 0: one that is free.
+    """Binds the page's address, before anything is loaded. Port 0 takes a free port.
 
     Raises:
-        ConfigError: a port in use, not allowed, or no port; an address that is not this machine's.
+        ConfigError: a port that is in use, not allowed or out of range; an address that is not this machine's.
     """
     if not 0 <= port < 65536:
-        raise ConfigError(f"--port {port} is no port; give 1 to 65535, or 0 for a free one.")
+        raise ConfigError(f"--port {port} is out of range; give 1 to 65535, or 0 for a free port.")
     try:
         server = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
         raise ConfigError(f"the page cannot listen on {host}:{port} ({reason}); choose another --port.") from None
-    if not _is_own(host):
+    if not _is_loopback(host):
         logger.warning(
             "the page listens on %s: whoever reaches this machine can use it, without a password and unencrypted",
             host,
@@ -266,8 +323,8 @@ def bind(host: str, port: int) -> socket.socket:
     return server
 
 
-def _is_own(host: str) -> bool:
-    """Whether only this machine reaches that address."""
+def _is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches that address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -276,7 +333,7 @@ def _is_own(host: str) -> bool:
 
 @contextmanager
 def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: Any) -> Iterator[Any]:
-    """A uvicorn server for the page on a bound socket, not yet running: `run(sockets=[server])`.
+    """Yields a uvicorn server for the page on a bound socket. It is started with `run(sockets=[server])`.
 
     options: as `build` takes them.
     """
@@ -290,13 +347,12 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
 
         host, port = server.getsockname()[:2]
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        if host == "127.0.0.1":  # another site's name that leads here is not answered
+        if host == "127.0.0.1":  # requests by any other name, which another site may have pointed here, are refused
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
         app.add_middleware(_SameOrigin)
         page = build(models, **options)
         page.queue(api_open=False)
-        page.has_launched = True  # Gradio (6.31) looks where an input's file lies only where it was told to launch
-        theme = gr.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
+        page.has_launched = True  # only then does Gradio (6.31) check in which folder an input's file is
         app = gr.mount_gradio_app(
             app,
             page,
@@ -307,18 +363,21 @@ def served(models: Mapping[str, LoadedModel], server: socket.socket, **options: 
             max_file_size=LARGEST,
             footer_links=[],
             ssr_mode=False,
-            theme=theme,
+            theme=gr.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace")),
             css=CSS,
         )
         running = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        # or it complains, with a traceback, of every browser that is still there when the page ends
+        # otherwise it logs a traceback for every browser that is still connected when the page ends
         logging.getLogger("uvicorn.error").addFilter(lambda record: not running.should_exit)
         yield running
 
 
 def serve(models: Mapping[str, LoadedModel], server: socket.socket, **options: Any) -> None:
-    """Shows the page until the process is asked to stop (Ctrl-C)."""
-    assert threading.current_thread() is threading.main_thread(), "signals reach the main thread alone"
-    # uvicorn sends the signal that has ended it once more, when all is closed
+    """Serves the page until the process is asked to stop (Ctrl-C).
+
+    options: as `build` takes them.
+    """
+    assert threading.current_thread() is threading.main_thread(), "signals reach the main thread only"
+    # once everything is closed, uvicorn raises again the signal that stopped it
     with served(models, server, **options) as running, contextlib.suppress(KeyboardInterrupt):
         running.run(sockets=[server])

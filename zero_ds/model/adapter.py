@@ -12,23 +12,29 @@ ask this file for the names and shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from zero_ds.config.schema import AdapterConfig
+from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import gathered
 
-PREFIXES = ("adapter.", "boundary.", "aligner.")
-"""Prefixes of the names of the adapter's tensors."""
+T = TypeVar("T")
+
+PARTS = ("adapter", "boundary", "aligner")
+"""Modules between vision encoder and decoder, in the order in which image features pass through them."""
 
 LINEARS = ("adapter.0", "adapter.2")
 """Names of the adapter's linear layers, first to last; `.weight` and `.bias` follow."""
 
 BOUNDARY = "boundary.embeddings.weight"
 """Name of the image-boundary embeddings: (2, adapter width), start before end."""
+
+ALIGNER = "aligner"
+"""Name of the aligner's linear layer; `.weight` and `.bias` follow."""
 
 BOUNDARY_STD = 0.02
 """Standard deviation of the initial boundary embeddings."""
@@ -44,6 +50,18 @@ class Adapter(nn.Sequential):
     def last(self) -> nn.Linear:
         """The last linear layer."""
         return cast(nn.Linear, self[-1])
+
+    def replace_linears_(self, layers: Sequence[nn.Linear]) -> None:
+        """Puts other linear layers in the place of the adapter's own, first to last.
+
+        Raises:
+            ConfigError: the adapter has another number of linear layers.
+        """
+        places = [place for place, module in enumerate(self) if isinstance(module, nn.Linear)]
+        if len(layers) != len(places):
+            raise ConfigError(f"the adapter has {len(places)} linear layers and cannot take {len(layers)} others.")
+        for place, layer in zip(places, layers, strict=True):
+            self[place] = layer
 
 
 class Boundary(nn.Module):
@@ -82,9 +100,26 @@ def adapter_shapes(config: AdapterConfig, vision_width: int, decoder_width: int)
     }
 
 
+def belongs_to(name: str, *parts: str) -> bool:
+    """Returns whether a tensor belongs to one of these PARTS; to any of them if none is given."""
+    assert set(parts) <= set(PARTS), parts
+    return name.startswith(tuple(f"{part}." for part in parts or PARTS))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a VisionLanguageModel that are between vision encoder and decoder, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if belongs_to(name)}
+
+
+def linear_layers(tensors: Mapping[str, T]) -> list[tuple[T, T]]:
+    """Returns weight and bias of the adapter's linear layers, first to last. An aligner is the last of them."""
+    layers = [*LINEARS, ALIGNER] if f"{ALIGNER}.weight" in tensors else LINEARS
+    return [(tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]) for layer in layers]
+
+
 def output_width(shapes: Mapping[str, Any]) -> int | None:
     """Returns the width of the adapter's output, from the shapes of a result's tensors; None if it holds no adapter."""
-    for name in ("aligner.weight", f"{LINEARS[-1]}.weight", f"{LINEARS[-1]}.bias"):
+    for name in (f"{ALIGNER}.weight", f"{LINEARS[-1]}.weight", f"{LINEARS[-1]}.bias"):
         if name in shapes:
             return int(shapes[name][0])
     return None

@@ -18,7 +18,7 @@ from zero_ds.model.decoders import Family
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
 from zero_ds.model.layer_plan import LayerPlan
-from zero_ds.model.loading import load_complete
+from zero_ds.model.loading import load_complete, load_tokenizer
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.zero3 import partition_
 
@@ -140,7 +140,7 @@ def without_dropout_(model: nn.Module) -> None:
 
 def sample_encoder(
     model: VisionLanguageModel,
-    decoder: Path,
+    decoder: DecoderFolder | Path,
     encoder: Path | None,
     data: DataConfig,
     *,
@@ -153,17 +153,15 @@ def sample_encoder(
     random choice between image prompts.
 
     Raises:
-        ConfigError: the chat template file cannot be read.
+        ConfigError: the chat template file or the tokenizer cannot be read.
     """
-    from transformers import AutoTokenizer
-
     template = read_template(data.chat_template)
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
         size = model.encoder_family.vision_config(model.encoder).image_size
         processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
     return SampleEncoder(
-        template=ChatTemplate(AutoTokenizer.from_pretrained(decoder), template),
+        template=ChatTemplate(_tokenizer(decoder), template),
         supervise=supervise,
         processor=processor,
         tokens_per_image=model.tokens_per_image(),
@@ -172,3 +170,9 @@ def sample_encoder(
         system_prompt=data.system_prompt,
         seed=seed,
     )
+
+
+def _tokenizer(folder: DecoderFolder | Path) -> Any:
+    if isinstance(folder, DecoderFolder):
+        return folder.tokenizer()
+    return load_tokenizer(folder)  # it may be an export, whose class belongs to no decoder family

@@ -48,8 +48,10 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
     return cast("nn.Module", model)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, config: Any = None) -> Any:
     """Loads the tokenizer of a folder.
+
+    config: transformers' config of the folder, if it has been loaded already; it names the tokenizer's class.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -57,7 +59,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, config=config)
     except Exception as error:  # the library raises many kinds of errors
         raise ConfigError(
             f"the tokenizer in {folder} cannot be loaded ({one_line(error)}); fetch the model again."

@@ -13,7 +13,7 @@ from torch import nn
 from zero_ds.config.schema import AdapterConfig, EncoderConfig
 from zero_ds.data.samples import image_positions
 from zero_ds.model import lora
-from zero_ds.model.adapter import Adapter, Boundary, adapter_modules
+from zero_ds.model.adapter import Adapter, Boundary, adapter_modules, belongs_to
 from zero_ds.model.decoders import Family
 from zero_ds.model.encoders import EncoderFamily
 from zero_ds.model.layer_plan import LayerPlan
@@ -102,7 +102,7 @@ class VisionLanguageModel(nn.Module):
         return named
 
     def _adapter_parameters(self) -> NamedParameters:
-        named = [(n, p) for n, p in self.named_parameters() if n.startswith(("adapter.", "boundary."))]
+        named = [(n, p) for n, p in self.named_parameters() if belongs_to(n, "adapter", "boundary")]
         return named + self._norm_parameters()
 
     def _norm_parameters(self) -> NamedParameters:
@@ -117,7 +117,7 @@ class VisionLanguageModel(nn.Module):
         return [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if p in wanted]
 
     def _aligner_parameters(self) -> NamedParameters:
-        return [(n, p) for n, p in self.named_parameters() if n.startswith("aligner.")]
+        return [(n, p) for n, p in self.named_parameters() if belongs_to(n, "aligner")]
 
     def _translator_parameters(self) -> NamedParameters:
         return _numbered("translator", enumerate(self.translators()))
@@ -217,8 +217,7 @@ class VisionLanguageModel(nn.Module):
         token_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         text_only: bool = False,
-        rows: Places | None = None,
-        image_places: Places | None = None,
+        known: tuple[Places | None, Places | None] = (None, None),
     ) -> Loss:
         """Returns the loss of a micro-batch, summed over its supervised tokens.
 
@@ -229,13 +228,14 @@ class VisionLanguageModel(nn.Module):
             token_weights    (batch, seq)               factor for the next-token loss of each label
             position_ids     (batch, seq)               positions from 0 on in every sample, where rows hold several
             text_only        bool                       whether no rank has an image in this step
-            rows             ((n,), (n,))               positions that predict a label (`supervised_rows`)
-            image_places     ((m,), (m,))               image positions (`image_positions`), as indices
+            known            two of ((n,), (n,))        indices of the positions that predict a label
+                                                        (`supervised_rows`), and of the image positions
 
         With `text_only`, the dummy image joins the loss instead of the embeddings, so that the backward pass ends at
-        the first layer that learns. `rows` and `image_places` follow from labels and input_ids; callers that have these
-        in host memory pass them, because computing them here would wait for the GPU.
+        the first layer that learns. The `known` indices follow from labels and input_ids; callers that have these in
+        host memory pass them, because computing them here would wait for the GPU.
         """
+        rows, image_places = known
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
         embeddings = self.embed(input_ids, None if text_only else pixel_values, image_places)
         with watching as trace:

@@ -19,7 +19,8 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.precision import fast_dtype
 from zero_ds.runtime.safetensors import Span, content_hash
-from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint, load_weights_
+from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
 from zero_ds.training.planning.flops import encoder_step_ratio
 from zero_ds.trajectory.batching import batches, padded, progress
 from zero_ds.trajectory.texts import TokenSample, read_samples

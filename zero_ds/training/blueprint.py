@@ -1,33 +1,28 @@
-"""The model of a run without its weights: on the meta device, for the names and shapes of its parameters."""
+"""The model of a run on the meta device: names and shapes of its parameters, without weights."""
 
 from __future__ import annotations
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.build import ModelSpec, build_model
-from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.vlm import VisionLanguageModel
-from zero_ds.runtime.hub import local_folder
 from zero_ds.training import stages
+from zero_ds.training.folders import ModelFolders
 
 
 def blueprint(config: RunConfig, plan: LayerPlan | None = None) -> VisionLanguageModel:
-    """What `prepare.build` would build, without numbers; of the model folders only the configs are read.
+    """Returns the model that `setup.load_model` would load, on the meta device. Only config.json files are read.
 
-    plan: of a surrogate that there is no folder of, for families without per-layer entries in their config; else the
-    surrogate's own counts.
+    plan: how the surrogate is cut, where the run has no folder of it.
 
     Raises:
-        ConfigError: a folder that is not there, or an unknown family.
+        ConfigError: a folder that does not exist, or an unknown family.
     """
-    folder = DecoderFolder(local_folder(config.target))
-    if stages.decoder_kind(config) == "surrogate" and config.surrogate:
-        folder, plan = DecoderFolder(local_folder(config.surrogate)), None
-    sees = config.encoder is not None and stages.STAGES[config.stage].vision
+    folders = ModelFolders.of(config)
     return build_model(
         ModelSpec(
-            folder,
-            encoder=local_folder(config.encoder.path) if config.encoder is not None and sees else None,
+            folders.decoder,
+            encoder=folders.encoder,
             encoder_config=config.encoder,
             adapter_config=config.adapter,
             lora=config.lora,
@@ -38,6 +33,6 @@ def blueprint(config: RunConfig, plan: LayerPlan | None = None) -> VisionLanguag
 
 
 def weights_names(model: VisionLanguageModel, parts: tuple[stages.Part, ...]) -> dict[str, str]:
-    """Name in the module tree of every parameter of the parts -> its name in a weights file."""
+    """Returns the name in a weights file of every parameter of `parts`, by its name in the module tree."""
     in_tree = {id(parameter): name for name, parameter in model.named_parameters()}
     return {in_tree[id(parameter)]: name for part in parts for name, parameter in model.parameters_of(part)}

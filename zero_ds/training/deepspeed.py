@@ -1,6 +1,7 @@
 """The DeepSpeed JSON of a run: the file that `zero=` names, checked at every depth and filled in from the recipe.
 
-What the recipe knows stands in the JSON as "auto", is left out, or agrees; a contradiction names both values.
+For entries that follow from the recipe the JSON says "auto", leaves them out, or agrees; a contradiction is an error
+that names both values.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.environment import has_cuda, launched_ranks_here
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.precision import bf16_is_fast
+from zero_ds.training.options.sharding import check_sharding
 
 if TYPE_CHECKING:
     import torch
 
-_BESIDE = Path(__file__).parent.parent
-DS_CONFIG_ROOT = next((p for p in (_BESIDE.parent / "ds_configs", _BESIDE / "ds_configs") if p.is_dir()), _BESIDE)
+_PACKAGE = Path(__file__).parent.parent
+_CANDIDATES = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
+DS_CONFIG_ROOT = next((path for path in _CANDIDATES if path.is_dir()), _PACKAGE)
+"""Folder of the JSON files: next to the package in a checkout, inside it where a wheel is installed."""
 
 AUTO: dict[str, Callable[[RunConfig, int], Any]] = {
     "train_batch_size": lambda config, world: config.global_batch,
@@ -30,7 +34,7 @@ AUTO: dict[str, Callable[[RunConfig, int], Any]] = {
     "gradient_accumulation_steps": lambda config, world: config.global_batch // (config.micro_batch * world),
     "gradient_clipping": lambda config, world: config.optimizer.max_grad_norm,
 }
-"""Entries of the JSON that follow from the recipe."""
+"""Entries of the JSON that follow from the recipe and the number of ranks."""
 
 PLAIN_SECTIONS = {
     "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
@@ -45,18 +49,15 @@ PLAIN_SECTIONS = {
     ),
     "data_types": ("grad_accum_dtype",),
 }
-"""Sections that DeepSpeed reads entry by entry, ignoring what it does not know."""
+"""Known keys of the sections that DeepSpeed reads entry by entry, ignoring any key that it does not know."""
+
+CHECKED_SECTIONS = ("zero_optimization", "bf16", "fp16", "tensorboard", "wandb", "csv_monitor", "comet")
+"""Sections that DeepSpeed has a model of, against which `_check_values` validates them."""
 
 TOP_KEYS = (
     *AUTO,
     *PLAIN_SECTIONS,
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "tensorboard",
-    "wandb",
-    "csv_monitor",
-    "comet",
+    *CHECKED_SECTIONS,
     "comms_logger",
     "communication_data_type",
     "prescale_gradients",
@@ -71,7 +72,7 @@ TOP_KEYS = (
 
 
 def ds_config_names() -> list[str]:
-    """Names of the JSON files in ds_configs/."""
+    """Returns the names of the JSON files in ds_configs/."""
     return sorted(path.stem for path in DS_CONFIG_ROOT.glob("*.json"))
 
 
@@ -83,7 +84,7 @@ def precision_name(config: RunConfig) -> Literal["bf16", "fp16", "fp32"]:
 
 
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""What torch calls each precision."""
+"""torch's name of each precision."""
 
 
 def resolve_precision(config: RunConfig) -> torch.dtype:
@@ -95,50 +96,33 @@ def resolve_precision(config: RunConfig) -> torch.dtype:
 
 
 def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> dict[str, Any]:
-    """The run's DeepSpeed configuration: the JSON that `config.zero` names, filled in from the recipe.
+    """Returns a run's DeepSpeed configuration: the JSON that `config.zero` names, filled in from the recipe.
 
-    ranks_per_node: for a run on other machines, that is only planned here; nothing then depends on this one.
+    ranks_per_node: for a run that is only planned here and starts on other machines; then nothing depends on this one.
 
     Raises:
-        ConfigError: no such file, invalid JSON, an unknown key, a value that contradicts the recipe, or a combination
-        that DeepSpeed is known to train wrongly.
+        ConfigError: there is no such file, it is not valid JSON, a key is unknown, a value contradicts the recipe, or
+            DeepSpeed is known to train wrongly with a combination of values.
     """
     path = Path(config.zero) if config.zero.endswith(".json") else DS_CONFIG_ROOT / f"{config.zero}.json"
-    if not path.is_file():
-        raise ConfigError(f"there is no DeepSpeed config '{config.zero}'{did_you_mean(config.zero, ds_config_names())}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_no_key_twice)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object.")
-    # loading DeepSpeed takes seconds, which a dry run can spare where the tests have asked it about the same text
+    text = _read(path, config.zero)
+    content = _parse(text, path)
+    # loading DeepSpeed takes seconds, which a dry run can spare if the tests have asked it about the same text
     ask_deepspeed = "deepspeed" in sys.modules or not _is_released(path, text)
     if ask_deepspeed:
         _refuse_removed_keys(content, path)
     _check_names(content, path)
-    content["zero_optimization"].setdefault("stage", 0)
+    zero = content["zero_optimization"]
+    zero.setdefault("stage", 0)
     _fill_from_recipe(content, config, world_size, path)
-    _fill_from_machine(content["zero_optimization"], config, path, ranks_per_node)
+    _fill_from_machine(zero, config, path, ranks_per_node)
     if ask_deepspeed:
         _check_values(content, path)
     _check_accumulation_dtype(content, path)
-    _refuse_bad_combinations(content, world_size, path)
-    if config.frozen_weights == "int8" and content["zero_optimization"]["stage"] == 3:
-        raise ConfigError(
-            f"frozen_weights=int8 keeps whole weights on each rank, which {path.name} shards; set zero=zero2, or "
-            "frozen_weights=native."
-        )
-    if config.compile and content["zero_optimization"]["stage"] == 3:
-        kept = content["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)
-        if isinstance(kept, int | float) and kept < 1_000_000:  # any language model has larger matrices
-            raise ConfigError(
-                f"compile=true would keep all that {path.name} gathers; set zero=zero3_resident or zero=zero2, where "
-                "parameters are whole on every rank, or compile=false."
-            )
+    _check_combinations(content, world_size, path)
+    check_sharding(config, zero, path.name)
     if ranks_per_node is None:
-        _refuse_missing_compiler(content["zero_optimization"], path)
+        _check_compiler(zero, path)
     content["tensorboard"] = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}
     content.setdefault("steps_per_print", 1_000_000_000)
     content["zero_allow_untested_optimizer"] = True
@@ -146,11 +130,7 @@ def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     return content
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f"the key '{twice[0]}' stands twice")
-    return dict(pairs)
+# -- names -------------------------------------------------------------------------------------------------------------
 
 
 RELEASED = {
@@ -165,9 +145,9 @@ RELEASED = {
     "zero3_offload_params": "6ec47bfb353ac4ec",
     "zero3_resident": "b7adec3530be8fe2",
 }
-"""Name of every file in ds_configs/ as released -> beginning of its SHA-256. The tests hold each of them to DeepSpeed's
-own schemas, so `ds_config` need not load DeepSpeed to check an unchanged one. Files that are missing here, or were
-changed, are checked every time."""
+"""Beginning of the SHA-256 of each file in ds_configs/ as released, by name. The tests check these files against
+DeepSpeed's own schemas, so `ds_config` need not load DeepSpeed for an unchanged one. Files that are missing here, or
+were changed, are checked every time."""
 
 
 def _is_released(path: Path, text: str) -> bool:
@@ -176,8 +156,39 @@ def _is_released(path: Path, text: str) -> bool:
     return path.parent == DS_CONFIG_ROOT and RELEASED.get(path.stem) == digest[:16]
 
 
+def _read(path: Path, name: str) -> str:
+    """Reads the text of a JSON file, which the recipe calls `name`."""
+    if not path.is_file():
+        raise ConfigError(f"there is no DeepSpeed config '{name}'{did_you_mean(name, ds_config_names())}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """Parses the text of a JSON file, which must hold an object."""
+    try:
+        content = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a JSON object.")
+    return content
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dictionary of a JSON object's entries, of which Python's own would keep only the last of equal keys."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key '{key}' appears twice")
+        content[key] = value
+    return content
+
+
 def _refuse_removed_keys(content: dict[str, Any], path: Path) -> None:
-    """Refuses keys that DeepSpeed no longer knows, in DeepSpeed's own words."""
+    """Refuses keys that DeepSpeed once knew, in its own words."""
     from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
 
     try:
@@ -192,18 +203,23 @@ def _check_names(content: dict[str, Any], path: Path) -> None:
         if key not in TOP_KEYS:
             raise ConfigError(f"{path.name}: unknown key '{key}'{did_you_mean(key, list(TOP_KEYS))}")
     content.setdefault("zero_optimization", {})
-    for name in ("zero_optimization", "bf16", "fp16", "tensorboard", "wandb", "csv_monitor", "comet", *PLAIN_SECTIONS):
-        if not isinstance(section := content.get(name, {}), dict):
+    for name in (*CHECKED_SECTIONS, *PLAIN_SECTIONS):
+        section = content.get(name, {})
+        if not isinstance(section, dict):
             raise ConfigError(f"{path.name}: {name}={section!r} must be an object of settings.")
-        for key in section:
-            if key not in PLAIN_SECTIONS.get(name, (key,)):
-                near = did_you_mean(key, list(PLAIN_SECTIONS[name]))
-                raise ConfigError(f"{path.name}, {name}: unknown key '{key}'{near}")
+    for name, known in PLAIN_SECTIONS.items():
+        for key in content.get(name, {}):
+            if key not in known:
+                raise ConfigError(f"{path.name}, {name}: unknown key '{key}'{did_you_mean(key, list(known))}")
+
+
+# -- values that follow from the recipe and the machine ----------------------------------------------------------------
 
 
 def _fill_from_recipe(content: dict[str, Any], config: RunConfig, world_size: int, path: Path) -> None:
-    for key, of in AUTO.items():
-        value = of(config, world_size)
+    """Fills in batch sizes, clipping and precision, which the JSON may not contradict."""
+    for key, value_of in AUTO.items():
+        value = value_of(config, world_size)
         stated = content.get(key, "auto")
         if stated not in ("auto", value):
             raise ConfigError(
@@ -212,21 +228,22 @@ def _fill_from_recipe(content: dict[str, Any], config: RunConfig, world_size: in
         content[key] = value
     precision = precision_name(config)
     for key in ("bf16", "fp16"):
-        block = dict(content.get(key) or {})
-        stated = block.get("enabled", "auto")
+        section = dict(content.get(key) or {})
+        stated = section.get("enabled", "auto")
         if stated not in ("auto", precision == key):
             raise ConfigError(
                 f"{path.name} says {key}.enabled={stated}, but the recipe's precision is "
                 f'{DTYPE_NAMES[precision]}; write "auto" in the JSON or set precision.'
             )
-        content[key] = {**block, "enabled": precision == key}
+        content[key] = {**section, "enabled": precision == key}
     if content.get("data_types", {}).get("grad_accum_dtype", "auto") == "auto":
-        # stages 0 and 1 of DeepSpeed 0.19 add up in the type they compute in, or need another optimizer for it
-        content["data_types"] = {"grad_accum_dtype": "fp32"} if content["zero_optimization"]["stage"] in (2, 3) else {}
+        # under stages 0 and 1 DeepSpeed 0.19 accumulates in the type it computes in, or needs another optimizer
+        shards_gradients = content["zero_optimization"]["stage"] in (2, 3)
+        content["data_types"] = {"grad_accum_dtype": "fp32"} if shards_gradients else {}
 
 
 def _fill_from_machine(zero: dict[str, Any], config: RunConfig, path: Path, ranks_per_node: int | None) -> None:
-    """Entries of `zero_optimization` that say "auto" because they depend on the machine."""
+    """Fills in entries of `zero_optimization` that say "auto" because they depend on the machine."""
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = ranks_per_node or launched_ranks_here()
     for section in (zero.get("offload_optimizer"), zero.get("offload_param")):
@@ -240,8 +257,11 @@ def _fill_from_machine(zero: dict[str, Any], config: RunConfig, path: Path, rank
             section["nvme_path"] = config.nvme_path
 
 
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
 def _check_values(content: dict[str, Any], path: Path) -> None:
-    """Refuses values over which DeepSpeed would trip long after the models are loaded."""
+    """Refuses values that DeepSpeed would refuse as well, but long after the models are loaded."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -263,18 +283,19 @@ def _check_values(content: dict[str, Any], path: Path) -> None:
 
 
 def _check_accumulation_dtype(content: dict[str, Any], path: Path) -> None:
+    """Refuses a type to accumulate gradients in that DeepSpeed does not have."""
     dtype = content.get("data_types", {}).get("grad_accum_dtype", "fp32")
     if dtype not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"{path.name}: data_types.grad_accum_dtype={dtype!r}; choose fp32, bf16 or fp16.")
 
 
-def _refuse_bad_combinations(content: dict[str, Any], world_size: int, path: Path) -> None:
+def _check_combinations(content: dict[str, Any], world_size: int, path: Path) -> None:
+    """Refuses combinations that DeepSpeed does not support, or with which it trains wrongly."""
     zero = content["zero_optimization"]
-    stage = zero.get("stage", 0)
-    offloads = {key: zero[key] for key in ("offload_param", "offload_optimizer") if zero.get(key)}
-    devices = {str(section.get("device", "none")) for section in offloads.values()} - {"none"}
+    stage = zero["stage"]
+    parameters, optimizer = _device(zero, "offload_param"), _device(zero, "offload_optimizer")
     group = zero.get("zero_hpz_partition_size", 1)
-    if group > 1 and devices:
+    if group > 1 and (parameters or optimizer):
         raise ConfigError(
             f"{path.name} combines zero_hpz_partition_size with offload, which DeepSpeed trains wrongly; drop one."
         )
@@ -282,17 +303,25 @@ def _refuse_bad_combinations(content: dict[str, Any], world_size: int, path: Pat
         raise ConfigError(f"{path.name}: zero_hpz_partition_size needs ZeRO stage 3, and this is stage {stage}.")
     if world_size % max(1, group):
         raise ConfigError(
-            f"{path.name}: {world_size} ranks are no multiple of zero_hpz_partition_size={group}; set it to a divisor."
+            f"{path.name}: {world_size} ranks are not a multiple of zero_hpz_partition_size={group}; set it to a "
+            "divisor."
         )
-    if stage < 3 and (offloads.get("offload_param", {}).get("device", "none") != "none" or "nvme" in devices):
+    if stage < 3 and (parameters or optimizer == "nvme"):
         raise ConfigError(f"{path.name}: offload_param and offload to nvme need ZeRO stage 3, and this is {stage}.")
-    if stage == 0 and (offloads or content["fp16"]["enabled"]):
+    has_offload = bool(zero.get("offload_param") or zero.get("offload_optimizer"))
+    if stage == 0 and (has_offload or content["fp16"]["enabled"]):
         raise ConfigError(f"{path.name}: ZeRO stage 0 has neither offload nor fp16 here; choose zero1 or zero2.")
 
 
-def _refuse_missing_compiler(zero: dict[str, Any], path: Path) -> None:
-    sections = [zero.get("offload_param"), zero.get("offload_optimizer")]
-    if any(isinstance(section, dict) and section.get("device") == "nvme" for section in sections):
+def _device(zero: dict[str, Any], key: str) -> str | None:
+    """Returns the device that a section of `zero_optimization` offloads to; None without offload."""
+    device = str((zero.get(key) or {}).get("device", "none"))
+    return None if device == "none" else device
+
+
+def _check_compiler(zero: dict[str, Any], path: Path) -> None:
+    """Refuses swapping to a disk where DeepSpeed cannot compile what that needs."""
+    if "nvme" in (_device(zero, "offload_param"), _device(zero, "offload_optimizer")):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         if not AsyncIOBuilder().is_compatible():

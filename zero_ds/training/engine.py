@@ -1,4 +1,4 @@
-"""Recipe + DeepSpeed JSON -> engine. The only file that calls deepspeed.initialize."""
+"""Wraps a DeepSpeed engine: the only file that calls deepspeed.initialize."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:
-    """Factor of the peak rate before step 0, 1, ...: linear warm-up over `warmup_ratio`, then a cosine to zero."""
+    """Returns the function from step 0, 1, ... to a factor of the peak rate.
+
+    The factor rises linearly over `warmup_ratio` of the steps and then falls to zero along a cosine.
+    """
     warmup = math.ceil(config.optimizer.warmup_ratio * total_steps)
 
     def factor(step: int) -> float:
@@ -38,21 +41,21 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:
 
 
 PATIENCE = 20
-"""Steps in which every trained part must have had a gradient, those without pictures not counted where it needs one."""
+"""Number of steps within which every trained part must have had a gradient; for `VISION`, steps with an image."""
 VISION: tuple[Part, ...] = ("encoder", "adapter", "aligner")
-"""Parts that only pictures give a gradient."""
+"""Parts that get a gradient from images only."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a rank knows of a step it took part in."""
+    """A rank's knowledge about a step it took part in."""
 
     share: float
-    """Its share of the loss; the sum over ranks is the mean over the global batch's supervised tokens."""
+    """The rank's share of the loss; the sum over ranks is the mean over the supervised tokens of the global batch."""
     grad_norm: float
     """2-norm of the whole gradient before clipping."""
     by_length: torch.Tensor
-    """Sum of the next-token loss, and number of tokens, by length of the response (losses.LENGTHS): (classes, 2)."""
+    """Sum of the rank's next-token loss and number of its tokens, by length of the response: (classes, 2)."""
 
 
 class Engine:
@@ -98,15 +101,19 @@ class Engine:
             self._compile(layers)
         self.state = OptimizerState(self.optimizer, list(self.named.values()), self.stage)
 
-    def step(self, batches: list[Batch], step: int, supervised_tokens: float, pictures: float = 1.0) -> StepResult:
-        """One optimizer step over the rank's micro-batches.
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Returns the learning rate of every trained part in step 0, 1, ..., as `learning_rate/PART`."""
+        return {f"learning_rate/{part}": rate * self.factor(step) for part, rate in self.rates.items()}
 
-        `supervised_tokens` counts the tokens with loss of the GLOBAL batch. DeepSpeed divides by accumulation steps and
-        averages over ranks; both are multiplied back, so that the gradient is that of the global token mean whatever
-        the split. `pictures` counts those of the global batch.
+    def step(self, batches: list[Batch], step: int, supervised_tokens: float, images: float = 1.0) -> StepResult:
+        """Makes one optimizer step over the rank's micro-batches.
+
+        `supervised_tokens` counts the tokens with loss in the GLOBAL batch. DeepSpeed divides by accumulation steps and
+        averages over ranks; both are multiplied back, so that the gradient is that of the global token mean however the
+        batch is split. `images` counts those of the global batch.
 
         Raises:
-            FloatingPointError: a loss that is not finite, naming the samples, or a gradient that is not; this step has
+            FloatingPointError: the loss is not finite, naming the samples, or the gradient is not; this step has
                 updated nothing.
             ConfigError: a part that should train has no gradient.
         """
@@ -116,23 +123,23 @@ class Engine:
         shares: list[torch.Tensor] = []
         tokens: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # their number may vary
-            outcome = self.engine(**self._inputs(batch), text_only=self.short_backward and pictures == 0)
+            self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # the number of passes may vary
+            outcome = self.engine(**self._inputs(batch), text_only=self.short_backward and images == 0)
             loss = outcome.total / max(1.0, supervised_tokens)
             shares.append(loss.detach())
             tokens.append(outcome.tokens)
             self.engine.backward(loss * (self.accumulation * self.world_size))
             if self.engine.is_gradient_accumulation_boundary():
-                # read behind the passes: a GPU has work while the host waits for its numbers
+                # losses are read only now: a GPU has work queued while the host waits for numbers
                 share = self._finite_sum(shares, batches, step)
                 norm = self._unsharded_norm()
-                self._look_for_gradients(pictures > 0)
+                self._look_for_gradients(images > 0)
                 if not math.isfinite(norm):
                     self._refuse_gradient(step)
             self.engine.step()
         if self.stage:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            if not math.isfinite(norm) and not self.scaled:  # DeepSpeed leaves such a step out, and says nothing
+            if not math.isfinite(norm) and not self.scaled:  # DeepSpeed skips such a step silently
                 self._refuse_gradient(step)
         by_length = torch.zeros(len(length_classes()), 2, dtype=torch.float64)
         for of_batch, batch in zip(tokens, batches, strict=True):
@@ -140,18 +147,19 @@ class Engine:
         return StepResult(share, norm, by_length)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the forward pass takes, on the device, with what it would have to ask the device for."""
+        """Returns the arguments of the forward pass on the device, with positions that it would have to ask it for."""
         device = self.engine.device
         inputs: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in batch.inputs().items()}
-        known = {
-            "rows": supervised_rows(batch.labels),
-            "image_places": image_positions(batch.input_ids).nonzero(as_tuple=True),
-        }
-        return inputs | {k: tuple(t.to(device, non_blocking=True) for t in places) for k, places in known.items()}
+        rows = supervised_rows(batch.labels)
+        image_places = image_positions(batch.input_ids).nonzero(as_tuple=True)
+        inputs["known"] = tuple(
+            tuple(index.to(device, non_blocking=True) for index in indices) for indices in (rows, image_places)
+        )
+        return inputs
 
     @staticmethod
     def _finite_sum(shares: list[torch.Tensor], batches: list[Batch], step: int) -> float:
-        """The rank's share of the loss.
+        """Returns the rank's share of the loss.
 
         Raises:
             FloatingPointError: as `step`.
@@ -165,19 +173,19 @@ class Engine:
         return sum(values)
 
     def _gathers_nothing(self) -> bool:
-        """Whether every parameter is whole on every rank.
+        """Returns whether every parameter is whole on every rank.
 
-        Where ZeRO-3 gathers, it gathers ahead in the order of the step before; a backward pass that ends before that
-        one did would leave a gather unanswered.
+        Where ZeRO-3 gathers, it does so ahead of use, in the order of the previous step. A backward pass that ends
+        earlier than the previous one would leave a gather unanswered.
         """
         return self.stage < 3 or all(is_always_whole(p) for p in self.model.parameters())
 
     def _compile(self, layers: list[torch.nn.Module]) -> None:
-        """Compiles these decoder layers, in which DeepSpeed has no hooks.
+        """Compiles decoder layers that have no hooks of DeepSpeed inside.
 
         Raises:
-            ConfigError: ZeRO-3 gathers, and what is compiled would keep what was gathered until its backward pass; or
-                it has hooks inside of every layer.
+            ConfigError: there is no such layer, or ZeRO-3 gathers parameters, which compiled code would keep until its
+                backward pass.
         """
         if not layers:
             raise ConfigError("compile=true finds no decoder layer without ZeRO-3's hooks inside; set zero=zero2.")
@@ -188,28 +196,29 @@ class Engine:
             )
         compilation.compile_(layers)
         count = len(self.model.family.layers(self.model.decoder))
-        logger.info("%d of %d decoder layers are compiled as they are first run (half a minute)", len(layers), count)
+        logger.info("%d of %d decoder layers are compiled when they first run (half a minute)", len(layers), count)
 
     def _refuse_gradient(self, step: int) -> None:
-        distributed.barrier()  # a rank whose loss is not finite does not come here: what it says is said
+        distributed.barrier()  # a rank whose loss is not finite never gets here, so that its message is the one shown
         raise FloatingPointError(
             f"the gradient of step {step + 1} is not finite, though the loss is; the step was not made. Lower the "
-            "rate, or try precision=fp32."
+            "learning rate, or try precision=fp32."
         )
 
-    def _look_for_gradients(self, pictures: bool) -> None:
-        """Notes which parts learn, until all do. A collective.
+    def _look_for_gradients(self, images: bool) -> None:
+        """Checks which parts have a gradient, until all had one. A collective.
 
-        A library's new default, a hook or a rename can cut a part off without a word, and the loss still falls.
-        Whether there are `pictures` in the global batch: without, what pictures pass through has no gradient.
+        A library's new default, a hook or a rename can silently cut a part off, and the loss still falls.
+
+        images: whether the global batch has any; without, the parts in `VISION` have no gradient.
 
         Raises:
-            ConfigError: a part that had no gradient in so many steps as `PATIENCE` says.
+            ConfigError: a part had no gradient in `PATIENCE` steps.
         """
         from deepspeed.utils import safe_get_full_grad
 
         for part in list(self._unseen):
-            if not pictures and part in VISION:
+            if not images and part in VISION:
                 continue
             small_first = sorted((self.named[name] for name in self.parts[part]), key=_size)
             for parameter in small_first:
@@ -222,11 +231,11 @@ class Engine:
                 if self._unseen[part] == PATIENCE:
                     raise ConfigError(
                         f"the {part} had no gradient in {PATIENCE} steps, so it does not train; something between it "
-                        "and the loss cuts it off: look at the versions of libraries, and at what was changed last."
+                        "and the loss cuts it off: look at the versions of libraries, and at your last changes."
                     )
 
     def _unsharded_norm(self) -> float:
-        """Norm of the gradient before it is clipped, where no ZeRO optimizer keeps it."""
+        """Returns the gradient's norm before clipping where no ZeRO optimizer knows it, else 0."""
         if self.stage:
             return 0.0
         norms = [torch.linalg.vector_norm(p.grad.float()) for p in self.named.values() if p.grad is not None]

@@ -1,11 +1,10 @@
-"""What a run says while it runs: TensorBoard through DeepSpeed's monitor, one console line, one JSONL record a step."""
+"""Records each step of a run: in TensorBoard through DeepSpeed's monitor, in metrics.jsonl, and on the console."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from zero_ds.runtime.console import duration
 logger = logging.getLogger(__name__)
 
 
-class Progress:
-    """Elapsed and remaining time from the steps of this process."""
+class Clock:
+    """Elapsed and remaining time, from the steps of this process."""
 
     def __init__(self, first: int, total: int) -> None:
-        self.first, self.total, self.started = first, total, time.monotonic()
-        self.recent: deque[float] = deque(maxlen=50)
+        self.first, self.total = first, total
+        self.started = time.monotonic()
 
     def line(self, step: int) -> str:
+        """Returns a line with step, elapsed and remaining time."""
         elapsed = time.monotonic() - self.started
         done = step - self.first
         left = elapsed / done * (self.total - step) if done else 0.0
@@ -36,7 +36,7 @@ class Monitor:
     def __init__(self, out: Path, engine_monitor: Any, log_every: int, first: int, total: int) -> None:
         self.engine_monitor = engine_monitor
         self.log_every = log_every
-        self.progress = Progress(first, total)
+        self.clock = Clock(first, total)
         self.path = out / "metrics.jsonl"
         self._file = None
         if distributed.is_rank_zero():
@@ -47,11 +47,11 @@ class Monitor:
                 _forget_events(self._writer(), first + 1)
 
     def shows(self, step: int) -> bool:
-        """Whether a step gets a line on the console; the same on every rank."""
-        return step % self.log_every == 0 or step in (1, self.progress.total)
+        """Returns whether a step, counted from 1, gets a line on the console; the same on every rank."""
+        return step % self.log_every == 0 or step in (1, self.clock.total)
 
     def step(self, step: int, samples: int, scalars: dict[str, float]) -> None:
-        """Records one optimizer step; `step` counts from 1."""
+        """Records one optimizer step, counted from 1; `samples` is the number of samples so far."""
         if self._file is None:
             return
         record = {"step": step, "samples": samples, **{name: float(value) for name, value in scalars.items()}}
@@ -64,10 +64,10 @@ class Monitor:
             rates = [name for name in scalars if name.startswith("learning_rate/")]
             names = ("loss", *rates, "grad_norm", "tokens_per_second")
             shown = "  ".join(f"{name} {scalars[name]:.4g}" for name in names)
-            logger.info("%s  %s", self.progress.line(step), shown)
+            logger.info("%s  %s", self.clock.line(step), shown)
 
     def answers(self, step: int, records: list[dict[str, Any]], figure: Callable[[], Any]) -> None:
-        """Records what the model answers now: a figure in TensorBoard, and one JSONL record an answer."""
+        """Records the model's answers after a step: one line each in answers.jsonl, and a figure in TensorBoard."""
         if self._file is None:
             return
         with self.path.with_name("answers.jsonl").open("a", encoding="utf-8") as file:
@@ -77,18 +77,19 @@ class Monitor:
             writer.add_figure("answers", figure(), step)
 
     def close(self) -> None:
+        """Closes the files."""
         if self._file is not None:
             self._file.close()
         if (writer := self._writer()) is not None:
             writer.close()
 
     def _writer(self) -> Any:
-        """TensorBoard's writer, which DeepSpeed made; None on other ranks."""
+        """Returns DeepSpeed's TensorBoard writer; None on ranks other than 0."""
         return getattr(getattr(self.engine_monitor, "tb_monitor", None), "summary_writer", None)
 
 
 def _forget_events(writer: Any, step: int) -> None:
-    """Tells readers of the event files that steps from `step` on come anew."""
+    """Tells readers of the event files to forget the steps from `step` on, because they come again."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     if writer is not None:
@@ -97,7 +98,7 @@ def _forget_events(writer: Any, step: int) -> None:
 
 
 def _truncate(path: Path, steps: int) -> None:
-    """Drops records behind step `steps`: a resumed run repeats those that no commit had covered."""
+    """Deletes the records of later steps than `steps`, which a resumed run repeats because no checkpoint has them."""
     if not path.exists():
         return
     kept = []
@@ -113,7 +114,7 @@ def _truncate(path: Path, steps: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """All step records of a run folder."""
+    """Returns the records in a run's metrics.jsonl; none if there is no such file."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []

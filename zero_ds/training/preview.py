@@ -1,12 +1,12 @@
-"""What the model answers while it trains: a few samples, greedily, every n steps, as one looks at a growing plant.
+"""Answers of the model to a few samples while it trains: greedily, every n steps, to see it learn.
 
-Every rank answers the same samples with the same number of forward passes, so that under ZeRO-3 none waits for another.
-There is no cache of keys and values: the answers are short, and the engine's parameters stay as they are.
+Every rank answers the same samples with the same number of forward passes, so that under ZeRO-3 no rank waits for
+another. There is no cache of keys and values: the answers are short, and the engine's parameters stay as they are.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,22 +24,36 @@ from zero_ds.runtime import distributed
 from zero_ds.training.monitor import Monitor
 
 SEARCHED = 1000
-"""Samples among which those with a picture are looked for."""
+"""Number of samples among which those with an image are looked for."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said about a training sample."""
+    """The model's answer to the first question of a training sample."""
 
     sample: str
-    picture: str | None
+    """Id of the sample."""
+    image: str | None
+    """Path of its first image."""
     question: str
     answer: str
+    """Answer of the model."""
     expected: str
+    """Answer in the data."""
+
+    def record(self) -> dict[str, Any]:
+        """Returns the entries of a line in answers.jsonl."""
+        return {
+            "sample": self.sample,
+            "picture": self.image,
+            "question": self.question,
+            "answer": self.answer,
+            "expected": self.expected,
+        }
 
 
 class Preview:
-    """The samples that a run looks at, encoded once."""
+    """The samples that a run previews, encoded once."""
 
     def __init__(self, config: RunConfig, loader: Loader) -> None:
         self.config = config.preview
@@ -50,10 +64,10 @@ class Preview:
             self._choose(loader)
 
     def _choose(self, loader: Loader) -> None:
-        """The first samples with a picture; the first ones, where none has."""
+        """Chooses the first samples with an image, or the first of all if none has one."""
         numbers = list(range(min(SEARCHED, len(loader.records))))
-        pictured = [i for i in numbers if loader.records.images(i)] if self.encoder.processor else []
-        for number in pictured or numbers:
+        with_images = [i for i in numbers if loader.records.images(i)] if self.encoder.processor else []
+        for number in with_images or numbers:
             if len(self.samples) == self.config.samples:
                 return
             try:
@@ -63,31 +77,49 @@ class Preview:
                 prompt = self.encoder.encode(asked, generate=True, image_tokens=self.encoder.image_tokens(sample))
                 pixels = self.encoder.pixels(sample, prompt.images)
             except (ConversationError, DataError):
-                continue  # training says what is wrong with it when its turn comes
+                continue  # training reports the error when it comes to this sample
             if len(prompt.input_ids) + self.config.tokens <= self.encoder.max_length:
                 encoded = EncodedSample(sample.id, prompt.input_ids, prompt.labels, prompt.responses, pixels)
                 self.samples.append((sample, encoded))
 
     def due(self, step: int) -> bool:
-        """Whether to look after this step, counted from 1; the same on every rank."""
+        """Returns whether a preview is due after this step, counted from 1; the same on every rank."""
         return bool(self.samples) and step % (self.config.every_steps or 1) == 0
 
     def show(self, step: int, model: VisionLanguageModel, monitor: Monitor) -> None:
-        """Answers the samples and hands the answers to the monitor. A collective under ZeRO-3."""
+        """Lets the model answer the samples and records the answers. A collective under ZeRO-3."""
         model.eval()
         try:
             answers = self.answers(model)
         finally:
             model.train()
-        monitor.answers(step, [asdict(answer) for answer in answers], lambda: sheet(answers))
+        monitor.answers(step, [answer.record() for answer in answers], lambda: sheet(answers))
+
+    def answers(self, model: VisionLanguageModel) -> list[Answer]:
+        """Returns greedy answers of at most `preview.tokens` tokens. A collective under ZeRO-3."""
+        template = self.encoder.template
+        end = template.end_of_turn()
+        answers = []
+        for (sample, _), tokens in zip(self.samples, self._generate(model), strict=True):
+            spoken = tokens[: tokens.index(end)] if end in tokens else tokens
+            answers.append(
+                Answer(
+                    sample=sample.id,
+                    image=sample.images[0] if sample.images else None,
+                    question=next(turn.text for turn in sample.turns if turn.role == "user"),
+                    answer=template.tokenizer.decode(spoken, skip_special_tokens=True).strip(),
+                    expected=next(turn.text for turn in sample.turns if turn.role == "assistant"),
+                )
+            )
+        return answers
 
     @torch.no_grad()
-    def answers(self, model: VisionLanguageModel) -> list[Answer]:
-        """Greedy answers of at most `preview.tokens` tokens."""
+    def _generate(self, model: VisionLanguageModel) -> list[list[int]]:
+        """Returns the `preview.tokens` tokens that the model says to each sample, also those after an end of turn."""
         texts = [list(encoded.input_ids) for _, encoded in self.samples]
         starts = [len(text) for text in texts]
         device = distributed.device()
-        for _ in range(self.config.tokens):  # always all of them, on every rank
+        for _ in range(self.config.tokens):  # no early end: every rank makes the same number of passes
             rows = []
             for (_, encoded), text in zip(self.samples, texts, strict=True):
                 blank = [-1] * len(text)
@@ -100,20 +132,11 @@ class Preview:
             chosen = model.logits(hidden[torch.arange(len(texts), device=hidden.device), ends]).argmax(-1)
             for text, token in zip(texts, chosen.tolist(), strict=True):
                 text.append(token)
-        end = self.encoder.template.end_of_turn()
-        answers = []
-        for (sample, _), text, start in zip(self.samples, texts, starts, strict=True):
-            tokens = text[start:]
-            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
-            question = next(turn.text for turn in sample.turns if turn.role == "user")
-            expected = next(turn.text for turn in sample.turns if turn.role == "assistant")
-            said = self.encoder.template.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            answers.append(Answer(sample.id, (*sample.images, None)[0], question, said, expected))
-        return answers
+        return [text[start:] for text, start in zip(texts, starts, strict=True)]
 
 
 def sheet(answers: list[Answer]) -> Any:
-    """A matplotlib figure: each picture above its question, what the model says, and what the data says."""
+    """Draws a matplotlib figure: each image above its question, the model's answer, and the answer in the data."""
     import textwrap
 
     from matplotlib.figure import Figure
@@ -122,10 +145,12 @@ def sheet(answers: list[Answer]) -> Any:
     for number, answer in enumerate(answers):
         axes = figure.add_subplot(1, len(answers), number + 1)
         axes.axis("off")
-        if answer.picture is not None:
-            axes.imshow(open_image(answer.picture))
+        if answer.image is not None:
+            axes.imshow(open_image(answer.image))
         question = answer.question.replace("<image>", "").strip()
-        lines = [f"Q: {question}", f"A: {answer.answer}", f"data: {answer.expected}"]
-        text = "\n".join(line for entry in lines for line in textwrap.wrap(entry[:300], 38)).replace("$", r"\$")
+        lines = []
+        for entry in (f"Q: {question}", f"A: {answer.answer}", f"data: {answer.expected}"):
+            lines += textwrap.wrap(entry[:300], 38)
+        text = "\n".join(lines).replace("$", r"\$")
         axes.text(0, -0.04, text, transform=axes.transAxes, va="top", ha="left", fontsize=8, family="monospace")
     return figure

@@ -1,112 +1,141 @@
-"""Everything before a run's first step: its folder, its model with the weights it starts from, its data."""
+"""Everything before a run's first step: its checks and folder, its model with the initial weights, its data."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from zero_ds.config.resume import MAY_DIFFER, OLD_BEHAVIOUR
+from zero_ds.config.batches import check_batches
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
-from zero_ds.model.adapter import match_embeddings_
+from zero_ds.model.adapter import belongs_to, match_embeddings_
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
-from zero_ds.model.decoders.folder import decoder_tensors
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.distillation import Teacher
-from zero_ds.model.loading import model_hash
 from zero_ds.model.vlm import VisionLanguageModel
-from zero_ds.runtime import distributed
+from zero_ds.runtime import distributed, failure
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import locate, torch_dtype
+from zero_ds.runtime.files import write_atomically
+from zero_ds.runtime.safetensors import Span, torch_dtype
 from zero_ds.runtime.zero3 import held_part, is_partitioned
 from zero_ds.training import stages
-from zero_ds.training.checkpoint import checkpoint
-from zero_ds.training.checkpoint.checkpoint import Checkpoint
-from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_
-from zero_ds.training.deepspeed import resolve_precision
+from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint
+from zero_ds.training.checkpoint.load import load_weights_
+from zero_ds.training.checkpoint.manifest import Manifest, describe_models, describe_run
+from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_, weights_hash
+from zero_ds.training.deepspeed import ds_config, resolve_precision
+from zero_ds.training.folders import ModelFolders
+from zero_ds.training.options.apply import check_options
+from zero_ds.training.resume import Resume
 
 logger = logging.getLogger(__name__)
 
+PIXEL_SAMPLES = 16
+"""Number of images by which the scale of a new adapter is matched to the word embeddings."""
 
-def make_folder(out: Path) -> None:
-    """Makes the run folder, where also a mistake is told that ends the run before its first step.
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is decided about a run before its model is loaded."""
+
+    config: RunConfig
+    out: Path
+    """Run folder."""
+    ds: dict[str, Any]
+    """Resolved DeepSpeed configuration."""
+    folders: ModelFolders
+    resume: Resume
+    stop: distributed.StopSignal
+    """Signals that ask the run to save a checkpoint and end."""
+
+    def write_settings(self) -> None:
+        """Writes the resolved configuration into the run folder."""
+        if distributed.is_rank_zero():
+            write_atomically(self.out / "config.yaml", self.config.dump())
+            write_atomically(self.out / "deepspeed.json", json.dumps(self.ds, indent=2, default=str) + "\n")
+
+
+def start_run(config: RunConfig) -> Run:
+    """Makes the run folder, checks the configuration, and looks for a checkpoint to resume. A collective.
 
     Raises:
-        ConfigError: there is something else, or no place for it.
+        ConfigError: a setting that cannot work, or a run folder that holds another run. CheckpointError: a damaged
+            checkpoint.
+    """
+    out = Path(config.out)
+    make_folder(out)
+    if distributed.is_rank_zero():
+        failure.clear(out)
+    distributed.barrier()
+    failure.WATCH.folder = out
+    stop = distributed.StopSignal()
+    stages.stage_of(config)
+    world_size = distributed.world_size()
+    check_batches(config, world_size)
+    ds = ds_config(config, world_size)
+    check_options(config)
+    resume = Resume.find(out, config)
+    seed_everything(config.seed)
+    return Run(config, out, ds, ModelFolders.of(config), resume, stop)
+
+
+def make_folder(out: Path) -> None:
+    """Makes the run folder, which also records errors that end a run before its first step.
+
+    Raises:
+        ConfigError: a file is in its place, or it cannot be made.
     """
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is no folder; choose another out=FOLDER.")
+        raise ConfigError(f"{out} is not a folder; choose another out=FOLDER.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be made: {error.strerror}.") from None
-
-
-def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
-    """The commit in the run folder from which the run goes on, the same on every rank; None if there is none.
-
-    Raises:
-        ConfigError: the folder holds a run with another configuration, or the ranks see different ones.
-    """
-    resumed = None
-    if (out / "latest").is_file():
-        resumed = checkpoint.find_checkpoint(out)
-        before = resumed.manifest["fingerprint"]
-        if before != config.fingerprint():
-            changed = difference(resumed.manifest["config"], config.model_dump(mode="json"))
-            raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
-    step = resumed.step if resumed else 0
-    if not distributed.same_on_all_ranks(step):
-        last, first = distributed.max_over_ranks(step, -step)
-        raise ConfigError(
-            f"the ranks see different commits in {out} (steps {-first:.0f} and {last:.0f}); out= must be a folder that "
-            "all machines share."
-        )
-    return resumed
-
-
-def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    """The first entry in which two configurations differ: `key: old -> new`."""
-    for key in [*new, *(k for k in old if k not in new)]:
-        a, b = old.get(key, OLD_BEHAVIOUR.get(f"{prefix}{key}")), new.get(key)
-        if a == b or f"{prefix}{key}" in MAY_DIFFER:
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            return difference(a, b, f"{prefix}{key}.")
-        return f"{prefix}{key}: {a!r} -> {b!r}"
-    return "no difference"
+        raise ConfigError(f"{out} cannot be made: {error.strerror}; choose another out=FOLDER.") from None
 
 
 def seed_everything(seed: int) -> None:
-    """The same seed on every rank: they must initialise the same new weights; no sample is drawn at random."""
+    """Seeds all random generators, the same on every rank: ranks must draw the same new weights, and nothing else is
+    drawn at random.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[VisionLanguageModel, Loader, dict[str, Any]]:
-    """Model and loader of a run, and the hashes for its manifest."""
+# -- model and data ----------------------------------------------------------------------------------------------------
+
+
+def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | None = None) -> VisionLanguageModel:
+    """Loads the model of a run, with new layers at random. A collective under ZeRO-3.
+
+    ds: resolved DeepSpeed configuration; folders: those of `config`, if they have been opened already.
+
+    Raises:
+        ConfigError: a folder that does not hold the model it should, or weights that were not loaded as stored.
+    """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    stage = stages.STAGES[config.stage]
-    # alive while the models load: from_pretrained then fills ZeRO-3 partitions directly
+    folders = folders or ModelFolders.of(config)
+    dtype = resolve_precision(config)
+    # while this object is alive, from_pretrained fills ZeRO-3 partitions directly
     keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"].get("stage") == 3 else None
-    decoder = local_folder(stages.decoder_folder(config))
-    encoder = local_folder(config.encoder.path) if stage.vision and config.encoder else None
     model = build_model(
         ModelSpec(
-            decoder=decoder,
-            encoder=encoder,
+            decoder=folders.decoder,
+            encoder=folders.encoder,
             encoder_config=config.encoder,
             adapter_config=config.adapter,
-            dtype=resolve_precision(config),
+            dtype=dtype,
             attention=config.attention,
             seed=config.seed,
             lora=config.lora,
@@ -117,141 +146,182 @@ def build(config: RunConfig, ds: dict[str, Any], world_size: int) -> tuple[Visio
             raise ConfigError(
                 "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
             )
-        model.teacher = Teacher(model, local_folder(config.target), config.distill, resolve_precision(config))
+        model.teacher = Teacher(model, folders.target, config.distill, dtype)
     del keep_alive
-    check_loaded(model, decoder)
+    check_loaded(model, folders.decoder)
+    return model
+
+
+def make_loader(
+    config: RunConfig, model: VisionLanguageModel, world_size: int | None = None, folders: ModelFolders | None = None
+) -> Loader:
+    """Opens the data of a run for this rank. A collective.
+
+    world_size: number of ranks that share a global batch; all of them if None. folders: as for `load_model`.
+
+    Raises:
+        DataError: a data file that cannot be used.
+    """
+    folders = folders or ModelFolders.of(config)
     encode = sample_encoder(
-        model, decoder, encoder, config.data, supervise=stages.supervision(config), seed=config.seed
+        model,
+        folders.decoder.path,
+        folders.encoder,
+        config.data,
+        supervise=stages.supervision(config),
+        seed=config.seed,
     )
+    skip_bad = config.data.bad_samples == "skip"
     with distributed.rank_zero_first():
-        records = Records(config.data.sources, skip_bad=config.data.bad_samples == "skip")
-    loader = Loader(
-        records,
-        encode,
-        config.global_batch,
-        config.micro_batch,
-        distributed.rank(),
-        world_size,
-        encode.template.tokenizer.pad_token_id or 0,
-        config.seed,
-        config.data.workers,
-        config.data.grouping,
-        config.data.bad_samples == "skip",
-        config.data.packing,
+        records = Records(config.data.sources, skip_bad=skip_bad)
+    return Loader(
+        records=records,
+        sample_encoder=encode,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size() if world_size is None else world_size,
+        pad_id=encode.template.tokenizer.pad_token_id or 0,
+        seed=config.seed,
+        workers=config.data.workers,
+        grouping=config.data.grouping,
+        skip_bad=skip_bad,
+        packing=config.data.packing,
     )
-    hashes = {
-        "family": model.family.name,
-        "target": config.target,
-        "target_hash": model_hash(local_folder(config.target)),
-        "encoder_hash": model_hash(encoder) if encoder else None,
-        "decoder_hash": model_hash(decoder),
-        "data_hash": records.content(),
+
+
+def total_steps(config: RunConfig, samples: int) -> int:
+    """Returns the number of optimizer steps of a run on so many samples: `max_steps`, or what `epochs` amount to."""
+    return config.max_steps or max(1, math.ceil(samples * config.epochs / config.global_batch))
+
+
+def describe(run: Run, model: VisionLanguageModel, loader: Loader) -> Manifest:
+    """Returns the manifest that all checkpoints of the run share; saving adds the fields that differ.
+
+    Raises:
+        ConfigError, CheckpointError: the run starts from a result that does not exist or cannot be read.
+    """
+    config, folders = run.config, run.folders
+    return {
+        **describe_run(config),
+        **describe_models(config, model.plan, folders),
+        "decoder_hash": folders.decoder.hash(),
+        "data_hash": loader.records.content(),
         "precision": str(resolve_precision(config)).removeprefix("torch."),
+        "starts": [weights_hash(folder) for folder in stages.check_start(config)],
     }
-    return model, loader, hashes
+
+
+# -- initial weights ---------------------------------------------------------------------------------------------------
+
+
+def load_initial_weights(model: VisionLanguageModel, config: RunConfig, manifest: Manifest, loader: Loader) -> None:
+    """Loads the weights of earlier results, later ones winning, and scales an adapter that none of them has trained.
+
+    manifest: description of the run's models, with which the earlier results must agree.
+
+    Raises:
+        ConfigError, CheckpointError: a result that does not exist or belongs to other models, or a layer that would
+            stay random.
+    """
+    loaded: set[str] = set()
+    for folder in stages.check_start(config):
+        if is_peft_folder(folder):
+            loaded |= load_peft_(model, folder, config.lora)
+            logger.info("loaded the low-rank adapters in %s", folder)
+        else:
+            loaded |= _load_result(model, config, manifest, folder)
+    refuse_untrained(model, config, loaded)
+    last = "adapter" if model.aligner is None else "aligner"
+    is_new = model.adapter is not None and not any(belongs_to(name, last) for name in loaded)
+    if config.adapter.match_embeddings and is_new:
+        factor = match_embeddings_(model, first_pixels(loader))
+        logger.info("image tokens scaled by %.3g to match the word embeddings", factor)
+
+
+def _load_result(model: VisionLanguageModel, config: RunConfig, manifest: Manifest, folder: Path) -> set[str]:
+    """Loads the weights of one earlier run; returns the names of those it brought."""
+    checkpoint = find_checkpoint(folder)
+    target = {"target_hash": manifest["target_hash"]}
+    if config.adapter.width is None:
+        check_manifest(checkpoint, target)
+    if checkpoint.manifest.get("encoder_hash") and manifest["encoder_hash"]:
+        check_manifest(checkpoint, {"encoder_hash": manifest["encoder_hash"]})
+    names = load_weights_(model.named_targets(), checkpoint, skip=lambda name: stages.belongs_elsewhere(config, name))
+    if any(name.startswith(stages.SURROGATE_ONLY) for name in names):
+        check_manifest(checkpoint, {"plan": manifest["plan"]})
+    if any(belongs_to(name, "aligner") for name in names):  # the encoder before an aligner had another decoder (A.8)
+        check_manifest(checkpoint, target)
+    logger.info("loaded %d tensors from %s", len(names), checkpoint.folder)
+    return names
 
 
 def first_pixels(loader: Loader) -> torch.Tensor:
-    """Pixel values of up to 16 of the first pictures, the same on every rank: (images, 3, size, size).
+    """Returns the first images of the data, up to `PIXEL_SAMPLES`, the same on every rank: (images, 3, size, size).
 
     Raises:
-        DataError: a picture that cannot be used, unless bad samples are skipped; ConfigError: there is none.
+        DataError: an image that cannot be used, unless bad samples are skipped. ConfigError: there is no image.
     """
-    pictures: list[torch.Tensor] = []
+    images: list[torch.Tensor] = []
     for index in range(len(loader.records)):
         if loader.records.images(index):
             try:
-                pictures += list(loader.sample_encoder.pixels(loader.records[index]))
+                images += list(loader.sample_encoder.pixels(loader.records[index]))
             except DataError:
                 if not loader.skip_bad:
-                    raise  # otherwise training counts it when its turn comes
-        if len(pictures) >= 16:
+                    raise  # otherwise the sample is counted when training comes to it
+        if len(images) >= PIXEL_SAMPLES:
             break
-    if not pictures:
+    if not images:
         raise ConfigError(
-            "adapter.match_embeddings=true looks at pictures, and no sample of data.sources has one that can be used; "
+            "adapter.match_embeddings=true measures images, and no sample of data.sources has one that can be used; "
             "set it to false or add such samples."
         )
-    return torch.stack(pictures[:16])
+    return torch.stack(images[:PIXEL_SAMPLES])
 
 
-def start_(model: VisionLanguageModel, config: RunConfig, hashes: dict[str, Any], loader: Loader) -> None:
-    """Loads the weights of earlier results, later ones winning, and scales an adapter that none of them brought.
+def refuse_untrained(model: VisionLanguageModel, config: RunConfig, loaded: set[str]) -> None:
+    """Refuses a random layer between vision encoder and decoder that neither trains nor was trained before.
 
-    Raises:
-        ConfigError, CheckpointError: a result that is not there or belongs to other models, a layer left random.
-    """
-    plan = plan_of(model)
-    started: set[str] = set()
-    for folder in stages.check_start(config):
-        if is_peft_folder(folder):
-            started |= load_peft_(model, folder, config.lora)
-            logger.info("started the low-rank adapters from %s", folder)
-            continue
-        commit = checkpoint.find_checkpoint(folder)
-        if config.adapter.width is None:
-            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
-        if commit.manifest.get("encoder_hash") and hashes["encoder_hash"]:
-            checkpoint.check_manifest(commit, {"encoder_hash": hashes["encoder_hash"]})
-        names = checkpoint.load_weights_(
-            model.named_targets(), commit, skip=lambda name: stages.belongs_elsewhere(config, name)
-        )
-        if any(name.startswith(stages.SURROGATE_ONLY) for name in names):
-            checkpoint.check_manifest(commit, {"plan": plan})
-        if any(name.startswith("aligner.") for name in names):  # what lies before an aligner had another decoder (A.8)
-            checkpoint.check_manifest(commit, {"target_hash": hashes["target_hash"]})
-        started |= names
-        logger.info("started %d tensors from %s", len(names), commit.folder)
-    refuse_untrained(model, config, started)
-    last = "adapter." if model.aligner is None else "aligner."
-    untrained = model.adapter is not None and not any(name.startswith(last) for name in started)
-    if config.adapter.match_embeddings and untrained:
-        logger.info(
-            "image tokens scaled by %.3g to match the word embeddings", match_embeddings_(model, first_pixels(loader))
-        )
-
-
-def check_loaded(model: VisionLanguageModel, folder: Path, elements: int = 16) -> None:
-    """Compares the first elements that this rank holds of every tensor of the decoder with the files.
-
-    Under ZeRO-3 weights pass through the hands of two libraries on their way into partitions; what they lose on it
-    would train on as random numbers. Nothing is gathered for this, and little is read.
+    loaded: names of the weights that earlier results have brought.
 
     Raises:
-        ConfigError: naming the first tensor that differs.
+        ConfigError: such a layer; names the part.
     """
-    places = locate(decoder_tensors(folder))
-    for name, parameter in model.parameters_of("decoder"):
-        place = places.get(name.removeprefix("decoder."))
-        shard = held_part(parameter).detach().flatten()
-        start = distributed.rank() * len(shard) if is_partitioned(parameter) else 0
-        if place is None or shard.numel() <= 1 or place.parameters <= start:
-            continue  # made by the library, swapped out to a disk, or behind the end
-        kind = torch_dtype(place.dtype)
-        count = min(elements, len(shard), place.parameters - start)
-        with place.file.open("rb") as file:
-            file.seek(place.start + start * kind.itemsize)
-            stored = torch.frombuffer(bytearray(file.read(count * kind.itemsize)), dtype=kind)
-        if not torch.equal(shard[:count].cpu(), stored.to(shard.dtype)):
-            raise ConfigError(
-                f"{name} was not loaded as it stands in {place.file}; install the versions in constraints.txt."
-            )
-
-
-def plan_of(model: VisionLanguageModel) -> dict[str, Any] | None:
-    """The surrogate's LayerPlan as a manifest words it; None for a full model."""
-    return model.plan.to_json() if model.plan else None
-
-
-def refuse_untrained(model: VisionLanguageModel, config: RunConfig, started: set[str]) -> None:
-    """A random layer between encoder and decoder that neither trains nor was trained is a mistake in the recipe.
-
-    Raises:
-        ConfigError: naming the part.
-    """
-    parts = [part for part in ("adapter", "aligner") if getattr(model, part) is not None]
-    for part in parts:
-        if part not in stages.trained_parts(config) and not any(name.startswith(f"{part}.") for name in started):
+    trained = stages.trained_parts(config)
+    for part in ("adapter", "aligner"):
+        exists = getattr(model, part) is not None
+        if exists and part not in trained and not any(belongs_to(name, part) for name in loaded):
             raise ConfigError(
                 f"stage {config.stage} does not train the {part}, and init_from brings none; name a run that did."
             )
+
+
+def check_loaded(model: VisionLanguageModel, folder: DecoderFolder, elements: int = 16) -> None:
+    """Compares, for every tensor of the decoder, the first elements that this rank holds with the files.
+
+    Under ZeRO-3 weights pass through two libraries on their way into partitions; a tensor lost on that way would train
+    on as random numbers. Nothing is gathered for this check, and little is read.
+
+    Raises:
+        ConfigError: a tensor differs; names the first one.
+    """
+    for name, parameter in model.parameters_of("decoder"):
+        span = folder.located.get(name.removeprefix("decoder."))
+        shard = held_part(parameter).detach().flatten()
+        start = distributed.rank() * len(shard) if is_partitioned(parameter) else 0
+        if span is None or shard.numel() <= 1 or span.parameters <= start:
+            continue  # not in the files, swapped out to a disk, or past the tensor's end
+        stored = _read_elements(span, start, min(elements, len(shard), span.parameters - start))
+        if not torch.equal(shard[: len(stored)].cpu(), stored.to(shard.dtype)):
+            raise ConfigError(
+                f"{name} was not loaded as it is stored in {span.file}; install the versions in constraints.txt."
+            )
+
+
+def _read_elements(span: Span, start: int, count: int) -> torch.Tensor:
+    """Reads `count` elements of a flattened tensor in a file, from element `start` on."""
+    dtype = torch_dtype(span.dtype)
+    with span.file.open("rb") as file:
+        file.seek(span.start + start * dtype.itemsize)
+        return torch.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype=dtype)

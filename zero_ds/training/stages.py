@@ -1,13 +1,15 @@
-"""What trains in which stage, against which decoder, with which labels: the only file that knows stages by name.
+"""The stage table: what trains in which stage, against which decoder, with which labels.
 
-Source: Table A.2 and appendix A.5 of the paper. `pretrain-early` is the paper's starred control: the kept layers before
-the translators train, too, which makes a better surrogate and ruins the graft. `translator` is ours: text alone,
-nothing but the translators, as a named first step before `pretrain` for small budgets. `align` is for a distilled small
-model in the surrogate's place (appendix A.8): its width is another, and one linear layer is trained to bridge that.
+Only this file knows stages by name. Source: Table A.2 and appendix A.5 of the paper. `pretrain-early` is the paper's
+starred control: the kept layers before the translators train as well, which makes a better surrogate and ruins the
+graft. `translator` is ours: only the translators, on text alone, as a first step before `pretrain` for small budgets.
+`align` is for a distilled small model in place of the surrogate (appendix A.8): it has another width, and one linear
+layer is trained to bridge the two.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +18,8 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import Supervision
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:  # the stage table is read by commands that compute nothing, which should not wait for torch
     import torch
     from torch import nn
@@ -23,7 +27,7 @@ if TYPE_CHECKING:  # the stage table is read by commands that compute nothing, w
 Part = Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"]
 
 SURROGATE_ONLY = ("translator.", "early.")
-"""Beginnings of the names of weights that belong to a surrogate and have no place in its target."""
+"""Prefixes of the names of weights that belong to a surrogate and have no place in its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Stage:
     decoder: Literal["surrogate", "target"]
     supervise: Supervision
     vision: bool = True
-    """Whether there is a vision encoder in the model at all."""
+    """True if the model has a vision encoder."""
 
 
 STAGES = {
@@ -60,10 +64,10 @@ STAGES = {
 
 
 def stage_of(config: RunConfig) -> Stage:
-    """The stage table's row.
+    """Returns the run's row of the stage table, after checking that the configuration suits it.
 
     Raises:
-        ConfigError: unknown stage, or a part of the configuration that the stage needs and that is missing.
+        ConfigError: the stage is unknown, or it needs something that the configuration lacks or excludes.
     """
     if config.stage not in STAGES:
         raise ConfigError(f"there is no stage '{config.stage}'{did_you_mean(config.stage, list(STAGES))}")
@@ -78,7 +82,7 @@ def stage_of(config: RunConfig) -> Stage:
         raise ConfigError(f"stage {stage.name} does not train the decoder, so lora has no place in it; leave it out.")
     if config.frozen_weights == "int8" and "decoder" in trained_parts(config):
         raise ConfigError(
-            f"stage {stage.name} trains the decoder; frozen_weights=int8 is for frozen layers, leave it out."
+            f"stage {stage.name} trains the decoder; frozen_weights=int8 is for frozen layers, so leave it out."
         )
     if not trained_parts(config):
         raise ConfigError(f"stage {stage.name} has nothing to train against the target; leave out decoder=target.")
@@ -86,24 +90,25 @@ def stage_of(config: RunConfig) -> Stage:
 
 
 def decoder_kind(config: RunConfig) -> Literal["surrogate", "target"]:
-    """Which decoder the run trains against."""
+    """Returns which decoder the run trains against."""
     return STAGES[config.stage].decoder if config.decoder == "auto" else config.decoder
 
 
 def decoder_folder(config: RunConfig) -> str:
-    """Folder or id of that decoder."""
+    """Returns the folder or hub id of the decoder that the run trains against."""
     return str(config.surrogate) if decoder_kind(config) == "surrogate" else config.target
 
 
 def supervision(config: RunConfig) -> Supervision:
+    """Returns which tokens carry loss."""
     return STAGES[config.stage].supervise if config.data.supervise == "auto" else config.data.supervise
 
 
 def trained_parts(config: RunConfig) -> tuple[Part, ...]:
-    """Parts that train: the stage's, as far as they are there.
+    """Returns the parts that train: those of the stage that the model has.
 
-    Against the target there are no translators, without an `adapter.width` no aligner; translators that are distilled
-    train in every stage; `lora` stands in for the decoder.
+    A run against the target has no translators, one without `adapter.width` no aligner. Distilled translators train in
+    every stage. With `lora`, low-rank adapters train in place of the decoder.
     """
     parts = tuple(p for p in STAGES[config.stage].trains if p != "aligner" or config.adapter.width is not None)
     if config.lora:
@@ -114,14 +119,15 @@ def trained_parts(config: RunConfig) -> tuple[Part, ...]:
 
 
 def freeze_(model: nn.Module, config: RunConfig) -> dict[Part, list[tuple[str, torch.nn.Parameter]]]:
-    """Leaves gradients on for the parts that train and off for all others.
+    """Turns gradients on for the parts that train and off for all others; returns the named parameters of each part.
 
-    `model` is a `model.VisionLanguageModel`, which knows the parameters of each part by structure. Returns the named
-    parameters of every trained part.
+    `model` is a `VisionLanguageModel`, which finds the parameters of each part by structure.
 
     Raises:
-        RuntimeError: a part that should train has no parameter, for then it would stay silently untrained.
+        RuntimeError: a part that should train has no parameter, so it would silently stay untrained.
     """
+    from zero_ds.runtime.zero3 import parameter_shape
+
     model.requires_grad_(False)
     groups: dict[Part, list[tuple[str, torch.nn.Parameter]]] = {}
     for part in trained_parts(config):
@@ -131,23 +137,26 @@ def freeze_(model: nn.Module, config: RunConfig) -> dict[Part, list[tuple[str, t
         for _, parameter in parameters:
             parameter.requires_grad_(True)
         groups[part] = parameters
+    sizes = {part: sum(parameter_shape(p).numel() for _, p in group) for part, group in groups.items()}
+    logger.info("stage %s trains %s", config.stage, ", ".join(f"{part} ({n:,})" for part, n in sizes.items()))
     return groups
 
 
 def belongs_elsewhere(config: RunConfig, name: str) -> bool:
-    """Whether a weight of this name has no place in the run's model: a translator's, where it uses the target."""
+    """Returns whether a weight has no place in the run's model: a translator's, in a run against the target."""
     return decoder_kind(config) == "target" and name.startswith(SURROGATE_ONLY)
 
 
 def learning_rate(config: RunConfig, part: Part) -> float:
+    """Returns the peak learning rate of a part."""
     return config.optimizer.learning_rates.get(part, config.optimizer.learning_rate)
 
 
 def check_start(config: RunConfig) -> list[Path]:
-    """Folders of the earlier results this run starts from.
+    """Returns the folders of the earlier results that this run starts from.
 
     Raises:
-        ConfigError: one that does not exist.
+        ConfigError: one of them does not exist.
     """
     folders = [Path(path) for path in config.starts]
     for folder in folders:

@@ -24,8 +24,9 @@ from zero_ds.data.formats import DataError
 from zero_ds.evaluation.heldout.records import EvaluationRecord, read_records
 from zero_ds.evaluation.heldout.results import CONDITIONS, Evaluation, ItemResult, WordResult
 from zero_ds.evaluation.heldout.scoring import first_choice
+from zero_ds.grafting.compatibility import run_config
 from zero_ds.grafting.generate import Answerer, Choice, Query, Reply
-from zero_ds.grafting.graft import load_graft, load_trained, run_config
+from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.build import sample_encoder
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.runtime.errors import ConfigError

@@ -15,7 +15,8 @@ from zero_ds.evaluation.report.findings import findings
 from zero_ds.evaluation.report.inputs import ReportInputs
 from zero_ds.model.layer_plan import SurrogateInfo, read_surrogate
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint, versions
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
+from zero_ds.training.checkpoint.manifest import versions
 from zero_ds.training.monitor import read_metrics
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from zero_ds.evaluation.report.inputs import ReportInputs
 from zero_ds.evaluation.report.report import write_report
-from zero_ds.grafting.graft import run_config
+from zero_ds.grafting.compatibility import run_config
 from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 from zero_ds.training.planning.flops import encoder_step_ratio

@@ -9,21 +9,47 @@ from importlib.metadata import version
 from pathlib import Path
 
 from zero_ds.data.formats import DataError
-from zero_ds.evaluation.suites.harness import SelectedSuite
+from zero_ds.evaluation.suites.harness import SelectedSuite, select_suites
 from zero_ds.evaluation.suites.results import Result, read_result, table
 from zero_ds.evaluation.suites.tasks import SuiteOptions
 from zero_ds.grafting.engines.vllm import engine_setting
-from zero_ds.grafting.named_model import LoadedModel, NamedModel, load_model
+from zero_ds.grafting.named_model import LoadedModel, NamedModel, find_model, load_model
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.precision import fast_dtype
-from zero_ds.training.checkpoint.checkpoint import versions
+from zero_ds.training.checkpoint.manifest import versions
 
 
 def load_on_rank(named: NamedModel) -> LoadedModel:
     """Loads a model onto this rank's device, in the precision that the device is fast at."""
     return load_model(named, dtype=fast_dtype(), device=distributed.device())
+
+
+def evaluate(
+    model: str,
+    suite: str,
+    *,
+    target: str | None = None,
+    out: Path = Path("results"),
+    name: str | None = None,
+    options: SuiteOptions | None = None,
+    harness: str = "auto",
+    tasks_folder: Path | None = None,
+) -> list[Result]:
+    """Evaluates a model as `zero-ds eval MODEL --suite SUITE` does; returns the results on rank 0, nothing elsewhere.
+
+    model: Folder or hub id of a target, surrogate or export, or a run. suite: Name of a suite, or names of tasks.
+    target: Full language model that a run is grafted into. out: Folder of the result files. name: Name of the model in
+    tables; by default `model` and its target. harness: Harness of tasks given by name. tasks_folder: Folder with
+    further tasks.
+
+    Raises:
+        ConfigError: as `find_model`, `select_suites` and `evaluate_suites`.
+    """
+    label = name or (f"{model} + {target}" if target else model)
+    selected = select_suites(suite, harness, tasks_folder)
+    return list(evaluate_suites(find_model(model, target), selected, out, label, options))
 
 
 def evaluate_suites(

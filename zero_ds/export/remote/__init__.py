@@ -1,1 +1,1 @@
-"""The code that a `remote-code` export carries, copied beside the weights: it needs transformers, nothing of ours."""
+"""Code that a `remote-code` export contains, copied next to the weights. It needs transformers and nothing of ours."""

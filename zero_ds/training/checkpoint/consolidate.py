@@ -1,9 +1,9 @@
-"""Weights out of what a run leaves when its machines are gone, on one CPU: DeepSpeed's own shards, or resume state.
+"""Weights of a run whose machines are gone, gathered on one CPU from DeepSpeed's own shards or from resume state.
 
-`engine.save_checkpoint` writes, for each rank, its share of the fp32 master copies, flattened. ZeRO-3 splits every
-parameter over the ranks, ZeRO-1 and 2 split each group of parameters laid end to end. Names and shapes stand in the
-model states, in the order in which the parameters lie in the shares. DeepSpeed's own zero_to_fp32.py reads them alike,
-but unpickles whatever the files hold.
+DeepSpeed's `engine.save_checkpoint` writes each rank's share of the fp32 master copies, flattened. ZeRO-3 splits every
+parameter over the ranks; ZeRO-1 and 2 lay each group of parameters end to end and split the whole. Names and shapes are
+in the model states, in the order that the parameters have in the shares. DeepSpeed's own zero_to_fp32.py reads the
+files in the same way, but unpickles anything they hold.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training import stages
 from zero_ds.training.blueprint import blueprint, weights_names
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
-from zero_ds.training.checkpoint.foreign import WeightsDifferError, identity, write_result
+from zero_ds.training.checkpoint.foreign import WeightsDifferError, write_result
+from zero_ds.training.checkpoint.manifest import Manifest, describe_models
 from zero_ds.training.checkpoint.optimizer_state import PIECE
 from zero_ds.training.deepspeed import resolve_precision
 
@@ -35,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MAPPED = 512 << 20
-"""Bytes that are read before the files are mapped anew: until then what was read counts as this process's memory."""
+"""Number of bytes read before the files are mapped again: until then they count as memory of this process."""
 
 
 class _Ignored:
-    """Stands in for an object of DeepSpeed of which nothing is wanted."""
+    """Replaces an object of DeepSpeed that is not needed."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -54,28 +55,29 @@ STAND_INS: dict[str, Any] = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Ignored,
     "deepspeed.utils.tensor_fragment.fragment_address": _Ignored,
 }
-"""All that DeepSpeed's files name besides tensors."""
+"""Classes that DeepSpeed's files name besides tensors, and the types that they are read as."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A run of elements in a rank's share."""
+    """Consecutive elements in a rank's share."""
 
     rank: int
     flat: int
-    """Which of its flattened tensors."""
+    """Index of the flattened tensor in the share."""
     start: int
     stop: int
 
 
 class ZeroCheckpoint:
-    """A folder written by DeepSpeed's `engine.save_checkpoint` under ZeRO-1, 2 or 3 by any number of ranks."""
+    """A folder that any number of ranks wrote with DeepSpeed's `engine.save_checkpoint` under ZeRO-1, 2 or 3."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what is there and where; no weight yet.
+        """Reads names, shapes and positions of the parameters, but no weight yet.
 
         Raises:
-            ConfigError: no such folder, a rank's file missing or damaged, shares that do not hold what they should.
+            ConfigError: the folder does not exist, a rank's file is missing or damaged, or a share has another size
+                than its parameters.
         """
         self.folder = _tagged(folder)
         self.files = _rank_files(self.folder)
@@ -98,7 +100,7 @@ class ZeroCheckpoint:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"{self.folder} is no ZeRO checkpoint of DeepSpeed ({type(error).__name__}: {error})."
+                f"{self.folder} is not a ZeRO checkpoint of DeepSpeed ({type(error).__name__}: {error})."
             ) from None
         expected = max(partitions) if isinstance(partitions, list) else partitions
         if expected != world:
@@ -114,13 +116,13 @@ class ZeroCheckpoint:
             self._extents = self._split_by_group(sizes, groups, paddings)
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """A parameter's master copy, float32, in pieces of its flattened form."""
+        """Yields a parameter's master copy in float32, as pieces of the flattened tensor."""
         for extent in self._extents[name]:
             for start in range(extent.start, extent.stop, PIECE):
                 yield self._kept.take(extent.rank, extent.flat, start, min(start + PIECE, extent.stop))
 
     def flats(self, rank: int) -> list[torch.Tensor]:
-        """A rank's share: flattened float32 tensors, in the file until they are used."""
+        """Returns a rank's share: flattened float32 tensors, mapped from the file."""
         found = self._optimizer(rank).get(self.key)
         if not isinstance(found, list) or not all(
             isinstance(flat, torch.Tensor) and flat.dtype == torch.float32 and flat.dim() == 1 for flat in found
@@ -139,7 +141,10 @@ class ZeroCheckpoint:
         return [flat.numel() for flat in self.flats(rank)]
 
     def _split_by_parameter(self, sizes: list[list[int]]) -> dict[str, list[Extent]]:
-        """ZeRO-3: of each parameter every rank holds an equal part, the last ones padded; parts lie end to end."""
+        """Finds the extents of each parameter under ZeRO-3.
+
+        Every rank holds an equal part of each parameter, the last ranks' padded. A rank's parts follow each other.
+        """
         world, found, offset = len(sizes), {}, 0
         for name, shape in self.shapes.items():
             part = math.ceil(shape.numel() / world)
@@ -157,7 +162,10 @@ class ZeroCheckpoint:
     def _split_by_group(
         self, sizes: list[list[int]], groups: list[dict[str, torch.Size]], paddings: list[list[int]]
     ) -> dict[str, list[Extent]]:
-        """ZeRO-1 and 2: the parameters of a group lie end to end, and the whole is cut into one part a rank."""
+        """Finds the extents of each parameter under ZeRO-1 and 2.
+
+        The parameters of a group follow each other, each with its padding, and the whole is cut into a part per rank.
+        """
         world, found = len(sizes), {}
         paddings = paddings or [[0] * len(group) for group in groups]
         if any(len(flats) != len(groups) for flats in sizes) or [len(p) for p in paddings] != [len(g) for g in groups]:
@@ -165,17 +173,17 @@ class ZeroCheckpoint:
         for number, group in enumerate(groups):
             held = [flats[number] for flats in sizes]
             offset = 0
-            for place, (name, shape) in enumerate(group.items()):
+            for padding, (name, shape) in zip(paddings[number], group.items(), strict=True):
                 extents: list[Extent] = []
-                begin = 0  # of the rank's part
+                begin = 0  # first element of the rank's part
                 for rank in range(world):
                     low, high = max(offset, begin), min(offset + shape.numel(), begin + held[rank])
                     if low < high:
                         extents.append(Extent(rank, number, low - begin, high - begin))
                     begin += held[rank]
                 found[name] = extents
-                offset += shape.numel() + paddings[number][place]
-            align = 2 * world  # by so many elements DeepSpeed fills a group up
+                offset += shape.numel() + padding
+            align = 2 * world  # DeepSpeed pads a group to a multiple of this
             if math.ceil(offset / align) != math.ceil(sum(held) / align):
                 raise ConfigError(
                     f"group {number} in {self.folder} has {sum(held)} elements where its parameters have {offset}."
@@ -184,7 +192,7 @@ class ZeroCheckpoint:
 
 
 class _Shares:
-    """The ranks' shares, mapped from their files when they are asked for, and unmapped now and then."""
+    """The ranks' shares, mapped from their files on first use and unmapped after every `MAPPED` bytes."""
 
     def __init__(self, checkpoint: ZeroCheckpoint) -> None:
         self._checkpoint = checkpoint
@@ -192,6 +200,7 @@ class _Shares:
         self._read = 0
 
     def take(self, rank: int, flat: int, start: int, stop: int) -> torch.Tensor:
+        """Returns elements of one of a rank's flattened tensors."""
         if self._read >= MAPPED:
             self._mapped.clear()
             self._read = 0
@@ -202,7 +211,10 @@ class _Shares:
 
 
 def _within(sizes: list[int], rank: int, start: int, stop: int) -> list[Extent]:
-    """Elements start..stop of a rank's flattened tensors laid end to end."""
+    """Returns the extents of elements `start` to `stop`, counted through all of a rank's flattened tensors.
+
+    sizes: number of elements of each of these tensors.
+    """
     extents, begin = [], 0
     for flat, size in enumerate(sizes):
         low, high = max(start, begin), min(stop, begin + size)
@@ -213,35 +225,45 @@ def _within(sizes: list[int], rank: int, start: int, stop: int) -> list[Extent]:
 
 
 def _tagged(folder: Path) -> Path:
-    """The folder with the shards: itself, or the one that DeepSpeed's `latest` names in it."""
+    """Returns the folder with the shards: `folder` itself, or the one in it that DeepSpeed's `latest` names.
+
+    Raises:
+        ConfigError: neither exists.
+    """
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}.")
+        raise ConfigError(f"there is no folder {folder}; name the one that engine.save_checkpoint wrote.")
     latest = folder / "latest"
     if latest.is_file() and not any(SHARD.fullmatch(path.name) for path in folder.iterdir()):
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch(r"\w[\w.-]*", tag) or not (folder / tag).is_dir():
-            raise ConfigError(f"{latest} names no folder beside it; name the folder with the *_optim_states.pt files.")
+            raise ConfigError(
+                f"{latest} does not name a folder next to it; name the folder with the *_optim_states.pt files."
+            )
         return folder / tag
     return folder
 
 
 def _rank_files(folder: Path) -> list[Path]:
-    """The optimizer states of ranks 0, 1, ...: all of them."""
+    """Returns the files with the optimizer states of rank 0, 1, ...
+
+    Raises:
+        ConfigError: some are missing, or there are two of one rank.
+    """
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         if match := SHARD.fullmatch(path.name):
             if int(match[2]):
                 raise ConfigError(
-                    f"{path} is of a model-parallel run, which zero_ds has not; use the trainer's own tools."
+                    f"{path} is from a model-parallel run, which zero_ds does not support; use that trainer's tools."
                 )
             if int(match[1]) in found:
                 raise ConfigError(
-                    f"{folder} holds two files of rank {int(match[1])}, of two runs; remove the older ones."
+                    f"{folder} holds two files of rank {int(match[1])}, so of two runs; remove the older ones."
                 )
             found[int(match[1])] = path
     if not found:
         raise ConfigError(
-            f"{folder} holds neither shards of DeepSpeed (*_optim_states.pt) nor resume state of zero_ds (resume/)."
+            f"{folder} holds neither shards of DeepSpeed (*_optim_states.pt) nor a checkpoint of zero_ds (resume/)."
         )
     for rank in range(max(found) + 1):
         if rank not in found:
@@ -252,7 +274,7 @@ def _rank_files(folder: Path) -> list[Path]:
 
 
 def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The type that the run computed in."""
+    """Returns the type that the run computed in, from its DeepSpeed configuration."""
     for key, dtype in (("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)):
         if (ds_config.get(key) or {}).get("enabled") is True:
             return dtype
@@ -260,10 +282,10 @@ def _dtype(ds_config: dict[str, Any]) -> torch.dtype:
 
 
 def consolidate_shards(folder: Path, config: RunConfig, out: Path) -> Path:
-    """Weights of a ZeRO checkpoint of DeepSpeed as the result folder `out`; returns its commit.
+    """Writes the weights of DeepSpeed's ZeRO checkpoint as the run folder `out`; returns the checkpoint's folder.
 
     config: of the run that saved it, which says what trained and against which models. Memory: a piece of a parameter,
-    the headers of all files, and MAPPED bytes of what was read last.
+    the headers of all files, and up to `MAPPED` bytes that were read last.
 
     Raises:
         ConfigError: see `ZeroCheckpoint`; other parameters, or other shapes, than `config` trains; `out` exists.
@@ -293,7 +315,7 @@ def consolidate_shards(folder: Path, config: RunConfig, out: Path) -> Path:
     wanted = {weights: tree for tree, weights in names.items()}
     declared = [(name, checkpoint.dtype, checkpoint.shapes[tree]) for name, tree in wanted.items()]
     origin = {"layout": f"ZeRO-{checkpoint.stage}", "ranks": len(checkpoint.files), "deepspeed": checkpoint.version}
-    manifest = {**identity(config, model.plan), "origin": origin}
+    manifest: Manifest = {**describe_models(config, model.plan), "origin": origin}
 
     def pieces(name: str) -> Iterable[torch.Tensor]:
         return checkpoint.pieces(wanted[name])
@@ -302,29 +324,28 @@ def consolidate_shards(folder: Path, config: RunConfig, out: Path) -> Path:
 
 
 def holds_resume_state(folder: Path) -> bool:
-    """Whether `folder` is a run or a commit of ours."""
+    """Returns whether `folder` is a run folder or a checkpoint of zero_ds."""
     return (folder / "manifest.json").is_file() or any(folder.glob("step-*/manifest.json"))
 
 
 def consolidate_state(folder: Path, out: Path) -> Path:
-    """Weights of one of our own commits out of its resume state, where the weights file is lost or damaged.
+    """Writes the weights of one of our checkpoints from its resume state, if the weights file is lost or damaged.
 
-    The manifest's hash of the weights says whether they are what they were, to the byte.
+    The manifest's hash of the weights proves that every byte is restored.
 
     Raises:
-        CheckpointError: no commit, or a damaged state.
-        ConfigError: the state does not give those weights; `out` exists.
+        CheckpointError: there is no checkpoint, its state is damaged, or the state does not give those weights.
+        ConfigError: `out` exists.
     """
     check_vacant(out)
-    commit = find_checkpoint(folder)
-    path = commit.folder / "resume" / "state.safetensors"
-    check_hash(path, str(commit.progress().get("state_sha256")))
-    config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
+    checkpoint = find_checkpoint(folder)
+    path = checkpoint.state_file
+    check_hash(path, str(checkpoint.progress().get("state_sha256")))
+    config = validate(RunConfig, checkpoint.manifest.get("config"), what=f"manifest of {checkpoint.folder}")
     held = {name.removeprefix("master/"): span for name, span in spans(path).items() if name.startswith("master/")}
-    expected = str(commit.manifest.get("weights_sha256"))
-    kinds = [torch.bfloat16, torch.float32, torch.float16]
-    if config.precision != "auto":  # else the machine decided, which may have been another than this
-        kinds = [resolve_precision(config)]
+    dtypes = [torch.bfloat16, torch.float32, torch.float16]
+    if config.precision != "auto":  # with auto, another machine than this one decided
+        dtypes = [resolve_precision(config)]
 
     def pieces(name: str) -> Iterator[torch.Tensor]:
         with path.open("rb") as file:
@@ -335,12 +356,20 @@ def consolidate_state(folder: Path, out: Path) -> Path:
                 yield torch.frombuffer(block, dtype=torch.float32)
                 left -= len(block)
 
-    for dtype in kinds:
+    for dtype in dtypes:
         declared = [(name, dtype, torch.Size(span.shape)) for name, span in held.items()]
         try:
-            return write_result(out, config, commit.manifest, commit.step, declared, pieces, expected)
+            return write_result(
+                out,
+                config,
+                checkpoint.manifest,
+                checkpoint.step,
+                declared,
+                pieces,
+                expected_sha256=checkpoint.weights_sha256,
+            )
         except WeightsDifferError:
             continue
     raise CheckpointError(
-        f"the state in {commit.folder} does not give the weights that its manifest names; use another commit."
+        f"the state in {checkpoint.folder} does not give the weights that its manifest names; use another checkpoint."
     )

@@ -1,8 +1,8 @@
-"""Master copies, moments and step counts of DeepSpeed's optimizers, free of the world size and the ZeRO stage.
+"""Master copies, moments and step counts of DeepSpeed's optimizers, independent of world size and ZeRO stage.
 
-DeepSpeed (0.19) flattens what trains into buffers, shards these over ranks, and each ZeRO stage does so in its own way.
-Here a parameter's state goes out as a whole, piece by piece, and comes back as the elements that a rank holds, so that
-what was saved by any number of ranks under any stage is restored by any other.
+DeepSpeed (0.19) flattens trained parameters into buffers and shards these over ranks, each ZeRO stage in its own way.
+Here the state of each parameter is written whole, piece by piece, and read as the elements that a rank holds. So any
+number of ranks under any stage can restore the state that any other has saved.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import held_part, is_partitioned, parameter_shape, part_size
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
-"""What there is of each parameter, fp32: 12 bytes a parameter."""
+"""Tensors of each parameter's state, in fp32: 12 bytes a parameter."""
 
 PIECE = 2**22
-"""Elements that are gathered at a time: 16 MiB."""
+"""Number of elements that are gathered at a time: 16 MiB."""
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class OptimizerState:
-    """State of a DeepSpeed engine's optimizer around an AdamW, whose parameter groups are called by name."""
+    """State of a DeepSpeed engine's optimizer, which wraps an AdamW whose parameter groups have names."""
 
     def __init__(self, optimizer: Any, parameters: list[torch.nn.Parameter], stage: int) -> None:
-        """Makes Adam's moments now, so that they can be restored before the first step.
+        """Creates Adam's moments now, so that they can be restored before the first step.
 
-        Otherwise DeepSpeed makes them in that step, and with ZeRO 1 and 2 it then tells the parameters of the
-        first group only where theirs are, so that those of the others could not be saved.
+        DeepSpeed would create them during that step, and under ZeRO-1 and 2 it would then link only those of the first
+        parameter group, so that those of the others could not be saved.
         """
         self.optimizer = optimizer
         self.inner = getattr(optimizer, "optimizer", optimizer)
@@ -47,28 +47,31 @@ class OptimizerState:
             link()
 
     def _unsharded(self, parameters: list[torch.nn.Parameter]) -> dict[torch.nn.Parameter, torch.Tensor]:
-        """Without ZeRO: parameter -> the tensor that is updated, which is itself in fp32 and a copy in bf16."""
+        """Returns, without ZeRO, the tensor that is updated for each parameter: itself in fp32, a copy in bf16."""
         pairs = zip(getattr(self.optimizer, "fp16_groups", ()), getattr(self.optimizer, "fp32_groups", ()), strict=True)
         copies = {half: full for halves, fulls in pairs for half, full in zip(halves, fulls, strict=True)}
         return {parameter: copies.get(parameter, parameter) for parameter in parameters}
 
     def _flats(self) -> dict[str, list[torch.Tensor]]:
-        """Group name -> the tensors whose state AdamW keeps for it on this rank."""
+        """Returns the tensors whose state AdamW keeps on this rank, by the name of their parameter group."""
         groups = self.inner.param_groups
         flats = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)
         if flats is None:
             return {group["name"]: list(group["params"]) for group in groups}
-        named: dict[str, list[torch.Tensor]] = {group["name"]: [] for group in groups}  # ZeRO 3 keeps them apart
+        named: dict[str, list[torch.Tensor]] = {group["name"]: [] for group in groups}  # ZeRO-3 has its own lists
         for index, flat in enumerate(flats):
             named[groups[self.optimizer.sub_group_to_group_id[index]]["name"]].append(flat)
         return named
 
-    # -- what this rank holds of a parameter ---------------------------------------------------------------------------
+    # -- the elements of a parameter on this rank ----------------------------------------------------------------------
 
     def span(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
-        """First element, and number of elements, that this rank holds of the flattened parameter, without padding."""
+        """Returns the first element and the number of elements that this rank holds of the flattened parameter.
+
+        Padding does not count.
+        """
         size = parameter_shape(parameter).numel()
-        if parameter in self._masters:  # every rank holds all of it, and rank 0 stands for them
+        if parameter in self._masters:  # every rank holds all of it; rank 0 represents them
             return (0, size) if distributed.is_rank_zero() else (0, 0)
         if is_partitioned(parameter):
             part = part_size(parameter)
@@ -78,7 +81,7 @@ class OptimizerState:
         return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
     def held(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """This rank's elements of `key` (one of KEYS): (elements,), float32, where the optimizer keeps them."""
+        """Returns this rank's elements of `key` (one of `KEYS`), as the optimizer holds them: (elements,), float32."""
         from deepspeed import utils as ds
 
         _, size = self.span(parameter)
@@ -94,7 +97,7 @@ class OptimizerState:
         return torch.zeros(0) if value is None else value.detach().flatten()[:size]
 
     def set_held(self, parameter: torch.nn.Parameter, key: str, values: torch.Tensor) -> None:
-        """Puts values (elements,) in the place of what `held` returns; without ZeRO the whole tensor, on every rank."""
+        """Replaces what `held` returns by values, (elements,); without ZeRO by the whole tensor, on every rank."""
         from deepspeed import utils as ds
 
         if parameter in self._masters:
@@ -106,8 +109,8 @@ class OptimizerState:
         elif is_partitioned(parameter):
             if held_part(parameter).numel() != part_size(parameter):
                 raise ConfigError(
-                    "optimizer state cannot be put back while parameters lie on a disk (DeepSpeed 0.19); resume with "
-                    "zero=zero3_offload_params."
+                    "optimizer state cannot be restored while parameters are swapped out to a disk (DeepSpeed 0.19); "
+                    "resume with zero=zero3_offload_params."
                 )
             padded = torch.nn.functional.pad(values, (0, part_size(parameter) - values.numel()))
             if key == "master":
@@ -118,16 +121,16 @@ class OptimizerState:
             self.held(parameter, key).copy_(values)
 
     def span_to_set(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
-        """The elements that `set_held` wants on this rank."""
+        """Returns the first element and the number of elements that `set_held` needs on this rank."""
         return (0, parameter.numel()) if parameter in self._masters else self.span(parameter)
 
-    # -- the whole, piece by piece -------------------------------------------------------------------------------------
+    # -- whole tensors, piece by piece ---------------------------------------------------------------------------------
 
     def pieces(self, parameter: torch.nn.Parameter, key: str) -> Iterator[torch.Tensor]:
-        """The whole flattened tensor `key` in pieces of at most PIECE elements, float32, on rank 0's CPU.
+        """Yields the whole flattened tensor `key` in pieces of at most `PIECE` elements, float32, on rank 0's CPU.
 
-        A collective: all ranks call it in one order and run through it; only rank 0 looks at what comes. No rank holds
-        more than a piece on top of its own share.
+        A collective: all ranks call it in the same order and exhaust it, and only rank 0 uses the pieces. No rank holds
+        more than a piece besides its own share.
         """
         first, held = self.span(parameter)[0], self.held(parameter, key)
         total = parameter_shape(parameter).numel()
@@ -140,13 +143,13 @@ class OptimizerState:
             yield piece.cpu()
 
     def whole(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """The whole tensor on rank 0, in the parameter's shape; for what is small. A collective."""
+        """Returns the whole tensor on rank 0, in the parameter's shape; only for small ones. A collective."""
         return torch.cat(list(self.pieces(parameter, key))).view(parameter_shape(parameter))
 
     # -- counts --------------------------------------------------------------------------------------------------------
 
     def steps(self) -> dict[str, int]:
-        """Adam's step count of every group, on which its bias correction depends."""
+        """Returns Adam's step count of every group, on which its bias correction depends."""
         counts = {}
         for name, flats in self._flats().items():
             states = [self.inner.state[flat] for flat in flats if flat in self.inner.state]
@@ -154,7 +157,7 @@ class OptimizerState:
         return counts
 
     def set_steps(self, counts: Mapping[str, int]) -> None:
-        """Sets the step counts of the groups that are named."""
+        """Sets the step counts of the groups in `counts`."""
         for name, flats in self._flats().items():
             for flat in flats:
                 state = self.inner.state.get(flat, {})
@@ -163,18 +166,18 @@ class OptimizerState:
                     state["step"] = torch.full_like(step, counts[name]) if torch.is_tensor(step) else counts[name]
 
     def loss_scalars(self) -> dict[str, float]:
-        """What of this is worth plotting."""
+        """Returns the scalars to plot: fp16's loss scale."""
         return {"loss_scale": scale["cur_scale"]} if (scale := self.loss_scale()) else {}
 
     def loss_scale(self) -> dict[str, float]:
-        """The dynamic loss scale of fp16 and what decides over its next change; empty for bf16 and fp32."""
+        """Returns the state of fp16's dynamic loss scale; empty for bf16 and fp32."""
         scaler = getattr(self.optimizer, "loss_scaler", None)
         if not getattr(scaler, "dynamic", False):
             return {}
         return {key: float(getattr(scaler, key)) for key in _SCALER if hasattr(scaler, key)}
 
     def set_loss_scale(self, values: Mapping[str, float]) -> None:
-        """Puts back what `loss_scale` returned."""
+        """Restores what `loss_scale` returned."""
         scaler = getattr(self.optimizer, "loss_scaler", None)
         for key, value in values.items():
             if key in _SCALER and hasattr(scaler, key):

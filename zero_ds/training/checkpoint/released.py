@@ -1,6 +1,6 @@
-"""The checkpoints that the paper's authors released: their layout -> a result folder of ours, and back.
+"""The checkpoints that the paper's authors released, turned into a run folder of ours, and back.
 
-A file of `torch.save` holds one flat dictionary of the tensors that trained, in one of two kinds:
+A file written by `torch.save` holds one flat dictionary of the tensors that trained. There are two kinds:
 
     adapter.{0,2}.{weight,bias}           both kinds: Linear, GELU, Linear
     embd_soi, embd_eoi                    both kinds: the embeddings around an image's tokens
@@ -24,26 +24,33 @@ import torch
 
 from zero_ds.config.loading import load_run, validate
 from zero_ds.config.schema import RunConfig
+from zero_ds.model.adapter import BOUNDARY
 from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import depth_of
-from zero_ds.model.layer_plan import LayerPlan, Replaced, read_surrogate
-from zero_ds.model.loading import model_hash
+from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training.blueprint import blueprint, weights_names
-from zero_ds.training.checkpoint.checkpoint import Checkpoint, check_hash, find_checkpoint
-from zero_ds.training.checkpoint.foreign import identity, in_pieces, write_result
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
+from zero_ds.training.checkpoint.foreign import in_pieces, write_result
+from zero_ds.training.checkpoint.manifest import describe_models
 from zero_ds.training.stages import Part
 
 RELEASED = {28: Replaced(16, 26), 32: Replaced(17, 30), 80: Replaced(40, 78)}
-"""Depth of the target -> the layers that its released surrogate replaces: Llama-3.2-3B, Llama-3.1-8B, Llama-3.1-70B."""
+"""Layers that a released surrogate replaces, by the depth of its target: Llama-3.2-3B, Llama-3.1-8B, or 70B."""
 
-BOUNDARY, START, END = "boundary.embeddings.weight", "embd_soi", "embd_eoi"
-VISION, LAYER = "encoder.vision_model.", re.compile(r"encoder\.vision_model\.encoder\.layers\.(\d+)\..+")
+START, END = "embd_soi", "embd_eoi"
+"""Released names of the two rows of our `BOUNDARY`, the embeddings around an image's tokens."""
+
+VISION = "encoder.vision_model."
+LAYER = re.compile(r"encoder\.vision_model\.encoder\.layers\.(\d+)\..+")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# -- from the released layout ------------------------------------------------------------------------------------------
 
 
 def import_released(
@@ -55,73 +62,85 @@ def import_released(
     encoder: str | None = None,
     init_from: Sequence[Path] = (),
 ) -> Path:
-    """Writes a file in the released layout as the result folder `out`; returns its commit.
+    """Writes a file in the released layout as the run folder `out`; returns the folder of its checkpoint.
 
-    target, encoder: folders or hub ids of the models that the file was trained with; the encoder is the recipes' own if
-    left out. surrogate: folder of the surrogate, which is needed where the target is none of the three released for.
-    init_from: earlier results, such as the imported translator of an encoder.
+    target, encoder: folders or hub ids of the models that the file was trained with; without `encoder`, the one in the
+    recipes. surrogate: folder of the surrogate, needed unless the target has one of the depths in `RELEASED`.
+    init_from: earlier results, such as the imported translator that an encoder was trained with.
 
     Raises:
-        ConfigError: a file that is none, damaged or of another layout; other widths or another translator than the
-            models'; a model that is not there and cannot be fetched; `out` exists.
+        ConfigError: the file is damaged or has another layout; its shapes or its translator do not fit the models; a
+            model does not exist and cannot be fetched; `out` exists.
         CheckpointError: a number that is not finite.
     """
     check_vacant(out)
     tensors = _read(file)
-    translated = any(name.startswith("decoder.") for name in tensors)
+    has_translator = any(name.startswith("decoder.") for name in tensors)
     vision = [name for name in tensors if name.startswith(VISION) and "post_layernorm" not in name]
-    layers = {int(match[1]) for name in vision if (match := LAYER.fullmatch(name))}
-    last = len(layers) if all(LAYER.fullmatch(name) for name in vision) else None  # else embeddings, too: all of it
-    if not translated and not vision:
-        raise ConfigError(f"{file} holds neither a translator nor encoder layers, so it is no released checkpoint.")
+    if not has_translator and not vision:
+        raise ConfigError(
+            f"{file} holds neither a translator nor layers of a vision encoder, so it is not a released checkpoint."
+        )
     parts: tuple[Part, ...] = ("encoder", "adapter") if vision else ("adapter",)
-    if translated:
+    if has_translator:
         parts = (*parts, "translator")
-    folder = local_folder(target)
-    plan = _plan(file, folder, surrogate, needed=translated)
+    plan = _plan(file, DecoderFolder(local_folder(target)), surrogate, needed=has_translator)
     settings: dict[str, Any] = {
         "target": target,
         "surrogate": surrogate,
         "out": str(out),
         "encoder.patch_norm": True,
-        "encoder.train_last_layers": last or None,
+        "encoder.train_last_layers": _trained_last(vision),
         "adapter.boundary_tokens": True,
         "init_from": [str(path) for path in init_from],
-        **({"encoder.path": encoder} if encoder else {}),
     }
-    recipe = "stages/pretrain" if translated else "stages/encoder"
+    if encoder:
+        settings["encoder.path"] = encoder
+    recipe = "stages/pretrain" if has_translator else "stages/encoder"
     config = load_run(recipe, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
     for earlier in config.init_from:
         find_checkpoint(earlier)
-    model = blueprint(config, plan if translated else None)
+    model = blueprint(config, plan if has_translator else None)
     names = weights_names(model, parts)
     _compare(file, tensors, model, names, config)
+    boundary_shape = list(tensors[START].shape)
+    tensors[BOUNDARY] = torch.cat([tensors.pop(START).reshape(1, -1), tensors.pop(END).reshape(1, -1)])
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     wanted = {weights: tree for tree, weights in names.items()}
-    both = torch.cat([tensors[START].reshape(1, -1), tensors[END].reshape(1, -1)])
+    declared = [(name, tensors[_released_name(tree)].dtype, shapes[tree]) for name, tree in wanted.items()]
+    origin = {"layout": "released", "file": file.name, "boundary_shape": boundary_shape}
 
     def pieces(name: str) -> Iterable[torch.Tensor]:
-        tree = wanted[name]
-        return in_pieces(both if tree == BOUNDARY else tensors[_released_name(tree)])
+        return in_pieces(tensors[_released_name(wanted[name])])
 
-    declared = [
-        (name, (both if tree == BOUNDARY else tensors[_released_name(tree)]).dtype, shapes[tree])
-        for name, tree in wanted.items()
-    ]
-    origin = {"layout": "released", "file": file.name, "boundary_shape": list(tensors[START].shape)}
-    return write_result(out, config, {**identity(config, plan), "origin": origin}, 0, declared, pieces)
+    return write_result(out, config, {**describe_models(config, plan), "origin": origin}, 0, declared, pieces)
+
+
+def _trained_last(vision: list[str]) -> int | None:
+    """Returns how many of the encoder's last layers trained; None if all of it did, the embeddings included.
+
+    vision: names of the encoder's tensors in the file.
+    """
+    matches = [LAYER.fullmatch(name) for name in vision]
+    layers = {int(match[1]) for match in matches if match}
+    return (len(layers) or None) if all(matches) else None
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    """The file's dictionary, which holds dense tensors of a type that weights have, and nothing else."""
+    """Reads the file's dictionary of tensors.
+
+    Raises:
+        ConfigError: it holds something else, or tensors that are not dense or not of a type that weights have.
+    """
     content = read_torch_file(file)
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"{file} holds no dictionary of tensors; a released checkpoint is one.")
+        raise ConfigError(f"{file} does not hold a dictionary of tensors, as released checkpoints do.")
     tensors = {}
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise ConfigError(
-                f"{file} holds more than tensors by name (first: {str(name)[:60]}); it is another layout."
+                f"{file} holds entries that are not tensors with a name (the first: {str(name)[:60]}), so it has "
+                "another layout."
             )
         if name.endswith(".position_ids"):  # numbers, which older versions of the library stored
             continue
@@ -131,14 +150,20 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _plan(file: Path, target: Path, surrogate: str | None, needed: bool) -> LayerPlan | None:
-    """How the surrogate was cut: as its folder says, or, for the three released ones, as the paper does."""
-    depth = depth_of(target)
+def _plan(file: Path, target: DecoderFolder, surrogate: str | None, needed: bool) -> LayerPlan | None:
+    """Returns how the surrogate was cut: as its folder says, or as in the paper.
+
+    Raises:
+        ConfigError: a plan is `needed` and not known, or the surrogate was cut from another model.
+    """
     if surrogate is not None:
-        info = read_surrogate(local_folder(surrogate))
-        if info.target_hash != model_hash(target, like=info.target_hash):
+        folder = DecoderFolder(local_folder(surrogate))
+        if folder.surrogate is None:
+            raise ConfigError(f"{surrogate} is not a surrogate; make one with zero-ds surrogate.")
+        if folder.surrogate.target_hash != target.hash(like=folder.surrogate.target_hash):
             raise ConfigError(f"{surrogate} was cut from another model than {target}; name its own --target.")
-        return info.plan
+        return folder.surrogate.plan
+    depth = target.depth
     if depth in RELEASED:
         return LayerPlan(depth, (RELEASED[depth],))
     if needed:
@@ -151,7 +176,7 @@ def _plan(file: Path, target: Path, surrogate: str | None, needed: bool) -> Laye
 
 
 def _released_name(tree: str) -> str:
-    """A parameter's name in the released layout, by its name in our module tree."""
+    """Returns a parameter's name in the released layout, from its name in our module tree."""
     if tree.startswith("encoder."):
         return VISION + tree.removeprefix("encoder.").removeprefix("vision_model.")
     return tree
@@ -164,13 +189,17 @@ def _compare(
     names: dict[str, str],
     config: RunConfig,
 ) -> None:
-    """Refuses a file that has not exactly these parameters in the model's shapes."""
+    """Checks that the file has exactly the parameters `names` of the model, in its shapes.
+
+    Raises:
+        ConfigError: it does not.
+    """
     assert config.encoder is not None
     shapes = {_released_name(tree): tuple(p.shape) for tree, p in model.named_parameters() if tree in names}
     width = shapes.pop(BOUNDARY)[1]
     expected = {*shapes, START, END}
-    prefix = f"decoder.{model.family.layer_prefix}"
-    held = sorted({int(m[1]) for name in tensors if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))})
+    prefix = re.compile(re.escape(f"decoder.{model.family.layer_prefix}") + r"(\d+)\.")
+    held = sorted({int(match[1]) for name in tensors if (match := prefix.match(name))})
     if model.plan is not None and held and held != model.plan.translators:
         raise ConfigError(
             f"{file} holds decoder layers {held}, and {model.plan} has its translators at {model.plan.translators}; "
@@ -180,16 +209,17 @@ def _compare(
         raise ConfigError(
             f"{file} lacks {missing[0]} (and {len(missing) - 1} more), so it is not in the released layout."
         )
+    models = f"{config.target} and {config.encoder.path}"
     if unknown := sorted(set(tensors) - expected):
         raise ConfigError(
-            f"{file} holds {unknown[0]} (and {len(unknown) - 1} more), for which {config.target} and "
-            f"{config.encoder.path} have no place; name the models that it was trained with."
+            f"{file} holds {unknown[0]} (and {len(unknown) - 1} more), for which {models} have no place; name the "
+            "models that it was trained with."
         )
     for name in sorted(shapes):
         if tuple(tensors[name].shape) != shapes[name]:
             raise ConfigError(
-                f"{name} in {file} has shape {tuple(tensors[name].shape)}; with {config.target} and "
-                f"{config.encoder.path} it is {shapes[name]}: name the models that it was trained with."
+                f"{name} in {file} has shape {tuple(tensors[name].shape)}; with {models} it is {shapes[name]}: name "
+                "the models that it was trained with."
             )
     start, end = tensors[START], tensors[END]
     if start.shape != end.shape or start.dtype != end.dtype or start.shape[-1:] != (width,) or start.numel() != width:
@@ -205,35 +235,34 @@ def _compare(
 def to_released(weights: Path, out: Path) -> int:
     """Writes a result of ours as the new file `out` in the released layout; returns the number of tensors.
 
-    The file of an imported checkpoint has the original's tensors, to the byte.
+    An imported checkpoint becomes a file with the original's tensors, byte for byte.
 
     Raises:
-        ConfigError: a model without the layout's parts, or with parts that it has no name for; `out` exists.
-        CheckpointError: no result, or a damaged one.
+        ConfigError: the model lacks parts of the layout, or has parts that it has no name for; `out` exists.
+        CheckpointError: the checkpoint does not exist or is damaged.
     """
     from safetensors import safe_open
 
     if out.exists():
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
-    commit = find_checkpoint(weights)
-    config = validate(RunConfig, commit.manifest.get("config"), what=f"manifest of {commit.folder}")
+    checkpoint = find_checkpoint(weights)
+    config = validate(RunConfig, checkpoint.manifest.get("config"), what=f"manifest of {checkpoint.folder}")
     if config.encoder is None or not (config.encoder.patch_norm and config.adapter.boundary_tokens):
         raise ConfigError(
-            f"{commit.folder} was trained without encoder.patch_norm and adapter.boundary_tokens, which the released "
-            "layout cannot say; use zero-ds export."
+            f"{checkpoint.folder} was trained without encoder.patch_norm and adapter.boundary_tokens, which the "
+            "released layout cannot express; use zero-ds export."
         )
-    path = commit.folder / "weights.safetensors"
-    check_hash(path, str(commit.manifest.get("weights_sha256")))
-    shape = commit.manifest.get("origin", {}).get("boundary_shape", [-1])
+    checkpoint.check_weights()
+    shape = checkpoint.manifest.get("origin", {}).get("boundary_shape", [-1])
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(path, framework="pt") as held:
-        for name in held.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+    with safe_open(checkpoint.weights_file, framework="pt") as held:
+        for name in held.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
             if name == BOUNDARY:
                 start, end = held.get_tensor(name)
-                # of their own, or the file would hold both twice
+                # as copies; two views of one storage would each be saved with all of it
                 tensors[START], tensors[END] = start.reshape(shape).clone(), end.reshape(shape).clone()
             else:
-                tensors[_name_outside(name, commit)] = held.get_tensor(name)
+                tensors[_name_outside(name, checkpoint)] = held.get_tensor(name)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name[:100]}.", dir=out.parent) as scratch:
         torch.save(tensors, Path(scratch) / out.name)
@@ -241,14 +270,18 @@ def to_released(weights: Path, out: Path) -> int:
     return len(tensors)
 
 
-def _name_outside(name: str, commit: Checkpoint) -> str:
-    """A weight's name in the released layout."""
+def _name_outside(name: str, checkpoint: Checkpoint) -> str:
+    """Returns a weight's name in the released layout.
+
+    Raises:
+        ConfigError: the layout has no name for it.
+    """
     part, _, rest = name.partition(".")
-    plan = commit.manifest.get("plan")
+    plan = checkpoint.manifest.get("plan")
     if part == "translator" and plan:
         number, _, inner = rest.partition(".")
-        family = FAMILIES[str(commit.manifest["family"])]
+        family = FAMILIES[str(checkpoint.manifest["family"])]
         return f"decoder.{family.layer_prefix}{LayerPlan.from_json(plan).translators[int(number)]}.{inner}"
     if part not in ("encoder", "adapter"):
-        raise ConfigError(f"{commit.folder} holds {name}, for which the released layout has no place.")
+        raise ConfigError(f"{checkpoint.folder} holds {name}, for which the released layout has no place.")
     return _released_name(name)

@@ -1,4 +1,4 @@
-"""Decoder layers compiled by torch: fewer passes over memory, and less kept for the backward pass."""
+"""`compile=true`: torch compiles the decoder layers, for fewer passes over memory and fewer kept activations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 
 VARIANTS = 64
-"""Ways in which one layer's code may be compiled: with and without gradient, trained and frozen, by kind of attention
-and mask. torch stops at 8, and runs what is left as it is."""
+"""Number of ways in which a layer's code may be compiled: with and without gradient, trained and frozen, by kind of
+attention and mask. torch stops after 8 of its own accord, and runs all others uncompiled."""
 
 
 def check(config: RunConfig) -> None:
-    """Says what compiling lacks on this machine, before anything is loaded.
+    """Checks, before anything is loaded, that layers can be compiled on this machine.
 
     Raises:
-        ConfigError: there is no compiler, or other kernels stand where compiled code would.
+        ConfigError: there is no compiler, or another option replaces the code that would be compiled.
     """
     if config.compile and config.kernels != "torch":
         raise ConfigError("kernels=liger and compile=true fuse the same operations; leave one of them out.")
@@ -31,7 +31,8 @@ def check(config: RunConfig) -> None:
 
 
 def _compiler() -> str | None:
-    if torch.cuda.is_available():  # Triton compiles what starts its kernels
+    """Returns the path of a compiler that torch can use; None if there is none."""
+    if torch.cuda.is_available():  # Triton compiles the code that starts its kernels
         return shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -43,10 +44,10 @@ def _compiler() -> str | None:
 
 
 def compile_(layers: Iterable[nn.Module]) -> None:
-    """Lets torch compile the forward of layers when they are first run, once for all that share their code.
+    """Lets torch compile the forward of these layers on first use, once for all layers that share their code.
 
-    The shapes of batches may differ: what is compiled serves all of them. Hooks stay outside; activation checkpointing
-    is compiled with its layer.
+    The compiled code serves batches of any shape. Hooks stay outside of it; activation checkpointing is compiled with
+    its layer.
     """
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for layer in layers:

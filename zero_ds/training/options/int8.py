@@ -1,7 +1,7 @@
-"""Frozen decoder layers in 8 bits, a switch of a run: half of bfloat16's memory for weights that gradients only pass.
+"""`frozen_weights=int8`: frozen decoder layers in 8 bits, half of bfloat16's memory.
 
-A weight is a whole number from -127 to 127 times the scale of its row (one output), and is multiplied in the type of
-the model: inputs, outputs and gradients are not rounded to 8 bits.
+A weight is a whole number from -127 to 127 times the scale of its row (one output). It is multiplied in the type of
+the model, so inputs, outputs and gradients are not rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from torch import nn
 from torch.nn import functional
 
 from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.runtime.errors import ConfigError
 
 LARGEST = 127
-"""Of the whole numbers; the same on either side of zero."""
+"""Largest of the whole numbers, on either side of zero."""
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer that does not train: (..., in_features) -> (..., out_features)."""
+    """A linear layer that does not train, with its weight in 8 bits: (..., in_features) -> (..., out_features)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach()
         largest = weight.abs().amax(1, keepdim=True).float()
-        # rounded before anything is divided by it, for that is what is multiplied later; in float16 small ones vanish
+        # rounded before the division, because products use the rounded scale; small scales would underflow in fp16
         kind = torch.float32 if weight.dtype == torch.float16 else weight.dtype
         scale = (largest / LARGEST).clamp_min(torch.finfo(kind).tiny).to(kind)
         numbers = (weight.float() / scale.float()).round_().clamp_(-LARGEST, LARGEST)
@@ -41,7 +42,7 @@ class FrozenLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T. What stays for the backward pass is W in 8 bits, where autograd would keep the numbers made of it."""
+    """Computes x W^T, and keeps W in 8 bits for the backward pass, where autograd would keep the dequantized W."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -54,10 +55,20 @@ class _Product(torch.autograd.Function):
         return upstream[0] @ (weight * scale).to(upstream[0].dtype), None, None
 
 
-def quantize_(model: VisionLanguageModel) -> int:
-    """Puts the linear layers of all decoder layers that are wholly frozen into 8 bits, those of a teacher as well.
+def apply_(model: VisionLanguageModel) -> None:
+    """Applies `frozen_weights=int8` to a run's model.
 
-    Every rank does the same with its own whole weights. Parameters keep their names. Returns the number of such layers.
+    Raises:
+        ConfigError: all decoder layers train.
+    """
+    if not quantize_(model):
+        raise ConfigError("frozen_weights=int8 needs frozen decoder layers, and all of them train; set it to native.")
+
+
+def quantize_(model: VisionLanguageModel) -> int:
+    """Converts the linear layers of all wholly frozen decoder layers to 8 bits, those of a teacher as well.
+
+    Every rank converts its own whole weights. Parameters keep their names. Returns the number of such decoder layers.
     """
     kind = type(model.family.layers(model.decoder)[0])
     layers = [module for module in model.modules() if isinstance(module, kind)]

@@ -1,4 +1,4 @@
-"""Fused kernels in the decoder's layers, a switch of a run: Liger's RMSNorm, rotary embedding, and SwiGLU or GeGLU."""
+"""`kernels=liger`: Liger's fused RMSNorm, rotary embedding, and SwiGLU or GeGLU in the decoder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 
 ROTATE = "apply_rotary_pos_emb"
-"""What transformers calls the function that turns queries and keys, in the module of every model."""
+"""Name of the function that rotates queries and keys, in the module of every model in transformers."""
 
 
 def check(config: RunConfig) -> None:
-    """Says what a run's kernels lack on this machine, before anything is loaded.
+    """Checks, before anything is loaded, that a run's kernels work on this machine.
 
     Raises:
-        ConfigError: Liger is not installed, or there is no GPU and no interpreter of Triton in its place.
+        ConfigError: Liger is not installed, or there is neither a GPU nor Triton's interpreter.
     """
     if config.kernels == "torch":
         return
@@ -39,23 +39,23 @@ def check(config: RunConfig) -> None:
 
 
 def fuse_(decoder: nn.Module) -> None:
-    """Puts Liger's kernels into the layers and the final norm of this decoder, and of no other model of the process.
+    """Puts Liger's kernels into the layers and the final norm of this decoder, and of no other model in the process.
 
-    Parameters keep their names, and module hooks their places.
+    Parameters keep their names, and hooks stay on their modules.
 
     Raises:
-        ConfigError: a model that Liger does not know, or that computes something else than its kernels do.
+        ConfigError: Liger does not know the model, or its kernels compute something else.
     """
     from liger_kernel import transformers as liger
 
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns that kernels for Ascend's chips do not load
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns that kernels for Ascend chips do not load
     config = cast(Any, decoder).config
     apply = getattr(liger, f"apply_liger_kernel_to_{config.model_type}", None)
     if apply is None:
         raise ConfigError(f"Liger has no kernels for model_type '{config.model_type}'; set kernels=torch.")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     fused = ("silu", "swish") if "swiglu" in inspect.signature(apply).parameters else ("gelu_pytorch_tanh",)
-    if activation not in fused:  # Liger looks at no activation where a model is there already
+    if activation not in fused:  # Liger does not look at the activation of a model that exists already
         raise ConfigError(f"Liger's kernel computes {fused[0]}, and this decoder {activation}; set kernels=torch.")
     modeling = vars(sys.modules[type(decoder).__module__])
     before = dict(modeling)
@@ -63,13 +63,13 @@ def fuse_(decoder: nn.Module) -> None:
         apply(model=decoder, cross_entropy=False, fused_linear_cross_entropy=False)
         rotate = modeling[ROTATE]
     finally:
-        modeling.update(before)  # what Liger replaced for every model made by this class, now or later
+        modeling.update(before)  # undoes what Liger replaced for all other models of this class
     if not _rotate_with(decoder, rotate):
         raise ConfigError("no attention of this decoder rotates as Liger does; set kernels=torch.")
 
 
 def _rotate_with(decoder: nn.Module, rotate: Callable[..., Any]) -> int:
-    """Lets the attention modules of this decoder call `rotate`, a global name of their code; their number."""
+    """Lets the attention modules of this decoder call `rotate` under the global name `ROTATE`; returns their number."""
     found = 0
     for module in decoder.modules():
         forward = cast(FunctionType, type(module).forward)

@@ -1,7 +1,7 @@
-"""Activation checkpointing of a run: which decoder layers are recomputed in the backward pass instead of kept.
+"""`activation_checkpointing`: which decoder layers are recomputed in the backward pass instead of kept.
 
-Under `activation_checkpointing: auto` these are as few as the plan of the run says that the memory at hand asks for.
-Nothing is drawn at random in a pass, so what is recomputed comes out the same, and the choice costs or saves time only.
+With `auto` these are as few as fit into memory by the plan of the run (`zero-ds plan`). Nothing is drawn at random in a
+pass, so recomputed layers give the same numbers, and the choice only costs or saves time.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """Decoder layers that are recomputed, and what a rank then needs."""
+    """Decoder layers that are recomputed, and the memory that a rank then needs."""
 
     layers: tuple[int, ...]
+    """Numbers of these layers."""
     depth: int
-    """Layers of the decoder."""
+    """Number of layers of the decoder."""
     need: float
-    """Bytes of its device at the peak, by the plan."""
+    """Peak bytes of a rank's device, by the plan."""
     fits: bool
+    """True if that is no more than may be used."""
 
 
 def checkpoint_activations_(model: VisionLanguageModel, config: RunConfig, ds: dict[str, Any]) -> None:
     """Lets the decoder recompute the layers that the run's `activation_checkpointing` asks for. A collective.
 
-    model: with what trains in it marked; ds: the run's resolved DeepSpeed configuration.
+    model: with the parts that train marked. ds: resolved DeepSpeed configuration of the run.
     """
     depth = len(model.family.layers(model.decoder))
     if config.activation_checkpointing != "auto":
@@ -63,29 +65,29 @@ def checkpoint_activations_(model: VisionLanguageModel, config: RunConfig, ds: d
     )
     if not choice.fits:
         logger.warning(
-            "the plan expects that a rank needs %.2f GiB of the %.2f that may be used, though all decoder layers are "
-            "recomputed; if memory runs out, set a smaller micro_batch or another zero= (`zero-ds plan` compares them)",
+            "by the plan a rank needs %.2f GiB, and %.2f may be used, although all decoder layers are recomputed; if "
+            "memory runs out, set a smaller micro_batch or another zero= (`zero-ds plan` compares them)",
             choice.need / GIB,
             usable / GIB,
         )
 
 
 def recompute_(model: VisionLanguageModel, layers: Collection[int]) -> None:
-    """Has the decoder recompute the layers of these numbers in the backward pass, and keep all others' activations.
+    """Lets the decoder recompute the layers of these numbers in the backward pass, and keep the others' activations.
 
-    The library's own switch knows all layers or every n-th, and lets the word embeddings need a gradient, so that every
-    backward pass would go down to them, whatever trains.
+    transformers' own switch takes all layers or every n-th, and makes the word embeddings need a gradient, so that
+    every backward pass would go down to them, whatever trains.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for number, layer in enumerate(model.family.layers(model.decoder)):
-        assert isinstance(layer, GradientCheckpointingLayer), "layers of another kind would ignore what is set here"
+        assert isinstance(layer, GradientCheckpointingLayer), "layers of another kind would ignore these attributes"
         layer.gradient_checkpointing = number in layers
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
 
 
 def usable_bytes() -> float:
-    """Bytes of a rank's device that a plan may fill, the least over all ranks. A collective."""
+    """Returns the bytes of a rank's device that a plan may fill, the smallest of all ranks. A collective."""
     spared = RESERVE_GIB if distributed.device().type == "cuda" else PROCESS_GIB
     return max(0.0, -distributed.max_over_ranks(spared * GIB - distributed.device_bytes())[0])
 
@@ -93,17 +95,17 @@ def usable_bytes() -> float:
 def choose(
     config: RunConfig, ds: dict[str, Any], world_size: int, usable: float, plan: LayerPlan | None = None
 ) -> Choice:
-    """As few layers as fit at the run's micro-batch of its longest samples; all of them if not even that fits.
+    """Chooses as few layers as fit with a micro-batch of the longest samples; all of them if not even that fits.
 
-    ds: resolved; usable: bytes of a rank's device; plan: that of the surrogate which is trained against. The same on
-    every rank that is told the same.
+    ds: resolved DeepSpeed configuration. usable: bytes of a rank's device. plan: LayerPlan of the surrogate that the
+    run trains against. The result is a function of the arguments, so ranks with equal arguments choose the same.
     """
-    if plan is None:  # whatever the decoder is, it is taken whole
+    if plan is None:  # the decoder is planned as a full model, whichever it is
         config = config.model_copy(update={"target": stages.decoder_folder(config), "decoder": "target"})
     parts = architecture(config, dtype=resolve_precision(config), plan=plan)
     activations = longest_sample_bytes(parts.model, config).times(config.micro_batch)
     whole = memory(parts, ds, world_size, activations, accumulation=ds["gradient_accumulation_steps"])
-    # without a GPU, what is offloaded to the host lies beside what is not
+    # without a GPU, offloaded tensors share the host's memory with all others
     places = ("gpu",) if distributed.device().type == "cuda" else ("gpu", "host")
 
     def need(memory: Memory) -> float:

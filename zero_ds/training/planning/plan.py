@@ -1,4 +1,4 @@
-"""`plan_recipe`: recipe + cluster -> memory and time of the run, and of both routes."""
+"""`plan`: recipe + cluster -> memory and time of the run, and of both routes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RecipePlan:
         return self.run.config.target.rstrip("/").rsplit("/", 1)[-1]
 
 
-def plan_recipe(
+def plan(
     recipe: str,
     overrides: list[str] | None,
     cluster: Cluster,

@@ -1,0 +1,150 @@
+"""Formats of exports: files are opened once for all, and the adapter's tensor names are in one place."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import export_helper
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoTokenizer
+
+import zero_ds
+from zero_ds.config.schema import RunConfig
+from zero_ds.export import FORMATS, export_model
+from zero_ds.export.remote.processing_grafted import GraftedProcessor
+from zero_ds.model import adapter
+from zero_ds.runtime.errors import ConfigError
+
+PACKAGE = Path(zero_ds.__file__).parent
+
+
+class Opened:
+    """Counts how often any Python code of this process opens a file."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.count = 0
+        sys.addaudithook(self._hook)  # such a hook cannot be removed; without a path it does nothing
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.path is not None and event == "open" and isinstance(arguments[0], str | Path | bytes):
+            name = arguments[0].decode() if isinstance(arguments[0], bytes) else str(arguments[0])
+            self.count += Path(name) == self.path
+
+    def of(self, path: Path) -> Opened:
+        self.path, self.count = path, 0
+        return self
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Opened]:
+    counter = Opened()
+    yield counter
+    counter.path = None
+
+
+@pytest.fixture
+def run(made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path: Path) -> Path:
+    """A finished run of the decoder stage on the tiny Llama."""
+    target = made("llama", tied=True)
+    config = run_config("decoder", tmp_path / "run", decoder="target", data={"max_length": 512})
+    return export_helper.write_run(config, target)
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize("proof", ["full", "tensors"])
+def test_the_target_s_config_is_opened_twice_at_most(
+    form: str,
+    proof: str,
+    run: Path,
+    made: Callable[..., Path],
+    opened: Opened,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once by this package and once by transformers, whose tokenizer and model get the config that was loaded."""
+    export_helper.here(monkeypatch)
+    config = made("llama", tied=True) / "config.json"
+    counter = opened.of(config)
+    config.read_bytes()
+    assert counter.count == 1, "the counter counts"
+    counter = opened.of(config)
+    export_model(run, None, tmp_path / "out", form=form, proof=proof)
+    assert 1 <= counter.count <= 2
+
+
+SPELLED = re.compile(r"(adapter|boundary|aligner)\.(\d|weight|bias|embeddings|$)")
+"""Names of the adapter's tensors, and the prefixes of such names."""
+
+
+def constants(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields line and value of every string in a module, except docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_only_one_module_spells_names_of_adapter_tensors() -> None:
+    """It is model/adapter.py. In exports, which contain their own code, the modeling code names its modules once."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        places = [f"line {line}: {text}" for line, text in constants(path) if SPELLED.match(text)]
+        if places:
+            found[str(path.relative_to(PACKAGE))] = places
+    assert list(found) == ["model/adapter.py"], found
+    remote = sorted(PACKAGE.glob("export/remote/*.py"))
+    naming = [path.name for path in remote if re.search(r"self\.(adapter|boundary)\b", path.read_text("utf-8"))]
+    assert naming == ["modeling_grafted.py"]
+
+
+def test_an_adapter_of_three_layers(
+    made: Callable[..., Path],
+    run_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A change of model/adapter.py suffices: exports contain its tensors, or their format refuses the model."""
+
+    def three_layers(self: nn.Sequential, vision_width: int, width: int) -> None:
+        first, second, third = nn.Linear(vision_width, width), nn.Linear(width, width), nn.Linear(width, width)
+        nn.Sequential.__init__(self, first, nn.GELU(), second, nn.GELU(), third)
+
+    monkeypatch.setattr(adapter.Adapter, "__init__", three_layers)
+    monkeypatch.setattr(adapter, "LINEARS", ("adapter.0", "adapter.2", "adapter.4"))
+    monkeypatch.setattr("zero_ds.export.llava.LINEARS", adapter.LINEARS)
+    config = run_config("decoder", tmp_path / "run", decoder="target", data={"max_length": 512})
+    run = export_helper.write_run(config, made("llama", tied=True))
+    export_model(run, None, tmp_path / "out", form="remote-code", proof="tensors")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    trained = load_file(run / "step-000001" / "weights.safetensors")
+    assert {name for name in stored if name.startswith("adapter.")} == {
+        name for name in trained if name.startswith("adapter.")
+    }
+    assert "adapter.4.weight" in stored
+    with pytest.raises(ConfigError, match="Llava's projector has 2 linear layers; this adapter has 3; use --format"):
+        export_model(run, None, tmp_path / "llava")
+
+
+def test_a_template_that_writes_nothing_before_a_question(made: Callable[..., Path]) -> None:
+    """The image then goes to the start of the prompt, and the text of training around it."""
+    tokenizer = AutoTokenizer.from_pretrained(made("llama", tied=True))
+    template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    processor = GraftedProcessor(tokenizer, template, image_token="<reponame>", tokens_per_view=2, image_size=32)
+    inputs = processor(text="which shape?", images=Image.new("RGB", (32, 32)))
+    image, text = tokenizer.convert_tokens_to_ids("<reponame>"), tokenizer("\nwhich shape?").input_ids
+    assert inputs["input_ids"] == [[image, image, *text]]
+
+
+def test_formats_are_called_by_their_names() -> None:
+    assert {name: layout.name for name, layout in FORMATS.items()} == {"llava": "llava", "remote-code": "remote-code"}
+    assert [layout.remote_code for layout in FORMATS.values()] == [False, True]

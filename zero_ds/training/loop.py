@@ -1,0 +1,180 @@
+"""The training loop: one pass of it is an optimizer step, recorded, previewed and saved when due."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zero_ds.data.batches import Batch
+from zero_ds.data.loader import Loader
+from zero_ds.model.losses import length_classes, with_token_weights
+from zero_ds.runtime import distributed
+from zero_ds.training.checkpoint.manifest import Manifest
+from zero_ds.training.checkpoint.save import save_checkpoint
+from zero_ds.training.engine import Engine, StepResult
+from zero_ds.training.metrics import StepCounts
+from zero_ds.training.monitor import Monitor
+from zero_ds.training.planning.flops import StepCost, peak_flops
+from zero_ds.training.preview import Preview
+from zero_ds.training.resume import progress_after
+from zero_ds.training.setup import Run
+from zero_ds.training.skipped import SkippedSamples
+
+logger = logging.getLogger(__name__)
+
+
+def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, manifest: Manifest, total: int) -> Path:
+    """Makes the steps that are left of `total`; returns the folder of the last checkpoint.
+
+    A checkpoint is saved when it is due, after the last step, and when a signal asks the run to end.
+
+    Raises:
+        SystemExit: a signal was received; the run can be resumed.
+    """
+    config, first = run.config, run.resume.first_step
+    cost = StepCost.of(engine.model)
+    meter = Meter.of(engine)
+    saver = Saver(run, engine, manifest, skipped)
+    preview = Preview(config, loader)
+    with contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor:
+        for step, batches, started, waited in timed_steps(loader, first, total):
+            counts = StepCounts.of(batches, cost).over_ranks()
+            counts.check_layout(step + 1)
+            skipped.add_step(batches, counts)
+            if config.dynamic_loss.order:
+                batches = with_token_weights(batches, config.dynamic_loss)
+
+            result = engine.step(batches, step, counts.supervised, counts.images)
+            sums = StepSums.over_ranks(result, stop=bool(run.stop.received), overdue=saver.overdue())
+
+            scalars = meter.scalars(
+                step, result, sums, counts, skipped, seconds=time.monotonic() - started, waited=waited
+            )
+            if monitor.shows(step + 1):
+                scalars |= distributed.memory_gib()
+            monitor.step(step + 1, (step + 1) * config.global_batch, scalars)
+
+            if preview.due(step + 1):
+                preview.show(step + 1, engine.model, monitor)
+
+            if sums.stop or sums.overdue or step + 1 == total or saver.due(step + 1):
+                saver.save(step + 1)
+            if sums.stop:
+                sender = run.stop.received or "a signal to another rank"
+                raise SystemExit(f"stopped by {sender} after step {step + 1}; run again to resume.")
+    skipped.log_total()
+    return saver.newest
+
+
+def timed_steps(loader: Loader, first: int, total: int) -> Iterator[tuple[int, list[Batch], float, float]]:
+    """Yields each step's number, its micro-batches, when the wait for them began, and its seconds."""
+    batches = iter(loader.steps(first, total))
+    for step in range(first, total):
+        started = time.monotonic()
+        micro_batches = next(batches)
+        yield step, micro_batches, started, time.monotonic() - started
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Knowledge of all ranks about a step, summed up in one collective."""
+
+    loss: float
+    """Mean next-token loss over the supervised tokens of the global batch."""
+    stop: bool
+    """True if any rank was asked to end."""
+    overdue: bool
+    """True if rank 0 wants a checkpoint because the last one is too old."""
+    by_length: list[float]
+    """Sum of the loss, then number of tokens, of each class of response lengths."""
+
+    @classmethod
+    def over_ranks(cls, result: StepResult, *, stop: bool, overdue: bool) -> StepSums:
+        """Sums up the ranks' knowledge. A collective."""
+        loss, stops, late, *by_length = distributed.sum_over_ranks(
+            result.share, stop, overdue, *result.by_length.flatten().tolist()
+        )
+        return cls(loss, bool(stops), bool(late), by_length)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Turns the numbers of a step into scalars for metrics.jsonl and TensorBoard."""
+
+    engine: Engine
+    peak: float
+    """FLOP/s that the devices of all ranks can reach together."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> Meter:
+        """Looks up, or measures, the peak of the devices."""
+        parameter = next(iter(engine.named.values()))
+        return cls(engine, peak_flops(engine.engine.device, parameter.dtype) * distributed.world_size())
+
+    def scalars(
+        self,
+        step: int,
+        result: StepResult,
+        sums: StepSums,
+        counts: StepCounts,
+        skipped: SkippedSamples,
+        *,
+        seconds: float,
+        waited: float,
+    ) -> dict[str, float]:
+        """Returns the scalars of a step that took `seconds`, of which it `waited` for data."""
+        scalars = {
+            "loss": sums.loss,
+            **self.engine.learning_rates(step),
+            "grad_norm": result.grad_norm,
+            "seconds": seconds,
+            "data_wait_seconds": waited,
+            **counts.scalars(seconds),
+            **skipped.scalars(),
+            "samples_per_second": self.engine.config.global_batch / seconds,
+            "mfu": counts.flops / seconds / self.peak,
+            **self.engine.state.loss_scalars(),
+        }
+        for name, loss, tokens in zip(length_classes(), sums.by_length[::2], sums.by_length[1::2], strict=True):
+            if tokens:
+                scalars[f"loss_by_response_length/{name}"] = loss / tokens
+        return scalars
+
+
+@dataclass
+class Saver:
+    """Saves checkpoints, and knows when one is due."""
+
+    run: Run
+    engine: Engine
+    manifest: Manifest
+    skipped: SkippedSamples
+    saved_at: float = field(default_factory=time.monotonic)
+    newest: Path = field(init=False)
+    """Folder of the newest checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.newest = self.run.out
+
+    def due(self, step: int) -> bool:
+        """Returns whether `checkpoint.every_steps` asks for a checkpoint after this step, counted from 1."""
+        every = self.run.config.checkpoint.every_steps
+        return every is not None and step % every == 0
+
+    def overdue(self) -> bool:
+        """Returns whether `checkpoint.every_minutes` have passed. Only rank 0's clock counts."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return distributed.is_rank_zero() and minutes > (self.run.config.checkpoint.every_minutes or math.inf)
+
+    def save(self, step: int) -> None:
+        """Saves a checkpoint after this step. A collective."""
+        progress = progress_after(step, self.skipped)
+        keep = self.run.config.checkpoint.keep
+        self.newest = save_checkpoint(self.run.out, self.engine, self.manifest, progress, keep)
+        self.saved_at = time.monotonic()
+        logger.info("saved checkpoint %s", self.newest)

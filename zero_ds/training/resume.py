@@ -1,0 +1,139 @@
+"""Resuming a run: the checkpoint that it goes on from, and the order in which its state is restored.
+
+    1. `Resume.find`      before anything is loaded: the checkpoint in the run folder must be of the same configuration
+    2. `load_weights_`    after the initial weights, and before the engine copies weights into its fp32 master copies
+    3. `restore_`         master copies, moments, step counts, loss scale, and the counts of skipped samples
+    4. `first_step`       where the data, the learning-rate schedule, the metrics and the loop begin
+
+`progress_after` is the other direction: the counts that a checkpoint records, besides the optimizer's state.
+Nothing else needs to be restored: the schedule is a function of the step, and the order of samples one of the seed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zero_ds.config.resume import MAY_DIFFER, OLD_BEHAVIOUR
+from zero_ds.config.schema import RunConfig
+from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.runtime import distributed
+from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, Progress, check_manifest, find_checkpoint
+from zero_ds.training.checkpoint.load import carry_over_, load_weights_, restore_
+from zero_ds.training.checkpoint.manifest import Manifest
+from zero_ds.training.engine import Engine
+from zero_ds.training.skipped import SkippedSamples
+
+logger = logging.getLogger(__name__)
+
+COMPARED = (
+    "plan",
+    "family",
+    "target",
+    "target_hash",
+    "encoder_hash",
+    "decoder_hash",
+    "data_hash",
+    "precision",
+    "starts",
+)
+"""Fields of the manifest that must be the same when a run is resumed."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The point where a run goes on: after its checkpoint, or at the beginning."""
+
+    checkpoint: Checkpoint | None = None
+
+    @classmethod
+    def find(cls, out: Path, config: RunConfig) -> Resume:
+        """Looks for a checkpoint in the run folder; every rank finds the same one. A collective.
+
+        Raises:
+            ConfigError: the folder holds a run with another configuration, or the ranks see different checkpoints.
+        """
+        return cls(checkpoint_to_resume(out, config))
+
+    @property
+    def first_step(self) -> int:
+        """Number of steps made before, and so the index of the first step that is left."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def load_weights_(self, model: VisionLanguageModel, manifest: Manifest) -> None:
+        """Loads the checkpoint's weights over the initial ones. A collective.
+
+        manifest: description of the run and its models, with which the checkpoint must agree.
+
+        Raises:
+            ConfigError: models or data are not those of the checkpoint. CheckpointError: a damaged file.
+        """
+        if self.checkpoint:
+            expected: dict[str, Any] = dict(manifest)
+            check_manifest(self.checkpoint, {key: expected[key] for key in COMPARED})
+            load_weights_(model.named_targets(), self.checkpoint, skip=lambda name: False)
+
+    def restore_(self, engine: Engine, skipped: SkippedSamples, total: int) -> None:
+        """Restores the optimizer's state and the counts of skipped samples. A collective.
+
+        A run that begins and has `continue_from` takes over the optimizer state of the parts that it trains further.
+
+        Raises:
+            CheckpointError: damaged state, or state of other parameters.
+        """
+        config = engine.config
+        if self.checkpoint:
+            skipped.restore(restore_(engine, self.checkpoint))
+            engine.engine.global_samples = self.first_step * config.global_batch  # the axis of DeepSpeed's own curves
+            logger.info("resumed %s after step %d of %d", config.out, self.first_step, total)
+        elif config.continue_from:
+            parts = carry_over_(engine, find_checkpoint(config.continue_from))
+            logger.info("the optimizer goes on for %s", ", ".join(parts) or "no part")
+
+
+def progress_after(step: int, skipped: SkippedSamples) -> Progress:
+    """Returns the progress that a checkpoint after `step` steps records."""
+    progress: Progress = {"step": step}
+    skipped.save(progress)
+    return progress
+
+
+def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
+    """Returns the newest checkpoint in the run folder, or None if it holds none. A collective.
+
+    Raises:
+        ConfigError: as `Resume.find`.
+    """
+    found = None
+    if (out / "latest").is_file():
+        found = find_checkpoint(out)
+        if found.manifest["fingerprint"] != config.fingerprint():
+            changed = difference(found.manifest["config"], config.model_dump(mode="json"))
+            raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
+    step = found.step if found else 0
+    if not distributed.same_on_all_ranks(step):
+        largest, negative = distributed.max_over_ranks(step, -step)
+        raise ConfigError(
+            f"the ranks see different checkpoints in {out} (steps {-negative:.0f} and {largest:.0f}); out= must be a "
+            "folder that all machines share."
+        )
+    return found
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """Returns the first entry in which two configurations differ, as `key: old -> new`.
+
+    prefix: dotted name of the section that `old` and `new` are, with a dot at its end.
+    """
+    for key in [*new, *(key for key in old if key not in new)]:
+        name = f"{prefix}{key}"
+        before, after = old.get(key, OLD_BEHAVIOUR.get(name)), new.get(key)
+        if before == after or name in MAY_DIFFER:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            return difference(before, after, f"{name}.")
+        return f"{name}: {before!r} -> {after!r}"
+    return "no difference"

@@ -1,0 +1,88 @@
+"""Samples that a run goes without, and the limit on their number."""
+
+from __future__ import annotations
+
+import logging
+
+from zero_ds.data.batches import Batch
+from zero_ds.data.formats import DataError
+from zero_ds.data.sources import Records
+from zero_ds.runtime import distributed
+from zero_ds.training.checkpoint.checkpoint import Progress
+from zero_ds.training.metrics import StepCounts
+
+logger = logging.getLogger(__name__)
+
+
+class SkippedSamples:
+    """Number of skipped samples over all ranks. A checkpoint keeps the counts, so that a resumed run goes on with them.
+
+    Raises (in `add_records` and `add_step`, on every rank at the same point):
+        DataError: more samples could not be used than `limit`.
+    """
+
+    LOGGED = 20
+    """Each rank logs the reason for at most this many skipped samples."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.unusable = 0
+        """Samples of past steps that could not be used."""
+        self.too_long = 0
+        """Samples of past steps of which no answer fits into `data.max_length`. The limit does not apply to them."""
+        self.unreadable = 0
+        """Records that could not be used when the files were read. A resumed run reads and counts them again."""
+        self._logged = 0
+
+    @property
+    def total(self) -> int:
+        """Number of samples that count against the limit."""
+        return self.unusable + self.unreadable
+
+    def add_records(self, records: Records) -> None:
+        """Counts the records that could not be used when the files were read."""
+        for reasons, count in records.complaints():
+            for reason in reasons[: max(0, self.LOGGED - self._logged)]:
+                if distributed.is_rank_zero():
+                    logger.warning("skipped: %s", reason)
+                self._logged += 1
+            self.unreadable += count
+        self._check()
+
+    def add_step(self, batches: list[Batch], counts: StepCounts) -> None:
+        """Counts the samples that a step had to skip.
+
+        batches: those of this rank, whose reasons are logged; counts: of all ranks.
+        """
+        for batch in batches:
+            for reason in (*batch.skipped, *batch.too_long):
+                if self._logged < self.LOGGED:
+                    logger.warning("skipped: %s", reason)
+                self._logged += 1
+        self.unusable += int(counts.skipped)
+        self.too_long += int(counts.too_long)
+        self._check()
+
+    def _check(self) -> None:
+        if self.total > self.limit:
+            raise DataError(
+                f"{self.total} samples could not be used, more than data.max_bad_samples={self.limit}; see the log for "
+                "the reasons, and mend the data"
+            )
+
+    def save(self, progress: Progress) -> None:
+        """Writes the counts into a checkpoint's progress."""
+        progress["skipped"], progress["too_long"] = self.unusable, self.too_long
+
+    def restore(self, progress: Progress) -> None:
+        """Reads the counts from a checkpoint's progress."""
+        self.unusable, self.too_long = progress.get("skipped", 0), progress.get("too_long", 0)
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the counts for metrics.jsonl and TensorBoard."""
+        return {"skipped_samples": self.total, "too_long_samples": self.too_long}
+
+    def log_total(self) -> None:
+        """Logs how many samples the run went without, if any."""
+        if self.total or self.too_long:
+            logger.info("skipped: %d samples that could not be used, %d that were too long", self.total, self.too_long)
