@@ -36,12 +36,12 @@ def test_layers_that_repeat_others_count_as_if_they_ran(
         return inner(layer, *inputs, **named)
 
     monkeypatch.setattr(type(layers[0]), "forward", forward)
-    short = activations.kept_by_longest(model, config)
+    short = activations.longest_sample_bytes(model, config)
     assert len(ran) < len(layers) / 2, "few of them ran"
     ran.clear()
     with monkeypatch.context() as patch:
         patch.setattr(activations, "_repeats_skipped", lambda stacks, saved: contextlib.nullcontext())
-        whole = activations.kept_by_longest(model, config)
+        whole = activations.longest_sample_bytes(model, config)
     assert len(ran) == len(layers), "nothing of the stand-ins is left"
     assert short == whole
     assert any(short.layers)
