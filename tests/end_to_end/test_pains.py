@@ -155,15 +155,15 @@ def peak_of_loading(first: Path, folder: Path) -> float:
     """Loads a small decoder and then another into partitions; returns the GiB by which that raises peak memory."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from zero_ds.model.decoders.folder import load_decoder
+    from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.runtime import distributed
 
     distributed.initialize()
     ds = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     alive = HfDeepSpeedConfig(ds)
-    load_decoder(first, dtype=torch.float32)
+    DecoderFolder(first).load(dtype=torch.float32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    load_decoder(folder, dtype=torch.float32)
+    DecoderFolder(folder).load(dtype=torch.float32)
     assert alive
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 

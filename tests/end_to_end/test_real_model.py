@@ -17,7 +17,7 @@ from zero_ds.cli.demo import LLM, make_llm
 from zero_ds.cli.main import app
 from zero_ds.data.demo.dataset import TEXT_FILE
 from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import load_decoder
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.trajectory.metrics import METRICS
 from zero_ds.trajectory.resident import measure_resident
 from zero_ds.trajectory.streaming import measure_streamed
@@ -68,7 +68,7 @@ def test_the_transition_of_the_real_model(llm: Path, tmp_path: Path) -> None:
 
 
 def test_layer_by_layer_the_real_model_gives_the_same_curves(llm: Path, tmp_path: Path) -> None:
-    decoder = load_decoder(llm, dtype=torch.float32).eval()
+    decoder = DecoderFolder(llm).load(dtype=torch.float32).eval()
     samples = [TokenSample(str(n), list(range(100 * n, 100 * n + 12))) for n in range(1, 4)]
     expected = measure_resident(decoder, family_of(llm), samples, metric=METRICS["sequence"], batch_size=3)
     options = {

@@ -30,7 +30,7 @@ from zero_ds.grafting.compatibility import run_config as config_of
 from zero_ds.grafting.named_model import find_model, load_model
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import decoder_spans
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime import safetensors as shards
 from zero_ds.runtime.errors import ConfigError
@@ -321,7 +321,7 @@ def test_decoders_that_do_not_fit(commit: Path, made: Callable[..., Path], small
 def test_a_shard_is_missing(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
     target = tmp_path / "run-target"
     shutil.copytree(made("llama", tied=True), target)
-    decoder = decoder_spans(target)
+    decoder = DecoderFolder(target).spans
     (target / "model.safetensors").rename(tmp_path / "run-single.safetensors")
     moved = {
         n: shards.Span(tmp_path / "run-single.safetensors", *list(s.__dict__.values())[1:]) for n, s in decoder.items()

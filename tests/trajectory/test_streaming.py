@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.model.decoders import FAMILIES, family_of
-from zero_ds.model.decoders.folder import load_decoder
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory import lens, streaming
@@ -44,7 +44,7 @@ def samples(count: int = 7) -> list[TokenSample]:
 
 
 def resident(folder: Path, metric: str) -> Floats:
-    decoder = load_decoder(folder, dtype=torch.float32).eval()
+    decoder = DecoderFolder(folder).load(dtype=torch.float32).eval()
     check_lens(decoder, family_of(folder), samples()[-1])
     return measure_resident(decoder, family_of(folder), samples(), metric=METRICS[metric], batch_size=3)
 

@@ -200,13 +200,13 @@ class Quickstart:
 
     def _check_range(self) -> None:
         """Raises ConfigError now, before the first step, if the model has no such layers."""
-        from zero_ds.model.decoders.folder import depth_of
+        from zero_ds.model.decoders.folder import DecoderFolder
         from zero_ds.model.layer_plan import LayerPlan, Replaced
 
         replaced = Replaced.parse(self.replace, self.translators)
         folder = Path(self.target).expanduser()
         if folder.is_dir():  # else the first step says that it is missing
-            LayerPlan(depth_of(folder), (replaced,))
+            LayerPlan(DecoderFolder(folder).depth, (replaced,))
 
     def _early_range(self) -> str:
         """Returns as many layers as the surrogate replaces, from layer 1 on: the paper's T(1,11) next to T(16,26).

@@ -25,7 +25,6 @@ import torch
 from zero_ds.model.loading import HASH_VERSION
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
-from zero_ds.training.checkpoint.manifest import describe_run, versions
 
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 """Name of a checkpoint's folder, with its step."""
@@ -187,30 +186,3 @@ def _taken_differently(one: Any, other: Any) -> bool:
     """Returns whether two model hashes cannot be compared because they sampled the files in different ways."""
     ways = {str(value).startswith(HASH_VERSION) for value in (one, other) if value}
     return len(ways) == 2
-
-
-# -- names of before the split into files, until every package imports them from where they are ------------------------
-
-Commit = Checkpoint
-find_commit = find_checkpoint
-manifest_of = describe_run
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "Commit",
-    "Progress",
-    "check_hash",
-    "check_manifest",
-    "find_checkpoint",
-    "find_commit",
-    "manifest_of",
-    "versions",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "load_weights_":
-        import importlib
-
-        return importlib.import_module("zero_ds.training.checkpoint.load").load_weights_
-    raise AttributeError(name)
