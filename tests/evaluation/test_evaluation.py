@@ -252,7 +252,7 @@ def test_sdpa_agrees(made: Callable[..., Path], paths: list[str], parts: Any) ->
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        (ask("x1", 0, "what?", "It is red.", (Choice(5, "red", COLORS),)), "x1.*'red' is not at 5"),
+        (ask("x1", 0, "what?", "It is red.", (Choice(5, "red", COLORS),)), "x1.*'red' is not at character 5"),
         (ask("x2", 0, "what?", "It is red.", (Choice(6, "red", ("blue", "green")),)), "x2.*options"),
         (Query("x3", (Turn("user", "no placeholder"),), (0,)), "x3 has 1 images for 0"),
         (ask("x4", 0, "long " * 300), "x4 has .* tokens.*raise data.max_length"),

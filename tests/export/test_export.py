@@ -296,7 +296,7 @@ def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
     weights.unlink()
     refused("weights.safetensors cannot be read: No such file", commit, *out)
     os.mkfifo(weights)
-    refused("weights.safetensors cannot be read: it is no regular file", commit, *out)
+    refused("weights.safetensors cannot be read: it is not a regular file", commit, *out)
     graft = ("--weights", commit, "--target", content["config"]["target"])
     refused("weights.safetensors is missing or damaged; use another checkpoint", *graft, command="graft")
     assert folders(tmp_path) == []
