@@ -403,6 +403,6 @@ def test_what_a_restart_cannot_mend_is_not_tried_again(machines: Machines, confi
         run = Run(config("encoder", "one"), machines, "--max-restarts", "3")
         assert run.end() == 2
     last = run.said.strip().splitlines()[-1]
-    assert last.startswith("zero-ds: 127.0.0.3: commit ") and "bring every machine to the same commit" in last
+    assert last.startswith("zero-ds: 127.0.0.3: commit ") and "bring every machine to the same git commit" in last
     assert "restart" not in run.said
     assert failure.read(run.out) is None

@@ -222,8 +222,6 @@ def main(
     vocabulary = model.decoder.config.vocab_size - 1
     drawn = samples(batch, model.tokens_per_image(), vocabulary, size, limit)
     batches = micro_batches(drawn, rows, packed and not peers, limit, size)
-    for made in batches:
-        made.update(skipped=[], too_long=[])
     counts = StepCounts.of(batches, cost)
     ds = ds_config(config, 1)
     ds["tensorboard"]["enabled"] = False
@@ -245,7 +243,7 @@ def main(
             "supervised_per_second": counts.supervised / middle,
             "samples_per_second": batch / middle,
             "mfu": None if peers else counts.flops / middle / peak_flops(device, model_dtype(config)),
-            "positions_used": counts.tokens / counts.padded,
+            "positions_used": counts.tokens / counts.positions,
         }
     memory = torch.cuda.max_memory_allocated() / report.GIB if device.type == "cuda" else report.resident()
     found["peak_gib"] = memory
