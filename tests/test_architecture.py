@@ -187,13 +187,6 @@ def test_one_table_of_safetensors_dtypes() -> None:
     assert named == ["runtime.safetensors"]
 
 
-def test_one_file_spells_adapter_tensors() -> None:
-    """Names of the adapter's tensors, as `adapter.0.weight`, are written in one file."""
-    pattern = r"""["'f](?:adapter\.\d|aligner\.(?:weight|bias)|boundary\.embeddings)"""
-    spelled = [m for m in MODULES if re.search(pattern, source(m).read_text(encoding="utf-8"))]
-    assert spelled == ["model.adapter"]
-
-
 def test_train_reads_aloud() -> None:
     """`train` tells a run in at most 25 statements, and the loop in at most 60 lines."""
     limits = {("training.train", "train"): (25, 999), ("training.loop", "loop"): (STATEMENTS, 60)}
@@ -202,25 +195,6 @@ def test_train_reads_aloud() -> None:
         (function,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]
         assert sum(isinstance(child, ast.stmt) for child in ast.walk(function)) - 1 <= statements, name
         assert function.end_lineno is not None and function.end_lineno - function.lineno + 1 <= lines, name
-
-
-def test_the_work_can_be_called_from_python() -> None:
-    """Every public function exists, is a function, and is described; the commands' work needs no command line."""
-    assert set(zero_ds.PUBLIC) == {
-        "measure_trajectory",
-        "build_surrogate",
-        "train",
-        "graft",
-        "evaluate",
-        "export_model",
-        "plan",
-    }
-    for name in zero_ds.PUBLIC:
-        function = getattr(zero_ds, name)
-        assert callable(function) and function.__doc__, name
-        assert name in dir(zero_ds)
-    with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        _ = zero_ds.trian
 
 
 def test_every_package_is_installed() -> None:

@@ -11,6 +11,11 @@ import pytest
 import zero_ds
 
 
+def test_the_work_of_the_commands_can_be_called() -> None:
+    names = ("measure_trajectory", "build_surrogate", "train", "graft", "evaluate", "export_model", "plan")
+    assert tuple(zero_ds.PUBLIC) == names
+
+
 @pytest.mark.parametrize("name", zero_ds.PUBLIC)
 def test_every_name_leads_to_its_function(name: str) -> None:
     value = getattr(zero_ds, name)

@@ -136,6 +136,13 @@ def test_resume_state_that_is_gone(tmp_path: Path) -> None:
     made = written(tmp_path)
     with pytest.raises(CheckpointError, match=r"progress\.json cannot be read"):
         made.progress()
+    path = made.folder / "resume" / "progress.json"
+    path.parent.mkdir(exist_ok=True)
+    for content in ("[1, 2]", '"step"', "3", "null"):
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=r"progress\.json") as caught:
+            made.progress()
+        assert "\n" not in str(caught.value)
 
 
 def targets() -> dict[str, torch.nn.Parameter]:

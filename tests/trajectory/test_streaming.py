@@ -92,6 +92,16 @@ def test_a_common_beginning_is_read_once(made: Callable[..., Path], tmp_path: Pa
     np.testing.assert_allclose(streamed(folder, "sequence", tmp_path), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["sequence", "vocabulary"])
+def test_a_model_of_one_layer(made: Callable[..., Path], tmp_path: Path, metric: str) -> None:
+    """It has no layer before the last, so nothing is compared."""
+    folder = made("llama", tied=True, layers=1)
+    expected = resident(folder, metric)
+    found = streamed(folder, metric, tmp_path)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=3e-7)
+
+
 def test_batch_size_does_not_matter(made: Callable[..., Path], tmp_path: Path) -> None:
     folder = made("gemma3", tied=True)
     alone = streamed(folder, "sequence", tmp_path, batch_size=1)
