@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -91,13 +90,12 @@ def test_a_bad_sample_on_one_rank_ends_the_job_with_its_reason_last(
     assert failure.read(tmp_path / "run") in last
 
 
-def other(rank: int) -> Any:
-    """Returns a case of the slow tier."""
-    reason = "same as for the other rank; test_a_blocked_rank_is_ended_by_its_watch covers what each rank notices"
-    return pytest.param(rank, marks=pytest.mark.slow(reason=reason))
+same_as_rank_1 = pytest.mark.slow(
+    reason="same as for rank 1; test_a_blocked_rank_is_ended_by_its_watch covers what each rank notices"
+)
 
 
-@pytest.mark.parametrize("rank", [other(0), 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=same_as_rank_1), 1])
 def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path, rank: int) -> None:
     process = launch()
     wait_for(process, "step 10/")
@@ -112,7 +110,11 @@ def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]]
     assert not any(map(alive, ranks.values()))
 
 
-@pytest.mark.parametrize("rank", [0, other(1)])
+@pytest.mark.slow(
+    reason="one more launch per rank; by default test_a_silent_rank_counts_as_dead stops a rank without a launcher,"
+    " and test_nodes.py stops all processes of one machine of a launched job"
+)
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stands_still_ends_the_job_too(
     launch: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
