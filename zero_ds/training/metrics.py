@@ -88,15 +88,15 @@ class StepCounts:
         )
 
     def check_layout(self, step: int) -> None:
-        """Refuses a step that the ranks lay out differently; called on the counts of the global batch.
+        """Refuses a step if the ranks disagree on its batches; called on the counts of the global batch.
 
         Raises:
-            DataError: the ranks have other rows or another number of passes, and would wait for each other. Raised on
-                every rank.
+            DataError: the ranks differ in rows or in the number of passes, so they would wait for each other forever.
+                Raised on every rank.
         """
         if not self.same_layout:
             raise DataError(
-                f"the ranks plan step {step} unlike each other, as if one of them had read other data; look for "
+                f"the ranks planned step {step} differently, as if one of them had read other data; look for "
                 "skipped samples in the log, and run again from the last checkpoint"
             )
 
