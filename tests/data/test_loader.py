@@ -220,7 +220,7 @@ def test_groups_match_steps_in_later_epochs() -> None:
 
 
 def test_images_and_plain_text_share_no_batch() -> None:
-    """Only one batch per window may hold both kinds, whereas grouping by length mixes them in most batches."""
+    """Only one batch in a window of eight may hold both kinds, whereas grouping by length mixes them."""
 
     def mixed(grouping: str) -> list[int]:
         steps = grouped_steps(Mixed([n * 37 % 50 + 1 for n in range(512)]), 8, 0, 64, grouping=grouping)

@@ -60,7 +60,7 @@ def test_a_run_skips_samples_that_cannot_be_used(
     assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "the last checkpoint is kept"
     refused = run_ranks(train_all, 1, [config("none", bad_samples="error")])
     assert refused[0][0].startswith("DataError: sample picture-") and "cannot be read" in refused[0][0]
-    # a resumed run may treat bad samples as errors, and a later one may skip them again
+    # a run that skipped samples may be told to end at them, and then to skip them again
     (tmp_path / "alone" / "latest").write_text("step-000003\n")
     shutil.rmtree(tmp_path / "alone" / "step-000006")
     refused = run_ranks(train_all, 1, [config("alone", bad_samples="error")])
@@ -69,7 +69,7 @@ def test_a_run_skips_samples_that_cannot_be_used(
     assert scalars(tmp_path / "alone", "skipped_samples") == scalars(tmp_path / "whole", "skipped_samples")
 
 
-def test_records_skipped_while_reading_files_are_counted(
+def test_samples_skipped_when_files_are_read_count_as_well(
     run_config: Callable[..., RunConfig], data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data.parent / "images", tmp_path / "images")
