@@ -123,7 +123,7 @@ def test_a_number_of_thousands_of_digits(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.parquet"])
 def test_a_pipe_is_not_a_data_file(tmp_path: Path, name: str) -> None:
-    """Opening a pipe like a file would wait forever for a writer."""
+    """Opening it like a file would wait for a writer forever."""
     os.mkfifo(tmp_path / name)
     for read in (raw_records, lambda path: Records([SourceConfig(path=str(path))])):
         with pytest.raises(DataError, match="regular file"):
@@ -208,7 +208,7 @@ def check(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=scaled(120))
 
 
-def test_a_data_set_of_the_hub_is_read_from_the_cache(tmp_path: Path) -> None:
+def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
     """The cache has the library's own layout, which is used without a network."""
     folder = tmp_path / "hub" / "datasets--somebody--talks"
     snapshot = folder / "snapshots" / ("0" * 40)

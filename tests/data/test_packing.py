@@ -47,7 +47,6 @@ def test_packing_keeps_every_sample_once_within_the_limit(lengths: list[int], mu
 
 
 def encoded(seed: int, lengths: list[int], images: list[int]) -> list[EncodedSample]:
-    """Returns samples of random tokens with these lengths and numbers of images; the last five tokens have labels."""
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for number, (length, shown) in enumerate(zip(lengths, images, strict=True)):
