@@ -215,7 +215,7 @@ def test_dtypes_and_shards(run: Callable[..., Path], tmp_path: Path, dtype: str,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
 
-def test_proof_tensors_loads_no_model(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_are_compared_where_nothing_is_loaded(run: Callable[..., Path], tmp_path: Path) -> None:
     commit = run("decoder", lora={"rank": 2}, adapter={"width": 24})
     result = CliRunner().invoke(
         app, ["export", str(commit), "--out", str(tmp_path / "out"), "--proof", "tensors", "--dtype", "bfloat16"]
@@ -329,7 +329,7 @@ def test_a_shard_is_missing(run: Callable[..., Path], made: Callable[..., Path],
     commit = run("encoder", target=str(target))
     export_model(commit, None, tmp_path / "out", proof="tensors")
     shutil.rmtree(tmp_path / "out")
-    sorted(target.glob("model-*"))[0].unlink()
+    next(iter(sorted(target.glob("model-*")))).unlink()
     refused("shard .*model-00001-of-.* is missing; fetch the model again", commit, "--out", tmp_path / "out")
     assert folders(tmp_path) == []
 

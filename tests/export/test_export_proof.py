@@ -150,7 +150,7 @@ def test_differences_outside_the_tensors_are_found(
 
 
 def test_a_commit_is_read_alike_by_both_readers(run: Path, exported: Path) -> None:
-    """Streaming the files and loading the model give the same tensors."""
+    """Streaming the files and loading the model are two ways to the same tensors."""
     source = open_source(run, None)
     count = proof.compare_files(exported, LlavaFormat().tensors(source))
     model = load_trained(source.checkpoint.folder, source.decoder)
