@@ -29,7 +29,7 @@ class StepCounts:
     skipped: float = 0.0
     """Number of samples that could not be used."""
     too_long: float = 0.0
-    """Number of samples of which no answer fits."""
+    """Number of samples without an answer within the length limit."""
     layout: int = 0
     """Checksum of the layout of this rank's rows in the step (`Batch.layout`), or its number of passes."""
     same_layout: bool = True
