@@ -1,7 +1,7 @@
 """Checks of machines: what has to be the same on all of them, and what each of them needs for a run.
 
-Every check looks at what the machines said of themselves (`probe.describe`) and returns one line of a table: a verdict,
-the finding, and a remedy if something is wrong.
+Every check reads the machines' descriptions of themselves (`probe.describe`) and returns one line of a table with a
+verdict, the finding, and a remedy if something needs mending.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Resumes a run: finds the checkpoint to continue from, and restores its state in a fixed order.
+"""Resuming a run: the checkpoint that it continues from, and the order in which its state is restored.
 
     1. `Resume.find`      before anything is loaded: the checkpoint in the run folder must be of the same configuration
     2. `load_weights_`    after the initial weights, and before the engine copies weights into its fp32 master copies
