@@ -91,7 +91,7 @@ class StepCounts:
         """Refuses a step if the ranks disagree on its batches; called on the counts of the global batch.
 
         Raises:
-            DataError: the ranks differ in rows or in the number of passes, so they would wait for each other forever.
+            DataError: the ranks differ in rows or in the number of passes, and would wait for each other.
                 Raised on every rank.
         """
         if not self.same_layout:
