@@ -97,7 +97,7 @@ def test_no_gpu_anywhere_is_said(content: dict[str, Any], monkeypatch: pytest.Mo
     assert check.status == WARN and check.found == "no GPU is seen, CPU ranks: a 1, b 1"
     one = [Answer("a", {**content, "devices": [{"name": "A100", "total": 81920, "free": 81000}]}), answers[1]]
     check = of(checks.of_machines(TWO, one, wanted, Forwarded()), "devices")
-    assert (check.status, check.found) == (FAIL, "b: 0 GPUs, device 0 is wanted")
+    assert (check.status, check.found) == (FAIL, "b: 0 GPUs, device 0 is needed")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

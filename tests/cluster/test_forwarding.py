@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from zero_ds.cluster import probe
-from zero_ds.cluster.environment import argument, forwarded, is_secret, told
+from zero_ds.cluster.environment import argument, describe_forwarded, forwarded, is_secret
 from zero_ds.cluster.hostfile import Node, node_of_rank, read_hostfile
 from zero_ds.cluster.machines import Cluster, meeting_point
 from zero_ds.cluster.ssh import Answer
@@ -151,8 +151,8 @@ def test_the_list_is_explicit_and_secrets_go_by_name(tmp_path: Path, monkeypatch
     assert sent.secret == {"HF_TOKEN": "hf_1", "https_proxy": "http://me:pass@proxy:3128"}
     assert sent.withheld == ("WANDB_API_KEY",)
     assert set(forwarded(environment, ["AWS_SECRET_ACCESS_KEY"]).secret) == {*sent.secret, "AWS_SECRET_ACCESS_KEY"}
-    assert "HF_TOKEN" in told(sent) and "HF_TOKEN" in sent.file("job1")
-    for text in (told(sent), repr(sent), sent.file("job1")):
+    assert "HF_TOKEN" in describe_forwarded(sent) and "HF_TOKEN" in sent.file("job1")
+    for text in (describe_forwarded(sent), repr(sent), sent.file("job1")):
         assert not any(value in text for value in ("hf_1", "w_1", "s_1", "pass"))
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "db_password", "DB_PASS", "AWS_SECRET_ACCESS_KEY", "GOOGLE_CREDENTIALS"):
         assert is_secret(name), name

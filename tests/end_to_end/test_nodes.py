@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "recipe",
         r"127.0.0.3: .*run\.yaml differs",
     ),
-    "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are wanted"),
+    "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are needed"),
 }
 """Fault -> bash lines on the second machine, options of doctor, the check that fails, and its message."""
 

@@ -1,13 +1,15 @@
-"""Exports every family in every format that can express it, after every kind of training; dtypes, shards, bad input."""
+"""Exports of every family, in every format that can express it, after every kind of training; also wrong input."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., Path]:
-    """`run("encoder", family="qwen2")`: a finished run on the family's tiny model or on `decoder`."""
+    """Returns a function: `run("encoder", family="qwen2")` writes a finished run on a tiny model or on `decoder`."""
 
     def make(stage: str, family: str = "llama", tied: bool = True, decoder: Path | None = None, **more: Any) -> Path:
         target = made(family, tied=tied)
@@ -111,12 +113,13 @@ def test_every_family(
     assert folders(tmp_path) == ["out"]
 
 
-def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
-    """Llama-3's and Gemma's do, although the chat template writes that token. Gemma's end token closes no turn."""
+def test_a_tokenizer_that_adds_a_token(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
+    """Llama-3's and Gemma's add a first token that the template also writes. Gemma's end token does not end a turn."""
     target = tmp_path / "run-target"
     shutil.copytree(made("llama", tied=True), target)
     words = AutoTokenizer.from_pretrained(target)
-    begin, closing, words.eos_token = words.bos_token, words.eos_token, words.pad_token
+    begin, closing = words.bos_token, words.eos_token
+    words.eos_token = words.pad_token
     special = [(begin, words.bos_token_id)]
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=special
@@ -127,7 +130,7 @@ def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callab
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert words("a").input_ids == [words.bos_token_id, *read("a").input_ids] and read.eos_token == closing
     ours = load_model(find_model(str(tmp_path / "out"), None)).encoder.template.tokenizer
-    assert ours("a").input_ids == words("a").input_ids, "texts are measured as the target's"
+    assert ours("a").input_ids == words("a").input_ids, "text suites see the tokens of the target"
     asked = [{"role": "user", "content": "a"}]
     assert read.apply_chat_template(asked) == words.apply_chat_template(asked), "the template writes the same end"
 
@@ -250,8 +253,6 @@ def commit(run: Callable[..., Path]) -> Path:
 def refused(complaint: str, *arguments: object, command: str = "export") -> None:
     result = CliRunner().invoke(app, [command, *map(str, arguments)])
     assert isinstance(result.exception, ConfigError | CheckpointError), result.exception
-    import re
-
     assert re.search(complaint, str(result.exception)), str(result.exception)
     assert "\n" not in str(result.exception)
 
@@ -323,9 +324,7 @@ def test_a_shard_is_missing(run: Callable[..., Path], made: Callable[..., Path],
     shutil.copytree(made("llama", tied=True), target)
     decoder = DecoderFolder(target).spans
     (target / "model.safetensors").rename(tmp_path / "run-single.safetensors")
-    moved = {
-        n: shards.Span(tmp_path / "run-single.safetensors", *list(s.__dict__.values())[1:]) for n, s in decoder.items()
-    }
+    moved = {name: replace(span, file=tmp_path / "run-single.safetensors") for name, span in decoder.items()}
     shards.write_shards(list(moved.items()), target, 30_000)
     commit = run("encoder", target=str(target))
     export_model(commit, None, tmp_path / "out", proof="tensors")

@@ -295,4 +295,4 @@ def test_a_page_that_others_reach_says_so(caplog: pytest.LogCaptureFixture) -> N
     with bind("127.0.0.1", 0), bind("localhost", 0):
         assert not caplog.records
     with bind("0.0.0.0", 0):
-        assert "whoever reaches this machine" in caplog.text
+        assert "anyone who can reach this machine" in caplog.text

@@ -228,7 +228,7 @@ def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: s
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sizes_of_a_checkpoint(run_config: Any, made: Any, tmp_path: Path, precision: str) -> None:
-    """Weights at most 1.02 times the bytes of what trains, resume state at most 12.3 bytes a parameter of it."""
+    """Weights take at most 1.02 times the trained parameters' bytes, resume state at most 12.3 bytes per parameter."""
     import shutil
 
     from distributed_helper import train_all

@@ -26,7 +26,7 @@ OLDER = Path(__file__).parent.parent / "support" / "older_run"
 EXPECTED: dict[str, Any] = json.loads((OLDER / "expected.json").read_text(encoding="utf-8"))
 
 REWORDED = (".py", ".md")
-"""Files of an export that hold code or prose of ours, which may change; all others must keep every byte."""
+"""Files of an export that hold our own code or prose, which may change. All other files must keep every byte."""
 
 
 @pytest.fixture

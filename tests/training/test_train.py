@@ -408,7 +408,7 @@ def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[.
     assert losses(run) == pytest.approx(losses(runs / "zero2"), rel=1e-5)
 
 
-# -- errors that a user can mend ---------------------------------------------------------------------------------------
+# -- errors that a user can fix ----------------------------------------------------------------------------------------
 
 
 def commands(lines: list[list[str]]) -> list[tuple[int | None, str]]:

@@ -1,7 +1,7 @@
 """Checks of machines: what has to be the same on all of them, and what each of them needs for a run.
 
-Every check looks at what the machines said of themselves (`probe.describe`) and returns one line of a table: a verdict,
-the finding, and a remedy if there is something to mend.
+Every check reads the machines' descriptions of themselves (`probe.describe`) and returns one line of a table with a
+verdict, the finding, and a remedy if something needs mending.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def _device_trouble(machine: Machine, slots: tuple[int, ...]) -> str:
     devices = machine.facts["devices"]
     highest = max(slots, default=0)
     if len(devices) <= highest:
-        return f"{machine.host}: {len(devices)} GPUs, device {highest} is wanted"
+        return f"{machine.host}: {len(devices)} GPUs, device {highest} is needed"
     for number in slots:
         device = devices[number]
         if device["free"] < FREE_SHARE * device["total"]:
@@ -342,7 +342,7 @@ def _disk(machines: Sequence[Machine], wanted: Wanted) -> Check:
         for path, free in facts["disks"].items():
             need = wanted.disk if path == wanted.shared else 1.0
             if free is not None and free < need * GIB:
-                return f"{free / GIB:.1f} GiB free in {path}, {need:g} are wanted"
+                return f"{free / GIB:.1f} GiB free in {path}, {need:g} are needed"
         return ""
 
     free_of_each = [free for machine in machines for free in machine.facts["disks"].values() if free]

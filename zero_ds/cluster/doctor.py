@@ -86,7 +86,7 @@ def _token(folder: Path, token: str) -> Iterator[None]:
         for path in folder.glob(f"{token}*"):
             path.unlink(missing_ok=True)
         for place in made:
-            with contextlib.suppress(OSError):  # somebody else has written into it meanwhile
+            with contextlib.suppress(OSError):  # not empty: something else has written into it meanwhile
                 place.rmdir()
 
 

@@ -27,7 +27,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
 
 ALIGNMENT = 64
-"""Bytes to a multiple of which the offset of a tensor is rounded up."""
+"""Alignment of tensors in bytes: offsets are rounded up to a multiple of it."""
 
 
 def without_traceback(error: DataError) -> DataError:

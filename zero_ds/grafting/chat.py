@@ -100,7 +100,7 @@ class Conversation:
         Raises:
             DataError: the conversation would become longer than the model's context; the question is not asked then.
         """
-        typed = question.replace(PLACEHOLDER, "image")  # a placeholder that somebody types stands for no image
+        typed = question.replace(PLACEHOLDER, "image")  # a typed placeholder does not stand for an image
         if self._new_images:
             typed = PLACEHOLDER * self._new_images + "\n" + typed
         before = list(self.turns)

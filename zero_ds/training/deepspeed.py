@@ -178,7 +178,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dictionary of a JSON object's entries, of which Python's own would keep only the last of equal keys."""
+    """Makes a dictionary of a JSON object's entries. Python's own would silently keep only the last of equal keys."""
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:

@@ -191,7 +191,7 @@ def make_loader(
 
 
 def total_steps(config: RunConfig, samples: int) -> int:
-    """Returns the number of optimizer steps of a run on so many samples: `max_steps`, or what `epochs` amount to."""
+    """Returns the number of optimizer steps of a run on `samples` samples: `max_steps`, or as many as `epochs` need."""
     return config.max_steps or max(1, math.ceil(samples * config.epochs / config.global_batch))
 
 

@@ -35,9 +35,9 @@ CAUSES = ("frozen", "trained", "gradients", "optimizer", "buckets", "gather", "a
 """Causes in the order of the tables. `update` and `save` are needed when activations, logits and gathered parameters
 are not."""
 STATES = ("frozen", "trained", "gradients", "optimizer")
-"""Causes that are there all the time."""
+"""Causes that need memory all the time."""
 PASSES = ("buckets", "gather", "activations", "logits")
-"""Causes that are there in the forward and backward pass."""
+"""Causes that need memory during the forward and backward pass."""
 PLACES = ("gpu", "host", "disk")
 
 PERSISTENT = 100_000
