@@ -15,4 +15,4 @@ set_up dev
 python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright ||
   fail "playwright could not be fetched; check the network and run again"
 python tools/look_at_page.py "$run" --target "$target" --chromium "$chromium" \
-  --picture "$(find "$(dirname "$records")/images" -name 'heldout-00003*')" "$@"
+  --image "$(find "$(dirname "$records")/images" -name 'heldout-00003*')" "$@"

@@ -60,7 +60,7 @@ def test_files_that_say_what_a_run_is(run_config: Callable[..., RunConfig]) -> N
     assert files_of("my/run.yaml", config.model_copy(update={"zero": "own.json"})) == ("my/run.yaml", "own.json")
 
 
-def test_a_folder_without_the_project_is_no_place_to_start_from(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_without_the_project_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
     """Nothing is there on every machine, and nothing is alike."""
     empty = probe.describe({"folder": str(tmp_path), "name": "a"})
     check = of(launch(empty, Answer("a", empty), ssh=Ssh(folder=str(tmp_path))), "project")

@@ -160,7 +160,7 @@ def test_the_list_is_explicit_and_secrets_go_by_name(tmp_path: Path, monkeypatch
         assert not is_secret(name), name
 
 
-def test_what_is_no_text_is_refused() -> None:
+def test_values_that_are_not_text_are_refused() -> None:
     with pytest.raises(ConfigError, match="NCCL_X holds bytes that are not text"):
         forwarded({"NCCL_X": os.fsdecode(b"\xff")})
 

@@ -58,7 +58,7 @@ def command(*arguments: str) -> list[str]:
     return line.removeprefix("+ ").split()
 
 
-def test_train_starts_two_cpu_ranks_where_there_is_no_gpu() -> None:
+def test_train_starts_two_cpu_ranks_without_a_gpu() -> None:
     words = command("smollm2-135m/encoder", "zero=zero2", "optimizer.learning_rate=1e-4")
     assert words[0] == "deepspeed"
     module = words.index("--module")

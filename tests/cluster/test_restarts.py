@@ -160,7 +160,7 @@ def test_a_hostfile_with_this_machine_alone_needs_no_ssh(
 # -- the steps of a pipeline -------------------------------------------------------------------------------------------
 
 
-def test_stages_stand_behind_those_that_they_start_from() -> None:
+def test_stages_come_after_those_that_they_start_from() -> None:
     assert list(training_runs("smollm2-135m")) == ["translator", "pretrain", "encoder", "decoder"]
     assert list(training_runs("llama-3.1-70b")) == ["pretrain", "encoder", "decoder"]
     with pytest.raises(ConfigError, match=r"did you mean 'llama-3\.1-8b'"):

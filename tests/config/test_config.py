@@ -151,7 +151,7 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
     assert (config.optimizer.eps, config.optimizer.weight_decay, config.init_from) == (1e-7, 0.1, ("c",))
 
 
-def test_extends_looks_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extends_looks_next_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base is found relative to the recipe, whatever the working folder."""
     write(tmp_path, {**BASE, "seed": 7}, "base.yaml")
     top = write(tmp_path, {"extends": "base.yaml"}, "top.yaml")
@@ -298,7 +298,7 @@ def test_did_you_mean() -> None:
     assert did_you_mean("x", [str(n) for n in range(50)]) == "."
 
 
-def test_old_commits_are_known_again() -> None:
+def test_old_checkpoints_are_recognised() -> None:
     """This fingerprint was made before `compile`, `kernels` and `frozen_weights` existed."""
     plain = RunConfig(stage="encoder", target="t", out="o")
     assert plain.fingerprint() == "e114ee41a9cad954"

@@ -122,7 +122,7 @@ def test_a_number_of_thousands_of_digits(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.parquet"])
-def test_a_pipe_is_no_data_file(tmp_path: Path, name: str) -> None:
+def test_a_pipe_is_not_a_data_file(tmp_path: Path, name: str) -> None:
     """Opening it like a file would wait for a writer forever."""
     os.mkfifo(tmp_path / name)
     for read in (raw_records, lambda path: Records([SourceConfig(path=str(path))])):

@@ -146,7 +146,7 @@ class Lengths(Sequence[int]):
     data=st.data(),
 )
 @settings(max_examples=60)
-def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
+def test_grouping_by_length_keeps_every_sample_once_on_any_number_of_ranks(
     lengths: list[int], batch: int, ranks: int, seed: int, data: st.DataObject
 ) -> None:
     def grouped(rank: int, ranks: int, grouping: str = "length") -> Loader:
@@ -219,7 +219,7 @@ def test_groups_are_steps_in_later_epochs_too() -> None:
     assert used(0, 32) > 0.86 and used(33, 64) > 0.86
 
 
-def test_pictures_and_plain_text_share_no_batch() -> None:
+def test_images_and_plain_text_share_no_batch() -> None:
     """Only one batch in a window of eight may hold both kinds, whereas grouping by length mixes them."""
 
     def mixed(grouping: str) -> list[int]:
@@ -230,7 +230,7 @@ def test_pictures_and_plain_text_share_no_batch() -> None:
     assert sum(mixed("length")) > 32
 
 
-def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
+def test_grouping_counts_the_tiles_of_large_images(tmp_path: Path) -> None:
     sizes = {"flat": (128, 32), "small": (32, 32)}
     for name, size in sizes.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
@@ -333,7 +333,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers(data: Path)
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_sample_ends_the_run_with_its_name(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("bad", [("q?", "a.")], "broken.png")]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     others = psutil.Process().children()
@@ -355,7 +355,7 @@ def test_a_bad_sample_ends_the_run_with_its_name(tmp_path: Path, workers: int) -
     assert psutil.Process().children() == others, "the workers end with the run, whoever keeps the error"
 
 
-def test_a_sample_left_out_keeps_nothing_of_its_step(tmp_path: Path) -> None:
+def test_a_skipped_sample_leaves_nothing_in_its_step(tmp_path: Path) -> None:
     """The traceback of its error would hold the step in a reference cycle: a worker's memory grew by whole steps."""
     samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("long", [("q? " * 300, "a.")])]
     (tmp_path / "data.json").write_text(json.dumps(samples))
@@ -376,7 +376,7 @@ def test_a_sample_left_out_keeps_nothing_of_its_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_skipped_samples_leave_their_places_empty(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     talk = [("q?", "a.")]
     samples = [tiny.record("fine", talk), tiny.record("bad", talk, "broken.png")]
     samples += [tiny.record("long", [("q? " * 300, "a.")]), tiny.record("sly", talk, "../x.png")]
@@ -430,15 +430,15 @@ def test_system_prompt(prompt: str | None, expected: str) -> None:
     assert TEMPLATE.tokenizer.decode(own).startswith("<|im_start|>system\nMine.<|im_end|>")
 
 
-def test_a_picture_that_was_cut_off_with_its_turn_is_not_encoded(data: Path) -> None:
-    picture = str(data.parent / "images" / "0.png")
+def test_an_image_that_was_cut_off_with_its_turn_is_not_encoded(data: Path) -> None:
+    image = str(data.parent / "images" / "0.png")
     turns = (
         Turn("user", "q?"),
         Turn("assistant", "a."),
         Turn("user", "<image>" + "more " * 50),
         Turn("assistant", "b."),
     )
-    encoded = encoder(max_length=60, image_prompt="off")(Sample("x", turns, (picture,)))
+    encoded = encoder(max_length=60, image_prompt="off")(Sample("x", turns, (image,)))
     assert not len(encoded.pixels) and IMAGE_TOKEN not in encoded.input_ids
 
 
@@ -468,9 +468,9 @@ def test_collate_pads_on_the_right(data: Path) -> None:
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
         assert (batch.responses[row, n:] == -1).all()
         assert (batch.input_ids[row, n:] == 7).all() and (batch.labels[row, n:] == IGNORE).all()
-    pictures = [picture for sample in samples for picture in sample.pixels]
-    assert torch.equal(batch.pixel_values, torch.stack(pictures))
-    assert int(image_positions(batch.input_ids).sum()) == len(pictures) * tiny.TOKENS_PER_IMAGE
+    images = [image for sample in samples for image in sample.pixels]
+    assert torch.equal(batch.pixel_values, torch.stack(images))
+    assert int(image_positions(batch.input_ids).sum()) == len(images) * tiny.TOKENS_PER_IMAGE
     assert batch.ids == [s.id for s in samples]
     answers = [max(sample.responses) + 1 for sample in samples]
     assert max(answers) > 1, "one sample has several answers"
@@ -478,7 +478,7 @@ def test_collate_pads_on_the_right(data: Path) -> None:
     assert numbers.tolist() == list(range(sum(answers))), "numbered through the batch"
 
 
-def test_a_batch_of_text_alone_brings_one_blank_picture() -> None:
+def test_a_batch_of_text_alone_brings_one_blank_image() -> None:
     text = [Plain()(5)]
     assert torch.equal(
         collate(text, 0, tiny.IMAGE_SIZE).pixel_values, torch.zeros(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)

@@ -46,13 +46,13 @@ def test_a_plan_holds_every_sample_once_within_the_limit(lengths: list[int], mul
         assert len(rows) <= -(-int(11 / 9 * 2 * best + 1) // multiple) * multiple
 
 
-def encoded(seed: int, lengths: list[int], pictures: list[int]) -> list[EncodedSample]:
+def encoded(seed: int, lengths: list[int], images: list[int]) -> list[EncodedSample]:
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for number, (length, shown) in enumerate(zip(lengths, pictures, strict=True)):
+    for number, (length, shown) in enumerate(zip(lengths, images, strict=True)):
         ids = torch.randint(4, 60, (length,), generator=generator).tolist()
-        for picture in range(shown):
-            first = 1 + picture * (tiny.TOKENS_PER_IMAGE + 1)
+        for place in range(shown):
+            first = 1 + place * (tiny.TOKENS_PER_IMAGE + 1)
             ids[first : first + tiny.TOKENS_PER_IMAGE] = [IMAGE_TOKEN] * tiny.TOKENS_PER_IMAGE
         samples.append(
             EncodedSample(

@@ -197,7 +197,7 @@ def test_an_image_without_placeholder_goes_before_the_first_question(tmp_path: P
     assert records(path)[0].turns[0] == Turn("user", "<image>\nq?")
 
 
-def test_an_image_in_an_answer_is_no_placeholder() -> None:
+def test_an_image_in_an_answer_is_not_a_placeholder() -> None:
     talk = [TALK[0], {"from": "gpt", "value": "<image> is a tag"}]
     assert parse({"id": "x", "conversations": talk}, "here").images == ()
 
@@ -301,7 +301,7 @@ def test_a_word_names_a_registered_data_set(tmp_path: Path, monkeypatch: pytest.
         validate(SourceConfig, "mine", what="data")
 
 
-def test_bad_records_are_counted_and_left_out_where_that_is_allowed(
+def test_bad_records_are_counted_and_skipped_where_that_is_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path, [good("a"), {"id": "bad"}, good("b"), "text"])

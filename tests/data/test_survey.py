@@ -70,8 +70,8 @@ def test_every_fault_is_named_and_counted(faulty: Path, made: Any, tmp_path: Pat
         assert f"sample {sample}" in named[kind]
     assert all(f"sample {name}: " in named["picture"] for name in ("missing", "cut", "empty"))
     assert "3 x picture" in result.stdout and "6 samples cannot be used" in result.stdout
-    with Image.open(out / "lengths.png") as picture:
-        assert picture.width > 500
+    with Image.open(out / "lengths.png") as image:
+        assert image.width > 500
 
 
 def test_headers_are_enough_to_find_what_is_missing(faulty: Path) -> None:
@@ -111,8 +111,8 @@ def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_a_mix_holds_every_sample_with_its_pictures(tmp_path: Path, ending: str) -> None:
-    (tmp_path / "pictures").mkdir()
+def test_a_mix_holds_every_sample_with_its_images(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "images").mkdir()
     talk = [("q?", "a."), ("r?", "b.")]
     pictured = [tiny.record(f"p{n}", talk, f"{n}.png") for n in range(6)]
     two = {**tiny.record("both", [("<image> and <image>?", "a.")]), "image": ["0.png", "1.png"]}
@@ -120,12 +120,11 @@ def test_a_mix_holds_every_sample_with_its_pictures(tmp_path: Path, ending: str)
     b = write(tmp_path / "b.json", [tiny.record(f"t{n}", talk) for n in range(4)])
     outs = [tmp_path / f"mixed{n}.{ending}" for n in range(3)]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
-        done = tool(f"{a}:{tmp_path / 'pictures'}", b, "--out", out, "--seed", seed)
+        done = tool(f"{a}:{tmp_path / 'images'}", b, "--out", out, "--seed", seed)
         assert done.returncode == 0 and done.stdout == f"{out}: 11 samples\n", done.stderr
     mixed = list(Records([SourceConfig(path=str(outs[0]))]))
     whole = {
-        s.id: s
-        for s in Records([SourceConfig(path=str(a), root=str(tmp_path / "pictures")), SourceConfig(path=str(b))])
+        s.id: s for s in Records([SourceConfig(path=str(a), root=str(tmp_path / "images")), SourceConfig(path=str(b))])
     }
     assert {sample.id: sample for sample in mixed} == whole
     places = [n for n, sample in enumerate(mixed) if sample.id.startswith("t")]

@@ -90,7 +90,7 @@ Make = Callable[..., ReportInputs]
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Returns a function: `make(grafted=0.8, surrogate=0.6)` gives the inputs of a report."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     for number in range(IMAGES):
         Image.new("RGB", (300, 200), (8 * number, 90, 90)).save(root / f"{number}.png")

@@ -69,7 +69,7 @@ def test_a_question_costs_its_own_tokens(graft: LoadedModel, monkeypatch: pytest
     assert first and whole > 60 and sum(read) < whole / 2
 
 
-def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
+def test_a_conversation_continues_after_a_stopped_answer(graft: LoadedModel) -> None:
     """The next answer builds on the words up to there."""
     talk = Conversation(graft, max_new_tokens=12)
     stream = talk.ask(QUESTIONS[0])

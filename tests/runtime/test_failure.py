@@ -36,7 +36,7 @@ SILENCE = round(scaled(4))
 @pytest.fixture
 def launch(run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Returns a function that starts a long run on two ranks with the real launcher, on data in tmp_path/data."""
-    data = tiny.write_data(tmp_path / "data", pictures=40, texts=4)
+    data = tiny.write_data(tmp_path / "data", images=40, texts=4)
 
     def start(**changes: object) -> subprocess.Popen[str]:
         sources = {"sources": [{"path": str(data)}], "max_length": 512, "system_prompt": ""}
@@ -130,7 +130,7 @@ def test_a_rank_that_stands_still_ends_the_job_too(
     assert not any(alive(pid) for pid in ranks.values())
 
 
-def test_a_signal_to_the_launcher_commits_and_the_job_resumes(
+def test_a_signal_to_the_launcher_saves_a_checkpoint_and_the_job_resumes(
     launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = launch()

@@ -293,7 +293,7 @@ def test_frozen_parameters_stay_whole_between_steps_where_they_are_persistent(me
         assert any(name.startswith("decoder.") for name in rank["released"])
 
 
-def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, Any], data: Path) -> None:
+def test_one_step_mixed_a_text_batch_and_an_image_batch(measured: dict[int, Any], data: Path) -> None:
     """Sample 0 is text alone: rank 0 begins with it while rank 1 begins with an image."""
     import json
 
@@ -327,7 +327,7 @@ def not_finite(config: RunConfig) -> tuple[str, bool]:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(run_config: Callable[..., RunConfig]) -> None:
     ((message, same),) = run_ranks(not_finite, 1, settings(run_config, "pretrain"))
-    assert same and "the loss of step 1 is nan; samples: picture-1. Nothing was updated." in message
+    assert same and "the loss of step 1 is nan; samples: image-1. Nothing was updated." in message
 
 
 def one_loss_not_finite(config: RunConfig) -> None:

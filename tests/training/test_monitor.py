@@ -64,7 +64,7 @@ def test_every_scalar_is_in_the_event_files(runs: Path) -> None:
         assert min(means) <= record["loss"] * 1.5 and all(math.isfinite(mean) for mean in means)
 
 
-def test_answers_with_their_pictures(runs: Path) -> None:
+def test_answers_with_their_images(runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = [json.loads(line) for line in (runs / "looking" / "answers.jsonl").read_text().splitlines()]
@@ -136,7 +136,7 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
             if total.requires_grad:
                 total.backward()
         ours = StepCounts.of([batch], cost).flops
-        if "picture" in batch.ids[0]:  # the blank image of a text batch does not count as work
+        if "image" in batch.ids[0]:  # the blank image of a text batch does not count as work
             assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
             counted += 1
     assert counted == 3

@@ -105,7 +105,7 @@ def whole_gradients(config: RunConfig) -> int:
     return max(seen)
 
 
-def test_a_gradient_that_no_bucket_holds_lies_whole_beside_it(
+def test_a_gradient_larger_than_the_bucket_is_held_whole_next_to_it(
     run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     ds = json.loads(Path(GATHERED).read_text())
@@ -153,7 +153,7 @@ def test_what_passes_keep_is_what_autograd_saves(
     loader = make_loader(config, model, 1)
     freeze_(model, config)
     model.train()
-    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "image" in batch.ids[0])
     length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
     of_one = activation_bytes(parts.model, length=length, supervised=labels, images=1, attention="eager")

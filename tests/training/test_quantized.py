@@ -133,7 +133,7 @@ def test_what_trains_stays_and_a_teacher_follows(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_commits_resumes_and_grafts(
+def test_a_run_saves_checkpoints_resumes_and_grafts(
     run_config: Callable[..., RunConfig],
     trained: Path,
     small: Path,
@@ -181,7 +181,7 @@ def test_a_run_commits_resumes_and_grafts(
     assert all(torch.equal(held[name], tensor.float()) for name, tensor in after.items())
 
 
-def test_commits_that_do_not_know_the_entry_go_on(run_config: Callable[..., RunConfig]) -> None:
+def test_checkpoints_without_the_entry_are_resumed(run_config: Callable[..., RunConfig]) -> None:
     config, rounded = run_config("encoder"), run_config("encoder", frozen_weights="int8")
     assert config.fingerprint() != rounded.fingerprint()
     older = describe_run(config)["config"]

@@ -134,7 +134,7 @@ def test_last_layers_of_the_encoder(model: Callable[..., VisionLanguageModel], l
     assert inside and {int(name.split(".layers.")[1].split(".")[0]) for name in inside} == layers
 
 
-def test_layers_behind_the_feature_layer_stay_frozen(model: Callable[..., VisionLanguageModel]) -> None:
+def test_layers_after_the_feature_layer_stay_frozen(model: Callable[..., VisionLanguageModel]) -> None:
     whole = model(feature_layer=-2)
     stages.freeze_(whole, config("encoder"))
     assert not any(".layers.2." in name for name in trainable(whole) if name.startswith("encoder."))

@@ -142,7 +142,7 @@ def test_resuming_on_another_number_of_ranks(runs: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zero1", "zero3", "zero3_offload"])
-def test_zero_stages_learn_alike(runs: Path, kind: str) -> None:
+def test_all_zero_stages_learn_the_same(runs: Path, kind: str) -> None:
     assert losses(runs / kind) == pytest.approx(losses(runs / "zero2"), rel=1e-4)
 
 
@@ -287,14 +287,14 @@ def test_a_kill_between_rename_and_latest_loses_nothing(runs: Path, ends: dict[s
     losses(runs / "killed")
 
 
-def test_going_back_by_hand_keeps_the_new_commit(runs: Path, ends: dict[str, str]) -> None:
+def test_going_back_by_hand_keeps_the_new_checkpoint(runs: Path, ends: dict[str, str]) -> None:
     assert ends["set back"] == "step-000006"
     run = runs / "set back"
     assert (run / "latest").read_text() == "step-000006\n" and (run / "step-000006" / "manifest.json").is_file()
     assert not (run / "step-000003").exists(), "older checkpoints are deleted"
 
 
-def test_a_leftover_commit_of_another_run_is_not_taken_for_this_one(runs: Path, ends: dict[str, str]) -> None:
+def test_a_leftover_checkpoint_of_another_run_is_not_taken_for_this_one(runs: Path, ends: dict[str, str]) -> None:
     assert ends["leftover"] == "step-000006"
     manifest = json.loads((runs / "leftover" / "step-000006" / "manifest.json").read_text())
     assert manifest["config"]["seed"] == 5
@@ -304,7 +304,7 @@ def test_a_flipped_byte_is_noticed(ends: dict[str, str]) -> None:
     assert ends["damaged"].startswith("CheckpointError: ") and "state.safetensors is damaged" in ends["damaged"]
 
 
-def test_the_commit_before_a_damaged_one_still_loads(runs: Path, ends: dict[str, str]) -> None:
+def test_the_checkpoint_before_a_damaged_one_still_loads(runs: Path, ends: dict[str, str]) -> None:
     assert ends["one before"] == "step-000006"
     ours, theirs = weights(runs / "one before"), weights(runs / "zero2")
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5) for name in theirs)
@@ -314,7 +314,7 @@ def test_another_configuration_does_not_resume(ends: dict[str, str]) -> None:
     assert "ConfigError: " in ends["other config"] and "holds another run (seed: 0 -> 3)" in ends["other config"]
 
 
-def test_commits_come_by_time(runs: Path, ends: dict[str, str]) -> None:
+def test_checkpoints_are_saved_by_time(runs: Path, ends: dict[str, str]) -> None:
     assert ends["by time"] == "step-000002"
     assert sorted(path.name for path in (runs / "by time").glob("step-*")) == ["step-000001", "step-000002"]
 
@@ -383,7 +383,9 @@ def test_a_run_can_be_repeated(runs: Path, ends: dict[str, str]) -> None:
 # -- asked to stop, and no room to save --------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config: Callable[..., RunConfig]) -> None:
+def test_a_signal_to_one_rank_saves_a_checkpoint_and_a_rerun_resumes(
+    runs: Path, run_config: Callable[..., RunConfig]
+) -> None:
     config = run_config("pretrain", runs / "signalled", **OPTIONS)
     first, second = run_ranks(train_with_signal, 2, config, 1, 2)
     assert first == ["SystemExit: stopped by a signal to another rank after step 2; run again to resume."]
@@ -395,7 +397,7 @@ def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[..., RunConfig]) -> None:
+def test_a_full_disk_keeps_the_earlier_checkpoint(runs: Path, run_config: Callable[..., RunConfig]) -> None:
     run = runs / "full"
     config = run_config("pretrain", run, **{**OPTIONS, "checkpoint": {"every_steps": 2}})
     (one,), (two,) = run_ranks(train_on_a_full_disk, 2, config, 2)
