@@ -10,7 +10,7 @@ help_if_asked "$@"
 demo_graft
 
 chromium="$(command -v "${CHROMIUM:-chromium}")" ||
-  fail "there is no Chromium; install one (Debian: apt-get install chromium), or name it: CHROMIUM=/path/to/it"
+  fail "Chromium was not found; install one (Debian: apt-get install chromium), or name it: CHROMIUM=/path/to/it"
 set_up dev
 python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright ||
   fail "playwright could not be fetched; check the network and run again"

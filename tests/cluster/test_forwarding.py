@@ -97,7 +97,7 @@ def test_a_hostfile_may_begin_with_a_mark_and_must_be_text(tmp_path: Path) -> No
 
 
 def test_a_missing_hostfile_and_a_lone_machine(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no hostfile .*hosts \(FileNotFoundError\)"):
+    with pytest.raises(ConfigError, match=r"hostfile .*hosts cannot be read \(FileNotFoundError\)"):
         read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     assert Cluster.of(["--hostfile", str(tmp_path / "hosts")]) is None, "this machine needs no ssh"

@@ -210,7 +210,7 @@ def test_what_would_fail_hours_later_ends_a_pipeline_at_once(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     assert "go to the folder of the project first" in run()
     monkeypatch.chdir(ROOT)
-    assert "there is no hostfile" in run("--hostfile", str(tmp_path / "hosts"))
+    assert "hosts cannot be read" in run("--hostfile", str(tmp_path / "hosts"))
 
 
 @pytest.mark.parametrize("setting", ["out=x", "surrogate=x", "init_from=[]", "continue_from=x"])

@@ -177,8 +177,8 @@ def test_recipe_that_extends_itself(tmp_path: Path, length: int) -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("smollm2-135m/encodr", "there is no recipe 'smollm2-135m/encodr'; did you mean 'smollm2-135m/encoder'"),
-        ("nowhere.yaml", "there is no recipe file nowhere.yaml"),
+        ("smollm2-135m/encodr", "unknown recipe 'smollm2-135m/encodr'; did you mean 'smollm2-135m/encoder'"),
+        ("nowhere.yaml", "recipe file nowhere.yaml does not exist"),
     ],
 )
 def test_unknown_recipe(name: str, complaint: str) -> None:

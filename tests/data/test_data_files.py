@@ -209,7 +209,7 @@ def check(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
-    """The cache has the library's own layout, and there is no network."""
+    """The cache has the library's own layout, which is used without a network."""
     folder = tmp_path / "hub" / "datasets--somebody--talks"
     snapshot = folder / "snapshots" / ("0" * 40)
     (snapshot / "data").mkdir(parents=True)

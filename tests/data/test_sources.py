@@ -135,7 +135,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_no_sources(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no data file"):
+    with pytest.raises(DataError, match=r"data file .* does not exist"):
         records(tmp_path / "nowhere.json")
     with pytest.raises(ConfigError, match=r"set data\.sources"):
         Records([])
@@ -292,7 +292,7 @@ def test_a_word_names_a_registered_data_set(tmp_path: Path, monkeypatch: pytest.
     assert SourceConfig.model_validate(str(path)) == SourceConfig(path=str(path))
     assert SourceConfig.model_validate("llava-1.5-665k").root == "data/images"
     assert SourceConfig.model_validate({"name": "mine", "limit": 7}) == SourceConfig(path=str(path), limit=7)
-    with pytest.raises(ConfigError, match=r"there is no data set 'main'; did you mean 'mine'"):
+    with pytest.raises(ConfigError, match=r"unknown data set 'main'; did you mean 'mine'"):
         validate(SourceConfig, {"name": "main"}, what="data")
     run = load_run("llama-3.1-8b/encoder", ["data.sources.0.limit=5"])
     assert (run.data.sources[0].limit, run.data.sources[0].images_only) == (5, True)

@@ -89,10 +89,10 @@ def test_a_good_data_set_ends_well(data: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("nowhere.json",), "there is no data file nowhere.json"),
-        (("nowhere",), "there is no data file nowhere"),
+        (("nowhere.json",), "data file nowhere.json does not exist"),
+        (("nowhere",), "data file nowhere does not exist"),
         (("DATA", "--pictures", "heads"), "--pictures heads is unknown; did you mean 'headers'?"),
-        (("DATA", "--model", "nowhere"), "there is no model folder nowhere"),
+        (("DATA", "--model", "nowhere"), "model folder nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_checked(data: Path, words: tuple[str, ...], complaint: str) -> None:
@@ -151,7 +151,7 @@ def test_what_cannot_be_mixed(tmp_path: Path) -> None:
         ((good, "--out", good), "already exists"),
         ((good, "--out", tmp_path / "inner" / "x.json"), "sample x has its image in"),
         ((good, good, "--out", tmp_path / "x.json", "--limit", 1), "--limit: 1 given for 2 sources"),
-        ((tmp_path / "nowhere.json", "--out", tmp_path / "x.json"), "there is no data file"),
+        ((tmp_path / "nowhere.json", "--out", tmp_path / "x.json"), "nowhere.json does not exist"),
     ):
         done = tool(*words)
         assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1

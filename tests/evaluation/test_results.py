@@ -126,7 +126,7 @@ def test_command(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"format": 0}')
     for path, complaint in (
         ("empty", "holds no result"),
-        ("nothing.json", "there is no result"),
+        ("nothing.json", "nothing.json does not exist"),
         ("odd.json", "is not a result of zero-ds eval"),
         ("old.json", "has format 0"),
     ):

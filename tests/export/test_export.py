@@ -270,8 +270,8 @@ def test_settings_that_are_not_known(run_folder: Path, tmp_path: Path) -> None:
     )
     refused("name one run", *out)
     refused("name one run", run_folder, *out, "--weights", run_folder)
-    refused("there is no evaluation", run_folder, *out, "--evaluation", tmp_path / "none.json")
-    refused("there is no model folder", run_folder, *out, "--target", tmp_path / "none")
+    refused("evaluation .* does not exist", run_folder, *out, "--evaluation", tmp_path / "none.json")
+    refused("model folder .* does not exist", run_folder, *out, "--target", tmp_path / "none")
     assert folders(tmp_path) == []
     assert [shard_bytes(text) for text in ("2GB", "1.5MiB", "3 gb")] == [2 * 10**9, 3 << 19, 3 * 10**9]
 

@@ -86,7 +86,7 @@ def test_a_bad_sample_on_one_rank_ends_the_job_with_its_reason_last(
     said, _ = process.communicate(timeout=scaled(LIMIT))
     assert process.returncode != 0
     last = said.strip().splitlines()[-1]
-    assert re.fullmatch(r"zero-ds: the run failed: sample [\w-]+: there is no image .*\.png", last), said
+    assert re.fullmatch(r"zero-ds: the run failed: sample [\w-]+: image .*\.png does not exist", last), said
     assert not any(map(alive, ranks.values())), "no rank is left"
     assert failure.read(tmp_path / "run") in last
 

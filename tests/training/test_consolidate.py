@@ -132,7 +132,7 @@ MODEL, OPTIMIZER = "zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_1_
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank 0 lost": (lambda f: (f / OPTIMIZER.replace("rank_1", "rank_0")).unlink(), "lacks the share of rank 0"),
     "rank 1 lost": (lambda f: (f / OPTIMIZER).unlink(), "was saved by 2 ranks and holds"),
-    "no model states": (lambda f: (f / MODEL).unlink(), "there is no file .*model_states.pt"),
+    "no model states": (lambda f: (f / MODEL).unlink(), "file .*model_states.pt does not exist"),
     "truncated": (_truncated, "optim_states.pt is not a file of torch.save.* or is damaged"),
     "code": (_rewritten(lambda c: c.update(mine=Evil("mark")), MODEL), "is refused: it names .*mkdir"),
     "another share": (

@@ -300,7 +300,7 @@ def sentence(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["llama-3.1-70b/decodr"], "there is no recipe 'llama-3.1-70b/decodr'; did you mean"),
+        (["llama-3.1-70b/decodr"], "unknown recipe 'llama-3.1-70b/decodr'; did you mean"),
         (["llama-3.2-3b/pretrain", "--gpus", "0"], "--gpus 0 is not a size; give more than 0."),
         (
             ["llama-3.2-3b/pretrain", "--gpus", "12"],
@@ -317,7 +317,7 @@ def sentence(*arguments: str) -> str:
         (["llama-3.2-3b/pretrain", "--decoder-share", "0"], "--decoder-share 0 is not a share"),
         (["llama-3.2-3b/pretrain", "--replace", "16:40"], "layers 16:40 are not inside the model's layers 0:27"),
         (["llama-3.2-3b/pretrain", "--out", "/nowhere/plan.json"], "--out /nowhere/plan.json cannot be written"),
-        (["llama-3.2-3b/pretrain", "target=./runs/none"], "there is no config.json in ./runs/none; give a folder"),
+        (["llama-3.2-3b/pretrain", "target=./runs/none"], "./runs/none holds no config.json; give a folder"),
         (["llama-3.2-3b/pretrain", "target=SmolLM2-135M-Instruct", "surrogate=runs/x"], "say how it will be cut with"),
         (
             ["llama-3.1-8b/decoder", "--gpu-memory", "5"],

@@ -310,7 +310,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "zip": (_zip_of_text, {}, "is not a file of torch.save"),
     "text": (lambda path: path.write_text("hello"), {}, "is not a file of torch.save"),
     "truncated": (_truncated, {}, "is not a file of torch.save.* or is damaged"),
-    "no file": (lambda path: path.unlink(), {}, "there is no file"),
+    "no file": (lambda path: path.unlink(), {}, "does not exist"),
     "list": (lambda path: torch.save([torch.ones(2)], path), {}, "does not hold a dictionary of tensors"),
     "nested": (
         _changed(lambda c: c.update(model={"a": torch.ones(1)})),

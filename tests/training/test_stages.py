@@ -64,7 +64,7 @@ def test_supervision_and_rates_can_be_set() -> None:
 @pytest.mark.parametrize(
     ("stage", "changes", "complaint"),
     [
-        ("encodr", {}, "there is no stage 'encodr'; did you mean 'encoder'"),
+        ("encodr", {}, "unknown stage 'encodr'; did you mean 'encoder'"),
         ("encoder", {"encoder": None}, "needs a vision encoder; set encoder.path=FOLDER"),
         ("pretrain", {"surrogate": None}, "trains against a surrogate; set surrogate=FOLDER or decoder=target"),
         ("translator", {"decoder": "target"}, "stage translator has nothing to train against the target"),

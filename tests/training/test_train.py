@@ -436,12 +436,12 @@ def test_errors_of_a_user_are_one_sentence_on_every_rank(run_config: Callable[..
     """The ranks agree on them, and none waits for another."""
     (tmp_path / "bad.json").write_text('[{"id": "sad", "conversations": []}]')
     wrongs: dict[str, dict[str, object]] = {
-        "there is no data file /nowhere.json": {"data": {"sources": [{"path": "/nowhere.json"}]}},
+        "data file /nowhere.json does not exist": {"data": {"sources": [{"path": "/nowhere.json"}]}},
         "sample sad has no 'conversations'": {"data": {"sources": [{"path": str(tmp_path / "bad.json")}]}},
         "set data.sources in the recipe": {"data": {}},
-        "there is no model folder /nowhere": {"surrogate": "/nowhere"},
+        "model folder /nowhere does not exist": {"surrogate": "/nowhere"},
         "global_batch=3 is not a multiple of micro_batch=1 x 2 ranks": {"global_batch": 3},
-        "there is no DeepSpeed config 'zero9'": {"zero": "zero9"},
+        "unknown DeepSpeed config 'zero9'": {"zero": "zero9"},
         "data.chat_template=/nowhere.jinja cannot be read": {
             "data": {"sources": [{"path": str(tmp_path / "bad.json")}], "chat_template": "/nowhere.jinja"}
         },
@@ -452,7 +452,7 @@ def test_errors_of_a_user_are_one_sentence_on_every_rank(run_config: Callable[..
         recipe.write_text(run_config("pretrain", tmp_path / "run", **changes).dump())
         lines.append(["train", str(recipe)])
     for rank in run_ranks(commands_keeping_the_group, 2, lines):
-        for (status, heard), complaint in zip(rank, ["there is no recipe 'no/such-recipe'", *wrongs], strict=True):
+        for (status, heard), complaint in zip(rank, ["unknown recipe 'no/such-recipe'", *wrongs], strict=True):
             assert status == 2
             assert heard.splitlines()[-1].startswith("zero-ds: ") and "Traceback" not in heard, heard
             assert complaint in heard.splitlines()[-1]

@@ -492,9 +492,9 @@ def test_an_empty_out_folder_is_taken(tmp_path: Path, folder: Path, data: Path) 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"--model": "nowhere"}, "there is no model folder nowhere."),
+        ({"--model": "nowhere"}, "model folder nowhere does not exist."),
         ({"--model": "."}, "holds no config.json"),
-        ({"--data": "nothing.json"}, "there is no data file nothing.json"),
+        ({"--data": "nothing.json"}, "data file nothing.json does not exist"),
         ({"--data": "broken.json"}, "broken.json cannot be read"),
         ({"--data": "images.json"}, "(2 have an image"),
         ({"--metric": "sequense"}, "did you mean 'sequence'?"),

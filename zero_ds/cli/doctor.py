@@ -124,7 +124,7 @@ def _this_machine(
     forward: Sequence[str],
     files: Sequence[str],
 ) -> Cluster:
-    """Returns this machine as a cluster of one, where there is no hostfile, or one that names no other machine."""
+    """Returns this machine as a cluster of one, if no hostfile exists or if it names no other machine."""
     from zero_ds.cluster.hostfile import THIS_MACHINE, Node, read_hostfile
     from zero_ds.cluster.machines import Cluster
     from zero_ds.cluster.probe import gpus

@@ -145,7 +145,7 @@ def _interpreter(answers: Sequence[Answer], ssh: Ssh) -> Check:
 
 
 def _folder(machines: Sequence[Machine], ssh: Ssh) -> Check:
-    trouble = _troubles(machines, lambda facts: "" if facts["folder"] else f"there is no folder {ssh.folder}")
+    trouble = _troubles(machines, lambda facts: "" if facts["folder"] else f"folder {ssh.folder} does not exist")
     return _check("folder", trouble, "put the project under the same path on every machine", ssh.folder)
 
 
@@ -234,7 +234,7 @@ def _same_recipe(machines: Sequence[Machine], mine: dict[str, Any]) -> Check:
 def of_machines(nodes: list[Node], answers: list[Answer], wanted: Wanted, sent: Forwarded) -> list[Check]:
     """Returns the checks of what each machine needs for a run.
 
-    Machines that did not answer are left to `before_launch`; if none answered, there are no checks.
+    Machines that did not answer are left to `before_launch`; if none answered, nothing is checked.
     """
     machines = _answered(answers)
     if not machines:
@@ -327,7 +327,7 @@ def _shared_folder(machines: Sequence[Machine], wanted: Wanted) -> Check:
 def _paths(machines: Sequence[Machine], wanted: Wanted) -> Check:
     def missing(facts: dict[str, Any]) -> str:
         paths = [path for path, exists in facts["paths"].items() if not exists]
-        return f"there is no {', '.join(paths[:SHOWN])}" if paths else ""
+        return f"not found: {', '.join(paths[:SHOWN])}" if paths else ""
 
     return _check(
         "paths",

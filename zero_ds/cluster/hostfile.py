@@ -64,7 +64,7 @@ def _parse(path: Path) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"the hostfile {path} is not UTF-8 text; see launch/hostfile.example.") from None
     except OSError as error:
         raise ConfigError(
-            f"there is no hostfile {path} ({type(error).__name__}); see launch/hostfile.example."
+            f"hostfile {path} cannot be read ({type(error).__name__}); see launch/hostfile.example."
         ) from None
     slots: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(lines, 1):
@@ -120,7 +120,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def node_of_rank(nodes: list[Node], rank: int) -> str | None:
-    """Returns the machine on which a rank runs; None if there is no such rank."""
+    """Returns the machine on which a rank runs; None if the machines have fewer ranks."""
     for node in nodes:
         if rank < len(node.slots):
             return node.host

@@ -72,7 +72,7 @@ class SourceConfig(Section):
         if isinstance(value, dict) and "name" in value:
             name = value["name"]
             if not isinstance(name, str) or name not in known:
-                raise ValueError(f"there is no data set '{name}'{did_you_mean(str(name), list(known))}")
+                raise ValueError(f"unknown data set '{name}'{did_you_mean(str(name), list(known))}")
             own = {key: entry for key, entry in value.items() if key != "name"}
             return {**known[name], **own}
         return value

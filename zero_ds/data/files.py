@@ -62,12 +62,14 @@ def data_files(path: str, pattern: str | None = None) -> list[Path]:
             return [local]
         folder = local.is_dir()
     except (OSError, ValueError) as error:
-        raise DataError(f"there is no data file {quoted(path)}: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(
+            f"data file {quoted(path)} cannot be found: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if not folder:
         if local.exists():
             raise DataError(f"data file {path} is not a regular file")
         if local.suffix in SUFFIXES or path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise DataError(f"there is no data file {path}")
+            raise DataError(f"data file {path} does not exist")
         local = _fetched(path, pattern)
     try:
         found = sorted(file for file in local.glob(pattern or "**/*") if file.suffix in SUFFIXES and file.is_file())
@@ -115,7 +117,7 @@ def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool 
                 raise DataError(f"{name}: {record}")
             yield record
     except FileNotFoundError:
-        raise DataError(f"there is no data file {path}") from None
+        raise DataError(f"data file {path} does not exist") from None
     except OSError as error:
         raise DataError(f"{name}: {error.strerror or error}") from None
     if empty:

@@ -99,7 +99,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"there is no image {name}") from None
+        raise ImageError(f"image {name} does not exist") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {name} is rejected: {error}") from None
     except UnidentifiedImageError:

@@ -86,7 +86,7 @@ class Survey:
 
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int]:
-    """Returns median, 90th and 99th percentile and maximum by name; nothing if there are no lengths."""
+    """Returns median, 90th and 99th percentile and maximum by name; empty if no lengths are given."""
     values = np.asarray(list(lengths))
     if not len(values):
         return {}

@@ -130,7 +130,7 @@ class Conversation:
             DataError: nothing has been answered yet.
         """
         if self._last is None:
-            raise DataError("there is no answer yet whose trajectory could be read; ask something first.")
+            raise DataError("no answer has been given whose trajectory could be read; ask something first.")
         prompt, answer = self._last
         return read_answer(self._reader, self._context, prompt, answer, self.encoder.template.tokenizer)
 

@@ -98,7 +98,7 @@ def find_model(name: str, target: str | None = None) -> NamedModel:
     model as it was trained. target: folder or hub id of a full model into which the run is grafted.
 
     Raises:
-        ConfigError, CheckpointError: there is no such model, or `target` was given for a name that is not a run.
+        ConfigError, CheckpointError: the model does not exist, or `target` was given for a name that is not a run.
     """
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():

@@ -77,7 +77,7 @@ def _step_times(inputs: ReportInputs) -> dict[str, Any]:
 def step_seconds(run: Path) -> float | None:
     """Returns the median seconds per step of a run, or None if it recorded no step.
 
-    The first step, which sets up caches and kernels, counts only if there is no other.
+    The first step, which sets up caches and kernels, counts only if it is the only one.
     """
     seconds = [record["seconds"] for record in read_metrics(run)]
     if not seconds:

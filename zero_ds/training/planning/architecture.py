@@ -116,7 +116,7 @@ def find_config(name: str) -> ConfigSource:
     known = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
     advice = f"give a folder that holds it, or a model whose architecture comes with zero-ds ({known})"
     if not hub_id:
-        raise ConfigError(f"there is no config.json in {name}; {advice}.")
+        raise ConfigError(f"{name} holds no config.json; {advice}.")
     try:
         return ConfigSource(Path(huggingface_hub.hf_hub_download(name, "config.json")).parent, "from the hub")
     except Exception as error:  # the hub client raises many kinds; each means that the file cannot be had

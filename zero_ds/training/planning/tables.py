@@ -215,7 +215,7 @@ def _group_row(group: ShardGroups) -> list[str]:
 def route_table(plan: RecipePlan) -> str:
     """Returns the hours of every stage on both routes and the saving, next to the paper's hours where it has them."""
     if not plan.routes:
-        return "The route: there are no recipes `pretrain`, `encoder` and `decoder` next to this one."
+        return "The route: the recipes `pretrain`, `encoder` and `decoder` are missing next to this one."
     cluster = plan.run.cluster
     paper = PAPER_HOURS.get(plan.target)
     comparison = paper_cluster(plan.routes, cluster, plan.target)
