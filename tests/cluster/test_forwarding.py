@@ -1,4 +1,4 @@
-"""What reaches ranks on other machines: a list of variables, secrets by name, arguments word for word."""
+"""Ranks on other machines receive listed variables, secrets by name, and arguments word for word."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_wrong_name_is_refused(name: str, words: str) -> None:
 
 
 def test_the_users_own_deepspeed_file_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed would read it, were it not given ours; it names secrets, too."""
+    """DeepSpeed would read it if it were not given ours. It may name secrets as well."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".deepspeed_env").write_text(

@@ -1,4 +1,4 @@
-"""A pipeline goes on where it stopped, refuses other settings, and leaves no process behind."""
+"""A pipeline continues where it stopped, refuses other settings, and leaves no process running."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ def test_a_signal_that_comes_while_a_command_is_looked_at_ends_it(
     assert sent and not alive(int(pid.read_text()))
 
 
-def test_what_hides_in_a_session_of_its_own_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ranks do, below a launcher; both are deaf."""
+def test_a_process_in_a_session_of_its_own_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imitates a rank under a launcher; both ignore SIGTERM."""
     monkeypatch.setattr(pipeline, "PATIENCE", 0.5)
     pid = tmp_path / "pid"
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -220,7 +220,7 @@ class Route:
     """`launch/pipeline.sh` on a tiny random model, one rank."""
 
     def __init__(self, out: Path, *settings: str) -> None:
-        beside = Path(sys.executable).parent
+        programs = Path(sys.executable).parent
         self.said = ""
         self.process = subprocess.Popen(
             [
@@ -232,9 +232,9 @@ class Route:
             text=True,
             env={
                 **os.environ,
-                "PATH": f"{beside}:{os.environ['PATH']}",
+                "PATH": f"{programs}:{os.environ['PATH']}",
                 "TORCHDYNAMO_DISABLE": "1",
-                "ZERO_DS_STOP_PATIENCE": str(scaled(60)),  # a commit on a busy machine
+                "ZERO_DS_STOP_PATIENCE": str(scaled(60)),  # saving a checkpoint on a busy machine
             },
         )
 
@@ -253,8 +253,8 @@ class Route:
 def test_a_real_pipeline_goes_on_inside_of_the_stage_in_which_it_was_stopped(
     made: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
-    """Trajectory and surrogate are not made again, pretraining resumes behind its last commit, and the next stage
-    begins."""
+    """Trajectory and surrogate are not made again, pretraining resumes after its last checkpoint, and the next
+    stage begins."""
     steps, out = 60, tmp_path / "out"
     settings = [
         f"target={made('llama', tied=True)}",

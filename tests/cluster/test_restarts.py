@@ -1,4 +1,4 @@
-"""What is tried again after a failure, and what is not; and the steps of a pipeline."""
+"""Restarts after some failures and not after others, and the steps of a pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if reason:
     (out / "failure.txt").write_text(reason)
 sys.exit(status)
 """
-"""Stands in for DeepSpeed's launcher: ends with the status, and leaves the reason, that the plan has for an attempt."""
+"""Replaces DeepSpeed's launcher: ends with the status, and leaves the reason, that the plan has for an attempt."""
 KILLED = "a rank ended without a word"
 WRONG = f"the rate is negative\n{failure.FINAL}\n"
 
@@ -198,7 +198,7 @@ def test_the_paper_s_route_for_8b() -> None:
     assert [step.fingerprint() for step in steps] == [step.fingerprint() for step in elsewhere], "machines may change"
     other = steps_of("llama-3.1-8b", out, ("zero=zero3",))
     assert other[2].fingerprint() != steps[2].fingerprint()
-    assert steps[3].patience and not other[3].patience, "a commit over many machines takes its time"
+    assert steps[3].patience and not other[3].patience, "a checkpoint over many machines takes its time"
 
 
 def test_what_would_fail_hours_later_ends_a_pipeline_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

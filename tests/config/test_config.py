@@ -1,4 +1,4 @@
-"""In recipes and overrides every key is known, every error is one sentence, and the dump is enough to repeat a run."""
+"""Unknown keys of recipes and overrides are errors of one sentence, and the resolved configuration repeats a run."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
 
 
 def test_extends_looks_next_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base is found relative to the recipe, whatever the working folder."""
+    """A base is found relative to the recipe, not to the working folder."""
     write(tmp_path, {**BASE, "seed": 7}, "base.yaml")
     top = write(tmp_path, {"extends": "base.yaml"}, "top.yaml")
     (tmp_path / "elsewhere").mkdir()

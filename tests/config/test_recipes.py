@@ -31,7 +31,7 @@ def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:
 
 
 class Ranks:
-    """Stands in for a process group of n ranks where DeepSpeed asks for their number."""
+    """Replaces a process group of n ranks where DeepSpeed asks for their number."""
 
     def __init__(self, n: int) -> None:
         self.n = n

@@ -35,7 +35,7 @@ trees = st.recursive(
 
 
 def as_json(text: str) -> Any:
-    """Returns what a reader of whole files returns: the list, or DataError for anything but a list with elements."""
+    """Reads a file as a whole: returns its list, or DataError for anything but a list with elements."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):

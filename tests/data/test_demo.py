@@ -102,7 +102,7 @@ OLD_CODES = (
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for drawing and warming up; notes what is made."""
+    """Replaces drawing and warming up by a list of their calls."""
     calls: list[str] = []
 
     def write_demo(out: Path, seed: int) -> None:
@@ -129,7 +129,7 @@ def test_a_demo_is_made_once_for_its_settings(tmp_path: Path, made: list[str]) -
 
 @pytest.mark.parametrize("code", OLD_CODES)
 def test_a_demo_of_an_earlier_version_counts_as_made(tmp_path: Path, made: list[str], code: str) -> None:
-    """It is recognised by the source text that made it, whatever is written in the sources now."""
+    """It is recognised by the hash of the source text that made it, even though the sources have changed."""
     record = tmp_path / "demo.json"
     record.write_text(json.dumps({"code": code, "seed": 0, "steps": 2000}))
     (tmp_path / "data").mkdir()

@@ -1,4 +1,4 @@
-"""A step holds the same samples whatever the number of ranks and wherever the run was resumed."""
+"""A step holds the same samples on any number of ranks and after any resume."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def encoder(**changes: Any) -> SampleEncoder:
 
 
 class Plain:
-    """Stands in for a SampleEncoder: sample n becomes the single token n."""
+    """Replaces a SampleEncoder: sample n becomes the single token n."""
 
     processor = None
     tokens_per_image = 0
@@ -120,7 +120,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
 
 
 class Lengths(Sequence[int]):
-    """Stands in for Records: sample n has lengths[n] characters and no image."""
+    """Replaces Records: sample n has lengths[n] characters and no image."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -185,7 +185,7 @@ def test_grouping_by_length_keeps_every_sample_once_on_any_number_of_ranks(
 
 
 class Mixed(Lengths):
-    """Stands in for Records of which every third sample has an image."""
+    """Replaces Records of which every third sample has an image."""
 
     def images(self, index: int) -> int:
         return int(index % 3 == 0)
@@ -266,15 +266,15 @@ def plans(counts: list[dict[str, Any]]) -> str:
         StepCounts(layout=mine).over_ranks().check_layout(7)
     except DataError as error:
         return str(error)
-    return "alike"
+    return "same"
 
 
 @pytest.mark.parametrize(
-    ("numbers", "alike"), [((4, 4), True), ((65535, 65535), True), ((4, 5), False), ((0, 1), False)]
+    ("numbers", "same"), [((4, 4), True), ((65535, 65535), True), ((4, 5), False), ((0, 1), False)]
 )
-def test_ranks_that_plan_unlike_each_other_stop_before_the_step(numbers: tuple[int, int], alike: bool) -> None:
+def test_ranks_with_different_plans_stop_before_the_step(numbers: tuple[int, int], same: bool) -> None:
     said = run_ranks(plans, 2, [{"plan": number} for number in numbers])
-    assert all("plan step 7 unlike each other" in s for s in said) if not alike else said == ["alike", "alike"]
+    assert all("planned step 7 differently" in s for s in said) if not same else said == ["same", "same"]
 
 
 @pytest.mark.parametrize("options", [{"packing": True}, {"grouping": "length"}, {}])

@@ -137,7 +137,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_a_group_is_the_mean_of_its_documents() -> None:
-    """As in mmlu, groups contain groups, weighted by size. A value that is not the documents' mean keeps no scores."""
+    """Groups contain groups, weighted by size, as in mmlu. A value that is not the documents' mean keeps no scores."""
     found = {
         "results": {"mmlu": {"alias": "mmlu", "acc,none": 0.6, "acc_stderr,none": 0.1}},
         "groups": {},

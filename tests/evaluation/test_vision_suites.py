@@ -212,7 +212,7 @@ def test_two_ranks_find_what_one_finds(trained: Path, target: str, tasks: Path, 
     assert [score.items for score in first] == [score.items for score in result.scores]
 
 
-@pytest.mark.slow(reason="minutes of a 135M model, for what test_two_ranks_find_what_one_finds shows on a tiny one")
+@pytest.mark.slow(reason="minutes of a 135M model; test_two_ranks_find_what_one_finds shows the same on a tiny one")
 def test_the_real_model_on_one_rank_and_on_two(real: Path, data: Path, tmp_path: Path) -> None:
     """On SmolLM2-135M with images, the harness's scores equal the direct ones; seven is not a multiple of two ranks."""
     target = str(LLM.expanduser())

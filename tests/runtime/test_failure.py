@@ -226,7 +226,7 @@ def blocked_to_the_end(folder: Path, how: str) -> None:
 
 
 def test_a_rank_whose_watchers_die_first_is_missed_all_the_same() -> None:
-    """Of four ranks, 1 and 2 stop giving signs of life at the same time; ranks 3 and 0 watch both."""
+    """Ranks 1 and 2 of four stop giving signs of life at the same time; ranks 3 and 0 watch both."""
     with pytest.raises(RankError) as caught:
         run_ranks(silent, 4, (1, 2), timeout=LIMIT)
     assert re.search(rf"rank [03] ends because rank [12] has given no sign of life for {SILENCE} s", str(caught.value))

@@ -87,7 +87,7 @@ def weigh_plainly(batches: list[Batch], order: float) -> list[Batch]:
 
 
 def engine_run(configs: list[RunConfig]) -> list[dict[str, Any]]:
-    """Makes the same steps through the Engine, for each of the configurations in turn; returns what a rank sees."""
+    """Makes the same steps through the Engine under each configuration; returns a rank's observations of each."""
     from zero_ds.runtime import distributed
 
     distributed.initialize()

@@ -66,7 +66,7 @@ def doctor(
 ) -> None:
     """Check every machine before a run: it answers, matches the others, and computes the same numbers.
 
-    Prints one line for each check, with a remedy for what is wrong. The exit status is 1 if a check fails.
+    Prints one line for each check, with a remedy if it fails. The exit status is 1 if a check fails.
 
     Example: zero-ds doctor llama-3.1-70b/encoder --hostfile hostfile --require HF_TOKEN --forward HF_TOKEN
     """

@@ -1,7 +1,7 @@
 """Checks of machines: what has to be the same on all of them, and what each of them needs for a run.
 
-Every check looks at what the machines said of themselves (`probe.describe`) and returns one line of a table: a verdict,
-the finding, and a remedy if there is something to mend.
+Every check reads the machines' descriptions of themselves (`probe.describe`) and returns one line of a table with a
+verdict, the finding, and a remedy if something needs mending.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _same_recipe(machines: Sequence[Machine], mine: dict[str, Any]) -> Check:
     )
 
 
-# -- before a run: each machine has what the run needs -----------------------------------------------------------------
+# -- before a run: the needs of the run on each machine ----------------------------------------------------------------
 
 
 def of_machines(nodes: list[Node], answers: list[Answer], wanted: Wanted, sent: Forwarded) -> list[Check]:
@@ -319,7 +319,7 @@ def _shared_folder(machines: Sequence[Machine], wanted: Wanted) -> Check:
             return f"does not see what this machine has written into {wanted.shared}"
         return "" if facts["wrote"] else f"cannot write into {wanted.shared}"
 
-    unseen = [f"{host}: what it wrote is not seen here" for host in wanted.missing_tokens]
+    unseen = [f"{host}: files that it wrote are not seen here" for host in wanted.missing_tokens]
     trouble = _troubles(machines, trouble_of) or "; ".join(unseen[:SHOWN])
     return _check("shared folder", trouble, f"mount {wanted.shared} on every machine, writable", wanted.shared)
 
@@ -332,7 +332,7 @@ def _paths(machines: Sequence[Machine], wanted: Wanted) -> Check:
     return _check(
         "paths",
         _troubles(machines, missing),
-        "make what the run reads visible on every machine under the same path",
+        "make the files that the run reads visible on every machine under the same path",
         f"{len(wanted.paths)} that the run reads",
     )
 

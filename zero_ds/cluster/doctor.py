@@ -130,7 +130,7 @@ def _verdict(output: str, seconds: float) -> list[Check]:
         return judged(result, seconds)
     last_lines = " | ".join(output.strip().splitlines()[-3:])[:600]
     reason = result.get("error") or last_lines or "they ended without a word"
-    return [Check("ranks", FAIL, reason, "see what they say; NCCL_DEBUG=INFO tells more about the network")]
+    return [Check("ranks", FAIL, reason, "read their output; NCCL_DEBUG=INFO tells more about the network")]
 
 
 def precision_of(zero: str) -> str:
@@ -140,7 +140,7 @@ def precision_of(zero: str) -> str:
     try:
         section = json.loads(Path(zero).read_text(encoding="utf-8")).get("bf16", {})
         return "bf16" if section.get("enabled") is True else "fp32"
-    except (OSError, ValueError, AttributeError):  # the ranks say what is wrong with it
+    except (OSError, ValueError, AttributeError):  # the ranks report the fault
         return "fp32"
 
 
@@ -165,7 +165,7 @@ def _numbers_check(result: dict[str, Any]) -> Check:
     found += f"gradient apart by {result['gradient_difference']:.1e}"
     if result["missing_gradients"]:
         found += f"; no gradient of {result['missing_gradients'][0]}"
-    if result["alike"]:
+    if result["agrees"]:
         return Check("numbers", OK, found)
     remedy = "take another zero=; this JSON trains wrongly with these versions of DeepSpeed and torch"
     return Check("numbers", FAIL, found, remedy)

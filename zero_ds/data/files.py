@@ -139,14 +139,14 @@ def _json_list(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:
 class _JsonList:
     """Decodes the elements of a JSON list one by one, from a buffer that holds little more than one element.
 
-    No library does this under the conditions of training data; docs/decisions.md says what was tried.
+    No library does this under the conditions of training data; docs/decisions.md lists those that were tried.
     """
 
     def __init__(self, path: Path, file: BinaryIO, text: TextIO, progress: Progress, tolerant: bool) -> None:
         self._path = path
         self._file = file
         self._text = text
-        """The same file, decoded. Bytes that are not UTF-8 become lone surrogates."""
+        """Decoded content of the file. Bytes that are not UTF-8 become lone surrogates."""
         self._progress = progress
         self._tolerant = tolerant
         self._decoder = json.JSONDecoder()

@@ -95,7 +95,7 @@ def quantiles(lengths: Iterable[int]) -> dict[str, int]:
 
 
 class _Inspected(NamedTuple):
-    """What there is to say about a sample."""
+    """Findings about one sample."""
 
     turns: int
     images: int
@@ -107,7 +107,7 @@ class _Inspected(NamedTuple):
 
 
 class _Inspection(Dataset[_Inspected]):
-    """Maps the index of a sample to what there is to say about it."""
+    """Maps the index of a sample to the findings about it."""
 
     def __init__(self, records: Records, sample_encoder: SampleEncoder | None, look: Look) -> None:
         self.records = records

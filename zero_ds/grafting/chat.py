@@ -25,7 +25,7 @@ INCOMPLETE = "\ufffd"
 
 
 class Conversation:
-    """The turns so far, the images that they are about, and the cache of what the decoder has read."""
+    """The turns so far, the images that they are about, and the decoder's cache of keys and values."""
 
     def __init__(self, loaded: LoadedModel, *, max_new_tokens: int = 256, system: str | None = None) -> None:
         """Begins a conversation.

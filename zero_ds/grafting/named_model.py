@@ -48,7 +48,7 @@ class NamedModel:
 
     @property
     def sees(self) -> bool:
-        """Whether the model has a vision encoder."""
+        """True if the model has a vision encoder."""
         if self.checkpoint is None:
             return self.kind == "export"
         return run_config(self.checkpoint).encoder is not None

@@ -96,7 +96,7 @@ class StepCounts:
         """
         if not self.same_layout:
             raise DataError(
-                f"the ranks plan step {step} unlike each other, as if one of them had read other data; look for "
+                f"the ranks planned step {step} differently, as if one of them had read other data; look for "
                 "skipped samples in the log, and run again from the last checkpoint"
             )
 

@@ -53,7 +53,7 @@ class Architecture:
     int8: bool = False
     """Whether the weights of frozen decoder layers take 8 bits."""
     sources: tuple[str, ...] = ()
-    """Where every architecture comes from, one sentence each."""
+    """Origin of every architecture, one sentence each."""
 
     @cached_property
     def trained(self) -> list[int]:
@@ -93,7 +93,7 @@ class ConfigSource:
 
     folder: Path
     origin: str
-    """How the folder was found, for the reader."""
+    """Origin of the folder, as the output names it."""
 
 
 def find_config(name: str) -> ConfigSource:

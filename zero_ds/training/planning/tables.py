@@ -142,7 +142,7 @@ def _gpu_row(option: Option, used: list[str]) -> list[str]:
 
 
 def host_table(plan: RunPlan) -> str:
-    """Returns the host memory of a rank by cause, for the configs that offload something; empty if none does."""
+    """Returns a table of a rank's host memory by cause under configs with offloading; empty if none offloads."""
     rows = []
     for option in plan.options:
         host, disk = option.memory.by_cause["host"], option.memory.by_cause["disk"]
