@@ -188,7 +188,7 @@ def test_the_users_own_deepspeed_file_counts_too(tmp_path: Path, monkeypatch: py
 
 
 def test_values_and_arguments_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through DeepSpeed's own pdsh launcher, whose command line a shell then reads, with pdsh's %% for %."""
+    """Uses DeepSpeed's own pdsh launcher, whose command line a shell reads, with pdsh's %% for %."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     monkeypatch.setenv("HOME", str(tmp_path))

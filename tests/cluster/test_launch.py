@@ -1,4 +1,4 @@
-"""The shell scripts: they parse, a linter has nothing to say, and train.sh prints the command that it would run."""
+"""The shell scripts parse and pass a linter, and train.sh prints the command that it would run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_script_explains_itself(script: Path) -> None:
 
 
 def command(*arguments: str) -> list[str]:
-    """The command that train.sh prints, as words."""
+    """Returns the command that train.sh prints, as words."""
     done = run(ROOT / "launch" / "train.sh", *arguments, "-n")
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("+ "))

@@ -20,7 +20,7 @@ from zero_ds.runtime.errors import ConfigError
 
 
 def score(right: int, of: int = 200, task: str = "piqa", shift: int = 0, **changes: object) -> Score:
-    """`right` of so many documents, the first ones or, with `shift`, others."""
+    """Returns a score with `right` correct documents: the first ones or, with `shift`, others."""
     items = {f"{task}/{n}": float((n - shift) % of < right) for n in range(of)}
     made = Score(task, "acc", right / of, stderr=(right / of * (1 - right / of) / (of - 1)) ** 0.5, items=items)
     return replace(made, **changes)  # type: ignore[arg-type]

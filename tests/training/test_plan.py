@@ -368,7 +368,7 @@ def test_shipped_architectures_have_as_many_parameters_as_published(recipe: str,
 # -- against a finished run --------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_laid_against_its_plan(trained: Path) -> None:
+def test_a_finished_run_is_compared_with_its_plan(trained: Path) -> None:
     """The checkpoint has the planned size; a folder without a run is refused in one sentence."""
     import re
 

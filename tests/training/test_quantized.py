@@ -75,7 +75,7 @@ def model_on(made: Callable[..., Path], decoder: Path) -> VisionLanguageModel:
 
 
 def learned(model: VisionLanguageModel, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """Loss, and the gradient that arrives at the image features."""
+    """Returns the loss, and the gradient that arrives at the image features."""
     features: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -141,7 +141,7 @@ def test_a_run_saves_checkpoints_resumes_and_grafts(
     tmp_path: Path,
     precision: str,
 ) -> None:
-    """Two ranks under ZeRO-2: stopped and resumed the same bits; losses near those with weights as they are."""
+    """Two ranks under ZeRO-2 resume to the same bits, and their losses are near those of unrounded weights."""
     base: dict[str, Any] = {
         "init_from": [str(trained / "pretrain")],
         "precision": precision,

@@ -213,7 +213,7 @@ def train_with(configs: list[RunConfig], limits: list[float]) -> list[list[str]]
 def test_a_run_chooses_by_its_memory_and_learns_the_same(
     run_config: Callable[..., RunConfig], small: Path, tmp_path: Path, zero: str
 ) -> None:
-    """Two ranks; four of six decoder layers recomputed, none, all that there are; losses in float32 within 1e-6."""
+    """Two ranks recompute four of six decoder layers, none, or all; their losses in float32 agree within 1e-6."""
     config = run_config("decoder", zero=zero, micro_batch=2, max_steps=3, activation_checkpointing="auto")
     chosen = stairs(config, small, 2)[4]
     assert chosen.layers == (0, 1, 2, 3) and chosen.depth == 6

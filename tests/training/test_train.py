@@ -21,7 +21,7 @@ from zero_ds.config.schema import RunConfig
 
 
 def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
-    """One rank is asked to end while it is in step `step`, as a scheduler would ask."""
+    """Trains, and asks one rank to end during step `step`, as a scheduler would."""
     from zero_ds.runtime import distributed
     from zero_ds.training.engine import Engine
 
@@ -38,7 +38,7 @@ def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
 
 
 def train_on_a_full_disk(config: RunConfig, number: int) -> list[str]:
-    """The disk is full from the `number`-th checkpoint on, in the middle of its state."""
+    """Trains on a disk that is full from the `number`-th checkpoint on, in the middle of its state."""
     import errno
 
     from zero_ds.training.checkpoint import save
@@ -208,7 +208,7 @@ def ends(
     small: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """Ends of these runs on one rank; their folders are next to `runs`."""
+    """Returns the outcome of each of these runs on one rank; their folders are next to `runs`."""
     from zero_ds.model.layer_plan import Replaced
     from zero_ds.surrogate.build import build_surrogate
 
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_names_the_samples(runs: Path, ends: dict[str,
 
 
 def test_a_run_can_be_repeated(runs: Path, ends: dict[str, str]) -> None:
-    """Same seed, same numbers; one rank against two differs in the order of sums only."""
+    """The same seed gives the same numbers; one rank and two differ only in the order of sums."""
     assert losses(runs / "repeated") == pytest.approx(losses(runs / "zero2"), rel=1e-5)
     assert losses(runs / "killed")[3:] == pytest.approx(losses(runs / "zero2 alone")[3:], abs=0)
 
@@ -414,7 +414,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(runs: Path, run_config: Callab
 
 
 def commands(lines: list[list[str]]) -> list[tuple[int | None, str]]:
-    """Exit status and standard error of `zero-ds` commands, one after the other in this rank."""
+    """Runs `zero-ds` commands one after the other in this rank; returns their exit status and standard error."""
     import contextlib
     import io
 
@@ -459,7 +459,7 @@ def test_errors_of_a_user_are_one_sentence_on_every_rank(run_config: Callable[..
 
 
 def commands_keeping_the_group(lines: list[list[str]]) -> list[tuple[int | None, str]]:
-    """A command ends its process group, and its ranks watch each other; here the next one needs them."""
+    """Runs commands that keep the process group and watch no ranks, because the next command needs the group."""
     from zero_ds.runtime import distributed, failure
 
     distributed.shutdown = lambda: None
