@@ -188,8 +188,8 @@ PIECE = 1024
 
 
 def extra_while_saving(config: Any) -> tuple[int, int, int]:
-    """Writes a checkpoint; returns the bytes of the largest new tensor, those not freed before the end, and those of the
-    largest parameter in fp32. (Tensors that gloo's own threads free count as not freed.)"""
+    """Writes a checkpoint; returns the bytes of the largest new tensor, those not freed before the end, and those of
+    the largest parameter in fp32. (Tensors that gloo's own threads free count as not freed.)"""
     from torch.profiler import ProfilerActivity, profile
 
     from zero_ds.runtime import distributed
