@@ -59,7 +59,7 @@ def test_machines_are_those_that_deepspeed_takes(tmp_path: Path, include: str, e
     [
         ("node1\n", "", "", "line 1: 'node1' is not a machine; say how many devices it has: node1 slots=8"),
         ("node1 slots=x\n", "", "", "line 1: 'node1 slots=x' is not a machine; write for example: node1 slots=8"),
-        ("me@node1 slots=1\n", "", "", "the name of a user belongs into ssh's configuration (User), not here"),
+        ("me@node1 slots=1\n", "", "", "the name of a user belongs in ssh's configuration (User), not here"),
         ("fe80::1 slots=1\n", "", "", "give an IPv6 address a name, in /etc/hosts or ssh's configuration"),
         ("node[1-4] slots=1\n", "", "", "write each machine on a line of its own"),
         ("node1 slots=99999999\n", "", "", "is not a machine"),

@@ -19,10 +19,10 @@ def spoiled(data: Path, tmp_path: Path) -> Path:
     """Returns the eight samples, of which two have broken images and one has no answer within the limit."""
     shutil.copytree(data.parent / "images", tmp_path / "images")
     records = json.loads(data.read_text())
-    pictured = [record for record in records if "image" in record]
-    for record in pictured[:2]:
+    with_image = [record for record in records if "image" in record]
+    for record in with_image[:2]:
         (tmp_path / record["image"]).write_bytes(b"not an image")
-    pictured[2]["conversations"][0]["value"] += " more" * 900
+    with_image[2]["conversations"][0]["value"] += " more" * 900
     (tmp_path / "data.json").write_text(json.dumps(records))
     return tmp_path / "data.json"
 

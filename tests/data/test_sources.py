@@ -365,8 +365,8 @@ def test_rows_in_many_batches(tmp_path: Path) -> None:
     assert [found.images(n) for n in range(23)] == [int(n % 3 == 0) for n in range(23)]
     sizes = [sum(len(turn.text.encode()) for turn in found[n].turns) for n in range(23)]
     assert [found.size(n) for n in range(23)] == sizes
-    pictured = records(tmp_path / "data.json", images_only=True)
-    assert [sample.id for sample in pictured] == [f"{n}é" for n in range(0, 23, 3)]
+    with_image = records(tmp_path / "data.json", images_only=True)
+    assert [sample.id for sample in with_image] == [f"{n}é" for n in range(0, 23, 3)]
     with pytest.raises(IndexError):
         found[23]
 

@@ -114,9 +114,9 @@ def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
 def test_a_mix_holds_every_sample_with_its_images(tmp_path: Path, ending: str) -> None:
     (tmp_path / "images").mkdir()
     talk = [("q?", "a."), ("r?", "b.")]
-    pictured = [tiny.record(f"p{n}", talk, f"{n}.png") for n in range(6)]
+    with_image = [tiny.record(f"p{n}", talk, f"{n}.png") for n in range(6)]
     two = {**tiny.record("both", [("<image> and <image>?", "a.")]), "image": ["0.png", "1.png"]}
-    a = write(tmp_path / "a.json", [*pictured, two])
+    a = write(tmp_path / "a.json", [*with_image, two])
     b = write(tmp_path / "b.json", [tiny.record(f"t{n}", talk) for n in range(4)])
     outs = [tmp_path / f"mixed{n}.{ending}" for n in range(3)]
     for out, seed in zip(outs, (0, 0, 1), strict=True):

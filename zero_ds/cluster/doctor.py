@@ -111,7 +111,7 @@ def try_ranks(cluster: Cluster, zero: str, nvme_path: str | None = None) -> list
     try:
         output, _ = process.communicate(timeout=RANKS_TIMEOUT)
     except subprocess.TimeoutExpired:
-        output = f"no result in {RANKS_TIMEOUT:.0f} s; is the way between the machines open for all ports?"
+        output = f"no result in {RANKS_TIMEOUT:.0f} s; are all ports open between the machines?"
     finally:
         _kill_tree(process)
         if not cluster.ssh.local:
@@ -153,7 +153,7 @@ def judged(result: dict[str, Any], seconds: float) -> list[Check]:
 def _all_reduce_check(result: dict[str, Any]) -> Check:
     if not result["sum_is_right"]:
         wrong = f"the sum over {result['ranks']} ranks is wrong"
-        return Check("all-reduce", FAIL, wrong, "look at the network's driver and the version of NCCL")
+        return Check("all-reduce", FAIL, wrong, "check the network driver and the version of NCCL")
     size = f"{result['mebibytes']:.0f} MiB in {1000 * result['seconds']:.1f} ms"
     return Check("all-reduce", OK, f"{size}, {result['gigabytes_per_second']:.2f} GB/s bus bandwidth")
 

@@ -86,7 +86,7 @@ def _advice(line: str) -> str:
     """Returns the remedy for a line that is not a machine."""
     host, *rest = line.split()
     if "@" in host:  # a separator in DeepSpeed's filters
-        return "the name of a user belongs into ssh's configuration (User), not here"
+        return "the name of a user belongs in ssh's configuration (User), not here"
     if host.count(":") > 1:  # another such separator
         return "give an IPv6 address a name, in /etc/hosts or ssh's configuration (HostName)"
     if "[" in host or "," in host:

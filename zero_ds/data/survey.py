@@ -35,7 +35,7 @@ class Survey:
     lengths: list[int] = field(default_factory=list)
     """Length of each sample in tokens."""
     measured: bool = False
-    """Whether lengths are counted, and not estimated from bytes."""
+    """Whether lengths are counted in tokens instead of estimated from bytes."""
     faults: Counter[str] = field(default_factory=Counter)
     """Number of samples by the kind of their fault: record, picture, path, template or too long."""
     examples: dict[str, list[str]] = field(default_factory=dict)

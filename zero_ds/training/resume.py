@@ -1,4 +1,4 @@
-"""Resuming a run: the checkpoint that it goes on from, and the order in which its state is restored.
+"""Resuming a run: the checkpoint that it continues from, and the order in which its state is restored.
 
     1. `Resume.find`      before anything is loaded: the checkpoint in the run folder must be of the same configuration
     2. `load_weights_`    after the initial weights, and before the engine copies weights into its fp32 master copies
@@ -45,7 +45,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Resume:
-    """The point where a run goes on: after its checkpoint, or at the beginning."""
+    """The point where a run continues: after its checkpoint, or at the beginning."""
 
     checkpoint: Checkpoint | None = None
 
