@@ -122,7 +122,7 @@ def refused(path: Path, complaint: str) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    refused(tmp_path / "a.png", "image .* does not exist")
+    refused(tmp_path / "a.png", "does not exist")
 
 
 def test_folder(tmp_path: Path) -> None:
