@@ -1,6 +1,6 @@
 """zero_ds: train vision encoders against small surrogates of large language models, and graft them.
 
-What the commands do can also be called from Python: `from zero_ds import train`.
+The commands can also be called as functions: `from zero_ds import train`.
 """
 
 import importlib

@@ -288,7 +288,7 @@ def test_values_of_the_json_reach_deepspeed(json_file: Any) -> None:
 
 
 def test_unknown_zero_config_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="there is no DeepSpeed config 'zero33'; did you mean 'zero3'"):
+    with pytest.raises(ConfigError, match="unknown DeepSpeed config 'zero33'; did you mean 'zero3'"):
         resolve("zero33")
 
 

@@ -1,4 +1,4 @@
-"""A step holds the same samples whatever the number of ranks and wherever the run was resumed."""
+"""A step holds the same samples on any number of ranks and after any resume."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
 
 
 class Lengths(Sequence[int]):
-    """Stands in for Records: sample n has lengths[n] characters and no image."""
+    """Replaces Records: sample n has lengths[n] characters and no image."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -146,7 +146,7 @@ class Lengths(Sequence[int]):
     data=st.data(),
 )
 @settings(max_examples=60)
-def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
+def test_grouping_by_length_keeps_every_sample_once_on_any_number_of_ranks(
     lengths: list[int], batch: int, ranks: int, seed: int, data: st.DataObject
 ) -> None:
     def grouped(rank: int, ranks: int, grouping: str = "length") -> Loader:

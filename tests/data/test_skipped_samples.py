@@ -59,12 +59,12 @@ def test_a_run_skips_samples_that_cannot_be_used(
     assert endings == [[f"DataError: {sentence}, and fix the data"]] * 2
     assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "the last checkpoint is kept"
     refused = run_ranks(train_all, 1, [config("none", bad_samples="error")])
-    assert refused[0][0].startswith("DataError: sample picture-") and "cannot be read" in refused[0][0]
+    assert refused[0][0].startswith("DataError: sample image-") and "cannot be read" in refused[0][0]
     # a run that skipped samples may be told to end at them, and then to skip them again
     (tmp_path / "alone" / "latest").write_text("step-000003\n")
     shutil.rmtree(tmp_path / "alone" / "step-000006")
     refused = run_ranks(train_all, 1, [config("alone", bad_samples="error")])
-    assert refused[0][0].startswith("DataError: sample picture-")
+    assert refused[0][0].startswith("DataError: sample image-")
     assert run_ranks(train_all, 1, [config("alone")]) == [["step-000006"]]
     assert scalars(tmp_path / "alone", "skipped_samples") == scalars(tmp_path / "whole", "skipped_samples")
 

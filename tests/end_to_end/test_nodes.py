@@ -133,7 +133,7 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "input='s#/clip#/nowhere#g'",
         ("RECIPE",),
         "paths",
-        "127.0.0.3: there is no .*/nowhere",
+        "127.0.0.3: not found: .*/nowhere",
     ),
     "clock": ("input='s#time.time()}#time.time() + 100}#'", (), "clocks", "127.0.0.3: (99|100) s ahead"),
     "variable": ("", ("--require", "ZERO_DS_TEST_ON_ONE"), "environment", "127.0.0.3: ZERO_DS_TEST_ON_ONE not set"),

@@ -247,7 +247,7 @@ def test_text_before_the_first_image_does_not_stop_a_run(run_config: Callable[..
 
     import tiny
 
-    records = json.loads(tiny.write_data(tmp_path, pictures=8, texts=8).read_text())
+    records = json.loads(tiny.write_data(tmp_path, images=8, texts=8).read_text())
     (tmp_path / "sorted.json").write_text(json.dumps(sorted(records, key=lambda record: "image" in record)))
     data = {"sources": [{"path": str(tmp_path / "sorted.json")}], "max_length": 512, "system_prompt": ""}
     config = run_config("pretrain", tmp_path / "run", data=data, global_batch=2)

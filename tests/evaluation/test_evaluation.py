@@ -332,7 +332,7 @@ def test_wrong_records_are_named(tmp_path: Path, changes: dict[str, Any], messag
 
 
 def test_wrong_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data file"):
+    with pytest.raises(DataError, match=r"data file .* does not exist"):
         read_records(tmp_path / "none.json")
     with pytest.raises(DataError, match="the id of sample r0 is used twice"):
         read_records(write(tmp_path, [record(), record()]))

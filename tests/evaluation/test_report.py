@@ -247,7 +247,7 @@ def test_samples_depend_on_the_seed_and_not_on_answers(make: Make, monkeypatch: 
             ["The grafted model sees: the correct image is worth", "the graft is better by 40.0 points"],
         ),
         (0.5, 0.9, ["The grafted model sees: the correct image is worth", "the graft is worse by 40.0 points"]),
-        (0.5, 0.5, ["no significant difference between the two"]),
+        (0.5, 0.5, ["the two do not differ significantly"]),
         (0.25, 0.9, ["The evaluation does not show that the grafted model sees"]),
         (0.0, 0.5, ["The grafted model does worse with the correct image"]),
     ],

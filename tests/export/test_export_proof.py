@@ -149,7 +149,7 @@ def test_differences_outside_the_tensors_are_found(
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
-def test_a_commit_is_read_alike_by_both_readers(run: Path, exported: Path) -> None:
+def test_both_readers_read_a_checkpoint_the_same_way(run: Path, exported: Path) -> None:
     """Streaming the files and loading the model are two ways to the same tensors."""
     source = open_source(run, None)
     count = proof.compare_files(exported, LlavaFormat().tensors(source))

@@ -33,8 +33,8 @@ def said(text: str) -> dict[str, Any]:
 
 
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
-    "a image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
-    "behind the text": ([user(ASK, SHOW)], [Turn("user", "<image>\nwhich shape?")]),
+    "an image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
+    "after the text": ([user(ASK, SHOW)], [Turn("user", "<image>\nwhich shape?")]),
     "as LLaVA and lmms-eval write it": ([user("<image>\nwhich shape?")], [Turn("user", "<image>\nwhich shape?")]),
     "on the last line": ([user("which shape?\n<image>")], [Turn("user", "which shape?\n<image>")]),
     "inside the text": ([user("is <image> a circle?")], [Turn("user", "is <image> a circle?")]),
@@ -46,7 +46,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
         [user(SHOW, ASK), said("an <image>"), user("sure?")],
         [Turn("user", "<image>\nwhich shape?"), Turn("assistant", "an <image>"), Turn("user", "sure?")],
     ),
-    "a image with the second question": (
+    "an image with the second question": (
         [user("hello"), said("hi"), user(SHOW, ASK)],
         [Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "<image>\nwhich shape?")],
     ),

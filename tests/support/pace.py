@@ -67,7 +67,7 @@ def last_run(tier: str) -> dict[str, float] | None:
 
 
 def note_run(tier: str, seconds: float, tests: int) -> None:
-    """Records the duration of a whole run, for the next estimate."""
+    """Records the duration of a whole run, from which the next one is estimated."""
     try:
         records = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -39,7 +39,7 @@ def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def resume(folder: Path, run: str) -> str:
-    """Resumes a run of the folder with its own resolved configuration; returns what it ended with."""
+    """Resumes a run of the folder with its own resolved configuration; returns the name of its last checkpoint."""
     os.chdir(folder)
     return train_all([load_run(f"{run}/config.yaml")])[0]
 

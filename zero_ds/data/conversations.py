@@ -295,7 +295,7 @@ class ChatTemplate:
                 )
             except Exception as error:  # a template raises what its author chose
                 raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
-            # markers with white space that no template writes itself, which shows what is trimmed
+            # markers with white space that no template writes itself show which white space is trimmed
             found = list(re.finditer(r"( \t)?zq(\d+)qz(\t )?", text))
             if [int(mark[2]) for mark in found] != list(range(len(roles))):
                 raise ConversationError("the chat template does not keep every turn's text")

@@ -93,7 +93,7 @@ class Source:
 
     @property
     def has_aligner(self) -> bool:
-        """Whether a linear layer brings the adapter's output to the decoder's width."""
+        """True if a linear layer brings the adapter's output to the decoder's width."""
         return self.config.adapter.width is not None
 
     def plain_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -48,7 +48,7 @@ class NamedModel:
 
     @property
     def sees(self) -> bool:
-        """Whether the model has a vision encoder."""
+        """True if the model has a vision encoder."""
         if self.checkpoint is None:
             return self.kind == "export"
         return run_config(self.checkpoint).encoder is not None
@@ -98,7 +98,7 @@ def find_model(name: str, target: str | None = None) -> NamedModel:
     which stands for the model as it was trained. target: folder or hub id of a full model to graft the run into.
 
     Raises:
-        ConfigError, CheckpointError: there is no such model, or `target` was given for a name that is not a run.
+        ConfigError, CheckpointError: the model does not exist, or `target` was given for a name that is not a run.
     """
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():

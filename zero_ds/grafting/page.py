@@ -71,7 +71,7 @@ def load_models(name: str, target: str | None, dtype: str, options: DeviceOption
 
 @dataclass
 class ChatSession:
-    """One visitor's conversations with all models, and what the page shows of them."""
+    """One visitor's conversations with all models, and their messages on the page."""
 
     conversations: dict[str, Conversation]
     """Conversation with each model, by the model's name."""

@@ -70,7 +70,7 @@ def stage_of(config: RunConfig) -> Stage:
         ConfigError: the stage is unknown, or it needs something that the configuration lacks or excludes.
     """
     if config.stage not in STAGES:
-        raise ConfigError(f"there is no stage '{config.stage}'{did_you_mean(config.stage, list(STAGES))}")
+        raise ConfigError(f"unknown stage '{config.stage}'{did_you_mean(config.stage, list(STAGES))}")
     stage = STAGES[config.stage]
     if stage.vision and config.encoder is None:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")

@@ -72,7 +72,7 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
 
     Raises:
         ConfigError: the run was trained without LoRA; `out` exists.
-        CheckpointError: there is no checkpoint, or a damaged one.
+        CheckpointError: the run has no checkpoint, or a damaged one.
     """
     from safetensors import safe_open
 

@@ -110,7 +110,7 @@ def _sharded(parts: Architecture, ds: dict[str, Any], cluster: Cluster, accumula
     frozen = b * sum(size for size in parts.frozen if size > threshold)
     trained = b * sum(size for size in parts.trained if size > threshold)
     persistent = b * sum(size for size in parts.trained if size <= threshold)
-    if group > 1:  # forward passes gather what the update has changed from everywhere, all else within the group
+    if group > 1:  # the first pass after an update gathers trained parameters from all GPUs
         gathers = cluster.collective(trained, cluster.gpus)
         gathers += (2 * accumulation - 1) * cluster.collective(trained, group)
         gathers += 2 * accumulation * cluster.collective(frozen, group)

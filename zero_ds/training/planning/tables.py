@@ -142,7 +142,7 @@ def _gpu_row(option: Option, used: list[str]) -> list[str]:
 
 
 def host_table(plan: RunPlan) -> str:
-    """Returns the host memory of a rank by cause, for the configs that offload something; empty if none does."""
+    """Returns a table of a rank's host memory by cause under configs with offloading; empty if none offloads."""
     rows = []
     for option in plan.options:
         host, disk = option.memory.by_cause["host"], option.memory.by_cause["disk"]
@@ -215,7 +215,7 @@ def _group_row(group: ShardGroups) -> list[str]:
 def route_table(plan: RecipePlan) -> str:
     """Returns the hours of every stage on both routes and the saving, next to the paper's hours where it has them."""
     if not plan.routes:
-        return "The route: there are no recipes `pretrain`, `encoder` and `decoder` next to this one."
+        return "The route: the recipes `pretrain`, `encoder` and `decoder` are missing next to this one."
     cluster = plan.run.cluster
     paper = PAPER_HOURS.get(plan.target)
     comparison = paper_cluster(plan.routes, cluster, plan.target)
