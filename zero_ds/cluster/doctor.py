@@ -134,14 +134,15 @@ def _verdict(output: str, seconds: float) -> list[Check]:
 
 
 def precision_of(zero: str) -> str:
-    """Returns the precision in which numbers are compared: fp32, unless the DeepSpeed JSON insists on bf16."""
+    """Returns the precision in which numbers are compared: fp32, unless the DeepSpeed JSON insists on another one."""
     if not zero.endswith(".json"):
         return "fp32"
     try:
-        section = json.loads(Path(zero).read_text(encoding="utf-8")).get("bf16", {})
-        return "bf16" if section.get("enabled") is True else "fp32"
+        content = json.loads(Path(zero).read_text(encoding="utf-8-sig"))
+        insisted = [name for name in ("bf16", "fp16") if content.get(name, {}).get("enabled") is True]
     except (OSError, ValueError, AttributeError):  # the ranks say what is wrong with it
         return "fp32"
+    return insisted[0] if insisted else "fp32"
 
 
 def judged(result: dict[str, Any], seconds: float) -> list[Check]:

@@ -146,7 +146,8 @@ def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
             }
         )
         ds = ds_config(config, world)
-        ds["tensorboard"] = {"enabled": False}
+        for monitor in ("tensorboard", "wandb", "comet", "csv_monitor"):
+            ds[monitor] = {"enabled": False}
         keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
         seed_everything(0)
         model = _model({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
