@@ -147,6 +147,8 @@ def _bases(section: str, last: str) -> list[str]:
         if last == "stage":
             return ["0"]
         return ["3"] if last.startswith("stage3_") or last in ONLY_STAGE_3 else ["1", "2", "3"]
+    if section in ("wandb", "comet", "csv_monitor", "tensorboard"):
+        return ["2"]
     return ["0", "1", "2", "3"] if last in OF_GRADIENTS else ["2", "3"]
 
 
@@ -169,6 +171,9 @@ def as_read(variant: Variant, models: Path, ranks: int) -> str:
         zero = Path(folder) / "variant.json"
         zero.write_text(json.dumps(variant.json()))
         ds = ds_config(run_config(models, zero, variant.precision, Path("out")), ranks)
+    for monitor in ("wandb", "comet"):
+        if not ds.get(monitor, {}).get("enabled"):
+            ds.pop(monitor, None)
     return json.dumps(content(DeepSpeedConfig(ds, mpu=_Ranks(ranks))), default=content, sort_keys=True)
 
 
@@ -225,6 +230,7 @@ def try_variant(variant: Variant, models: Path, folder: Path) -> dict[str, Any]:
     last = f"step-{STEPS:06d}"
     files = ("weights.safetensors", "resume/state.safetensors")
     same = [_digest(folder / "run" / last / f) == _digest(folder / "again" / last / f) for f in files]
+    distributed.barrier()  # rank 0 removes the folder next
     return {"losses": losses, "not_as_live": sorted(set(differing)), "resumed": all(same)}
 
 

@@ -23,6 +23,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch, collate
 from zero_ds.data.samples import EncodedSample
 from zero_ds.runtime import distributed
+from zero_ds.runtime.environment import take_devices
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 
@@ -241,6 +242,7 @@ def _batch(number: int) -> Batch:
 
 def main(arguments: list[str]) -> int:
     """Runs the tests on this rank; rank 0 prints the result in one line."""
+    take_devices()
     (word,) = [argument for argument in arguments if not argument.startswith("--local_rank")]
     try:
         result = run(json.loads(base64.urlsafe_b64decode(word)))

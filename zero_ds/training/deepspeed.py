@@ -281,6 +281,11 @@ def _check_combinations(content: dict[str, Any], world_size: int, path: Path) ->
         raise ConfigError(f"{path.name}: offload_param and offload to nvme need ZeRO stage 3, and this is {stage}.")
     if stage == 0 and (optimizer or content["fp16"]["enabled"]):
         raise ConfigError(f"{path.name}: ZeRO stage 0 has neither offload nor fp16 here; choose zero1 or zero2.")
+    for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if stage > 1 and content.get(key, plain) != plain:
+            raise ConfigError(
+                f"{path.name}: {key}={content[key]!r} works up to ZeRO stage 1, and this is {stage}; remove it."
+            )
     if optimizer and content.get("zero_force_ds_cpu_optimizer"):
         raise ConfigError(
             f"{path.name}: zero_force_ds_cpu_optimizer=True with offload_optimizer needs DeepSpeed's own optimizer, "
