@@ -147,9 +147,9 @@ def _bases(section: str, last: str) -> list[str]:
         if last == "stage":
             return ["0"]
         return ["3"] if last.startswith("stage3_") or last in ONLY_STAGE_3 else ["1", "2", "3"]
-    if section in ("wandb", "comet", "csv_monitor", "tensorboard"):
-        return ["2"]
-    return ["0", "1", "2", "3"] if last in OF_GRADIENTS else ["2", "3"]
+    if last in OF_GRADIENTS:
+        return ["0", "1", "2", "3"]
+    return ["2"] if (section and last != "enabled") or section in ("wandb", "comet", "csv_monitor") else ["2", "3"]
 
 
 def as_read(variant: Variant, models: Path, ranks: int) -> str:
