@@ -192,6 +192,7 @@ REFUSED: dict[str, list[Any]] = {
     "monteclora_config": [{"a": 1}],
     "peft_type": ["IA3", "LOHA", None],
     "rank_pattern": [{"q_proj": 2}],
+    "task_type": ["SEQ_CLS"],
     "target_parameters": [["mlp.up_proj.weight"]],
     "trainable_token_indices": [[1, 2]],
     "use_bdlora": [{"a": 1}],

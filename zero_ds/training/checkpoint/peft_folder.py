@@ -34,7 +34,7 @@ SAID_BY_TENSORS = ("target_modules", "exclude_modules", "layers_to_transform", "
 compared with the run."""
 
 WITHOUT_EFFECT = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("lora_dropout", "megatron_core", "merge_weights", "qalora_group_size", "eva_config"),
 )
 """Entries that change nothing in what trained adapters compute: about the file, its training, or a feature that is
@@ -44,6 +44,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "bias": ("none",),
+    "task_type": ("CAUSAL_LM", False),
     **dict.fromkeys(
         (
             *("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"),
