@@ -80,6 +80,7 @@ def test_verdicts() -> None:
     )
     assert sweep.verdict({**good, "resumed": False}, good) == "FAILS: a resumed run ends elsewhere"
     assert sweep.verdict({"failed": "ValueError: x"}, good) == "FAILS: ValueError: x"
+    assert sweep.verdict({**good, "losses": [2.1, 1.1]}, good, "bf16") == "works"
     assert sweep.verdict(good, {}) == "FAILS: nothing to compare with"
 
 
@@ -92,15 +93,16 @@ def test_results_become_a_table(tmp_path: Path) -> None:
         (sweep.Variant(key, True, "1"), good),
         (sweep.Variant(key, False, "1"), {"as": sweep.Variant("", None, "0").name}),
         (sweep.Variant(other, True, "0"), good),
-        (sweep.Variant(other, True, "3"), {"refused": "variant.json: it works up to ZeRO stage 1."}),
+        (sweep.Variant(other, True, "3"), {"refused": "variant.json: it works up to stage 1."}),
         (sweep.Variant("gradient_allreduce_op", "sum", "0"), {"refused": "variant.json: not a sum."}),
     ):
         sweep.append(results, variant, found)
-    judged = sweep.judge(sweep.read(results))
-    rows = {name: [(f"{place}, 2 ranks", words) for place, words in said] for name, said in judged.items()}
-    lines = sweep.render(rows).splitlines()
+    lines = sweep.render(sweep.judge(sweep.read(results), 2)).splitlines()
     assert f"| `{key}` | `true`, `false` |  |" in lines
-    assert f"| `{other}` | `true` (not stage 3: it works up to ZeRO stage 1) |  |" in lines
+    (row,) = (line for line in lines if line.startswith(f"| `{other}`"))
+    assert (
+        row == f"| `{other}` | `true` (stage 0 on 2 ranks) | `true` with stage 3 on 2 ranks: it works up to stage 1 |"
+    )
     why = KEYS["gradient_allreduce_op"].why
     assert f'| `gradient_allreduce_op` |  | `"sum"`: {why} |' in lines
 

@@ -254,9 +254,9 @@ def _check_dtypes(content: dict[str, Any], precision: str, path: Path) -> None:
         ("communication_data_type", content.get("communication_data_type", precision)),
     ):
         if dtype not in ("fp32", precision):
+            others = "" if precision == "fp32" else f" or {precision}"
             raise ConfigError(
-                f"{path.name}: {name}={dtype!r} would round the gradients of a run in {precision}; choose fp32 or "
-                f"{precision}."
+                f"{path.name}: {name}={dtype!r} would round the gradients of a run in {precision}; choose fp32{others}."
             )
 
 
