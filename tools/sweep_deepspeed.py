@@ -128,7 +128,7 @@ def _places(key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if section in ("bf16", "fp16"):
         precisions = [section] if last != "enabled" else ["fp32", section]
     elif last in ("grad_accum_dtype", "communication_data_type"):
-        precisions = ["fp32", "bf16"]
+        precisions = ["fp32", "bf16", "fp16"]
     if section in ("csv_monitor", "flops_profiler", "comms_logger") and last != "enabled":
         more[f"{section}.enabled"] = True
     if section == "fp16" and last not in ("enabled", "initial_scale_power"):

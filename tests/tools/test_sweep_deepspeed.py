@@ -100,9 +100,9 @@ def test_results_become_a_table(tmp_path: Path) -> None:
     lines = sweep.render(sweep.judge(sweep.read(results), 2)).splitlines()
     assert f"| `{key}` | `true`, `false` |  |" in lines
     (row,) = (line for line in lines if line.startswith(f"| `{other}`"))
-    assert (
-        row == f"| `{other}` | `true` (stage 0 on 2 ranks) | `true` with stage 3 on 2 ranks: it works up to stage 1 |"
-    )
+    works, refused = row.split(" | ")[1:]
+    assert works == "`true` (stage 0 on 2 ranks)"
+    assert refused == "`true` with stage 3 on 2 ranks: it works up to stage 1 |"
     why = KEYS["gradient_allreduce_op"].why
     assert f'| `gradient_allreduce_op` |  | `"sum"`: {why} |' in lines
 

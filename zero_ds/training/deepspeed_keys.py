@@ -123,7 +123,7 @@ KEYS: dict[str, Rule] = {
     "zero_optimization.compute_grad_norm": _only(True, False, why="clipping and the log need the norm"),
     "zero_optimization.load_from_fp32_weights": BOOLEAN,
     "zero_optimization.elastic_checkpoint": BOOLEAN,
-    "zero_optimization.sub_group_size": _whole(1000, 1_000_000_000),
+    "zero_optimization.sub_group_size": _whole(0, 1000, 1_000_000_000),
     "zero_optimization.ignore_unused_parameters": BOOLEAN,
     "zero_optimization.legacy_stage1": _only(False, True, why="DeepSpeed has removed it"),
     "zero_optimization.round_robin_gradients": BOOLEAN,
