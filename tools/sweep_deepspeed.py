@@ -415,7 +415,9 @@ def _watch(processes: list[subprocess.Popen[bytes]], results: Path, scratch: Pat
             time.sleep(3.0)  # the other ranks may have more to say
         if failed or time.monotonic() - since > PATIENCE:
             errors = sorted(scratch.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-            return errors[0].read_text() if errors else "a rank ended" if failed else "the ranks hang"
+            if errors:
+                return errors[0].read_text()
+            return "a rank ended" if failed else "the ranks hang"
     return ""
 
 
@@ -491,9 +493,9 @@ def verdict(found: dict[str, Any], reference: dict[str, Any], precision: str = "
         return "FAILS: not tried yet"
     if "losses" not in reference:
         return "FAILS: nothing to compare with"
-    apart = max(abs(a - b) for a, b in zip(found["losses"], reference["losses"], strict=True))
-    if not apart <= TOLERANCES[precision]:
-        return f"FAILS: losses are {apart:.1e} apart"
+    apart = [abs(a - b) for a, b in zip(found["losses"], reference["losses"], strict=True)]
+    if not all(one <= TOLERANCES[precision] for one in apart):
+        return f"FAILS: losses are {max(apart):.1e} apart"
     if wrong := found["not_as_live"]:
         return f"FAILS: {len(wrong)} saved tensors differ from the model, first {wrong[0]}"
     return "works" if found["resumed"] else "FAILS: a resumed run ends elsewhere"

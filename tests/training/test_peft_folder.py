@@ -286,7 +286,11 @@ def test_ways_to_choose_the_same_modules(
 
 @pytest.mark.parametrize("layers", [[1, 4], None])
 def test_adapters_of_a_multimodal_class_are_those_of_its_text_tower(
-    layers: list[int] | None, run_config: Callable[..., RunConfig], made: Callable[..., Path], tmp_path: Path
+    layers: list[int] | None,
+    run_config: Callable[..., RunConfig],
+    made: Callable[..., Path],
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     """Its vision tower has modules and layers of the same names."""
     target = made("gemma3-multimodal", tied=True)
@@ -295,6 +299,7 @@ def test_adapters_of_a_multimodal_class_are_those_of_its_text_tower(
         tmp_path / "run",
         target=str(target),
         surrogate=None,
+        data={"sources": [{"path": str(data)}], "max_length": 512},
         lora={**LORA, "layers": layers},
         max_steps=1,
         optimizer={"learning_rate": 0.1, "warmup_ratio": 0.0},

@@ -129,7 +129,10 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = template
         if template is None and not tokenizer.chat_template:
-            raise ConversationError("the tokenizer has no chat template; put chat_template.jinja into its folder")
+            raise ConversationError(
+                "the tokenizer has no chat template; give one with data.chat_template=FILE in a recipe, or as "
+                "chat_template.jinja in the model's folder"
+            )
         try:
             self._source = str(tokenizer.get_chat_template(template))
         except ValueError as error:
