@@ -83,7 +83,7 @@ def test_a_run_starts_from_what_peft_saved(runs: Path, from_peft: Path, made: Ca
 
 
 def test_peft_loads_what_a_run_trained(runs: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    """By the command; the logits of the target with these adapters are those of the graft on text."""
+    """The command writes them; the logits of the target with these adapters are those of the graft on text."""
     target = made("llama", tied=True)
     done = CliRunner().invoke(
         app,

@@ -28,7 +28,7 @@ from zero_ds.runtime.errors import ConfigError
 
 RANKS_TIMEOUT = 240.0
 """Seconds that the ranks get for their tests; most of it is for loading libraries from a slow disk."""
-TOO_LATE = f"no result in {RANKS_TIMEOUT:.0f} s; is the way between the machines open for all ports?"
+TOO_LATE = f"no result in {RANKS_TIMEOUT:.0f} s; are all ports open between the machines?"
 
 
 def read_by(run: RunConfig) -> list[str]:
@@ -91,7 +91,7 @@ def _token(folder: Path, token: str) -> Iterator[None]:
         for path in folder.glob(f"{token}*"):
             path.unlink(missing_ok=True)
         for place in made:
-            with contextlib.suppress(OSError):  # somebody else has written into it meanwhile
+            with contextlib.suppress(OSError):  # not empty: something else has written into it meanwhile
                 place.rmdir()
 
 
@@ -139,7 +139,7 @@ def _verdict(output: str, seconds: float) -> list[Check]:
         remedy = "open all ports between the machines; NCCL_DEBUG=INFO tells more about the network"
         return [Check("ranks", FAIL, output, remedy)]
     last_lines = " | ".join(output.strip().splitlines()[-3:])[:600]
-    return [Check("ranks", FAIL, last_lines or "they ended without a word", "see what they say")]
+    return [Check("ranks", FAIL, last_lines or "they ended without a word", "read their output")]
 
 
 def precision_of(zero: str) -> str:
@@ -149,7 +149,7 @@ def precision_of(zero: str) -> str:
     try:
         content = json.loads(Path(zero).read_text(encoding="utf-8-sig"))
         insisted = [name for name in ("bf16", "fp16") if content.get(name, {}).get("enabled") is True]
-    except (OSError, ValueError, AttributeError):  # the ranks say what is wrong with it
+    except (OSError, ValueError, AttributeError):  # the ranks report the fault
         return "fp32"
     return insisted[0] if insisted else "fp32"
 
@@ -163,7 +163,7 @@ def judged(result: dict[str, Any], seconds: float) -> list[Check]:
 def _all_reduce_check(result: dict[str, Any]) -> Check:
     if not result["sum_is_right"]:
         wrong = f"the sum over {result['ranks']} ranks is wrong"
-        return Check("all-reduce", FAIL, wrong, "look at the network's driver and the version of NCCL")
+        return Check("all-reduce", FAIL, wrong, "check the network driver and the version of NCCL")
     size = f"{result['mebibytes']:.0f} MiB in {1000 * result['seconds']:.1f} ms"
     return Check("all-reduce", OK, f"{size}, {result['gigabytes_per_second']:.2f} GB/s bus bandwidth")
 
@@ -175,7 +175,7 @@ def _numbers_check(result: dict[str, Any]) -> Check:
     found += f"gradient apart by {result['gradient_difference']:.1e}"
     if result["missing_gradients"]:
         found += f"; no gradient of {result['missing_gradients'][0]}"
-    if result["alike"]:
+    if result["agrees"]:
         return Check("numbers", OK, found)
     remedy = "take another zero=; this JSON trains wrongly with these versions of DeepSpeed and torch"
     return Check("numbers", FAIL, found, remedy)

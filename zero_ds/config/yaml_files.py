@@ -51,7 +51,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
-        raise ConfigError(f"there is no {what} {path}.") from None
+        raise ConfigError(f"{what} {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{what} {path} cannot be read: {_reason(error)}.") from None
     if not isinstance(tree, dict):
