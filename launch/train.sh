@@ -29,7 +29,7 @@ quoted() {
 
 recipe="" ranks="" print_only=""
 launcher=(--log_level warning)
-own=() forward=()
+own=() forward=() environment=()
 overrides=()
 while [ $# -gt 0 ]; do
   case "$1" in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac # --hostfile=FILE is the same as --hostfile FILE
@@ -68,11 +68,17 @@ if given --hostfile; then
 else
   many=""
   launcher+=(--hostfile /dev/null)
-  if [ "${DS_ACCELERATOR:-}" = cpu ] || ! nvidia-smi -L >/dev/null 2>&1; then
+  found="$(python -m zero_ds.cluster.devices "${ranks:-0}")" || exit 2
+  read -r kind count devices <<<"$found"
+  if [ "$kind" = cpu ]; then
     ! filtered || fail "--include and --exclude choose GPUs, and this machine has none; give --ranks N"
     export DS_ACCELERATOR=cpu
-    ranks="${ranks:-2}"
+    ranks="$count"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + ranks - 1) / ranks))}"
+  elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && ! filtered; then # DeepSpeed's launcher would ignore it, or stumble
+    ranks="$count" environment=(env -u CUDA_VISIBLE_DEVICES "ZERO_DS_DEVICES=$devices")
+    export ZERO_DS_DEVICES="$devices"
+    unset CUDA_VISIBLE_DEVICES
   fi
   [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
   # several runs on one machine need different ports
@@ -82,7 +88,7 @@ fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")
 # on many machines the launcher prints it later, with address and port
-[ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${command[@]}")"
+[ -n "$many" ] && [ -z "$print_only" ] || printf '+%s\n' "$(quoted "${environment[@]}" "${command[@]}")"
 if [ -n "$print_only" ]; then
   [ -z "$many" ] || python -m zero_ds.cluster.environment "${forward[@]}"
   exit 0

@@ -200,3 +200,15 @@ def test_a_secret_that_cannot_be_kept_ends_the_launch(content: dict[str, Any], m
     with pytest.raises(ConfigError, match="secrets could not be brought to a: No space left on device"):
         cluster.prepare()
     cluster.forget()
+
+
+def test_the_doctor_blames_the_network_for_nothing_else() -> None:
+    from zero_ds.cluster.doctor import TOO_LATE, _verdict
+    from zero_ds.cluster.selftest import MARK
+
+    (refused,) = _verdict(f'noise\n{MARK}{{"error": "mine.json: unknown key"}}\n', 1.0)
+    assert refused.found == "mine.json: unknown key" and "correct that setting" in refused.remedy
+    (late,) = _verdict(TOO_LATE, 240.0)
+    assert "NCCL_DEBUG" in late.remedy and "ports" in late.remedy
+    (crashed,) = _verdict("Traceback\nImportError: no module\n", 1.0)
+    assert crashed.found == "Traceback | ImportError: no module" and crashed.remedy == "read their output"

@@ -71,6 +71,8 @@ def test_unknown_key_in_the_recipe_itself(tmp_path: Path) -> None:
         ("data.sources=[{root: images}]", "data.sources.0.path"),
         ("encoder=clip", "encoder='clip'"),
         ("distill.next_token=2", "distill.next_token=2"),
+        ("lora.layers=[]", "lora.layers=[]: that adapts nothing; name at least one, or leave the key out"),
+        ("lora.modules=[]", "lora.modules=[]: that adapts nothing"),
         ("out=null", "out=None"),
         ("no_value", "'no_value' is not an override"),
         ("=5", "'=5' is not an override"),
@@ -83,6 +85,80 @@ def test_wrong_value_is_one_sentence(recipe: str, override: str, complaint: str)
     message = str(caught.value)
     assert complaint in message
     assert "\n" not in message and message.endswith((".", "?"))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=010", 10),
+        ("seed=0", 0),
+        ("seed=1_000", 1000),
+        ("seed=0x10", 16),
+        ("out=010", "010"),
+        ("out=2026-01-31", "2026-01-31"),
+        ("out=12:30:00", "12:30:00"),
+        ("out=runs/try #2", "runs/try #2"),
+        ("out='runs/try #2'", "runs/try #2"),
+        ("optimizer.eps=1.5e-8", 1.5e-8),
+        ("data.system_prompt=Answer # briefly", "Answer # briefly"),
+        ("data.chat_template=null", None),
+    ],
+)
+def test_an_override_is_read_as_it_is_meant(recipe: str, override: str, value: object) -> None:
+    """YAML 1.1 knows octal numbers, dates and numbers to the base 60, and takes ` #` for a comment."""
+    found: object = load_run(recipe, [override])
+    for name in override.partition("=")[0].split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("zero=2", "zero=2: it is the name of a file in ds_configs/ or the path of one; did you mean zero2?"),
+        ("out=5", "out=5 is not a text; if you mean the text 5, write out='\"5\"'."),
+        ("out=#2", "out=None"),
+        ("data.system_prompt=yes", "data.system_prompt=True is not a text; if you mean the text"),
+        ("init_from=[a, 1.5]", "init_from.1=1.5 is not a text; if you mean the text 1.5, write"),
+        ("out='a' # b", "the value of out ends before '# b', which would be lost"),
+        ("init_from=[a] # b", "the value of init_from ends before '# b'"),
+        ("init_from=[a #1, b]", "the value of init_from cannot be read"),
+        ("data.sources=[{path: a, path: b}]", "the key 'path' appears twice"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate=inf"),
+        ("seed=1:30", "seed='1:30'"),
+    ],
+)
+def test_a_value_that_could_be_taken_in_two_ways_is_refused(recipe: str, override: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(recipe, [override])
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2\n", "optimizer: {eps: 1.0e-8, eps: 1.0e-7}\n"])
+def test_a_key_that_appears_twice(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(BASE) + text)
+    with pytest.raises(ConfigError, match=r"recipe.yaml cannot be read: the key '(seed|eps)' appears twice\.$"):
+        load_run(str(path))
+
+
+def test_anchors_and_a_byte_order_mark_in_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    shared = "optimizer: &o {eps: 1.0e-7}\npreview: {<<: {samples: 2}, tokens: 3}\n"
+    path.write_text("\ufeff" + yaml.safe_dump(BASE) + shared, encoding="utf-8")
+    config = load_run(str(path))
+    assert (config.optimizer.eps, config.preview.samples, config.preview.tokens) == (1e-7, 2, 3)
+
+
+def test_the_home_folder_in_paths(recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell leaves `~` as it is after `key=`, and a folder of that name would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["out=~/run", "zero=~/mine.json", "nvme_path=~/disk", "init_from=[~/a, b]", "continue_from=~/c"]
+    config = load_run(recipe, words)
+    assert (config.out, config.zero) == (f"{tmp_path}/run", f"{tmp_path}/mine.json")
+    assert config.nvme_path == f"{tmp_path}/disk"
+    assert config.starts == (f"{tmp_path}/a", "b", f"{tmp_path}/c")
+    assert config.init_from == ("~/a", "b"), "a part of the fingerprint, which is the same for everybody"
 
 
 @pytest.mark.parametrize("key", ["2.limit", "first.limit", "-1", "limit"])

@@ -25,6 +25,9 @@ from zero_ds.data.conversations import (
     cut_turns,
     image_prompt,
 )
+from zero_ds.data.formats import DataError
+from zero_ds.data.samples import SampleEncoder
+from zero_ds.data.sources import Sample
 
 TOKENIZER = tiny.tokenizer()
 TEMPLATE = ChatTemplate(TOKENIZER)
@@ -374,3 +377,15 @@ def test_other_questions_stay_as_they_are(question: str) -> None:
 @pytest.mark.parametrize("question", ["<image>\nwhat does {image} mean?", "<image>\n{question} {0} {}"])
 def test_braces_in_a_question(question: str) -> None:
     assert image_prompt(question, "fixed", "id").endswith(question.removeprefix("<image>\n"))
+
+
+def test_a_token_beyond_the_embeddings_is_named_with_its_sample() -> None:
+    """A tokenizer with more tokens than the decoder has rows; torch would say that an index is out of range."""
+    turns = (Turn("user", "Is it red?"), Turn("assistant", "Yes."))
+    template = ChatTemplate(tiny.tokenizer())
+    sample = Sample("odd", turns, ())
+    whole = SampleEncoder(template, "response", image_prompt="off").tokens(sample)
+    largest = max(whole.input_ids)
+    assert SampleEncoder(template, "response", image_prompt="off", vocabulary=largest + 1).tokens(sample) == whole
+    with pytest.raises(DataError, match=rf"sample .*odd.*: it has token {largest} \(.*embeddings have {largest} rows"):
+        SampleEncoder(template, "response", image_prompt="off", vocabulary=largest).tokens(sample)

@@ -339,3 +339,19 @@ def test_a_pass_asks_the_device_for_nothing(build: Callable[..., VisionLanguageM
     for known in ((None, image_places), (rows, None)):
         with pytest.raises(RuntimeError, match="meta"):  # the error of tensors without values that are read
             model(**inputs, known=known)
+
+
+@pytest.mark.parametrize("layer", [-30, -5, 4])
+def test_a_hidden_state_that_the_encoder_does_not_have(made: Callable[..., Path], layer: int) -> None:
+    """The tiny CLIP has three layers, and so the hidden states -4 to 3."""
+    config = EncoderConfig(path="clip", feature_layer=layer)
+    for on_meta in (True, False):
+        spec = ModelSpec(made("llama", tied=True), made("clip"), encoder_config=config, on_meta=on_meta)
+        with pytest.raises(ConfigError, match=rf"encoder\.feature_layer={layer}, but .* hidden states -4 to 3"):
+            build_model(spec)
+
+
+@pytest.mark.parametrize("layer", [-4, -1, 0, 3])
+def test_hidden_states_that_the_encoder_has(made: Callable[..., Path], layer: int) -> None:
+    config = EncoderConfig(path="clip", feature_layer=layer)
+    build_model(ModelSpec(made("llama", tied=True), made("clip"), encoder_config=config, on_meta=True))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.training.metrics import StepCounts
+from zero_ds.training.monitor import read_metrics
 from zero_ds.training.planning.flops import peak_flops, step_cost
 
 STEPS = 4
@@ -148,3 +149,11 @@ def test_an_unknown_peak_is_measured_quickly(dtype: torch.dtype) -> None:
     started = time.process_time()
     assert 1e8 < peak_flops(torch.device("cpu"), dtype) < 1e15
     assert time.process_time() - started < 5
+
+
+def test_a_line_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n7')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]

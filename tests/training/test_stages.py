@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from zero_ds.config.loading import load_run, recipe_names
 from zero_ds.config.schema import EncoderConfig, RunConfig
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.layer_plan import Replaced
@@ -156,3 +157,32 @@ def test_a_part_without_parameters_is_an_error(
     monkeypatch.setattr(VisionLanguageModel, "parameters_of", lambda self, part: [])
     with pytest.raises(RuntimeError, match="should train the encoder, but no parameter of it was found"):
         stages.freeze_(whole, config("encoder"))
+
+
+# -- settings without effect -------------------------------------------------------------------------------------------
+
+
+def test_rates_of_parts_that_do_not_train_are_named() -> None:
+    rates = {"encoder": 1e-5, "decoder": 1e-5, "lora": 1e-5}
+    said = stages.remarks(config("encoder", optimizer={"learning_rates": rates}))
+    assert said == [
+        f"optimizer.learning_rates.{part} has no effect: this run trains encoder, adapter alone."
+        for part in ("decoder", "lora")
+    ]
+    assert stages.remarks(config("decoder", optimizer={"learning_rates": {"encoder": 1e-5, "decoder": 1e-5}})) == []
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_recipes_of_the_package_have_no_such_rates(recipe: str) -> None:
+    assert stages.remarks(load_run(recipe)) == []
+
+
+def test_epochs_of_less_than_one_batch_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    from zero_ds.training.setup import total_steps
+
+    assert total_steps(config("encoder", global_batch=128), samples=8) == 1
+    assert "epochs=1 of 8 samples is less than one global batch of 128" in caplog.text
+    caplog.clear()
+    assert total_steps(config("encoder", global_batch=4, epochs=0.5), samples=9) == 2
+    assert total_steps(config("encoder", global_batch=128, max_steps=3), samples=8) == 3
+    assert not caplog.text

@@ -16,6 +16,7 @@ from distributed_helper import run_ranks, train_all
 from safetensors.torch import load_file, save_file
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.runtime.errors import ConfigError
 
 # -- what runs in the ranks --------------------------------------------------------------------------------------------
 
@@ -321,6 +322,24 @@ def test_checkpoints_are_saved_by_time(runs: Path, ends: dict[str, str]) -> None
 
 def test_other_data_does_not_resume(ends: dict[str, str]) -> None:
     assert "does not fit: its data_hash is 'another'" in ends["other data"]
+
+
+def test_data_that_has_moved_is_the_same_data(
+    trained: Path, run_config: Callable[..., RunConfig], data: Path, tmp_path: Path
+) -> None:
+    """What was read is compared by its content (`data_hash`), not by its place."""
+    from zero_ds.training.resume import checkpoint_to_resume
+
+    moved = {"max_length": 512, "system_prompt": "", "sources": [{"path": "elsewhere.json", "root": str(tmp_path)}]}
+    out = trained / "pretrain"
+    found = checkpoint_to_resume(out, run_config("pretrain", out, max_steps=2, data=moved))
+    assert found is not None and found.step == 2
+    for change in ({"limit": 3}, {"images_only": True}):
+        other = {**moved, "sources": [{**moved["sources"][0], **change}]}
+        with pytest.raises(ConfigError, match=r"holds another run \(data\.sources"):
+            checkpoint_to_resume(out, run_config("pretrain", out, max_steps=2, data=other))
+    with pytest.raises(ConfigError, match="holds another run"):
+        checkpoint_to_resume(out, run_config("pretrain", out, max_steps=2, data=moved, seed=1))
 
 
 def test_a_resumed_run_has_every_step_once_in_tensorboard(runs: Path) -> None:

@@ -70,12 +70,16 @@ def consolidate(
 
 
 def export_lora(
-    weights: Annotated[Path, typer.Option(help="Run or checkpoint folder that was trained with LoRA.")], out: Out
+    weights: Annotated[Path, typer.Option(help="Run or checkpoint folder that was trained with LoRA.")],
+    out: Out,
+    target: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the run's target, if it is not where the run found it.")
+    ] = None,
 ) -> None:
     """Write a run's low-rank adapters as a folder that PEFT can load onto the target."""
     from zero_ds.training.checkpoint.peft_folder import write_peft_folder
 
-    config = write_peft_folder(weights, out)
+    config = write_peft_folder(weights, out, target)
     print(
         f"{out}: low-rank adapters of rank {config.rank}, alpha {config.alpha:g}; PeftModel.from_pretrained loads them."
     )

@@ -12,6 +12,7 @@ import gc
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 import typer
@@ -34,7 +35,7 @@ from zero_ds.cli.train import train
 from zero_ds.cli.trajectory import trajectory
 from zero_ds.cli.why import why
 from zero_ds.runtime.console import set_up_logging
-from zero_ds.runtime.environment import has_nvidia_driver
+from zero_ds.runtime.environment import has_nvidia_driver, take_devices
 from zero_ds.runtime.failure import WATCH, peer_ended
 
 app = typer.Typer(
@@ -87,6 +88,7 @@ def _before_every_command(context: typer.Context) -> None:
 
 def train_module() -> None:
     """Runs `deepspeed --module zero_ds.train RECIPE key=value ...`, which passes each rank a --local_rank as well."""
+    take_devices()
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     main(["train", *arguments])
 
@@ -98,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         if signal.getsignal(number) is signal.SIG_DFL:  # raises instead, so that half-written files are removed
             signal.signal(number, _end)
     try:
-        app(args=arguments, standalone_mode=True)
+        app(args=[_with_home(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     except Exception as error:
         sentence = _sentence(error)
         if peer_ended(error):
@@ -115,6 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
         distributed = sys.modules.get("zero_ds.runtime.distributed")
         if distributed is not None:
             distributed.shutdown()
+
+
+def _with_home(word: str) -> str:
+    """Returns `--option=~/path` with the home folder in place of `~`, which a shell leaves there."""
+    option, equals, value = word.partition("=")
+    is_path = word.startswith("--") and equals and (value == "~" or value.startswith("~/"))
+    return f"{option}={Path(value).expanduser()}" if is_path else word
 
 
 def _leave_garbage() -> None:

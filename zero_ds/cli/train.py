@@ -54,5 +54,7 @@ def _print_run(config: RunConfig) -> None:
     ranks = launched_ranks()
     check_batches(config, ranks)
     print(config.dump().rstrip())
+    for remark in stages.remarks(config):
+        print(f"# {remark}")
     print(f"# trains {', '.join(stages.trained_parts(config))} against {stages.decoder_folder(config)} ({stage.name})")
     print("# DeepSpeed: " + json.dumps(ds_config(config, ranks)))

@@ -290,8 +290,10 @@ def _device_trouble(machine: Machine, slots: tuple[int, ...]) -> str:
         return f"{machine.host}: {len(devices)} GPUs, device {highest} is needed"
     for number in slots:
         device = devices[number]
-        if device["free"] < FREE_SHARE * device["total"]:
-            return f"{machine.host}: GPU {number} has {device['free']} of {device['total']} MiB free"
+        if device["total"] is not None and (device["free"] or 0) < FREE_SHARE * device["total"]:
+            return (
+                f"{machine.host}: GPU {device.get('index', number)} has {device['free']} of {device['total']} MiB free"
+            )
     return ""
 
 

@@ -18,14 +18,17 @@ import psutil
 
 from zero_ds.cluster import checks
 from zero_ds.cluster.checks import FAIL, OK, Check, Wanted
+from zero_ds.cluster.devices import seen_as
 from zero_ds.cluster.environment import forwarded
 from zero_ds.cluster.machines import Cluster, deepspeed_command
 from zero_ds.cluster.probe import gpus
 from zero_ds.config.schema import RunConfig
+from zero_ds.runtime.environment import DEVICES
 from zero_ds.runtime.errors import ConfigError
 
 RANKS_TIMEOUT = 240.0
 """Seconds that the ranks get for their tests; most of it is for loading libraries from a slow disk."""
+TOO_LATE = f"no result in {RANKS_TIMEOUT:.0f} s; are all ports open between the machines?"
 
 
 def read_by(run: RunConfig) -> list[str]:
@@ -65,6 +68,8 @@ def look(cluster: Cluster, wanted: Wanted) -> list[Check]:
         seen = {path.name.removeprefix(f"{wanted.token}.") for path in shared.glob(f"{wanted.token}.*")}
     wrote = [answer.host for answer in answers if answer.content and answer.content["wrote"]]
     wanted = dataclasses.replace(wanted, missing_tokens=tuple(host for host in wrote if host not in seen))
+    if cluster.devices and answers[0].content:
+        answers[0].content["devices"] = seen_as(cluster.devices, answers[0].content["devices"])
     found = checks.before_launch(here, answers, cluster.ssh)
     if here.content is not None:
         found += checks.of_machines(cluster.nodes, answers, wanted, sent)
@@ -111,7 +116,7 @@ def try_ranks(cluster: Cluster, zero: str, nvme_path: str | None = None) -> list
     try:
         output, _ = process.communicate(timeout=RANKS_TIMEOUT)
     except subprocess.TimeoutExpired:
-        output = f"no result in {RANKS_TIMEOUT:.0f} s; are all ports open between the machines?"
+        output = TOO_LATE
     finally:
         _kill_tree(process)
         if not cluster.ssh.local:
@@ -128,20 +133,25 @@ def _verdict(output: str, seconds: float) -> list[Check]:
     result: dict[str, Any] = json.loads(lines[0]) if lines else {}
     if lines and "error" not in result:
         return judged(result, seconds)
+    if "error" in result:
+        return [Check("ranks", FAIL, result["error"], "correct that setting; a run would be refused as well")]
+    if output == TOO_LATE:
+        remedy = "open all ports between the machines; NCCL_DEBUG=INFO tells more about the network"
+        return [Check("ranks", FAIL, output, remedy)]
     last_lines = " | ".join(output.strip().splitlines()[-3:])[:600]
-    reason = result.get("error") or last_lines or "they ended without a word"
-    return [Check("ranks", FAIL, reason, "read their output; NCCL_DEBUG=INFO tells more about the network")]
+    return [Check("ranks", FAIL, last_lines or "they ended without a word", "read their output")]
 
 
 def precision_of(zero: str) -> str:
-    """Returns the precision in which numbers are compared: fp32, unless the DeepSpeed JSON insists on bf16."""
+    """Returns the precision in which numbers are compared: fp32, unless the DeepSpeed JSON insists on another one."""
     if not zero.endswith(".json"):
         return "fp32"
     try:
-        section = json.loads(Path(zero).read_text(encoding="utf-8")).get("bf16", {})
-        return "bf16" if section.get("enabled") is True else "fp32"
+        content = json.loads(Path(zero).read_text(encoding="utf-8-sig"))
+        insisted = [name for name in ("bf16", "fp16") if content.get(name, {}).get("enabled") is True]
     except (OSError, ValueError, AttributeError):  # the ranks report the fault
         return "fp32"
+    return insisted[0] if insisted else "fp32"
 
 
 def judged(result: dict[str, Any], seconds: float) -> list[Check]:
@@ -175,9 +185,13 @@ def _launch_here(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
     """Returns options of `deepspeed` and environment for ranks on this machine, as launch/train.sh sets them."""
     from zero_ds.runtime.ports import free_port
 
-    ranks = len(cluster.nodes[0].slots)
+    slots = cluster.nodes[0].slots
+    ranks = len(slots)
     environment = dict(os.environ)
-    if not gpus():
+    if gpus() and environment.get("DS_ACCELERATOR") != "cpu":
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        environment[DEVICES] = ",".join(cluster.devices or map(str, slots))
+    else:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     port = str(cluster.port or free_port())

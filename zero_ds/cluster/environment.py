@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_ds.cluster.probe import JOB
+from zero_ds.runtime.environment import DEVICES
 from zero_ds.runtime.errors import ConfigError
 
 PROGRAMS = ("PATH", "LD_LIBRARY_PATH", "LIBRARY_PATH", "CPATH", "CUDA_HOME", "CC", "CXX", "LANG", "LC_ALL")
@@ -45,7 +46,7 @@ PREFIXES = (*NETWORK_PREFIXES, *LIBRARY_PREFIXES)
 
 FORWARD = "ZERO_DS_FORWARD"
 """Variable with more names to forward, separated by commas or spaces. Naming a secret is the only way to forward it."""
-LOCAL_NAMES = ("DS_ENV_FILE", FORWARD, JOB)
+LOCAL_NAMES = ("DS_ENV_FILE", FORWARD, JOB, DEVICES)
 """Names with one of these prefixes that have no meaning on another machine."""
 DEEPSPEED_FILE = ".deepspeed_env"
 

@@ -59,15 +59,20 @@ def read_hostfile(path: Path, include: str = "", exclude: str = "") -> list[Node
 def _parse(path: Path) -> dict[str, tuple[int, ...]]:
     """Returns machine -> numbers of all its devices."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"the hostfile {path} is not UTF-8 text; see launch/hostfile.example.") from None
     except OSError as error:
         raise ConfigError(
             f"hostfile {path} cannot be read ({type(error).__name__}); see launch/hostfile.example."
         ) from None
+    if text.startswith("\ufeff"):
+        raise ConfigError(
+            f"{path} begins with a byte order mark, which DeepSpeed takes for a part of the first machine's name; save "
+            "it as UTF-8 without one."
+        )
     slots: dict[str, tuple[int, ...]] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

@@ -49,6 +49,8 @@ class Cluster:
     """Names of variables to forward in addition to the list of environment.py."""
     files: tuple[str, ...] = ()
     """Files outside of the package that define the run, and have to be the same on all machines."""
+    devices: tuple[str, ...] = ()
+    """Names of this machine's GPUs that a run without a hostfile uses, as in CUDA_VISIBLE_DEVICES."""
     job: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
     """Name by which the processes of this run are found on the machines."""
     _private: str | None = None

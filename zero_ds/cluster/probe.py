@@ -110,10 +110,14 @@ def _git_commit(folder: Path) -> str:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Returns the name, and the total and free memory in MiB, of every GPU."""
+    """Returns the index, UUID and name of every GPU, and its total and free memory in MiB.
+
+    Memory is None where nvidia-smi does not know it (`[N/A]`), as for GPUs that share the machine's memory.
+    """
+    query = "--query-gpu=index,uuid,memory.total,memory.free,name"
     try:
         output = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=20,
@@ -122,9 +126,10 @@ def gpus() -> list[dict[str, Any]]:
         return []
     found = []
     for line in output.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
-            found.append({"name": fields[0], "total": int(fields[1]), "free": int(fields[2])})
+        fields = [field.strip() for field in line.split(",", 4)]
+        if len(fields) == 5 and fields[0].isdigit():
+            total, free = (int(field) if field.isdigit() else None for field in fields[2:4])
+            found.append({"index": int(fields[0]), "uuid": fields[1], "name": fields[4], "total": total, "free": free})
     return found
 
 

@@ -23,6 +23,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch, collate
 from zero_ds.data.samples import EncodedSample
 from zero_ds.runtime import distributed
+from zero_ds.runtime.environment import take_devices
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 
@@ -146,7 +147,8 @@ def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
             }
         )
         ds = ds_config(config, world)
-        ds["tensorboard"] = {"enabled": False}
+        for monitor in ("tensorboard", "wandb", "comet", "csv_monitor"):
+            ds[monitor] = {"enabled": False}
         keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
         seed_everything(0)
         model = _model({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
@@ -240,6 +242,7 @@ def _batch(number: int) -> Batch:
 
 def main(arguments: list[str]) -> int:
     """Runs the tests on this rank; rank 0 prints the result in one line."""
+    take_devices()
     (word,) = [argument for argument in arguments if not argument.startswith("--local_rank")]
     try:
         result = run(json.loads(base64.urlsafe_b64decode(word)))

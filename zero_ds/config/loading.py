@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from zero_ds.config.datasets import registered_datasets
 from zero_ds.config.schema import RunConfig
-from zero_ds.config.yaml_files import read_yaml
+from zero_ds.config.yaml_files import read_value, read_yaml
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 RECIPE_ROOT = Path(__file__).parent / "recipes"
@@ -40,11 +39,7 @@ def load_run(recipe: str, overrides: list[str] | None = None) -> RunConfig:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{override}' is not an override; write key=value, e.g. optimizer.learning_rate=1e-4.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"the value of {key} cannot be read: {text!r}.") from None
-        _set(tree, key.split("."), value)
+        _set(tree, key.split("."), read_value(key, text))
     return validate(RunConfig, tree, what=f"recipe {recipe}")
 
 
@@ -133,6 +128,9 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not location:
         return f"{message}."
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+        text = str(first["input"])
+        return f"{name}={text} is not a text; if you mean the text {text}, write {name}='\"{text}\"'."
     return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}."
 
 

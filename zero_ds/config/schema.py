@@ -5,15 +5,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from zero_ds.config.datasets import registered_datasets
 from zero_ds.config.resume import fingerprint
 from zero_ds.runtime.errors import did_you_mean
 
+
+def _with_home(path: str) -> str:
+    """Returns a path with `~` replaced by the home folder, which a shell does not do after `key=`."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _name_of_zero(value: Any) -> Any:
+    """Refuses a stage in the place of a config's name."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(f"it is the name of a file in ds_configs/ or the path of one; did you mean zero{value}?")
+    return value
+
+
+LocalPath = Annotated[str, AfterValidator(_with_home)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -21,7 +36,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Base of every part of the configuration: unknown keys are errors, and values are frozen once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class EncoderConfig(Section):
@@ -142,7 +157,14 @@ class LoraConfig(Section):
     modules: tuple[str, ...] = ("q_proj", "k_proj")
     """Names of the linear layers inside a decoder layer."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the adapted decoder layers; empty: all of them."""
+    """Numbers of the adapted decoder layers; null: all of them."""
+
+    @field_validator("modules", "layers")
+    @classmethod
+    def _not_empty(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if value is not None and not value:
+            raise ValueError("that adapts nothing; name at least one, or leave the key out")
+        return value
 
 
 class DynamicLossConfig(Section):
@@ -223,15 +245,15 @@ class RunConfig(Section):
     short_backward: bool = True
     """Ends the backward pass of a global batch without images at the first trained layer; same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    zero: str = "zero3"
+    zero: Annotated[LocalPath, BeforeValidator(_name_of_zero)] = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
-    nvme_path: str | None = None
+    nvme_path: LocalPath | None = None
     """Folder on a fast local disk, for DeepSpeed configs that offload to one."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     preview: PreviewConfig = PreviewConfig()
     log_every: int = Field(default=10, ge=1)
     """Number of steps between lines of the log."""
-    out: str
+    out: LocalPath
     """Folder of the run: resolved config, logs, checkpoints."""
 
     @model_validator(mode="after")
@@ -242,8 +264,12 @@ class RunConfig(Section):
 
     @property
     def starts(self) -> tuple[str, ...]:
-        """All earlier results that this run takes weights from, in the order in which they are loaded."""
-        return self.init_from if self.continue_from is None else (*self.init_from, self.continue_from)
+        """All earlier results that this run takes weights from, in the order in which they are loaded.
+
+        `~` is the home folder here, while the entries themselves stay as written: they are part of the fingerprint.
+        """
+        named = self.init_from if self.continue_from is None else (*self.init_from, self.continue_from)
+        return tuple(_with_home(path) for path in named)
 
     def dump(self) -> str:
         """Returns the resolved configuration as YAML, which is enough to repeat the run."""

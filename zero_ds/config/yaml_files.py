@@ -1,7 +1,12 @@
-"""Reads YAML files with errors in one sentence."""
+"""Reads YAML as a person means it, with errors in one sentence.
+
+PyYAML follows YAML 1.1, where 010 is eight, 1:30 is ninety, 2026-01-31 is a date, and of equal keys the last one wins.
+Here 010 is ten, 1:30 and 2026-01-31 are texts (all as in YAML 1.2), and equal keys are an error.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +14,75 @@ import yaml
 
 from zero_ds.runtime.errors import ConfigError
 
+_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)")
+_FLOAT = re.compile(
+    r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+_REPLACED = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values as the module says, and refuses a key that appears twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in getattr(node, "value", []):
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name != "<<" and name in seen:
+                raise yaml.constructor.ConstructorError(problem=f"the key '{name}' appears twice")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^(?:{_INT.pattern})$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT.pattern})$"), list("-+0123456789."))
+
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Returns the mapping in a YAML file; `what` says in messages what kind of file it is.
 
     Raises:
-        ConfigError: A missing or unreadable file, or one that does not hold a mapping.
+        ConfigError: A missing or unreadable file, or one that does not hold a mapping; a key that appears twice.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"{what} {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{what} {path} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise ConfigError(f"{what} {path} cannot be read: {_reason(error)}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{what} {path} must hold a mapping of keys to values.")
     return tree
+
+
+def read_value(key: str, text: str) -> Any:
+    """Returns the value in the text after `key=` of an override.
+
+    A text that holds ` #` is read as a whole: an override is one line, in which nothing is a comment.
+
+    Raises:
+        ConfigError: The text is not YAML, or something follows after its value.
+    """
+    try:
+        root = yaml.compose(text, _Loader)
+        if root is None or not text[root.end_mark.index :].strip():
+            return yaml.load(text, _Loader)
+        if isinstance(root, yaml.ScalarNode) and root.style is None:
+            return text.strip()
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"the value of {key} cannot be read: {text!r} ({_reason(error)}); put a text with special characters "
+            "between quotes."
+        ) from None
+    rest = text[root.end_mark.index :].strip()
+    raise ConfigError(f"the value of {key} ends before {rest!r}, which would be lost; put all of it between quotes.")
+
+
+def _reason(error: Exception) -> str:
+    """Returns what is wrong with a YAML text in a few words."""
+    problem = getattr(error, "problem", None)
+    return problem if problem and "appears twice" in problem else str(error).splitlines()[0]

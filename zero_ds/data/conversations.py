@@ -116,7 +116,7 @@ def read_template(path: str | None) -> str | None:
         ConfigError: A file that cannot be read.
     """
     try:
-        return Path(path).read_text(encoding="utf-8") if path else None
+        return Path(path).expanduser().read_text(encoding="utf-8") if path else None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"data.chat_template={path} cannot be read: {reason}.") from None
@@ -129,7 +129,10 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = template
         if template is None and not tokenizer.chat_template:
-            raise ConversationError("the tokenizer has no chat template; give one with data.chat_template=FILE")
+            raise ConversationError(
+                "the tokenizer has no chat template; give one with data.chat_template=FILE in a recipe, or as "
+                "chat_template.jinja in the model's folder"
+            )
         try:
             self._source = str(tokenizer.get_chat_template(template))
         except ValueError as error:

@@ -37,7 +37,7 @@ def mix(sources: Sequence[SourceConfig], out: Path, *, seed: int = 0, shuffle: b
         raise ConfigError(f"--seed {seed} is negative; choose 0 or more.")
     if out.exists():
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
-    records = Records(sources, permute=seed if shuffle else None)
+    records = Records(sources, permute=seed if shuffle else None, remedy="repair or remove them")
     if out.suffix == ".jsonl":
         start, separator, end = "", "\n", "\n"
     else:

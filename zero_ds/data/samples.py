@@ -54,6 +54,8 @@ class SampleEncoder:
     image_prompt: Literal["fixed", "random", "off"] = "fixed"
     system_prompt: str | None = None
     seed: int = 0
+    vocabulary: int | None = None
+    """Number of rows of the decoder's embeddings; None if it is not known."""
 
     def turns(self, sample: Sample) -> list[Turn]:
         """Returns the sample's turns with the configured system prompt and image prompt."""
@@ -71,13 +73,24 @@ class SampleEncoder:
 
         `image_tokens` is the number of tokens of each image, where it differs from `tokens_per_image`. With `generate`
         the text ends where the assistant's answer begins.
+
+        Raises:
+            ConversationError: The chat template rejects the turns, or a token has no row in the decoder's embeddings.
         """
-        return self.template.encode(
+        encoded = self.template.encode(
             turns,
             tokens_per_image=self.tokens_per_image if image_tokens is None else image_tokens,
             supervise=self.supervise,
             generate=generate,
         )
+        largest = max(encoded.input_ids, default=0)
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            token = self.template.tokenizer.convert_ids_to_tokens(largest)
+            raise ConversationError(
+                f"it has token {largest} ({token!r}), but the decoder's embeddings have {self.vocabulary} rows; "
+                "tokenizer and weights do not belong together"
+            )
+        return encoded
 
     def image_tokens(self, sample: Sample) -> list[int]:
         """Returns the number of tokens of each image of a sample, reading the images' sizes only if they decide it.

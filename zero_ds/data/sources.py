@@ -39,11 +39,19 @@ class Sample:
 class Records(Sequence[Sample]):
     """All samples of the sources, mixed by evenly spaced insertion. Indexing reads one memory-mapped row."""
 
-    def __init__(self, sources: Sequence[SourceConfig], *, skip_bad: bool = False, permute: int | None = None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        *,
+        skip_bad: bool = False,
+        permute: int | None = None,
+        remedy: str = "data.bad_samples=skip skips them",
+    ) -> None:
         """Opens the data files, converting new ones.
 
         With `skip_bad`, records that cannot be used are skipped instead of being an error. `permute` is the seed of a
-        random order within each source, of which `limit` then takes the first samples.
+        random order within each source, of which `limit` then takes the first samples. `remedy` says what the caller's
+        user can do about records that cannot be used.
 
         Raises:
             ConfigError: No source.
@@ -54,7 +62,7 @@ class Records(Sequence[Sample]):
         self._sources = []
         for number, config in enumerate(sources):
             seed = None if permute is None else [permute, number]
-            self._sources.append(_Source(config, seed, skip_bad))
+            self._sources.append(_Source(config, seed, skip_bad, remedy))
         self._order = evenly_spaced([len(source) for source in self._sources])
 
     def complaints(self) -> Iterator[tuple[list[str], int]]:
@@ -103,7 +111,7 @@ class Records(Sequence[Sample]):
 class _Source:
     """The files of one source, one after the other, and the rows of them that are used."""
 
-    def __init__(self, config: SourceConfig, seed: list[int] | None, skip_bad: bool) -> None:
+    def __init__(self, config: SourceConfig, seed: list[int] | None, skip_bad: bool, remedy: str) -> None:
         self.config = config
         self.files = data_files(config.path, config.files)
         own_folder = self.files[0].parent if len(self.files) == 1 else config.path
@@ -111,7 +119,7 @@ class _Source:
         self.tables = [load_table(file) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):
             if table.complaints.count:
-                _report_unusable(file, table, skip_bad)
+                _report_unusable(file, table, skip_bad, remedy)
         self._starts = np.cumsum([0, *(len(table) for table in self.tables)])
         rows: Any = np.arange(self._starts[-1])
         if config.images_only:
@@ -154,11 +162,11 @@ class _Source:
         return record.images
 
 
-def _report_unusable(file: Path, table: Table, skip_bad: bool) -> None:
+def _report_unusable(file: Path, table: Table, skip_bad: bool, remedy: str) -> None:
     """Rejects a file with records that cannot be used, or logs how many are skipped."""
     count, first = table.complaints.count, table.complaints.first[0]
     if not skip_bad:
-        more = f" ({count:,} such records; data.bad_samples=skip skips them)" if count > 1 else ""
+        more = f" ({count:,} such records; {remedy})" if count > 1 else ""
         raise DataError(f"{file} {first}{more}")
     logger.warning(
         "%s: %s of %s records cannot be used and are skipped; the first: %s",

@@ -198,7 +198,7 @@ def _surrogate_folder(config: RunConfig, surrogate: str | None) -> DecoderFolder
         if not folder.is_surrogate:
             raise ConfigError(f"--surrogate {surrogate} is not a surrogate, because it holds no surrogate.json.")
         return folder
-    if config.surrogate is None or not DecoderFolder(config.surrogate).is_surrogate:
+    if config.surrogate is None or not DecoderFolder(Path(config.surrogate).expanduser()).is_surrogate:
         return None
     return DecoderFolder(local_folder(config.surrogate))
 

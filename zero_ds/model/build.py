@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
 from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.loading import load_complete, load_tokenizer
 from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import partition_
 
 
@@ -64,6 +65,7 @@ def build_model(spec: ModelSpec) -> VisionLanguageModel:
     if isinstance(spec.decoder, Modules):
         return _put_together(spec.decoder, spec, spec.plan)
     folder = DecoderFolder.of(spec.decoder)
+    _check_feature_layer(spec)
     if spec.on_meta:
         with torch.device("meta"):
             modules = _modules_on_meta(folder, spec)
@@ -75,6 +77,19 @@ def build_model(spec: ModelSpec) -> VisionLanguageModel:
     partition_(model)
     without_dropout_(model)
     return model
+
+
+def _check_feature_layer(spec: ModelSpec) -> None:
+    """Refuses a hidden state that the vision encoder does not have, before anything is loaded."""
+    if spec.encoder is None or spec.encoder_config is None:
+        return
+    layers = getattr(vision_config(spec.encoder), "num_hidden_layers", None)
+    wanted = spec.encoder_config.feature_layer
+    if layers is not None and not -layers - 1 <= wanted <= layers:
+        raise ConfigError(
+            f"encoder.feature_layer={wanted}, but {spec.encoder} has {layers} layers, and so hidden states "
+            f"{-layers - 1} to {layers}; choose one of these."
+        )
 
 
 def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:
@@ -169,6 +184,7 @@ def sample_encoder(
         image_prompt=data.image_prompt,
         system_prompt=data.system_prompt,
         seed=seed,
+        vocabulary=cast(Any, model.decoder).get_input_embeddings().num_embeddings,
     )
 
 

@@ -14,6 +14,19 @@ _OTHER_DEVICES = ("/dev/kfd", "/dev/dxg")
 """Device files through which torch may offer CUDA without NVIDIA's Linux driver: ROCm's, and that of WSL."""
 
 
+DEVICES = "ZERO_DS_DEVICES"
+"""Variable in which launch/train.sh names the GPUs of a run on one machine, in the order of the ranks."""
+
+
+def take_devices() -> None:
+    """Makes the devices in ZERO_DS_DEVICES the visible ones, in place of those that DeepSpeed's launcher numbers.
+
+    To be called before anything uses CUDA.
+    """
+    if devices := os.environ.pop(DEVICES, ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+
+
 def launched_ranks() -> int:
     """Returns the number of ranks that the launcher started; 1 for a process that was started alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -7,6 +7,7 @@ that names both values.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.environment import has_cuda, launched_ranks_here
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.precision import bf16_is_fast
+from zero_ds.training.deepspeed_keys import read_json
 from zero_ds.training.options.sharding import check_sharding
 
 if TYPE_CHECKING:
@@ -35,40 +37,6 @@ AUTO: dict[str, Callable[[RunConfig, int], Any]] = {
     "gradient_clipping": lambda config, world: config.optimizer.max_grad_norm,
 }
 """Entries of the JSON that follow from the recipe and the number of ranks."""
-
-PLAIN_SECTIONS = {
-    "aio": ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"),
-    "flops_profiler": (
-        "enabled",
-        "recompute_fwd_factor",
-        "profile_step",
-        "module_depth",
-        "top_modules",
-        "detailed",
-        "output_file",
-    ),
-    "data_types": ("grad_accum_dtype",),
-}
-"""Known keys of the sections that DeepSpeed reads entry by entry, ignoring any key that it does not know."""
-
-CHECKED_SECTIONS = ("zero_optimization", "bf16", "fp16", "tensorboard", "wandb", "csv_monitor", "comet")
-"""Sections that DeepSpeed has a model of, against which `_check_values` validates them."""
-
-TOP_KEYS = (
-    *AUTO,
-    *PLAIN_SECTIONS,
-    *CHECKED_SECTIONS,
-    "comms_logger",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "dump_state",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "memory_breakdown",
-)
 
 
 def ds_config_names() -> list[str]:
@@ -106,23 +74,24 @@ def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     """
     path = Path(config.zero) if config.zero.endswith(".json") else DS_CONFIG_ROOT / f"{config.zero}.json"
     text = _read(path, config.zero)
-    content = _parse(text, path)
+    raw = _parse(text, path)
     # loading DeepSpeed takes seconds, which a dry run can spare if the tests have asked it about the same text
     ask_deepspeed = "deepspeed" in sys.modules or not _is_released(path, text)
     if ask_deepspeed:
-        _refuse_removed_keys(content, path)
-    _check_names(content, path)
-    zero = content["zero_optimization"]
+        _refuse_removed_keys(raw, path)
+    content = read_json(raw, path.name)
+    zero = content.setdefault("zero_optimization", {})
     zero.setdefault("stage", 0)
     _fill_from_recipe(content, config, world_size, path)
     _fill_from_machine(zero, config, path, ranks_per_node)
     if ask_deepspeed:
         _check_values(content, path)
-    _check_accumulation_dtype(content, path)
+    _check_dtypes(content, precision_name(config), path)
     _check_combinations(content, world_size, path)
     check_sharding(config, zero, path.name)
     if ranks_per_node is None:
         _check_compiler(zero, path)
+        _check_monitors(content, path)
     content["tensorboard"] = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}
     content.setdefault("steps_per_print", 1_000_000_000)
     content["zero_allow_untested_optimizer"] = True
@@ -161,7 +130,7 @@ def _read(path: Path, name: str) -> str:
     if not path.is_file():
         raise ConfigError(f"unknown DeepSpeed config '{name}'{did_you_mean(name, ds_config_names())}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
 
@@ -197,22 +166,6 @@ def _refuse_removed_keys(content: dict[str, Any], path: Path) -> None:
         raise ConfigError(f"{path.name}: {error}") from None
 
 
-def _check_names(content: dict[str, Any], path: Path) -> None:
-    """Refuses keys that DeepSpeed would ignore, at the top and in sections that it reads entry by entry."""
-    for key in content:
-        if key not in TOP_KEYS:
-            raise ConfigError(f"{path.name}: unknown key '{key}'{did_you_mean(key, list(TOP_KEYS))}")
-    content.setdefault("zero_optimization", {})
-    for name in (*CHECKED_SECTIONS, *PLAIN_SECTIONS):
-        section = content.get(name, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"{path.name}: {name}={section!r} must be an object of settings.")
-    for name, known in PLAIN_SECTIONS.items():
-        for key in content.get(name, {}):
-            if key not in known:
-                raise ConfigError(f"{path.name}, {name}: unknown key '{key}'{did_you_mean(key, list(known))}")
-
-
 # -- values that follow from the recipe and the machine ----------------------------------------------------------------
 
 
@@ -236,7 +189,7 @@ def _fill_from_recipe(content: dict[str, Any], config: RunConfig, world_size: in
                 f'{DTYPE_NAMES[precision]}; write "auto" in the JSON or set precision.'
             )
         content[key] = {**section, "enabled": precision == key}
-    if content.get("data_types", {}).get("grad_accum_dtype", "auto") == "auto":
+    if "grad_accum_dtype" not in content.get("data_types", {}):
         # under stages 0 and 1 DeepSpeed 0.19 accumulates in the type it computes in, or needs another optimizer
         shards_gradients = content["zero_optimization"]["stage"] in (2, 3)
         content["data_types"] = {"grad_accum_dtype": "fp32"} if shards_gradients else {}
@@ -246,12 +199,17 @@ def _fill_from_machine(zero: dict[str, Any], config: RunConfig, path: Path, rank
     """Fills in entries of `zero_optimization` that say "auto" because they depend on the machine."""
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = ranks_per_node or launched_ranks_here()
-    for section in (zero.get("offload_optimizer"), zero.get("offload_param")):
-        if not isinstance(section, dict):
+    for name in ("offload_optimizer", "offload_param"):
+        if _device(zero, name) is None:
+            zero.pop(name, None)  # a section whose device is "none" is as good as none
             continue
+        section = zero[name]
         if section.get("pin_memory") == "auto":
             section["pin_memory"] = has_cuda()
-        if section.get("nvme_path") == "auto":
+        if section.get("nvme_path", "auto") != "auto":
+            continue
+        section.pop("nvme_path", None)
+        if section["device"] == "nvme":
             if not config.nvme_path:
                 raise ConfigError(f"{path.name} swaps to a disk; name a folder on it: nvme_path=/local_nvme.")
             section["nvme_path"] = config.nvme_path
@@ -282,11 +240,24 @@ def _check_values(content: dict[str, Any], path: Path) -> None:
             validate(model, content[name], what=f"{path.name}, {name}")
 
 
-def _check_accumulation_dtype(content: dict[str, Any], path: Path) -> None:
-    """Refuses a type to accumulate gradients in that DeepSpeed does not have."""
-    dtype = content.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    if dtype not in ("fp32", "bf16", "fp16"):
-        raise ConfigError(f"{path.name}: data_types.grad_accum_dtype={dtype!r}; choose fp32, bf16 or fp16.")
+def _check_dtypes(content: dict[str, Any], precision: str, path: Path) -> None:
+    """Refuses a type of gradients that DeepSpeed cannot combine with the run's precision, or that rounds them."""
+    stage = content["zero_optimization"]["stage"]
+    accumulated = content["data_types"].get("grad_accum_dtype", precision)
+    if stage < 2 and accumulated != precision:
+        raise ConfigError(
+            f"{path.name}: data_types.grad_accum_dtype={accumulated!r}, but ZeRO stage {stage} accumulates in the "
+            f'precision of the run, {precision}; write "auto", or choose stage 2.'
+        )
+    for name, dtype in (
+        ("data_types.grad_accum_dtype", accumulated),
+        ("communication_data_type", content.get("communication_data_type", precision)),
+    ):
+        if dtype not in ("fp32", precision):
+            others = "" if precision == "fp32" else f" or {precision}"
+            raise ConfigError(
+                f"{path.name}: {name}={dtype!r} would round the gradients of a run in {precision}; choose fp32{others}."
+            )
 
 
 def _check_combinations(content: dict[str, Any], world_size: int, path: Path) -> None:
@@ -308,9 +279,18 @@ def _check_combinations(content: dict[str, Any], world_size: int, path: Path) ->
         )
     if stage < 3 and (parameters or optimizer == "nvme"):
         raise ConfigError(f"{path.name}: offload_param and offload to nvme need ZeRO stage 3, and this is {stage}.")
-    has_offload = bool(zero.get("offload_param") or zero.get("offload_optimizer"))
-    if stage == 0 and (has_offload or content["fp16"]["enabled"]):
+    if stage == 0 and (optimizer or content["fp16"]["enabled"]):
         raise ConfigError(f"{path.name}: ZeRO stage 0 has neither offload nor fp16 here; choose zero1 or zero2.")
+    for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if stage > 1 and content.get(key, plain) != plain:
+            raise ConfigError(
+                f"{path.name}: {key}={content[key]!r} works up to ZeRO stage 1, and this is {stage}; remove it."
+            )
+    if optimizer and content.get("zero_force_ds_cpu_optimizer"):
+        raise ConfigError(
+            f"{path.name}: zero_force_ds_cpu_optimizer=True with offload_optimizer needs DeepSpeed's own optimizer, "
+            "but a run brings its AdamW; write false."
+        )
 
 
 def _device(zero: dict[str, Any], key: str) -> str | None:
@@ -328,4 +308,14 @@ def _check_compiler(zero: dict[str, Any], path: Path) -> None:
             raise ConfigError(
                 f"{path.name} swaps to a disk, for which DeepSpeed compiles async_io; install a C++ compiler and "
                 "libaio (libaio-dev), or choose zero=zero3_offload_params."
+            )
+
+
+def _check_monitors(content: dict[str, Any], path: Path) -> None:
+    """Refuses logging through a package that is not installed here."""
+    for name, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        if content.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{path.name}: {name}.enabled=True needs the package {package}, which is not installed; install it, or "
+                "write false."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -114,8 +115,16 @@ def _truncate(path: Path, steps: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Returns the records in a run's metrics.jsonl; an empty list if the run has none."""
+    """Returns the records in a run's metrics.jsonl; none if there is no such file.
+
+    A line that a kill has cut off, or that is being written, is left out.
+    """
     path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    records.append(record)
+    return records

@@ -12,11 +12,12 @@ Nothing else needs to be restored: the schedule depends only on the step, and th
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zero_ds.config.resume import MAY_DIFFER, OLD_BEHAVIOUR
+from zero_ds.config.resume import MAY_DIFFER, OLD_BEHAVIOUR, fingerprint
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
@@ -41,6 +42,8 @@ COMPARED = (
     "starts",
 )
 """Fields of the manifest that must be the same when a run is resumed."""
+PLACES = ("path", "root")
+"""Entries of a data source that may differ if the content of the data is the same."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Resume:
             engine.engine.global_samples = self.first_step * config.global_batch  # the axis of DeepSpeed's own curves
             logger.info("resumed %s after step %d of %d", config.out, self.first_step, total)
         elif config.continue_from:
-            parts = carry_over_(engine, find_checkpoint(config.continue_from))
+            parts = carry_over_(engine, find_checkpoint(config.starts[-1]))
             logger.info("the optimizer continues for %s", ", ".join(parts) or "no part")
 
 
@@ -110,7 +113,7 @@ def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
     found = None
     if (out / "latest").is_file():
         found = find_checkpoint(out)
-        if found.manifest["fingerprint"] != config.fingerprint():
+        if found.manifest["fingerprint"] != config.fingerprint() and not data_has_moved(found.manifest, config):
             changed = difference(found.manifest["config"], config.model_dump(mode="json"))
             raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
     step = found.step if found else 0
@@ -121,6 +124,23 @@ def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
             "folder that all machines share."
         )
     return found
+
+
+def data_has_moved(manifest: Mapping[str, Any], config: RunConfig) -> bool:
+    """Returns whether a run differs from that of a checkpoint in the places of its data alone.
+
+    The manifest has a hash of the data's content, which is compared when the checkpoint is loaded.
+    """
+    content = config.model_dump(mode="json")
+    before, now = manifest["config"]["data"]["sources"], content["data"]["sources"]
+    if len(before) != len(now) or not manifest.get("data_hash"):
+        return False
+    for old, new in zip(before, now, strict=True):
+        new.update({key: old[key] for key in PLACES if key in old})
+    if fingerprint(content) != manifest["fingerprint"]:
+        return False
+    logger.info("the data lies elsewhere than when the run began; its content must be the same")
+    return True
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

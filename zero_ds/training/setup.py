@@ -82,6 +82,8 @@ def start_run(config: RunConfig) -> Run:
     stages.stage_of(config)
     world_size = distributed.world_size()
     check_batches(config, world_size)
+    for remark in stages.remarks(config):
+        logger.warning(remark)
     ds = ds_config(config, world_size)
     check_options(config)
     resume = Resume.find(out, config)
@@ -192,7 +194,18 @@ def make_loader(
 
 def total_steps(config: RunConfig, samples: int) -> int:
     """Returns the number of optimizer steps of a run on `samples` samples: `max_steps`, or as many as `epochs` need."""
-    return config.max_steps or max(1, math.ceil(samples * config.epochs / config.global_batch))
+    if config.max_steps:
+        return config.max_steps
+    seen = samples * config.epochs
+    if seen < config.global_batch:
+        logger.warning(
+            "epochs=%g of %d samples is less than one global batch of %d: the run makes one step, in which samples "
+            "repeat; lower global_batch or raise epochs",
+            config.epochs,
+            samples,
+            config.global_batch,
+        )
+    return max(1, math.ceil(seen / config.global_batch))
 
 
 def describe(run: Run, model: VisionLanguageModel, loader: Loader) -> Manifest:

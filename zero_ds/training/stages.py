@@ -152,6 +152,16 @@ def learning_rate(config: RunConfig, part: Part) -> float:
     return config.optimizer.learning_rates.get(part, config.optimizer.learning_rate)
 
 
+def remarks(config: RunConfig) -> list[str]:
+    """Returns a sentence for each setting that has no effect in this run."""
+    trained = trained_parts(config)
+    return [
+        f"optimizer.learning_rates.{part} has no effect: this run trains {', '.join(trained)} alone."
+        for part in config.optimizer.learning_rates
+        if part not in trained
+    ]
+
+
 def check_start(config: RunConfig) -> list[Path]:
     """Returns the folders of the earlier results that this run starts from.
 
@@ -159,8 +169,8 @@ def check_start(config: RunConfig) -> list[Path]:
         ConfigError: one of them does not exist.
     """
     folders = [Path(path) for path in config.starts]
-    for folder in folders:
+    for number, folder in enumerate(folders):
         if not folder.is_dir():
-            key = "continue_from" if str(folder) == config.continue_from else "init_from"
+            key = "init_from" if number < len(config.init_from) else "continue_from"
             raise ConfigError(f"{key} names {folder}, which does not exist; run the earlier stage first.")
     return folders

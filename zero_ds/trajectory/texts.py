@@ -64,7 +64,7 @@ def read_samples(
         raise ConfigError(f"the tokenizer in {folder} has no chat template; give an instruction-tuned model.")
     template = ChatTemplate(tokenizer)
     encoder = SampleEncoder(template, "response", max_length=longest, system_prompt=system_prompt)
-    records = Records([SourceConfig(path=str(data))])
+    records = Records([SourceConfig(path=str(data))], remedy="repair or remove them")
     chosen = choose_samples(records, encoder, count=count, seed=seed, questions_only=greedy)
     largest = max(max(sample.input_ids) for sample in chosen)
     if largest >= config.vocab_size:

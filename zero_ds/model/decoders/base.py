@@ -30,6 +30,9 @@ class Family:
     """Prefixes of text tensors in the weights of the family's multimodal classes, each with the prefix that the causal
     LM has instead. If a folder's config.json has a text_config, only tensors with these prefixes belong to the
     decoder."""
+    tower_in_class: str = ""
+    """Prefix of the decoder's modules in transformers' multimodal class, which stands for `backbone`; empty without
+    such a class."""
     image_tokens: tuple[str, ...] = ()
     """Unused special tokens of the family's vocabularies. An export uses one of them as its image placeholder."""
     per_layer_config: tuple[str, ...] = ("layer_types",)

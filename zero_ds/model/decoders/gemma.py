@@ -17,5 +17,6 @@ GEMMA3 = Family(
         ("language_model.lm_head.", "lm_head."),
         ("lm_head.", "lm_head."),
     ),
+    tower_in_class="model.language_model.",
     image_tokens=("<unused0>",),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +15,12 @@ import torch
 
 from zero_ds.config.loading import validate
 from zero_ds.config.schema import LoraConfig, RunConfig
+from zero_ds.model.decoders import FAMILIES, Family
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
+from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import SafetensorsStream, torch_dtype
 from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
@@ -25,18 +29,39 @@ from zero_ds.training.checkpoint.load import copy_into_
 OURS, THEIRS = "lora.", "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-PLAIN_LORA: dict[str, Any] = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "use_rslora": False,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
+SAID_BY_TENSORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Entries of adapter_config.json that choose the adapted layers. The names of the tensors say the same, and are what is
+compared with the run."""
+
+WITHOUT_EFFECT = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("lora_dropout", "megatron_core", "merge_weights", "qalora_group_size", "eva_config"),
+)
+"""Entries that change nothing in what trained adapters compute: about the file, its training, or a feature that is
+off."""
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "bias": ("none",),
+    "task_type": ("CAUSAL_LM", False),
+    **dict.fromkeys(
+        (
+            *("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"),
+            *("alora_invocation_tokens", "arrow_config", "corda_config", "enable_lora", "kasa_config"),
+            *("layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "modules_to_save"),
+            *("monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "velora_config"),
+            *("alpha_pattern", "rank_pattern"),
+        ),
+        (False,),
+    ),
 }
-"""Settings of plain LoRA in adapter_config.json, which may also omit them or leave them empty."""
+"""Values of the other entries with which adapters are what ours compute; False stands for everything that is off: null,
+false, and empty lists and objects. The initial weights that are not listed change the base model (PiSSA, OLoRA, CorDA,
+LoftQ, LoRA-GA) or how it is used."""
+
+KNOWN = ("r", "lora_alpha", *SAID_BY_TENSORS, *WITHOUT_EFFECT, *PLAIN)
+"""Every entry that adapter_config.json may have."""
 
 
 def is_peft_folder(folder: Path) -> bool:
@@ -64,14 +89,16 @@ def weights_hash(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
+def write_peft_folder(weights: Path, out: Path, target: str | None = None) -> LoraConfig:
     """Writes the low-rank adapters of a run as the new folder `out`, which PEFT loads onto the run's target.
 
     The folder does not contain the run's vision encoder and adapter, because PEFT's format holds only additions to the
-    decoder's layers.
+    decoder's layers. Where the target is a multimodal class, names are those of its text tower.
+
+    target: folder or hub id of the target, if it is not where the run found it.
 
     Raises:
-        ConfigError: the run was trained without LoRA; `out` exists.
+        ConfigError: the run was trained without LoRA; `out` exists; a target that is needed does not exist.
         CheckpointError: the run has no checkpoint, or a damaged one.
     """
     from safetensors import safe_open
@@ -86,33 +113,75 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
             raise ConfigError(
                 f"{checkpoint.folder} holds no low-rank adapters; name a run that was trained with lora.rank."
             )
+        tower = _tower(FAMILIES[checkpoint.manifest["family"]], target or config.target)
         with new_folder(out) as folder:
-            _peft_config(config.lora, config.target).save_pretrained(str(folder))
+            _peft_config(config.lora, target or config.target, tower).save_pretrained(str(folder))
+            theirs = {name: _their_name(name, tower) for name in names}
             slices = {name: held.get_slice(name) for name in names}
             declared = [
-                (THEIRS + name.removeprefix(OURS), torch_dtype(one.get_dtype()), torch.Size(one.get_shape()))
+                (theirs[name], torch_dtype(one.get_dtype()), torch.Size(one.get_shape()))
                 for name, one in slices.items()
             ]
             stream = SafetensorsStream(folder / WEIGHTS, declared)
             for name in names:
-                stream.write(THEIRS + name.removeprefix(OURS), held.get_tensor(name))
+                stream.write(theirs[name], held.get_tensor(name))
             stream.close()
     return config.lora
 
 
-def _peft_config(config: LoraConfig, target: str) -> Any:
-    """Returns the PEFT config that describes a run's low-rank adapters."""
+def _tower(family: Family, target: str) -> tuple[str, str] | None:
+    """Returns the prefixes of the decoder in the target's class and in ours; None if the class is the causal LM.
+
+    Raises:
+        ConfigError: the family has multimodal classes, and the target is not there to say which class it is.
+    """
+    if not family.tower_in_class:
+        return None
+    try:
+        is_multimodal = DecoderFolder(local_folder(target)).is_multimodal
+    except ConfigError as error:
+        raise ConfigError(
+            f"{str(error).rstrip('.')}; name the run's target with --target, because adapters of {family.name} have "
+            "other names in a multimodal class."
+        ) from None
+    return (family.tower_in_class, f"{family.backbone}.") if is_multimodal else None
+
+
+def _their_name(name: str, tower: tuple[str, str] | None) -> str:
+    """Returns the name in PEFT's file of one of our tensors."""
+    inner = name.removeprefix(OURS)
+    return THEIRS + (tower[0] + inner.removeprefix(tower[1]) if tower else inner)
+
+
+def _our_name(name: str, family: Family) -> str:
+    """Returns our name of a tensor in PEFT's file, which may have been made with a multimodal class."""
+    inner = name.removeprefix(THEIRS)
+    for old, new in family.towers:
+        if inner.startswith(old):
+            return OURS + new + inner.removeprefix(old)
+    return OURS + inner
+
+
+def _peft_config(config: LoraConfig, target: str, tower: tuple[str, str] | None) -> Any:
+    """Returns PEFT's description of a run's adapters. In a multimodal class only the text tower's layers are meant."""
     import peft
 
     alpha = config.alpha
+    chosen: dict[str, Any] = {
+        "target_modules": list(config.modules),
+        "layers_to_transform": list(config.layers) if config.layers is not None else None,
+    }
+    if tower is not None:
+        numbers = r"\d+" if config.layers is None else f"({'|'.join(map(str, config.layers))})"
+        modules = "|".join(map(re.escape, config.modules))
+        chosen = {"target_modules": rf"{re.escape(tower[0])}layers\.{numbers}\..*\.({modules})"}
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else cast(Any, alpha),
-        target_modules=list(config.modules),
-        layers_to_transform=list(config.layers) if config.layers is not None else None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=target,
         inference_mode=True,
+        **chosen,
     )
 
 
@@ -139,7 +208,13 @@ def load_peft_(model: VisionLanguageModel, folder: Path, config: LoraConfig | No
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
-            stored = {OURS + name.removeprefix(THEIRS): name for name in file.keys()}  # noqa: SIM118 - not a mapping
+            stored = {_our_name(name, model.family): name for name in file.keys()}  # noqa: SIM118 - not a mapping
+            outside = [name for name in sorted(stored) if not name.startswith(OURS + model.family.layer_prefix)]
+            if outside:
+                raise ConfigError(
+                    f"{folder} adapts {stored[outside[0]]}, which is not in a layer of the decoder; only adapters of "
+                    "decoder layers can be loaded into a run."
+                )
             if other := sorted(set(stored) ^ set(wanted)):
                 where = "only in that folder" if other[0] in stored else "only in the run"
                 raise ConfigError(
@@ -174,8 +249,12 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}); save the adapters again."
         ) from None
-    for key, plain in PLAIN_LORA.items():
-        value = settings.get(key)
-        if value and value != plain:
+    for key, value in settings.items():
+        if key not in KNOWN:
+            raise ConfigError(f"{path} says {key}={value!r}, which is not known here; only plain LoRA can be loaded.")
+        allowed = PLAIN.get(key)
+        if allowed is None or (not value and False in allowed):
+            continue
+        if not any(type(value) is type(one) and value == one for one in allowed):
             raise ConfigError(f"{path} says {key}={value!r}; only plain LoRA can be loaded into a run.")
     return dict(settings)
