@@ -7,7 +7,8 @@
 #   launch/train.sh smollm2-135m/encoder zero=zero2 optimizer.learning_rate=1e-4
 #   launch/train.sh llama-3.1-8b/encoder --hostfile hostfile --include 'node1:0,1@node2' --max-restarts 3
 #
-#   --ranks N            processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2)
+#   --ranks N            processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2 CPU ranks; fewer
+#                        if they cannot share the global batch evenly)
 #   --max-restarts N     restart from the last checkpoint when a rank or a machine dies, at most N times (default: 0)
 #   --forward NAME       one more variable for the ranks on other machines; the only way to forward a secret
 #   --exclude, --master_addr, --master_port, --ssh_port    as for DeepSpeed's launcher
@@ -68,16 +69,22 @@ if given --hostfile; then
 else
   many=""
   launcher+=(--hostfile /dev/null)
-  if [ "${DS_ACCELERATOR:-}" = cpu ] || ! nvidia-smi -L >/dev/null 2>&1; then
+  found="$(python -m zero_ds.cluster.devices "$recipe" "${overrides[@]}")"
+  read -r kind fitting visible port <<<"$found"
+  if [ "$kind" = cpu ]; then
     ! filtered || fail "--include and --exclude choose GPUs, and this machine has none; give --ranks N"
     export DS_ACCELERATOR=cpu
-    ranks="${ranks:-2}"
+    ranks="${ranks:-$fitting}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + ranks - 1) / ranks))}"
   fi
-  [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
+  if [ "$visible" != - ] && [ -z "$ranks" ] && ! filtered; then # with a number DeepSpeed would take the first GPUs
+    launcher+=(--include "localhost:$visible")
+    unset CUDA_VISIBLE_DEVICES
+  elif ! filtered; then
+    launcher+=(--num_gpus "${ranks:-$fitting}")
+  fi
   # several runs on one machine need different ports
-  given --master_port ||
-    launcher+=(--master_port "$(python -c 'from zero_ds.runtime.ports import free_port; print(free_port())')")
+  given --master_port || launcher+=(--master_port "$port")
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zero_ds.config.batches import check_batches
+from zero_ds.config.batches import describe_batches, fit_to_ranks
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
@@ -49,6 +49,7 @@ class Run:
     """Everything that is decided about a run before its model is loaded."""
 
     config: RunConfig
+    """Configuration with a micro-batch that fits the ranks."""
     out: Path
     """Run folder."""
     ds: dict[str, Any]
@@ -81,7 +82,8 @@ def start_run(config: RunConfig) -> Run:
     stop = distributed.StopSignal()
     stages.stage_of(config)
     world_size = distributed.world_size()
-    check_batches(config, world_size)
+    asked, config = config.micro_batch, fit_to_ranks(config, world_size)
+    logger.info("%s", describe_batches(config, world_size, asked))
     ds = ds_config(config, world_size)
     check_options(config)
     resume = Resume.find(out, config)

@@ -27,6 +27,7 @@ def train(config: RunConfig) -> Path:
     """
     distributed.initialize()
     run = start_run(config)
+    config = run.config
     model = load_model(config, run.ds, run.folders)
     loader = make_loader(config, model, folders=run.folders)
     gc.freeze()  # DeepSpeed collects garbage several times while it sets up, and need not look at what exists by now

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zero_ds.config.batches import largest_divisor
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
@@ -122,7 +123,7 @@ def plan_run(
     kind = size or DataSize(float(vision), float(not vision))
     sample = kind.average(parts.model.tokens_per_image(), config.data.max_length, data)
     micro_batches = [n for n in range(1, of_rank + 1) if of_rank % n == 0]
-    shown = max(n for n in micro_batches if n <= max(1, config.micro_batch))
+    shown = largest_divisor(of_rank, config.micro_batch)
     planner = _Planner(config, cluster, parts, activations, sample, micro_batches, shown)
 
     options: list[Option] = []
