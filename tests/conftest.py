@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    """Records the duration of a whole run, for the estimate of launch/test.sh."""
+    """Records the duration of a whole run, from which launch/test.sh estimates the next one."""
     whole = not (config.getoption("keyword") or config.getoption("markexpr") or config.option.file_or_dir)
     if whole and exitstatus == pytest.ExitCode.OK:
         tests = len(terminalreporter.stats.get("passed", []))

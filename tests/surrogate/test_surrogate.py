@@ -508,7 +508,7 @@ def test_unregistered_family_names_the_registered(made: Callable[..., Path], tmp
     refused(target, tmp_path / "small", f"no family is registered for model_type 'mamba' of .*; registered: {known}")
 
 
-def test_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     refused(tmp_path / "target", tmp_path / "small", "holds no config.json")
     (tmp_path / "target" / "config.json").write_text("{}")

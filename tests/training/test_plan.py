@@ -105,7 +105,7 @@ def whole_gradients(config: RunConfig) -> int:
     return max(seen)
 
 
-def test_a_gradient_that_no_bucket_holds_lies_whole_beside_it(
+def test_a_gradient_larger_than_the_bucket_is_held_whole_next_to_it(
     run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     ds = json.loads(Path(GATHERED).read_text())
@@ -153,7 +153,7 @@ def test_what_passes_keep_is_what_autograd_saves(
     loader = make_loader(config, model, 1)
     freeze_(model, config)
     model.train()
-    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "image" in batch.ids[0])
     length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
     of_one = activation_bytes(parts.model, length=length, supervised=labels, images=1, attention="eager")
@@ -300,7 +300,7 @@ def sentence(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["llama-3.1-70b/decodr"], "there is no recipe 'llama-3.1-70b/decodr'; did you mean"),
+        (["llama-3.1-70b/decodr"], "unknown recipe 'llama-3.1-70b/decodr'; did you mean"),
         (["llama-3.2-3b/pretrain", "--gpus", "0"], "--gpus 0 is not a size; give more than 0."),
         (
             ["llama-3.2-3b/pretrain", "--gpus", "12"],
@@ -317,7 +317,7 @@ def sentence(*arguments: str) -> str:
         (["llama-3.2-3b/pretrain", "--decoder-share", "0"], "--decoder-share 0 is not a share"),
         (["llama-3.2-3b/pretrain", "--replace", "16:40"], "layers 16:40 are not inside the model's layers 0:27"),
         (["llama-3.2-3b/pretrain", "--out", "/nowhere/plan.json"], "--out /nowhere/plan.json cannot be written"),
-        (["llama-3.2-3b/pretrain", "target=./runs/none"], "there is no config.json in ./runs/none; give a folder"),
+        (["llama-3.2-3b/pretrain", "target=./runs/none"], "./runs/none holds no config.json; give a folder"),
         (["llama-3.2-3b/pretrain", "target=SmolLM2-135M-Instruct", "surrogate=runs/x"], "say how it will be cut with"),
         (
             ["llama-3.1-8b/decoder", "--gpu-memory", "5"],
@@ -368,7 +368,7 @@ def test_shipped_architectures_have_as_many_parameters_as_published(recipe: str,
 # -- against a finished run --------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_laid_against_its_plan(trained: Path) -> None:
+def test_a_finished_run_is_compared_with_its_plan(trained: Path) -> None:
     """The checkpoint has the planned size; a folder without a run is refused in one sentence."""
     import re
 

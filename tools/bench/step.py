@@ -80,8 +80,8 @@ def contestants(
 ) -> dict[str, tuple[Any, dict[str, Any], dict[str, str]]]:
     """Returns, for each contestant's name, its function, arguments and environment.
 
-    The peer comes first; of ours, the one through the full model comes first. plain: whether ours without any of `also`
-    takes part.
+    The peer comes first, then our run through the full model, then our other runs. plain: whether our run without any
+    of `also` takes part.
     """
     trains = ENCODER_PARTS if stage == "encoder" else []
     found: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {}

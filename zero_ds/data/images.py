@@ -20,7 +20,7 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 20_000
 """Longest side of an image in pixels. Padded to a square, an image has the square of its longest side in pixels."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are read (MPO as JPEG), whatever a file is called. Some of Pillow's other readers run programs."""
+"""Formats that are read (MPO as JPEG), by content and not by name. Some of Pillow's other readers run programs."""
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height. Pillow ignores values that are not an orientation."""
 BAND = 4_000_000
@@ -50,7 +50,7 @@ def open_image(path: str | Path | Image.Image) -> Image.Image:
 def truncated_images_are_errors() -> Iterator[None]:
     """Makes truncated images an error within a block, instead of filling them up with grey.
 
-    lmms-eval (0.7.3) lets Pillow fill up all truncated images of its process, for the sake of one data set.
+    lmms-eval (0.7.3) lets Pillow fill up all truncated images of its process, because one data set needs it.
     """
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -99,7 +99,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"there is no image {name}") from None
+        raise ImageError(f"image {name} does not exist") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {name} is rejected: {error}") from None
     except UnidentifiedImageError:

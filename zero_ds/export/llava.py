@@ -1,4 +1,4 @@
-"""Format `llava`: transformers' own `LlavaForConditionalGeneration`, a folder that loads without any code of ours.
+"""Format `llava`: transformers' own `LlavaForConditionalGeneration`, a folder that loads without any code of zero_ds.
 
 The tensors have the names of published Llava folders, which every version of transformers and vLLM reads.
 """

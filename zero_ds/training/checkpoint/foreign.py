@@ -1,4 +1,4 @@
-"""Run folders that no run of ours has written: weights from elsewhere, with the manifest that readers ask for."""
+"""Writes weights from elsewhere as a run folder, with the manifest that readers of runs need."""
 
 from __future__ import annotations
 

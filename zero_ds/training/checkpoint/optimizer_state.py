@@ -17,7 +17,7 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import held_part, is_partitioned, parameter_shape, part_size
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
-"""Tensors of each parameter's state, in fp32: 12 bytes a parameter."""
+"""Tensors of each parameter's state, in fp32: 12 bytes per parameter."""
 
 PIECE = 2**22
 """Number of elements that are gathered at a time: 16 MiB."""

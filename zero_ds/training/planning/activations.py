@@ -94,8 +94,8 @@ class ActivationBytes:
     def recomputing(self, count: int) -> float:
         """Returns the bytes at the peak with the first `count` recomputable layers recomputed.
 
-        The backward pass reaches the first layers last, when what the later ones kept is freed. So the peak is at the
-        end of the forward pass, unless one of the first layers keeps more than all later ones together.
+        The backward pass reaches the first layers last, when the activations of later layers are freed. So the peak is
+        at the end of the forward pass, unless one of the first layers keeps more than all later ones together.
 
         count: one of `recompute_counts`.
         """

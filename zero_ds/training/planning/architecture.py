@@ -53,7 +53,7 @@ class Architecture:
     int8: bool = False
     """Whether the weights of frozen decoder layers take 8 bits."""
     sources: tuple[str, ...] = ()
-    """Where every architecture comes from, one sentence each."""
+    """Origin of every architecture, one sentence each."""
 
     @cached_property
     def trained(self) -> list[int]:
@@ -93,7 +93,7 @@ class ConfigSource:
 
     folder: Path
     origin: str
-    """How the folder was found, for the reader."""
+    """Origin of the folder, as the output names it."""
 
 
 def find_config(name: str) -> ConfigSource:
@@ -116,7 +116,7 @@ def find_config(name: str) -> ConfigSource:
     known = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
     advice = f"give a folder that holds it, or a model whose architecture comes with zero-ds ({known})"
     if not hub_id:
-        raise ConfigError(f"there is no config.json in {name}; {advice}.")
+        raise ConfigError(f"{name} holds no config.json; {advice}.")
     try:
         return ConfigSource(Path(huggingface_hub.hf_hub_download(name, "config.json")).parent, "from the hub")
     except Exception as error:  # the hub client raises many kinds; each means that the file cannot be had

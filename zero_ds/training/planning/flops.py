@@ -121,7 +121,7 @@ class Tower:
 
     @property
     def backward(self) -> bool:
-        """Whether there is a backward pass."""
+        """True if the part has a backward pass."""
         return self.per_token > self.forward_token
 
     @classmethod
@@ -222,7 +222,7 @@ class _Vision:
     per_image: float = 0.0
     per_image_token: float = 0.0
     learns: bool = False
-    """Whether anything in it trains, so that the decoder's input needs a gradient."""
+    """True if anything in it trains, so that the decoder's input needs a gradient."""
 
 
 def _count_vision(model: VisionLanguageModel) -> _Vision:

@@ -1,4 +1,4 @@
-"""Writes a plan as plain values for JSON: bytes, seconds, hours. The keys are a file format and do not change."""
+"""Converts a plan to plain values for JSON, in bytes, seconds and hours. The keys are a file format: keep them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zero_ds.training.planning.tables import assumptions
 
 
 def as_json(plan: RecipePlan) -> dict[str, Any]:
-    """Returns the whole plan."""
+    """Returns the plan as nested dictionaries that `json.dumps` accepts."""
     run = plan.run
     comparison = paper_cluster(plan.routes, run.cluster, plan.target) if plan.routes else None
     groups = [shard_groups(run, run.cluster, ranks) for ranks in group_sizes(run.cluster)]
@@ -71,13 +71,13 @@ def _activations(activations: ActivationBytes) -> dict[str, Any]:
 
 
 def _option(run: RunPlan, option: Option) -> dict[str, Any]:
-    none, every = option.bounds
+    no_layer_recomputed, every_layer_recomputed = option.bounds
     return {
         "bytes": {place: option.memory.by_cause[place] for place in PLACES},
         "peak": option.memory.peak,
         "layers_recomputed": option.recomputed,
-        "peak_recomputing_none": none.peak,
-        "peak_recomputing_all": every.peak,
+        "peak_recomputing_none": no_layer_recomputed.peak,
+        "peak_recomputing_all": every_layer_recomputed.peak,
         "fits": option.fits,
         "micro_batch": option.micro_batch if option.fits else None,
         "step": {**_step(option.step), "layers_recomputed": option.step_recomputed},

@@ -13,7 +13,7 @@ With `frozen_weights=int8` (stages 0 to 2) a linear weight of a frozen decoder l
 without accumulation, and stage 2 where g = b, keep the whole gradient of every parameter that the rank's share touches.
 ZeRO-3 also keeps parameters up to `stage3_param_persistence_threshold` whole, and with hpZ a second shard of every
 other parameter within its group of ranks. An offloaded optimizer comes with 4 T / N bytes of float32 gradients. In
-addition to these states a rank needs communication buckets, what ZeRO-3 gathers, what the passes keep (activations.py),
+addition to these states a rank needs communication buckets, gathered parameters (ZeRO-3), activations (activations.py),
 a float32 copy of the gradient in the update, and 16 MiB pieces while it saves a checkpoint.
 """
 
@@ -35,9 +35,9 @@ CAUSES = ("frozen", "trained", "gradients", "optimizer", "buckets", "gather", "a
 """Causes in the order of the tables. `update` and `save` are needed when activations, logits and gathered parameters
 are not."""
 STATES = ("frozen", "trained", "gradients", "optimizer")
-"""Causes that are there all the time."""
+"""Causes that need memory all the time."""
 PASSES = ("buckets", "gather", "activations", "logits")
-"""Causes that are there in the forward and backward pass."""
+"""Causes that need memory during the forward and backward pass."""
 PLACES = ("gpu", "host", "disk")
 
 PERSISTENT = 100_000

@@ -86,7 +86,7 @@ class RunPlan:
         return min(self.options, key=lambda option: option.least.peak["gpu"])
 
     def hours(self, seconds: float) -> float | None:
-        """Returns the hours of the whole run at so many seconds a step, without loading and saving."""
+        """Returns the hours of the whole run if a step takes `seconds`, without loading and saving."""
         return None if self.steps is None else self.steps * seconds / 3600
 
 
@@ -106,7 +106,7 @@ def plan_run(
         replace, translators: how the surrogate is cut, as for `architecture.layer_plan`.
         data: facts about the data, which replace assumptions.
         share: part of its data that the run sees.
-        images_only: whether sources of text alone are excluded.
+        images_only: whether text-only sources are excluded.
 
     Raises:
         ConfigError: a run that cannot be planned.
@@ -246,7 +246,7 @@ class _Planner:
         return step(self.parts, ds, found.memory, self.cluster, self._work(found.recomputed), accumulation)
 
     def _work(self, layers: int) -> Work:
-        """Returns the FLOPs of a global batch with so many decoder layers recomputed."""
+        """Returns the FLOPs of a global batch in which `layers` decoder layers are recomputed."""
         share = layers / len(self.activations.layers)
         return work(self.parts, self.sample, self.config.global_batch, share)
 

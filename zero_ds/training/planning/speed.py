@@ -89,13 +89,14 @@ def step(
 def _whole(parts: Architecture, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
     """Returns the seconds of collectives during and after the passes under stages 0 to 2.
 
-    Gradients are reduced once a step (stage 2: once a micro-batch), and updated parameters are gathered afterwards.
+    Gradients are reduced once per step (stage 2: once per micro-batch), and updated parameters are gathered afterwards.
     """
     once = cluster.collective(parts.dtype.itemsize * sum(parts.trained), cluster.gpus)
     stage = ds["zero_optimization"]["stage"]
     if stage == 0:
         return 2 * once, 0.0
-    return once * (accumulation if stage == 2 else 1), once
+    reductions = accumulation if stage == 2 else 1
+    return reductions * once, once
 
 
 def _sharded(parts: Architecture, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
@@ -109,7 +110,7 @@ def _sharded(parts: Architecture, ds: dict[str, Any], cluster: Cluster, accumula
     frozen = b * sum(size for size in parts.frozen if size > threshold)
     trained = b * sum(size for size in parts.trained if size > threshold)
     persistent = b * sum(size for size in parts.trained if size <= threshold)
-    if group > 1:  # forward passes gather what the update has changed from everywhere, all else within the group
+    if group > 1:  # the first pass after an update gathers trained parameters from all GPUs
         gathers = cluster.collective(trained, cluster.gpus)
         gathers += (2 * accumulation - 1) * cluster.collective(trained, group)
         gathers += 2 * accumulation * cluster.collective(frozen, group)
