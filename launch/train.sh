@@ -69,22 +69,22 @@ if given --hostfile; then
 else
   many=""
   launcher+=(--hostfile /dev/null)
-  found="$(python -m zero_ds.cluster.devices "$recipe" "${overrides[@]}")"
-  read -r kind fitting visible port <<<"$found"
-  if [ "$kind" = cpu ]; then
+  # as many ranks as can share the global batch evenly
+  sharing() { python -m zero_ds.cluster.share "$1" "$recipe" "${overrides[@]}"; }
+  devices="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" || devices=0
+  if [ "${DS_ACCELERATOR:-}" = cpu ] || [ "$devices" = 0 ]; then
     ! filtered || fail "--include and --exclude choose GPUs, and this machine has none; give --ranks N"
     export DS_ACCELERATOR=cpu
-    ranks="${ranks:-$fitting}"
+    ranks="${ranks:-$(sharing 2)}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + ranks - 1) / ranks))}"
+  elif [ -z "$ranks" ] && ! filtered; then
+    ranks="$(sharing "$devices")"
+    [ "$ranks" != "$devices" ] || ranks="" # DeepSpeed takes all by itself
   fi
-  if [ "$visible" != - ] && [ -z "$ranks" ] && ! filtered; then # with a number DeepSpeed would take the first GPUs
-    launcher+=(--include "localhost:$visible")
-    unset CUDA_VISIBLE_DEVICES
-  elif ! filtered; then
-    launcher+=(--num_gpus "${ranks:-$fitting}")
-  fi
+  [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
   # several runs on one machine need different ports
-  given --master_port || launcher+=(--master_port "$port")
+  given --master_port ||
+    launcher+=(--master_port "$(python -c 'from zero_ds.runtime.ports import free_port; print(free_port())')")
 fi
 
 command=(deepspeed "${launcher[@]}" --module zero_ds.train "$recipe" "${overrides[@]}")

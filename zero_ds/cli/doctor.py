@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -124,16 +125,16 @@ def _this_machine(
     files: Sequence[str],
 ) -> Cluster:
     """Returns this machine as a cluster of one, if no hostfile exists or if it names no other machine."""
-    from zero_ds.cluster.devices import available
     from zero_ds.cluster.hostfile import THIS_MACHINE, Node, read_hostfile
     from zero_ds.cluster.machines import Cluster
+    from zero_ds.cluster.probe import gpus
     from zero_ds.cluster.ssh import Ssh
 
     if hostfile is not None:
         nodes = read_hostfile(hostfile, include, exclude)
     else:
         if ranks is None:
-            ranks = available().ranks
+            ranks = (0 if os.environ.get("DS_ACCELERATOR") == "cpu" else len(gpus())) or 2
         nodes = [Node(THIS_MACHINE, tuple(range(ranks)))]
     return Cluster(nodes, Ssh(local=True), port=master_port, named=tuple(forward), files=tuple(files))
 

@@ -18,9 +18,9 @@ import psutil
 
 from zero_ds.cluster import checks
 from zero_ds.cluster.checks import FAIL, OK, Check, Wanted
-from zero_ds.cluster.devices import available
 from zero_ds.cluster.environment import forwarded
 from zero_ds.cluster.machines import Cluster, deepspeed_command
+from zero_ds.cluster.probe import gpus
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 
@@ -177,16 +177,11 @@ def _launch_here(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
 
     ranks = len(cluster.nodes[0].slots)
     environment = dict(os.environ)
-    devices = available()
-    which = ["--num_gpus", str(ranks)]
-    if devices.kind == "cpu":
+    if not gpus():
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    elif len(devices.numbers) == ranks:
-        which = ["--include", "localhost:" + ",".join(map(str, devices.numbers))]
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
     port = str(cluster.port or free_port())
-    return ["--hostfile", os.devnull, *which, "--master_port", port], environment
+    return ["--hostfile", os.devnull, "--num_gpus", str(ranks), "--master_port", port], environment
 
 
 def _launch_on_machines(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
