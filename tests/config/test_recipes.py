@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from places import ROOT
 from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
 from zero_ds.config.batches import fit_to_ranks
-from zero_ds.config.loading import load_run, recipe_names
+from zero_ds.config.loading import RECIPE_ROOT, load_run, recipe_names
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import deepspeed, stages
@@ -68,7 +70,9 @@ def test_table_a2(model: str) -> None:
         assert config.activation_checkpointing == "auto" and config.precision == "bf16"
         assert config.target.split("/")[1].lower() == f"{model}-instruct"
         assert config.encoder is not None and config.encoder.path == "openai/clip-vit-large-patch14-336"
-        assert config.encoder.train_last_layers == (None if stage == "pretrain" else 8)
+        whole = stage == "pretrain" or (stage == "encoder" and "70b" not in model)  # Section 1 trains the whole encoder
+        assert config.encoder.train_last_layers == (None if whole else 8)
+        assert config.data.shuffle
         assert [source.images_only for source in config.data.sources] == (
             [False] * 2 if stage == "pretrain" else [True]
         )
@@ -84,6 +88,12 @@ def test_baselines_and_controls(model: str) -> None:
     assert trained["baseline-adapter"] == ("adapter",)
     assert trained["baseline-decoder"] == trained["decoder"] == ("encoder", "adapter", "decoder")
     assert trained["full-encoder"] == trained["encoder"] == ("encoder", "adapter")
+    for name, config in recipes.items():
+        if config.stage == "encoder":
+            section_2 = "70b" in model or name == "encoder-last8"
+            assert config.encoder is not None and config.encoder.train_last_layers == (8 if section_2 else None), name
+        if stages.trained_parts(config) == ("adapter",):  # without a translator there is no text to learn (Table 9)
+            assert [Path(source.path).name for source in config.data.sources] == ["llava_v1_5_mix665k.json"], name
     assert trained["lora"] == trained["lora-large"] == ("encoder", "adapter", "lora")
     small, large = recipes["lora"].lora, recipes["lora-large"].lora
     assert small is not None and large is not None
@@ -98,6 +108,40 @@ def test_baselines_and_controls(model: str) -> None:
         assert surrogate == f"runs/{model}/T{first[1:]}-{last}" and recipes[name].stage == name.split("-")[-1]
     for config in recipes.values():  # a run can only start from the result of another recipe
         assert set(config.starts) <= {other.out for other in recipes.values()}
+
+
+PAGE = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+FIGURES = [*(f"Table {number}" for number in (*range(1, 10), "A.1", "A.2", "A.3", "A.4"))]
+FIGURES += [f"Figure {number}" for number in (*range(1, 9), "A.1", "A.2", "A.3")]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_page_on_the_paper_has_every_table_and_figure(figure: str) -> None:
+    assert re.search(rf"^\| \**{re.escape(figure)}\b", PAGE, re.MULTILINE), f"docs/paper.md has no row for {figure}"
+
+
+def test_the_page_on_the_paper_and_the_recipes_name_each_other() -> None:
+    """The first line of a recipe says which tables it is for, and these tables name it."""
+    rows = {}
+    for line in PAGE.splitlines():
+        if found := re.match(r"\| \**((?:Table|Figure) [A.\d]*\d)", line):
+            rows[found[1]] = set(re.findall(r"`([\w.-]+/[\w-]+)`", line))
+    for recipe in recipe_names():
+        if recipe.split("/")[0] not in PAPER:
+            continue
+        head = (RECIPE_ROOT / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        named = {figure for figure, recipes in rows.items() if recipe in recipes}
+        assert named == figures_in(head), f"{recipe} says {head!r}; docs/paper.md has it in {sorted(named)}"
+    assert set().union(*rows.values()) <= set(recipe_names())
+
+
+def figures_in(head: str) -> set[str]:
+    """Returns the tables and figures that a line such as `# Paper: Tables 1 to 3 and A.1, Figure 2.` names."""
+    found = set()
+    for kind, listed in re.findall(r"(Table|Figure)s? ([A\d][\dA., toand]*)", head):
+        for first, last in re.findall(r"(A\.\d|\d)(?: to (\d))?", listed):
+            found |= {f"{kind} {n}" for n in (range(int(first), int(last) + 1) if last else [first])}
+    return found
 
 
 @pytest.fixture

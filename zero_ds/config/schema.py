@@ -81,6 +81,8 @@ class SourceConfig(Section):
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     """Data sets, mixed by evenly spaced insertion with their own order kept; a string can name a registered one."""
+    shuffle: bool = False
+    """Whether each data set is put into a random order by the run's seed before it is mixed and limited."""
     bad_samples: Literal["error", "skip"] = "error"
     """Effect of a sample that cannot be used (a missing image, an unknown role): the run ends, or skips it."""
     max_bad_samples: int = Field(default=1000, ge=0)
@@ -96,7 +98,8 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """System message of conversations without their own; null keeps the chat template's default."""
     chat_template: str | None = None
-    """File with a chat template that replaces the tokenizer's; every export of the run keeps it."""
+    """File with a chat template that replaces the tokenizer's, and that every export of the run keeps; or the name of one
+    in the package: llama-3, the paper's printed prompt without a system block."""
     grouping: Literal["off", "length", "modality"] = "off"
     """Groups samples of similar length into batches, within windows of a few batches; modality: images apart also."""
     packing: bool = False
@@ -223,6 +226,8 @@ class RunConfig(Section):
     short_backward: bool = True
     """Ends the backward pass of a global batch without images at the first trained layer; same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    deterministic: bool = False
+    """Whether torch uses deterministic algorithms alone: the same bits again on the same GPUs, at the price of speed."""
     zero: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
     nvme_path: str | None = None

@@ -175,7 +175,8 @@ def make_loader(
     )
     skip_bad = config.data.bad_samples == "skip"
     with distributed.rank_zero_first():
-        records = Records(config.data.sources, skip_bad=skip_bad)
+        permute = config.seed if config.data.shuffle else None
+        records = Records(config.data.sources, skip_bad=skip_bad, permute=permute)
     return Loader(
         records=records,
         sample_encoder=encode,
