@@ -343,6 +343,27 @@ def test_unknown_zero_config_names_the_nearest() -> None:
         resolve("zero33")
 
 
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"enabled": False}, {"enabled": False, "output_path": "here/run", "job_name": "tensorboard"}),
+        ({"job_name": "mine"}, {"enabled": True, "output_path": "here/run", "job_name": "mine"}),
+        ({"output_path": "all", "job_name": "a"}, {"enabled": True, "output_path": "all", "job_name": "a"}),
+    ],
+)
+def test_what_the_json_says_of_tensorboard_counts(json_file: Any, section: Any, expected: Any) -> None:
+    assert resolve(json_file({"tensorboard": section}), "out=here/run")["tensorboard"] == expected
+
+
+def test_no_entry_of_the_json_is_overridden(json_file: Any) -> None:
+    entries = {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True, "steps_per_print": 5}
+    entries |= {"dump_state": True, "memory_breakdown": True, "wall_clock_breakdown": True}
+    entries["csv_monitor"] = {"enabled": True, "output_path": "curves", "job_name": "a"}
+    entries["data_types"] = {"grad_accum_dtype": "bf16"}
+    ds = resolve(json_file(entries))
+    assert {key: ds[key] for key in entries} == entries
+
+
 def test_tensorboard_goes_into_the_run_folder(json_file: Any) -> None:
     assert resolve(json_file({}), "out=here/run")["tensorboard"] == {
         "enabled": True,

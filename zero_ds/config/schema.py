@@ -98,8 +98,8 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """System message of conversations without their own; null keeps the chat template's default."""
     chat_template: str | None = None
-    """File with a chat template that replaces the tokenizer's, and that every export of the run keeps; or the name of one
-    in the package: llama-3, the paper's printed prompt without a system block."""
+    """File with a chat template that replaces the tokenizer's, or the name of one in the package (llama-3: the paper's
+    printed prompt, without a system block); every export of the run keeps it."""
     grouping: Literal["off", "length", "modality"] = "off"
     """Groups samples of similar length into batches, within windows of a few batches; modality: images apart also."""
     packing: bool = False
@@ -213,8 +213,9 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format. auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX),
     otherwise fp32."""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Implementation of attention in the decoder."""
+    attention: str = "sdpa"
+    """Implementation of attention in the decoder: sdpa, eager, flash_attention_2, or any other name that the installed
+    transformers knows (flash_attention_3, flex_attention, kernels-community/NAME)."""
     kernels: Literal["torch", "liger"] = "torch"
     """Kernels of the decoder. liger: fused norms, rotary embedding and gated MLPs on a GPU, equal up to rounding."""
     frozen_weights: Literal["native", "int8"] = "native"
@@ -227,7 +228,7 @@ class RunConfig(Section):
     """Ends the backward pass of a global batch without images at the first trained layer; same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     deterministic: bool = False
-    """Whether torch uses deterministic algorithms alone: the same bits again on the same GPUs, at the price of speed."""
+    """Whether torch uses deterministic algorithms alone: the same bits again on the same GPUs, but more slowly."""
     zero: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
     nvme_path: str | None = None

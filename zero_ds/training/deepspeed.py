@@ -123,9 +123,10 @@ def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     check_sharding(config, zero, path.name)
     if ranks_per_node is None:
         _check_compiler(zero, path)
-    content["tensorboard"] = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}
+    curves = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}
+    content["tensorboard"] = {**curves, **content.get("tensorboard", {})}
     content.setdefault("steps_per_print", 1_000_000_000)
-    content["zero_allow_untested_optimizer"] = True
+    content.setdefault("zero_allow_untested_optimizer", True)
     content.setdefault("zero_force_ds_cpu_optimizer", False)
     return content
 

@@ -13,6 +13,7 @@ import torch
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.data.samples import image_positions
+from zero_ds.model.attention import Sequences, is_flash
 from zero_ds.model.losses import length_classes, sums_by_length, supervised_rows
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
@@ -155,6 +156,10 @@ class Engine:
         inputs["known"] = tuple(
             tuple(index.to(device, non_blocking=True) for index in indices) for indices in (rows, image_places)
         )
+        if is_flash(cast(Any, self.model.decoder).config._attn_implementation):
+            bounds = batch.sequence_bounds()
+            longest = int(bounds.diff().max())
+            inputs["sequences"] = Sequences(bounds.to(device, non_blocking=True), longest)
         return inputs
 
     @staticmethod

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.model.attention import check_attention
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training.options import compilation, int8, liger, recompute
 
@@ -26,6 +27,7 @@ def check_options(config: RunConfig) -> None:
     Raises:
         ConfigError: two options exclude each other, or a library, a compiler or a GPU is missing.
     """
+    check_attention(config.attention, trains=True)
     compilation.check(config)
     liger.check(config)
 

@@ -43,19 +43,18 @@ class ActivationBytes:
     loss_slice: float
     """Bytes of the float32 part of the logits that the loss works on at a time."""
     mask: float = 0.0
-    """Additional bytes of each layer where sdpa gets a mask, that is where rows are padded or packed."""
+    """Additional bytes of each layer where sdpa gets a mask, that is where rows are packed."""
 
     def times(self, micro_batch: int) -> ActivationBytes:
         """Returns the bytes of `micro_batch` samples, padded to the longest; the loss's slice is limited to `SLICE`."""
-        one = self.with_mask() if micro_batch > 1 else self
         return replace(
-            one,
-            outside=one.outside * micro_batch,
-            layers=tuple(size * micro_batch for size in one.layers),
-            second_pass=tuple(size * micro_batch for size in one.second_pass),
-            layer_input=one.layer_input * micro_batch,
-            scores=one.scores * micro_batch,
-            loss_slice=min(one.loss_slice * micro_batch, COPIES * SLICE),
+            self,
+            outside=self.outside * micro_batch,
+            layers=tuple(size * micro_batch for size in self.layers),
+            second_pass=tuple(size * micro_batch for size in self.second_pass),
+            layer_input=self.layer_input * micro_batch,
+            scores=self.scores * micro_batch,
+            loss_slice=min(self.loss_slice * micro_batch, COPIES * SLICE),
         )
 
     def with_mask(self) -> ActivationBytes:
@@ -353,8 +352,7 @@ def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterato
     turns the mask into numbers of the type that is computed in. Variable-length kernels take no mask.
     """
     masks: list[float] = []
-    if attention not in model.family.attentions:
-        attention = model.family.attentions[0]
+    attention = model.family.attention(attention)
     if attention == "eager":
         yield masks
         return
