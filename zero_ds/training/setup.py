@@ -35,6 +35,7 @@ from zero_ds.training.checkpoint.manifest import Manifest, describe_models, desc
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_, weights_hash
 from zero_ds.training.deepspeed import ds_config, resolve_precision
 from zero_ds.training.folders import ModelFolders
+from zero_ds.training.gathering import Units, follow_layers_
 from zero_ds.training.options.apply import check_options
 from zero_ds.training.resume import Resume
 
@@ -88,7 +89,9 @@ def start_run(config: RunConfig) -> Run:
     check_options(config)
     resume = Resume.find(out, config)
     seed_everything(config.seed)
-    return Run(config, out, ds, ModelFolders.of(config), resume, stop)
+    folders = ModelFolders.of(config)
+    follow_layers_(ds, Units.of_folder(folders.decoder))
+    return Run(config, out, ds, folders, resume, stop)
 
 
 def make_folder(out: Path) -> None:

@@ -22,6 +22,7 @@ from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
+from zero_ds.training.gathering import Units
 from zero_ds.training.options.int8 import quantize_
 from zero_ds.training.planning.flops import StepCost
 
@@ -78,11 +79,22 @@ class Architecture:
         return StepCost.of(self.model)
 
     @cached_property
+    def units(self) -> Units:
+        """Sizes of the decoder's units."""
+        sizes = {name: parameter.numel() for name, parameter in self.model.decoder.named_parameters()}
+        return Units.of_sizes(sizes, self.model.family.layer_prefix)
+
+    @cached_property
+    def frozen_layers(self) -> list[list[int]]:
+        """Sizes of the parameters of every frozen decoder layer, each of which ZeRO-3 gathers as one unit."""
+        layers = self.model.family.layers(self.model.decoder)
+        sizes = [list(layer.parameters()) for layer in layers]
+        return [[p.numel() for p in layer] for layer in sizes if not any(p.requires_grad for p in layer)]
+
+    @cached_property
     def largest_unit(self) -> int:
         """Elements of the largest unit that ZeRO-3 gathers at once: a frozen layer, or a module's own parameters."""
-        layers = self.model.family.layers(self.model.decoder)
-        frozen = [layer for layer in layers if not any(p.requires_grad for p in layer.parameters())]
-        units = [sum(p.numel() for p in layer.parameters()) for layer in frozen]
+        units = [sum(layer) for layer in self.frozen_layers]
         units += [sum(p.numel() for p in module.parameters(recurse=False)) for module in self.model.modules()]
         return max(units)
 

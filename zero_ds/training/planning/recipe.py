@@ -15,6 +15,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config, ds_config_names
+from zero_ds.training.gathering import follow_layers_
 from zero_ds.training.planning.activations import ActivationBytes, longest_sample_bytes
 from zero_ds.training.planning.architecture import Architecture, architecture
 from zero_ds.training.planning.cluster import Cluster
@@ -132,6 +133,7 @@ def plan_run(
         changed = config.model_copy(update={"zero": name, "nvme_path": config.nvme_path or "/nvme"})
         try:
             ds = ds_config(changed, cluster.gpus, cluster.ranks_per_node)
+            follow_layers_(ds, parts.units)
         except ConfigError as error:
             if name == config.zero:
                 raise
