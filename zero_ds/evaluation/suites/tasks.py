@@ -105,8 +105,8 @@ SUITES: dict[str, Suite] = {
 def needs_judge(name: str) -> bool:
     """Returns whether lmms-eval's task of this name asks another model about answers.
 
-    MMBench does so about answers in which it finds no letter. Without a key it tries for minutes and then draws a letter
-    at random. Its tasks named `_static` look for a letter and count an answer without one as wrong.
+    MMBench does so about answers in which it finds no letter. Without a key it tries for minutes and then draws a
+    letter at random. Its tasks named `_static` look for a letter and count an answer without one as wrong.
     """
     return name in {task.name for task in JUDGED} or (name.startswith("mmbench") and not name.endswith("_static"))
 
@@ -125,8 +125,8 @@ def check_judge(names: Sequence[str], environment: Mapping[str, str]) -> None:
     if not environment.get(key):
         instead = "; mmbench_en_dev_static needs no judge" * any(name.startswith("mmbench") for name in judged)
         raise ConfigError(
-            f"{', '.join(judged)}: the model {judge} judges the answers (MODEL_VERSION names another), and {key} is not "
-            f"set; set it, or leave the task out{instead}."
+            f"{', '.join(judged)}: the model {judge} judges the answers (MODEL_VERSION names another), and {key} is "
+            f"not set; set it, or leave the task out{instead}."
         )
     logger.info("%s judges the answers to %s", judge, ", ".join(judged))
 
