@@ -166,7 +166,7 @@ def test_flash_attention_is_told_the_lengths(
     found = []
     for attention in ("sdpa", "flash_attention_2"):
         model.decoder.config._attn_implementation = attention  # type: ignore[union-attr]
-        loss = model(**batch.inputs(), sequences=sequences).total
+        loss = model(**batch.inputs(), known=(None, None, sequences)).total
         model.zero_grad()
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
@@ -241,7 +241,7 @@ def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
     for case, run in found.items():
         step = run["steps"][0]
         whole = torch.cat([step["gradients"][name].flatten() for name in names])
-        assert apart(whole, expected) < (1e-6 if case[0] != "padded" else 5e-6), case
+        assert apart(whole, expected) < (2e-6 if case[0] != "padded" else 5e-6), case
         assert step["loss"] == pytest.approx(one["loss"], rel=1e-6), case
 
 

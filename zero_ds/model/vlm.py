@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,18 @@ from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.losses import Loss, Places, Predictions, next_token_losses, supervised_rows, total_loss
 
 logger = logging.getLogger(__name__)
+
+
+class Known(NamedTuple):
+    """What the host knows about a batch, and would otherwise have to ask the device for."""
+
+    rows: Places | None = None
+    """Indices of the positions that predict a label (`supervised_rows`): ((n,), (n,))."""
+    image_places: Places | None = None
+    """Indices of the image positions: ((n,), (n,))."""
+    sequences: Sequences | None = None
+    """Bounds of the samples, for flash attention."""
+
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -226,8 +238,7 @@ class VisionLanguageModel(nn.Module):
         token_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         text_only: bool = False,
-        known: tuple[Places | None, Places | None] = (None, None),
-        sequences: Sequences | None = None,
+        known: tuple[Any, ...] = (),
     ) -> Loss:
         """Returns the loss of a micro-batch, summed over its supervised tokens.
 
@@ -238,15 +249,13 @@ class VisionLanguageModel(nn.Module):
             token_weights    (batch, seq)               factor for the next-token loss of each label
             position_ids     (batch, seq)               positions from 0 on in every sample, where rows hold several
             text_only        bool                       whether no rank has an image in this step
-            known            two of ((n,), (n,))        indices of the positions that predict a label
-                                                        (`supervised_rows`), and of the image positions
-            sequences        ((n + 1,), n)              bounds of the samples, for flash attention
+            known            `Known`, or its first items
 
         With `text_only`, the dummy image joins the loss instead of the embeddings, so that the backward pass ends at
         the first layer that learns. The `known` indices follow from labels and input_ids; callers that have these in
         host memory pass them, because computing them here would wait for the GPU.
         """
-        rows, image_places = known
+        rows, image_places, sequences = Known(*known)
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
         embeddings = self.embed(input_ids, None if text_only else pixel_values, image_places)
         with watching as trace:

@@ -36,6 +36,7 @@ from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_, 
 from zero_ds.training.deepspeed import ds_config, resolve_precision
 from zero_ds.training.folders import ModelFolders
 from zero_ds.training.gathering import Units, follow_layers_
+from zero_ds.training.options import determinism
 from zero_ds.training.options.apply import check_options
 from zero_ds.training.resume import Resume
 
@@ -87,6 +88,7 @@ def start_run(config: RunConfig) -> Run:
     logger.info("%s", describe_batches(config, world_size, asked))
     ds = ds_config(config, world_size)
     check_options(config)
+    determinism.apply(config)
     resume = Resume.find(out, config)
     seed_everything(config.seed)
     folders = ModelFolders.of(config)

@@ -12,6 +12,8 @@ from zero_ds.training import stages
 from zero_ds.training.engine import Engine
 from zero_ds.training.loop import loop
 from zero_ds.training.options.apply import apply_options_
+from zero_ds.training.options.fallback import more_recomputation_if_out_of_memory
+from zero_ds.training.options.recompute import recomputed_layers
 from zero_ds.training.setup import describe, load_initial_weights, load_model, make_loader, start_run, total_steps
 from zero_ds.training.skipped import SkippedSamples
 
@@ -23,6 +25,7 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         ConfigError, CheckpointError, DataError: an error that the user can fix, in one sentence.
+        NoMemoryError: memory has run out, with or without a next attempt that may help.
         FloatingPointError: a loss or gradient that is not finite; that step has updated nothing.
     """
     distributed.initialize()
@@ -44,7 +47,8 @@ def train(config: RunConfig) -> Path:
     groups = stages.freeze_(model, config)
     apply_options_(model, config, run.ds)
     model.train()
-    engine = Engine(config, model, groups, total, run.ds)
-    run.resume.restore_(engine, skipped, total)
-    run.write_settings()
-    return loop(run, engine, loader, skipped, manifest, total)
+    with more_recomputation_if_out_of_memory(config, distributed.world_size(), *recomputed_layers(model)):
+        engine = Engine(config, model, groups, total, run.ds)
+        run.resume.restore_(engine, skipped, total)
+        run.write_settings()
+        return loop(run, engine, loader, skipped, manifest, total)

@@ -3,6 +3,8 @@
 int8.py         frozen decoder layers in 8 bits                                 frozen_weights=int8
 liger.py        fused kernels in the decoder                                    kernels=liger
 recompute.py    activation checkpointing of decoder layers                      activation_checkpointing=...
+fallback.py     more of it, once, where memory has run out all the same         activation_checkpointing=auto
+determinism.py  deterministic algorithms alone, before anything is computed     deterministic=true
 compilation.py  decoder layers compiled by torch; applied by the engine, which  compile=true
                 knows the layers that ZeRO-3 has put hooks into
 sharding.py     which of them a DeepSpeed JSON rules out
