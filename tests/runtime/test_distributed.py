@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,24 @@ def join_with_a_gpu_in_the_machine() -> tuple[str, str]:
 
 def test_cpu_ranks_on_a_machine_with_a_gpu() -> None:
     assert run_ranks(join_with_a_gpu_in_the_machine, 2) == [("gloo", "cpu")] * 2
+
+
+def take_a_turn(busy: str) -> list[str]:
+    """Holds a file that no other rank may hold at the same time; returns the files of the ranks before."""
+    distributed.initialize()
+    with distributed.one_rank_at_a_time():
+        path = Path(busy)
+        with path.open("x"):
+            time.sleep(0.3)
+        seen = sorted(other.name for other in path.parent.glob("done-*"))
+        (path.parent / f"done-{distributed.rank()}").touch()
+        path.unlink()
+    distributed.barrier()
+    return seen
+
+
+def test_ranks_of_a_machine_take_turns(tmp_path: Path) -> None:
+    assert run_ranks(take_a_turn, 3, str(tmp_path / "busy")) == [[], ["done-0"], ["done-0", "done-1"]]
 
 
 def test_a_single_process_agrees_with_itself() -> None:

@@ -225,6 +225,27 @@ def rank_zero_first() -> Iterator[None]:
             store.set(key, "done")
 
 
+@contextlib.contextmanager
+def one_rank_at_a_time() -> Iterator[None]:
+    """Runs the block on the ranks of each machine one after another, for work that needs much memory or disk on each.
+
+    Ranks that wait poll the store, as in `rank_zero_first`. A rank that fails lets the next one go on, and the watch ends
+    them all.
+    """
+    if world_size() == 1 or not dist.is_initialized():
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, turn = _get_default_store(), next(_turns)
+    while local_rank() and not store.check([f"zero_ds/turn/{turn}/{rank() - 1}"]):
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        store.set(f"zero_ds/turn/{turn}/{rank()}", "done")
+
+
 class StopSignal:
     """Flag that SIGTERM, SIGINT or SIGUSR1 sets, so that the loop can save a checkpoint and stop between two steps."""
 

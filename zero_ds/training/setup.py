@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -134,26 +135,31 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
 
     folders = folders or ModelFolders.of(config)
     dtype = resolve_precision(config)
+    sharded = ds["zero_optimization"].get("stage") == 3
     # while this object is alive, from_pretrained fills ZeRO-3 partitions directly
-    keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"].get("stage") == 3 else None
-    model = build_model(
-        ModelSpec(
-            decoder=folders.decoder,
-            encoder=folders.encoder,
-            encoder_config=config.encoder,
-            adapter_config=config.adapter,
-            dtype=dtype,
-            attention=config.attention,
-            seed=config.seed,
-            lora=config.lora,
-        )
-    )
-    if config.distill.active:
-        if model.plan is None:
-            raise ConfigError(
-                "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
+    keep_alive = HfDeepSpeedConfig(ds) if sharded else None
+    # without ZeRO-3 every rank reads all of the model: the next one of a machine begins when this one's is on its GPU
+    with contextlib.nullcontext() if sharded else distributed.one_rank_at_a_time():
+        model = build_model(
+            ModelSpec(
+                decoder=folders.decoder,
+                encoder=folders.encoder,
+                encoder_config=config.encoder,
+                adapter_config=config.adapter,
+                dtype=dtype,
+                attention=config.attention,
+                seed=config.seed,
+                lora=config.lora,
             )
-        model.teacher = Teacher(model, folders.target, config.distill, dtype)
+        )
+        if config.distill.active:
+            if model.plan is None:
+                raise ConfigError(
+                    "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
+                )
+            model.teacher = Teacher(model, folders.target, config.distill, dtype)
+        if not sharded and config.frozen_weights == "native":  # rounded weights move later, because they are smaller
+            model.to(distributed.device())
     del keep_alive
     check_loaded(model, folders.decoder)
     return model
