@@ -186,6 +186,7 @@ def accept(ds: dict[str, Any], world_size: int) -> None:
         patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # DeepSpeed also asks for the rank
         read = DeepSpeedConfig(copy.deepcopy(ds), mpu=Ranks(world_size))
     assert read.world_size == world_size
+    assert not read.timers_config.synchronized, "the host would wait for the device in every micro-batch"
     assert read.train_batch_size == ds["train_batch_size"]
     assert read.gradient_accumulation_steps == ds["gradient_accumulation_steps"]
     assert read.gradient_clipping == ds["gradient_clipping"]

@@ -56,6 +56,11 @@ def initialize() -> None:
         # has; CPU ranks communicate through gloo instead
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
+        if local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {os.environ['RANK']} wants GPU {local_rank()} of its machine, and {torch.cuda.device_count()} "
+                "can be seen; start fewer ranks, or let every rank see all GPUs (CUDA_VISIBLE_DEVICES)."
+            )
         torch.cuda.set_device(device())
     allow_two_models_under_hpz()
     backend = "nccl" if has_cuda() else "gloo"
@@ -229,8 +234,8 @@ def rank_zero_first() -> Iterator[None]:
 def one_rank_at_a_time() -> Iterator[None]:
     """Runs the block on the ranks of each machine one after another, for work that needs much memory or disk on each.
 
-    Ranks that wait poll the store, as in `rank_zero_first`. A rank that fails lets the next one go on, and the watch ends
-    them all.
+    Ranks that wait poll the store, as in `rank_zero_first`. A rank that fails lets the next one go on, and the watch
+    ends them all.
     """
     if world_size() == 1 or not dist.is_initialized():
         yield

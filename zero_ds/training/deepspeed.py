@@ -127,6 +127,8 @@ def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     curves = {"enabled": True, "output_path": str(Path(config.out)), "job_name": "tensorboard"}
     content["tensorboard"] = {**curves, **content.get("tensorboard", {})}
     content.setdefault("steps_per_print", 1_000_000_000)
+    # DeepSpeed would wait for the device at the start and the end of every micro-batch, to measure its own speed
+    content["timers"] = {"throughput": {"synchronized": False}}
     content.setdefault("zero_allow_untested_optimizer", True)
     content.setdefault("zero_force_ds_cpu_optimizer", False)
     return content
