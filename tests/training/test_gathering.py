@@ -91,9 +91,7 @@ def test_the_share_is_one_part(bucket: int, live: int, unit: int) -> None:
 def test_a_plan_counts_what_nothing_overlaps() -> None:
     """With DeepSpeed's own sizes, a 70B layer waits for nine tenths of its parameters."""
     layers = [[size for name, size in LLAMA_70B.items() if name.startswith(f"model.layers.{n}.")] for n in (0, 11)]
-    parts: Any = SimpleNamespace(
-        dtype=torch.bfloat16, frozen=list(LLAMA_70B.values()), trained=[1000], frozen_layers=layers
-    )
+    parts: Any = SimpleNamespace(itemsize=2, frozen=list(LLAMA_70B.values()), trained=[1000], frozen_layers=layers)
     cluster: Any = SimpleNamespace(gpus=8, ranks_per_node=8, collective=lambda size, ranks: size / 1e9)
     ds: dict[str, Any] = {"zero_optimization": {"stage": 3}}
     default = speed._sharded(parts, ds, cluster, 1)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zero_ds.model.decoders.folder import DecoderFolder
+if TYPE_CHECKING:
+    from zero_ds.model.decoders.folder import DecoderFolder
 
 PREFETCH, LIVE = "stage3_prefetch_bucket_size", "stage3_max_live_parameters"
 SMALLEST = {PREFETCH: 50_000_000, LIVE: 1_000_000_000}
