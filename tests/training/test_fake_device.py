@@ -40,7 +40,7 @@ def samples() -> list[EncodedSample]:
         labels = [token if n >= length - 5 else IGNORE for n, token in enumerate(ids)]
         responses = [0 if n >= length - 5 else -1 for n in range(length)]
         pixels = torch.zeros(images, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
-        found.append(EncodedSample(ids, labels, responses, pixels, str(number)))
+        found.append(EncodedSample(input_ids=ids, labels=labels, responses=responses, pixels=pixels, id=str(number)))
     return found
 
 
