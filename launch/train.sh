@@ -7,7 +7,8 @@
 #   launch/train.sh smollm2-135m/encoder zero=zero2 optimizer.learning_rate=1e-4
 #   launch/train.sh llama-3.1-8b/encoder --hostfile hostfile --include 'node1:0,1@node2' --max-restarts 3
 #
-#   --ranks N            processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2)
+#   --ranks N            processes on this machine: GPUs to use, or CPU ranks (default: all GPUs, or 2 CPU ranks; fewer
+#                        if they cannot share the global batch evenly)
 #   --max-restarts N     restart from the last checkpoint when a rank or a machine dies, at most N times (default: 0)
 #   --forward NAME       one more variable for the ranks on other machines; the only way to forward a secret
 #   --exclude, --master_addr, --master_port, --ssh_port    as for DeepSpeed's launcher
@@ -70,15 +71,23 @@ else
   launcher+=(--hostfile /dev/null)
   found="$(python -m zero_ds.cluster.devices "${ranks:-0}")" || exit 2
   read -r kind count devices <<<"$found"
+  # as many ranks as can share the global batch evenly
+  sharing() { python -m zero_ds.cluster.share "$count" "$recipe" "${overrides[@]}"; }
   if [ "$kind" = cpu ]; then
     ! filtered || fail "--include and --exclude choose GPUs, and this machine has none; give --ranks N"
     export DS_ACCELERATOR=cpu
-    ranks="$count"
+    ranks="${ranks:-$(sharing)}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + ranks - 1) / ranks))}"
-  elif [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && ! filtered; then # DeepSpeed's launcher would ignore it, or stumble
-    ranks="$count" environment=(env -u CUDA_VISIBLE_DEVICES "ZERO_DS_DEVICES=$devices")
-    export ZERO_DS_DEVICES="$devices"
-    unset CUDA_VISIBLE_DEVICES
+  elif ! filtered; then
+    given_ranks="$ranks" ranks="${ranks:-$(sharing)}"
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # DeepSpeed's launcher would ignore it, or stumble
+      devices="$(cut -d, -f "1-$ranks" <<<"$devices")"
+      environment=(env -u CUDA_VISIBLE_DEVICES "ZERO_DS_DEVICES=$devices")
+      export ZERO_DS_DEVICES="$devices"
+      unset CUDA_VISIBLE_DEVICES
+    elif [ -z "$given_ranks" ] && [ "$ranks" = "$count" ]; then
+      ranks="" # DeepSpeed takes all by itself
+    fi
   fi
   [ -z "$ranks" ] || launcher+=(--num_gpus "$ranks")
   # several runs on one machine need different ports

@@ -204,3 +204,13 @@ def test_every_package_is_installed() -> None:
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     present = {".".join(["zero_ds", *folder.relative_to(PACKAGE).parts]) for folder in folders}
     assert present == listed
+
+
+ASKS_FOR_A_GPU = {"runtime.environment", "grafting.engines.vllm"}
+"""Modules that may ask torch whether there is a GPU: the one that decides, and the one that serves vLLM, which chooses
+its devices itself."""
+
+
+def test_one_place_decides_which_device_is_used() -> None:
+    asking = {module for module in MODULES if "cuda.is_available(" in source(module).read_text(encoding="utf-8")}
+    assert asking == ASKS_FOR_A_GPU, "ask runtime.environment.has_cuda, or runtime.distributed.device"

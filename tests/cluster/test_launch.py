@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pace
@@ -74,6 +75,51 @@ def test_train_starts_two_cpu_ranks_without_a_gpu() -> None:
     assert 1024 < int(options["--master_port"]) < 65536
     if not Path("/dev/nvidia0").exists():
         assert options["--num_gpus"] == "2"
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`gpus(3)`: this machine seems to have three GPUs, which nvidia-smi lists."""
+    monkeypatch.delenv("DS_ACCELERATOR")
+
+    def install(count: int) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f'#!/bin/sh\nfor i in $(seq {count}); do echo "GPU $i: H200 (UUID: GPU-0$i)"; done\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("count", "recipe", "settings", "ranks"),
+    [
+        (1, "smollm2-135m/encoder", (), None),
+        (2, "smollm2-135m/encoder", (), None),
+        (3, "smollm2-135m/encoder", (), "2"),
+        (6, "smollm2-135m/translator", (), "4"),
+        (8, "smollm2-135m/encoder", (), None),
+        (8, "llama-3.1-8b/encoder", ("global_batch=12",), "6"),
+        (7, "no/recipe", (), None),
+    ],
+)
+def test_as_many_gpus_train_as_can_share_the_batch(
+    gpus: Callable[[int], None], count: int, recipe: str, settings: tuple[str, ...], ranks: str | None
+) -> None:
+    gpus(count)
+    words = command(recipe, *settings)
+    assert (words[words.index("--num_gpus") + 1] if "--num_gpus" in words else None) == ranks
+
+
+def test_devices_that_do_not_train_are_named(gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(3)
+    done = run(ROOT / "launch" / "train.sh", "smollm2-135m/encoder", "-n")
+    assert "2 of 3 devices train, because global_batch=8 is not a multiple of 3; set it to one" in done.stderr
+    words = command("smollm2-135m/encoder", "--ranks", "3")
+    assert words[words.index("--num_gpus") + 1] == "3", "asked for"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words = command("smollm2-135m/encoder", "global_batch=5")
+    assert words[words.index("--num_gpus") + 1] == "1", "two CPU ranks cannot share five samples"
 
 
 def test_what_is_printed_can_be_pasted_into_a_shell() -> None:

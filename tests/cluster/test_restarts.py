@@ -22,6 +22,7 @@ from zero_ds.cluster.route import Route, training_runs
 from zero_ds.runtime import failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import Watch
+from zero_ds.training.options import fallback
 
 FAKE = """
 import sys
@@ -75,6 +76,20 @@ def test_what_is_tried_again(
     assert failure.FINAL not in said
     if status and attempts[-1][1]:
         assert said.strip().splitlines()[-1] == f"zero-ds: the run failed: {attempts[-1][1].splitlines()[0]}"
+
+
+def test_a_run_without_memory_starts_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also without --max-restarts, because the next attempt recomputes more."""
+    monkeypatch.setattr(launcher, "PAUSE", 0.0)
+    out, log, program = tmp_path / "run", tmp_path / "log", tmp_path / "fake.py"
+    fake = FAKE.format(out=str(out), log=str(log), plan=[(1, "memory ran out")])
+    program.write_text(fake.replace("if reason:", f"(out / {fallback.FILE!r}).write_text('the same')\nif reason:"))
+    command = [sys.executable, str(program), "--hostfile", "/dev/null", "--module", "zero_ds.train"]
+    assert launcher.main(["smollm2-135m/encoder", f"out={out}", "--", *command]) == 1
+    assert len(log.read_text()) == 2
+    assert capsys.readouterr().err.count("starts again from its last checkpoint, and recomputes more") == 1
 
 
 def test_a_mistake_is_marked_as_one_for_the_launcher(tmp_path: Path) -> None:

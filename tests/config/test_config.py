@@ -348,7 +348,7 @@ def test_fingerprint_ignores_what_changes_no_number(recipe: str) -> None:
     free = ["out=elsewhere", "log_every=3", "checkpoint.keep=9", "checkpoint.every_steps=1", "preview.every_steps=2"]
     free += ["zero=zero1", "micro_batch=2", *(f"activation_checkpointing={how}" for how in ("true", "false", "auto"))]
     free += ["data.workers=3", "nvme_path=/disk"]
-    free += ["kernels=liger", "compile=true"]
+    free += ["kernels=liger", "compile=true", "deterministic=true", "data.shuffle=false"]
     for override in free:
         assert load_run(recipe, [override]).fingerprint() == config.fingerprint(), override
     changed = [
@@ -357,6 +357,7 @@ def test_fingerprint_ignores_what_changes_no_number(recipe: str) -> None:
         "optimizer.learning_rate=3e-4",
         "optimizer.learning_rates.adapter=1e-9",
         "data.max_length=64",
+        "data.shuffle=true",
         "encoder.feature_layer=-2",
         "attention=flash_attention_2",
         "stage=decoder",
@@ -375,7 +376,7 @@ def test_did_you_mean() -> None:
 
 
 def test_old_checkpoints_are_recognised() -> None:
-    """This fingerprint was made before `compile`, `kernels` and `frozen_weights` existed."""
+    """This fingerprint was made before `compile`, `kernels`, `frozen_weights` and `data.shuffle` existed."""
     plain = RunConfig(stage="encoder", target="t", out="o")
     assert plain.fingerprint() == "e114ee41a9cad954"
     assert RunConfig(stage="encoder", target="t", out="o", frozen_weights="int8").fingerprint() != plain.fingerprint()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from places import ROOT
 from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
-from zero_ds.config.batches import check_batches
-from zero_ds.config.loading import load_run, recipe_names
+from zero_ds.config.batches import fit_to_ranks
+from zero_ds.config.loading import RECIPE_ROOT, load_run, recipe_names
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import deepspeed, stages
@@ -68,7 +70,9 @@ def test_table_a2(model: str) -> None:
         assert config.activation_checkpointing == "auto" and config.precision == "bf16"
         assert config.target.split("/")[1].lower() == f"{model}-instruct"
         assert config.encoder is not None and config.encoder.path == "openai/clip-vit-large-patch14-336"
-        assert config.encoder.train_last_layers == (None if stage == "pretrain" else 8)
+        whole = stage == "pretrain" or (stage == "encoder" and "70b" not in model)  # Section 1 trains the whole encoder
+        assert config.encoder.train_last_layers == (None if whole else 8)
+        assert config.data.shuffle
         assert [source.images_only for source in config.data.sources] == (
             [False] * 2 if stage == "pretrain" else [True]
         )
@@ -84,6 +88,12 @@ def test_baselines_and_controls(model: str) -> None:
     assert trained["baseline-adapter"] == ("adapter",)
     assert trained["baseline-decoder"] == trained["decoder"] == ("encoder", "adapter", "decoder")
     assert trained["full-encoder"] == trained["encoder"] == ("encoder", "adapter")
+    for name, config in recipes.items():
+        if config.stage == "encoder":
+            section_2 = "70b" in model or name == "encoder-last8"
+            assert config.encoder is not None and config.encoder.train_last_layers == (8 if section_2 else None), name
+        if stages.trained_parts(config) == ("adapter",):  # without a translator there is no text to learn (Table 9)
+            assert [Path(source.path).name for source in config.data.sources] == ["llava_v1_5_mix665k.json"], name
     assert trained["lora"] == trained["lora-large"] == ("encoder", "adapter", "lora")
     small, large = recipes["lora"].lora, recipes["lora-large"].lora
     assert small is not None and large is not None
@@ -98,6 +108,40 @@ def test_baselines_and_controls(model: str) -> None:
         assert surrogate == f"runs/{model}/T{first[1:]}-{last}" and recipes[name].stage == name.split("-")[-1]
     for config in recipes.values():  # a run can only start from the result of another recipe
         assert set(config.starts) <= {other.out for other in recipes.values()}
+
+
+PAGE = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+FIGURES = [*(f"Table {number}" for number in (*range(1, 10), "A.1", "A.2", "A.3", "A.4"))]
+FIGURES += [f"Figure {number}" for number in (*range(1, 9), "A.1", "A.2", "A.3")]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_page_on_the_paper_has_every_table_and_figure(figure: str) -> None:
+    assert re.search(rf"^\| \**{re.escape(figure)}\b", PAGE, re.MULTILINE), f"docs/paper.md has no row for {figure}"
+
+
+def test_the_page_on_the_paper_and_the_recipes_name_each_other() -> None:
+    """The first line of a recipe says which tables it is for, and these tables name it."""
+    rows = {}
+    for line in PAGE.splitlines():
+        if found := re.match(r"\| \**((?:Table|Figure) [A.\d]*\d)", line):
+            rows[found[1]] = set(re.findall(r"`([\w.-]+/[\w-]+)`", line))
+    for recipe in recipe_names():
+        if recipe.split("/")[0] not in PAPER:
+            continue
+        head = (RECIPE_ROOT / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        named = {figure for figure, recipes in rows.items() if recipe in recipes}
+        assert named == figures_in(head), f"{recipe} says {head!r}; docs/paper.md has it in {sorted(named)}"
+    assert set().union(*rows.values()) <= set(recipe_names())
+
+
+def figures_in(head: str) -> set[str]:
+    """Returns the tables and figures that a line such as `# Paper: Tables 1 to 3 and A.1, Figure 2.` names."""
+    found = set()
+    for kind, listed in re.findall(r"(Table|Figure)s? ([A\d][\dA., toand]*)", head):
+        for first, last in re.findall(r"(A\.\d|\d)(?: to (\d))?", listed):
+            found |= {f"{kind} {n}" for n in (range(int(first), int(last) + 1) if last else [first])}
+    return found
 
 
 @pytest.fixture
@@ -122,15 +166,14 @@ def test_every_recipe_with_every_config(recipe: str, zero: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 8])
 def test_every_recipe_on_more_ranks(recipe: str, world_size: int) -> None:
     config = load_run(recipe)
-    if config.global_batch % (config.micro_batch * world_size):
-        with pytest.raises(ConfigError, match="not a multiple of micro_batch"):
-            check_batches(config, world_size)
-        return
-    ds = ds_config(config, world_size)
-    assert ds["gradient_accumulation_steps"] == check_batches(config, world_size)
+    fitting = fit_to_ranks(config, world_size)
+    assert fitting == config.model_copy(update={"micro_batch": fitting.micro_batch})
+    assert 0 < fitting.micro_batch <= config.micro_batch
+    ds = ds_config(fitting, world_size)
+    assert ds["gradient_accumulation_steps"] * fitting.micro_batch * world_size == config.global_batch
     accept(ds, world_size)
 
 
@@ -143,6 +186,7 @@ def accept(ds: dict[str, Any], world_size: int) -> None:
         patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # DeepSpeed also asks for the rank
         read = DeepSpeedConfig(copy.deepcopy(ds), mpu=Ranks(world_size))
     assert read.world_size == world_size
+    assert not read.timers_config.synchronized, "the host would wait for the device in every micro-batch"
     assert read.train_batch_size == ds["train_batch_size"]
     assert read.gradient_accumulation_steps == ds["gradient_accumulation_steps"]
     assert read.gradient_clipping == ds["gradient_clipping"]
@@ -155,7 +199,15 @@ def test_dry_run_asks_for_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -
     assert ds["gradient_accumulation_steps"] == 4
     monkeypatch.setenv("WORLD_SIZE", "3")
     result = CliRunner().invoke(app, ["train", "smollm2-135m/encoder", "global_batch=16", "micro_batch=2", "--dry-run"])
-    assert isinstance(result.exception, ConfigError) and "set global_batch to a multiple of 6" in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and "set global_batch to a multiple of 3" in str(result.exception)
+
+
+def test_dry_run_says_how_a_step_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    result = CliRunner().invoke(app, ["train", "smollm2-135m/encoder", "--dry-run"], catch_exceptions=False)
+    said = "# a step of global_batch=8: 8 ranks, each with 1 pass of micro_batch=1 (the recipe's 4 does not divide"
+    assert said in result.stdout
+    assert yaml.safe_load(result.stdout)["micro_batch"] == 1
 
 
 @pytest.mark.parametrize("name", ds_config_names())
@@ -290,6 +342,27 @@ def test_values_of_the_json_reach_deepspeed(json_file: Any) -> None:
 def test_unknown_zero_config_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown DeepSpeed config 'zero33'; did you mean 'zero3'"):
         resolve("zero33")
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"enabled": False}, {"enabled": False, "output_path": "here/run", "job_name": "tensorboard"}),
+        ({"job_name": "mine"}, {"enabled": True, "output_path": "here/run", "job_name": "mine"}),
+        ({"output_path": "all", "job_name": "a"}, {"enabled": True, "output_path": "all", "job_name": "a"}),
+    ],
+)
+def test_what_the_json_says_of_tensorboard_counts(json_file: Any, section: Any, expected: Any) -> None:
+    assert resolve(json_file({"tensorboard": section}), "out=here/run")["tensorboard"] == expected
+
+
+def test_no_entry_of_the_json_is_overridden(json_file: Any) -> None:
+    entries = {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True, "steps_per_print": 5}
+    entries |= {"dump_state": True, "memory_breakdown": True, "wall_clock_breakdown": True}
+    entries["csv_monitor"] = {"enabled": True, "output_path": "curves", "job_name": "a"}
+    entries["data_types"] = {"grad_accum_dtype": "bf16"}
+    ds = resolve(json_file(entries))
+    assert {key: ds[key] for key in entries} == entries
 
 
 def test_tensorboard_goes_into_the_run_folder(json_file: Any) -> None:

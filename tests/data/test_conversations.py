@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,10 +25,12 @@ from zero_ds.data.conversations import (
     Turn,
     cut_turns,
     image_prompt,
+    read_template,
 )
 from zero_ds.data.formats import DataError
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Sample
+from zero_ds.runtime.errors import ConfigError
 
 TOKENIZER = tiny.tokenizer()
 TEMPLATE = ChatTemplate(TOKENIZER)
@@ -389,3 +392,27 @@ def test_a_token_beyond_the_embeddings_is_named_with_its_sample() -> None:
     assert SampleEncoder(template, "response", image_prompt="off", vocabulary=largest + 1).tokens(sample) == whole
     with pytest.raises(DataError, match=rf"sample .*odd.*: it has token {largest} \(.*embeddings have {largest} rows"):
         SampleEncoder(template, "response", image_prompt="off", vocabulary=largest).tokens(sample)
+
+
+def test_the_prompt_that_the_paper_prints() -> None:
+    """Appendix A.5: no system block, and headers and ends of turns as in Llama 3."""
+    special = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    words = tiny.tokenizer(special, named={"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"})
+    template = ChatTemplate(words, read_template("llama-3"))
+    turns = [Turn("user", "<image>, where is the cat?"), Turn("assistant", "On the couch.")]
+    encoded = template.encode(turns, tokens_per_image=3, supervise="response")
+    assert words.decode([token for token in encoded.input_ids if token != IMAGE_TOKEN]) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n, where is the cat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nOn the couch.<|eot_id|>"
+    )
+    assert words.decode([label for label in encoded.labels if label != IGNORE]) == "On the couch.<|eot_id|>"
+
+
+def test_a_file_wins_over_a_template_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "start_header_id" in str(read_template("llama-3"))
+    (tmp_path / "llama-3").write_text("mine")
+    assert read_template("llama-3") == "mine"
+    for path in ("llama-4", str(tmp_path / "llama-4"), "../llama-3"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_template(path)

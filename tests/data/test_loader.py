@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pace import scaled
 from PIL import Image
 
-from zero_ds.config.batches import check_batches
+from zero_ds.config.batches import fit_to_ranks
 from zero_ds.config.schema import RunConfig, SourceConfig
 from zero_ds.data.batches import collate
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN, ChatTemplate, Turn
@@ -402,12 +402,26 @@ def test_a_sample_that_is_too_long_does_not_end_the_run(tmp_path: Path) -> None:
     assert batch.ids == ["fine"] and len(batch.too_long) == 1
 
 
-@pytest.mark.parametrize(("batch", "micro", "ranks", "steps"), [(8, 2, 2, 2), (6, 3, 1, 2), (4, 1, 4, 1)])
-def test_check_batches(batch: int, micro: int, ranks: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "fitting"),
+    [
+        (8, 2, 2, 2),
+        (6, 3, 1, 3),
+        (4, 1, 4, 1),
+        (8, 4, 4, 2),
+        (8, 4, 8, 1),
+        (24, 16, 2, 12),
+        (10, 4, 1, 2),
+        (7, 3, 1, 1),
+    ],
+)
+def test_the_micro_batch_follows_the_ranks(batch: int, micro: int, ranks: int, fitting: int) -> None:
     config = RunConfig(stage="encoder", target="t", out="o", global_batch=batch, micro_batch=micro)
-    assert check_batches(config, ranks) == steps
-    with pytest.raises(ConfigError, match=f"set global_batch to a multiple of {micro * (batch + 1)}"):
-        check_batches(config, batch + 1)
+    assert fit_to_ranks(config, ranks) == config.model_copy(update={"micro_batch": fitting})
+    with pytest.raises(
+        ConfigError, match=rf"--ranks {batch}, or --include.*global_batch to a multiple of {batch + 1}\."
+    ):
+        fit_to_ranks(config, batch + 1)
 
 
 # -- one sample --------------------------------------------------------------------------------------------------------

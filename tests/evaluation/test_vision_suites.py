@@ -28,7 +28,7 @@ from zero_ds.evaluation.suites.evaluate import check_suite, evaluate_suite
 from zero_ds.evaluation.suites.harness import load_harness, select_suites
 from zero_ds.evaluation.suites.lmms_eval import LmmsEval
 from zero_ds.evaluation.suites.results import Result, Score
-from zero_ds.evaluation.suites.tasks import BINARY_PROMPT, SuiteOptions
+from zero_ds.evaluation.suites.tasks import BINARY_PROMPT, SUITES, SuiteOptions, check_judge
 from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.runtime.errors import ConfigError
@@ -352,6 +352,33 @@ def test_a_model_without_a_vision_encoder_is_refused(target: str, tasks: Path) -
         check_suite(named, selected, SuiteOptions())
 
 
+@pytest.mark.parametrize("task", ["mmvet", "llava_in_the_wild", "mmbench_en_dev", "mmbench_cn_dev"])
+def test_a_task_without_its_judge_is_refused_before_data_are_fetched(
+    task: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (selected,) = select_suites(task, "lmms-eval")
+    with pytest.raises(ConfigError, match=f"{task}: the model gpt-4o.* judges the answers.*OPENAI_API_KEY is not set"):
+        selected.harness.check(selected.suite.tasks, SuiteOptions())
+    with caplog.at_level("INFO"):
+        check_judge([task], {"OPENAI_API_KEY": "k", "MODEL_VERSION": "mine"})
+    assert f"mine judges the answers to {task}" in caplog.text
+    with pytest.raises(ConfigError, match="AZURE_API_KEY is not set"):
+        check_judge([task], {"API_TYPE": "azure", "OPENAI_API_KEY": "k"})
+
+
+def test_the_suite_without_a_judge_asks_none() -> None:
+    """The harness's own answer to an unclear reply is a random letter; its static task counts it as wrong."""
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    check_judge([task.name for task in SUITES["vision"].tasks], {})
+    rows = {"index": 1, "answer": "A", "A": "a dog", "B": "a cat", "question": "?", "category": "c", "L2-category": "c"}
+    evaluator = MMBench_Evaluator()
+    evaluator.get_chat_response = None  # no judge is asked
+    found = [evaluator.eval_result([{**rows, "prediction": said}], "static")[0] for said in ("A", "B", "I am not sure")]
+    assert found == [1, 0, 0]
+
+
 def test_the_suites_of_the_paper_are_in_the_harness(tasks: Path, tmp_path: Path) -> None:
     """The suite has the tasks of appendix A.6 and CV-Bench, and MME and POPE also with the binary prompt.
 
@@ -362,8 +389,8 @@ def test_the_suites_of_the_paper_are_in_the_harness(tasks: Path, tmp_path: Path)
     (selected,) = select_suites("paper-vision", "auto", tmp_path)
     labels = [task.label for task in selected.suite.tasks]
     assert labels == [
-        *("mme", "mme:binary", "pope", "pope:binary", "seedbench", "mmbench_en_dev", "gqa", "vizwiz_vqa_val"),
-        *("cv_bench", "mmvet", "llava_in_the_wild"),
+        *("mme", "mme:binary", "pope", "pope:binary", "seedbench", "mmbench_en_dev_static", "gqa"),
+        *("vizwiz_vqa_val", "cv_bench", "mmvet", "llava_in_the_wild"),
     ]
     import tempfile
 

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 
 from zero_ds.cli.main import _leave_garbage, app
 from zero_ds.data.conversations import Turn
+from zero_ds.data.formats import DataError
 from zero_ds.evaluation.suites.results import read_result
 from zero_ds.grafting.chat import Conversation
 from zero_ds.grafting.engines import vllm as vllm_engine
-from zero_ds.grafting.engines.vllm import answerer, conversation, load_served
+from zero_ds.grafting.engines.vllm import answerer, conversation, fitting_length, load_served
 from zero_ds.grafting.generate import Answerer, Query
 from zero_ds.grafting.named_model import LoadedModel, NamedModel, find_model, load_model
 from zero_ds.runtime.errors import ConfigError
@@ -109,6 +110,10 @@ def test_eval_with_layers_on_disk(target: str, tmp_path: Path) -> None:
         (["--engine", "vlm"], "--engine vlm is unknown; did you mean 'vllm'"),
         (["--tensor-parallel", "2"], "--tensor-parallel is for --engine vllm"),
         (["--tensor-parallel", "0"], "--tensor-parallel must be at least 1, not 0"),
+        (["--max-model-len", "99"], "--max-model-len is for --engine vllm"),
+        (["--gpu-memory-share", "0.5"], "--gpu-memory-share is for --engine vllm"),
+        (["--engine", "vllm", "--max-model-len", "0"], "--max-model-len must be at least 1, not 0"),
+        (["--engine", "vllm", "--gpu-memory-share", "85"], "--gpu-memory-share must be above 0 and at most 1, not 85"),
         (["--engine", "vllm", "--device-map", "cpu"], "vLLM places layers itself"),
         (["--engine", "vllm"], "vLLM, which is not installed; pip install vllm"),
     ],
@@ -201,6 +206,38 @@ def test_heads_that_devices_cannot_share(graft: NamedModel) -> None:
         ConfigError, match=r"--tensor-parallel 3 does not divide the 4 attention heads of .*one of 1, 2, 4"
     ):
         load_served(graft, dtype=torch.float32, tensor_parallel=3)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_length_is_what_fits(graft: NamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of the tiny Llama takes 6 layers x 2 x 2 heads x 8 x 4 bytes of cache: 768 bytes."""
+    loaded = load_model(graft)
+    weights = sum(p.nbytes for p in loaded.model.decoder.parameters())
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert fitting_length(loaded, 1, 0.85) == (3 << 30) // 2 // 768
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vllm_engine, "WORKING_BYTES", 0)
+    room = SimpleNamespace(total_memory=2 * (weights + 2 * 768 * 100))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    assert fitting_length(loaded, 1, 0.5) == 100
+    assert fitting_length(loaded, 2, 0.5) == (weights // 2 + 2 * 768 * 100) // (2 * 384)
+    with pytest.raises(ConfigError, match=r"leaves no room next to .* of weights; raise --tensor-parallel or"):
+        fitting_length(loaded, 1, 0.1)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(("asked", "fits", "length"), [(None, 10**6, 2048), (None, 300, 300), (200, 10**6, 200)])
+def test_prompts_and_answers_keep_to_the_length(
+    graft: NamedModel, monkeypatch: pytest.MonkeyPatch, asked: int | None, fits: int, length: int
+) -> None:
+    monkeypatch.setattr(vllm_engine, "fitting_length", lambda *arguments: fits)
+    loaded = load_served(graft, dtype=torch.float32, max_length=asked, memory_share=0.5)
+    assert loaded.served is not None and loaded.served.max_length == loaded.encoder.max_length == length
+    assert vllm_engine.device_options(loaded.served)["gpu_memory_utilization"] == 0.5
+    with pytest.raises(DataError, match=f"more than {length}"):
+        answerer(loaded).reply([Turn("user", "why " * 3000)])
+    with pytest.raises(ConfigError, match="--max-model-len 4096 is more than the 2048 positions of"):
+        load_served(graft, dtype=torch.float32, max_length=4096)
 
 
 def test_an_engine_that_does_not_start(target: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator import real_accelerator
 
 from zero_ds.runtime import distributed, precision
-from zero_ds.runtime.environment import has_cuda, launched_ranks, launched_ranks_here
+from zero_ds.runtime.environment import accelerator, has_cuda, launched_ranks, launched_ranks_here
+from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.precision import CPU_FLAGS, _cpu_flags, bf16_is_fast, fast_dtype
 
 
@@ -44,6 +47,47 @@ def test_a_machine_without_such_flags_asks_torch(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert bf16_is_fast()
+
+
+class Gpu:
+    """Stands for a machine with one GPU of a compute capability, for what this package and torch ask about it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: int = 8) -> None:
+        monkeypatch.setattr("zero_ds.runtime.environment.has_nvidia_driver", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability))
+        monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # emulated
+        monkeypatch.delenv("DS_ACCELERATOR")
+        monkeypatch.setattr(real_accelerator, "ds_accelerator", None)
+
+
+def test_deepspeed_decides_which_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    assert (accelerator(), distributed.device()) == ("cuda", torch.device("cuda", 0))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert (accelerator(), has_cuda(), distributed.device()) == ("cpu", False, torch.device("cpu"))
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", SimpleNamespace(device_name=lambda: "cpu"))
+    assert not has_cuda(), "what DeepSpeed has chosen counts more than a variable that changed afterwards"
+    assert distributed.device_bytes() > 0, "of the host: a GPU would be asked"
+
+
+def test_a_device_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(ConfigError, match="DS_ACCELERATOR=xpu is not supported; set it to cuda or cpu"):
+        accelerator()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        distributed.device()
+
+
+@pytest.mark.parametrize(("capability", "fast"), [(7, False), (8, True), (9, True)])
+def test_emulated_bf16_is_not_fast(monkeypatch: pytest.MonkeyPatch, capability: int, fast: bool) -> None:
+    Gpu(monkeypatch, capability)
+    assert bf16_is_fast() is fast
 
 
 def test_ranks_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

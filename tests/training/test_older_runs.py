@@ -21,6 +21,7 @@ from zero_ds.data.conversations import PLACEHOLDER, Turn
 from zero_ds.export import export_model
 from zero_ds.grafting.generate import Answerer
 from zero_ds.grafting.named_model import find_model, load_model
+from zero_ds.training.resume import difference
 
 OLDER = Path(__file__).parent.parent / "support" / "older_run"
 EXPECTED: dict[str, Any] = json.loads((OLDER / "expected.json").read_text(encoding="utf-8"))
@@ -55,7 +56,9 @@ def test_a_stopped_run_is_resumed(older: Path) -> None:
     after = json.loads((older / "pretrain" / "step-000004" / "manifest.json").read_text())
     changing = ("step", "versions", "weights_sha256")
     assert list(after) == list(before), "fields in the same order"
-    assert all(after[key] == before[key] for key in before if key not in changing)
+    assert difference(before["config"], {**after["config"]}) == "no difference", "but for keys that came later"
+    assert after["config"]["data"].items() >= before["config"]["data"].items()
+    assert all(after[key] == before[key] for key in before if key not in (*changing, "config"))
 
 
 def test_a_finished_run_is_complete(older: Path) -> None:

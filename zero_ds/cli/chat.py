@@ -12,6 +12,8 @@ from zero_ds.cli.models import (
     DeviceMapOption,
     DeviceOptions,
     EngineOption,
+    MaxModelLenOption,
+    MemoryShareOption,
     OffloadOption,
     TensorParallelOption,
     load,
@@ -39,6 +41,8 @@ def chat(
     tensor_parallel: TensorParallelOption = 1,
     device_map: DeviceMapOption = None,
     offload_folder: OffloadOption = None,
+    max_model_len: MaxModelLenOption = None,
+    gpu_memory_share: MemoryShareOption = None,
     page: Annotated[
         bool, typer.Option("--page", help="Open a web page on this machine instead of the terminal.")
     ] = False,
@@ -55,7 +59,7 @@ def chat(
     """
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens}: an answer needs room for at least 1 token.")
-    options = DeviceOptions(engine, tensor_parallel, device_map, offload_folder)
+    options = DeviceOptions(engine, tensor_parallel, device_map, offload_folder, max_model_len, gpu_memory_share)
     options.check()
     answers: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system}
     if page:

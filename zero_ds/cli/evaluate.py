@@ -13,6 +13,8 @@ from zero_ds.cli.models import (
     DeviceMapOption,
     DeviceOptions,
     EngineOption,
+    MaxModelLenOption,
+    MemoryShareOption,
     OffloadOption,
     TensorParallelOption,
     load,
@@ -69,6 +71,8 @@ def run(
     tensor_parallel: TensorParallelOption = 1,
     device_map: DeviceMapOption = None,
     offload_folder: OffloadOption = None,
+    max_model_len: MaxModelLenOption = None,
+    gpu_memory_share: MemoryShareOption = None,
 ) -> None:
     """Run a suite of lm-evaluation-harness or lmms-eval on a model, on as many ranks as the launcher started."""
     from zero_ds.evaluation.suites.evaluate import check_options, evaluate_suites
@@ -79,7 +83,7 @@ def run(
 
     options = SuiteOptions(batch, limit, max_new_tokens, chat_template, samples)
     check_options(options)
-    devices = DeviceOptions(engine, tensor_parallel, device_map, offload_folder)
+    devices = DeviceOptions(engine, tensor_parallel, device_map, offload_folder, max_model_len, gpu_memory_share)
     devices.check()
     precision(dtype)
     named = find_model(model, target)

@@ -35,7 +35,7 @@ from zero_ds.cli.train import train
 from zero_ds.cli.trajectory import trajectory
 from zero_ds.cli.why import why
 from zero_ds.runtime.console import set_up_logging
-from zero_ds.runtime.environment import has_nvidia_driver, take_devices
+from zero_ds.runtime.environment import may_have_gpu, take_devices
 from zero_ds.runtime.failure import WATCH, peer_ended
 
 app = typer.Typer(
@@ -80,8 +80,8 @@ set DS_ACCELERATOR=cpu for all of them."""
 
 @app.callback()
 def _before_every_command(context: typer.Context) -> None:
-    if context.invoked_subcommand not in LAUNCHING:
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_nvidia_driver() else "cpu")
+    if context.invoked_subcommand not in LAUNCHING and not may_have_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where a GPU may be, DeepSpeed finds out if torch can use it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_up_logging()
 
@@ -106,7 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
         if peer_ended(error):
             WATCH.record(WATCH.heard(wait=0.0))
         else:
-            WATCH.fail(sentence or f"{type(error).__name__}: {error}", final=sentence is not None)
+            final = sentence is not None and not getattr(error, "may_pass", False)
+            WATCH.fail(sentence or f"{type(error).__name__}: {error}", final=final)
         WATCH.leave(status=2)
         if sentence is None:
             raise

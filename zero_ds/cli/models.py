@@ -13,6 +13,8 @@ __all__ = [
     "DeviceMapOption",
     "DeviceOptions",
     "EngineOption",
+    "MaxModelLenOption",
+    "MemoryShareOption",
     "OffloadOption",
     "TensorParallelOption",
     "load",
@@ -29,4 +31,12 @@ DeviceMapOption = Annotated[
 ]
 OffloadOption = Annotated[
     Path | None, typer.Option("--offload-folder", help="Folder for the layers, with --device-map disk.")
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option("--max-model-len", help="Longest prompt with its answer in tokens, with vllm. Default: what fits."),
+]
+MemoryShareOption = Annotated[
+    float | None,
+    typer.Option("--gpu-memory-share", help="Share of each GPU's memory for vllm, besides the encoder. Default: 0.85."),
 ]

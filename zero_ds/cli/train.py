@@ -45,16 +45,17 @@ def _print_run(config: RunConfig) -> None:
     """Checks a run as far as its configuration goes, and prints it; loads neither torch nor DeepSpeed."""
     import json
 
-    from zero_ds.config.batches import check_batches
+    from zero_ds.config.batches import describe_batches, fit_to_ranks
     from zero_ds.runtime.environment import launched_ranks
     from zero_ds.training import stages
     from zero_ds.training.deepspeed import ds_config
 
     stage = stages.stage_of(config)
     ranks = launched_ranks()
-    check_batches(config, ranks)
+    asked, config = config.micro_batch, fit_to_ranks(config, ranks)
     print(config.dump().rstrip())
     for remark in stages.remarks(config):
         print(f"# {remark}")
     print(f"# trains {', '.join(stages.trained_parts(config))} against {stages.decoder_folder(config)} ({stage.name})")
+    print(f"# {describe_batches(config, ranks, asked)}")
     print("# DeepSpeed: " + json.dumps(ds_config(config, ranks)))

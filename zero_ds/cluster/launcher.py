@@ -30,6 +30,7 @@ from zero_ds.cluster.machines import Cluster, deepspeed_command, files_of
 from zero_ds.config.loading import load_run
 from zero_ds.runtime import failure
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.options import fallback
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 12.0
@@ -174,7 +175,11 @@ class Launch:
         try:
             while True:
                 failure.clear(self.out)
+                note = fallback.read_note(self.out)
                 status, asked = self._attempt(attempt)
+                if status and not asked and fallback.read_note(self.out) not in (None, note):
+                    say("the run starts again from its last checkpoint, and recomputes more to need less memory")
+                    continue
                 if status == 0 or asked or attempt == self.restarts or not self._mendable(status):
                     return status
                 attempt += 1

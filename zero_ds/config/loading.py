@@ -17,6 +17,8 @@ from zero_ds.config.yaml_files import read_value, read_yaml
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 RECIPE_ROOT = Path(__file__).parent / "recipes"
+TEMPLATE_ROOT = RECIPE_ROOT / "templates"
+"""Folder of the chat templates that `data.chat_template` can name."""
 
 
 def recipe_names() -> list[str]:

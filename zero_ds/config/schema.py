@@ -96,6 +96,8 @@ class SourceConfig(Section):
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     """Data sets, mixed by evenly spaced insertion with their own order kept; a string can name a registered one."""
+    shuffle: bool = False
+    """Whether each data set is put into a random order by the run's seed before it is mixed and limited."""
     bad_samples: Literal["error", "skip"] = "error"
     """Effect of a sample that cannot be used (a missing image, an unknown role): the run ends, or skips it."""
     max_bad_samples: int = Field(default=1000, ge=0)
@@ -111,7 +113,8 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """System message of conversations without their own; null keeps the chat template's default."""
     chat_template: str | None = None
-    """File with a chat template that replaces the tokenizer's; every export of the run keeps it."""
+    """File with a chat template that replaces the tokenizer's, or the name of one in the package (llama-3: the paper's
+    printed prompt, without a system block); every export of the run keeps it."""
     grouping: Literal["off", "length", "modality"] = "off"
     """Groups samples of similar length into batches, within windows of a few batches; modality: images apart also."""
     packing: bool = False
@@ -232,8 +235,9 @@ class RunConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format. auto: bf16 where the device multiplies it fast (GPUs since Ampere, CPUs with AVX512-BF16 or AMX),
     otherwise fp32."""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Implementation of attention in the decoder."""
+    attention: str = "sdpa"
+    """Implementation of attention in the decoder: sdpa, eager, flash_attention_2, or any other name that the installed
+    transformers knows (flash_attention_3, flex_attention, kernels-community/NAME)."""
     kernels: Literal["torch", "liger"] = "torch"
     """Kernels of the decoder. liger: fused norms, rotary embedding and gated MLPs on a GPU, equal up to rounding."""
     frozen_weights: Literal["native", "int8"] = "native"
@@ -245,6 +249,8 @@ class RunConfig(Section):
     short_backward: bool = True
     """Ends the backward pass of a global batch without images at the first trained layer; same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    deterministic: bool = False
+    """Whether torch uses deterministic algorithms alone: the same bits again on the same GPUs, but more slowly."""
     zero: Annotated[LocalPath, BeforeValidator(_name_of_zero)] = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""
     nvme_path: LocalPath | None = None

@@ -66,6 +66,20 @@ class Batch:
         """Returns the tensors that the model's forward pass takes, by the names of its parameters."""
         return {name: tensor for name, tensor in self.tensors().items() if name in INPUTS}
 
+    def sequence_bounds(self) -> torch.Tensor:
+        """Returns where the samples begin in the flattened rows, and the number of all positions: (n + 1,) int32.
+
+        Padding counts as a sequence of its own.
+        """
+        rows, length = self.input_ids.shape
+        if self.position_ids is not None:
+            starts = (self.position_ids.flatten() == 0).nonzero().flatten()
+        else:
+            first = torch.arange(0, rows * length, length)
+            starts = torch.stack([first, first + self.attention_mask.sum(1)], dim=1).flatten()
+            starts = starts[starts < torch.stack([first + length] * 2, dim=1).flatten()]
+        return torch.cat([starts, torch.tensor([rows * length])]).to(torch.int32)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns every tensor of the batch by the name of its field."""
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from zero_ds.config.loading import TEMPLATE_ROOT
 from zero_ds.runtime.errors import ConfigError
 
 IGNORE = -100
@@ -112,11 +113,18 @@ class ConversationError(ValueError):
 def read_template(path: str | None) -> str | None:
     """Returns the text of a chat template's file, or None if no file is named.
 
+    path: a file, or the name of a template in the package, such as `llama-3`.
+
     Raises:
         ConfigError: A file that cannot be read.
     """
+    if not path:
+        return None
+    packaged = TEMPLATE_ROOT / f"{path}.jinja"
+    file = Path(path).expanduser()
+    is_name = Path(path).name == path and not file.exists() and packaged.is_file()
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8") if path else None
+        return (packaged if is_name else file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"data.chat_template={path} cannot be read: {reason}.") from None

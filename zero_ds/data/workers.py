@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
+from zero_ds.runtime.environment import has_cuda
 
 ALIGNMENT = 64
 """Alignment of tensors in bytes: offsets are rounded up to a multiple of it."""
@@ -55,7 +56,7 @@ def stream_steps(
         collate_fn=functools.partial(_packed if workers else _finished, processor),
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=has_cuda(),
         worker_init_fn=_start_worker,
     )
     others = multiprocessing.active_children()

@@ -79,6 +79,8 @@ class Served:
     """Largest number of tokens of a prompt and its answer together."""
     tensor_parallel: int = 1
     """Number of devices that share the model."""
+    memory_share: float = 0.85
+    """Share of a GPU's memory that vLLM may use; the vision encoder needs the rest."""
 
 
 @dataclass(frozen=True)

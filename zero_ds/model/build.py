@@ -97,7 +97,7 @@ def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:
     if spec.encoder is None:
         return Modules(decoder, folder.family)
     encoder_family = encoder_of(spec.encoder)
-    attention = "sdpa" if spec.attention == "flash_attention_2" else spec.attention
+    attention = "eager" if spec.attention == "eager" else "sdpa"
     encoder = load_complete(encoder_family.load, spec.encoder, dtype=spec.dtype, attn_implementation=attention)
     return Modules(decoder, folder.family, encoder, encoder_family)
 
@@ -108,7 +108,8 @@ def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
     config = folder.text_config()
     if folder.plan is None and spec.plan is not None:
         spec.plan.cut_(config, folder.family.per_layer_config)
-    options: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": spec.attention}
+    # on the meta device nothing attends, and what a GPU needs may be missing here
+    options: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": "eager"}
     encoder = encoder_family = None
     if spec.encoder is not None:
         encoder_family = encoder_of(spec.encoder)

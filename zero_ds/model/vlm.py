@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,12 +14,25 @@ from zero_ds.config.schema import AdapterConfig, EncoderConfig
 from zero_ds.data.samples import image_positions
 from zero_ds.model import lora
 from zero_ds.model.adapter import Adapter, Boundary, adapter_modules, belongs_to
+from zero_ds.model.attention import Sequences
 from zero_ds.model.decoders import Family
 from zero_ds.model.encoders import EncoderFamily
 from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.losses import Loss, Places, Predictions, next_token_losses, supervised_rows, total_loss
 
 logger = logging.getLogger(__name__)
+
+
+class Known(NamedTuple):
+    """What the host knows about a batch, and would otherwise have to ask the device for."""
+
+    rows: Places | None = None
+    """Indices of the positions that predict a label (`supervised_rows`): ((n,), (n,))."""
+    image_places: Places | None = None
+    """Indices of the image positions: ((n,), (n,))."""
+    sequences: Sequences | None = None
+    """Bounds of the samples, for flash attention."""
+
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -204,6 +217,14 @@ class VisionLanguageModel(nn.Module):
         embeddings = self.embed(input_ids, pixel_values)
         return self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
 
+    def masks_padding(self) -> bool:
+        """Returns whether the decoder's attention gets a mask for padding on the right.
+
+        Nothing attends to what comes after it, so no kernel needs one, and with one they are slower or repeat keys and
+        values for every head. Eager attention adds a mask anyway.
+        """
+        return str(cast(Any, self.decoder).config._attn_implementation) == "eager"
+
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Applies the output head: (..., hidden) after the final norm -> (..., vocabulary)."""
         return self.family.logits(self.decoder, hidden_states)
@@ -217,29 +238,29 @@ class VisionLanguageModel(nn.Module):
         token_weights: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         text_only: bool = False,
-        known: tuple[Places | None, Places | None] = (None, None),
+        known: tuple[Any, ...] = (),
     ) -> Loss:
         """Returns the loss of a micro-batch, summed over its supervised tokens.
 
             input_ids        (batch, seq)               token ids, IMAGE_TOKEN at image positions
             labels           (batch, seq)               token ids, IGNORE at positions without loss
-            attention_mask   (batch, seq)               1 at tokens, 0 at padding
+            attention_mask   (batch, seq)               1 at tokens, 0 at padding, which is on the right
             pixel_values     (images, 3, height, width) images in the order of their tokens in the batch
             token_weights    (batch, seq)               factor for the next-token loss of each label
             position_ids     (batch, seq)               positions from 0 on in every sample, where rows hold several
             text_only        bool                       whether no rank has an image in this step
-            known            two of ((n,), (n,))        indices of the positions that predict a label
-                                                        (`supervised_rows`), and of the image positions
+            known            `Known`, or its first items
 
         With `text_only`, the dummy image joins the loss instead of the embeddings, so that the backward pass ends at
         the first layer that learns. The `known` indices follow from labels and input_ids; callers that have these in
         host memory pass them, because computing them here would wait for the GPU.
         """
-        rows, image_places = known
+        rows, image_places, sequences = Known(*known)
         watching = self.teacher.watch(self) if self.teacher is not None else contextlib.nullcontext()
         embeddings = self.embed(input_ids, None if text_only else pixel_values, image_places)
         with watching as trace:
-            hidden = self.family.hidden_states(self.decoder, embeddings, attention_mask, position_ids)
+            mask = attention_mask if self.masks_padding() else None
+            hidden = self.family.hidden_states(self.decoder, embeddings, mask, position_ids, sequences)
         rows = rows or supervised_rows(labels)
         logits = self.logits(hidden[rows])
         tokens = next_token_losses(logits, labels, rows)

@@ -62,7 +62,8 @@ class _CrossEntropies(torch.autograd.Function):
             # the difference comes first, so that a label with the largest score loses no digits
             losses[rows] = part.amax(1) - part.gather(1, column).squeeze(1) - probabilities.amax(1).log()
             if gradient is not None:
-                gradient[rows] = probabilities.scatter_add_(1, column, -torch.ones_like(column, dtype=torch.float32))
+                # not scatter_add_, for which CUDA may have no deterministic algorithm
+                gradient[rows] = probabilities.scatter_(1, column, probabilities.gather(1, column) - 1)
         ctx.save_for_backward(gradient)
         return losses
 

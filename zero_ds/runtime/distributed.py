@@ -18,6 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from zero_ds.runtime.environment import accelerator, has_cuda
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import WATCH
 from zero_ds.runtime.ports import free_port
@@ -33,11 +34,11 @@ def initialize() -> None:
     """Joins the process group of the launcher (DeepSpeed's or torchrun's); a single process becomes rank 0 of 1.
 
     Raises:
-        ConfigError: the ranks cannot meet at the launcher's address and port.
+        ConfigError: the ranks cannot meet at the launcher's address and port, or DS_ACCELERATOR names no device here.
     """
     if dist.is_initialized():
         return
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", accelerator())
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
@@ -50,14 +51,19 @@ def initialize() -> None:
     if int(os.environ["RANK"]):
         disable_progress_bar()  # one progress bar per job is enough
 
-    if not torch.cuda.is_available():
+    if not has_cuda():
         # DeepSpeed would now compile a shared-memory kernel, which takes minutes and a C++ compiler that not everybody
         # has; CPU ranks communicate through gloo instead
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        torch.cuda.set_device(local_rank())
+        if local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {os.environ['RANK']} wants GPU {local_rank()} of its machine, and {torch.cuda.device_count()} "
+                "can be seen; start fewer ranks, or let every rank see all GPUs (CUDA_VISIBLE_DEVICES)."
+            )
+        torch.cuda.set_device(device())
     allow_two_models_under_hpz()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if has_cuda() else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
     except dist.DistNetworkError as error:
@@ -95,8 +101,8 @@ def is_rank_zero() -> bool:
 
 
 def device() -> torch.device:
-    """Returns the device that this rank computes on: its GPU, or the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """Returns the device that this rank computes on, as DeepSpeed does: its GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if has_cuda() else torch.device("cpu")
 
 
 def device_bytes() -> float:
@@ -105,7 +111,7 @@ def device_bytes() -> float:
     Memory that other processes have taken on the GPU is not counted. The memory limit of a container or a Slurm job
     counts as the machine's memory.
     """
-    if torch.cuda.is_available():
+    if has_cuda():
         return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
     return min([psutil.virtual_memory().total, *memory_limits(Path("/proc/self/cgroup"))]) / local_world_size()
 
@@ -181,7 +187,7 @@ def memory_gib() -> dict[str, float]:
     import resource
 
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    accelerator = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    accelerator = torch.cuda.max_memory_allocated() / 2**30 if has_cuda() else 0.0
     names = ("memory_gib/host", "memory_gib/accelerator") if accelerator else ("memory_gib/host",)
     return dict(zip(names, max_over_ranks(host, accelerator), strict=False))
 
@@ -222,6 +228,27 @@ def rank_zero_first() -> Iterator[None]:
     finally:
         if is_rank_zero():
             store.set(key, "done")
+
+
+@contextlib.contextmanager
+def one_rank_at_a_time() -> Iterator[None]:
+    """Runs the block on the ranks of each machine one after another, for work that needs much memory or disk on each.
+
+    Ranks that wait poll the store, as in `rank_zero_first`. A rank that fails lets the next one go on, and the watch
+    ends them all.
+    """
+    if world_size() == 1 or not dist.is_initialized():
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, turn = _get_default_store(), next(_turns)
+    while local_rank() and not store.check([f"zero_ds/turn/{turn}/{rank() - 1}"]):
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        store.set(f"zero_ds/turn/{turn}/{rank()}", "done")
 
 
 class StopSignal:

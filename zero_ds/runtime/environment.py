@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from zero_ds.runtime.errors import ConfigError
+
 _OTHER_DEVICES = ("/dev/kfd", "/dev/dxg")
 """Device files through which torch may offer CUDA without NVIDIA's Linux driver: ROCm's, and that of WSL."""
 
@@ -42,10 +44,46 @@ def has_nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()
 
 
-def has_cuda() -> bool:
-    """Returns what `torch.cuda.is_available()` returns, without loading torch on a machine that has no such device."""
+def may_have_gpu() -> bool:
+    """Returns False where torch cannot find a GPU, because the machine has none of the devices through which it may."""
     possible = has_nvidia_driver() or any(Path(device).exists() for device in _OTHER_DEVICES)
-    if sys.platform == "linux" and not possible:
+    return possible or sys.platform != "linux"
+
+
+def accelerator() -> str:
+    """Returns the kind of device that this process computes on, `cuda` or `cpu`: the one that DeepSpeed computes on.
+
+    This is the only place that decides it. DeepSpeed takes what DS_ACCELERATOR names, or else looks for devices; once
+    it has chosen, that choice counts. torch is not loaded on a machine that cannot have a GPU.
+
+    Raises:
+        ConfigError: DS_ACCELERATOR names something else, or a GPU that torch does not see.
+    """
+    module = sys.modules.get("deepspeed.accelerator.real_accelerator")
+    chosen = getattr(module, "ds_accelerator", None)
+    named = chosen.device_name() if chosen is not None else os.environ.get("DS_ACCELERATOR")
+    if named == "cpu":
+        return "cpu"
+    if named not in (None, "cuda"):
+        raise ConfigError(f"DS_ACCELERATOR={named} is not supported; set it to cuda or cpu, or unset it.")
+    if _cuda_is_available():
+        return "cuda"
+    if named == "cuda":
+        raise ConfigError(
+            "DS_ACCELERATOR=cuda, but torch sees no GPU; look at nvidia-smi, CUDA_VISIBLE_DEVICES and torch's build, "
+            "or set DS_ACCELERATOR=cpu."
+        )
+    return "cpu"
+
+
+def has_cuda() -> bool:
+    """Returns whether this process computes on a GPU (see `accelerator`)."""
+    return accelerator() == "cuda"
+
+
+def _cuda_is_available() -> bool:
+    """Returns what `torch.cuda.is_available()` returns, without loading torch on a machine that cannot have a GPU."""
+    if not may_have_gpu():
         return False
     import torch
 

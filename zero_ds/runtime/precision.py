@@ -22,7 +22,7 @@ def bf16_is_fast() -> bool:
     if has_cuda():
         import torch
 
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = _cpu_flags(Path("/proc/cpuinfo"))
     if flags is not None:
         return any(flag in flags for flag in CPU_FLAGS)

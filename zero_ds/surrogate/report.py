@@ -15,6 +15,7 @@ from torch import nn
 from zero_ds.model.build import ModelSpec, Modules, build_model
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import SurrogateInfo, read_surrogate
+from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.precision import fast_dtype
@@ -176,7 +177,7 @@ def divergence(
     Raises:
         ConfigError, CheckpointError: the weights hold no translator, or do not fit.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.device()
     small = _load_surrogate(DecoderFolder.of(surrogate), weights, dtype).to(device)
     whole = DecoderFolder.of(target).load(dtype=dtype).eval().to(device)
     sums, agreed, counts = (np.zeros(len(samples)) for _ in range(3))

@@ -172,7 +172,9 @@ KEYS: dict[str, Rule] = {
     "aio.single_submit": BOOLEAN,
     "aio.overlap_events": BOOLEAN,
     "aio.use_gds": _only(False, True, why="it has not been tried with GPUDirect Storage"),
-    "tensorboard.enabled": _only(True, False, why="a run always writes TensorBoard's files"),
+    "tensorboard.enabled": BOOLEAN,
+    "tensorboard.output_path": replace(PATH, tried=("curves", "other/curves")),
+    "tensorboard.job_name": TEXT,
     "wandb.enabled": BOOLEAN,
     "wandb.group": TEXT,
     "wandb.team": TEXT,
@@ -252,8 +254,6 @@ REFUSED: dict[str, str] = {
     "zero_optimization.leaf_module": "is chosen here: a decoder layer is one unit where that is possible; remove it",
     "aio.thread_count": "is called intra_op_parallelism in DeepSpeed's code; rename it",
     "comet.api_key": "is a secret, and this file is copied into the run folder; set COMET_API_KEY instead",
-    "tensorboard.output_path": "is the run folder; set out in the recipe, and remove it",
-    "tensorboard.job_name": "is always tensorboard, a folder in the run folder; remove it",
 }
 """Keys that DeepSpeed documents and that no value makes usable here, with the reason and the remedy."""
 

@@ -13,8 +13,9 @@ import torch
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.data.samples import image_positions
+from zero_ds.model.attention import Sequences, is_flash
 from zero_ds.model.losses import length_classes, sums_by_length, supervised_rows
-from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.model.vlm import Known, VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import is_always_whole, keep_frozen_whole_, layers_as_leaves_, parameter_shape
@@ -150,11 +151,13 @@ class Engine:
         """Returns the arguments of the forward pass on the device, with positions that it would have to ask it for."""
         device = self.engine.device
         inputs: dict[str, Any] = {name: t.to(device, non_blocking=True) for name, t in batch.inputs().items()}
-        rows = supervised_rows(batch.labels)
-        image_places = image_positions(batch.input_ids).nonzero(as_tuple=True)
-        inputs["known"] = tuple(
-            tuple(index.to(device, non_blocking=True) for index in indices) for indices in (rows, image_places)
-        )
+        places = (supervised_rows(batch.labels), image_positions(batch.input_ids).nonzero(as_tuple=True))
+        rows, images = (tuple(index.to(device, non_blocking=True) for index in indices) for indices in places)
+        sequences = None
+        if is_flash(cast(Any, self.model.decoder).config._attn_implementation):
+            bounds = batch.sequence_bounds()
+            sequences = Sequences(bounds.to(device, non_blocking=True), int(bounds.diff().max()))
+        inputs["known"] = Known(rows, images, sequences)
         return inputs
 
     @staticmethod

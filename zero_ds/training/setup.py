@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zero_ds.config.batches import check_batches
+from zero_ds.config.batches import describe_batches, fit_to_ranks
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
@@ -35,6 +36,8 @@ from zero_ds.training.checkpoint.manifest import Manifest, describe_models, desc
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_, weights_hash
 from zero_ds.training.deepspeed import ds_config, resolve_precision
 from zero_ds.training.folders import ModelFolders
+from zero_ds.training.gathering import Units, follow_layers_
+from zero_ds.training.options import determinism
 from zero_ds.training.options.apply import check_options
 from zero_ds.training.resume import Resume
 
@@ -49,6 +52,7 @@ class Run:
     """Everything that is decided about a run before its model is loaded."""
 
     config: RunConfig
+    """Configuration with a micro-batch that fits the ranks."""
     out: Path
     """Run folder."""
     ds: dict[str, Any]
@@ -81,14 +85,18 @@ def start_run(config: RunConfig) -> Run:
     stop = distributed.StopSignal()
     stages.stage_of(config)
     world_size = distributed.world_size()
-    check_batches(config, world_size)
+    asked, config = config.micro_batch, fit_to_ranks(config, world_size)
+    logger.info("%s", describe_batches(config, world_size, asked))
     for remark in stages.remarks(config):
         logger.warning(remark)
     ds = ds_config(config, world_size)
     check_options(config)
+    determinism.apply(config)
     resume = Resume.find(out, config)
     seed_everything(config.seed)
-    return Run(config, out, ds, ModelFolders.of(config), resume, stop)
+    folders = ModelFolders.of(config)
+    follow_layers_(ds, Units.of_folder(folders.decoder))
+    return Run(config, out, ds, folders, resume, stop)
 
 
 def make_folder(out: Path) -> None:
@@ -129,26 +137,31 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
 
     folders = folders or ModelFolders.of(config)
     dtype = resolve_precision(config)
+    sharded = ds["zero_optimization"].get("stage") == 3
     # while this object is alive, from_pretrained fills ZeRO-3 partitions directly
-    keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"].get("stage") == 3 else None
-    model = build_model(
-        ModelSpec(
-            decoder=folders.decoder,
-            encoder=folders.encoder,
-            encoder_config=config.encoder,
-            adapter_config=config.adapter,
-            dtype=dtype,
-            attention=config.attention,
-            seed=config.seed,
-            lora=config.lora,
-        )
-    )
-    if config.distill.active:
-        if model.plan is None:
-            raise ConfigError(
-                "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
+    keep_alive = HfDeepSpeedConfig(ds) if sharded else None
+    # without ZeRO-3 every rank reads all of the model: the next one of a machine begins when this one's is on its GPU
+    with contextlib.nullcontext() if sharded else distributed.one_rank_at_a_time():
+        model = build_model(
+            ModelSpec(
+                decoder=folders.decoder,
+                encoder=folders.encoder,
+                encoder_config=config.encoder,
+                adapter_config=config.adapter,
+                dtype=dtype,
+                attention=config.attention,
+                seed=config.seed,
+                lora=config.lora,
             )
-        model.teacher = Teacher(model, folders.target, config.distill, dtype)
+        )
+        if config.distill.active:
+            if model.plan is None:
+                raise ConfigError(
+                    "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
+                )
+            model.teacher = Teacher(model, folders.target, config.distill, dtype)
+        if not sharded and config.frozen_weights == "native":  # rounded weights move later, because they are smaller
+            model.to(distributed.device())
     del keep_alive
     check_loaded(model, folders.decoder)
     return model
@@ -175,7 +188,8 @@ def make_loader(
     )
     skip_bad = config.data.bad_samples == "skip"
     with distributed.rank_zero_first():
-        records = Records(config.data.sources, skip_bad=skip_bad)
+        permute = config.seed if config.data.shuffle else None
+        records = Records(config.data.sources, skip_bad=skip_bad, permute=permute)
     return Loader(
         records=records,
         sample_encoder=encode,

@@ -12,6 +12,8 @@ from zero_ds.training import stages
 from zero_ds.training.engine import Engine
 from zero_ds.training.loop import loop
 from zero_ds.training.options.apply import apply_options_
+from zero_ds.training.options.fallback import more_recomputation_if_out_of_memory
+from zero_ds.training.options.recompute import recomputed_layers
 from zero_ds.training.setup import describe, load_initial_weights, load_model, make_loader, start_run, total_steps
 from zero_ds.training.skipped import SkippedSamples
 
@@ -23,10 +25,12 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         ConfigError, CheckpointError, DataError: an error that the user can fix, in one sentence.
+        NoMemoryError: memory has run out, with or without a next attempt that may help.
         FloatingPointError: a loss or gradient that is not finite; that step has updated nothing.
     """
     distributed.initialize()
     run = start_run(config)
+    config = run.config
     model = load_model(config, run.ds, run.folders)
     loader = make_loader(config, model, folders=run.folders)
     gc.freeze()  # DeepSpeed collects garbage several times while it sets up, and need not look at what exists by now
@@ -43,7 +47,8 @@ def train(config: RunConfig) -> Path:
     groups = stages.freeze_(model, config)
     apply_options_(model, config, run.ds)
     model.train()
-    engine = Engine(config, model, groups, total, run.ds)
-    run.resume.restore_(engine, skipped, total)
-    run.write_settings()
-    return loop(run, engine, loader, skipped, manifest, total)
+    with more_recomputation_if_out_of_memory(config, distributed.world_size(), *recomputed_layers(model)):
+        engine = Engine(config, model, groups, total, run.ds)
+        run.resume.restore_(engine, skipped, total)
+        run.write_settings()
+        return loop(run, engine, loader, skipped, manifest, total)

@@ -13,6 +13,7 @@ import torch
 
 from zero_ds.data.formats import DataError
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import new_folder
 from zero_ds.runtime.hub import local_folder
@@ -124,7 +125,7 @@ def _measure(folder: DecoderFolder, setting: Setting, options: TrajectoryOptions
         system_prompt=options.system_prompt,
     )
     dtype = dtype_of(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.device()
     metric = METRICS[options.metric]
     if options.stream_layers:
         scratch = out.absolute().parent

@@ -267,7 +267,7 @@ def _one_layer(files: LayerFiles, layer: int) -> Any:
         values = getattr(files.config, key, None)
         if isinstance(values, list):
             setattr(config, key, [values[layer]])
-    attention = "sdpa" if "sdpa" in files.family.attentions else "eager"
+    attention = files.family.attention("sdpa")
     with init_empty_weights(include_buffers=False):
         return AutoModel.from_config(config, dtype=files.dtype, attn_implementation=attention).eval()
 

@@ -151,5 +151,5 @@ def _served(loaded: LoadedModel) -> LM:
             dtype=cast(Any, served.dtype),
             max_length=served.max_length,
             tensor_parallel_size=served.tensor_parallel,
-            **device_options(),
+            **device_options(served),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from zero_ds.evaluation.suites.lmms_model import ZeroDs
 from zero_ds.evaluation.suites.lookup import TaskLookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.suites.results import Measured, Score
 from zero_ds.evaluation.suites.scores import task_scores
-from zero_ds.evaluation.suites.tasks import BINARY_PROMPT, SuiteOptions, Task
+from zero_ds.evaluation.suites.tasks import BINARY_PROMPT, SuiteOptions, Task, check_judge
 from zero_ds.grafting.named_model import LoadedModel
 from zero_ds.runtime import distributed
 
@@ -44,6 +45,8 @@ class LmmsEval(TaskLookup[TaskManager]):
     def check(self, tasks: tuple[Task, ...], options: SuiteOptions) -> None:
         """See `Harness.check`."""
         with self._tasks(tasks) as (manager, names):
+            own = [name for name in names if _is_harness_own(manager, name)]
+            check_judge(own, os.environ)
             counts = {}
             for name in names:
                 with reading_data([name]), truncated_images_are_errors():
@@ -100,6 +103,12 @@ class LmmsEval(TaskLookup[TaskManager]):
             }
             (scratch / f"{_name(task)}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         return TaskManager(include_path=[str(scratch), *manager.include_path], include_defaults=False)
+
+
+def _is_harness_own(manager: TaskManager, name: str) -> bool:
+    """Returns whether a task comes from lmms-eval's own folder."""
+    path = str(manager.task_index[name].get("yaml_path"))
+    return Path(path).is_relative_to(Path(lmms_eval.tasks.__file__).parent)
 
 
 def _name(task: Task) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from zero_ds.runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 HarnessName = Literal["lm-eval", "lmms-eval"]
 BINARY = ":binary"
@@ -76,13 +80,17 @@ WITHOUT_JUDGE = (
     Task("pope"),
     Task("pope", binary=True),
     Task("seedbench"),
-    Task("mmbench_en_dev"),
+    Task("mmbench_en_dev_static"),
     Task("gqa"),
     Task("vizwiz_vqa_val"),
     Task("cv_bench"),
 )
 JUDGED = (Task("mmvet"), Task("llava_in_the_wild"))
 """Tasks whose answers another model judges; they need an API key."""
+JUDGE = "gpt-4o-2024-11-20"
+"""Model that lmms-eval 0.7.3 asks unless MODEL_VERSION names another."""
+API_KEYS = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
+"""Variable with the key of the judge, by lmms-eval's API_TYPE."""
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -92,6 +100,35 @@ SUITES: dict[str, Suite] = {
         Suite("paper-vision", "lmms-eval", (*WITHOUT_JUDGE, *JUDGED)),
     )
 }
+
+
+def needs_judge(name: str) -> bool:
+    """Returns whether lmms-eval's task of this name asks another model about answers.
+
+    MMBench does so about answers in which it finds no letter. Without a key it tries for minutes and then draws a
+    letter at random. Its tasks named `_static` look for a letter and count an answer without one as wrong.
+    """
+    return name in {task.name for task in JUDGED} or (name.startswith("mmbench") and not name.endswith("_static"))
+
+
+def check_judge(names: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Checks that the judge of these tasks of lmms-eval can be asked, and logs which model it is.
+
+    Raises:
+        ConfigError: a task needs a judge, and there is no key for its API.
+    """
+    judged = [name for name in names if needs_judge(name)]
+    if not judged:
+        return
+    judge, kind = environment.get("MODEL_VERSION", JUDGE), environment.get("API_TYPE", "openai")
+    key = API_KEYS.get(kind, API_KEYS["openai"])
+    if not environment.get(key):
+        instead = "; mmbench_en_dev_static needs no judge" * any(name.startswith("mmbench") for name in judged)
+        raise ConfigError(
+            f"{', '.join(judged)}: the model {judge} judges the answers (MODEL_VERSION names another), and {key} is "
+            f"not set; set it, or leave the task out{instead}."
+        )
+    logger.info("%s judges the answers to %s", judge, ", ".join(judged))
 
 
 def parse_task(label: str) -> Task:

@@ -45,6 +45,10 @@ class DeviceOptions:
     """Name in `offload.DEVICE_MAPS`; None keeps the whole model on one device."""
     offload_folder: Path | None = None
     """Folder for layers on disk, with the device map `disk`."""
+    max_model_len: int | None = None
+    """Longest prompt with its answer in tokens, with vLLM; None takes what fits."""
+    gpu_memory_share: float | None = None
+    """Share of each GPU's memory that vLLM may use; None takes `Served.memory_share`."""
 
     def check(self) -> None:
         """Checks the options, alone and together, before anything is loaded.
@@ -63,6 +67,13 @@ class DeviceOptions:
         check_device_map(self.device_map, self.offload_folder)
         if self.engine == "transformers" and self.tensor_parallel > 1:
             raise ConfigError("--tensor-parallel is for --engine vllm; leave it out or choose that engine.")
+        for name, value in (("max-model-len", self.max_model_len), ("gpu-memory-share", self.gpu_memory_share)):
+            if self.engine == "transformers" and value is not None:
+                raise ConfigError(f"--{name} is for --engine vllm; leave it out or choose that engine.")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"--max-model-len must be at least 1, not {self.max_model_len}.")
+        if self.gpu_memory_share is not None and not 0 < self.gpu_memory_share <= 1:
+            raise ConfigError(f"--gpu-memory-share must be above 0 and at most 1, not {self.gpu_memory_share:g}.")
         if distributed.world_size() > 1 and (self.engine == "vllm" or self.device_map):
             option = "--engine vllm" if self.engine == "vllm" else "--device-map"
             raise ConfigError(f"{option} uses this machine's devices in one process; start it without a launcher.")
@@ -84,7 +95,15 @@ def load(named: NamedModel, dtype: str, options: DeviceOptions) -> LoadedModel:
     if options.engine == "vllm":
         from zero_ds.grafting.engines.vllm import load_served
 
-        return load_served(named, dtype=torch_dtype, device=device, tensor_parallel=options.tensor_parallel)
+        share = {} if options.gpu_memory_share is None else {"memory_share": options.gpu_memory_share}
+        return load_served(
+            named,
+            dtype=torch_dtype,
+            device=device,
+            tensor_parallel=options.tensor_parallel,
+            max_length=options.max_model_len,
+            **share,
+        )
     from zero_ds.grafting.named_model import load_model
 
     return load_model(

@@ -36,8 +36,10 @@ from zero_ds.training.checkpoint.checkpoint import find_checkpoint
 logger = logging.getLogger(__name__)
 
 ENGINES = ("transformers", "vllm")
-DEVICE_SHARE = 0.85
-"""Share of a GPU's memory that vLLM may use; the vision encoder needs the rest."""
+WORKING_BYTES = 4 << 30
+"""Bytes of a GPU that vLLM needs besides weights and cache: CUDA's context, graphs, activations of its own."""
+REQUESTS = 2
+"""Number of longest requests that should fit into vLLM's cache at once, where the length is not given."""
 CHANGES_DECODER = ("decoder.", "lora.", "early.")
 """Prefixes of tensors in a weights file that change the decoder of a graft."""
 
@@ -55,11 +57,20 @@ def check_installed() -> None:
 
 
 def load_served(
-    named: NamedModel, *, dtype: torch.dtype, device: torch.device | str = "cpu", tensor_parallel: int = 1
+    named: NamedModel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    tensor_parallel: int = 1,
+    max_length: int | None = None,
+    memory_share: float = Served.memory_share,
 ) -> LoadedModel:
     """Loads a model as `load_model` does, but leaves the decoder's layers to vLLM, which starts on first use.
 
     The decoder passes through host memory once.
+
+    max_length: longest prompt with its answer, in tokens; None takes what fits (`fitting_length`). memory_share: share
+    of each GPU's memory that vLLM may use.
 
     Raises:
         ConfigError, CheckpointError: as `load_model`; vLLM is not installed; the devices cannot share the decoder.
@@ -68,11 +79,18 @@ def load_served(
     _check_tensor_parallel(named, tensor_parallel)
     _set_environment(tensor_parallel)
     loaded = load_model(named, dtype=dtype)
+    allowed = loaded.encoder.max_length
+    if max_length is not None and max_length > allowed:
+        raise ConfigError(f"--max-model-len {max_length} is more than the {allowed} positions of {named.name}.")
+    longest = max_length or min(allowed, fitting_length(loaded, tensor_parallel, memory_share))
+    if longest < allowed:
+        logger.info("prompts and answers may have %d tokens in vLLM; the decoder would allow %d", longest, allowed)
+    loaded = replace(loaded, encoder=replace(loaded.encoder, max_length=longest))
     folder = named.folder if _decoder_is_in_folder(named) else _write_decoder(loaded)
     backbone: Any = getattr(loaded.model.decoder, loaded.model.family.backbone)
     backbone.layers = torch.nn.ModuleList()
     loaded.model.to(device)
-    served = Served(folder, str(dtype).removeprefix("torch."), loaded.encoder.max_length, tensor_parallel)
+    served = Served(folder, str(dtype).removeprefix("torch."), longest, tensor_parallel, memory_share)
     return replace(loaded, served=served)
 
 
@@ -87,6 +105,36 @@ def _set_environment(tensor_parallel: int) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, spare // tensor_parallel)))
         if tensor_parallel > 1:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def fitting_length(loaded: LoadedModel, tensor_parallel: int, memory_share: float) -> int:
+    """Returns a length in tokens of which `REQUESTS` requests fit into vLLM's cache of keys and values.
+
+    vLLM does not start if not even one fits, and by itself it would ask for the decoder's greatest length.
+
+    Raises:
+        ConfigError: the weights leave no room.
+    """
+    decoder = cast(Any, loaded.model.decoder)
+    config = decoder.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    itemsize = next(decoder.parameters()).dtype.itemsize
+    of_token = 2 * config.num_hidden_layers * max(1, heads // tensor_parallel) * size * itemsize
+    if torch.cuda.is_available():
+        weights = sum(p.nbytes for p in decoder.parameters()) / tensor_parallel
+        total = torch.cuda.get_device_properties(0).total_memory
+        room = memory_share * total - weights - WORKING_BYTES
+    else:
+        total, weights = 0, 0
+        room = int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) << 30
+    length = int(room / REQUESTS / of_token)
+    if length < 1:
+        raise ConfigError(
+            f"{memory_share:g} of a GPU's {total / 2**30:.0f} GiB leaves no room next to {weights / 2**30:.0f} GiB of "
+            "weights; raise --tensor-parallel or --gpu-memory-share."
+        )
+    return length
 
 
 def _check_tensor_parallel(named: NamedModel, count: int) -> None:
@@ -157,7 +205,7 @@ def _llm(served: Served) -> Any:
             enable_prompt_embeds=True,
             generation_config="vllm",  # the folder's own would sample and penalise repetitions
             disable_log_stats=True,
-            **device_options(),
+            **device_options(served),
         )
 
 
@@ -171,9 +219,9 @@ def starting() -> Iterator[None]:
         raise ConfigError(f"vLLM does not start ({reason[:300].rstrip('.')}); its own lines above say why.") from None
 
 
-def device_options() -> dict[str, Any]:
+def device_options(served: Served) -> dict[str, Any]:
     """Returns vLLM's options for this machine's devices. On the CPU it must not compile, which needs a C++ compiler."""
-    return {"gpu_memory_utilization": DEVICE_SHARE, "enforce_eager": not torch.cuda.is_available()}
+    return {"gpu_memory_utilization": served.memory_share, "enforce_eager": not torch.cuda.is_available()}
 
 
 @torch.inference_mode()

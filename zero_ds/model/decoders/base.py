@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from zero_ds.model.attention import Sequences, is_flash
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -37,8 +39,12 @@ class Family:
     """Unused special tokens of the family's vocabularies. An export uses one of them as its image placeholder."""
     per_layer_config: tuple[str, ...] = ("layer_types",)
     """Config entries with one item per layer, which are cut like the layers."""
-    attentions: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
-    """Attention implementations that compute the family's attention correctly."""
+    wrong_attentions: tuple[str, ...] = ()
+    """Implementations of attention that do not compute the family's attention; eager takes their place."""
+
+    def attention(self, name: str) -> str:
+        """Returns the implementation of attention that the family uses where `name` is asked for."""
+        return "eager" if name in self.wrong_attentions else name
 
     def layers(self, decoder: nn.Module) -> nn.ModuleList:
         """Returns the decoder layers."""
@@ -54,21 +60,30 @@ class Family:
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> torch.Tensor:
         """Runs the decoder, including its final norm: (batch, seq, hidden) -> (batch, seq, hidden).
 
+        attention_mask: (batch, seq), 1 at tokens; None where rows are full, or padded on the right alone: a token
+        attends to nothing after it, so that padding there needs no mask.
         position_ids: (batch, seq), only for rows that hold several samples, each of which starts at position 0.
         Attention then stays inside the samples, and attention_mask is ignored.
+        sequences: those of the batch, for flash attention, which without them asks the device in every layer.
         """
         backbone = getattr(decoder, self.backbone)
-        if position_ids is None:
-            output = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
-            return cast(torch.Tensor, output.last_hidden_state)
+        options: dict[str, Any] = {"use_cache": False}
+        flash = is_flash(backbone.config._attn_implementation)
+        if flash and sequences is not None:
+            options |= {"cu_seq_lens_q": sequences.bounds, "cu_seq_lens_k": sequences.bounds}
+            options |= {"max_length_q": sequences.longest, "max_length_k": sequences.longest}
+            attention_mask = None
         shape = inputs_embeds.shape
-        if backbone.config._attn_implementation == "flash_attention_2":
-            # transformers finds the samples of a row by their positions; with flash attention only if there is one row
-            inputs_embeds, position_ids = inputs_embeds.flatten(0, 1).unsqueeze(0), position_ids.reshape(1, -1)
-        output = backbone(inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False)
+        if position_ids is None:
+            output = backbone(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+        else:
+            if flash:  # transformers finds the samples of a row by their positions, but only if there is one row
+                inputs_embeds, position_ids = inputs_embeds.flatten(0, 1).unsqueeze(0), position_ids.reshape(1, -1)
+            output = backbone(inputs_embeds=inputs_embeds, position_ids=position_ids, **options)
         return cast(torch.Tensor, output.last_hidden_state).reshape(shape)
 
     def logits(self, decoder: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

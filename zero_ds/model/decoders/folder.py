@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import json
 import logging
 import re
@@ -16,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zero_ds.model.attention import check_attention
 from zero_ds.model.decoders import Family, family_of_type
 from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import load_complete, load_tokenizer, model_hash
@@ -330,22 +330,18 @@ class DecoderFolder:
     def load(self, *, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
         """Loads the causal LM; under an active ZeRO-3 config it is loaded straight into partitions.
 
-        attention: an attention implementation; if the family does not have it, the family's first one is used.
+        attention: an implementation of attention; eager, if the family cannot use that one.
 
         Raises:
-            ConfigError: as `load_complete`; flash attention is not installed.
+            ConfigError: as `load_complete`; or the implementation cannot be used here (`check_attention`).
         """
         from transformers import AutoModelForCausalLM
 
         family = self.family
-        if attention not in family.attentions:
-            logger.info("%s has no %s attention; %s is used", family.name, attention, family.attentions[0])
-            attention = family.attentions[0]
-        if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-            raise ConfigError(
-                "attention=flash_attention_2 needs flash-attn, which is not installed; with a GPU: pip install "
-                "'zero_ds[flash]', else attention=sdpa."
-            )
+        if family.attention(attention) != attention:
+            logger.info("%s has no %s attention; %s is used", family.name, attention, family.attention(attention))
+            attention = family.attention(attention)
+        check_attention(attention)
         more: dict[str, Any] = {"config": self.text_config()}  # or the library would read config.json once more
         if self.is_multimodal:
             more["key_mapping"] = {f"^{re.escape(old)}": new for old, new in family.towers}

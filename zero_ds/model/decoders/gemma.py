@@ -6,7 +6,7 @@ GEMMA2 = Family(
     name="gemma2",
     model_types=("gemma2",),
     image_tokens=("<unused0>",),
-    attentions=("eager", "flash_attention_2"),  # sdpa cannot soft-cap attention scores
+    wrong_attentions=("sdpa",),  # it cannot soft-cap attention scores
 )
 GEMMA3 = Family(
     name="gemma3",

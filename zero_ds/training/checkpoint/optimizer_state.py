@@ -39,7 +39,7 @@ class OptimizerState:
             for flat in flats:
                 if flat.numel() and not self.inner.state[flat]:  # empty: swapped out to a disk
                     moments = {key: torch.zeros_like(flat.data) for key in KEYS[1:]}
-                    self.inner.state[flat] = {"step": torch.tensor(0.0), **moments}
+                    self.inner.state[flat] = {"step": _step_count(flat, 0), **moments}
         link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
@@ -160,8 +160,7 @@ class OptimizerState:
             for flat in flats:
                 state = self.inner.state.get(flat, {})
                 if name in counts and "step" in state:
-                    step = state["step"]
-                    state["step"] = torch.full_like(step, counts[name]) if torch.is_tensor(step) else counts[name]
+                    state["step"] = _step_count(flat, counts[name])
 
     def loss_scalars(self) -> dict[str, float]:
         """Returns the scalars to plot: fp16's loss scale."""
@@ -180,3 +179,12 @@ class OptimizerState:
         for key, value in values.items():
             if key in _SCALER and hasattr(scaler, key):
                 setattr(scaler, key, type(getattr(scaler, key))(value))
+
+
+def _step_count(flat: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns Adam's step count for the parameters in `flat`, in the form that torch's fused update needs.
+
+    The kernel of a GPU reads the count on the GPU: one in host memory is an error of the first update. All other state
+    lies where its parameter lies because it is made from it.
+    """
+    return torch.full((), float(count), dtype=torch.float32, device=flat.device)

@@ -3,6 +3,8 @@
 int8.py         frozen decoder layers in 8 bits                                 frozen_weights=int8
 liger.py        fused kernels in the decoder                                    kernels=liger
 recompute.py    activation checkpointing of decoder layers                      activation_checkpointing=...
+fallback.py     more of it, once, where memory has run out all the same         activation_checkpointing=auto
+determinism.py  deterministic algorithms alone, before anything is computed     deterministic=true
 compilation.py  decoder layers compiled by torch; applied by the engine, which  compile=true
                 knows the layers that ZeRO-3 has put hooks into
 sharding.py     which of them a DeepSpeed JSON rules out
@@ -13,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.model.attention import check_attention
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training.options import compilation, int8, liger, recompute
 
@@ -26,6 +29,7 @@ def check_options(config: RunConfig) -> None:
     Raises:
         ConfigError: two options exclude each other, or a library, a compiler or a GPU is missing.
     """
+    check_attention(config.attention, trains=True)
     compilation.check(config)
     liger.check(config)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.runtime.environment import has_cuda
 from zero_ds.runtime.errors import ConfigError
 
 VARIANTS = 64
@@ -32,7 +33,7 @@ def check(config: RunConfig) -> None:
 
 def _compiler() -> str | None:
     """Returns the path of a compiler that torch can use; None if there is none."""
-    if torch.cuda.is_available():  # Triton compiles the code that starts its kernels
+    if has_cuda():  # Triton compiles the code that starts its kernels
         return shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.runtime.environment import has_cuda
 from zero_ds.runtime.errors import ConfigError
 
 ROTATE = "apply_rotary_pos_emb"
@@ -34,7 +34,7 @@ def check(config: RunConfig) -> None:
             "kernels=liger needs liger-kernel, which is not installed; with a GPU: pip install 'zero_ds[kernels]', "
             "else kernels=torch."
         )
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if not has_cuda() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("kernels=liger needs a GPU, and there is none here; set kernels=torch.")
 
 

@@ -20,6 +20,7 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import resolve_precision
+from zero_ds.training.options.fallback import recomputes_all
 from zero_ds.training.planning.activations import longest_sample_bytes
 from zero_ds.training.planning.architecture import architecture
 from zero_ds.training.planning.cluster import PROCESS_GIB, RESERVE_GIB
@@ -50,6 +51,15 @@ def checkpoint_activations_(model: VisionLanguageModel, config: RunConfig, ds: d
     depth = len(model.family.layers(model.decoder))
     if config.activation_checkpointing != "auto":
         recompute_(model, range(depth) if config.activation_checkpointing else ())
+        return
+    if distributed.max_over_ranks(float(recomputes_all(config, distributed.world_size())))[0]:
+        recompute_(model, range(depth))
+        if distributed.is_rank_zero():
+            logger.warning(
+                "activation checkpointing: all %d decoder layers are recomputed, because an earlier attempt "
+                "ran out of memory with fewer",
+                depth,
+            )
         return
     usable = usable_bytes()
     choice = choose(config, ds, distributed.world_size(), usable, model.plan)
@@ -83,7 +93,15 @@ def recompute_(model: VisionLanguageModel, layers: Collection[int]) -> None:
     for number, layer in enumerate(model.family.layers(model.decoder)):
         assert isinstance(layer, GradientCheckpointingLayer), "layers of another kind would ignore these attributes"
         layer.gradient_checkpointing = number in layers
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        # nothing is drawn at random in a layer, and keeping the generator's state would wait for the device in each
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        layer._gradient_checkpointing_func = again  # type: ignore[assignment]
+
+
+def recomputed_layers(model: VisionLanguageModel) -> tuple[int, int]:
+    """Returns the number of decoder layers that are recomputed, and that of all decoder layers."""
+    layers = list(model.family.layers(model.decoder))
+    return sum(bool(getattr(layer, "gradient_checkpointing", False)) for layer in layers), len(layers)
 
 
 def usable_bytes() -> float:

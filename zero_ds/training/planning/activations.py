@@ -268,8 +268,7 @@ def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterato
     turns the mask into numbers of the type that is computed in. Variable-length kernels take no mask.
     """
     masks: list[float] = []
-    if attention not in model.family.attentions:
-        attention = model.family.attentions[0]
+    attention = model.family.attention(attention)
     if attention == "eager":
         yield masks
         return

@@ -15,6 +15,7 @@ from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
+from zero_ds.training.gathering import Units
 from zero_ds.training.options.int8 import quantize_
 from zero_ds.training.planning.flops import step_cost
 from zero_ds.training.planning.model_config import find_config
@@ -127,6 +128,8 @@ def architecture(
         frozen=[p.numel() for p in frozen] + ([replaced] if replaced else []),
         frozen_bytes=sum(p.nbytes for p in frozen) + replaced * (1 if int8 else dtype.itemsize),
         largest_unit=_largest_unit(model),
+        units=Units.of_sizes({n: p.numel() for n, p in model.decoder.named_parameters()}, model.family.layer_prefix),
+        frozen_layers=_frozen_layers(model),
         image_tokens=model.tokens_per_image(),
         cost=step_cost(model),
         sources=tuple(sources),
@@ -136,8 +139,12 @@ def architecture(
 
 def _largest_unit(model: VisionLanguageModel) -> int:
     """Returns the elements of the largest unit that ZeRO-3 gathers at once."""
-    layers = model.family.layers(model.decoder)
-    frozen = [layer for layer in layers if not any(p.requires_grad for p in layer.parameters())]
-    units = [sum(p.numel() for p in layer.parameters()) for layer in frozen]
+    units = [sum(layer) for layer in _frozen_layers(model)]
     units += [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     return max(units)
+
+
+def _frozen_layers(model: VisionLanguageModel) -> list[list[int]]:
+    """Returns the elements of the parameters of every frozen decoder layer."""
+    layers = [list(layer.parameters()) for layer in model.family.layers(model.decoder)]
+    return [[p.numel() for p in layer] for layer in layers if not any(p.requires_grad for p in layer)]

@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from zero_ds.runtime.files import write_atomically
+from zero_ds.training.gathering import Units
 from zero_ds.training.stages import Part
 
 logger = logging.getLogger(__name__)
@@ -47,23 +48,22 @@ class ActivationBytes:
     loss_slice: float
     """Bytes of the float32 part of the logits that the loss works on at a time."""
     mask: float = 0.0
-    """Additional bytes of each layer where sdpa gets a mask, that is where rows are padded or packed."""
+    """Additional bytes of each layer where sdpa gets a mask, that is where rows are packed."""
 
     def times(self, micro_batch: int) -> ActivationBytes:
         """Returns the bytes of `micro_batch` samples, padded to the longest; the loss's slice is limited to `SLICE`."""
-        one = self.with_mask() if micro_batch > 1 else self
         return replace(
-            one,
-            outside=one.outside * micro_batch,
-            layers=tuple(size * micro_batch for size in one.layers),
-            second_pass=tuple(size * micro_batch for size in one.second_pass),
-            layer_input=one.layer_input * micro_batch,
-            scores=one.scores * micro_batch,
-            loss_slice=min(one.loss_slice * micro_batch, COPIES * SLICE),
+            self,
+            outside=self.outside * micro_batch,
+            layers=tuple(size * micro_batch for size in self.layers),
+            second_pass=tuple(size * micro_batch for size in self.second_pass),
+            layer_input=self.layer_input * micro_batch,
+            scores=self.scores * micro_batch,
+            loss_slice=min(self.loss_slice * micro_batch, COPIES * SLICE),
         )
 
     def with_mask(self) -> ActivationBytes:
-        """Returns the bytes of a row that is padded or packed."""
+        """Returns the bytes of a packed row."""
         return replace(self, layers=self._masked(self.layers), second_pass=self._masked(self.second_pass), mask=0.0)
 
     def _masked(self, sizes: tuple[float, ...]) -> tuple[float, ...]:
@@ -188,6 +188,10 @@ class ModelSize:
     """Bytes of all other parameters where they are not sharded; those in 8 bits take one byte each."""
     largest_unit: int
     """Elements of the largest unit that ZeRO-3 gathers at once: a frozen layer, or a module's own parameters."""
+    units: Units
+    """Sizes of the decoder's units, by which ZeRO-3 gathers ahead."""
+    frozen_layers: list[list[int]]
+    """Elements of the parameters of every frozen decoder layer, each of which ZeRO-3 gathers as one unit."""
     image_tokens: int
     """Number of positions that an image takes in the decoder; 0 without a vision encoder."""
     cost: StepCost

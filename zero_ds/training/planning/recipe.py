@@ -8,10 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from zero_ds.config.batches import largest_divisor
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config, ds_config_names
+from zero_ds.training.gathering import follow_layers_
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import AverageSample, DataOverrides, DataSize, data_size, steps_of
 from zero_ds.training.planning.memory import GIB, Memory, memory, recomputed
@@ -120,7 +122,7 @@ def plan_run(
     kind = found or DataSize(float(vision), float(not vision))
     sample = kind.average(size.image_tokens, config.data.max_length, data)
     micro_batches = [n for n in range(1, of_rank + 1) if of_rank % n == 0]
-    shown = max(n for n in micro_batches if n <= max(1, config.micro_batch))
+    shown = largest_divisor(of_rank, config.micro_batch)
     planner = _Planner(config, cluster, size, activations, sample, micro_batches, shown)
 
     options: list[Option] = []
@@ -129,6 +131,7 @@ def plan_run(
         changed = config.model_copy(update={"zero": name, "nvme_path": config.nvme_path or "/nvme"})
         try:
             ds = ds_config(changed, cluster.gpus, cluster.ranks_per_node)
+            follow_layers_(ds, size.units)
         except ConfigError as error:
             if name == config.zero:
                 raise

@@ -1,11 +1,12 @@
 """Seconds of an optimizer step: computing from FLOPs, communication from the volume of the ZeRO variant.
 
     computing = (FLOPs of the method + recomputed forward passes) / (peak x mfu)
-    step      = max(computing, collectives during the passes) + update (and collectives after the passes)
+    step      = max(computing, overlapped) + exposed + update (and collectives after the passes)
 
-cluster.py has the time of a collective. Collectives are assumed to overlap fully with the passes (`overlap_comm`,
-prefetch), which is the best case; what DeepSpeed gathers after the update does not overlap. Latencies, stragglers,
-padding and data loading are not counted. Volumes follow the ZeRO paper (arXiv:1910.02054, section 7) and ZeRO++'s hpZ
+cluster.py has the time of a collective. Of the collectives during the passes, those are exposed that nothing overlaps:
+gradients without `overlap_comm`, and the part of each frozen layer that ZeRO-3 does not prefetch (gathering.py). All
+others are assumed to overlap fully, which is the best case. Latencies, stragglers, padding and data loading are not
+counted. Volumes follow the ZeRO paper (arXiv:1910.02054, section 7) and ZeRO++'s hpZ
 (arXiv:2306.10209).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zero_ds.training.gathering import share_ahead
 from zero_ds.training.planning.cluster import ASSUMED, PCIE, Cluster
 from zero_ds.training.planning.data import AverageSample
 from zero_ds.training.planning.memory import PERSISTENT, Memory
@@ -27,7 +29,7 @@ class Step:
     computing: float
     """Seconds of the passes."""
     communication: float
-    """Seconds of the collectives during the passes."""
+    """Seconds of the collectives during the passes, the exposed ones included."""
     update: float
     """Seconds of the optimizer, of transfers to and from its place, and of gathers after it."""
     flops: float
@@ -35,11 +37,13 @@ class Step:
     gpus: int
     peak: float
     """FLOP/s of a GPU."""
+    exposed: float = 0.0
+    """Seconds of those collectives during the passes that no computing overlaps."""
 
     @property
     def seconds(self) -> float:
         """Seconds of the step."""
-        return max(self.computing, self.communication) + self.update
+        return max(self.computing, self.communication - self.exposed) + self.exposed + self.update
 
     @property
     def mfu(self) -> float:
@@ -77,27 +81,39 @@ def step(model: ModelSize, ds: dict[str, Any], memory: Memory, cluster: Cluster,
     """
     computing = work.computed / (cluster.gpus * cluster.peak * cluster.mfu)
     if ds["zero_optimization"]["stage"] == 3:
-        during, after = _sharded(model, ds, cluster, accumulation)
+        found = _sharded(model, ds, cluster, accumulation)
     else:
-        during, after = _whole(model, ds, cluster, accumulation)
-    update = after + _update(model, ds, memory, cluster)
-    return Step(computing, during, update, work.method, cluster.gpus, cluster.peak)
+        found = _whole(model, ds, cluster, accumulation)
+    update = found.after + _update(model, ds, memory, cluster)
+    return Step(computing, found.during, update, work.method, cluster.gpus, cluster.peak, found.exposed)
 
 
-def _whole(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Collectives:
+    """Seconds of a step's collectives."""
+
+    during: float
+    """During the passes."""
+    exposed: float
+    """Those of them that no computing overlaps."""
+    after: float
+    """After the passes."""
+
+
+def _whole(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> _Collectives:
     """Returns the seconds of collectives during and after the passes under stages 0 to 2.
 
     Gradients are reduced once per step (stage 2: once per micro-batch), and updated parameters are gathered afterwards.
     """
     once = cluster.collective(model.itemsize * sum(model.trained), cluster.gpus)
-    stage = ds["zero_optimization"]["stage"]
-    if stage == 0:
-        return 2 * once, 0.0
-    reductions = accumulation if stage == 2 else 1
-    return reductions * once, once
+    zero = ds["zero_optimization"]
+    if zero["stage"] == 0:
+        return _Collectives(2 * once, 0.0, 0.0)
+    reduced = (accumulation if zero["stage"] == 2 else 1) * once
+    return _Collectives(reduced, 0.0 if zero.get("overlap_comm", False) else reduced, once)
 
 
-def _sharded(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
+def _sharded(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> _Collectives:
     """Returns the seconds of collectives during and after the passes under stage 3.
 
     Every forward and backward pass gathers the parameters, and every backward pass reduces and scatters the gradients.
@@ -121,7 +137,11 @@ def _sharded(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulatio
         gathers += moved / (PCIE * 1e9)
     elif device == "nvme":
         gathers += moved / (ASSUMED["disk"] / cluster.ranks_per_node * 1e9)
-    return gathers + reduced, cluster.collective(persistent, cluster.gpus)
+    layers = [[size for size in layer if size > threshold] for layer in model.frozen_layers]
+    late = sum((1 - share_ahead(zero, sum(layer))) * sum(layer) for layer in layers)
+    exposed = 2 * accumulation * cluster.collective(b * late, group if group > 1 else cluster.gpus)
+    exposed += 0.0 if zero.get("overlap_comm", True) else reduced
+    return _Collectives(gathers + reduced, exposed, cluster.collective(persistent, cluster.gpus))
 
 
 def _device(zero: dict[str, Any], section: str) -> str:

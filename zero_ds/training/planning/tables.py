@@ -163,7 +163,8 @@ def speed_table(plan: RunPlan) -> str:
     rows = []
     for option in plan.fitting:
         step = option.step
-        seconds = [number(value) for value in (step.computing, step.communication, step.update, step.seconds)]
+        times = (step.computing, step.communication, step.exposed, step.update, step.seconds)
+        seconds = [number(value) for value in times]
         rows.append(
             [
                 option.zero,
@@ -174,7 +175,8 @@ def speed_table(plan: RunPlan) -> str:
                 number(plan.hours(step.seconds)),
             ]
         )
-    header = ["config", "micro batch", "recomputed", "computing", "communication", "update", "step", "MFU", "hours"]
+    header = ["config", "micro batch", "recomputed", "computing", "communication", "exposed", "update", "step"]
+    header += ["MFU", "hours"]
     steps = "their number is not known: give --samples" if plan.steps is None else f"{plan.steps} steps"
     best = plan.fitting[0]
     lines = [
@@ -272,7 +274,7 @@ def assumptions(plan: RecipePlan) -> list[str]:
         f"computing reaches {100 * cluster.mfu:g} % of {cluster.peak / 1e12:g} TFLOP/s (--mfu), recomputed passes "
         "counted as work",
         f"collectives reach {cluster.inside:g} GB/s per GPU inside a node and {cluster.between:g} GB/s per node to "
-        "other nodes (--bandwidth), and overlap fully with the passes",
+        "other nodes (--bandwidth), and overlap fully with the passes, apart from `exposed` ones",
         f"offloaded data moves at {PCIE:g} GB/s per GPU; {ASSUMED['gpu_memory']:g} GB/s for a GPU's memory, "
         f"{ASSUMED['host_memory']:g} GB/s for a node's host memory, {ASSUMED['disk']:g} GB/s for a node's disk",
         f"a sample with an image has {data.IMAGE_SAMPLE_TOKENS} text tokens, {data.IMAGE_SAMPLE_SUPERVISED} with loss; "
