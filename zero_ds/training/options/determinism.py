@@ -27,5 +27,5 @@ def apply(config: RunConfig) -> None:
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging that costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for debugging that costs time
     torch.backends.cudnn.benchmark = False
