@@ -11,8 +11,8 @@ is loaded, or
 - every saved tensor equals the live parameter on every rank, and
 - a run that resumes from the checkpoint ends with the same bytes.
 
-One group of ranks tries all variants of a world size; after a variant that fails, a new group goes on with the next
-one. Results are appended to OUT/results-RANKS.jsonl, and a sweep that was interrupted goes on where it stopped.
+One group of ranks tries all variants of a world size; after a variant that fails, a new group continues with the next
+one. Results are appended to OUT/results-RANKS.jsonl, and an interrupted sweep continues where it stopped.
 """
 
 from __future__ import annotations
@@ -386,6 +386,7 @@ def attempt(todo: list[Variant], ranks: int, out: Path) -> str:
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TORCHDYNAMO_DISABLE": "1",
+        "ZERO_DS_SILENCE": str(PATIENCE),  # on a busy machine a rank may be slow
         "TRANSFORMERS_VERBOSITY": "error",
     }
     command = [sys.executable, __file__, "rank", str(scratch), str(out / "models"), str(results)]

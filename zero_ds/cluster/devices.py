@@ -39,7 +39,7 @@ def devices_here(ranks: int | None, environment: Mapping[str, str], found: Seque
     ranks: number of ranks, all visible GPUs if None; found: the machine's GPUs (`probe.gpus`).
 
     Raises:
-        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that is not there, or there are fewer GPUs than ranks.
+        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that does not exist, or there are fewer GPUs than ranks.
     """
     names = [] if environment.get("DS_ACCELERATOR") == "cpu" else visible_names(environment, found)
     if not names:
@@ -55,7 +55,7 @@ def visible_names(environment: Mapping[str, str], found: Sequence[dict[str, Any]
     """Returns the names of the GPUs that CUDA shows to a program, in its order.
 
     Raises:
-        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that is not there, or one of them twice.
+        ConfigError: CUDA_VISIBLE_DEVICES names a GPU that does not exist, or one of them twice.
     """
     if VISIBLE not in environment:
         return [str(device["index"]) for device in found]

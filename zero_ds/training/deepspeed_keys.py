@@ -270,7 +270,7 @@ FILLED = (
 """Keys whose "auto" depends on the recipe or the machine, and stays for the caller to fill in."""
 
 OPTIONAL = ("zero_optimization.offload_param", "zero_optimization.offload_optimizer")
-"""Sections that may be null, which is as if they were not there."""
+"""Sections that may be null, which means the same as leaving them out."""
 
 _SHORT = {key.rpartition(".")[2].removeprefix("stage3_"): key.rpartition(".")[2] for key in KEYS if ".stage3_" in key}
 """DeepSpeed's other names of keys in `zero_optimization`: those without `stage3_`."""
