@@ -372,10 +372,11 @@ def test_the_suite_without_a_judge_asks_none() -> None:
     from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
 
     check_judge([task.name for task in SUITES["vision"].tasks], {})
-    rows = {"index": 1, "answer": "A", "A": "a dog", "B": "a cat", "question": "?", "category": "c", "L2-category": "c"}
+    choices = {"A": "a dog", "B": "a cat", "C": "a fish", "D": "a bird"}
+    row = {"index": 1, "question": "?", "answer": "A", "category": "c", "L2-category": "c", **choices}
     evaluator = MMBench_Evaluator()
     evaluator.get_chat_response = None  # no judge is asked
-    found = [evaluator.eval_result([{**rows, "prediction": said}], "static")[0] for said in ("A", "B", "I am not sure")]
+    found = [evaluator.eval_result([{**row, "prediction": said}], "static")[0] for said in ("A", "B", "no idea")]
     assert found == [1, 0, 0]
 
 
