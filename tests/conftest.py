@@ -18,6 +18,8 @@ os.environ.update(
     HF_HOME=f"{_SESSION.name}/huggingface",
     HF_DATASETS_CACHE=f"{_SESSION.name}/datasets",
     HYPOTHESIS_STORAGE_DIRECTORY=f"{_SESSION.name}/hypothesis",
+    XDG_CACHE_HOME=f"{_SESSION.name}/cache",
+    MPLCONFIGDIR=os.environ.get("MPLCONFIGDIR", f"{Path.home()}/.cache/matplotlib"),  # its list of fonts
     DS_ACCELERATOR="cpu",
     CUDA_VISIBLE_DEVICES="",
     OMP_NUM_THREADS="1",

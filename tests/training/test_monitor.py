@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.training.metrics import StepCounts
-from zero_ds.training.planning.flops import StepCost, peak_flops
+from zero_ds.training.planning.flops import peak_flops, step_cost
 
 STEPS = 4
 
@@ -127,7 +127,7 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
     for part in trains:
         for _, parameter in model.parameters_of(part):
             parameter.requires_grad_(True)
-    cost = StepCost.of(model)
+    cost = step_cost(model)
     counted = 0
     for batch in next(loader.steps(0, 1)):
         counter = FlopCounterMode(display=False)

@@ -207,6 +207,6 @@ def test_a_plan_counts_a_byte_each(
     model = model_on(made, small).to(torch.bfloat16)
     stages.freeze_(model, config)
     quantize_(model)
-    planned = architecture(config, dtype=torch.bfloat16).frozen_bytes
+    planned = architecture(config, dtype=torch.bfloat16).size.frozen_bytes
     assert planned == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    assert planned < architecture(config.model_copy(update={"frozen_weights": "native"})).frozen_bytes
+    assert planned < architecture(config.model_copy(update={"frozen_weights": "native"})).size.frozen_bytes

@@ -28,10 +28,11 @@ from zero_ds.runtime import distributed
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options.recompute import Choice, choose, recompute_
-from zero_ds.training.planning.activations import ActivationBytes, activation_bytes
+from zero_ds.training.planning.activations import activation_bytes
 from zero_ds.training.planning.architecture import architecture
 from zero_ds.training.planning.cluster import PROCESS_GIB, Cluster
 from zero_ds.training.planning.memory import Memory, recomputed
+from zero_ds.training.planning.model_size import ActivationBytes
 from zero_ds.training.planning.recipe import plan_run
 from zero_ds.training.setup import load_model, make_loader
 

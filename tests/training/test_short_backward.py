@@ -18,7 +18,7 @@ from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training import stages
 from zero_ds.training.options.recompute import recompute_
-from zero_ds.training.planning.flops import StepCost
+from zero_ds.training.planning.flops import step_cost
 
 
 def model_of(config: RunConfig) -> VisionLanguageModel:
@@ -67,10 +67,10 @@ def test_gradients_are_the_same_and_early_layers_are_skipped(
 
 def test_a_text_costs_less_where_its_backward_pass_ends(run_config: Callable[..., RunConfig]) -> None:
     """Text alone costs fewer counted FLOPs in `pretrain`, and the same in `decoder`, where everything learns."""
-    cost = StepCost.of(model_of(run_config("pretrain")))
+    cost = step_cost(model_of(run_config("pretrain")))
     work = {"tokens": 100.0, "pairs": 1000.0, "supervised": 10.0, "image_tokens": 0.0}
     assert cost.flops(**work, images=0) < 0.95 * cost.flops(**work, images=1e-9)
-    whole = StepCost.of(model_of(run_config("decoder")))
+    whole = step_cost(model_of(run_config("decoder")))
     assert 0.9 < whole.flops(**work, images=0) / whole.flops(**work, images=1e-9) <= 1
 
 

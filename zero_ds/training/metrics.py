@@ -9,7 +9,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.data.samples import image_positions
 from zero_ds.model.losses import count_supervised
 from zero_ds.runtime import distributed
-from zero_ds.training.planning.flops import StepCost
+from zero_ds.training.planning.model_size import StepCost
 
 
 @dataclass(frozen=True)

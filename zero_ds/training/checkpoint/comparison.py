@@ -13,7 +13,7 @@ import torch
 
 from zero_ds.runtime import distributed
 from zero_ds.runtime.zero3 import is_partitioned, parameter_shape
-from zero_ds.training.checkpoint import optimizer_state
+from zero_ds.training.checkpoint import PIECE
 from zero_ds.training.checkpoint.optimizer_state import KEYS, OptimizerState
 
 _FIELDS = (*KEYS, "elements", "unlike")
@@ -84,7 +84,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the sum of a tensor's elements, taken as integers: any single element that changes changes it."""
     kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in tensor.flatten().view(kind).split(optimizer_state.PIECE // 2):
+    for part in tensor.flatten().view(kind).split(PIECE // 2):
         total += part.sum(dtype=torch.int64)  # which first converts the whole part, to twice the bytes of fp32
     return total
 

@@ -26,10 +26,10 @@ from zero_ds.runtime.safetensors import spans
 from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training import stages
 from zero_ds.training.blueprint import blueprint, weights_names
+from zero_ds.training.checkpoint import PIECE
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
 from zero_ds.training.checkpoint.foreign import WeightsDifferError, write_result
 from zero_ds.training.checkpoint.manifest import Manifest, describe_models
-from zero_ds.training.checkpoint.optimizer_state import PIECE
 from zero_ds.training.deepspeed import resolve_precision
 
 logger = logging.getLogger(__name__)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from zero_ds.training.planning.activations import ActivationBytes
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import AverageSample
 from zero_ds.training.planning.memory import PLACES
+from zero_ds.training.planning.model_size import ActivationBytes
 from zero_ds.training.planning.plan import RecipePlan
 from zero_ds.training.planning.recipe import Option, RunPlan
 from zero_ds.training.planning.route import PAPER_GROUP, PAPER_HOURS, Leg, group_sizes, paper_cluster, shard_groups
@@ -20,7 +20,7 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
     run = plan.run
     comparison = paper_cluster(plan.routes, run.cluster, plan.target) if plan.routes else None
     groups = [shard_groups(run, run.cluster, ranks) for ranks in group_sizes(run.cluster)]
-    trained = {part: sum(p.numel() for _, p in group) for part, group in run.parts.groups.items()}
+    trained = {part: sum(group) for part, group in run.size.groups.items()}
     routes = {}
     for route in plan.routes:
         routes[route.name] = {leg.name: _leg(leg, comparison) for leg in route.legs}
@@ -28,8 +28,8 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "config": run.config.model_dump(mode="json"),
         "cluster": dict(vars(run.cluster)),
-        "sources": list(run.parts.sources),
-        "parameters": {"frozen": sum(run.parts.frozen), "trained": trained},
+        "sources": list(run.size.sources),
+        "parameters": {"frozen": sum(run.size.frozen), "trained": trained},
         "average_sample": _sample(run.sample),
         "longest_sample": run.longest,
         "kept_of_one_sample": _activations(run.activations),

@@ -158,10 +158,10 @@ def group_sizes(cluster: Cluster) -> list[int]:
 
 def shard_groups(plan: RunPlan, cluster: Cluster, ranks: int) -> ShardGroups:
     """Plans the run with everything sharded over groups of `ranks` ranks."""
-    parts, b = plan.parts, plan.parts.dtype.itemsize
-    frozen, trained = sum(parts.frozen), sum(parts.trained)
+    b = plan.size.itemsize
+    frozen, trained = sum(plan.size.frozen), sum(plan.size.trained)
     state = (b * frozen + 16 * trained) / ranks
-    unit = parts.largest_unit
+    unit = plan.size.largest_unit
     gathered = 0.0
     if ranks > 1:
         gathered = 2.0 * b * unit  # this unit and the next
@@ -184,7 +184,7 @@ def shard_groups(plan: RunPlan, cluster: Cluster, ranks: int) -> ShardGroups:
     whole = b * (frozen + trained)
     communication = accumulation * (2 * cluster.collective(whole, ranks) + cluster.collective(b * trained, ranks))
     communication += cluster.between_replicas(b * trained, ranks)
-    needed = work(parts, plan.sample, plan.config.global_batch, float(recompute))
+    needed = work(plan.size, plan.sample, plan.config.global_batch, float(recompute))
     computing = needed.computed / (cluster.gpus * cluster.peak * cluster.mfu)
     step = Step(computing, communication, 0.0, needed.method, cluster.gpus, cluster.peak)
     return ShardGroups(ranks, cluster.gpus // ranks, state, peak(micro_batch), bool(fitting), micro_batch, step)

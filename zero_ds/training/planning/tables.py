@@ -92,16 +92,14 @@ def as_text(plan: RecipePlan) -> str:
 
 def heading(recipe: str, plan: RunPlan) -> str:
     """Returns the recipe, the machines, the sources of the architectures, and the sizes."""
-    cluster, parts = plan.cluster, plan.parts
-    sizes = {part: sum(p.numel() for _, p in group) for part, group in parts.groups.items()}
-    trained = ", ".join(f"{part} {count(size)}" for part, size in sizes.items())
-    dtype = str(parts.dtype).removeprefix("torch.")
+    cluster, size = plan.cluster, plan.size
+    trained = ", ".join(f"{part} {count(sum(group))}" for part, group in size.groups.items())
     lines = [
         f"{recipe} on {cluster.gpus} GPUs "
         f"({cluster.name}, {cluster.memory_gib:g} GiB each, {cluster.ranks_per_node} per node)"
     ]
-    lines += [f"  {sentence}" for sentence in parts.sources]
-    lines.append(f"  trains {trained}; frozen {count(sum(parts.frozen))}; {dtype}")
+    lines += [f"  {sentence}" for sentence in size.sources]
+    lines.append(f"  trains {trained}; frozen {count(sum(size.frozen))}; {size.dtype}")
     lines.append(
         f"  global batch {plan.config.global_batch}, longest sample {plan.longest} tokens; average sample "
         f"{plan.sample.length:.0f} tokens, {plan.sample.supervised:.0f} of them with loss (assumed)"
