@@ -391,7 +391,7 @@ def disturbed(job: Job, faults: Faults, steps: int, until: float, story: Story) 
         names = names or chance.sample(list(faults.kinds), len(faults.kinds))
         name = names.pop()
         story.faults[name] += 1
-        story.say(f"step {last}: {name} {faults.kinds[name]()}")
+        story.say(f"step {last}: {name}: {faults.kinds[name]()}")
         moved, due = time.monotonic(), time.monotonic() + chance.uniform(2, 25)
 
 

@@ -93,7 +93,7 @@ def _open(rank: int, world: int, host: str, port: int, deadline: float) -> Store
             )
         except RuntimeError as error:
             in_use = "another program uses that port; choose a free one with --master_port."
-            reason = in_use if "EADDRINUSE" in str(error) else f"{str(error).splitlines()[0]}."
+            reason = in_use if "EADDRINUSE" in str(error) else f"{str(error).splitlines()[0].rstrip('.')}."
             raise MeetingError(f"the ranks cannot meet at {host}:{port}: {reason}") from None
         deadline = min(deadline, time.monotonic() + 5.0)  # it is there already, if the address is right
         _reach(rank, world, host, port, deadline)
