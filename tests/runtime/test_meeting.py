@@ -36,6 +36,11 @@ def test_rank_zero_names_the_ranks_that_do_not_come() -> None:
         meet(0, 100, "127.0.0.1", free_port())
 
 
+def test_a_rank_that_does_not_exist() -> None:
+    with pytest.raises(MeetingError, match="this one is rank 2 of 2; set RANK to 0 up to 1"):
+        meet(2, 2, "127.0.0.1", 1)
+
+
 def test_another_rank_names_rank_zero() -> None:
     port = free_port()
     with pytest.raises(MeetingError, match=f"rank 1 of 2 on .* rank 0 is missing at 127.0.0.1:{port} .*did rank 0 sta"):

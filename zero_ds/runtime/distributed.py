@@ -61,9 +61,12 @@ def initialize() -> None:
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     met = meeting.meet(number, count, host, port)
-    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+    WATCH.start(number, count, host, port)  # first, because joining waits for a rank that dies now
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        raise meeting.no_server(host, port, error) from None
     del met  # it kept the server; now the process group does
-    WATCH.start(rank(), world_size(), host, port)
 
 
 def rank() -> int:

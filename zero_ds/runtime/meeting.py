@@ -51,6 +51,10 @@ def meet(rank: int, world: int, host: str, port: int) -> Store | None:
     Raises:
         MeetingError: on every rank; names the address that cannot be reached or the ranks that did not come.
     """
+    if not 0 <= rank < world:
+        raise MeetingError(
+            f"the ranks cannot meet: this one is rank {rank} of {world}; set RANK to 0 up to {world - 1}."
+        )
     if world == 1:
         return None
     deadline = time.monotonic() + PATIENCE
@@ -80,6 +84,13 @@ def meet(rank: int, world: int, host: str, port: int) -> Store | None:
     return store
 
 
+def no_server(host: str, port: int, error: Exception) -> MeetingError:
+    """Returns the error about an address at which rank 0 cannot open the store, from torch's own."""
+    in_use = "another program uses that port; choose a free one with --master_port."
+    reason = in_use if "EADDRINUSE" in str(error) else f"{str(error).splitlines()[0].rstrip('.')}."
+    return MeetingError(f"the ranks cannot meet at {host}:{port}: {reason}")
+
+
 def _open(rank: int, world: int, host: str, port: int, deadline: float) -> Store:
     """Opens the store on rank 0, and connects to it on the others, in short attempts that signals can interrupt."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -92,9 +103,7 @@ def _open(rank: int, world: int, host: str, port: int, deadline: float) -> Store
                 "localhost", port, world, True, timeout=seconds, wait_for_workers=False, multi_tenant=True
             )
         except RuntimeError as error:
-            in_use = "another program uses that port; choose a free one with --master_port."
-            reason = in_use if "EADDRINUSE" in str(error) else f"{str(error).splitlines()[0].rstrip('.')}."
-            raise MeetingError(f"the ranks cannot meet at {host}:{port}: {reason}") from None
+            raise no_server(host, port, error) from None
         deadline = min(deadline, time.monotonic() + 5.0)  # it is there already, if the address is right
         _reach(rank, world, host, port, deadline)
         return served
