@@ -33,6 +33,7 @@ import pace
 
 # inherited by processes that tests start: a rank that is slow on a busy machine must not count as dead
 os.environ.setdefault("ZERO_DS_SILENCE", str(round(pace.scaled(30))))
+os.environ.setdefault("ZERO_DS_MEET", str(round(pace.scaled(60))))
 
 import pytest
 import tiny

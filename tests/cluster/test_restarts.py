@@ -19,7 +19,7 @@ from zero_ds.cli import main as cli
 from zero_ds.cluster import launcher
 from zero_ds.cluster.pipeline import Step
 from zero_ds.cluster.route import Route, training_runs
-from zero_ds.runtime import failure
+from zero_ds.runtime import failure, lock
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.failure import Watch
 from zero_ds.training.options import fallback
@@ -52,8 +52,23 @@ WRONG = f"the rate is negative\n{failure.FINAL}\n"
         ([(2, "")], 3, 1, 2),
         ([(1, "")], 3, 1, 1),
         ([(247, ""), (0, "")], 3, 2, 0),
+        ([(1, "OutOfMemoryError: 20 of 80 GiB"), (1, "OutOfMemoryError: 21 of 80 GiB")], 3, 2, 1),
+        ([(1, "OutOfMemoryError: 20 of 80 GiB"), (247, KILLED), (1, "OutOfMemoryError: 20 of 80 GiB")], 3, 4, 1),
+        ([(247, "rank 1 has given no sign of life for 30 s")], 3, 4, 247),
     ],
-    ids=["mended", "too often", "not asked for", "a mistake", "then a mistake", "refused", "stopped", "killed"],
+    ids=[
+        "mended",
+        "too often",
+        "not asked for",
+        "a mistake",
+        "then a mistake",
+        "refused",
+        "stopped",
+        "killed",
+        "the same twice",
+        "the same later",
+        "lost",
+    ],
 )
 def test_what_is_tried_again(
     tmp_path: Path,
@@ -75,7 +90,13 @@ def test_what_is_tried_again(
     assert said.count("from the last checkpoint") == made - 1
     assert failure.FINAL not in said
     if status and attempts[-1][1]:
-        assert said.strip().splitlines()[-1] == f"zero-ds: the run failed: {attempts[-1][1].splitlines()[0]}"
+        assert attempts[-1][1].splitlines()[0] in said.strip().splitlines()[-1]
+        assert failure.read(out) == attempts[-1][1].splitlines()[0], "the reason of the last attempt"
+    before = [attempts[min(number, len(attempts) - 1)][1] for number in range(made - 1)]
+    recorded = [line.split(" ", 1)[1] for line in failure.earlier(out)[::-1]]
+    assert len(recorded) == made - 1, "every reason is recorded"
+    for line, reason in zip(recorded, before, strict=True):
+        assert (reason.splitlines()[0] if reason else failure.UNKNOWN) in line
 
 
 def test_a_run_without_memory_starts_again_once(
@@ -101,6 +122,19 @@ def test_a_mistake_is_marked_as_one_for_the_launcher(tmp_path: Path) -> None:
     watch.fail("CUDA error: an illegal memory access was encountered")
     assert failure.read(tmp_path) == "CUDA error: an illegal memory access was encountered"
     assert not failure.is_final(tmp_path)
+
+
+def test_a_folder_in_use_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its reason of failure stays its own: the launcher of that job would end its ranks if it found another."""
+    monkeypatch.setattr(lock, "GOING", 0.0)
+    command = [sys.executable, "-c", "raise SystemExit('started')", "--hostfile", "/dev/null", "--module", "x"]
+    (tmp_path / failure.FILE).write_text("of the other job\n")
+    with lock.FolderLock(tmp_path):
+        assert launcher.main(["smollm2-135m/encoder", f"out={tmp_path}", "--", *command]) == 2
+    assert f"zero-ds: {tmp_path} is in use by process {os.getpid()} on" in capsys.readouterr().err
+    assert failure.read(tmp_path) == "of the other job"
 
 
 def test_what_a_killed_launcher_left_is_ended_before_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

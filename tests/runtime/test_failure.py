@@ -275,6 +275,55 @@ def silent(ranks: tuple[int, ...]) -> None:
     time.sleep(600)
 
 
+def stops_all(pids: list[int], beats: Path) -> None:
+    """Suspends processes for twice the time after which a silent rank counts as dead, and wakes them."""
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in pids:
+            os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(2 * SILENCE)
+    beats.touch()
+
+
+def suspended(woken: Path) -> str:
+    """Joins, is suspended with the other rank from outside, and stays for as long again."""
+    import torch.distributed as dist
+
+    failure.BEAT, failure.LEAVE = 0.2, 0.5
+    failure.WATCH.silence = float(SILENCE)
+    from zero_ds.runtime import distributed
+
+    distributed.initialize()
+    pids: list[int] = [0] * distributed.world_size()
+    dist.all_gather_object(pids, os.getpid())
+    time.sleep(1.0)  # each has heard the other
+    if distributed.is_rank_zero() and os.fork() == 0:
+        os.setsid()
+        stops_all(pids, woken)
+        os._exit(0)
+    while not woken.exists():
+        time.sleep(0.05)
+    time.sleep(SILENCE)
+    distributed.barrier()
+    return "goes on"
+
+
+def test_a_job_that_is_suspended_and_woken_goes_on(tmp_path: Path) -> None:
+    """As Slurm does with all processes of a job. Nobody was silent while nobody could listen."""
+    assert run_ranks(suspended, 2, tmp_path / "woken", timeout=LIMIT) == ["goes on", "goes on"]
+
+
+def test_time_asleep_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(failure.time, "monotonic", lambda: now[0])
+    awake = failure.AwakeTime()
+    for pause in (failure.BEAT, failure.BEAT, 3600.0, failure.BEAT):
+        now[0] += pause
+        passed = awake.seconds()
+        assert awake.was_suspended() == (pause == 3600.0)
+    assert passed == 3 * failure.BEAT + 2 * failure.BEAT
+
+
 def test_a_mistake_is_told_last_and_no_old_reason(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / failure.FILE).write_text("yesterday's\n")
@@ -300,6 +349,58 @@ def test_the_first_reason_stays_until_the_next_attempt(tmp_path: Path) -> None:
     assert failure.read(tmp_path) is None
 
 
+FULL_DISK = """
+import sys
+from pathlib import Path
+from zero_ds.runtime import failure
+disk = Path(sys.argv[1])
+failure.keep_room(disk)
+with open(disk / "checkpoint", "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(b"x" * 4096)
+    except OSError as error:
+        assert error.errno == 28
+for reason in ("No space left on device: metrics.jsonl; free some space and run again.", "a later one"):
+    failure.record(disk, reason, final=True)
+print(failure.read(disk), failure.is_final(disk), sorted(path.name for path in disk.iterdir()))
+"""
+
+
+def test_the_reason_finds_room_on_a_full_disk(tmp_path: Path) -> None:
+    namespace = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=64k none "$1" && shift && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, tmp_path, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    script = tmp_path / "full.py"
+    script.write_text(FULL_DISK)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*namespace, disk, sys.executable, script, disk], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == (
+        "No space left on device: metrics.jsonl; free some space and run again. True "
+        "['checkpoint', 'failure.txt', 'failures']\n"
+    ), done.stderr
+
+
+def test_a_reason_is_one_line_that_fits(tmp_path: Path) -> None:
+    failure.record(tmp_path, "CUDA error: out of memory\n  kernel errors\tmight be " + "x" * 10_000)
+    assert (tmp_path / failure.FILE).read_text().count("\n") == 1
+    read = failure.read(tmp_path)
+    assert read is not None and read.startswith("CUDA error: out of memory kernel errors might be xxx")
+    assert len(read) < failure.ROOM
+
+
+def test_earlier_reasons_stay_on_record(tmp_path: Path) -> None:
+    for reason in ("first", "second", "third"):
+        failure.clear(tmp_path)
+        failure.record(tmp_path, reason)
+    assert failure.read(tmp_path) == "third"
+    assert [line.split(" ", 1)[1] for line in failure.earlier(tmp_path)] == ["second", "first"]
+
+
 def test_why(run_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from zero_ds.cli.main import main
 
@@ -311,3 +412,9 @@ def test_why(run_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytes
             main(["why", str(tmp_path / "run.yaml")])
         assert end.value.code == 0 and said in capsys.readouterr().out
         (tmp_path / "run" / failure.FILE).write_text("the disk is full\n")
+    failure.clear(tmp_path / "run")
+    failure.record(tmp_path / "run", "a rank was lost")
+    with pytest.raises(SystemExit):
+        main(["why", str(tmp_path / "run.yaml")])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "a rank was lost" and second.startswith("earlier: ") and second.endswith(" the disk is full")

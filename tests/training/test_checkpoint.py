@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from distributed_helper import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from safetensors.torch import load_file
 
 from zero_ds.model.loading import HASH_VERSION
@@ -145,6 +147,112 @@ def test_resume_state_that_is_gone(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+# -- a run folder that is to be resumed --------------------------------------------------------------------------------
+
+
+class Unchanged:
+    """A configuration of which a checkpoint's manifest says that it is its own."""
+
+    def __init__(self, run: Path) -> None:
+        self._manifest = json.loads((run / "step-000002" / "manifest.json").read_text())
+
+    def fingerprint(self) -> str:
+        return str(self._manifest["fingerprint"])
+
+    def model_dump(self, mode: str) -> dict[str, Any]:
+        return {**self._manifest["config"], "seed": 99}
+
+
+def resumed(run: Path, config: Any) -> int:
+    """Reads all that a resume reads, apart from a model; returns the step it would go on after."""
+    from zero_ds.training.checkpoint.load import _resume_state
+    from zero_ds.training.resume import checkpoint_to_resume
+
+    found = checkpoint_to_resume(run, config)
+    if found is None:
+        return 0
+    found.check_weights()
+    _resume_state(found)
+    return found.step
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ROOT / "tests" / "support" / "older_run" / "pretrain", tmp_path / "run"))
+
+
+DAMAGED = [
+    *("latest", "step-000002/manifest.json", "step-000002/weights.safetensors"),
+    *("step-000002/resume/state.safetensors", "step-000002/resume/progress.json"),
+]
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_damaged_checkpoint_is_a_sentence_however_it_is_damaged(old: Path, file: str) -> None:
+    """So it is not restarted: only errors without a sentence are."""
+    config, path = Unchanged(old), old / file
+    assert resumed(old, config) == 2
+    content = path.read_bytes()
+    damages: dict[str, bytes | None] = {
+        "empty": b"",
+        "cut off": content[: len(content) // 2],
+        "other bytes": bytes(255 - byte for byte in content),
+        "zeros": bytes(len(content)),
+    }
+    if path.name != "latest":
+        damages["gone"] = None
+    if path.suffix == ".json":
+        whole = json.loads(content)
+        damages |= {kind: kind.encode() for kind in ("null", "[]", "{}", '"text"', "7")}
+        needed = ("fingerprint", "config", "step", "weights_sha256", "optimizer_steps", "loss_scale", "state_sha256")
+        for key in [key for key in needed if key in whole and (path.name, key) != ("progress.json", "step")]:
+            damages[f"without {key}"] = json.dumps({k: v for k, v in whole.items() if k != key}).encode()
+            damages[f"wrong {key}"] = json.dumps({**whole, key: [1, "x"]}).encode()
+    for damage, bad in damages.items():
+        path.unlink()
+        if bad is not None:
+            path.write_bytes(bad)
+        with pytest.raises((CheckpointError, ConfigError)) as caught:
+            resumed(old, config)
+            pytest.fail(f"{damage} is not noticed")
+        assert "\n" not in str(caught.value) and str(old) in str(caught.value), (damage, str(caught.value))
+        path.write_bytes(content)
+
+
+def test_a_lost_latest_is_said_aloud(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = Unchanged(old)
+    (old / "latest").write_text("step-000009\n")
+    with pytest.raises(CheckpointError, match=r"latest names another than step-000002, the newest there: write that"):
+        resumed(old, config)
+    (old / "latest").unlink()
+    with pytest.raises(CheckpointError, match=r"latest is lost: write step-000002 into it, the newest there"):
+        find_checkpoint(old)
+    assert resumed(old, config) == 2
+    assert f"{old} has no file `latest`; going on from step-000002" in caplog.text
+    caplog.clear()
+    config._manifest["fingerprint"] = "another"
+    assert resumed(old, config) == 0
+    assert "step-000002 is of another run (seed: 0 -> 99); beginning at step 1" in caplog.text
+
+
+def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path: Path) -> None:
+    from zero_ds.runtime import failure
+    from zero_ds.training.run_folder import use_folder
+
+    run = tmp_path / "run"
+    (run / ".step-000004.tmp" / "resume").mkdir(parents=True)
+    (run / ".step-000006.1234.tmp").mkdir()
+    (run / ".step-000006.1234.tmp" / "weights.safetensors").write_text("half")
+    (run / ".latest.12.tmp").write_text("step")
+    (run / "step-000002").mkdir()
+    (run / "notes.tmp").write_text("mine")
+    failure.record(run, "killed")
+    with use_folder(run):
+        here = {path.name for path in run.iterdir()}
+        assert here == {"step-000002", "notes.tmp", failure.EARLIER, "lock.json", failure.RESERVE}
+    assert {path.name for path in run.iterdir()} == {"step-000002", "notes.tmp", failure.EARLIER}
+
+
 def targets() -> dict[str, torch.nn.Parameter]:
     return {"a": torch.nn.Parameter(torch.zeros(2, 3)), "b": torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))}
 
@@ -183,7 +291,7 @@ def test_check_manifest_names_the_field(tmp_path: Path) -> None:
 # -- host memory while saving ------------------------------------------------------------------------------------------
 
 
-PIECE = 1024
+PIECE = 1536
 """Elements gathered at a time, as small compared with the tiny models as the usual size is compared with real ones."""
 
 
@@ -195,7 +303,7 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
     from zero_ds.runtime import distributed
     from zero_ds.runtime.zero3 import parameter_shape
     from zero_ds.training import stages
-    from zero_ds.training.checkpoint import optimizer_state
+    from zero_ds.training.checkpoint import comparison, optimizer_state
     from zero_ds.training.checkpoint.save import save_checkpoint
     from zero_ds.training.deepspeed import ds_config
     from zero_ds.training.engine import Engine
@@ -203,7 +311,7 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
 
     distributed.initialize()
     seed_everything(0)
-    optimizer_state.PIECE = PIECE
+    optimizer_state.PIECE = comparison.PIECE = PIECE
     ds = ds_config(config, distributed.world_size())
     model = load_model(config, ds)
     engine = Engine(config, model, stages.freeze_(model, config), 1, ds)

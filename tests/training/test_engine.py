@@ -23,7 +23,7 @@ from zero_ds.data.batches import Batch
 from zero_ds.model.losses import count_supervised, with_token_weights
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.optimizer_state import KEYS
-from zero_ds.training.deepspeed import ds_config, resolve_precision
+from zero_ds.training.deepspeed import ds_config, ds_config_names, resolve_precision
 from zero_ds.training.engine import Engine, schedule
 from zero_ds.training.options.recompute import checkpoint_activations_
 
@@ -283,6 +283,105 @@ def test_gradients_and_updates_are_those_of_plain_pytorch(
             if not name.endswith("k_proj.bias"):
                 assert apart(rank["weights"][name], theirs["weights"][name]) < 1e-3, name
         assert not rank["frozen_with_gradient"]
+
+
+# -- the first update --------------------------------------------------------------------------------------------------
+
+
+def first_updates(configs: list[RunConfig]) -> list[dict[str, Any]]:
+    """Makes the first step of each run; returns how far it is from AdamW's own on the same gradient."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    from zero_ds.runtime import distributed
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    CPU_Accelerator.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
+    distributed.initialize()
+    return [_first_update(config) for config in configs]
+
+
+def _first_update(config: RunConfig) -> dict[str, Any]:
+    from deepspeed.utils import safe_get_full_grad
+
+    from zero_ds.training.setup import load_model, make_loader, seed_everything
+
+    seed_everything(config.seed)
+    ds = ds_config(config, 2)
+    if ds["fp16"]["enabled"]:
+        ds["fp16"]["initial_scale_power"] = 4  # nothing overflows, so that the first step is made
+    model = load_model(config, ds)
+    loader = make_loader(config, model)
+    groups = stages.freeze_(model, config)
+    model.train()
+    given = {name: whole_weights(p).float() for group in groups.values() for name, p in group}
+    engine = Engine(config, model, groups, STEPS, ds)
+    gc.freeze()
+    started = {name: whole_state(engine, p, "master").view_as(given[name]) for name, p in engine.named.items()}
+    caught: Tensors = {}
+    step_of_deepspeed = engine.engine.step
+
+    def step() -> None:
+        if engine.engine.is_gradient_accumulation_boundary():
+            full = {name: safe_get_full_grad(p) for name, p in engine.named.items()}
+            caught.update({name: g.detach().float().clone() for name, g in full.items() if g is not None})
+        step_of_deepspeed()
+
+    engine.engine.step = step
+    engine.step(next(iter(loader.steps(0, 1))), 0, 10.0)
+    expected = {name: torch.nn.Parameter(given[name].clone()) for name in caught}
+    for name, parameter in expected.items():
+        parameter.grad = caught[name]
+    torch.nn.utils.clip_grad_norm_(expected.values(), config.optimizer.max_grad_norm)
+    rate = config.optimizer.learning_rate * schedule(config, STEPS)(0)
+    torch.optim.AdamW(expected.values(), lr=rate, weight_decay=config.optimizer.weight_decay).step()
+    apart = 0.0
+    for name, parameter in expected.items():
+        ours = whole_state(engine, engine.named[name], "master").view_as(parameter)
+        settled = caught[name].abs() > 1e-5  # where a gradient is not small against Adam's eps
+        difference = ((ours - parameter.detach()).abs() * settled).max()
+        apart = max(apart, float(difference) / rate)
+    return {
+        "changed before": [name for name in given if not torch.equal(started[name], given[name])],
+        "gradients": len(caught),
+        "apart": apart,
+        "counts": set(engine.state.steps().values()),
+        "live": [name for name, p in engine.named.items() if not engine.state.equals_live(p)],
+    }
+
+
+def whole_weights(parameter: torch.nn.Parameter) -> torch.Tensor:
+    from zero_ds.runtime.zero3 import gathered
+
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+def first_cases(slow: bool) -> list[tuple[str, str]]:
+    """DeepSpeed configs with precisions; by default one for each of DeepSpeed's optimizers, else all others."""
+    names = [name for name in ds_config_names() if name != "zero3_nvme"]  # swapping needs a compiler and libaio
+    every = [(name, p) for name in names for p in ("fp32", "bf16", "fp16") if (name, p) != ("zero0", "fp16")]
+    chosen = [("zero0", "fp32"), ("zero0", "bf16"), ("zero1", "bf16"), ("zero2", "fp16"), ("zero3", "bf16")]
+    return [case for case in every if (case in chosen) != slow]
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.slow(reason="every other ds_config and precision: 20 more engines")),
+    ],
+)
+def test_the_first_update_is_that_of_plain_pytorch(run_config: Callable[..., RunConfig], slow: bool) -> None:
+    """Adam counts from one, and weight decay is applied once. DeepSpeed's optimizer without ZeRO made a step before."""
+    cases = first_cases(slow)
+    optimizer = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    configs = [run_config("pretrain", zero=zero, precision=precision, optimizer=optimizer) for zero, precision in cases]
+    for rank in run_ranks(first_updates, 2, configs):
+        for case, found in zip(cases, rank, strict=True):
+            assert not found["changed before"] and found["gradients"] > 5, (case, found)
+            assert found["counts"] == {1}, (case, found)
+            assert found["apart"] < 0.01, (case, found)  # in learning rates; the step before made it 0.26
+            assert not found["live"], (case, found)
 
 
 def test_frozen_parameters_stay_whole_between_steps_where_they_are_persistent(measured: dict[int, Any]) -> None:

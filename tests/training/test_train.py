@@ -16,6 +16,7 @@ from distributed_helper import run_ranks, train_all
 from safetensors.torch import load_file, save_file
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.runtime import failure
 from zero_ds.runtime.errors import ConfigError
 
 # -- what runs in the ranks --------------------------------------------------------------------------------------------
@@ -423,6 +424,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(runs: Path, run_config: Callab
     assert "step 4 could not be saved" in one and "No space left on device; earlier checkpoints are intact" in one
     assert two == "CheckpointError: step 4 could not be saved by rank 0."
     assert "No space left on device" in (run / "failure.txt").read_text(), "the reason, whoever ended first"
+    assert failure.is_final(run), "no restart makes room"
     assert (run / "latest").read_text() == "step-000002\n"
     assert sorted(p.name for p in run.iterdir() if "step" in p.name) == ["step-000002"], "nothing half-written stays"
     assert run_ranks(train_all, 1, [config]) == [["step-000006"]]

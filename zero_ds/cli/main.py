@@ -7,7 +7,6 @@ import what computes only when their command runs, so that `zero-ds --help` answ
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
 import os
 import signal
@@ -36,7 +35,9 @@ from zero_ds.cli.trajectory import trajectory
 from zero_ds.cli.why import why
 from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.environment import may_have_gpu, take_devices
+from zero_ds.runtime.errors import may_pass
 from zero_ds.runtime.failure import WATCH, peer_ended
+from zero_ds.runtime.files import disk_sentence
 
 app = typer.Typer(
     name="zero-ds",
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         if peer_ended(error):
             WATCH.record(WATCH.heard(wait=0.0))
         else:
-            final = sentence is not None and not getattr(error, "may_pass", False)
+            final = sentence is not None and not may_pass(error)
             WATCH.fail(sentence or f"{type(error).__name__}: {error}", final=final)
         WATCH.leave(status=2)
         if sentence is None:
@@ -148,19 +149,4 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if peer_ended(error):
         return f"this rank ends because of another: {WATCH.heard(wait=5.0)}"
-    return _disk_sentence(error)
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-
-
-def _disk_sentence(error: Exception) -> str | None:
-    """Returns a sentence about a full disk or a place that cannot be written; None for any other error."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return f"{error.strerror}: {error.filename or 'while writing'}; free some space and run again."
-    if isinstance(error, OSError) and error.errno in _CLOSED:
-        return f"{error.strerror}: {error.filename or 'while writing'}; choose another place."
-    if "No space left on device" in str(error):  # from writers that are not Python: safetensors, Arrow
-        return "No space left on device; free some space and run again."
-    return None
+    return disk_sentence(error)

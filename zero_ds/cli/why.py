@@ -16,10 +16,12 @@ def why(
 ) -> None:
     """Say why the last attempt at a run failed, whichever rank failed first.
 
-    The reason is read from failure.txt in the run folder.
+    The reason is read from failure.txt in the run folder. Reasons of earlier attempts follow it, the last one first.
     """
     from zero_ds.config.loading import load_run
     from zero_ds.runtime import failure
 
     out = Path(load_run(recipe, overrides).out)
     print(failure.read(out) or f"{out} has not failed.")
+    for line in failure.earlier(out):
+        print(f"earlier: {line}")

@@ -28,7 +28,7 @@ from zero_ds.cluster.environment import describe_forwarded
 from zero_ds.cluster.hostfile import node_of_rank
 from zero_ds.cluster.machines import Cluster, deepspeed_command, files_of
 from zero_ds.config.loading import load_run
-from zero_ds.runtime import failure
+from zero_ds.runtime import failure, lock
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.options import fallback
 
@@ -37,6 +37,8 @@ PATIENCE = 12.0
 """Seconds that ranks get to end by themselves after one of them has failed; more than failure.LEAVE."""
 COMING_BACK = 600.0
 """Seconds for which a restart waits for machines that do not answer."""
+GOING = 10.0
+"""Seconds that a killed rank may take to be gone."""
 PAUSE = 2.0
 """Seconds between two attempts."""
 STOPPED_OR_REFUSED = (1, 2)
@@ -135,10 +137,15 @@ class Job:
 
     def sweep(self) -> None:
         """Kills all processes of the command's session, which a launcher that was killed leaves running."""
+        killed = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
                 if os.getsid(process.pid) == self.process.pid:
                     process.kill()
+                    killed.append(process)
+        deadline = time.monotonic() + GOING  # the next attempt would find the run folder locked by one that still goes
+        while any(map(_runs, killed)) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def _kill_here(self) -> None:
         for process in [*self._below(), self.process]:
@@ -151,6 +158,13 @@ def _words(process: psutil.Process) -> list[str]:
         return list(process.cmdline())
     except psutil.Error:  # ended in between
         return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 class Launch:
@@ -171,7 +185,8 @@ class Launch:
         Raises:
             ConfigError: machines do not answer, or the run cannot start on them.
         """
-        attempt = 0
+        attempt, before = 0, None
+        lock.refuse_if_in_use(self.out)
         try:
             while True:
                 failure.clear(self.out)
@@ -182,7 +197,12 @@ class Launch:
                     continue
                 if status == 0 or asked or attempt == self.restarts or not self._mendable(status):
                     return status
-                attempt += 1
+                now = self._failed_at()
+                if now is not None and now == before:
+                    reason = failure.read(self.out)
+                    say(f"there is no restart, because this came twice with no checkpoint in between: {reason}")
+                    return status
+                attempt, before = attempt + 1, now
                 say(f"restart {attempt} of {self.restarts}, from the last checkpoint")
                 time.sleep(PAUSE)
         finally:
@@ -209,11 +229,40 @@ class Launch:
                 say(f"{', '.join(silent)} does not answer; ranks may still run there.")
             # DeepSpeed's launcher returns 0 also when it was killed
             status = status or (1 if found else 0)
-        reason = failure.read(self.out) if status else None
-        if reason:
-            say(f"the run failed: {reason}{self._where(reason)}")
+        if status:
+            self._say_why(status, job.asked)
         job.release()
         return status, job.asked
+
+    def _say_why(self, status: int, asked: bool) -> None:
+        """Prints why an attempt failed, as the last line of its output, and records it if the ranks could not.
+
+        asked: whether somebody asked the run to stop, which explains that no rank has a reason.
+        """
+        reason = failure.read(self.out)
+        if reason:
+            say(f"the run failed: {reason}{self._where(reason)}")
+        elif asked:
+            return
+        elif status in STOPPED_OR_REFUSED:
+            say(f"the run ended with exit status {status}; the ranks say why in the lines above.")
+        else:
+            failure.record(self.out, f"{failure.UNKNOWN} (exit status {status})")
+            say(f"the run failed: {failure.UNKNOWN} (exit status {status})")
+
+    def _failed_at(self) -> tuple[str, str] | None:
+        """Returns why the last attempt failed, without its numbers, and the newest checkpoint at that time.
+
+        None if a rank, a machine or the network was lost, which may happen anywhere and any number of times.
+        """
+        reason = failure.read(self.out)
+        if reason is None or failure.is_lost(reason):
+            return None
+        try:
+            newest = (self.out / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            newest = ""
+        return re.sub(r"\d+(\.\d+)?", "N", reason), newest
 
     def _on_this_machine(self) -> list[str]:
         """Returns the command for a hostfile that names this machine alone, and prints it."""

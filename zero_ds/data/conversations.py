@@ -142,7 +142,7 @@ class ChatTemplate:
                 "chat_template.jinja in the model's folder"
             )
         try:
-            self._source = str(tokenizer.get_chat_template(template))
+            self.source = str(tokenizer.get_chat_template(template))
         except ValueError as error:
             raise ConversationError(f"the tokenizer's chat template cannot be used: {error}") from None
         # all_special_ids holds only named tokens such as bos and eos, and not every model names the marks of its turns
@@ -155,7 +155,7 @@ class ChatTemplate:
         self._marks = self._special | {
             number
             for number, token in added.items()
-            if (token.content not in words or token.content in self._source)
+            if (token.content not in words or token.content in self.source)
             and not token.content.replace(SENTENCEPIECE_BLANK, " ").isspace()
         }
         self._structures: dict[tuple[str, ...], _Structure] = {}
@@ -299,7 +299,7 @@ class ChatTemplate:
             try:
                 text = self.tokenizer.apply_chat_template(
                     [{"role": role, "content": f" \tzq{number}qz\t "} for number, role in enumerate(roles)],
-                    chat_template=STRFTIME + self._source if "strftime_now" in self._source else self._source,
+                    chat_template=STRFTIME + self.source if "strftime_now" in self.source else self.source,
                     tokenize=False,
                     add_generation_prompt=generate,
                     enable_thinking=False,  # Qwen3's: an empty thought opens answers in training, so also in prompts

@@ -18,9 +18,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from zero_ds.runtime import meeting
 from zero_ds.runtime.environment import accelerator, has_cuda
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.failure import WATCH
+from zero_ds.runtime.failure import WATCH, attempt
 from zero_ds.runtime.ports import free_port
 from zero_ds.runtime.zero3 import allow_two_models_under_hpz
 
@@ -34,7 +35,8 @@ def initialize() -> None:
     """Joins the process group of the launcher (DeepSpeed's or torchrun's); a single process becomes rank 0 of 1.
 
     Raises:
-        ConfigError: the ranks cannot meet at the launcher's address and port, or DS_ACCELERATOR names no device here.
+        ConfigError: DS_ACCELERATOR names no device here.
+        MeetingError: the ranks cannot meet at the launcher's address and port, or one of them does not come.
     """
     if dist.is_initialized():
         return
@@ -64,15 +66,15 @@ def initialize() -> None:
         torch.cuda.set_device(device())
     allow_two_models_under_hpz()
     backend = "nccl" if has_cuda() else "gloo"
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    met = meeting.meet(number, count, host, port)
+    WATCH.start(number, count, host, port)  # first, because joining waits for a rank that dies now
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
     except dist.DistNetworkError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = "another program uses that port" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
-        raise ConfigError(
-            f"the ranks cannot meet at {address}: {reason}; choose a free one with --master_port."
-        ) from None
-    WATCH.start(rank(), world_size(), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        raise meeting.no_server(host, port, error) from None
+    del met  # it kept the server; now the process group does
 
 
 def rank() -> int:
@@ -167,6 +169,23 @@ def same_on_all_ranks(mark: int) -> bool:
     return sum_and_compare((), mark)[1]
 
 
+def sum_integers(values: Sequence[int]) -> list[int]:
+    """Returns the sum of each value over all ranks, modulo 2**64 as a signed integer. A collective."""
+    return _reduced_integers(values, dist.ReduceOp.SUM)
+
+
+def max_integers(values: Sequence[int]) -> list[int]:
+    """Returns the largest of each value, a signed integer of 64 bits, over all ranks. A collective."""
+    return _reduced_integers(values, dist.ReduceOp.MAX)
+
+
+def _reduced_integers(values: Sequence[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
+    tensor = torch.tensor(values, dtype=torch.int64, device=device())
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=operation)
+    return [int(value) for value in tensor.tolist()]
+
+
 def max_over_ranks(*values: float) -> list[float]:
     """Returns the largest of each value over all ranks (float64, one collective)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -220,7 +239,7 @@ def rank_zero_first() -> Iterator[None]:
         return
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store, key = _get_default_store(), f"zero_ds/turn/{next(_turns)}"
+    store, key = _get_default_store(), f"zero_ds/turn/{attempt()}/{next(_turns)}"
     while not is_rank_zero() and not store.check([key]):
         time.sleep(0.1)
     try:

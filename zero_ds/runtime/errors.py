@@ -9,6 +9,14 @@ class ConfigError(ValueError):
     """A mistake of the user; the message is one sentence that names the key, the value and the remedy."""
 
 
+def may_pass(error: BaseException) -> bool:
+    """Returns whether the next attempt may succeed without anybody's help, although the error has a sentence.
+
+    An error says so by an attribute `may_pass` of its class or its own.
+    """
+    return bool(getattr(error, "may_pass", False))
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """Returns the end of a message about an unknown word: `; did you mean 'x'?`, or all known words if they are few."""
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)

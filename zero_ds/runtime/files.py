@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -13,6 +14,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zero_ds.runtime.errors import ConfigError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that has no room left for this user or this file."""
+CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""Errors of a place that cannot be written."""
+
+
+def disk_sentence(error: BaseException) -> str | None:
+    """Returns a sentence about a full disk or a place that cannot be written; None for any other error."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error.strerror}: {error.filename or 'while writing'}; free some space and run again."
+    if isinstance(error, OSError) and error.errno in CLOSED:
+        return f"{error.strerror}: {error.filename or 'while writing'}; choose another place."
+    if "No space left on device" in str(error):  # from writers that are not Python: safetensors, Arrow
+        return "No space left on device; free some space and run again."
+    return None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -78,6 +78,20 @@ def held_part(parameter: nn.Parameter) -> torch.Tensor:
     return cast(torch.Tensor, getattr(parameter, "ds_tensor", parameter))
 
 
+def live_elements(parameter: nn.Parameter, start: int, count: int) -> torch.Tensor:
+    """Returns elements of the flattened parameter that this rank computes with: (count,).
+
+    start, count: within the rank's own part of a partitioned parameter. A collective where the parameter is swapped out
+    to a disk, which gathers it.
+    """
+    if not is_partitioned(parameter):
+        return parameter.detach().flatten()[start : start + count]
+    if held_part(parameter).numel() == part_size(parameter):
+        return held_part(parameter).detach().flatten()[:count]
+    with gathered([parameter]):
+        return parameter.detach().flatten()[start : start + count].clone()
+
+
 def part_size(parameter: nn.Parameter) -> int:
     """Returns the number of elements in each rank's part of a partitioned parameter, padding included.
 

@@ -79,7 +79,8 @@ class Engine:
         self.factor = schedule(config, total_steps)
         self.world_size = distributed.world_size()
         optimizer = torch.optim.AdamW(
-            [{"params": [p for _, p in group], "lr": self.rates[part], "name": part} for part, group in groups.items()],
+            # each step sets its rates; without ZeRO, DeepSpeed makes one of its own in bf16, which must change nothing
+            [{"params": [p for _, p in group], "lr": 0.0, "name": part} for part, group in groups.items()],
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
             weight_decay=config.optimizer.weight_decay,

@@ -12,6 +12,7 @@ from typing import Any
 
 from zero_ds.runtime import distributed
 from zero_ds.runtime.console import duration
+from zero_ds.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,7 @@ def _truncate(path: Path, steps: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # a line cut off by a kill
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

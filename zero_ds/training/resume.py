@@ -22,7 +22,14 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.checkpoint import Checkpoint, Progress, check_manifest, find_checkpoint
+from zero_ds.training.checkpoint.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    check_manifest,
+    find_checkpoint,
+    newest_complete,
+)
 from zero_ds.training.checkpoint.load import carry_over_, load_weights_, restore_
 from zero_ds.training.checkpoint.manifest import Manifest
 from zero_ds.training.engine import Engine
@@ -113,9 +120,10 @@ def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
     found = None
     if (out / "latest").is_file():
         found = find_checkpoint(out)
-        if found.manifest["fingerprint"] != config.fingerprint() and not data_has_moved(found.manifest, config):
-            changed = difference(found.manifest["config"], config.model_dump(mode="json"))
+        if (changed := _changed(found, config)) is not None:
             raise ConfigError(f"{out} holds another run ({changed}); choose another out=FOLDER or remove it.")
+    elif (newest := newest_complete(out)) is not None:
+        found = _without_latest(newest, config)
     step = found.step if found else 0
     if not distributed.same_on_all_ranks(step):
         largest, negative = distributed.max_over_ranks(step, -step)
@@ -141,6 +149,43 @@ def data_has_moved(manifest: Mapping[str, Any], config: RunConfig) -> bool:
         return False
     logger.info("the data lies elsewhere than when the run began; its content must be the same")
     return True
+
+
+def _without_latest(newest: Checkpoint, config: RunConfig) -> Checkpoint | None:
+    """Returns the checkpoint to go on from in a run folder that has lost `latest`, and says so.
+
+    newest: newest complete checkpoint there. A kill after a run's first checkpoint, and before `latest` names it,
+    leaves such a folder, and so does a copy without the file.
+    """
+    out, changed = newest.folder.parent, _changed(newest, config)
+    if distributed.is_rank_zero():
+        if changed is None:
+            logger.warning("%s has no file `latest`; going on from %s, the newest there", out, newest.folder.name)
+        else:
+            logger.warning(
+                "%s has no file `latest`, and %s is of another run (%s); beginning at step 1, which replaces what is "
+                "there",
+                out,
+                newest.folder.name,
+                changed,
+            )
+    return newest if changed is None else None
+
+
+def _changed(found: Checkpoint, config: RunConfig) -> str | None:
+    """Returns what differs between the configuration of a checkpoint and that of a run; None if nothing does.
+
+    Raises:
+        CheckpointError: the manifest does not say.
+    """
+    try:
+        same = str(found.manifest["fingerprint"]) == config.fingerprint() or data_has_moved(found.manifest, config)
+        stated = dict(found.manifest["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{found.folder / 'manifest.json'} is damaged ({type(error).__name__}: {error}); use another checkpoint."
+        ) from None
+    return None if same else difference(stated, config.model_dump(mode="json"))
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

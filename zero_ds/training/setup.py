@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -27,12 +28,13 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed, failure
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
+from zero_ds.runtime.meeting import require_agreement
 from zero_ds.runtime.safetensors import Span, torch_dtype
 from zero_ds.runtime.zero3 import held_part, is_partitioned
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint
 from zero_ds.training.checkpoint.load import load_weights_
-from zero_ds.training.checkpoint.manifest import Manifest, describe_models, describe_run
+from zero_ds.training.checkpoint.manifest import Manifest, code_hash, describe_models, describe_run, versions
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_, weights_hash
 from zero_ds.training.deepspeed import ds_config, resolve_precision
 from zero_ds.training.folders import ModelFolders
@@ -70,18 +72,13 @@ class Run:
 
 
 def start_run(config: RunConfig) -> Run:
-    """Makes the run folder, checks the configuration, and looks for a checkpoint to resume. A collective.
+    """Checks the configuration, compares it over all ranks, and looks for a checkpoint to resume. A collective.
 
     Raises:
-        ConfigError: a setting that cannot work, or a run folder that holds another run. CheckpointError: a damaged
-            checkpoint.
+        ConfigError: a setting that cannot work or differs between ranks, or a run folder that holds another run.
+            CheckpointError: a damaged checkpoint.
     """
     out = Path(config.out)
-    make_folder(out)
-    if distributed.is_rank_zero():
-        failure.clear(out)
-    distributed.barrier()
-    failure.WATCH.folder = out
     stop = distributed.StopSignal()
     stages.stage_of(config)
     world_size = distributed.world_size()
@@ -91,6 +88,8 @@ def start_run(config: RunConfig) -> Run:
         logger.warning(remark)
     ds = ds_config(config, world_size)
     check_options(config)
+    compare_settings(config, ds)
+    failure.WATCH.folder = out
     determinism.apply(config)
     resume = Resume.find(out, config)
     seed_everything(config.seed)
@@ -99,18 +98,40 @@ def start_run(config: RunConfig) -> Run:
     return Run(config, out, ds, folders, resume, stop)
 
 
-def make_folder(out: Path) -> None:
-    """Makes the run folder, which also records errors that end a run before its first step.
+def compare_settings(config: RunConfig, ds: dict[str, Any]) -> None:
+    """Compares configuration, DeepSpeed JSON and code over all ranks, before any of them acts on its own. A collective.
 
     Raises:
-        ConfigError: a file is in its place, or it cannot be made.
+        ConfigError: on every rank; names the first entry that differs.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is not a folder; choose another out=FOLDER.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be made: {error.strerror}; choose another out=FOLDER.") from None
+    entries = {**flattened(config.model_dump(mode="json")), **flattened(ds, "DeepSpeed's ")}
+    entries |= {f"the version of {name}": version for name, version in versions().items() if name != "python"}
+    entries["the code of zero_ds (its hash)"] = code_hash()
+    require_agreement(entries, "start every rank with the same recipe, overrides and installation.")
+
+
+def compare_inputs(manifest: Manifest, loader: Loader) -> None:
+    """Compares data, chat template, models and starting weights over all ranks, before the first step. A collective.
+
+    Raises:
+        ConfigError: on every rank; names the first of them that differs.
+    """
+    template = loader.sample_encoder.template.source
+    entries: dict[str, Any] = {
+        "the content of the data files (its hash)": manifest["data_hash"],
+        "the chat template (its hash)": hashlib.sha256(template.encode()).hexdigest()[:16],
+    }
+    known = ("config", "fingerprint", "data_hash")
+    entries |= {name: value for name, value in manifest.items() if name not in known}
+    require_agreement(entries, "give every machine the same files.")
+
+
+def flattened(entries: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the entries of nested sections under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in entries.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def seed_everything(seed: int) -> None:

@@ -14,7 +14,16 @@ from zero_ds.training.loop import loop
 from zero_ds.training.options.apply import apply_options_
 from zero_ds.training.options.fallback import more_recomputation_if_out_of_memory
 from zero_ds.training.options.recompute import recomputed_layers
-from zero_ds.training.setup import describe, load_initial_weights, load_model, make_loader, start_run, total_steps
+from zero_ds.training.run_folder import use_folder
+from zero_ds.training.setup import (
+    compare_inputs,
+    describe,
+    load_initial_weights,
+    load_model,
+    make_loader,
+    start_run,
+    total_steps,
+)
 from zero_ds.training.skipped import SkippedSamples
 
 logger = logging.getLogger(__name__)
@@ -28,7 +37,12 @@ def train(config: RunConfig) -> Path:
         NoMemoryError: memory has run out, with or without a next attempt that may help.
         FloatingPointError: a loss or gradient that is not finite; that step has updated nothing.
     """
-    distributed.initialize()
+    with use_folder(Path(config.out)):
+        distributed.initialize()
+        return _train(config)
+
+
+def _train(config: RunConfig) -> Path:
     run = start_run(config)
     config = run.config
     model = load_model(config, run.ds, run.folders)
@@ -42,6 +56,7 @@ def train(config: RunConfig) -> Path:
         return run.resume.checkpoint.folder
 
     manifest = describe(run, model, loader)
+    compare_inputs(manifest, loader)
     load_initial_weights(model, config, manifest, loader)
     run.resume.load_weights_(model, manifest)
     groups = stages.freeze_(model, config)

@@ -33,6 +33,9 @@ FOLDER_NAME = re.compile(r"step-(\d{6,})")
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or read, or does not fit its reader."""
 
+    may_pass = False
+    """Whether the next attempt may succeed without anybody's help."""
+
 
 class Progress(TypedDict, total=False):
     """Fields of resume/progress.json."""
@@ -93,6 +96,10 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read ({error}); use another checkpoint.") from None
         if not isinstance(content, dict):
             raise CheckpointError(f"{path} is damaged: it is not a JSON object; use another checkpoint.")
+        for field in ("optimizer_steps", "loss_scale"):
+            counts = content.get(field)
+            if not isinstance(counts, dict) or not all(type(count) in (int, float) for count in counts.values()):
+                raise CheckpointError(f"{path} is damaged: its {field} are {counts!r}; use another checkpoint.")
         return content
 
     def check_weights(self) -> None:
@@ -134,7 +141,7 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         folder = folder / name
     file = folder / "manifest.json"
     if not file.is_file():
-        raise CheckpointError(f"{path} holds no checkpoint (manifest.json is missing); did the run finish?")
+        raise CheckpointError(f"{path} holds no checkpoint (manifest.json is missing); {_where_else(Path(path))}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         int(manifest["step"])
@@ -142,6 +149,28 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); use another checkpoint.") from None
     return Checkpoint(folder, manifest)
+
+
+def newest_complete(run: Path) -> Checkpoint | None:
+    """Returns the newest checkpoint in a run folder, whatever `latest` says; None if there is none.
+
+    Raises:
+        CheckpointError: its manifest cannot be read.
+    """
+    folders = [path for path in run.glob("step-*") if FOLDER_NAME.fullmatch(path.name)]
+    complete = [path for path in folders if (path / "manifest.json").is_file()]
+    newest = max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    return find_checkpoint(newest) if newest else None
+
+
+def _where_else(path: Path) -> str:
+    """Returns the end of a message about a folder that names no checkpoint."""
+    newest = newest_complete(path) if path.is_dir() else None
+    if newest is None:
+        return "did the run finish?"
+    if (path / "latest").is_file():
+        return f"{path / 'latest'} names another than {newest.folder.name}, the newest there: write that into it."
+    return f"{path / 'latest'} is lost: write {newest.folder.name} into it, the newest there."
 
 
 def check_hash(path: Path, expected: str) -> None:

@@ -72,6 +72,11 @@ def restore_(engine: Engine, checkpoint: Checkpoint) -> Progress:
         raise CheckpointError(
             f"{checkpoint.folder} was saved by a run that trains other parameters (the first: {other})."
         )
+    if missing := sorted(set(engine.parts) - set(progress["optimizer_steps"])):
+        raise CheckpointError(
+            f"{checkpoint.folder}/resume/progress.json is damaged: it has no step count of the {missing[0]}; use "
+            "another checkpoint."
+        )
     for name, parameter in engine.named.items():
         state.put_(engine, name, parameter)
     engine.state.set_steps(progress["optimizer_steps"])

@@ -5,11 +5,13 @@ A new field is one entry in `Manifest` and one in the function that knows its va
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from pathlib import Path
 from typing import Any, TypedDict
 
+import zero_ds
 from zero_ds import __version__
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.layer_plan import LayerPlan
@@ -92,6 +94,15 @@ def versions() -> dict[str, str]:
 
     packages = ("torch", "deepspeed", "transformers")
     return {"zero_ds": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def code_hash() -> str:
+    """Returns a hash of this package's source files, by which ranks notice that they run different code."""
+    root = Path(zero_ds.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

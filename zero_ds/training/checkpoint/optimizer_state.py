@@ -14,7 +14,7 @@ import torch
 
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.zero3 import held_part, is_partitioned, parameter_shape, part_size
+from zero_ds.runtime.zero3 import held_part, is_partitioned, live_elements, parameter_shape, part_size
 from zero_ds.training.checkpoint import PIECE
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
@@ -30,16 +30,18 @@ class OptimizerState:
         """Creates Adam's moments now, so that they can be restored before the first step.
 
         DeepSpeed would create them during that step, and under ZeRO-1 and 2 it would then link only those of the first
-        parameter group, so that those of the others could not be saved.
+        parameter group, so that those of the others could not be saved. Without ZeRO it creates them earlier, in bf16,
+        by a step on gradients of zero, which must not count.
         """
         self.optimizer = optimizer
         self.inner = getattr(optimizer, "optimizer", optimizer)
         self._masters = self._unsharded(parameters) if stage == 0 else {}
         for flats in self._flats().values():
             for flat in flats:
-                if flat.numel() and not self.inner.state[flat]:  # empty: swapped out to a disk
+                if flat.numel():  # otherwise it is swapped out to a disk
                     moments = {key: torch.zeros_like(flat.data) for key in KEYS[1:]}
                     self.inner.state[flat] = {"step": _step_count(flat, 0), **moments}
+        _map_round_robin_(optimizer)
         link = getattr(optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
@@ -118,6 +120,22 @@ class OptimizerState:
         elif values.numel():
             self.held(parameter, key).copy_(values)
 
+    def equals_live(self, parameter: torch.nn.Parameter) -> bool:
+        """Returns whether this rank's elements of the master copy, rounded, are the weights that the model computes
+        with, bit for bit. A collective where parameters are swapped out to a disk.
+        """
+        if parameter in self._masters:
+            master, live = self._masters[parameter].detach().flatten(), parameter.detach().flatten()
+        else:
+            start, count = self.span(parameter)
+            master, live = self.held(parameter, "master"), live_elements(parameter, start, count)
+        for begin in range(0, len(master), PIECE):
+            rounded = master[begin : begin + PIECE].to(live.device, live.dtype)
+            kind = torch.int32 if live.element_size() == 4 else torch.int16
+            if not torch.equal(rounded.view(kind), live[begin : begin + PIECE].view(kind)):
+                return False
+        return True
+
     def span_to_set(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
         """Returns the first element and the number of elements that `set_held` needs on this rank."""
         return (0, parameter.numel()) if parameter in self._masters else self.span(parameter)
@@ -188,3 +206,19 @@ def _step_count(flat: torch.Tensor, count: int) -> torch.Tensor:
     lies where its parameter lies because it is made from it.
     """
     return torch.full((), float(count), dtype=torch.float32, device=flat.device)
+
+
+def _map_round_robin_(optimizer: Any) -> None:
+    """Corrects DeepSpeed's (0.19) map from parameters to the elements of its shards under `round_robin_gradients`.
+
+    With that setting ZeRO-1 and 2 lay the parameters out in another order than they list them in. The map follows the
+    list, unless it is told that there is padding between parameters; then it looks up where each of them lies.
+    """
+    if not getattr(optimizer, "round_robin_gradients", False):
+        return
+    paddings = optimizer.round_robin_bit16_padding
+    optimizer.round_robin_bit16_padding = [[1] for _ in paddings]
+    try:
+        optimizer._link_all_hp_params()
+    finally:
+        optimizer.round_robin_bit16_padding = paddings

@@ -1,22 +1,26 @@
-"""Saves a checkpoint: written into a temporary folder, synced, renamed, and only then does `latest` move."""
+"""Saves a checkpoint: written into a temporary folder, compared with the live model, synced, renamed, and only then
+does `latest` move.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zero_ds.runtime import distributed
+from zero_ds.runtime import distributed, lock
 from zero_ds.runtime.failure import WATCH
-from zero_ds.runtime.files import write_atomically
+from zero_ds.runtime.files import disk_sentence, write_atomically
 from zero_ds.runtime.safetensors import SafetensorsStream
 from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.checkpoint.checkpoint import FOLDER_NAME, CheckpointError, Progress
+from zero_ds.training.checkpoint.comparison import Comparison
 from zero_ds.training.checkpoint.manifest import Manifest, versions, write_manifest
 from zero_ds.training.checkpoint.optimizer_state import KEYS
 from zero_ds.training.engine import Engine
@@ -28,17 +32,22 @@ def save_checkpoint(run: Path, engine: Engine, manifest: Manifest, progress: Pro
     Parameters are gathered one piece at a time, and rank 0 writes them. The newest `keep` checkpoints stay.
 
     Raises:
-        CheckpointError: the disk refused; earlier checkpoints are as they were.
+        CheckpointError: the disk refused, what was gathered is not what the model computes with (`Comparison`), or
+            another job has taken the folder; earlier checkpoints are as they were.
     """
     step = progress["step"]
-    final, temporary = run / f"step-{step:06d}", run / f".step-{step:06d}.tmp"
+    final, temporary = run / f"step-{step:06d}", run / f".step-{step:06d}.{uuid.uuid4().hex[:12]}.tmp"
     writer = _Writer(temporary, engine) if distributed.is_rank_zero() else None
+    comparison = Comparison(engine.state)
     for name, parameter in engine.named.items():
+        comparison.add(name, parameter)
         for key in KEYS:
             for piece in engine.state.pieces(parameter, key):
                 if writer is not None:
+                    comparison.add_piece(key, piece)
                     writer.add(name, key, piece)
     optimizer_steps, loss_scale = engine.state.steps(), engine.state.loss_scale()
+    _refuse_difference(comparison.verdict(), writer, step)
     if writer is not None:
         writer.finish(
             {**manifest, "step": step, "versions": versions()},
@@ -52,17 +61,42 @@ def save_checkpoint(run: Path, engine: Engine, manifest: Manifest, progress: Pro
     return final
 
 
+class UnlikeLiveError(CheckpointError):
+    """A checkpoint would not hold what the model has learned."""
+
+    may_pass = True  # memory that fails does not fail in the same way twice; a setting does, and the launcher notices
+
+
+def _refuse_difference(difference: str | None, writer: _Writer | None, step: int) -> None:
+    """Raises on every rank if what was gathered is not what the model computes with.
+
+    difference: as `Comparison.verdict` returned it, the same on every rank.
+    """
+    if difference is None:
+        return
+    sentence = f"step {step} is not saved: {difference}; earlier checkpoints are intact. Try another zero=NAME."
+    if writer is not None:
+        shutil.rmtree(writer.folder, ignore_errors=True)
+        WATCH.record(sentence)
+    raise UnlikeLiveError(sentence)
+
+
 def _stop_all_on_error(writer: _Writer | None, run: Path, step: int) -> None:
     """Raises on every rank if rank 0 could not write. A collective."""
     error = writer.error if writer is not None else None
-    sentence = f"step {step} could not be saved by rank 0."
+    sentence, final = f"step {step} could not be saved by rank 0.", True
     if error is not None and writer is not None:
         shutil.rmtree(writer.folder, ignore_errors=True)
-        sentence = f"step {step} could not be saved in {run}: {error}; earlier checkpoints are intact."
-        WATCH.record(sentence)  # before the other ranks know
-    (failures,) = distributed.sum_over_ranks(0.0 if error is None else 1.0)
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        sentence = f"step {step} could not be saved in {run}: {reason}; earlier checkpoints are intact."
+        # a full disk stays full; a file server that did not answer may answer the next attempt
+        final = not isinstance(error, OSError) or disk_sentence(error) is not None
+        WATCH.record(sentence, final)  # before the other ranks know
+    failures, passing = distributed.sum_over_ranks(error is not None, not final)
     if failures:
-        raise CheckpointError(sentence)
+        raised = CheckpointError(sentence)
+        raised.may_pass = bool(passing)
+        raise raised
 
 
 def _delete_old(run: Path, step: int, keep: int) -> None:
@@ -77,7 +111,7 @@ class _Writer:
     """Rank 0's side of saving. It keeps the first error for later, because the other ranks are in collectives."""
 
     def __init__(self, folder: Path, engine: Engine) -> None:
-        self.error: str | None = None
+        self.error: OSError | CheckpointError | None = None
         self.folder = folder
         self.dtypes = {n: p.dtype for n, p in engine.named.items()}
         shapes = {n: parameter_shape(p) for n, p in engine.named.items()}
@@ -96,11 +130,10 @@ class _Writer:
         if self.error is None:
             try:
                 action(*arguments)
-            except OSError as error:
-                self.error = f"{error.strerror or error}"
+            except (OSError, CheckpointError) as error:
+                self.error = error
 
     def _open(self, shapes: dict[str, torch.Size]) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
         (self.folder / "resume").mkdir(parents=True)
         self.weights = SafetensorsStream(
             self.folder / "weights.safetensors", [(n, self.dtypes[n], shape) for n, shape in shapes.items()]
@@ -124,6 +157,8 @@ class _Writer:
         sync_folder(self.folder)
 
     def _publish(self, final: Path) -> None:
+        if (taken := lock.lost(final.parent)) is not None:
+            raise CheckpointError(taken)
         if final.is_dir():  # newer than `latest`: left by a kill before `latest` moved, or by a run that was set back
             shutil.rmtree(final)
         self.folder.rename(final)

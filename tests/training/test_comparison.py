@@ -1,0 +1,189 @@
+"""A checkpoint holds what the model has learned, or it is not published: faults put into saves, one element each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_helper import run_ranks, train_all
+from places import GATHERED, ROOT
+from safetensors.torch import load_file
+
+from zero_ds.config.schema import RunConfig
+
+KEYS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def engine_after_a_step(config: RunConfig) -> Any:
+    from zero_ds.runtime import distributed
+    from zero_ds.training import stages
+    from zero_ds.training.deepspeed import ds_config
+    from zero_ds.training.engine import Engine
+    from zero_ds.training.setup import load_model, make_loader, seed_everything
+
+    seed_everything(config.seed)
+    ds = ds_config(config, distributed.world_size())
+    model = load_model(config, ds)
+    loader = make_loader(config, model)
+    groups = stages.freeze_(model, config)
+    model.train()
+    engine = Engine(config, model, groups, 2, ds)
+    engine.step(next(iter(loader.steps(0, 1))), 0, 10.0)
+    return engine
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def altered_on_the_way(rank: int, number: int) -> Iterator[None]:
+    """One element of what a rank adds to the gathered tensor `number` is another."""
+    from zero_ds.runtime import distributed
+
+    add, calls = distributed.add_to_rank_zero, iter(range(10**6))
+
+    def altered(tensor: torch.Tensor) -> None:
+        if next(calls) == number and distributed.rank() == rank:
+            tensor[len(tensor) // 2] += 1
+        add(tensor)
+
+    distributed.add_to_rank_zero = altered
+    try:
+        yield
+    finally:
+        distributed.add_to_rank_zero = add
+
+
+@contextlib.contextmanager
+def altered_in_memory(rank: int, tensor: torch.Tensor) -> Iterator[None]:
+    """One element of a tensor of the model or the optimizer is another on one rank, by its last bit."""
+    from zero_ds.runtime import distributed
+
+    kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    bits = tensor.detach().flatten().view(kind)
+    if distributed.rank() != rank or not len(bits):
+        yield
+        return
+    bits[len(bits) // 2] += 1
+    yield
+    bits[len(bits) // 2] -= 1
+
+
+def saves(configs: list[RunConfig]) -> list[dict[str, str]]:
+    """For each configuration: fault -> the end of a save with that fault, and of one after it without."""
+    from zero_ds.runtime import distributed
+
+    distributed.initialize()
+    return [saves_of(config) for config in configs]
+
+
+def saves_of(config: RunConfig) -> dict[str, str]:
+    from zero_ds.runtime import distributed
+    from zero_ds.runtime.zero3 import held_part
+    from zero_ds.training.checkpoint.save import save_checkpoint
+
+    engine = engine_after_a_step(config)
+    names = list(engine.named)
+    chosen = names[len(names) // 2]
+    first = names.index(chosen) * len(KEYS)
+    parameter = engine.named[chosen]
+    faults: dict[str, Any] = {}
+    for rank in (0, 1):
+        for number, key in enumerate(KEYS):
+            faults[f"{key} from rank {rank}"] = altered_on_the_way(rank, first + number)
+        faults[f"weights of rank {rank}"] = altered_in_memory(rank, held_part(parameter))
+    run, steps = Path(config.out), iter(range(1, 100))
+    ends = {"chosen": chosen, "none": end_of(lambda: save_checkpoint(run, engine, {}, {"step": next(steps)}, 1))}
+    for fault, context in faults.items():
+        step = next(steps)
+        with context:
+            ends[fault] = end_of(lambda step=step: save_checkpoint(run, engine, {}, {"step": step}, 1))
+        ends[f"after {fault}"] = end_of(lambda: save_checkpoint(run, engine, {}, {"step": next(steps)}, 1))
+        if distributed.is_rank_zero():
+            ends[f"left by {fault}"] = " ".join(sorted(path.name for path in run.iterdir() if "step" in path.name))
+    return ends
+
+
+def end_of(action: Callable[[], Path]) -> str:
+    try:
+        return action().name
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_single_altered_element_is_never_published(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    cases = [("zero0", "bf16"), ("zero2", "bf16"), ("zero2", "fp32"), (GATHERED, "bf16")]
+    configs = [
+        run_config("pretrain", tmp_path / str(number), zero=zero, precision=precision)
+        for number, (zero, precision) in enumerate(cases)
+    ]
+    for config in configs:
+        Path(config.out).mkdir()
+    ranks = run_ranks(saves, 2, configs)
+    said = [[{k: v for k, v in ends.items() if not k.startswith("left")} for ends in rank] for rank in ranks]
+    assert said[0] == said[1], "every rank says the same"
+    for case, ends in zip(cases, ranks[0], strict=True):
+        chosen = ends.pop("chosen")
+        assert ends.pop("none") == "step-000001"
+        published = 1
+        for fault in [name for name in ends if not name.startswith(("after", "left"))]:
+            end = ends[fault]
+            assert end.startswith("UnlikeLiveError: step ") and "is not saved: " in end, (case, fault, end)
+            assert chosen in end and "earlier checkpoints are intact" in end, (case, fault, end)
+            published += 2
+            assert ends[f"after {fault}"] == f"step-{published:06d}"
+            assert ends[f"left by {fault}"] == f"step-{published:06d}", "nothing half-written"
+
+
+# -- a setting that DeepSpeed maps wrongly -----------------------------------------------------------------------------
+
+
+def train_and_resume(configs: list[RunConfig]) -> list[str]:
+    """Trains each run, sets its copy back to the middle, and trains that one to the end."""
+    from zero_ds.runtime import distributed
+
+    ends = train_all(configs)
+    again = []
+    for config in configs:
+        run = Path(config.out)
+        copy = run.with_name(f"{run.name} again")
+        if distributed.is_rank_zero():
+            shutil.copytree(run, copy)
+            shutil.rmtree(copy / "step-000004")
+            (copy / "latest").write_text("step-000002\n")
+        distributed.barrier()
+        again.append(config.model_copy(update={"out": str(copy)}))
+    return ends + train_all(again)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_round_robin_gradients_are_saved_as_they_were_trained(
+    run_config: Callable[..., RunConfig], tmp_path: Path, ranks: int
+) -> None:
+    """LLaMA-Factory's ZeRO-2 file and the Trainer's documentation set them."""
+    options = {"global_batch": 6, "max_steps": 4, "checkpoint": {"every_steps": 2, "keep": 9}}
+    configs = {}
+    for stage in ("zero1", "zero2", "zero2_offload"):
+        ds = json.loads((ROOT / "ds_configs" / f"{stage}.json").read_text())
+        ds["zero_optimization"]["round_robin_gradients"] = True
+        path = tmp_path / f"{stage}.json"
+        path.write_text(json.dumps(ds))
+        configs[stage] = run_config("decoder", tmp_path / stage, zero=str(path), **options)
+    configs["usual"] = run_config("decoder", tmp_path / "usual", zero="zero2", **options)
+    ends = run_ranks(train_and_resume, ranks, list(configs.values()))
+    assert ends == [["step-000004"] * 8] * ranks
+    usual = load_file(tmp_path / "usual" / "step-000004" / "weights.safetensors")
+    for stage in configs:
+        for name in ("weights.safetensors", "resume/state.safetensors"):
+            first, again = (tmp_path / f"{stage}{word}" / "step-000004" / name for word in ("", " again"))
+            assert first.read_bytes() == again.read_bytes(), f"{stage}: resumed to the byte"
+        ours = load_file(tmp_path / stage / "step-000004" / "weights.safetensors")
+        assert list(ours) == list(usual)
+        for name in [name for name in usual if not name.endswith("k_proj.bias")]:  # without effect: Adam adds up noise
+            torch.testing.assert_close(ours[name], usual[name], rtol=1e-4, atol=1e-5, msg=f"{stage}: {name}")

@@ -1,0 +1,255 @@
+"""A lock on a run folder, so that two jobs never write into one: a file with the holder's host, process and job.
+
+A holder that was killed leaves the file. Whether it still lives is known at once on its own machine. On another machine
+a job looks at the file for a while, because a living holder touches it every few seconds. Clocks are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from zero_ds.runtime.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FILE = "lock.json"
+"""Name of the lock in a folder."""
+BEAT = 4.0
+"""Seconds between two touches of the file by its holder."""
+LOOK = 20.0
+"""Seconds after which an untouched file of a holder on another machine counts as abandoned."""
+GOING = 5.0
+"""Seconds that a holder on this machine gets to end, if it was killed just now."""
+SETTLE = 1.0
+"""Seconds after which two jobs that take over an abandoned lock at the same time see which of them has it."""
+JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBEFLOW_JOB_NAME")
+"""Variables in which schedulers give the id of a job."""
+
+
+class InUseError(ConfigError):
+    """A folder is in use by another job."""
+
+
+class FolderLock:
+    """The lock of this process on a folder, held while a `with` block runs; meanwhile a thread touches it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / FILE
+        self._content = _this_process()
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> FolderLock:
+        self.take()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def take(self) -> None:
+        """Takes the lock, also from a holder that is gone.
+
+        Raises:
+            InUseError: a living holder has it. ConfigError: the folder cannot be written.
+        """
+        try:
+            if not self._create():
+                refuse_if_in_use(self.folder)
+                self._take_over()
+        except InUseError:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} cannot be written ({error.strerror or error}); free some space, or choose another out="
+                "FOLDER."
+            ) from None
+        _held[self.folder.resolve()] = self
+        threading.Thread(target=self._touch, daemon=True).start()
+
+    def release(self) -> None:
+        """Removes the lock if this process has it."""
+        self._stopped.set()
+        _held.pop(self.folder.resolve(), None)
+        if os.getpid() == self._content["pid"] and self.is_ours():
+            self.path.unlink(missing_ok=True)
+
+    def is_ours(self) -> bool:
+        """Returns whether this process has the lock, as far as the file tells."""
+        found = _read(self.path)
+        return found is not None and found.get("id") == self._content["id"]
+
+    def _create(self) -> bool:
+        """Writes the file unless there is one; returns whether it did."""
+        written = self._written()
+        try:
+            os.link(written, self.path)  # complete or not at all, and never over another
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with self.path.open("x", encoding="utf-8") as file:
+                    file.write(json.dumps(self._content))
+            except FileExistsError:
+                return False
+        finally:
+            written.unlink(missing_ok=True)
+        return True
+
+    def _take_over(self) -> None:
+        """Replaces the file of a holder that is gone.
+
+        Raises:
+            InUseError: another job took it over at the same time.
+        """
+        self._written().replace(self.path)
+        time.sleep(SETTLE)
+        if not self.is_ours():
+            raise InUseError(_in_use(self.folder, _read(self.path) or {}))
+
+    def _written(self) -> Path:
+        path = self.path.with_name(f".{FILE}.{self._content['id']}.tmp")
+        try:
+            path.write_text(json.dumps(self._content, indent=2) + "\n", encoding="utf-8")
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return path
+
+    def _touch(self) -> None:
+        while not self._stopped.wait(BEAT):
+            with contextlib.suppress(OSError):
+                if self.is_ours():
+                    os.utime(self.path)
+
+
+_held: dict[Path, FolderLock] = {}
+"""Locks of this process, by folder."""
+
+
+def lost(folder: Path) -> str | None:
+    """Returns a sentence if this process had locked the folder, and another job has taken the lock over; else None."""
+    lock = _held.get(folder.resolve())
+    if lock is None or lock.is_ours():
+        return None
+    found = _read(lock.path)
+    return _in_use(folder, found) if found else f"{lock.path} was removed while this job was using the folder."
+
+
+def refuse_if_in_use(folder: Path) -> None:
+    """Refuses a folder that a living job has locked; says so if the holder of a lock is gone.
+
+    Raises:
+        InUseError: as stated.
+    """
+    path = folder / FILE
+    found = _read(path)
+    if found is None:
+        return
+    deadline = time.monotonic() + GOING
+    alive = _lives_here(found)
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.1)
+        alive = _lives_here(found)
+    if alive is None:
+        alive = _is_touched(path)
+    if alive:
+        raise InUseError(_in_use(folder, found))
+    if found.get("id") is not None:
+        logger.warning("%s was left locked by %s, which is gone", folder, _name(found))
+
+
+def is_free(folder: Path) -> bool:
+    """Returns whether it is certain, without looking for long, that no other job uses the folder."""
+    found = _read(folder / FILE)
+    return found is None or _lives_here(found) is False
+
+
+def _this_process() -> dict[str, Any]:
+    process = psutil.Process()
+    return {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": process.pid,
+        "job": next((f"{name}={os.environ[name]}" for name in JOB_VARIABLES if name in os.environ), None),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": process.create_time(),
+        "machine": _machine(),
+    }
+
+
+def _machine() -> str:
+    """Returns what tells this machine, since its start, from others; process ids of equal ones can be compared."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    return socket.gethostname()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Returns the content of a lock; None if there is no file, and nothing known if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _lives_here(found: dict[str, Any]) -> bool | None:
+    """Returns whether the holder of a lock is a living process of this machine; None if it is of another one."""
+    if found.get("machine") != _machine():
+        return None
+    try:
+        process = psutil.Process(int(found["pid"]))
+        same = abs(process.create_time() - float(found["started"])) < 2.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:
+        return True
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
+
+
+def _is_touched(path: Path) -> bool:
+    """Looks at a lock of another machine until it is touched, or has not been for LOOK seconds."""
+    before, deadline = _stamp(path), time.monotonic() + LOOK
+    logger.warning("%s belongs to another machine; looking for %.0f s whether its job is alive", path, LOOK)
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        now = _stamp(path)
+        if now is None:
+            return False
+        if now != before:
+            return True
+    return False
+
+
+def _stamp(path: Path) -> int | None:
+    try:
+        with path.open("rb") as file:  # opened, because network file systems then ask their server
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _name(found: dict[str, Any]) -> str:
+    job = f", {found['job']}" if found.get("job") else ""
+    return f"process {found.get('pid', '?')} on {found.get('host', 'an unknown machine')}{job}"
+
+
+def _in_use(folder: Path, found: dict[str, Any]) -> str:
+    return (
+        f"{folder} is in use by {_name(found)} since {found.get('since', '?')}; wait for that job or end it, or choose "
+        f"another out=FOLDER. If it is certain that it is gone, remove {folder / FILE}."
+    )

@@ -1,0 +1,105 @@
+"""Compares what a checkpoint is about to hold with the model that trains, every element of every tensor.
+
+Between the two lie DeepSpeed's map from parameters to its shards, and a gather. A fault in either is invisible in a
+run, whose losses stay right, and in its checkpoints, whose hashes fit. So each rank compares the master copies that it
+holds, rounded, with the weights that it computes with; the bits that the ranks hold are summed up and compared with
+those that rank 0 has gathered; and the weights of all ranks are compared with each other. All of it reads memory once
+and moves a few numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from zero_ds.runtime import distributed
+from zero_ds.runtime.zero3 import is_partitioned, parameter_shape
+from zero_ds.training.checkpoint import PIECE
+from zero_ds.training.checkpoint.optimizer_state import KEYS, OptimizerState
+
+_FIELDS = (*KEYS, "elements", "unlike")
+"""Numbers of each parameter whose sums over the ranks tell whether all is well."""
+
+
+class Comparison:
+    """The comparison of one save. Every rank goes through the parameters in the same order."""
+
+    def __init__(self, state: OptimizerState) -> None:
+        self._state = state
+        self._names: list[str] = []
+        self._sums: list[torch.Tensor | int] = []
+        self._live: list[torch.Tensor | int] = []
+        self._surplus: dict[int, list[torch.Tensor]] = {}
+        """Sums of the bits of the pieces that rank 0 has gathered, by index in `_sums`."""
+
+    def add(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """Looks at what this rank holds of a parameter, before it is gathered."""
+        self._names.append(name)
+        self._sums += [_bits(self._state.held(parameter, key)) for key in KEYS]
+        count, size = self._state.span(parameter)[1], parameter_shape(parameter).numel()
+        self._sums.append(count - size if distributed.is_rank_zero() else count)
+        self._sums.append(0 if self._state.equals_live(parameter) else 1)
+        self._live.append(0 if is_partitioned(parameter) else _bits(parameter.detach()))
+
+    def add_piece(self, key: str, piece: torch.Tensor) -> None:
+        """Looks at a piece of the tensor `key` of the last parameter, as rank 0 has gathered it and will write it."""
+        index = len(self._sums) - len(_FIELDS) + KEYS.index(key)
+        self._surplus.setdefault(index, []).append(_bits(piece))
+
+    def verdict(self) -> str | None:
+        """Returns what differs, naming the first such tensor; None if all is well. A collective."""
+        sums = _numbers(self._sums)
+        for index, pieces in self._surplus.items():
+            sums[index] = _wrapped(sums[index] - sum(_numbers(pieces)))
+        found = distributed.sum_integers(sums)
+        live = _numbers(self._live)
+        extremes = distributed.max_integers([*live, *(~value for value in live)])
+        for number, name in enumerate(self._names):
+            largest, smallest = extremes[number], ~extremes[number + len(self._names)]
+            start = number * len(_FIELDS)
+            if (reason := _reason(name, found[start : start + len(_FIELDS)], largest != smallest)) is not None:
+                return reason
+        return None
+
+
+def _reason(name: str, found: list[int], apart: bool) -> str | None:
+    """Returns what is wrong with a parameter, if anything.
+
+    found: the sums over the ranks, in the order of `_FIELDS`; apart: whether ranks compute with different weights.
+    """
+    of = dict(zip(_FIELDS, found, strict=True))
+    if of["elements"]:
+        return f"the ranks hold {abs(of['elements'])} elements too {'many' if of['elements'] > 0 else 'few'} of {name}"
+    if of["unlike"]:
+        return (
+            f"the master copy of {name} is not that of the weights that the model computes with (on {of['unlike']} of "
+            f"{distributed.world_size()} ranks)"
+        )
+    for key in KEYS:
+        if of[key]:
+            return f"{name} ({key}) was changed on its way to rank 0"
+    return f"the ranks compute with different weights of {name}" if apart else None
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of a tensor's elements, taken as integers: any single element that changes changes it."""
+    kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in tensor.flatten().view(kind).split(PIECE // 2):
+        total += part.sum(dtype=torch.int64)  # which first converts the whole part, to twice the bytes of fp32
+    return total
+
+
+def _numbers(values: list[torch.Tensor | int] | list[torch.Tensor]) -> list[int]:
+    """Returns values as Python's integers, after one transfer from each device."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers: dict[int, int] = {}
+    for device in {tensor.device for tensor in tensors}:
+        there = [tensor for tensor in tensors if tensor.device == device]
+        for tensor, number in zip(there, torch.stack(there).tolist(), strict=True):
+            numbers[id(tensor)] = int(number)
+    return [numbers[id(value)] if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _wrapped(value: int) -> int:
+    """Returns a number modulo 2**64, as a signed integer."""
+    return (value + 2**63) % 2**64 - 2**63
