@@ -33,8 +33,8 @@ MAY_DIFFER = (
 A key that is added to `RunConfig` belongs either here or, if it changes numbers, in OLD_BEHAVIOUR.
 """
 
-OLD_BEHAVIOUR = {"frozen_weights": "native"}
-"""Keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
+OLD_BEHAVIOUR: dict[str, Any] = {"frozen_weights": "native", "data.special_tokens": []}
+"""Dotted keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
 
 A run with this value has the fingerprint that it had before, so that old runs can still be resumed.
 """
@@ -49,9 +49,17 @@ def fingerprint(content: dict[str, Any]) -> str:
     for name in MAY_DIFFER:
         _remove(content, name)
     for name, value in OLD_BEHAVIOUR.items():
-        if content[name] == value:
+        if _entry(content, name) == value:
             _remove(content, name)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _entry(content: dict[str, Any], name: str) -> Any:
+    """Returns the entry with a dotted name."""
+    entry: Any = content
+    for key in name.split("."):
+        entry = entry[key]
+    return entry
 
 
 def _remove(content: dict[str, Any], name: str) -> None:

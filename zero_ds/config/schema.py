@@ -97,6 +97,9 @@ class DataConfig(Section):
     """System message of conversations without their own; null keeps the chat template's default."""
     chat_template: str | None = None
     """File with a chat template that replaces the tokenizer's; every export of the run keeps it."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that data may use, such as those of places in an image (* stands for any characters); others that
+    are typed stay text."""
     grouping: Literal["off", "length", "modality"] = "off"
     """Whether samples of similar length share a batch, within windows of a few batches; modality: images apart also."""
     packing: bool = False
