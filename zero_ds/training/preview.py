@@ -97,17 +97,14 @@ class Preview:
 
     def answers(self, model: VisionLanguageModel) -> list[Answer]:
         """Returns greedy answers of at most `preview.tokens` tokens. A collective under ZeRO-3."""
-        template = self.encoder.template
-        end = template.end_of_turn()
         answers = []
         for (sample, _), tokens in zip(self.samples, self._generate(model), strict=True):
-            spoken = tokens[: tokens.index(end)] if end in tokens else tokens
             answers.append(
                 Answer(
                     sample=sample.id,
                     image=sample.images[0] if sample.images else None,
                     question=next(turn.text for turn in sample.turns if turn.role == "user"),
-                    answer=template.tokenizer.decode(spoken, skip_special_tokens=True).strip(),
+                    answer=self.encoder.template.spoken(tokens),
                     expected=next(turn.text for turn in sample.turns if turn.role == "assistant"),
                 )
             )
