@@ -284,7 +284,11 @@ def tokenizer_of(family: str) -> Any:
     if published.blank_first:
         words = sentencepiece(published.marks, **named)
     else:
-        words = tiny.tokenizer(spare=published.marks, plain=published.plain, named=named or None)
+        ends = named or {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+        # as in GPT-2's family, whose tokenizers know every byte
+        words = tiny.tokenizer(
+            spare=published.marks, plain=published.plain, named={**ends, "unk_token": "<|endoftext|>"}
+        )
         if published.stripping:
             words.add_special_tokens(
                 {"additional_special_tokens": [AddedToken(mark, rstrip=True, special=True) for mark in published.marks]}

@@ -57,9 +57,9 @@ class GuardedTokenizer:
         }
         # bytes are what the tokenizer makes of characters that are no words of its own
         spelled = {number for number, token in self._added.items() if BYTE.fullmatch(token.content)}
-        unknown = tokenizer.unk_token_id
+        self._unknown = self._unknown_word()
+        unknown = tokenizer.convert_tokens_to_ids(self._unknown) if self._unknown else None
         self.marks = (self.special | written) - self.typed - spelled - {unknown}
-        self._unknown = tokenizer.unk_token if unknown is not None else None
         names = {number: self.name(number) for number in self.marks}
         self.pattern = _any_of(names.values())
         self.lead = next((name for number, name in sorted(names.items()) if self._is_plain(number)), "")
@@ -67,6 +67,16 @@ class GuardedTokenizer:
         self._cuts = _any_of(name for number, name in names.items() if self._is_plain(number, after=True))
         self._marks_of: dict[str, list[int]] = {}
         self._guarded: _Renamed | None = None
+
+    def _unknown_word(self) -> str | None:
+        """Returns the token that the tokenizer makes of characters it does not know, if it makes one.
+
+        A tokenizer of bytes knows all of them; GPT-2's family nevertheless calls the end of a text its unknown token.
+        """
+        if self._backend is None:
+            return self.tokenizer.unk_token
+        model = self._backend.model
+        return model.unk_token if hasattr(model, "unk_token") else self.tokenizer.unk_token
 
     def name(self, token: int) -> str:
         """Returns the text of an added or special token."""
@@ -162,7 +172,7 @@ class GuardedTokenizer:
         if self._guarded is None:
             hidden = {number: self.name(number) for number in self.marks}
             if self._unknown:
-                hidden[self.tokenizer.unk_token_id] = self._unknown
+                hidden[self.tokenizer.convert_tokens_to_ids(self._unknown)] = self._unknown
             self._guarded = _Renamed(self._backend, hidden)
         ids = self._guarded.encode(segment)
         if [token for token in ids if token in self.marks] != self._expected(segment):
