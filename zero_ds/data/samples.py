@@ -12,7 +12,6 @@ import torch
 from zero_ds.data.conversations import (
     IMAGE_TOKEN,
     ChatTemplate,
-    ConversationError,
     EncodedConversation,
     Supervision,
     Turn,
@@ -22,6 +21,7 @@ from zero_ds.data.conversations import (
 from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Sample
+from zero_ds.data.tokens import ConversationError
 
 
 @dataclass(frozen=True)

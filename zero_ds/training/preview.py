@@ -13,12 +13,12 @@ import torch
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import collate
-from zero_ds.data.conversations import ConversationError
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import open_image
 from zero_ds.data.loader import Loader
 from zero_ds.data.samples import EncodedSample
 from zero_ds.data.sources import Sample
+from zero_ds.data.tokens import ConversationError
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.training.monitor import Monitor

@@ -14,8 +14,9 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from zero_ds.data.conversations import ConversationError, Role, Turn
+from zero_ds.data.conversations import Role, Turn
 from zero_ds.data.samples import SampleEncoder
+from zero_ds.data.tokens import ConversationError
 from zero_ds.evaluation.suites.lookup import TaskLookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.suites.results import Measured, Score
 from zero_ds.evaluation.suites.scores import task_scores
