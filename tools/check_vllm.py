@@ -6,6 +6,7 @@ launch/test_vllm.sh runs it in an environment with vLLM. Prompts are about held-
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,13 @@ TEXTS = (
 TOKENS = 32
 
 
-def greedy(reader: Reader, ids: list[int], features: torch.Tensor | None, stop: int) -> tuple[list[int], float]:
+def greedy(
+    reader: Reader, ids: list[int], features: torch.Tensor | None, stops: Sequence[int]
+) -> tuple[list[int], float]:
     """Returns transformers' greedy tokens, up to the closing one, and the smallest lead of a logit over the next."""
     context, tokens, lead = Context(1, reader.device), [], float("inf")
     rest = ids
-    while len(tokens) < TOKENS and (not tokens or tokens[-1] != stop):
+    while len(tokens) < TOKENS and (not tokens or tokens[-1] not in stops):
         hidden = reader.extend(context, [rest], features)
         features = None
         best = reader.model.logits(hidden[0, -1]).float().topk(2)
@@ -70,9 +73,9 @@ def main(
     for text in TEXTS:
         turns = encoder.turns(Sample("text", (Turn("user", text),), ()))
         prompts.append((text, encoder.encode(turns, generate=True).input_ids, None))
-    stop = encoder.template.end_of_turn()
+    stops = encoder.template.ends()
     with torch.inference_mode():
-        expected = [greedy(reader, ids, features, stop) for _, ids, features in prompts]
+        expected = [greedy(reader, ids, features, stops) for _, ids, features in prompts]
 
     theirs = load_served(named, dtype=torch.float32)
     assert theirs.served is not None and theirs.served.folder == named.folder
@@ -83,7 +86,7 @@ def main(
         [ids for _, ids, _ in prompts],
         [features for *_, features in prompts],
         [TOKENS] * len(prompts),
-        stop,
+        stops,
     )
     differ = []
     for (text, ids, _), tokens, (wanted, lead) in zip(prompts, found, expected, strict=True):

@@ -33,26 +33,27 @@ def said(text: str) -> dict[str, Any]:
 
 
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
-    "an image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
-    "after the text": ([user(ASK, SHOW)], [Turn("user", "<image>\nwhich shape?")]),
+    "an image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>which shape?")]),
+    "after the text": ([user(ASK, SHOW)], [Turn("user", "which shape?<image>")]),
     "as LLaVA and lmms-eval write it": ([user("<image>\nwhich shape?")], [Turn("user", "<image>\nwhich shape?")]),
     "on the last line": ([user("which shape?\n<image>")], [Turn("user", "which shape?\n<image>")]),
     "inside the text": ([user("is <image> a circle?")], [Turn("user", "is <image> a circle?")]),
-    "two images in a list": ([user(SHOW, SHOW, ASK)], [Turn("user", "<image><image>\nwhich shape?")]),
+    "two images in a list": ([user(SHOW, SHOW, ASK)], [Turn("user", "<image><image>which shape?")]),
+    "between words": ([user(ASK, SHOW, ASK, SHOW, ASK)], [Turn("user", "<image>".join(["which shape?"] * 3))]),
     "two images in a text": ([user("<image> <image>\nwhich?")], [Turn("user", "<image> <image>\nwhich?")]),
     "no image": ([user("which shape?")], [Turn("user", "which shape?")]),
     "text in a list": ([user(ASK)], [Turn("user", "which shape?")]),
     "a second question": (
         [user(SHOW, ASK), said("an <image>"), user("sure?")],
-        [Turn("user", "<image>\nwhich shape?"), Turn("assistant", "an <image>"), Turn("user", "sure?")],
+        [Turn("user", "<image>which shape?"), Turn("assistant", "an <image>"), Turn("user", "sure?")],
     ),
     "an image with the second question": (
         [user("hello"), said("hi"), user(SHOW, ASK)],
-        [Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "<image>\nwhich shape?")],
+        [Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "<image>which shape?")],
     ),
     "a system message": (
         [{"role": "system", "content": "Be brief."}, user(SHOW, ASK)],
-        [Turn("system", "Be brief."), Turn("user", "<image>\nwhich shape?")],
+        [Turn("system", "Be brief."), Turn("user", "<image>which shape?")],
     ),
 }
 

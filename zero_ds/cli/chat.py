@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zero_ds.cli.models import (
+    ChatTemplateOption,
     DeviceMapOption,
     DeviceOptions,
     EngineOption,
@@ -23,6 +24,8 @@ from zero_ds.runtime.errors import ConfigError
 if TYPE_CHECKING:
     from zero_ds.grafting.chat import Conversation
 
+ModelName = tuple[str, str | None, str | None]
+"""MODEL, --target and --chat-template."""
 LOCAL = "127.0.0.1"
 PORT = 7860
 HELP = "/image FILE shows an image, /new begins a new conversation, /quit ends the chat."
@@ -35,6 +38,7 @@ def chat(
         list[Path] | None, typer.Option(help="Image that the first question is about; repeatable.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    chat_template: ChatTemplateOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     engine: EngineOption = "transformers",
@@ -67,34 +71,30 @@ def chat(
             raise ConfigError("--image is for the terminal; on the page, upload images.")
         if engine != "transformers":
             raise ConfigError("--page needs --engine transformers, whose layers it can read.")
-        _show_page(model, target, dtype, options, host, port, **answers)
+        _show_page((model, target, chat_template), dtype, options, host, port, **answers)
     else:
-        _talk_in_terminal(model, target, dtype, options, image or [], **answers)
+        _talk_in_terminal((model, target, chat_template), dtype, options, image or [], **answers)
 
 
-def _show_page(
-    model: str, target: str | None, dtype: str, options: DeviceOptions, host: str, port: int, **answers: Any
-) -> None:
+def _show_page(name: ModelName, dtype: str, options: DeviceOptions, host: str, port: int, **answers: Any) -> None:
     """Serves the page. Everything that could prevent it is checked before the models are loaded."""
     from zero_ds.grafting import page
 
     page.check_installed()
     with page.bind(host, port) as server:
-        models = page.load_models(model, target, dtype, options)
+        models = page.load_models(*name, dtype, options)
         address = f"[{host}]" if ":" in host else host
         print(f"http://{address}:{server.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         page.serve(models, server, **answers)
 
 
-def _talk_in_terminal(
-    model: str, target: str | None, dtype: str, options: DeviceOptions, paths: list[Path], **answers: Any
-) -> None:
+def _talk_in_terminal(name: ModelName, dtype: str, options: DeviceOptions, paths: list[Path], **answers: Any) -> None:
     from zero_ds.data.images import open_image
     from zero_ds.grafting.engines.vllm import conversation
     from zero_ds.grafting.named_model import find_model
 
     images = [open_image(path) for path in paths]  # a damaged one is an error before the model is loaded
-    loaded = load(find_model(model, target), dtype, options)
+    loaded = load(find_model(*name), dtype, options)
     talk = conversation(loaded, **answers)
     for image in images:
         talk.show(image)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zero_ds.cli.models import ChatTemplateOption
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def check(
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of a model: also count tokens as its tokenizer gives them.")
     ] = None,
+    chat_template: ChatTemplateOption = None,
     max_length: Annotated[
         int, typer.Option(help="Longest sequence in tokens, as data.max_length of the planned run.", min=8)
     ] = 2048,
@@ -72,7 +74,7 @@ def check(
     source = validate(SourceConfig, path, what="PATH")
     options: dict[str, Any] = {"root": root, "files": files, "full_path": full_path or None}
     source = source.model_copy(update={key: value for key, value in options.items() if value is not None})
-    encoder = None if model is None else _sample_encoder(model, tokens_per_image, max_length)
+    encoder = None if model is None else _sample_encoder(model, chat_template, tokens_per_image, max_length)
     found = survey(
         Records([source], skip_bad=True),
         encoder=encoder,
@@ -87,12 +89,14 @@ def check(
         raise typer.Exit(1)
 
 
-def _sample_encoder(model: str, tokens_per_image: int, max_length: int) -> SampleEncoder:
+def _sample_encoder(model: str, chat_template: str | None, tokens_per_image: int, max_length: int) -> SampleEncoder:
     """Returns an encoder that counts tokens as a model's tokenizer and chat template give them."""
-    from zero_ds.data.conversations import ChatTemplate
+    from zero_ds.config.schema import DataConfig
     from zero_ds.data.samples import SampleEncoder
-    from zero_ds.model.loading import load_tokenizer
+    from zero_ds.model.decoders.folder import DecoderFolder
+    from zero_ds.model.templates import load_template
     from zero_ds.runtime.hub import local_folder
 
-    template = ChatTemplate(load_tokenizer(local_folder(model)))
+    folder = DecoderFolder(local_folder(model))
+    template = load_template(folder, DataConfig(chat_template=chat_template), config=folder.text_config())
     return SampleEncoder(template, "response", tokens_per_image=tokens_per_image, max_length=max_length)

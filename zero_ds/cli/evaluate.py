@@ -23,14 +23,26 @@ from zero_ds.cli.models import (
 from zero_ds.cli.records import records
 from zero_ds.runtime.errors import ConfigError
 
+OWN_TEMPLATE = "own"
+"""Value of --chat-template without a file."""
+
 
 class SuiteFirst(TyperGroup):
-    """Reads `zero-ds eval MODEL ...` as `zero-ds eval run MODEL ...`."""
+    """Reads `zero-ds eval MODEL ...` as `zero-ds eval run MODEL ...`, and `--chat-template` with or without a file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "--help"):
             args = ["run", *args]
+        for place in range(len(args) - 1, -1, -1):
+            following = args[place + 1 : place + 2]
+            if args[place] == "--chat-template" and not (following and _is_template(following[0])):
+                args = [*args[: place + 1], OWN_TEMPLATE, *args[place + 1 :]]
         return super().parse_args(ctx, args)
+
+
+def _is_template(word: str) -> bool:
+    """Returns whether a word after `--chat-template` is its value, not the next argument."""
+    return word == OWN_TEMPLATE or Path(word).suffix in (".jinja", ".jinja2", ".j2", ".txt") or Path(word).is_file()
 
 
 evaluate = typer.Typer(
@@ -63,8 +75,9 @@ def run(
         int | None, typer.Option(help="Length limit of an answer, in place of the task's own.")
     ] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="lm-eval: wrap prompts in the chat template.")
-    ] = False,
+        str | None,
+        typer.Option(help="lm-eval: wrap prompts in the chat template. With a FILE: in its template, in all suites."),
+    ] = None,
     samples: Annotated[bool, typer.Option("--samples", help="Keep prompts and answers in the JSON file.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     engine: EngineOption = "transformers",
@@ -81,12 +94,13 @@ def run(
     from zero_ds.evaluation.suites.tasks import SuiteOptions
     from zero_ds.grafting.named_model import find_model
 
-    options = SuiteOptions(batch, limit, max_new_tokens, chat_template, samples)
+    template = chat_template is not None if chat_template in (None, OWN_TEMPLATE) else chat_template
+    options = SuiteOptions(batch, limit, max_new_tokens, template, samples)
     check_options(options)
     devices = DeviceOptions(engine, tensor_parallel, device_map, offload_folder, max_model_len, gpu_memory_share)
     devices.check()
     precision(dtype)
-    named = find_model(model, target)
+    named = find_model(model, target, options.template_file)
     selected = select_suites(suite, harness, tasks_folder)
     label = name or (f"{model} + {target}" if target else model)
     for result in evaluate_suites(named, selected, out, label, options, lambda found: load(found, dtype, devices)):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.cli.models import ChatTemplateOption
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -34,6 +35,7 @@ def export(
     evaluation: Annotated[
         list[Path] | None, typer.Option(help="Result of `zero-ds eval` to show on the model card; repeatable.")
     ] = None,
+    chat_template: ChatTemplateOption = None,
 ) -> None:
     """Write vision encoder, adapter and language model as one Hugging Face folder that works without zero_ds.
 
@@ -56,5 +58,6 @@ def export(
         shard_bytes=shard_bytes(shard_size),
         proof=proof,
         evaluations=evaluation,
+        chat_template=chat_template,
     )
     print(f"{out}: {proof_sentence(result).replace('`', '')}")

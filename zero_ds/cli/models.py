@@ -10,6 +10,7 @@ import typer
 from zero_ds.grafting.engines.options import DeviceOptions, load, precision
 
 __all__ = [
+    "ChatTemplateOption",
     "DeviceMapOption",
     "DeviceOptions",
     "EngineOption",
@@ -21,6 +22,9 @@ __all__ = [
     "precision",
 ]
 
+ChatTemplateOption = Annotated[
+    str | None, typer.Option("--chat-template", help="File with a chat template that replaces the model's own.")
+]
 EngineOption = Annotated[str, typer.Option("--engine", help="Engine that runs the model: transformers or vllm.")]
 TensorParallelOption = Annotated[
     int, typer.Option("--tensor-parallel", help="Number of GPUs that share the model, with vllm.")

@@ -34,7 +34,7 @@ MAY_DIFFER = (
 A key that is added to `RunConfig` belongs either here or, if it changes numbers, in OLD_BEHAVIOUR.
 """
 
-OLD_BEHAVIOUR: dict[str, Any] = {"frozen_weights": "native", "data.shuffle": False}
+OLD_BEHAVIOUR: dict[str, Any] = {"frozen_weights": "native", "data.shuffle": False, "data.special_tokens": []}
 """Dotted keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
 
 A run with this value has the fingerprint that it had before, so that old runs can still be resumed.

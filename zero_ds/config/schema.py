@@ -115,6 +115,9 @@ class DataConfig(Section):
     chat_template: str | None = None
     """File with a chat template that replaces the tokenizer's, or the name of one in the package (llama-3: the paper's
     printed prompt, without a system block); every export of the run keeps it."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that data may use, such as those of places in an image (* stands for any characters); others that
+    are typed stay text."""
     grouping: Literal["off", "length", "modality"] = "off"
     """Groups samples of similar length into batches, within windows of a few batches; modality: images apart also."""
     packing: bool = False

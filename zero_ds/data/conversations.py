@@ -1,22 +1,29 @@
 """Encodes conversations as token ids and labels, which depend on text, tokenizer and chat template alone.
 
-The chat template is rendered once with markers in place of the contents. Everything between the markers is structure
-and is tokenised with its special tokens; everything that a person typed is tokenised as plain text. So the span of each
-part is known by construction, and a typed special token stays text. A template that asks for the date
-gets a fixed one.
+The chat template is rendered with markers in place of the contents, so what the template writes and what people typed
+are told apart by construction. The text with its contents is then tokenised as the model's own tokenizer does it,
+except that a special token that somebody types stays text (tokens.py). A template that asks for the date gets a fixed
+one.
+
+An answer is what comes after the prompt that would be asked for it: the conversation before it, and the text with which
+the template opens an answer. It ends with a mark of the template, its end mark. All tokens from the prompt to the end
+mark are learned. A template whose prompts are not the beginnings of its conversations is refused, unless rendering each
+answer as the last one makes them so.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from zero_ds.config.loading import TEMPLATE_ROOT
+from zero_ds.data.tokens import ConversationError, GuardedTokenizer, Segment
 from zero_ds.runtime.errors import ConfigError
 
 IGNORE = -100
@@ -25,7 +32,6 @@ IMAGE_TOKEN = -1
 """Id of an image token in `input_ids`, which no vocabulary has."""
 PLACEHOLDER = "<image>"
 """Text that marks the position of an image."""
-SENTENCEPIECE_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 DATE = {
     "%d": "26",
@@ -106,10 +112,6 @@ class _Tokens:
         self.responses += [response] * len(ids)
 
 
-class ConversationError(ValueError):
-    """A conversation that cannot be turned into a sample."""
-
-
 def read_template(path: str | None) -> str | None:
     """Returns the text of a chat template's file, or None if no file is named.
 
@@ -130,37 +132,53 @@ def read_template(path: str | None) -> str | None:
         raise ConfigError(f"data.chat_template={path} cannot be read: {reason}.") from None
 
 
+THINKING = {"enable_thinking": False}
+"""Arguments of every template: no thoughts. Qwen3 then opens prompts with an empty one, as answers in training."""
+Trimmed = tuple[str | None, str | None]
+"""What a content loses at its beginning and at its end, as `strip` takes it: nothing (''), line breaks ('\\n'), or all
+white space (None), as with Llama's template."""
+REMEMBERED = 128
+"""Number of structures that a cache holds. Data with more different sequences of roles render some of them again."""
+CHECKED_ANSWERS = 4
+"""Number of answers at either end of a conversation whose prompts are compared; those between them repeat a pattern."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template, taken apart into structure and contents."""
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        *,
+        special_tokens: Iterable[str] = (),
+        stops: Iterable[int] = (),
+        learns: bool = True,
+    ) -> None:
+        """Reads a chat template.
+
+        template: text of a chat template, or the name of one of the tokenizer's; None means the tokenizer's own.
+        special_tokens: names of the special tokens that people may type (`data.special_tokens`). stops: tokens that end
+        an answer besides the template's own, as the model's generation config names them. learns: whether a model is
+        trained on these conversations, or was; otherwise the text is the template's own even if its prompts could not
+        be learned.
+
+        Raises:
+            ConversationError: there is no chat template. ConfigError: a name in `special_tokens` that cannot be used.
+        """
         self.tokenizer = tokenizer
         self.template = template
-        if template is None and not tokenizer.chat_template:
-            raise ConversationError(
-                "the tokenizer has no chat template; give one with data.chat_template=FILE in a recipe, or as "
-                "chat_template.jinja in the model's folder"
-            )
-        try:
-            self.source = str(tokenizer.get_chat_template(template))
-        except ValueError as error:
-            raise ConversationError(f"the tokenizer's chat template cannot be used: {error}") from None
-        # all_special_ids holds only named tokens such as bos and eos, and not every model names the marks of its turns
-        added = tokenizer.added_tokens_decoder
-        self._special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        words = self._backend.get_vocab(with_added_tokens=False) if self._backend else {}
-        # tokens that only a template may write, among them some that are not called special, such as Qwen3's </think>;
-        # but not Gemma's <table> or \n\n, which are words of its vocabulary
-        self._marks = self._special | {
-            number
-            for number, token in added.items()
-            if (token.content not in words or token.content in self.source)
-            and not token.content.replace(SENTENCEPIECE_BLANK, " ").isspace()
-        }
-        self._structures: dict[tuple[str, ...], _Structure] = {}
-        self._structure_ids: dict[str, tuple[list[int], list[int]]] = {}
-        self._typed: dict[str, list[int]] = {}
+        self.learns = learns
+        self.source = _source(tokenizer, template)
+        """Text of the chat template."""
+        self.words = GuardedTokenizer(tokenizer, self.source, special_tokens)
+        self._stops = tuple(stops)
+        self._renderings: dict[Any, _Rendering] = {}
+        self._structures: dict[Any, _Structure] = {}
+        self._encoded: dict[Segment, list[int]] = {}
+        self._fixed: dict[Segment, list[int]] = {}
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
 
     def encode(
         self,
@@ -174,46 +192,76 @@ class ChatTemplate:
 
         `tokens_per_image` is their number for every image, or one number for each image. `supervise` says which tokens
         get a label. With `generate`, the structure that opens the assistant's answer is appended.
+
+        Raises:
+            ConversationError: a chat template that refuses the turns, or whose answers cannot be learned.
         """
         structure = self._structure(tuple(turn.role for turn in turns), generate)
-        parts_of: list[list[str]] = []  # the text of each turn, split at its images
-        for number, turn in enumerate(turns):
-            content = structure.trim(number, turn.text)
-            parts_of.append(content.split(PLACEHOLDER) if turn.role == "user" else [content])
-        encoded_parts = iter(self._encode_contents([part for parts in parts_of for part in parts]))
+        if structure.fault and self.learns:
+            raise ConversationError(structure.fault)
+        spans = list(_spans(structure, turns, self.words))
+        encoded = self._encode(spans)
         tokens = _Tokens()
-        images, answers = 0, 0
-        for number, piece in enumerate(structure.pieces):
-            closes_answer = number > 0 and turns[number - 1].role == "assistant"
-            self._add_structure(tokens, piece, supervise, closes=answers - 1 if closes_answer else None)
-            if number == len(turns):
-                break
-            is_answer = turns[number].role == "assistant"
-            if is_answer:
-                answers += 1
-            for index in range(len(parts_of[number])):
-                if index > 0:
-                    count = _image_tokens(tokens_per_image, images)
-                    tokens.add([IMAGE_TOKEN] * count, learned=False)
-                    images += 1
-                learned = is_answer or supervise == "full"
-                tokens.add(next(encoded_parts), learned=learned, response=answers - 1 if is_answer else -1)
+        images = 0
+        for span, (ids, prompt) in zip(spans, encoded, strict=True):
+            if span.after_image:
+                tokens.add([IMAGE_TOKEN] * _image_tokens(tokens_per_image, images), learned=False)
+                images += 1
+            self._add_structure(tokens, ids[:prompt], supervise, span.closes)
+            if span.answer is not None:
+                tokens.add(ids[prompt:], learned=True, response=span.answer)
         return EncodedConversation(tokens.input_ids, tokens.labels, images, tokens.responses)
 
-    def _add_structure(self, tokens: _Tokens, piece: str, supervise: Supervision, closes: int | None) -> None:
-        """Appends a piece of the template; `closes` is the number of the answer that it closes, if any."""
-        ids, special = self._encode_structure(piece)
+    def _add_structure(self, tokens: _Tokens, ids: list[int], supervise: Supervision, closes: int | None) -> None:
+        """Appends tokens outside of answers; the first one closes the answer number `closes`, if any."""
         start = len(tokens.input_ids)
         tokens.add(ids, learned=supervise == "full")
         if supervise == "special_tokens":
-            for place in special:
-                tokens.labels[start + place] = ids[place]
-        if special and closes is not None:
-            tokens.labels[start + special[0]] = ids[special[0]]
-            tokens.responses[start + special[0]] = closes
+            for place, token in enumerate(ids, start):
+                if token in self.words.special and token in self.words.marks:
+                    tokens.labels[place] = token
+        if ids and closes is not None:
+            tokens.labels[start] = ids[0]
+            tokens.responses[start] = closes
+
+    def _encode(self, spans: Sequence[_Span]) -> list[tuple[list[int], int]]:
+        """Returns the tokens of each span, and the number of them that come before an answer."""
+        wanted = [part for span in spans for part in (span.segment, span.prompt)]
+        self._remember_tokens(wanted)
+        return [self._tokens_of(span) for span in spans]
+
+    def _tokens_of(self, span: _Span) -> tuple[list[int], int]:
+        whole = self._encoded[span.segment]
+        if span.answer is None:
+            return whole[span.lead :], len(whole) - span.lead
+        prompt = self._encoded[span.prompt]
+        if whole[: len(prompt)] != prompt:
+            # The tokenizer would join the end of the prompt and the beginning of the answer, but the prompt stands
+            # alone when it is asked. So the answer is read as a continuation, and both keep tokens of their own.
+            rest = span.segment[len(span.prompt) :]
+            if self.words.lead:
+                (ids,) = self.words.encode([((self.words.lead, True), *rest)])
+                whole = [*prompt, *ids[1:]]
+            else:
+                whole = [*prompt, *self.words.encode([rest])[0]]
+        return whole[span.lead :], len(prompt) - span.lead
+
+    def _remember_tokens(self, segments: Iterable[Segment]) -> None:
+        """Encodes segments. Those of one conversation are remembered, of which `cut_turns` encodes beginnings next."""
+        wanted = dict.fromkeys(segments)
+        known = {each: self._encoded[each] for each in wanted if each in self._encoded}
+        known |= {each: self._fixed[each] for each in wanted if each in self._fixed}
+        missing = [each for each in wanted if each not in known]
+        if not missing and known.keys() <= self._encoded.keys():
+            return
+        found = dict(zip(missing, self.words.encode(missing), strict=True))
+        for segment in missing:
+            if all(structure for _, structure in segment):
+                _remember(self._fixed, segment, found[segment])
+        self._encoded = known | found
 
     def encode_text(self, text: str) -> list[int]:
-        """Returns the tokens of plain text, in which a typed special token stays text."""
+        """Returns the tokens of a text with which an answer begins; a typed special token stays text."""
         return self.encode_texts([text])[0]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -222,104 +270,310 @@ class ChatTemplate:
         Raises:
             ConversationError: A text that the tokenizer turns into a special token in any case.
         """
-        filled = [text for text in texts if text]
-        if not filled:
-            return [[] for _ in texts]
-        found = iter(self._plain(filled))
-        ids_of = [next(found) if text else [] for text in texts]
-        for number, (text, ids) in enumerate(zip(texts, ids_of, strict=True)):
-            if not self._marks.isdisjoint(ids):
-                ids_of[number] = self._without_marks(text)
-        return ids_of
+        turns = (Turn("user", ""), Turn("assistant", ""))
+        structure = self._structure(("user", "assistant"), False)
+        empty = next(span for span in _spans(structure, turns, self.words) if span.answer == 0)
+        opening = structure.pieces[1][structure.openings[1] :]
+        spans = []
+        for text in texts:
+            span = _Span(list(empty.prompt), answer=0, prompt_parts=empty.prompt_parts)
+            span.write(opening, True)
+            span.write(text, False)
+            spans.append(span)
+        encoded = self._encode(spans)
+        return [ids[prompt:] if text else [] for text, (ids, prompt) in zip(texts, encoded, strict=True)]
 
-    def _plain(self, texts: list[str]) -> list[list[int]]:
-        """Returns the tokens of texts, in which the tokenizer splits special tokens.
+    # -- what the template writes --------------------------------------------------------------------------------------
 
-        Fast tokenizers are called through their core, because transformers' wrapper costs as much as the tokens of a
-        conversation, half of it for character offsets that are not used.
-        """
-        if self._backend is None:
-            ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
-            return [list(each) for each in ids]
-        # settings that an earlier call of the tokenizer may have left
-        if self._backend.padding is not None:
-            self._backend.no_padding()
-        if self._backend.truncation is not None:
-            self._backend.no_truncation()
-        if not self._backend.encode_special_tokens:
-            self._backend.encode_special_tokens = True
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def render(self, turns: Sequence[Turn], *, generate: bool = False, ends: bool = True) -> str:
+        """Returns turns as the text that `encode` reads; without `ends`, up to the end of the last turn's content."""
+        structure = self._structure(tuple(turn.role for turn in turns), generate)
+        written = [structure.pieces[0]]
+        for number, turn in enumerate(turns):
+            written += [structure.trim(number, turn.text), structure.pieces[number + 1]]
+        return "".join(written if ends else written[:-1])
 
-    def _without_marks(self, text: str) -> list[int]:
-        """Returns the tokens of a text with a typed mark that is not a special token, such as `</think>`.
+    @property
+    def each_as_last(self) -> bool:
+        """Whether every answer is rendered as the last one of its conversation."""
+        return self._structure(("user", "assistant", "user", "assistant"), False).each_as_last
 
-        No option of tokenizers splits such marks, so this calls every part of the tokenizer except the search for them.
-
-        Raises:
-            ConversationError: the tokenizer turns the text into a mark even so.
-        """
-        if self._backend is None:
-            raise ConversationError("only fast tokenizers keep a typed token of the chat template as text")
-        if self._backend.normalizer is not None:
-            text = self._backend.normalizer.normalize_str(text)
-        words = [text]
-        if self._backend.pre_tokenizer is not None:
-            words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
-        ids = [token.id for word in words for token in self._backend.model.tokenize(word)]
-        if wrong := self._marks.intersection(ids):
-            raise ConversationError(f"the tokenizer makes {self.tokenizer.decode(min(wrong))} of a typed text")
-        return ids
-
-    def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Works as `encode_texts`, but remembers one conversation: `cut_turns` encodes shorter versions of it next."""
-        if any(text not in self._typed for text in texts):
-            self._typed = dict(zip(texts, self.encode_texts(texts), strict=True))
-        return [self._typed[text] for text in texts]
+    @property
+    def closing(self) -> str:
+        """Text after the last answer of a conversation."""
+        return self._rendering(("user", "assistant"), False).pieces[-1]
 
     def end_of_turn(self) -> int:
-        """Returns the token that closes an assistant's answer, at which generation stops."""
-        piece = self._structure(("user", "assistant"), False).pieces[-1]
-        structure, special = self._encode_structure(piece)
-        if special:
-            return structure[special[0]]
-        raise ConversationError("the chat template closes an answer without a special token")
+        """Returns the token that closes an assistant's answer.
 
-    def _encode_structure(self, piece: str) -> tuple[list[int], list[int]]:
-        """Returns the tokens of a piece of the template, and the indices of the special ones among them."""
-        if piece not in self._structure_ids:
-            ids = list(self.tokenizer(piece, add_special_tokens=False).input_ids)
-            special = [place for place, token in enumerate(ids) if token in self._special]
-            _remember(self._structure_ids, piece, (ids, special))
-        return self._structure_ids[piece]
+        Raises:
+            ConversationError: The template writes none.
+        """
+        structure = self._structure(("user", "assistant"), False)
+        marks = self.words.marks_in(structure.pieces[-1][structure.closings[1] :])
+        if structure.closings[1] < 0 or not marks:
+            raise ConversationError(structure.fault or NO_END)
+        return marks[0]
+
+    def ends(self) -> tuple[int, ...]:
+        """Returns all tokens that end an answer: those of the model's files, and the template's own.
+
+        Raises:
+            ConversationError: As `end_of_turn`, if the model names no other tokens.
+        """
+        try:
+            return tuple(dict.fromkeys([*self._stops, self.end_of_turn()]))
+        except ConversationError:
+            if not self._stops or self.learns:
+                raise
+            return tuple(dict.fromkeys(self._stops))
+
+    def spoken(self, tokens: Sequence[int]) -> str:
+        """Returns a generated answer as text, up to the first token that ends it."""
+        ends = self.ends()
+        said = list(itertools.takewhile(lambda token: token not in ends, tokens))
+        return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
+
+    def check(self, *, system: bool = False) -> None:
+        """Checks for conversations of every kind that what is asked is what is learned; see the head of this module.
+
+        `system` says that the conversations begin with a system message, which some templates refuse.
+
+        Raises:
+            ConfigError: the chat template cannot be used, with the reason.
+        """
+        try:
+            self._check(system)
+        except ConversationError as error:
+            raise ConfigError(
+                f"{error}; give another template with data.chat_template=FILE or --chat-template FILE."
+            ) from None
+
+    def _check(self, system: bool) -> None:
+        self.end_of_turn()
+        for roles in KINDS:
+            if system and roles[0] != "system":
+                continue
+            try:
+                structure = self._structure(roles, False)
+            except ConversationError:
+                if roles[0] == "system" and not system:
+                    continue  # a sample with a system message is refused by its id
+                raise
+            if structure.fault:
+                raise ConversationError(structure.fault)
+            for number in range(len(QUESTIONS)):
+                self._check_tokens(roles, number)
+
+    def _check_tokens(self, roles: tuple[Role, ...], number: int) -> None:
+        """Compares the tokens of a conversation with the tokenizer's own, and its prompts with those of training."""
+        question, answer = QUESTIONS[number]
+        text_of = {"user": question, "assistant": answer, "system": "Answer in English."}
+        turns = [Turn(role, text_of[role]) for role in roles]
+        encoded = self.encode(turns, tokens_per_image=0, supervise="response")
+        own = list(self.tokenizer(self.render(turns), add_special_tokens=False).input_ids)
+        if (difference := _first_difference(encoded.input_ids, own)) is not None:
+            ours, theirs = (self.tokenizer.decode(ids[difference : difference + 1]) for ids in (encoded.input_ids, own))
+            raise ConversationError(
+                f"token {difference} of a conversation is {ours!r} in training and {theirs!r} for the tokenizer, which "
+                "joins the end of a prompt and the beginning of an answer"
+            )
+        answers = [place for place, role in enumerate(roles) if role == "assistant"]
+        for response, place in enumerate(answers):
+            prompt = self.encode(turns[:place], tokens_per_image=0, supervise="response", generate=True).input_ids
+            span = [at for at, each in enumerate(encoded.responses) if each == response]
+            whole = range(len(prompt), len(prompt) + len(span))
+            learned = all(encoded.labels[at] == encoded.input_ids[at] for at in whole)
+            if encoded.input_ids[: len(prompt)] != prompt or span != list(whole) or not learned:
+                raise ConversationError(f"the prompt of answer {response + 1} is not what is trained before the answer")
+            if encoded.input_ids[span[-1]] != self.end_of_turn():
+                raise ConversationError(f"answer {response + 1} does not end with the chat template's end mark")
 
     def _structure(self, roles: tuple[Role, ...], generate: bool) -> _Structure:
-        """Returns the template's text around the contents, and which contents it trims."""
-        key = (*roles, "generate") if generate else roles
+        """Returns the template's text around the contents, and where the answers in it begin and end."""
+        key = (roles, generate)
         if key not in self._structures:
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    [{"role": role, "content": f" \tzq{number}qz\t "} for number, role in enumerate(roles)],
-                    chat_template=STRFTIME + self.source if "strftime_now" in self.source else self.source,
-                    tokenize=False,
-                    add_generation_prompt=generate,
-                    enable_thinking=False,  # Qwen3's: an empty thought opens answers in training, so also in prompts
-                )
-            except Exception as error:  # a template raises what its author chose
-                raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
-            # markers with white space that no template writes itself show which white space is trimmed
+            plain = self._rendering(roles, generate)
+            structure = self._with_answers(roles, plain.pieces, plain.trimmed, each_as_last=False)
+            if structure.fault and self.learns and "assistant" in roles:
+                pieces, trimmed = self._pieces_as_last(roles, plain)
+                again = self._with_answers(roles, pieces, trimmed, each_as_last=True)
+                if not again.fault:
+                    structure = again
+            _remember(self._structures, key, structure)
+        return self._structures[key]
+
+    def _pieces_as_last(
+        self, roles: tuple[Role, ...], plain: _Rendering
+    ) -> tuple[tuple[str, ...], tuple[Trimmed, ...]]:
+        """Returns the pieces in which every answer is opened as in a conversation that ends with it."""
+        pieces, trimmed, done = list(plain.pieces), list(plain.trimmed), 0
+        for place, role in enumerate(roles):
+            if role == "assistant":
+                last = self._rendering(roles[: place + 1], False)
+                pieces[done : place + 1] = last.pieces[done : place + 1]
+                trimmed[done : place + 1] = last.trimmed[done : place + 1]
+                done = place + 1
+        return tuple(pieces), tuple(trimmed)
+
+    def _with_answers(
+        self,
+        roles: tuple[Role, ...],
+        pieces: tuple[str, ...],
+        trimmed: tuple[Trimmed, ...],
+        *,
+        each_as_last: bool,
+    ) -> _Structure:
+        """Finds where answers begin and end, and the reason why they cannot be learned, if there is one."""
+        openings, closings = [-1] * len(roles), [-1] * len(roles)
+        fault = None
+        answers = [place for place, role in enumerate(roles) if role == "assistant"]
+        compared = {*answers[:CHECKED_ANSWERS], *answers[-CHECKED_ANSWERS:]}
+        before = 0
+        for number, place in enumerate(answers, 1):
+            openings[place] = len(pieces[place])
+            prompt = self._prompt(roles[:place]) if place in compared or each_as_last else None
+            if prompt is not None:
+                start, asked = before if each_as_last else 0, prompt.pieces
+                same = asked[start:-1] == pieces[start:place] and prompt.trimmed[start:] == trimmed[start:place]
+                if same and pieces[place].startswith(asked[-1]):
+                    openings[place] = len(asked[-1])
+                elif not fault:
+                    fault = _other_prompt(number, asked[start:], pieces[start : place + 1])
+            elif place not in compared:
+                openings[place] = self._opening_like(pieces, openings, answers, place)
+            mark = self.words.pattern.search(pieces[place + 1])
+            blank = pieces[place + 1][: mark.start()] if mark else pieces[place + 1]
+            if mark is not None and not blank.strip():
+                closings[place] = mark.start()
+            elif not fault:
+                fault = NO_END if not blank.strip() else f"{NO_END}, but with {blank.strip()[:40]!r}"
+            before = place + 1
+        fault = fault or self._other_end(pieces, answers, closings)
+        return _Structure(pieces, trimmed, tuple(openings), tuple(closings), fault, each_as_last)
+
+    @staticmethod
+    def _opening_like(pieces: tuple[str, ...], openings: Sequence[int], answers: Sequence[int], place: int) -> int:
+        """Returns the length of a prompt's last piece, as of an earlier answer with the same piece before it."""
+        same = (openings[other] for other in answers if other < place and pieces[other] == pieces[place])
+        return next(same, len(pieces[place]))
+
+    def _other_end(self, pieces: tuple[str, ...], answers: Sequence[int], closings: Sequence[int]) -> str | None:
+        """Returns what is wrong if not all answers are closed in the same way."""
+        found = set()
+        for place in answers:
+            mark = self.words.pattern.match(pieces[place + 1], max(0, closings[place]))
+            found.add((pieces[place + 1][: closings[place]], mark[0] if mark else ""))
+        if len(found) > 1:
+            shown = " and ".join(repr(blank + mark) for blank, mark in sorted(found))
+            return f"the chat template closes answers in different ways, with {shown}"
+        return None
+
+    def _prompt(self, roles: tuple[Role, ...]) -> _Rendering | None:
+        """Returns the prompt that would be asked after turns; None if the template refuses to ask."""
+        try:
+            return self._rendering(roles, True) if roles else None
+        except ConversationError:
+            return None
+
+    def _rendering(self, roles: tuple[Role, ...], generate: bool) -> _Rendering:
+        """Returns the template's own text around contents of these roles, and which contents it trims."""
+        key = (roles, generate)
+        if key not in self._renderings:
+            # markers with white space that no template writes itself, which shows what is trimmed
+            text = self._apply([(role, f" \tzq{number}qz\t ") for number, role in enumerate(roles)], generate)
             found = list(re.finditer(r"( \t)?zq(\d+)qz(\t )?", text))
             if [int(mark[2]) for mark in found] != list(range(len(roles))):
                 raise ConversationError("the chat template does not keep every turn's text")
             ends = [0, *(mark.end() for mark in found)]
             starts = [*(mark.start() for mark in found), len(text)]
             pieces = tuple(sys.intern(text[end:start]) for end, start in zip(ends, starts, strict=True))
-            structure = _Structure(pieces, tuple((mark[1] is None, mark[3] is None) for mark in found))
-            _remember(self._structures, key, structure)
-        return self._structures[key]
+            trimmed = tuple((None if mark[1] is None else "", None if mark[3] is None else "") for mark in found)
+            if re.search(r"strip\(\s*['\"]", self.source):
+                trimmed = self._trimmed_lines(roles, generate, pieces, trimmed)
+            _remember(self._renderings, key, _Rendering(pieces, trimmed))
+        return self._renderings[key]
+
+    def _trimmed_lines(
+        self, roles: tuple[Role, ...], generate: bool, pieces: tuple[str, ...], trimmed: tuple[Trimmed, ...]
+    ) -> tuple[Trimmed, ...]:
+        """Returns what is trimmed, after finding contents that lose their line breaks alone, as Qwen3's answers do."""
+        text = self._apply([(role, f"\n\tzq{number}qz\t\n") for number, role in enumerate(roles)], generate)
+        befores, afters = [before for before, _ in trimmed], [after for _, after in trimmed]
+        for number, (piece, between) in enumerate(zip(pieces, re.split(r"zq\d+qz", text), strict=True)):
+            # what may be left of the blanks after the content before the piece, and before the one after it
+            ends = {"": "\t\n", "\n": "\t"} if number and afters[number - 1] == "" else {None: ""}
+            starts = {"": "\n\t", "\n": "\t"} if number < len(roles) and befores[number] == "" else {None: ""}
+            for (end, left), (start, right) in itertools.product(ends.items(), starts.items()):
+                if left + piece + right == between:
+                    if end is not None:
+                        afters[number - 1] = end
+                    if start is not None:
+                        befores[number] = start
+                    break
+        return tuple(zip(befores, afters, strict=True))
+
+    def _apply(self, messages: Sequence[tuple[Role, str]], generate: bool) -> str:
+        """Returns what the template makes of roles and contents."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": role, "content": content} for role, content in messages],
+                    chat_template=STRFTIME + self.source if "strftime_now" in self.source else self.source,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **THINKING,
+                )
+            )
+        except Exception as error:  # a template raises what its author chose
+            roles = ", ".join(role for role, _ in messages)
+            raise ConversationError(f"the chat template refuses the roles {roles}: {error}") from None
 
 
-REMEMBERED = 128
-"""Number of structures that a cache holds. Data with more different sequences of roles render some of them again."""
+class NoChatTemplate(ChatTemplate):
+    """The tokenizer of a model without a chat template, which is enough for plain text."""
+
+    def __init__(self, tokenizer: Any, stops: Iterable[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.template = None
+        self.learns = False
+        self.source = ""
+        self._stops = tuple(stops)
+
+    def _structure(self, roles: tuple[Role, ...], generate: bool) -> _Structure:
+        raise ConversationError(NO_TEMPLATE)
+
+
+NO_TEMPLATE = "the tokenizer has no chat template; give one with data.chat_template=FILE or --chat-template FILE"
+NO_END = "the chat template closes an answer without a special token"
+KINDS: tuple[tuple[Role, ...], ...] = (
+    ("user", "assistant"),
+    ("user", "assistant") * 2,
+    ("user", "assistant") * 3,
+    ("system", "user", "assistant"),
+    ("system", *("user", "assistant") * 2),
+)
+"""Kinds of conversations that a chat template is checked with."""
+QUESTIONS = (
+    ("What is shown here?", "A red circle."),
+    ("\n\nLook at this:\n\n", "Blue, or 2.5 green ones?"),
+    (" a", "b"),
+)
+"""Questions with white space that tokenizers join with what is around it, and answers."""
+
+
+def _source(tokenizer: Any, template: str | None) -> str:
+    """Returns the text of a tokenizer's chat template: `template`, or the tokenizer's own.
+
+    Raises:
+        ConversationError: there is none.
+    """
+    if template is None and not tokenizer.chat_template:
+        raise ConversationError(NO_TEMPLATE)
+    try:
+        return str(tokenizer.get_chat_template(template))
+    except ValueError as error:
+        raise ConversationError(f"the tokenizer's chat template cannot be used: {error}") from None
 
 
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
@@ -329,23 +583,130 @@ def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     cache[key] = value
 
 
+def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Returns the first place at which two sequences differ; None if they are equal."""
+    pairs = itertools.zip_longest(first, second)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+
+
+def _other_prompt(number: int, asked: Sequence[str], trained: Sequence[str]) -> str:
+    """Returns a sentence on a prompt that differs from the text before an answer in training."""
+    one, other = next(
+        ((one, other) for one, other in zip(asked[:-1], trained[:-1], strict=True) if one != other),
+        (asked[-1], trained[-1]),
+    )
+    return (
+        f"the chat template writes {other[-60:]!r} before answer {number} of a conversation, and {one[-60:]!r} where "
+        "that answer is asked for, so a model would learn to answer prompts that are never asked"
+    )
+
+
 @dataclass(frozen=True)
-class _Structure:
-    """A chat template around n turns."""
+class _Rendering:
+    """A chat template around n contents, as the template writes it."""
 
     pieces: tuple[str, ...]
     """Text before, between and after the contents: n + 1 pieces."""
-    trimmed: tuple[tuple[bool, bool], ...]
-    """Whether each content loses the white space before it and after it, as with Llama's template."""
+    trimmed: tuple[Trimmed, ...]
+    """What each content loses before it and after it."""
+
+
+@dataclass(frozen=True)
+class _Structure(_Rendering):
+    """A chat template around n contents, in which the answers are found."""
+
+    openings: tuple[int, ...]
+    """Number of characters before each answer that belong to its prompt, in the piece before it; -1 for other turns."""
+    closings: tuple[int, ...]
+    """Position of the end mark in the piece after each answer; -1 for other turns, or if there is none."""
+    fault: str | None = None
+    """Reason why the answers cannot be learned."""
+    each_as_last: bool = False
 
     def trim(self, turn: int, text: str) -> str:
         """Returns the text of a turn as the template writes it."""
         before, after = self.trimmed[turn]
-        if before:
-            text = text.lstrip()
-        if after:
-            text = text.rstrip()
-        return text
+        return text.lstrip(before).rstrip(after)
+
+
+@dataclass
+class _Span:
+    """A stretch of a conversation that is tokenised on its own."""
+
+    parts: list[tuple[str, bool]] = field(default_factory=list)
+    """Texts, and whether the template wrote them."""
+    lead: int = 0
+    """Number of tokens at the beginning that are not part of the conversation."""
+    after_image: bool = False
+    closes: int | None = None
+    """Number of the answer that the first token closes."""
+    answer: int | None = None
+    """Number of the answer in it, which begins after `prompt_parts` parts."""
+    prompt_parts: int = 0
+
+    @property
+    def segment(self) -> Segment:
+        """All texts."""
+        return tuple(self.parts)
+
+    @property
+    def prompt(self) -> Segment:
+        """Texts before the answer; none without one."""
+        return tuple(self.parts[: self.prompt_parts])
+
+    def write(self, text: str, structure: bool) -> None:
+        """Appends a text."""
+        if text:
+            self.parts.append((text, structure))
+
+
+def _spans(
+    structure: _Structure, turns: Sequence[Turn], words: GuardedTokenizer, whole: bool = True
+) -> Iterator[_Span]:
+    """Cuts a conversation before the end marks and where prompts have their last mark, and at images.
+
+    Such a cut has no effect on the tokens.
+    """
+    span = _Span()
+    answers = 0
+    for number, piece in enumerate(structure.pieces):
+        start = 0
+        if number and structure.closings[number - 1] >= 0 and turns[number - 1].role == "assistant":
+            start = structure.closings[number - 1]
+            span.write(piece[:start], True)
+            yield span
+            span = _Span(closes=answers - 1)
+        if number == len(turns):
+            span.write(piece[start:], True)
+            break
+        turn = turns[number]
+        text = structure.trim(number, turn.text)
+        if turn.role == "assistant":
+            opening = max(start, structure.openings[number])
+            prompt = piece[start:opening]
+            cut = words.last_cut(prompt)
+            if cut is not None and (cut or span.parts):
+                span.write(prompt[:cut], True)
+                yield span
+                span = _Span()
+                prompt = prompt[cut:]
+            span.write(prompt, True)
+            span.answer, span.prompt_parts = answers, len(span.parts)
+            answers += 1
+            span.write(piece[opening:], True)
+            span.write(text, False)
+            continue
+        span.write(piece[start:], True)
+        shown = text.split(PLACEHOLDER) if turn.role == "user" else [text]
+        for index, part in enumerate(shown):
+            if index:
+                yield span
+                span = _Span(after_image=True)
+                if words.lead:
+                    span.write(words.lead, True)
+                    span.lead = 1
+            span.write(part, False)
+    yield span
 
 
 def _image_tokens(tokens_per_image: int | Sequence[int], image: int) -> int:

@@ -12,7 +12,6 @@ import torch
 from zero_ds.data.conversations import (
     IMAGE_TOKEN,
     ChatTemplate,
-    ConversationError,
     EncodedConversation,
     Supervision,
     Turn,
@@ -22,6 +21,7 @@ from zero_ds.data.conversations import (
 from zero_ds.data.formats import DataError, TooLongError, named
 from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Sample
+from zero_ds.data.tokens import ConversationError
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,16 @@ class SampleEncoder:
 
     def turns(self, sample: Sample) -> list[Turn]:
         """Returns the sample's turns with the configured system prompt and image prompt."""
-        turns = list(sample.turns)
-        if self.system_prompt is not None and turns[0].role != "system":
-            turns.insert(0, Turn("system", self.system_prompt))
+        turns = self.with_system(sample.turns)
         first = next(i for i, turn in enumerate(turns) if turn.role == "user")
         turns[first] = Turn("user", image_prompt(turns[first].text, self.image_prompt, sample.id, self.seed))
         return turns
+
+    def with_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Returns turns with the configured system prompt, unless they have one of their own."""
+        if self.system_prompt is not None and turns[0].role != "system":
+            return [Turn("system", self.system_prompt), *turns]
+        return list(turns)
 
     def encode(
         self, turns: Sequence[Turn], generate: bool = False, image_tokens: Sequence[int] | None = None

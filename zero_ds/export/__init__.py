@@ -34,17 +34,17 @@ def export_model(
     out: Path,
     *,
     form: str = "llava",
-    dtype: str = "auto",
     shard_bytes: int = SHARD_BYTES,
     proof: str = "full",
     evaluations: list[Path] | None = None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """Writes a run on a decoder into the new folder `out`; returns the proof, which is also in its proof.json.
 
     run: run or checkpoint folder; target: folder or hub id of the decoder, None means the full model that the run was
-    trained for; form: a name in FORMATS; dtype: float32, bfloat16, float16, or auto for the number format in which the
-    decoder is stored; shard_bytes: largest size of a weights file; proof: `full` or `tensors`, see `proof.prove`;
-    evaluations: results of `zero-ds eval` for the model card.
+    trained for; form: a name in FORMATS; shard_bytes: largest size of a weights file; proof: `full` or
+    `tensors`, see `proof.prove`; evaluations: results of `zero-ds eval` for the model card; reading: `dtype` and
+    `chat_template`, as `open_source` takes them.
 
     Raises:
         ConfigError, CheckpointError: `out` exists, the run or the decoder is damaged, the two do not fit, the format
@@ -57,7 +57,7 @@ def export_model(
         raise ConfigError(f"--proof {proof} is not known; choose {' or '.join(PROOFS)}.")
     layout = FORMATS[form]
     measured = read_evaluations(evaluations or [])
-    source = open_source(run, target, dtype)
+    source = open_source(run, target, **reading)
     layout.check(source)
     texts = text_settings(source)
     tensors = layout.tensors(source)

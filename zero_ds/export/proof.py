@@ -258,7 +258,7 @@ def _ask_batch(
 
 def _prompt(encoder: SampleEncoder, question: str, image: str | None) -> fresh.Inputs:
     """Returns the model's inputs for a question, as training would make them."""
-    text = question if image is None else f"{PLACEHOLDER}\n{question}"
+    text = question if image is None else PLACEHOLDER + question
     sample = Sample("proof", (Turn("user", text),), () if image is None else (image,))
     encoded = encoder.encode(encoder.turns(sample), generate=True, image_tokens=encoder.image_tokens(sample))
     ids = torch.tensor([encoded.input_ids])

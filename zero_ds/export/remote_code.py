@@ -81,7 +81,6 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
 
     def write_files(self, source: Source, texts: TextSettings, folder: Path) -> None:
         texts.tokenizer.save_pretrained(folder)
-        (folder / "chat_template.jinja").write_text(texts.template, encoding="utf-8")
         files = {
             "config.json": _config(source, texts),
             "processor_config.json": _processor_config(source, texts),

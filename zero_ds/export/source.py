@@ -210,12 +210,12 @@ def scaling(lora: LoraConfig) -> float:
     return lora.alpha / lora.rank
 
 
-def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Source:
+def open_source(run: str | Path, target: str | None, dtype: str = "auto", chat_template: str | None = None) -> Source:
     """Finds and checks everything that an export reads. Of large files it reads the run's weights, to hash them.
 
     run: run or checkpoint folder; target: folder or hub id of a decoder that the run fits, which is its full model or
     its surrogate; None means the full model that it was trained for; dtype: a name in KINDS, or auto for the number
-    format in which the decoder is stored.
+    format in which the decoder is stored; chat_template: file with a chat template that replaces the run's.
 
     Raises:
         ConfigError, CheckpointError: an unfinished or damaged run, or a decoder that it was not trained for.
@@ -224,6 +224,9 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto") -> Sou
     config = run_config(checkpoint)
     if config.encoder is None:
         raise ConfigError(f"{run} has no vision encoder to export; name a run of an encoder stage.")
+    if chat_template is not None:
+        data = config.data.model_copy(update={"chat_template": chat_template})
+        config = config.model_copy(update={"data": data})
     if dtype not in (*KINDS, "auto"):
         raise ConfigError(f"--dtype {dtype} is not known; choose {', '.join(KINDS)} or auto.")
     target = target or config.target

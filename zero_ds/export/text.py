@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_ds.config.schema import DataConfig
-from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate, read_template
+from zero_ds.data.conversations import PLACEHOLDER, STRFTIME, WRAPPERS, ChatTemplate
 from zero_ds.export.source import Source
 from zero_ds.grafting.tokenizers import for_templates_
 from zero_ds.model.decoders import Family
-from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.templates import generation_settings, load_template
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -24,8 +24,8 @@ class TextSettings:
     """Tokenizer, with the image token among its special tokens."""
     image_token: str
     """Token that stands for an image in a prompt."""
-    template: str
-    """Chat template of the export."""
+    template: str | dict[str, str]
+    """Chat template of the export, or several by name, of which `default` is the run's."""
     stops: tuple[int, ...]
     """Tokens that end an answer."""
     generation: dict[str, Any]
@@ -41,21 +41,35 @@ def text_settings(source: Source) -> TextSettings:
     """Makes the text side of an export.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded or has no chat template, or no token can stand for an image.
+        ConfigError: as `load_template`, or no token can stand for an image.
     """
     data = source.config.data
-    tokenizer = source.decoder.tokenizer()
+    template = load_template(source.decoder, data, config=source.text)
+    tokenizer = template.tokenizer
     image_token = find_image_token(source.decoder.family, tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-    run_template = read_template(data.chat_template)
-    template = run_template or tokenizer.chat_template
-    end = ChatTemplate(tokenizer, run_template).end_of_turn()
-    generation = _generation_config(source.decoder, source.text, end)
-    stops = tuple(generation["eos_token_id"])
-    if "eos_token" in template:  # the template keeps writing this token, although the tokenizer's end token changes
-        template = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} -%}}{template}"
-    for_templates_(tokenizer, end)
-    return TextSettings(tokenizer, image_token, chat_template(template, image_token, data), stops, generation)
+    named = dict(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else {}
+    named["default"] = template.source
+    for name, own in named.items():
+        as_last = _closing(template) if name == "default" else None
+        named[name] = chat_template(_with_end_token(own, tokenizer), image_token, data, as_last)
+    stops, generation = template.ends(), generation_settings(source.decoder.path)
+    generation = _generation_config(generation, source.text, stops)
+    for_templates_(tokenizer, template.end_of_turn())
+    tokenizer.chat_template = named if len(named) > 1 else named["default"]
+    return TextSettings(tokenizer, image_token, tokenizer.chat_template, stops, generation)
+
+
+def _with_end_token(template: str, tokenizer: Any) -> str:
+    """Returns a template that keeps writing the tokenizer's end token, which the export changes."""
+    if "eos_token" not in template:
+        return template
+    return f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} -%}}{template}"
+
+
+def _closing(template: ChatTemplate) -> str | None:
+    """Returns what the template writes after a last answer, if training renders every answer as the last one."""
+    return template.closing if template.each_as_last else None
 
 
 def find_image_token(family: Family, tokenizer: Any) -> str:
@@ -82,24 +96,20 @@ def image_prompt(data: DataConfig) -> tuple[str, str]:
     return before, between
 
 
-# Jinja code that puts a message's images and text into one string, `ns.text`, in which `<image>` stands for an image.
-# Of a list of contents the images come first, as in LLaVA's data.
+# Jinja code that puts a message's images and text into one string, `ns.text`, in their order. `<image>` stands for an
+# image.
 _JOIN_CONTENTS = """
 {%- set ns.text = '' -%}
-{%- set ns.images = '' -%}
 {%- if message.content is string -%}
     {%- set ns.text = message.content -%}
 {%- elif message.content is iterable -%}
     {%- for part in message.content -%}
         {%- if part.type == 'image' -%}
-            {%- set ns.images = ns.images + PLACEHOLDER -%}
+            {%- set ns.text = ns.text + PLACEHOLDER -%}
         {%- elif part.type == 'text' -%}
             {%- set ns.text = ns.text + part.text -%}
         {%- endif -%}
     {%- endfor -%}
-    {%- if ns.images -%}
-        {%- set ns.text = ns.images + NEWLINE + ns.text -%}
-    {%- endif -%}
 {%- endif -%}
 """
 
@@ -119,7 +129,7 @@ _SET_SYSTEM = """
 
 # Jinja code in front of the decoder's own template. A message may have more fields than role and content; they stay.
 _CONVERT_MESSAGES = """
-{%- set ns = namespace(messages=[], text='', images='', first=true) -%}
+{%- set ns = namespace(messages=[], text='', first=true) -%}
 SET_SYSTEM
 {%- for message in messages -%}
     JOIN_CONTENTS
@@ -135,11 +145,52 @@ SET_SYSTEM
 """
 
 
-def chat_template(own: str, image_token: str, data: DataConfig) -> str:
+# Jinja code that renders every answer as the last one of its conversation, as training does where the template treats
+# the last one otherwise. The template is a macro. What comes after an answer is taken from a conversation in which a
+# word stands for that answer, without what closes it, which is written already.
+_EACH_AS_LAST = """
+{%- set parts = namespace(text='', last=-1) -%}
+{%- for message in messages -%}
+    {%- if message.role == 'assistant' or loop.last -%}
+        {%- set asks = add_generation_prompt and loop.last -%}
+        {%- if parts.last < 0 -%}
+            {%- set parts.text = own(messages[:loop.index], asks) -%}
+        {%- else -%}
+            {%- set word = [dict(messages[parts.last], content='zqlastqz')] -%}
+            {%- set turns = messages[:parts.last] + word + messages[parts.last + 1:loop.index] -%}
+            {%- set parts.text = parts.text + own(turns, asks).split('zqlastqz')[1][CLOSING_LENGTH:] -%}
+        {%- endif -%}
+        {%- if message.role == 'assistant' -%}
+            {%- set parts.last = loop.index0 -%}
+        {%- endif -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- parts.text -}}
+"""
+
+
+def _one_line(code: str) -> str:
+    """Returns Jinja code without the line breaks and indentation that make it readable."""
+    return "".join(line.strip() for line in code.splitlines())
+
+
+def _each_as_last(own: str, closing: str) -> str:
+    """Returns a template that renders every answer as the template `own` renders the last one.
+
+    closing: what `own` writes after a last answer.
+    """
+    begin, end = "{%- macro own(messages, add_generation_prompt) %}{{ '' }}", "{{ '' }}{% endmacro -%}"
+    macro = begin + own.removesuffix("\n") + end
+    return macro + _one_line(_EACH_AS_LAST).replace("CLOSING_LENGTH", str(len(closing)))
+
+
+def chat_template(own: str, image_token: str, data: DataConfig, closing: str | None = None) -> str:
     """Returns the decoder's template `own` after a few lines that convert messages with images to those of training.
 
-    A message's content is a list of images and text, or a string with `<image>`, as training's data and lmms-eval have
-    them. In the first user's message, one image before or after the text gets the fixed image prompt around it; other
+    A message's content is a list of images and text, which keep their order, or a string with `<image>`, as training's
+    data and lmms-eval have them. closing: if every answer is rendered as the last one, what `own` writes after it.
+
+    In the first user's message, one image before or after the text gets the fixed image prompt around it; other
     images stay where they are, and so do strings without an image. The system prompt is that of training, and so is the
     date in templates that write one.
     """
@@ -147,41 +198,28 @@ def chat_template(own: str, image_token: str, data: DataConfig) -> str:
     template = _CONVERT_MESSAGES.replace("JOIN_CONTENTS", _JOIN_CONTENTS)
     template = template.replace("WRAP_IMAGE", "" if data.image_prompt == "off" else _WRAP_IMAGE)
     template = template.replace("SET_SYSTEM", "" if data.system_prompt is None else _SET_SYSTEM)
-    one_line = "".join(line.strip() for line in template.splitlines())
+    one_line = _one_line(template)
     values = {
         "SYSTEM_PROMPT": json.dumps(data.system_prompt),
         "PLACEHOLDER": json.dumps(PLACEHOLDER),
         "IMAGE_TOKEN": json.dumps(image_token),
         "BEFORE": json.dumps(before),
         "BETWEEN": json.dumps(between),
-        "NEWLINE": "'\n'",
     }
     one_line = re.sub("|".join(values), lambda match: values[match[0]], one_line)
     if "enable_thinking" in own:
         one_line = "{%- set enable_thinking = false -%}" + one_line
-    return one_line + (STRFTIME if "strftime_now" in own else "") + own
+    dated = STRFTIME if "strftime_now" in own else ""
+    return one_line + dated + (own if closing is None else _each_as_last(own, closing))
 
 
-def _generation_config(decoder: DecoderFolder, text: Any, end: int) -> dict[str, Any]:
-    """Returns the decoder's own generation_config.json, in which `end`, which closes a turn, also ends an answer."""
-    path = decoder.path / "generation_config.json"
-    settings: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            settings = {**json.loads(path.read_text(encoding="utf-8"))}
-            settings.pop("_from_model_config", None)  # the export has a file of its own
-        except (OSError, ValueError, TypeError, AttributeError):
-            raise ConfigError(f"{path} is damaged; fetch the model again.") from None
+def _generation_config(settings: dict[str, Any], text: Any, stops: tuple[int, ...]) -> dict[str, Any]:
+    """Returns the content of the decoder's generation_config.json with all tokens that end an answer."""
+    settings = dict(settings)
+    settings.pop("_from_model_config", None)  # the export has a file of its own
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         if settings.get(name) is None and getattr(text, name, None) is not None:
             settings[name] = getattr(text, name)
-    stops = settings.get("eos_token_id")
-    if stops is None:
-        stops = []
-    elif not isinstance(stops, list):
-        stops = [stops]
-    if not all(isinstance(token, int) for token in stops):
-        raise ConfigError(f"{path} is damaged; fetch the model again.")
-    settings["eos_token_id"] = stops if end in stops else [*stops, end]
+    settings["eos_token_id"] = list(stops)
     settings.setdefault("pad_token_id", settings["eos_token_id"][0])
     return settings

@@ -5,14 +5,15 @@ The decoder's cache keeps everything that has been read, so a further question c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
-from zero_ds.data.formats import DataError
+from zero_ds.data.formats import DataError, quoted
 from zero_ds.data.images import open_image
 from zero_ds.data.sources import Sample
 from zero_ds.grafting.named_model import LoadedModel
@@ -42,7 +43,7 @@ class Conversation:
         self.turns: list[Turn] = [] if system is None else [Turn("system", system)]
         self._model = loaded.model
         self._reader = Reader(loaded.model)
-        self._stop = self.encoder.template.end_of_turn()
+        self._ends = self.encoder.template.ends()
         self._images: list[torch.Tensor] = []
         """Features of all images: (tokens, hidden) of each."""
         self._new_images = 0
@@ -91,18 +92,43 @@ class Conversation:
 
     # -- questions and answers -----------------------------------------------------------------------------------------
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str | Sequence[Mapping[str, Any]]) -> Iterator[str]:
         """Asks a question; returns an iterator over the answer, in pieces as they are generated.
+
+        question: a text, which comes after the images that were shown; or its parts in their order, as `messages` have
+        them: `{"type": "text", "text"}` and `{"type": "image", "image": file or loaded image}`.
 
         If the caller stops iterating, the answer consists of the pieces up to there. If the caller never starts, the
         question stays asked and its answer is empty.
 
         Raises:
-            DataError: the conversation would become longer than the model's context; the question is not asked then.
+            DataError: the conversation would become longer than the model's context, or a part is neither text nor
+                image. ConfigError, ImageError: as `show`. The question is not asked then.
         """
-        typed = question.replace(PLACEHOLDER, "image")  # a typed placeholder does not stand for an image
-        if self._new_images:
-            typed = PLACEHOLDER * self._new_images + "\n" + typed
+        shown = len(self._images)
+        try:
+            return self._ask(self._typed(question))
+        except ValueError:
+            del self._images[shown:]
+            raise
+
+    def _typed(self, question: str | Sequence[Mapping[str, Any]]) -> str:
+        """Returns the text of a question with a placeholder for each image, after showing the images in it."""
+        before = PLACEHOLDER * self._new_images + "\n" if self._new_images else ""
+        if isinstance(question, str):
+            return before + _without_placeholders(question)
+        written = []
+        for part in question:
+            if part.get("type") == "text" and isinstance(part.get("text"), str):
+                written.append(_without_placeholders(part["text"]))
+            elif part.get("type") == "image" and part.get("image") is not None:
+                self._images.append(self.features(part["image"]).to(self._reader.device))
+                written.append(PLACEHOLDER)
+            else:
+                raise DataError(f"a part of the question is neither text nor image: {quoted(part)}")
+        return before + "".join(written)
+
+    def _ask(self, typed: str) -> Iterator[str]:
         before = list(self.turns)
         if self._is_unanswered():
             before.append(Turn("assistant", ""))
@@ -146,7 +172,7 @@ class Conversation:
             closed = False
             while not closed:
                 token = self._next([*ids, *tokens])
-                if token == self._stop:
+                if token in self._ends:
                     closed = True
                     self._last = (ids, [*tokens, token])
                 else:
@@ -178,6 +204,11 @@ class Conversation:
         self._read = ids
         greedy, _ = self._reader.read(hidden[:, -1])
         return greedy[0]
+
+
+def _without_placeholders(text: str) -> str:
+    """Returns a typed text, in which a placeholder stands for no image."""
+    return text.replace(PLACEHOLDER, "image")
 
 
 def _common_length(first: list[int], second: list[int]) -> int:

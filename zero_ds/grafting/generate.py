@@ -144,7 +144,7 @@ class Answerer:
         self.template: ChatTemplate = encoder.template
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
-        self.stop = self.template.end_of_turn()
+        self.ends = self.template.ends()
         self.device = self.reader.device
 
     @torch.inference_mode()
@@ -363,7 +363,7 @@ class Answerer:
         """
 
         def is_open(row: int) -> bool:
-            return answers[row][-1] != self.stop and len(answers[row]) < limits[row]
+            return answers[row][-1] not in self.ends and len(answers[row]) < limits[row]
 
         rows = [row for row in range(len(answers)) if is_open(row)]
         if not rows:
@@ -387,10 +387,8 @@ class Answerer:
                 rows = active
 
     def _text(self, tokens: Sequence[int]) -> str:
-        """Returns an answer's tokens as text, up to the token that closes it."""
-        if self.stop in tokens:
-            tokens = tokens[: tokens.index(self.stop)]
-        return str(self.template.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        """Returns an answer's tokens as text, up to the token that ends it."""
+        return self.template.spoken(tokens)
 
 
 def _find_or_append(sequences: list[tuple[int, ...]], tokens: tuple[int, ...]) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 
 from zero_ds.config.schema import DataConfig, EncoderConfig
-from zero_ds.data.conversations import WRAPPERS
+from zero_ds.data.conversations import WRAPPERS, read_template
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.grafting.compatibility import run_config
 from zero_ds.grafting.engines.offload import spread_
@@ -40,6 +40,8 @@ class NamedModel:
     """Folder of the decoder. For an export, the exported folder itself."""
     checkpoint: Checkpoint | None = None
     """Checkpoint with the vision encoder and the adapter, if a run was named."""
+    chat_template: str | None = None
+    """File with a chat template that replaces the model's own."""
 
     @property
     def folder(self) -> Path:
@@ -93,27 +95,30 @@ class LoadedModel:
     """How vLLM runs the decoder; `model` then holds none of its layers. None if the model runs in this process."""
 
 
-def find_model(name: str, target: str | None = None) -> NamedModel:
+def find_model(name: str, target: str | None = None, chat_template: str | None = None) -> NamedModel:
     """Finds the model that `name` stands for.
 
     name: folder or hub id of a target, a surrogate or an export; or the folder of a run or of one of its checkpoints,
     which stands for the model as it was trained. target: folder or hub id of a full model to graft the run into.
+    chat_template: file with a chat template that replaces the model's own.
 
     Raises:
-        ConfigError, CheckpointError: the model does not exist, or `target` was given for a name that is not a run.
+        ConfigError, CheckpointError: the model or the file does not exist, or `target` was given for a name that is
+            not a run.
     """
+    read_template(chat_template)
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():
         checkpoint = find_checkpoint(folder)
         decoder = DecoderFolder(local_folder(target or decoder_folder(run_config(checkpoint))))
         is_graft = target is not None and not decoder.is_surrogate
-        return NamedModel(name, "graft" if is_graft else "trained", decoder, checkpoint)
+        return NamedModel(name, "graft" if is_graft else "trained", decoder, checkpoint, chat_template)
     if target is not None:
         raise ConfigError(f"{name} is not a run, so it cannot be grafted into {target}; leave out --target.")
     decoder = DecoderFolder(local_folder(name))
     if decoder.is_surrogate:
-        return NamedModel(name, "surrogate", decoder)
-    return NamedModel(name, "export" if _is_export(decoder) else "target", decoder)
+        return NamedModel(name, "surrogate", decoder, None, chat_template)
+    return NamedModel(name, "export" if _is_export(decoder) else "target", decoder, None, chat_template)
 
 
 def _is_export(folder: DecoderFolder) -> bool:
@@ -140,10 +145,10 @@ def load_model(
         ConfigError, CheckpointError: a damaged folder, or parts that do not belong together.
     """
     if named.kind == "export":
-        model, encoder = _load_export(named.folder, dtype, attention)
+        model, encoder = _load_export(named, dtype, attention)
     elif named.checkpoint is None:
         model = build_model(ModelSpec(decoder=named.decoder, dtype=dtype, attention=attention)).eval()
-        encoder = sample_encoder(model, named.decoder, None, DataConfig())
+        encoder = sample_encoder(model, named.decoder, None, _data(named), learns=False)
     else:
         model, encoder = _load_run(named, named.checkpoint, dtype, attention)
     longest = int(cast(Any, model.decoder).config.get_text_config().max_position_embeddings)
@@ -164,14 +169,21 @@ def _load_run(
     vision = local_folder(config.encoder.path) if config.encoder else None
     # training may draw the prompt around an image at random; answering always uses the same prompt
     image_prompt = "off" if config.data.image_prompt == "off" else "fixed"
-    data = config.data.model_copy(update={"image_prompt": image_prompt})
+    data = _data(named, config.data).model_copy(update={"image_prompt": image_prompt})
     return model, sample_encoder(model, named.decoder, vision, data, seed=config.seed)
 
 
-def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[VisionLanguageModel, SampleEncoder]:
+def _data(named: NamedModel, data: DataConfig | None = None) -> DataConfig:
+    """Returns a run's data section, or an empty one, with the chat template that the user named."""
+    data = data or DataConfig()
+    return data if named.chat_template is None else data.model_copy(update={"chat_template": named.chat_template})
+
+
+def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple[VisionLanguageModel, SampleEncoder]:
     """Loads transformers' Llava and takes it apart into vision encoder, adapter and decoder again."""
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
+    folder = named.folder
     llava: Any = load_complete(
         LlavaForConditionalGeneration.from_pretrained, folder, dtype=dtype, attn_implementation=attention
     )
@@ -203,7 +215,7 @@ def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Visi
     assert model.adapter is not None
     projector = llava.model.multi_modal_projector
     model.adapter.replace_linears_([projector.linear_1, projector.linear_2])
-    encoder = sample_encoder(model.eval(), folder, folder, DataConfig())
+    encoder = sample_encoder(model.eval(), folder, folder, _data(named))
     for_texts_(encoder.template.tokenizer)
     has_image_prompt = WRAPPERS[0].split("{image}")[0] in str(encoder.template.tokenizer.chat_template)
     return model, replace(encoder, image_prompt="fixed" if has_image_prompt else "off")

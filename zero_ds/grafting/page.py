@@ -44,17 +44,19 @@ CSS = "button[aria-label=Share], [id^=chat-] button[aria-label=Clear] { display:
 """Hides Gradio's button that publishes an image, and the one that clears a chat without ending its conversation."""
 
 
-def load_models(name: str, target: str | None, dtype: str, options: DeviceOptions) -> dict[str, LoadedModel]:
+def load_models(
+    name: str, target: str | None, chat_template: str | None, dtype: str, options: DeviceOptions
+) -> dict[str, LoadedModel]:
     """Loads the models of a page by the names that it shows. For a graft, also loads the model that the run trained.
 
-    name, target: as `find_model` takes them; dtype: auto, float32 or bfloat16.
+    name, target, chat_template: as `find_model` takes them; dtype: auto, float32 or bfloat16.
 
     Raises:
         ConfigError, CheckpointError: as `find_model` and `load`.
     """
-    named = [find_model(name, target)]
+    named = [find_model(name, target, chat_template)]
     if named[0].kind == "graft":
-        named.insert(0, find_model(name))
+        named.insert(0, find_model(name, None, chat_template))
     models = {}
     for each in named:
         loaded = load(each, dtype, options)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import AdapterConfig, DataConfig, EncoderConfig, LoraConfig
-from zero_ds.data.conversations import ChatTemplate, Supervision, read_template
+from zero_ds.data.conversations import Supervision
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.model import lora
@@ -18,7 +18,8 @@ from zero_ds.model.decoders import Family
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
 from zero_ds.model.layer_plan import LayerPlan
-from zero_ds.model.loading import load_complete, load_tokenizer
+from zero_ds.model.loading import load_complete
+from zero_ds.model.templates import load_template
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import partition_
@@ -162,22 +163,23 @@ def sample_encoder(
     *,
     supervise: Supervision = "response",
     seed: int = 0,
+    learns: bool = True,
 ) -> SampleEncoder:
     """Builds the sample encoder of a run's data section, which training and answering share.
 
     decoder, encoder: folders of tokenizer and image processor. supervise: the tokens that carry loss. seed: seed of the
-    random choice between image prompts.
+    random choice between image prompts. learns: whether a run trained, or trains, the model on conversations.
 
     Raises:
-        ConfigError: the chat template file or the tokenizer cannot be read.
+        ConfigError: as `load_template`.
     """
-    template = read_template(data.chat_template)
+    config = cast(Any, model.decoder).config.get_text_config()
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
         size = model.encoder_family.vision_config(model.encoder).image_size
         processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
     return SampleEncoder(
-        template=ChatTemplate(_tokenizer(decoder), template),
+        template=load_template(decoder, data, config=config, learns=learns),
         supervise=supervise,
         processor=processor,
         tokens_per_image=model.tokens_per_image(),
@@ -187,9 +189,3 @@ def sample_encoder(
         seed=seed,
         vocabulary=cast(Any, model.decoder).get_input_embeddings().num_embeddings,
     )
-
-
-def _tokenizer(folder: DecoderFolder | Path) -> Any:
-    if isinstance(folder, DecoderFolder):
-        return folder.tokenizer()
-    return load_tokenizer(folder)  # it may be an export, whose class belongs to no decoder family

@@ -25,6 +25,8 @@ COPIED = re.compile(
     r"(tokenizer.*|special_tokens_map|generation_config|chat_template|vocab|merges|added_tokens)\.(json|jinja|txt|model)"
 )
 """Names of files that are copied unchanged from the target."""
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates that a tokenizer has besides its default one; copied as well."""
 
 
 def build_surrogate(target: DecoderFolder | Path, replaced: Iterable[Replaced], out: Path) -> SurrogateInfo:
@@ -48,13 +50,16 @@ def build_surrogate(target: DecoderFolder | Path, replaced: Iterable[Replaced], 
     written = [(name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)]
     config, hashes = _cut_config(target, plan), target.text_hashes
     copied = [file for file in target.path.iterdir() if COPIED.fullmatch(file.name) and file.is_file()]
+    copied += sorted((target.path / NAMED_TEMPLATES).glob("*.jinja"))
     needed = sum(span.size for _, span in written)
     with new_folder(out, need=needed) as folder, ThreadPoolExecutor(1) as background:
         embeddings = background.submit(content_hash, tensors[family.embeddings])
         write_shards(written, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in copied:
-            (folder / file.name).write_bytes(file.read_bytes())
+            written_to = folder / file.relative_to(target.path)
+            written_to.parent.mkdir(exist_ok=True)
+            written_to.write_bytes(file.read_bytes())
         info = SurrogateInfo(
             family=family.name,
             target=str(target),

@@ -13,12 +13,12 @@ import torch
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import collate
-from zero_ds.data.conversations import ConversationError
 from zero_ds.data.formats import DataError
 from zero_ds.data.images import open_image
 from zero_ds.data.loader import Loader
 from zero_ds.data.samples import EncodedSample
 from zero_ds.data.sources import Sample
+from zero_ds.data.tokens import ConversationError
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.training.monitor import Monitor
@@ -97,17 +97,14 @@ class Preview:
 
     def answers(self, model: VisionLanguageModel) -> list[Answer]:
         """Returns greedy answers of at most `preview.tokens` tokens. A collective under ZeRO-3."""
-        template = self.encoder.template
-        end = template.end_of_turn()
         answers = []
         for (sample, _), tokens in zip(self.samples, self._generate(model), strict=True):
-            spoken = tokens[: tokens.index(end)] if end in tokens else tokens
             answers.append(
                 Answer(
                     sample=sample.id,
                     image=sample.images[0] if sample.images else None,
                     question=next(turn.text for turn in sample.turns if turn.role == "user"),
-                    answer=template.tokenizer.decode(spoken, skip_special_tokens=True).strip(),
+                    answer=self.encoder.template.spoken(tokens),
                     expected=next(turn.text for turn in sample.turns if turn.role == "assistant"),
                 )
             )

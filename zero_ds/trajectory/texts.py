@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from zero_ds.config.schema import SourceConfig
-from zero_ds.data.conversations import ChatTemplate, cut_turns
+from zero_ds.config.schema import DataConfig, SourceConfig
+from zero_ds.data.conversations import ChatTemplate, NoChatTemplate, cut_turns
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records, Sample
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.templates import load_template
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory.batching import batches, padded, progress
 
@@ -59,19 +60,12 @@ def read_samples(
     folder = DecoderFolder.of(model)
     config = folder.text_config()
     longest = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
-    tokenizer = folder.tokenizer()
-    if not tokenizer.chat_template:
+    template = load_template(folder, DataConfig(), config=config, learns=False)
+    if isinstance(template, NoChatTemplate):
         raise ConfigError(f"the tokenizer in {folder} has no chat template; give an instruction-tuned model.")
-    template = ChatTemplate(tokenizer)
     encoder = SampleEncoder(template, "response", max_length=longest, system_prompt=system_prompt)
     records = Records([SourceConfig(path=str(data))], remedy="repair or remove them")
     chosen = choose_samples(records, encoder, count=count, seed=seed, questions_only=greedy)
-    largest = max(max(sample.input_ids) for sample in chosen)
-    if largest >= config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer in {folder} gives token {largest}, but the model has a vocabulary of {config.vocab_size}; "
-            "they do not belong together."
-        )
     return chosen, template
 
 
@@ -136,8 +130,8 @@ def answer_greedily(
     from transformers import GenerationConfig
 
     model = cast(Any, decoder)
-    stop = template.end_of_turn()
-    settings = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=stop, pad_token_id=stop)
+    ends = list(template.ends())
+    settings = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=ends, pad_token_id=ends[0])
     kept, model.generation_config = model.generation_config, settings  # else the model's own would fill the gaps
     answered: dict[int, TokenSample] = {}
     try:
@@ -147,7 +141,7 @@ def answer_greedily(
                 output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
                 for place, row in enumerate(rows):
                     answer = output[place, input_ids.shape[1] :].tolist()
-                    end = answer.index(stop) + 1 if stop in answer else len(answer)
+                    end = next((place for place, token in enumerate(answer, 1) if token in ends), len(answer))
                     answered[row] = TokenSample(questions[row].id, questions[row].input_ids + answer[:end])
                 bar.update(len(rows))
     finally:

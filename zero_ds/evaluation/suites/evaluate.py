@@ -49,7 +49,8 @@ def evaluate(
     """
     label = name or (f"{model} + {target}" if target else model)
     selected = select_suites(suite, harness, tasks_folder)
-    return list(evaluate_suites(find_model(model, target), selected, out, label, options))
+    named = find_model(model, target, options.template_file if options else None)
+    return list(evaluate_suites(named, selected, out, label, options))
 
 
 def evaluate_suites(

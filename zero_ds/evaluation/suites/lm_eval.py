@@ -14,6 +14,9 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from zero_ds.data.conversations import Role, Turn
+from zero_ds.data.samples import SampleEncoder
+from zero_ds.data.tokens import ConversationError
 from zero_ds.evaluation.suites.lookup import TaskLookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.suites.results import Measured, Score
 from zero_ds.evaluation.suites.scores import task_scores
@@ -27,8 +30,44 @@ MEDIA = ("doc_to_visual", "doc_to_image", "doc_to_audio", "doc_to_video")
 """Keys of a task file that show something other than text."""
 
 
-class Decoder(HFLM):
+class RunPrompts:
+    """Prompts of a model as its run wrote them: its chat template, system prompt, date and thoughts."""
+
+    encoder: SampleEncoder
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Returns a conversation as text, up to where its next answer begins or its last one goes on."""
+        turns = [Turn(cast(Role, message["role"]), message["content"]) for message in chat_history]
+        template, options = self.encoder.template, {"generate": add_generation_prompt, "ends": add_generation_prompt}
+        try:
+            return template.render(self.encoder.with_system(turns), **options)
+        except ConversationError:
+            if turns[0].role != "system":
+                raise
+            # some templates refuse a task's description as a system message; the harness then leaves it out
+            return template.render(turns[1:], **options)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the text of the chat template, for the result's record."""
+        return self.encoder.template.source if chat_template else None
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end an answer; none if a model without a chat template names none."""
+        try:
+            return list(self.encoder.template.ends())
+        except ConversationError:
+            return []
+
+
+class Decoder(RunPrompts, HFLM):
     """HFLM around a decoder in memory. It uses torch.distributed where HFLM would use accelerate."""
+
+    def _model_generate(self, context: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if self.ends:
+            options.setdefault("eos_token_id", self.ends)
+        generated: torch.Tensor = super()._model_generate(context, *arguments, **options)
+        return generated
 
     @property
     def rank(self) -> int:
@@ -80,7 +119,9 @@ class LmEval(TaskLookup[TaskManager]):
 
     def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], options: SuiteOptions) -> Measured | None:
         """See `Harness.measure`. Calls the harness once for each number of examples in the prompt."""
-        lm = _resident(loaded, options) if loaded.served is None else _served(loaded)
+        if options.chat_template:
+            loaded.encoder.template.ends()  # refuses a model whose answers would not end
+        lm = _resident(loaded, options) if loaded.served is None else _served(loaded, options)
         by_shots: dict[int | None, list[Task]] = defaultdict(list)
         for task in tasks:
             by_shots[task.num_fewshot].append(task)
@@ -95,7 +136,7 @@ class LmEval(TaskLookup[TaskManager]):
                 limit=options.limit,
                 bootstrap_iters=options.bootstrap,
                 task_manager=self.manager(names),
-                apply_chat_template=options.chat_template,
+                apply_chat_template=bool(options.chat_template),
                 gen_kwargs={"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None,
             )
             if found is None:
@@ -129,16 +170,19 @@ def _shows_media(manager: TaskManager, name: str) -> bool:
 
 def _resident(loaded: LoadedModel, options: SuiteOptions) -> LM:
     """Returns the harness's model around a decoder in memory."""
-    return Decoder(
+    lm = Decoder(
         pretrained=loaded.model.decoder,
         tokenizer=loaded.encoder.template.tokenizer,
         batch_size=options.batch_size,
         max_length=loaded.encoder.max_length,
         softmax_dtype="float32",
+        add_bos_token=False if options.chat_template else None,  # the chat template has written it
     )
+    lm.encoder = loaded.encoder
+    return lm
 
 
-def _served(loaded: LoadedModel) -> LM:
+def _served(loaded: LoadedModel, options: SuiteOptions) -> LM:
     """Starts the harness's own class for vLLM on the decoder's folder."""
     name_cpu_build()
     assert loaded.served is not None
@@ -146,10 +190,22 @@ def _served(loaded: LoadedModel) -> LM:
     with starting():
         from lm_eval.models.vllm_causallms import VLLM
 
-        return VLLM(
+        class Served(RunPrompts, VLLM):
+            """The harness's class, with the prompts of the run."""
+
+            def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+                for each in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+                    if generate and each is not None:
+                        each.stop_token_ids = self.ends
+                return super()._model_generate(requests, generate, sampling_params)
+
+        lm = Served(
             pretrained=str(served.folder),
             dtype=cast(Any, served.dtype),
             max_length=served.max_length,
             tensor_parallel_size=served.tensor_parallel,
+            add_bos_token=False if options.chat_template else None,
             **device_options(served),
         )
+    lm.encoder = loaded.encoder
+    return lm

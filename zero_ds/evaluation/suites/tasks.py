@@ -55,12 +55,17 @@ class SuiteOptions:
     """Number of documents of each task; None takes all of them."""
     max_new_tokens: int | None = None
     """Length limit of answers, in tokens, in place of the task's own limit."""
-    chat_template: bool = False
-    """Lets lm-eval wrap its prompts in the chat template."""
+    chat_template: bool | str = False
+    """Lets lm-eval wrap its prompts in the chat template; or names the file of a template that replaces the model's."""
     samples: bool = False
     """Keeps prompts and answers in the result."""
     bootstrap: int = 1000
     """Number of resamplings for the standard error of a metric that is not a mean; 0 switches it off."""
+
+    @property
+    def template_file(self) -> str | None:
+        """File of the chat template that replaces the model's own."""
+        return self.chat_template if isinstance(self.chat_template, str) else None
 
 
 PAPER_TEXT = (

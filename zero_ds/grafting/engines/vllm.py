@@ -231,12 +231,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     features: Sequence[torch.Tensor | None],
     limits: Sequence[int],
-    stop: int,
+    stops: Sequence[int],
 ) -> list[list[int]]:
     """Returns the greedy tokens after each prompt, with the closing one, as `Answerer` would generate them.
 
     prompts: token ids, with IMAGE_TOKEN at the positions of images; features: (image positions, hidden) of each
-    prompt; limits: longest answer to each prompt in tokens; stop: token that closes an answer.
+    prompt; limits: longest answer to each prompt in tokens; stops: tokens that end an answer.
     """
     from vllm import SamplingParams
 
@@ -248,7 +248,7 @@ def generate(
         else:
             requests.append({"prompt_token_ids": list(ids)})
     sampling = [
-        SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=[stop], ignore_eos=True, detokenize=False)
+        SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=list(stops), ignore_eos=True, detokenize=False)
         for limit in limits
     ]
     outputs = _llm(served).generate(requests, sampling, use_tqdm=False)
@@ -287,7 +287,7 @@ class VllmAnswerer(Answerer):
             image_features.append(torch.cat(images) if images else None)
         prompts = [[*task.head.ids, *task.tail] for task in tasks]
         limits = [task.limit for task in tasks]
-        answers = generate(self.reader, self._served, prompts, image_features, limits, self.stop)
+        answers = generate(self.reader, self._served, prompts, image_features, limits, self.ends)
         progress(len(answers))
         return [Reply(self._text(tokens), ()) for tokens in answers]
 
@@ -303,9 +303,8 @@ class VllmConversation(Conversation):
     def _answer(self, ids: list[int]) -> Iterator[str]:
         limit = min(self.max_new_tokens, self.encoder.max_length - len(ids))
         features = torch.cat(self._images) if self._images else None
-        (tokens,) = generate(self._reader, self._served, [ids], [features], [limit], self._stop)
-        kept = [token for token in tokens if token != self._stop]
-        said = str(self.encoder.template.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+        (tokens,) = generate(self._reader, self._served, [ids], [features], [limit], self._ends)
+        said = self.encoder.template.spoken(tokens)
         self.turns.append(Turn("assistant", said))
         if said:
             yield said
