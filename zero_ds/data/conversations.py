@@ -74,6 +74,8 @@ class Turn:
 
     role: Role
     text: str
+    learned: bool = True
+    """Whether the turn carries loss if it is an answer."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def sample_encoder(
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
         size = model.encoder_family.vision_config(model.encoder).image_size
-        processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
+        processor = ImageProcessor.from_folder(encoder, size, data.image_grid, data.image_background)
     return SampleEncoder(
         template=ChatTemplate(_tokenizer(decoder), template),
         supervise=supervise,
