@@ -18,6 +18,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pace import scaled
+from places import ROOT
 from pyarrow import parquet
 
 from zero_ds.config.schema import SourceConfig
@@ -200,6 +201,48 @@ def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no file that ends in \.json, \.jsonl, \.parquet"):
         (tmp_path / "empty").mkdir()
         Records([SourceConfig(path=str(tmp_path / "empty"))])
+
+
+@pytest.mark.parametrize("blank", ["", "\ufeff", " \n\t", "\n" * 70_000])
+def test_lists_and_lines_are_told_apart_by_what_they_are(tmp_path: Path, blank: str) -> None:
+    lines, whole = "\n".join(map(json.dumps, RECORDS)), json.dumps(RECORDS, indent=1)
+    for name, content in (("a.json", lines), ("b.jsonl", whole)):
+        (tmp_path / name).write_text(blank + content, encoding="utf-8")
+        assert list(raw_records(tmp_path / name)) == RECORDS
+
+
+def test_json_lines_called_json(tmp_path: Path) -> None:
+    (sample,) = Records([SourceConfig(path=str(ROOT / "tests" / "support" / "cases" / "F13_json_lines_called.json"))])
+    assert (sample.id, [turn.text for turn in sample.turns]) == ("1", ["q?", "a."])
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_is_not_a_list(tmp_path: Path, indent: int | None) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"data": RECORDS, "version": 1}, indent=indent))
+    with pytest.raises(DataError, match=r"must hold a list of samples.*one object with the keys \['data', 'version'\]"):
+        list(raw_records(tmp_path / "x.json"))
+
+
+def test_companions_of_data_files_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    as_list(tmp_path, RECORDS)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "x.json"}}, indent=1))
+    (tmp_path / "state.json").write_text('{"_data_files": [], "_fingerprint": "1"}')
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x.json").write_text("[1]")
+    found = Records([SourceConfig(path=str(tmp_path))])
+    assert len(found) == 5
+    skipped = {str(file.relative_to(tmp_path)) for file in found.companions()}
+    assert skipped == {"dataset_info.json", "state.json", ".cache/x.json"}
+    assert all(name in caplog.text for name in skipped)
+    with pytest.raises(
+        DataError, match=r"holds no samples: dataset_info\.json holds one object, not a list of samples"
+    ):
+        Records([SourceConfig(path=str(tmp_path), files="dataset_*")])
+
+
+def test_an_address_is_not_a_data_file() -> None:
+    with pytest.raises(DataError, match=r"is an address; fetch it first, for example with `curl -LO https://"):
+        Records([SourceConfig(path="https://example.org/data.json")])
 
 
 def check(*words: str, home: Path) -> subprocess.CompletedProcess[str]:

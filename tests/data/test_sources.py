@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import json
 import os
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,12 +21,17 @@ import pytest
 import tiny
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
+from places import ROOT
 
 from zero_ds.config.loading import load_run, validate
+from zero_ds.config.resume import fingerprint
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data import arrow
-from zero_ds.data.conversations import Turn
-from zero_ds.data.formats import DataError, parse
+from zero_ds.data.conversations import IGNORE, ChatTemplate, Turn
+from zero_ds.data.formats import IMAGE_KEYS, REFUSED, DataError, parse
+from zero_ds.data.images import open_image
+from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records, evenly_spaced
 from zero_ds.runtime.errors import ConfigError
 
@@ -64,7 +73,11 @@ TALK = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]
             {"id": "bad", "conversations": [*TALK[:1], {"from": "gpt", "value": "  \n"}]},
             "sample bad, turn 1: the text is empty",
         ),
-        ({"id": "bad", "conversations": [{"from": "human", "value": 5}]}, "sample bad, turn 0: the text is empty"),
+        (
+            {"id": "bad", "conversations": [{"from": "human", "value": {}}]},
+            "turn 0: the text is {}, which is not a text",
+        ),
+        ({"id": "bad", "conversations": [{"from": "human", "value": True}]}, "the text is True, which is not a text"),
         ({"id": "bad", "conversations": TALK[:1]}, "sample bad has no answer to learn from"),
         ({"id": "bad", "conversations": TALK[1:]}, "sample bad has no question"),
         ({"id": "bad", "conversations": [{"from": "system", "value": "s"}, *TALK[1:]]}, "sample bad has no question"),
@@ -74,7 +87,7 @@ TALK = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "a."}]
             {"id": "bad", "image": ["a.png", 5], "conversations": TALK},
             "sample bad: 'image' must be a path or a list of paths",
         ),
-        ({"id": "bad", "image": {"path": "a.png"}, "conversations": TALK}, "sample bad: 'image' must be a path"),
+        ({"id": "bad", "image": {"name": "a.png"}, "conversations": TALK}, "sample bad: 'image' must be a path"),
         (
             {
                 "id": "bad",
@@ -254,8 +267,10 @@ def test_other_forms_of_conversation(record: dict[str, Any], first: str, images:
     ("messages", "complaint"),
     [
         ([{"role": "tool", "content": "x"}, CHAT[1]], "turn 0: unknown role 'tool'"),
-        ([{"from": "human", "value": "x"}, CHAT[1]], "turn 0: unknown role None"),
-        ([{"role": "user", "content": [{"type": "video"}]}, CHAT[1]], "is neither text nor image"),
+        ([{"from": "human", "role": "assistant", "value": "x"}, CHAT[1]], "has different values in 'from' and 'role'"),
+        ([{"role": "user", "value": "x", "content": "y"}, CHAT[1]], "has different values in 'value' and 'content'"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, CHAT[1]], "is neither text nor image"),
+        ([{"role": "user", "content": [{"type": "image", "text": "x"}]}, CHAT[1]], "is neither text nor image"),
         ([{"role": "user", "content": ["q?"]}, CHAT[1]], "is neither text nor image"),
         ([{"role": "user", "content": []}, CHAT[1]], "turn 0: the text is empty"),
         ([{"role": "user", "content": PARTS}, CHAT[1]], "has 0 images for 1 <image>"),
@@ -269,6 +284,131 @@ def test_other_forms_of_conversation(record: dict[str, Any], first: str, images:
 def test_messages_that_cannot_be_used(messages: Any, complaint: str) -> None:
     with pytest.raises(DataError, match=re.escape(complaint)):
         parse({"id": "bad", "messages": messages}, "here")
+
+
+def case(name: str) -> dict[str, dict[str, Any]]:
+    """Returns the records of a file of cases that users of other software reported, by id."""
+    lines = (ROOT / "tests" / "support" / "cases" / name).read_text().splitlines()
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("tools", "sample tools: key 'tools' is not supported: tool calls are not learned"),
+        ("video", "sample video: key 'video' is not supported: only images and text are learned"),
+        ("image and images", "names images in 'image' and others in 'images'; keep one of them"),
+        ("part and images", "names images in 'images' and others in 'parts of its turns'; keep one of them"),
+    ],
+)
+def test_a_key_with_a_meaning_is_refused_by_its_name(name: str, complaint: str) -> None:
+    with pytest.raises(DataError, match=re.escape(complaint)):
+        parse(case("F5_keys_that_are_not_read.jsonl")[name], "here")
+
+
+def test_a_key_with_a_meaning_is_honoured() -> None:
+    given = case("F5_keys_that_are_not_read.jsonl")
+    system = parse(given["system"], "here")
+    assert system.roles == ("system", "user", "assistant") and system.texts[0] == "Answer in French."
+    for name in ("weight", "train"):
+        assert parse(given[name], "here").learned == (True, False, True, True)
+    row = parse(given["image_path"], "here")
+    assert row.images == ("a.png",) and row.texts[0] == "<image>\nWhich color?"
+
+
+@pytest.mark.parametrize("key", [*REFUSED, "weight", "train", "loss"])
+def test_keys_are_strict_in_records_and_turns(key: str) -> None:
+    """They are refused with a value that says something, and are as good as absent with any other."""
+    value: Any = 0.5 if key in ("weight", "train", "loss") else "x"
+    turns = [CHAT[0], {**CHAT[1], key: value}]
+    for record in (good(**{key: value}), {"id": "x", "messages": turns}):
+        with pytest.raises(DataError, match=rf"\b{key}\b"):
+            parse(record, "here")
+    assert parse(good(**{key: None}), "here") == parse(good(), "here")
+    assert parse({"id": "x", "messages": [CHAT[0], {**CHAT[1], key: None}]}, "here").learned == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        (good(weight=0), "'weight', 'train' or 'loss' leaves it out"),
+        ({"id": "x", "messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "no answer to learn from; 'weight', 'train'"),
+        ({"id": "x", "messages": [{**CHAT[0], "train": True}, CHAT[1]]}, "'train' of role 'user' is not supported"),
+        ({"id": "x", "messages": [{**CHAT[0], "image": "a.png"}, CHAT[1]]}, "turn 0: key 'image' is not supported"),
+        ({"id": "x", "conversations": TALK, "messages": CHAT}, "has turns in 'conversations' and in 'messages'"),
+        (good(image="a.png", img="b.png"), "names images in 'image' and others in 'img'"),
+        (good(system="one", conversations=[{"from": "system", "value": "two"}, *TALK]), "another one as turn 0"),
+        (good(system=["x"]), "which is not a text"),
+        (good(image="https://example.org/a.png"), "is an address, and images are read from files; fetch it first"),
+        (good(image_url={"url": "http://example.org/a.png"}), "is an address, and images are read from files"),
+    ],
+)
+def test_refusals_with_the_true_reason(record: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=re.escape(complaint)):
+        parse(record, "here")
+
+
+@pytest.mark.parametrize("key", IMAGE_KEYS)
+@pytest.mark.parametrize("value", ["a.png", ["a.png"], {"path": "a.png", "bytes": None}, [{"url": "a.png"}]])
+def test_an_image_by_any_name(key: str, value: Any) -> None:
+    assert parse(good(**{key: value}), "here").images == ("a.png",)
+
+
+def test_images_that_are_not_named_twice() -> None:
+    """The same images under two names, where a file is from, and the bytes that a table holds."""
+    assert parse(good(image="a.png", images=["a.png"]), "here").images == ("a.png",)
+    unread: Counter[str] = Counter()
+    assert parse(good(image="a.png", image_url="https://example.org/1"), "here", unread).images == ("a.png",)
+    assert unread == {"image_url": 1}
+    content = {"bytes": b"pixels", "path": "a.png"}
+    assert parse(good(image=content), "here").images == ("data:;base64,cGl4ZWxz",)
+    assert parse(good(image="file:///data/a.png"), "here").images == ("/data/a.png",)
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    row = parse({"id": "x", "messages": [{"role": "user", "content": [part, PARTS[1]]}, CHAT[1]]}, "here")
+    assert row.images == ("data:image/png;base64,AAAA",) and row.texts[0] == "<image>q?"
+
+
+def test_every_key_that_is_not_read_is_counted(tmp_path: Path) -> None:
+    turns = [{**TALK[0], "markdown": None}, {**TALK[1], "model": "gpt-4"}]
+    path = write(tmp_path, [good("a", source="web", conversations=turns), good("b", source="", score=3), good("c")])
+    found = records(path)
+    assert found.unread() == {"source": 1, "model (of a turn)": 1, "score": 1}
+    assert [sample.id for sample in found] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "images"),
+    [
+        ("parquet nulls", ("<image>q?", "a"), ("a.png",)),
+        ("number", ("2+1?", "3"), ()),
+        ("role in conversations", ("q?", "a."), ()),
+        ("json text", ("q?", "a."), ()),
+        ("empty list beside messages", ("q?", "a."), ()),
+    ],
+)
+def test_records_that_were_refused_with_a_false_reason(name: str, texts: tuple[str, ...], images: tuple[str]) -> None:
+    row = parse(case("F13_refused_with_a_false_reason.jsonl")[name], "here")
+    assert (row.roles, row.texts, row.images) == (("user", "assistant"), texts, images)
+
+
+def test_an_id_of_null_is_none() -> None:
+    assert parse({**good(), "id": None}, "#3").id == "#3"
+    assert parse({**good(), "id": None, "idx": 5}, "#3").id == "5"
+    assert parse({**good(), "id": float("nan")}, "#3").id == "#3"
+
+
+def test_answers_that_are_not_learned_are_kept_and_carry_no_loss(tokenizer: Any, tmp_path: Path) -> None:
+    turns = [{**TALK[0]}, {**TALK[1], "weight": 0}, {**TALK[0]}, {"from": "gpt", "value": "b."}]
+    (sample,) = records(write(tmp_path, [good(conversations=turns)]))
+    assert [turn.learned for turn in sample.turns] == [True, False, True, True]
+    for supervise in ("response", "special_tokens"):
+        encoder = SampleEncoder(ChatTemplate(tokenizer), supervise, image_prompt="off")  # type: ignore[arg-type]
+        encoded = encoder.tokens(sample)
+        plain = encoder.tokens(replace(sample, turns=tuple(replace(turn, learned=True) for turn in sample.turns)))
+        assert encoded.input_ids == plain.input_ids and encoded.responses == plain.responses
+        for label, other, response in zip(encoded.labels, plain.labels, encoded.responses, strict=True):
+            assert label == (IGNORE if response == 0 else other)
+        assert any(label != IGNORE for label in encoded.labels)
 
 
 def test_full_path_is_followed_only_where_the_source_allows_it(tmp_path: Path) -> None:
@@ -427,6 +567,52 @@ def test_paths_inside_the_root(tmp_path: Path) -> None:
         assert sample.images == (str(root / "images" / "x.png"),)
 
 
+def test_an_absolute_path_inside_the_root(tmp_path: Path) -> None:
+    """As it is written, and through a link to the root."""
+    (tmp_path / "root" / "images").mkdir(parents=True)
+    (tmp_path / "also").symlink_to(tmp_path / "root")
+    names = [str(tmp_path / folder / "images" / "x.png") for folder in ("root", "also")]
+    path = write(tmp_path, [good(str(number), image=name) for number, name in enumerate(names)])
+    for sample in records(path, root=str(tmp_path / "also")):
+        assert sample.images == (str(tmp_path / "root" / "images" / "x.png"),)
+
+
+def test_links_that_join_folders_need_leave(tmp_path: Path) -> None:
+    """LLaVA's data has one folder of images, in which links lead to the data sets; a source names where to."""
+    for name in ("root", "coco", "secret"):
+        (tmp_path / name).mkdir()
+    for name in ("coco", "secret"):
+        (tmp_path / "root" / name).symlink_to(tmp_path / name)
+    path = write(tmp_path, [good("a", image="coco/x.png"), good("b", image="secret/x.png")])
+    link = re.escape(f"leaves the data root {tmp_path / 'root'} through a link to {tmp_path / 'coco'}; if you trust it")
+    with pytest.raises(DataError, match=f"{link}.*allowed_roots"):
+        records(path, root=str(tmp_path / "root"))[0]
+    (tmp_path / "mounted").symlink_to(tmp_path / "coco")
+    for allowed in ("coco", "mounted"):
+        found = records(path, root=str(tmp_path / "root"), allowed_roots=(str(tmp_path / allowed),))
+        assert found[0].images == (str(tmp_path / "coco" / "x.png"),)
+        with pytest.raises(DataError, match=r"sample b: image path 'secret/x\.png' leaves the data root"):
+            found[1]
+
+
+def test_an_allowed_root_is_a_setting_that_old_runs_lack(tmp_path: Path, run_config: Any) -> None:
+    def run(**more: Any) -> Any:
+        return run_config("encoder", data={"sources": [{"path": "a.json", **more}]})
+
+    content = run().model_dump(mode="json")
+    del content["data"]["sources"][0]["allowed_roots"]
+    assert fingerprint(content) == run().fingerprint() != run(allowed_roots=["b"]).fingerprint()
+
+
+def test_images_in_the_data_itself(tmp_path: Path) -> None:
+    """An address of base64 needs no root; it is opened like a file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(buffer, "PNG")
+    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    (sample,) = records(write(tmp_path, [good(image=address)]))
+    assert sample.images == (address,) and open_image(sample.images[0]).size == (4, 3)
+
+
 def test_a_broken_line_does_not_lose_the_file(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     latin = json.dumps(good("latin")).encode().replace(b"q?", b"caf\xe9")
@@ -459,7 +645,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     path = write(tmp_path, [good(f"{tmp_path} {n}") for n in range(10)])
     with mock.patch("zero_ds.data.arrow.ROWS", 5):
         found = records(path)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "zero_ds" / found._sources[0].tables[0].name
+    (folder,) = (Path(datasets.config.HF_DATASETS_CACHE) / "zero_ds").glob(f"{found._sources[0].tables[0].name}-*")
     assert folder.stat().st_mode & 0o777 == 0o755
     content = (folder / "records.arrow").read_bytes()
     source = pyarrow.BufferReader(content)

@@ -74,6 +74,24 @@ def test_every_fault_is_named_and_counted(faulty: Path, made: Any, tmp_path: Pat
         assert image.width > 500
 
 
+def test_keys_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    record = {**tiny.record("a", [("q?", "a.")], "link/x.png"), "source": "web"}
+    write(tmp_path / "data" / "x.json", [record, {**record, "tools": "[]"}, {**record, "tools": "[{}]"}])
+    (tmp_path / "data" / "dataset_info.json").write_text("{}")
+    result = check(tmp_path / "data", "--workers", 0, "--out", tmp_path / "found")
+    assert result.exit_code == 1 and "through a link to" in result.stdout and "--allow-root" in result.stdout
+    assert "keys that are not read, with the number of their samples: source (2)" in result.stdout
+    assert "key 'tools' is not supported" in result.stdout and "skipped files" in result.stdout
+    content = json.loads((tmp_path / "found" / "check.json").read_text())
+    assert content["keys that are not read"] == {"source": 2} and content["faults"] == {"record": 1, "path": 2}
+    allowed = check(tmp_path / "data", "--workers", 0, "--allow-root", tmp_path / "elsewhere")
+    assert "x path" not in allowed.stdout
+
+
 def test_headers_are_enough_to_find_what_is_missing(faulty: Path) -> None:
     result = check(faulty, "--pictures", "headers", "--workers", 0)
     assert "2 x picture" in result.stdout, "a truncated image begins like a whole one"

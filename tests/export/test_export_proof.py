@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from zero_ds.export.llava import LlavaFormat
 from zero_ds.export.source import open_source
 from zero_ds.export.text import text_settings
 from zero_ds.grafting.load import load_trained
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.runtime.errors import ConfigError
 
 DAMAGED = "language_model.model.layers.3.mlp.up_proj.weight"
@@ -92,6 +95,23 @@ def test_the_first_tensor_that_differs_is_named(
     with pytest.raises(ConfigError, match=complaint):
         export_model(run, None, tmp_path / "deep" / "out", proof=kind)
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_the_first_tensor_that_overflows_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written; the same weights fit into bfloat16."""
+    folder = tmp_path / "target"
+    shutil.copytree(open_source(run, None).decoder.path, folder)
+    stored = load_file(folder / "model.safetensors")
+    for name in ("model.layers.3.mlp.up_proj.weight", "model.layers.5.mlp.up_proj.weight"):
+        stored[name][1, 2] = 1e5
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    source = dataclasses.replace(open_source(run, None, "float16"), decoder=DecoderFolder(folder))
+    monkeypatch.setattr(exporting, "open_source", lambda *arguments: source)
+    with pytest.raises(ConfigError, match=f"{DAMAGED} has values beyond 65,504, the largest of float16; use --dtype"):
+        export_model(run, None, tmp_path / "deep" / "out", dtype="float16", proof="tensors")
+    assert not (tmp_path / "deep").exists()
+    source.dtype = torch.bfloat16
+    export_model(run, None, tmp_path / "deep" / "out", dtype="bfloat16", proof="tensors")
 
 
 def test_a_tensor_too_many_is_named(exported: Path, run: Path, tmp_path: Path) -> None:

@@ -93,11 +93,12 @@ def _talk_in_terminal(name: ModelName, dtype: str, options: DeviceOptions, paths
     from zero_ds.grafting.engines.vllm import conversation
     from zero_ds.grafting.named_model import find_model
 
-    images = [open_image(path) for path in paths]  # a damaged one is an error before the model is loaded
+    for path in paths:
+        open_image(path)  # a damaged one is an error before the model is loaded
     loaded = load(find_model(*name), dtype, options)
     talk = conversation(loaded, **answers)
-    for image in images:
-        talk.show(image)
+    for path in paths:
+        talk.show(path)
     if sys.stdin.isatty():
         print(HELP)
     while (line := _read_line()) is not None:

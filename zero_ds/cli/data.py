@@ -39,6 +39,10 @@ def check(
     full_path: Annotated[
         bool, typer.Option("--full-path", help="Follow absolute image paths in records that give a full_path.")
     ] = False,
+    allow_root: Annotated[
+        list[str] | None,
+        typer.Option(help="Further folder into which image paths may lead, through links as well; repeatable."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of a model: also count tokens as its tokenizer gives them.")
     ] = None,
@@ -73,6 +77,7 @@ def check(
         raise ConfigError(f"--pictures {images} is unknown{did_you_mean(images, list(LOOKS))}")
     source = validate(SourceConfig, path, what="PATH")
     options: dict[str, Any] = {"root": root, "files": files, "full_path": full_path or None}
+    options["allowed_roots"] = tuple(allow_root) if allow_root else None
     source = source.model_copy(update={key: value for key, value in options.items() if value is not None})
     encoder = None if model is None else _sample_encoder(model, chat_template, tokens_per_image, max_length)
     found = survey(

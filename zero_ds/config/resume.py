@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 MAY_DIFFER = (
@@ -34,9 +35,16 @@ MAY_DIFFER = (
 A key that is added to `RunConfig` belongs either here or, if it changes numbers, in OLD_BEHAVIOUR.
 """
 
-OLD_BEHAVIOUR: dict[str, Any] = {"frozen_weights": "native", "data.shuffle": False, "data.special_tokens": []}
+OLD_BEHAVIOUR: dict[str, Any] = {
+    "frozen_weights": "native",
+    "data.shuffle": False,
+    "data.special_tokens": [],
+    "data.image_background": "white",
+    "data.sources.*.allowed_roots": [],
+}
 """Dotted keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
 
+`*` stands for each item of a list.
 A run with this value has the fingerprint that it had before, so that old runs can still be resumed.
 """
 
@@ -50,17 +58,20 @@ def fingerprint(content: dict[str, Any]) -> str:
     for name in MAY_DIFFER:
         _remove(content, name)
     for name, value in OLD_BEHAVIOUR.items():
-        if _entry(content, name) == value:
-            _remove(content, name)
+        for section, key in _entries(content, name.split(".")):
+            if section.get(key) == value:
+                del section[key]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _entry(content: dict[str, Any], name: str) -> Any:
-    """Returns the entry with a dotted name."""
-    value: Any = content
-    for key in name.split("."):
-        value = value[key]
-    return value
+def _entries(content: Any, parts: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields the section and the key of every entry with a dotted name, in which `*` stands for each item of a list."""
+    first, *others = parts
+    if not others:
+        yield content, first
+        return
+    for inner in content if first == "*" else [content[first]]:
+        yield from _entries(inner, others)
 
 
 def _remove(content: dict[str, Any], name: str) -> None:

@@ -66,6 +66,8 @@ class SourceConfig(Section):
     """Pattern of the files to take from a folder or hub data set, such as `data/math-*`; empty: all of them."""
     root: str | None = None
     """Folder of the images, which no image path may leave; empty: the data file's own folder."""
+    allowed_roots: tuple[str, ...] = ()
+    """Further folders into which image paths may lead, such as those that links in `root` join."""
     full_path: bool = False
     """Follows absolute image paths, wherever they lead, in records with a `full_path`."""
     limit: int | None = Field(default=None, ge=1)
@@ -108,6 +110,8 @@ class DataConfig(Section):
     """Sentence around the image placeholder: the paper's, a random wording of it, or none."""
     image_grid: tuple[tuple[Annotated[int, Field(ge=1, le=6)], Annotated[int, Field(ge=1, le=6)]], ...] = ()
     """Tilings (rows, columns) in which large images are shown in addition; empty: every image once, as a whole."""
+    image_background: str = "white"
+    """Colour on which transparent parts of images are laid: a name, or #rrggbb."""
     supervise: Literal["auto", "response", "special_tokens", "full"] = "auto"
     """Tokens with loss: responses, these and the template's special tokens, or all text; auto: the stage's (A.5)."""
     system_prompt: str | None = None
@@ -124,6 +128,20 @@ class DataConfig(Section):
     """Puts several samples into a row of at most max_length: hardly any padding, the same losses and gradients."""
     workers: int = Field(default=0, ge=0)
     """Number of worker processes of the loader on each rank."""
+
+    @field_validator("image_background")
+    @classmethod
+    def _is_color(cls, value: str) -> str:
+        """Rejects what is not an opaque colour."""
+        from PIL import ImageColor
+
+        try:
+            opaque = len(ImageColor.getrgb(value)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise ValueError(f"'{value}' is not a colour; write a name such as white, or #rrggbb")
+        return value
 
 
 class OptimizerConfig(Section):

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,6 +32,8 @@ from zero_ds.runtime.files import open_regular, write_atomically
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
+"""Version of the names of conversions. Checkpoints keep them, so a run cannot be resumed after a change."""
+LAYOUT = 3
 """Version of the converted records; a new one keeps old conversions from being read."""
 ROWS = 4096
 """Number of records that are converted at a time, at most."""
@@ -38,11 +41,15 @@ CHARACTERS = 1 << 25
 """Number of characters that are converted at a time, approximately; a list of texts holds 2 GiB at most."""
 KEPT_COMPLAINTS = 1000
 """Number of unusable records whose reason is kept; the others are only counted."""
+KEPT_KEYS = 100
+"""Number of keys that are not read whose records are counted: those with most of them."""
 SETTLED = 2.0
 """Age in seconds from which a file's modification time distinguishes it from a later version of the same size."""
 
 _LETTERS: dict[Role, str] = {"system": "s", "user": "u", "assistant": "a"}
 _ROLES = {letter: role for role, letter in _LETTERS.items()}
+_NOT_LEARNED = "x"
+"""Letter of an answer that is not learned."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,13 @@ class Table(Sequence[Row]):
     def __init__(self, folder: Path) -> None:
         import datasets
 
-        self.name = folder.name
+        self.name = folder.name.partition("-")[0]
         """Name that follows from the content of the converted file."""
         self._data = datasets.Dataset.from_file(str(folder / "records.arrow")).data.table
         content = json.loads((folder / "complaints.json").read_text(encoding="utf-8"))
         self.complaints = Complaints(content["count"], tuple(content["first"]))
+        self.unread: dict[str, int] = content["unread"]
+        """Number of records with each key that is not read."""
         self._chunks = [_Chunk(batch) for batch in self._data.to_batches()]
         self._ends = [0, *accumulate(chunk.rows for chunk in self._chunks)]
         if len(self) != content["rows"]:
@@ -76,12 +85,14 @@ class Table(Sequence[Row]):
 
     def __getitem__(self, index: int) -> Row:  # type: ignore[override]
         chunk, row = self._locate(index)
+        letters: str = chunk.roles[row].as_py()
         return Row(
             chunk.ids[row].as_py(),
-            tuple(_ROLES[letter] for letter in chunk.roles[row].as_py()),
+            tuple(_ROLES.get(letter, "assistant") for letter in letters),
             tuple(chunk.texts.strings(row)),
             tuple(chunk.images.strings(row)),
             chunk.full_path[row].as_py(),
+            tuple(letter != _NOT_LEARNED for letter in letters),
         )
 
     def images(self, index: int) -> int:
@@ -161,14 +172,14 @@ def load_table(path: Path) -> Table:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         digest = _digest(path, cache)
-        folder = cache / digest
+        folder = cache / f"{digest}-{LAYOUT}"
         if (table := _existing(folder)) is not None:
             return table
         _remove_leftovers(cache, keep=digest)
         with FileLock(cache / f"{digest}.lock"):
             if (table := _existing(folder)) is not None:
                 return table
-            for leftover in (folder, *cache.glob(f".{digest}.*")):
+            for leftover in (folder, *cache.glob(f".{folder.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
             _convert(path, folder)
             return Table(folder)
@@ -197,7 +208,7 @@ def _remove_leftovers(cache: Path, keep: str) -> None:
     from filelock import FileLock, Timeout
 
     for leftover in cache.glob(".*.*"):
-        digest = leftover.name.split(".")[1]
+        digest = leftover.name.split(".")[1].partition("-")[0]
         if leftover.is_dir() and digest != keep:
             try:
                 with FileLock(cache / f"{digest}.lock", timeout=0):
@@ -260,6 +271,7 @@ def _convert(path: Path, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     good = bad = 0
     first: list[str] = []
+    unread: Counter[str] = Counter()
     try:
         size = path.stat().st_size
         with (
@@ -267,7 +279,7 @@ def _convert(path: Path, folder: Path) -> None:
             pyarrow.OSFile(str(temporary / "records.arrow"), "wb") as sink,
             pyarrow.ipc.new_stream(sink, schema) as writer,
         ):
-            for chunk in _chunks(_parsed(path, bar.update)):
+            for chunk in _chunks(_parsed(path, bar.update, unread)):
                 rows = [row for row in chunk if isinstance(row, Row)]
                 complaints = [row for row in chunk if isinstance(row, str)]
                 good += len(rows)
@@ -275,14 +287,14 @@ def _convert(path: Path, folder: Path) -> None:
                 first += complaints[: KEPT_COMPLAINTS - len(first)]
                 columns = [
                     [row.id for row in rows],
-                    ["".join(_LETTERS[role] for role in row.roles) for row in rows],
+                    [_letters(row) for row in rows],
                     [row.texts for row in rows],
                     [row.images for row in rows],
                     [row.full_path for row in rows],
                 ]
                 arrays = [pyarrow.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
                 writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-        content = {"rows": good, "count": bad, "first": first}
+        content = {"rows": good, "count": bad, "first": first, "unread": dict(unread.most_common(KEPT_KEYS))}
         (temporary / "complaints.json").write_text(json.dumps(content), encoding="utf-8")
         for name in ("records.arrow", "complaints.json"):
             with (temporary / name).open("rb") as file:
@@ -294,14 +306,20 @@ def _convert(path: Path, folder: Path) -> None:
         raise
 
 
-def _parsed(path: Path, progress: Any) -> Iterator[Row | str]:
+def _letters(row: Row) -> str:
+    """Returns a letter for each turn of a record."""
+    pairs = zip(row.roles, row.learned, strict=True)
+    return "".join(_LETTERS[role] if learned else _NOT_LEARNED for role, learned in pairs)
+
+
+def _parsed(path: Path, progress: Any, unread: Counter[str]) -> Iterator[Row | str]:
     """Yields each record, or the complaint about it."""
     for number, record in enumerate(raw_records(path, progress, tolerant=True)):
         if isinstance(record, BrokenLine):
             yield f"#{number}: {record}"
             continue
         try:
-            yield parse(record, f"#{number}")
+            yield parse(record, f"#{number}", unread)
         except DataError as error:
             yield str(error)
 
@@ -312,7 +330,7 @@ def _chunks(rows: Iterator[Row | str]) -> Iterator[list[Row | str]]:
     characters = 0
     for row in rows:
         chunk.append(row)
-        characters += sum(len(text) for text in row.texts) if isinstance(row, Row) else len(row)
+        characters += sum(map(len, (*row.texts, *row.images))) if isinstance(row, Row) else len(row)
         if len(chunk) >= ROWS or characters >= CHARACTERS:
             yield chunk
             chunk, characters = [], 0

@@ -81,6 +81,8 @@ class Turn:
 
     role: Role
     text: str
+    learned: bool = True
+    """Whether the turn carries loss if it is an answer."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from zero_ds.data.formats import DataError, named, quoted
+from zero_ds.data.formats import FORMATS, DataError, named, quoted
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 """Endings of the names of data files."""
@@ -45,10 +48,19 @@ class BrokenLine(NamedTuple):
         return f"line {self.number}{sample}: {self.reason}"
 
 
-def data_files(path: str, pattern: str | None = None) -> list[Path]:
+class DataFiles(NamedTuple):
+    """The files that a source stands for."""
+
+    files: list[Path]
+    companions: list[Path]
+    """Files of the same folder that hold no samples, such as dataset_info.json."""
+
+
+def data_files(path: str, pattern: str | None = None) -> DataFiles:
     """Returns the files that a source's `path` stands for: itself, those of a folder, or those of a hub data set.
 
-    `pattern` selects files of a folder or hub data set, such as `data/math-*`; without one, all of them are taken.
+    `pattern` selects files of a folder or hub data set, such as `data/math-*`; without one, all of them are taken, but
+    for hidden files and those that describe the others.
 
     Raises:
         DataError: Nothing is there.
@@ -59,13 +71,15 @@ def data_files(path: str, pattern: str | None = None) -> list[Path]:
     local = Path(path).expanduser()
     try:
         if local.is_file():
-            return [local]
+            return DataFiles([local], [])
         folder = local.is_dir()
     except (OSError, ValueError) as error:
         raise DataError(
             f"data file {quoted(path)} cannot be found: {getattr(error, 'strerror', None) or error}"
         ) from None
     if not folder:
+        if path.startswith(("http://", "https://")):
+            raise DataError(f"{path} is an address; fetch it first, for example with `curl -LO {path}`")
         if local.exists():
             raise DataError(f"data file {path} is not a regular file")
         if local.suffix in SUFFIXES or path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -80,7 +94,53 @@ def data_files(path: str, pattern: str | None = None) -> list[Path]:
     if not found:
         what = f"file that matches {pattern!r}" if pattern else f"file that ends in {', '.join(SUFFIXES)}"
         raise DataError(f"{path} holds no {what}")
-    return found
+    companions = {file: None for file in found if _is_companion(file, local)}  # in the order of the files
+    if len(companions) == len(found):
+        raise DataError(f"{path} holds no samples: {named(found[0].name)} holds one object, not a list of samples")
+    for file in companions:
+        logger.warning("%s is skipped: it is hidden or describes other files, and holds no samples", file)
+    return DataFiles([file for file in found if file not in companions], [*companions])
+
+
+def _is_companion(file: Path, folder: Path) -> bool:
+    """Returns whether a file of a folder holds no samples: a hidden one, or one with a single object about the others.
+
+    Raises:
+        DataError: A file that cannot be read.
+    """
+    if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return True
+    return file.suffix == ".json" and file.stat().st_size <= LONGEST and _single_object(file) is not None
+
+
+def _single_object(path: Path) -> dict[str, Any] | None:
+    """Returns the content of a file that holds one JSON object without turns; None for any other file."""
+    if _first_character(path) != "{":
+        return None
+    try:
+        with open_regular(path) as file:
+            content = json.loads(file.read(LONGEST).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return None if any(content.get(key) for key in FORMATS) else content
+
+
+def _first_character(path: Path) -> str:
+    """Returns the first character of a text file that is not white space; "" if there is none.
+
+    Raises:
+        DataError: A file that cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            while block := file.read(1 << 16):
+                if text := block.removeprefix(b"\xef\xbb\xbf").lstrip():
+                    return text[:1].decode("ascii", "replace")
+    except FileNotFoundError:
+        raise DataError(f"data file {path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
+    return ""
 
 
 def _fetched(name: str, pattern: str | None) -> Path:
@@ -107,7 +167,7 @@ def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool 
     Raises:
         DataError: A missing or unreadable file, invalid JSON or Parquet, or no record at all.
     """
-    read = {".jsonl": _json_lines, ".parquet": _parquet}.get(path.suffix, _json_list)
+    read = _reader(path)
     name = f"data file {path} cannot be read"
     empty = True
     try:
@@ -124,8 +184,26 @@ def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool 
         raise _not_a_list(path)
 
 
-def _not_a_list(path: Path) -> DataError:
-    return DataError(f"data file {path} must hold a list of samples, and at least one")
+def _reader(path: Path) -> Callable[[Path, Progress, bool], Iterator[Any]]:
+    """Returns the reader of a file's format. Lists of JSON and lines of JSON are told apart by the first character.
+
+    Raises:
+        DataError: A file that cannot be read, or one with a single object that is not a sample.
+    """
+    if path.suffix == ".parquet":
+        return _parquet
+    first = _first_character(path)
+    if path.suffix == ".jsonl":
+        return _json_list if first == "[" else _json_lines
+    if first != "{":
+        return _json_list
+    if (content := _single_object(path)) is not None:
+        raise _not_a_list(path, f"; it holds one object with the keys {quoted(list(content))}")
+    return _json_lines
+
+
+def _not_a_list(path: Path, detail: str = "") -> DataError:
+    return DataError(f"data file {path} must hold a list of samples, and at least one{detail}")
 
 
 def _json_list(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:

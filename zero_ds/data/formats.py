@@ -1,15 +1,22 @@
 """Parses a record of a data file, in any of the common formats, into a checked row.
 
-Formats are told apart by their keys: LLaVA's `conversations` of `{"from": "human"|"gpt", "value"}`, the `messages` of
-`{"role", "content"}` that chat APIs use (the content is a text or a list of text and image parts), and GenQA's `text`,
-a list of `{"role", "content"}`. Images are named by `image` or `images`, a path or a list of paths relative to the
-source's root, or by `full_path`, the same with absolute paths.
+The turns are under `conversations`, `messages` or `text`, as LLaVA, chat APIs and GenQA call them. A turn is `{"from":
+"human"|"gpt", "value"}` or `{"role", "content"}`, and its content a text or a list of text and image parts. Images are
+named by `image` or by one of its other names (IMAGE_KEYS): a path or a list of paths relative to the source's root, or
+`data:` addresses. `full_path` has absolute paths.
+
+A key with a meaning that is not honoured is refused by its name, so that nobody trains on something else than the data
+says. All other keys that are not read are counted.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import reprlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from zero_ds.data.conversations import PLACEHOLDER, Role
@@ -21,8 +28,49 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
-FORMATS = {"conversations": ("from", "value"), "messages": ("role", "content"), "text": ("role", "content")}
-"""Key of the turns of each format, and the keys of a turn's role and text."""
+FORMATS = ("conversations", "messages", "text")
+"""Keys of the turns, by which the formats are told apart."""
+ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content")
+"""Keys of a turn's role and text."""
+LEARNED_KEYS = ("weight", "train", "loss")
+"""Keys of a turn that say whether an answer is learned: false or 0, true or 1."""
+IMAGE_KEYS = (
+    "image",
+    "images",
+    "image_path",
+    "image_paths",
+    "image_file",
+    "image_files",
+    "img",
+    "imgs",
+    "img_path",
+    "image_url",
+    "image_urls",
+)
+"""Keys of a record that name its images, the usual ones first."""
+SYSTEM_KEYS = ("system", "system_prompt")
+"""Keys of a record that hold its system message."""
+RECORD_KEYS = {"id", "idx", "full_path", *IMAGE_KEYS, *SYSTEM_KEYS, *LEARNED_KEYS}
+"""Keys of a record that are read, in addition to that of the turns."""
+_RECORD_WIDE = {*SYSTEM_KEYS, *LEARNED_KEYS}
+TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *LEARNED_KEYS}
+"""Keys of a turn that are read."""
+_TOOLS, _MEDIA = "tool calls are not learned", "only images and text are learned"
+_THOUGHTS = "thoughts are not learned; write them into the text"
+_PAIRS = "pairs of answers are not learned; keep the better one as the answer"
+REFUSED = {
+    **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_call_id"), _TOOLS),
+    **dict.fromkeys(("video", "videos", "video_path", "audio", "audios", "audio_path"), _MEDIA),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHTS),
+    **dict.fromkeys(("rejected", "chosen", "rejected_response", "rejected_images", "kto_tag"), _PAIRS),
+    **dict.fromkeys(("mask", "loss_mask"), "say train: false in the turns that are not to be learned"),
+    **dict.fromkeys(("objects", "bbox", "bboxes"), "write places into the text"),
+    "history": "write all turns into one list",
+}
+"""Keys with a meaning that is not honoured, and what to do instead."""
+_REFUSED_IN_TURNS = {**REFUSED, **dict.fromkeys(IMAGE_KEYS, "name images in the record, or in parts of the content")}
+ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
+"""Beginnings of names that are not files."""
 
 
 class DataError(ValueError):
@@ -59,101 +107,303 @@ class Row(NamedTuple):
     roles: tuple[Role, ...]
     texts: tuple[str, ...]
     images: tuple[str, ...]
-    """Paths as in the file: relative to the root, or absolute if `full_path`."""
+    """Paths as in the file, relative to the root or absolute if `full_path`; or `data:` addresses."""
     full_path: bool
+    learned: tuple[bool, ...]
+    """Whether each turn, if it is an answer, is learned."""
 
 
-def parse(record: Any, where: str) -> Row:
-    """Checks one record; `where` says in messages which one it is.
+@dataclass
+class _Turns:
+    """The turns of a record as they are read."""
+
+    roles: list[Role] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """Text of each turn, with placeholders."""
+    learned: list[bool] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    """Images that parts of the contents name."""
+
+
+def parse(record: Any, where: str, unread: Counter[str] | None = None) -> Row:
+    """Checks one record; `where` says in messages which one it is. Keys that are not read are counted in `unread`.
 
     Raises:
-        DataError: A missing key, an unknown role, an empty turn, no question or no answer, placeholders that do not
-            match the images, or an image outside the user's turns.
+        DataError: A missing key, a key whose meaning is not honoured, an unknown role, an empty turn, no question or no
+            answer, placeholders that do not match the images, or an image outside the user's turns.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")
-    name = record.get("id", record.get("idx"))
+    name = next((record[key] for key in ("id", "idx") if _present(record.get(key))), None)
     sample = f"{where}: sample {'?' if name is None else named(name)}"
-    form = next((key for key in FORMATS if record.get(key) is not None), "conversations")
-    turns = record.get(form)
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{sample} has no 'conversations'")
-    roles: list[Role] = []
-    texts: list[str] = []
-    images_of_parts: list[Any] = []
-    for number, turn in enumerate(turns):
-        role, text, named_images = _turn(turn, *FORMATS[form], f"{sample}, turn {number}")
-        roles.append(role)
-        texts.append(text)
-        images_of_parts += named_images
-    for role, what in (("user", "question"), ("assistant", "answer to learn from")):
-        if role not in roles:
-            raise DataError(f"{sample} has no {what}")
+    ignored: set[str] = set()
+    _refuse(record, REFUSED, sample)
+    form = _form(record, sample)
+    turns = _turns(record.get(form), sample, ignored)
+    if record.keys() & _RECORD_WIDE:
+        _add_system(record, turns, sample)
+        if not _learned(record, sample):
+            raise DataError(f"{sample}: 'weight', 'train' or 'loss' leaves it out; remove it from the data")
+    _check_turns(turns, sample)
     if not _writable(str(name)):
         raise DataError(f"{sample}: the id is not valid text")
-    images, full_path = _images(record, images_of_parts, sample)
-    placeholders = sum(t.count(PLACEHOLDER) for t, role in zip(texts, roles, strict=True) if role == "user")
-    if images and placeholders == 0:
-        first = roles.index("user")
-        texts[first] = f"{PLACEHOLDER * len(images)}\n{texts[first]}"
-        placeholders = len(images)
-    if placeholders != len(images):
-        raise DataError(f"{sample} has {len(images)} images for {placeholders} {PLACEHOLDER} placeholders")
-    return Row(where if name is None else str(name), tuple(roles), tuple(texts), tuple(images), full_path)
+    images, full_path = _images(record, turns.images, sample, ignored)
+    _place_images(turns, len(images), sample)
+    if unread is not None:
+        ignored.update(key for key in record if key not in RECORD_KEYS and key != form and _holds(record[key]))
+        unread.update(ignored)
+    row_id = where if name is None else str(name)
+    return Row(row_id, tuple(turns.roles), tuple(turns.texts), tuple(images), full_path, tuple(turns.learned))
 
 
-def _turn(turn: Any, role_key: str, text_key: str, where: str) -> tuple[Role, str, list[Any]]:
-    """Returns the role of a turn, its text with placeholders, and the images that parts of its content name."""
-    role = turn.get(role_key) if isinstance(turn, dict) else None
-    content = turn.get(text_key) if isinstance(turn, dict) else None
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{where}: unknown role {quoted(role)}; known: {', '.join(ROLES)}")
-    images: list[Any] = []
-    if isinstance(content, list) and text_key == "content":
-        texts = []
-        for text, named_images in _parts(content, where):
-            texts.append(text)
-            images += named_images
-        content = "".join(texts)
-        if ROLES[role] != "user" and any(part["type"] == "image" for part in turn[text_key]):
-            raise DataError(f"{where}: role {role!r} shows an image; only a user's turn can, so move the image there")
-    if not isinstance(content, str) or not content.strip():
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def _present(value: Any) -> bool:
+    """Returns whether there is a value: tables have null, or not-a-number, where a record lacks a key."""
+    return value is not None and value == value
+
+
+def _holds(value: Any) -> bool:
+    """Returns whether a value says anything. Some tables have lists and objects as a text of JSON."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return _present(value) and value not in (False, [], {}, ())
+
+
+def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
+    for key, value in content.items():
+        if key in refused and _holds(value):
+            raise DataError(f"{where}: key '{key}' is not supported: {refused[key]}")
+
+
+def _form(record: Mapping[str, Any], sample: str) -> str:
+    """Returns the key of the turns."""
+    forms = [key for key in FORMATS if _as_list(record.get(key))]
+    if len(forms) > 1:
+        raise DataError(f"{sample} has turns in '{forms[0]}' and in '{forms[1]}'; keep one of them")
+    return forms[0] if forms else FORMATS[0]
+
+
+def _as_list(value: Any) -> Any:
+    """Returns a list of turns, also from a text of JSON, which some tables have; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, list) else None
+
+
+def _learned(content: Mapping[str, Any], where: str) -> bool:
+    """Returns whether the keys of a turn or record let it be learned."""
+    learned = True
+    for key in LEARNED_KEYS:
+        value = content.get(key)
+        if not _present(value):
+            continue
+        if value not in (0, 1):  # False and True among them
+            raise DataError(f"{where}: {key} {quoted(value)} is neither 0 nor 1; other weights are not supported")
+        learned = learned and bool(value)
+    return learned
+
+
+# -- turns -------------------------------------------------------------------------------------------------------------
+
+
+def _turns(value: Any, sample: str, ignored: set[str]) -> _Turns:
+    turns = _as_list(value)
+    if not turns:
+        raise DataError(f"{sample} has no 'conversations'")
+    found = _Turns()
+    for number, turn in enumerate(turns):
+        _add_turn(found, turn, f"{sample}, turn {number}", ignored)
+    return found
+
+
+def _add_turn(found: _Turns, turn: Any, where: str, ignored: set[str]) -> None:
+    """Appends a turn, after checking it."""
+    content: Mapping[str, Any] = turn if isinstance(turn, dict) else {}
+    role_name = _one_of(content, ROLE_KEYS, where)
+    role = ROLES.get(role_name) if isinstance(role_name, str) else None
+    if role is None:
+        raise DataError(f"{where}: unknown role {quoted(role_name)}; known: {', '.join(ROLES)}")
+    text = _one_of(content, TEXT_KEYS, where)
+    learned = True
+    if len(content) > 2 or text is None:  # most turns have nothing else
+        learned = _checked_keys(content, role, where, ignored)
+    if isinstance(text, list):
+        text = _joined(text, role, found.images, where, ignored)
+    found.roles.append(role)
+    found.texts.append(_text(text, where))
+    found.learned.append(learned)
+
+
+def _checked_keys(content: Mapping[str, Any], role: Role, where: str, ignored: set[str]) -> bool:
+    """Checks the keys of a turn in addition to its role and text; returns whether it is learned if it is an answer."""
+    _refuse(content, _REFUSED_IN_TURNS, where)
+    learned = _learned(content, where)
+    ignored.update(f"{key} (of a turn)" for key in content if key not in TURN_KEYS and _holds(content[key]))
+    if role == "assistant":
+        return learned
+    for key in ("train", "loss"):
+        if content.get(key):
+            raise DataError(f"{where}: '{key}' of role '{role}' is not supported: only answers are learned")
+    return True
+
+
+def _one_of(content: Mapping[str, Any], keys: tuple[str, str], where: str) -> Any:
+    """Returns the value under one of two keys that mean the same; None if there is none."""
+    one, other = content.get(keys[0]), content.get(keys[1])
+    if not _present(one):
+        return other if _present(other) else None
+    if _present(other) and one != other:
+        raise DataError(f"{where} has different values in {keys[0]!r} and {keys[1]!r}; keep one of them")
+    return one
+
+
+def _text(value: Any, where: str) -> str:
+    """Returns the text of a turn; a number becomes one."""
+    if not isinstance(value, str) and value is not None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"{where}: the text is {quoted(value)}, which is not a text")
+        value = str(value)
+    if not value or not value.strip():
         raise DataError(f"{where}: the text is empty")
-    if not _writable(content):
+    if not _writable(value):
         raise DataError(f"{where}: the text is not valid Unicode (half of a surrogate pair)")
-    return ROLES[role], content, images
+    return value
 
 
-def _parts(content: list[Any], where: str) -> Iterator[tuple[str, list[Any]]]:
-    """Yields the text of each part of a content, and the image that the part itself names, if any."""
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
+def _joined(parts: list[Any], role: Role, images: list[str], where: str, ignored: set[str]) -> str:
+    """Returns the text of a content in parts, with placeholders; appends the images that the parts name."""
+    texts = []
+    for part in parts:
+        kind = _kind(part)
         if kind == "text" and isinstance(part.get("text"), str):
-            yield part["text"], []
-        elif kind == "image":
-            path = part.get("image", part.get("path"))
-            yield PLACEHOLDER, [] if path is None else [path]
+            texts.append(part["text"])
+            read = {"type", "text"}
+        elif kind in ("image", "image_url") and not _holds(part.get("text")):
+            if role != "user":
+                raise DataError(f"{where}: role {role!r} shows an image; only a user's turn can, so move it there")
+            texts.append(PLACEHOLDER)
+            read = {"type", "image", "path", "url", "image_url"}
+            images += _part_images(part, where)
         else:
             raise DataError(f"{where}: a part of the content is neither text nor image: {quoted(part)}")
+        _refuse({key: value for key, value in part.items() if key not in read}, _REFUSED_IN_TURNS, where)
+        ignored.update(f"{key} (of a part)" for key in part.keys() - read if _holds(part[key]))
+    return "".join(texts)
 
 
-def _images(record: dict[str, Any], images_of_parts: list[Any], sample: str) -> tuple[list[str], bool]:
-    """Returns the paths of the record's images, and whether they are absolute on purpose.
+def _kind(part: Any) -> str | None:
+    """Returns the type of a part, which it states or shows by its only content."""
+    if not isinstance(part, dict):
+        return None
+    if _present(part.get("type")):
+        return part["type"] if isinstance(part["type"], str) else None
+    kinds = [kind for kind in ("text", "image", "image_url") if _holds(part.get(kind))]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _part_images(part: Mapping[str, Any], where: str) -> list[str]:
+    """Returns the image that a part names; none if the record names it."""
+    values = [part[key] for key in ("image", "path", "url", "image_url") if _holds(part.get(key))]
+    named_images = [_names(value, where) for value in values]
+    if any(names != named_images[0] for names in named_images):
+        raise DataError(f"{where}: a part names different images: {quoted(part)}")
+    return named_images[0] if named_images else []
+
+
+def _add_system(record: Mapping[str, Any], turns: _Turns, sample: str) -> None:
+    """Makes a system turn of the record's own system message."""
+    text = _one_of({key: record[key] for key in SYSTEM_KEYS if _holds(record.get(key))}, SYSTEM_KEYS, sample)
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return
+    text = _text(text, f"{sample}, 'system'")
+    if turns.roles[0] == "system":
+        if turns.texts[0] != text:
+            raise DataError(f"{sample} has a system message in 'system' and another one as turn 0; keep one of them")
+        return
+    turns.roles.insert(0, "system")
+    turns.texts.insert(0, text)
+    turns.learned.insert(0, True)
+
+
+def _check_turns(turns: _Turns, sample: str) -> None:
+    """Checks that there is a question, and an answer that is learned."""
+    if "user" not in turns.roles:
+        raise DataError(f"{sample} has no question")
+    answers = turns.roles.count("assistant")
+    if answers == turns.learned.count(False):
+        why = "; 'weight', 'train' or 'loss' leaves out all of them" if answers else ""
+        raise DataError(f"{sample} has no answer to learn from{why}")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def _images(record: Mapping[str, Any], of_parts: list[str], sample: str, ignored: set[str]) -> tuple[list[str], bool]:
+    """Returns the names of the record's images, and whether they are absolute paths on purpose.
 
     `full_path` is the path or the paths themselves, or true if `image` holds them.
     """
-    full_path = record.get("full_path")
-    paths: Any = record.get("image") or record.get("images") or images_of_parts
+    full_path = record.get("full_path") if _holds(record.get("full_path")) else False
     if full_path and full_path is not True:
-        paths = full_path
-    images = [paths] if isinstance(paths, str) else paths
-    if record.get("image") == "" or not isinstance(images, list) or not all(_is_path(name) for name in images):
+        return _names(full_path, sample), True
+    if record.get("image") == "":
         raise DataError(f"{sample}: 'image' must be a path or a list of paths")
-    return images, bool(full_path)
+    found = {key: _names(record[key], sample, key) for key in IMAGE_KEYS if key in record and _holds(record[key])}
+    for key in [key for key in found if key.startswith("image_url")]:
+        if len(found) > 1 and all(name.startswith(ADDRESSES) for name in found[key]):
+            del found[key]  # it says where the file of the other key is from
+            ignored.add(key)
+    sources = [*found.items()]
+    if of_parts:
+        sources.append(("parts of its turns", of_parts))
+    for where, names in sources[1:]:
+        if names != sources[0][1]:
+            raise DataError(f"{sample} names images in '{sources[0][0]}' and others in '{where}'; keep one of them")
+    names = sources[0][1] if sources else []
+    for name in names:
+        if name.lower().startswith(ADDRESSES):
+            raise DataError(
+                f"{sample}: image {quoted(name)} is an address, and images are read from files; fetch it first, for "
+                "example with img2dataset or `curl -o FILE ADDRESS`, and name the file"
+            )
+    return names, bool(full_path)
 
 
-def _is_path(name: Any) -> bool:
-    return isinstance(name, str) and bool(name) and "\0" not in name and _writable(name)
+def _names(value: Any, where: str, key: str = "image") -> list[str]:
+    """Returns the names of images: a path, an object with a path or with an image's bytes, or a list of them."""
+    names = [_name(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    if any(name is None for name in names):
+        raise DataError(f"{where}: '{key}' must be a path or a list of paths")
+    return [name for name in names if name is not None]
+
+
+def _name(value: Any) -> str | None:
+    """Returns the name of an image; None for a value that names none."""
+    if isinstance(value, Mapping):
+        content = value.get("bytes")
+        if isinstance(content, bytes) and content:  # as tables of the library `datasets` have images
+            return f"data:;base64,{base64.b64encode(content).decode()}"
+        value = next((value[key] for key in ("path", "url") if _holds(value.get(key))), None)
+    if not isinstance(value, str) or not value or "\0" in value or not _writable(value):
+        return None
+    return value.removeprefix("file://")
+
+
+def _place_images(turns: _Turns, images: int, sample: str) -> None:
+    """Puts placeholders before the first question if there are images and none of them has one."""
+    pairs = zip(turns.roles, turns.texts, strict=True)
+    placeholders = sum(text.count(PLACEHOLDER) for role, text in pairs if role == "user")
+    if images and placeholders == 0:
+        first = turns.roles.index("user")
+        turns.texts[first] = f"{PLACEHOLDER * images}\n{turns.texts[first]}"
+        placeholders = images
+    if placeholders != images:
+        raise DataError(f"{sample} has {images} images for {placeholders} {PLACEHOLDER} placeholders")
 
 
 def _writable(text: str) -> bool:

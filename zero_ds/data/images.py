@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from zero_ds.data.formats import named
+from zero_ds.data.read_image import WHITE, embedded, is_embedded, to_rgb, upright_size
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
 
@@ -21,8 +23,6 @@ MAX_SIDE = 20_000
 """Longest side of an image in pixels. Padded to a square, an image has the square of its longest side in pixels."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are read (MPO as JPEG), by content and not by name. Some of Pillow's other readers run programs."""
-SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height. Pillow ignores values that are not an orientation."""
 BAND = 4_000_000
 """Number of pixels that are padded and resized at a time."""
 PATH_SHOWN = 1000
@@ -33,17 +33,28 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names the file."""
 
 
-def open_image(path: str | Path | Image.Image) -> Image.Image:
-    """Reads an image, given as a file or as an open Pillow image, as upright RGB.
+def open_image(image: str | Path | Image.Image, background: str = WHITE) -> Image.Image:
+    """Reads an image, given as a file, a `data:` address or a Pillow image, as upright RGB.
+
+    `background` is the colour on which transparent parts are laid, as a name or #rrggbb. What is shown to a model is
+    read by `ImageProcessor.open`, which knows the model's background.
 
     Raises:
         ImageError: A missing, unreadable, truncated or oversized file.
     """
-    if isinstance(path, Image.Image):
-        return _as_rgb(ImageOps.exif_transpose(path))
-    with _opened(path) as file:
-        ImageOps.exif_transpose(file, in_place=True)  # nobody else has this image, so it need not be copied
-        return _as_rgb(file)
+    if isinstance(image, Image.Image):
+        with _errors_name(image_name(image)):
+            _check_size(image)
+            return to_rgb(image, background)
+    with _opened(image) as file:
+        return to_rgb(file, background)
+
+
+def image_name(image: str | Path | Image.Image) -> str:
+    """Returns what messages call an image: its path, or that it has none."""
+    if isinstance(image, Image.Image):
+        image = str(getattr(image, "filename", "")) or "in memory"
+    return "in a data: address" if is_embedded(str(image)) else named(str(image), PATH_SHOWN)
 
 
 @contextmanager
@@ -60,18 +71,52 @@ def truncated_images_are_errors() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
-    return image if image.mode == "RGB" else image.convert("RGB")
+@contextmanager
+def unreadable_metadata_is_none() -> Iterator[None]:
+    """Lets Pillow return empty metadata within a block, instead of an error for an image whose pixels are whole.
+
+    The library `datasets`, from which lmms-eval takes its images, asks each of them for its orientation.
+    """
+    getexif = Image.Image.getexif
+
+    def readable(image: Image.Image) -> Image.Exif:
+        try:
+            return getexif(image)
+        except Exception:  # Pillow raises many kinds for bytes it does not expect
+            return Image.Exif()
+
+    Image.Image.getexif = readable  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Image.Image.getexif = getexif  # type: ignore[method-assign]
 
 
-def _eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Maps 0..65535 to the nearest of 0..255, row by row: a whole image in wider numbers could fill the memory."""
-    out = np.empty(values.shape, np.uint8)
-    for row, new in zip(values, out, strict=True):
-        new[:] = (row.clip(0, 65535).astype(np.uint32) + 128) // 257
-    return out
+@contextmanager
+def converted_as_in_training(background: str) -> Iterator[None]:
+    """Lets Pillow's `convert("RGB")` read images as training does within a block.
+
+    Tasks of lmms-eval convert their images themselves. Pillow would show what is under transparent parts, and cut off
+    16 bits at 255.
+    """
+    convert = Image.Image.convert
+    reading = False
+
+    def as_in_training(image: Image.Image, mode: str | None = None, *arguments: Any, **options: Any) -> Image.Image:
+        nonlocal reading
+        if reading or mode != "RGB" or arguments or options:
+            return convert(image, mode, *arguments, **options)
+        reading = True  # which converts as well
+        try:
+            return open_image(image, background)
+        finally:
+            reading = False
+
+    Image.Image.convert = as_in_training  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Image.Image.convert = convert  # type: ignore[method-assign]
 
 
 def check_header(path: str | Path) -> None:
@@ -84,31 +129,6 @@ def check_header(path: str | Path) -> None:
         pass
 
 
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """Opens an image; everything that goes wrong here or in the block becomes an ImageError."""
-    name = named(str(path), PATH_SHOWN)
-    try:
-        with truncated_images_are_errors(), open_regular(path) as raw, Image.open(raw, formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS or max(file.size) > MAX_SIDE:
-                raise ImageError(
-                    f"image {name} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read, and "
-                    f"{MAX_SIDE:,} on a side"
-                )
-            yield file
-    except ImageError:
-        raise
-    except FileNotFoundError:
-        raise ImageError(f"image {name} does not exist") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image {name} is rejected: {error}") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"image {name} cannot be read: it is none of {', '.join(FORMATS)}, or broken") from None
-    except Exception as error:  # Pillow's readers raise many kinds for unexpected bytes
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        raise ImageError(f"image {name} cannot be read: {named(reason, PATH_SHOWN)}") from None
-
-
 def image_size(path: str | Path) -> tuple[int, int]:
     """Returns width and height of an image as `open_image` reads it, from the header. PNG files are read as a whole.
 
@@ -116,11 +136,50 @@ def image_size(path: str | Path) -> tuple[int, int]:
         ImageError: As `check_header`.
     """
     with _opened(path) as file:
-        width, height = file.size
-        if isinstance(file, TiffImagePlugin.TiffImageFile):  # in some versions of Pillow its size is upright already
-            width, height = (int(file.tag_v2[tag]) for tag in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
-        sideways = file.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
-        return (height, width) if sideways else (width, height)
+        return upright_size(file)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """Opens an image; everything that goes wrong here or in the block becomes an ImageError."""
+    with _errors_name(image_name(path)), _bytes(path) as raw, Image.open(raw, formats=FORMATS) as file:
+        _check_size(file)
+        yield file
+
+
+def _bytes(path: str | Path) -> BinaryIO:
+    """Returns an open file with the bytes of an image."""
+    return io.BytesIO(embedded(str(path))) if is_embedded(str(path)) else open_regular(path)
+
+
+class _TooLargeError(ValueError):
+    """An image of more pixels than are read."""
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        raise _TooLargeError(
+            f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} on a side"
+        )
+
+
+@contextmanager
+def _errors_name(name: str) -> Iterator[None]:
+    """Turns everything that goes wrong in a block into an ImageError that names the image."""
+    try:
+        with truncated_images_are_errors():
+            yield
+    except FileNotFoundError:
+        raise ImageError(f"image {name} does not exist") from None
+    except _TooLargeError as error:
+        raise ImageError(f"image {name} {error}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image {name} is rejected: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"image {name} cannot be read: it is none of {', '.join(FORMATS)}, or broken") from None
+    except Exception as error:  # Pillow's readers raise many kinds for unexpected bytes
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise ImageError(f"image {name} cannot be read: {named(reason, PATH_SHOWN)}") from None
 
 
 class ImageProcessor:
@@ -137,15 +196,20 @@ class ImageProcessor:
         std: list[float],
         resample: int = Image.Resampling.BICUBIC,
         grid: Sequence[tuple[int, int]] = (),
+        background: str = WHITE,
     ) -> None:
         self.size = size
         self.mean = mean
         self.std = std
         self.resample = Image.Resampling(resample)
         self.grid = tuple(grid)
+        self.background = background
+        """Colour on which transparent parts of an image are laid."""
 
     @classmethod
-    def from_folder(cls, folder: str | Path, image_size: int, grid: Sequence[tuple[int, int]] = ()) -> ImageProcessor:
+    def from_folder(
+        cls, folder: str | Path, image_size: int, grid: Sequence[tuple[int, int]] = (), background: str = WHITE
+    ) -> ImageProcessor:
         """Takes mean, deviation and resampling filter from the folder's preprocessor_config.json.
 
         Raises:
@@ -155,12 +219,21 @@ class ImageProcessor:
 
         try:
             settings: Any = AutoImageProcessor.from_pretrained(folder)
-            return cls(image_size, list(settings.image_mean), list(settings.image_std), int(settings.resample), grid)
+            mean, std = list(settings.image_mean), list(settings.image_std)
+            return cls(image_size, mean, std, int(settings.resample), grid, background)
         except (OSError, ValueError, TypeError, AttributeError, KeyError):  # the library's own message has many lines
             raise ConfigError(
                 f"{folder} holds no preprocessor_config.json that says how images are normalised; fetch the vision "
                 "encoder again."
             ) from None
+
+    def open(self, image: str | Path | Image.Image) -> Image.Image:
+        """Reads an image as the model is shown it, before it is padded: upright RGB, on the background.
+
+        Raises:
+            ImageError: As `open_image`.
+        """
+        return open_image(image, self.background)
 
     def tiling(self, width: int, height: int) -> tuple[int, int]:
         """Returns rows and columns of an image's tiles; (1, 1) if it is shown only as a whole."""

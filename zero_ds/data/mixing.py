@@ -14,6 +14,7 @@ from tqdm import tqdm
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import Role
 from zero_ds.data.formats import named
+from zero_ds.data.read_image import is_embedded
 from zero_ds.data.sources import Records, Sample
 from zero_ds.runtime.errors import ConfigError
 
@@ -75,12 +76,15 @@ def llava_record(sample: Sample, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"id": sample.id}
     if sample.images:
         for image in sample.images:
-            if not Path(image).is_relative_to(folder):
+            if not is_embedded(image) and not Path(image).is_relative_to(folder):
                 raise ConfigError(
                     f"sample {named(sample.id)} has its image in {Path(image).parent}, outside of {folder}; write "
                     "--out into a folder that holds the images of all sources."
                 )
-        names = [os.path.relpath(image, folder) for image in sample.images]
+        names = [image if is_embedded(image) else os.path.relpath(image, folder) for image in sample.images]
         record["image"] = names[0] if len(names) == 1 else names
-    record["conversations"] = [{"from": _FROM[turn.role], "value": turn.text} for turn in sample.turns]
+    record["conversations"] = [
+        {"from": _FROM[turn.role], "value": turn.text, **({} if turn.learned else {"weight": 0})}
+        for turn in sample.turns
+    ]
     return record

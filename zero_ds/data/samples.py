@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from zero_ds.data.conversations import (
+    IGNORE,
     IMAGE_TOKEN,
     ChatTemplate,
     EncodedConversation,
@@ -19,7 +20,7 @@ from zero_ds.data.conversations import (
     image_prompt,
 )
 from zero_ds.data.formats import DataError, TooLongError, named
-from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
+from zero_ds.data.images import ImageError, ImageProcessor, image_size
 from zero_ds.data.sources import Sample
 from zero_ds.data.tokens import ConversationError
 
@@ -94,7 +95,7 @@ class SampleEncoder:
                 f"it has token {largest} ({token!r}), but the decoder's embeddings have {self.vocabulary} rows; "
                 "tokenizer and weights do not belong together"
             )
-        return encoded
+        return _without_loss(encoded, turns)
 
     def image_tokens(self, sample: Sample) -> list[int]:
         """Returns the number of tokens of each image of a sample, reading the images' sizes only if they decide it.
@@ -132,7 +133,7 @@ class SampleEncoder:
                 )
             return torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
         try:
-            views = [self.processor.squares(open_image(path)) for path in sample.images[:images]]
+            views = [self.processor.squares(self.processor.open(path)) for path in sample.images[:images]]
         except ImageError as error:
             raise DataError(f"sample {named(sample.id)}: {error}") from None
         if not views:
@@ -180,6 +181,18 @@ class SampleEncoder:
                 f"{self.tokens_per_image} each; its images changed while they were read, or their headers are wrong"
             )
         return EncodedSample(sample.id, conversation.input_ids, conversation.labels, conversation.responses, pixels)
+
+
+def _without_loss(encoded: EncodedConversation, turns: Sequence[Turn]) -> EncodedConversation:
+    """Returns the conversation without the labels of answers that are not learned, and of what closes them."""
+    answers = [turn.learned for turn in turns if turn.role == "assistant"]
+    if all(answers):
+        return encoded
+    labels = [
+        IGNORE if response >= 0 and not answers[response] else label
+        for label, response in zip(encoded.labels, encoded.responses, strict=True)
+    ]
+    return replace(encoded, labels=labels)
 
 
 def image_positions(input_ids: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ from zero_ds.data.arrow import Table, load_table
 from zero_ds.data.conversations import Turn
 from zero_ds.data.files import data_files
 from zero_ds.data.formats import DataError, Row, named, quoted
+from zero_ds.data.read_image import is_embedded
 from zero_ds.runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+LINKS = "; if you trust it, name that folder in allowed_roots of this source (zero-ds data check --allow-root)"
+"""What a message says about images behind links that leave their root."""
 PATH_SHOWN = 300
 """Number of characters that a message shows of a path from data."""
 
@@ -74,6 +78,18 @@ class Records(Sequence[Sample]):
             for file, table in zip(source.files, source.tables, strict=True):
                 yield [f"{file} {sentence}" for sentence in table.complaints.first], table.complaints.count
 
+    def unread(self) -> dict[str, int]:
+        """Returns the number of records with each key that is not read, in all data files, the most frequent first."""
+        counts: Counter[str] = Counter()
+        for source in self._sources:
+            for table in source.tables:
+                counts.update(table.unread)
+        return dict(counts.most_common())
+
+    def companions(self) -> list[Path]:
+        """Returns the files of folders that hold no samples and are skipped."""
+        return [file for source in self._sources for file in source.companions]
+
     def content(self) -> str:
         """Returns a hash of the samples' texts and image paths, which follows from the content of their files."""
         names = [[table.name for table in source.tables] for source in self._sources]
@@ -85,7 +101,8 @@ class Records(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         source, table, row = self._locate(index)
         record = table[row]
-        turns = tuple(Turn(role, text) for role, text in zip(record.roles, record.texts, strict=True))
+        parts = zip(record.roles, record.texts, record.learned, strict=True)
+        turns = tuple(Turn(role, text, learned) for role, text, learned in parts)
         return Sample(record.id, turns, source.paths(record))
 
     def images(self, index: int) -> int:
@@ -113,9 +130,10 @@ class _Source:
 
     def __init__(self, config: SourceConfig, seed: list[int] | None, skip_bad: bool, remedy: str) -> None:
         self.config = config
-        self.files = data_files(config.path, config.files)
+        self.files, self.companions = data_files(config.path, config.files)
         own_folder = self.files[0].parent if len(self.files) == 1 else config.path
         self.root = Path(config.root or own_folder).expanduser().resolve()
+        self.allowed = tuple(Path(folder).expanduser().resolve() for folder in config.allowed_roots)
         self.tables = [load_table(file) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):
             if table.complaints.count:
@@ -148,14 +166,17 @@ class _Source:
             DataError: A path that leaves the root, unless record and source both allow it.
         """
         if not record.full_path:
-            return tuple(str(inside(self.root, name, record.id)) for name in record.images)
+            return tuple(
+                name if is_embedded(name) else str(inside(self.root, name, record.id, self.allowed, LINKS))
+                for name in record.images
+            )
         if not self.config.full_path:
             raise DataError(
                 f"sample {named(record.id)} names images by full_path, outside of the data root; allow that for this "
                 "source with full_path: true"
             )
         for name in record.images:
-            if not Path(name).is_absolute():
+            if not (is_embedded(name) or Path(name).is_absolute()):
                 raise DataError(
                     f"sample {named(record.id)}: full_path {quoted(name, PATH_SHOWN)} is not an absolute path"
                 )
@@ -189,11 +210,14 @@ def evenly_spaced(lengths: Sequence[int]) -> Any:
     return np.stack([source[order], row[order]], axis=1)
 
 
-def inside(root: Path, name: str, sample_id: str) -> Path:
-    """Returns the path of `name`, which is relative to `root`.
+def inside(root: Path, name: str, sample_id: str, allowed: Sequence[Path] = (), remedy: str = "") -> Path:
+    """Returns the path of `name`, which is relative to `root` or an absolute path below it.
+
+    `allowed` are further folders into which paths may lead, through symbolic links as well. `remedy` is what a message
+    adds about links that lead elsewhere.
 
     Raises:
-        DataError: A path that leaves `root`, as absolute paths do, and symbolic links may; or one that leads nowhere.
+        DataError: A path that leaves the root and the allowed folders, or one that leads nowhere.
     """
     relative = Path(name)
     where = f"sample {named(sample_id)}: image path {quoted(name, PATH_SHOWN)}"
@@ -207,9 +231,12 @@ def inside(root: Path, name: str, sample_id: str) -> Path:
     ) as error:  # a path that is too long, or a link to itself (RuntimeError before Python 3.13)
         reason = getattr(error, "strerror", None) or "a link leads to itself"
         raise DataError(f"{where} cannot be followed: {reason}") from None
-    if relative.is_absolute() or not path.is_relative_to(root):
-        raise DataError(f"{where} leaves the data root {root}")
-    return path
+    if any(path.is_relative_to(folder) for folder in (root, *allowed)):
+        return path
+    reason = f"leaves the data root {root}"
+    if ".." not in relative.parts and (not relative.is_absolute() or relative.is_relative_to(root)):
+        reason += f" through a link to {named(str(path.parent), PATH_SHOWN)}{remedy}"
+    raise DataError(f"{where} {reason}")
 
 
 @functools.lru_cache(maxsize=4096)

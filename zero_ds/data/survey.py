@@ -40,6 +40,10 @@ class Survey:
     """Number of samples by the kind of their fault: record, picture, path, template or too long."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Messages about the first samples with each kind of fault."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Number of samples with each key that is not read."""
+    companions: list[str] = field(default_factory=list)
+    """Files of the folder that hold no samples and are skipped."""
 
     @property
     def unusable(self) -> int:
@@ -70,6 +74,8 @@ class Survey:
             "lengths": {"unit": "tokens" if self.measured else "tokens, estimated", **quantiles(self.lengths)},
             "faults": dict(self.faults),
             "examples": self.examples,
+            "keys that are not read": self.unread,
+            "skipped files": self.companions,
         }
 
     def lines(self) -> list[str]:
@@ -81,6 +87,11 @@ class Survey:
         for fault, count in self.faults.most_common():
             lines.append(f"{count:,} x {fault}")
             lines += [f"    {sentence}" for sentence in self.examples[fault][:3]]
+        if self.companions:
+            lines.append(f"skipped files, which hold no samples: {', '.join(self.companions)}")
+        if self.unread:
+            counts = ", ".join(f"{named(key)} ({count:,})" for key, count in self.unread.items())
+            lines.append(f"keys that are not read, with the number of their samples: {counts}")
         lines.append("nothing is wrong" if not self.faults else f"{self.unusable:,} samples cannot be used")
         return lines
 
@@ -151,7 +162,8 @@ def survey(
     The sample encoder counts tokens and applies its length limit; without one, lengths are estimated. `look` says how
     much of the images is read.
     """
-    found = Survey(measured=encoder is not None)
+    found = Survey(measured=encoder is not None, unread=records.unread())
+    found.companions = [str(file) for file in records.companions()]
     for sentences, count in records.complaints():
         for sentence in sentences:
             found.add_fault("record", sentence)

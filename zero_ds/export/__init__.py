@@ -17,6 +17,7 @@ from zero_ds.export.llava import LlavaFormat
 from zero_ds.export.proof import PROOFS, prove
 from zero_ds.export.remote_code import RemoteCodeFormat
 from zero_ds.export.source import open_source
+from zero_ds.export.tensors import check_range
 from zero_ds.export.text import text_settings
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.files import check_vacant, new_folder
@@ -61,6 +62,7 @@ def export_model(
     layout.check(source)
     texts = text_settings(source)
     tensors = layout.tensors(source)
+    check_range(tensors)
     _check_shapes({name: tensor.shape for name, tensor in tensors}, layout.expected_shapes(source, texts))
     with new_folder(out, need=sum(tensor.size for _, tensor in tensors)) as folder:
         write_shards(tensors, folder, shard_bytes)

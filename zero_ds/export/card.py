@@ -37,11 +37,12 @@ def model_card(
     }
     if evaluations:
         front_matter["model-index"] = [{"name": name, "results": [_result(one) for one in evaluations]}]
+    usage = layout.usage.format(name=name, background=source.config.data.image_background)
     parts = [
         "---\n" + yaml.safe_dump(front_matter, sort_keys=False, allow_unicode=True) + "---",
         f"# {name}",
         _description(source, base),
-        "## Usage\n\n```python\n" + layout.usage.format(name=name) + "```",
+        "## Usage\n\n```python\n" + usage + "```",
         "## Training\n\n" + _recipe(source),
         "## Proof\n\n" + proof_sentence(proof) + " Details are in `proof.json`.",
     ]

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from zero_ds.data import read_image
 from zero_ds.export.source import Source
 from zero_ds.export.text import TextSettings
 from zero_ds.model.vlm import VisionLanguageModel
@@ -38,7 +39,7 @@ class ExportFormat(Protocol):
 
     @property
     def usage(self) -> str:
-        """Python code for the model card that loads the folder `{name}` and asks about an image."""
+        """Python code for the model card that loads the folder `{name}` and asks about an image on `{background}`."""
 
     @property
     def remote_code(self) -> bool:
@@ -65,3 +66,12 @@ class ExportFormat(Protocol):
 
     def write_files(self, source: Source, texts: TextSettings, folder: Path) -> None:
         """Writes every file that goes with the weights: config.json, processor, generation_config.json, code."""
+
+
+IMAGE_READER = "read_image.py"
+"""File of an exported folder with which training read its images."""
+
+
+def write_image_reader(folder: Path) -> None:
+    """Copies the code that reads images, which needs nothing of this package, into an exported folder."""
+    (folder / IMAGE_READER).write_bytes(Path(read_image.__file__).read_bytes())

@@ -3,8 +3,10 @@
 The text of this file is given to a new interpreter (`python -c`), which refuses to import this package. Its argument is
 a scratch folder with these files:
 
-    asked.json              in    folder of the export, prompts as pairs of question and image file, and settings
-    pixels.safetensors      in    pixel values of each prompt with an image, as training's image processor makes them
+    asked.json              in    folder of the export, prompts as pairs of question and image file, image files that
+                                  are only looked at, and settings
+    pixels.safetensors      in    pixel values of each prompt with an image, and of each file that is only looked at, as
+                                  training's image processor makes them
     answers.json            out   token ids of each prompt and answer, differences of pixel values, class of the model
     logits.safetensors      out   logits of each prompt
 
@@ -109,17 +111,33 @@ class Export:
             self.trust = {"trust_remote_code": True}
         self.processor: Any = transformers.AutoProcessor.from_pretrained(folder, **self.trust)
         self.model: Any = None
+        self.open_image: Callable[[str], Any] = self._opener(remote_code)
+
+    def _opener(self, remote_code: bool) -> Callable[[str], Any]:
+        """Returns the function with which the model card opens an image file."""
+        if remote_code:
+            from PIL import Image
+
+            return Image.open
+        from transformers import AutoConfig
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        read: Any = get_class_from_dynamic_module("read_image.open_image", self.folder)
+        background = AutoConfig.from_pretrained(self.folder).image_background
+        return lambda path: read(path, background=background)
+
+    def look(self, image: str) -> torch.Tensor:
+        """Returns the pixel values that the folder's processor makes of an image file."""
+        return self.prompt("What is this?", image)["pixel_values"]
 
     def prompt(self, question: str, image: str | None) -> Inputs:
         """Returns the inputs that the folder's processor makes of a question, with an image file or without."""
-        from PIL import Image
-
         content = [{"type": "text", "text": question}]
         if image is not None:
             content.insert(0, {"type": "image"})
         messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        images = None if image is None else [Image.open(image)]
+        images = None if image is None else [self.open_image(image)]
         return dict(self.processor(text=text, images=images, return_tensors="pt"))
 
     def load_model(self) -> list[str]:
@@ -166,6 +184,7 @@ def main(scratch: Path) -> None:
     torch.set_num_threads(asked["threads"])
     export = Export(asked["folder"], asked["remote_code"])
     prompts = [export.prompt(question, image) for question, image in asked["prompts"]]
+    looked_at = {name: export.look(path) for name, path in asked["looked_at"].items()}
     with_image = [number for number, (_, image) in enumerate(asked["prompts"]) if image]
     without_image = [number for number, (_, image) in enumerate(asked["prompts"]) if not image]
 
@@ -202,6 +221,7 @@ def main(scratch: Path) -> None:
     content = {
         "class": type(export.model).__name__,
         "unfilled": unfilled,
+        "pixel_differences": {name: largest_difference(seen, pixels[name]) for name, seen in looked_at.items()},
         "answers": [
             {
                 "ids": prompts[number]["input_ids"][0].tolist(),

@@ -1,5 +1,8 @@
 """Format `llava`: transformers' own `LlavaForConditionalGeneration`, a folder that loads without any code of zero_ds.
 
+The folder also contains `read_image.py`, because transformers' processor turns no image upright and reads no image of
+more than 8 bits. The model card opens images with it.
+
 The tensors have the names of published Llava folders, which every version of transformers and vLLM reads.
 """
 
@@ -14,7 +17,7 @@ import torch
 from torch import nn
 
 from zero_ds.data.images import ImageProcessor
-from zero_ds.export.formats import LoadedTensor
+from zero_ds.export.formats import LoadedTensor, write_image_reader
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype, in_memory, read
 from zero_ds.export.text import TextSettings
@@ -45,15 +48,17 @@ class LlavaFormat:
     tag = "llava"
     remote_code = False
     usage = """from transformers import AutoProcessor, LlavaForConditionalGeneration
-from PIL import Image
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+# upright, with 8 bits a channel and transparency on a background, as in training; PIL and the processor do not all that
+open_image = get_class_from_dynamic_module("read_image.open_image", "{name}")
 model = LlavaForConditionalGeneration.from_pretrained("{name}", dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained("{name}")
 messages = [
     {{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in this image?"}}]}}
 ]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-image = Image.open("image.png")
+image = open_image("image.png", background="{background}")
 inputs = processor(text=prompt, images=image, return_tensors="pt").to(model.device)
 output_ids = model.generate(**inputs, max_new_tokens=50)
 print(processor.decode(output_ids[0], skip_special_tokens=True))
@@ -119,7 +124,9 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         config = _llava_config(source, texts)
         config.architectures = ["LlavaForConditionalGeneration"]
         config.dtype = source.dtype
+        config.image_background = source.config.data.image_background
         config.save_pretrained(folder)
+        write_image_reader(folder)
         _llava_processor(source, texts).save_pretrained(folder)
         generation = json.dumps(texts.generation, indent=2) + "\n"
         (folder / "generation_config.json").write_text(generation, encoding="utf-8")

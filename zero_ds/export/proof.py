@@ -80,19 +80,23 @@ def prove(kind: str, source: Source, texts: TextSettings, layout: ExportFormat, 
         return proof
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        image = draw_image(_image_size(source, layout), scratch / "image.png")
-        with start_fresh(folder, layout.remote_code, image, scratch) as finish:
+        size = _image_size(source, layout)
+        image = draw_image(size, scratch / "image.png")
+        kinds = draw_kinds(size, scratch)
+        with start_fresh(folder, layout.remote_code, image, scratch, kinds) as finish:
             model = load_trained(source.checkpoint.folder, source.decoder, dtype=source.dtype)
             proof["tensors_equal"] = compare_loaded(folder, layout.loaded_tensors(source, model))
             ours = ask_source(source, texts, model, image)
+            seen = look_at(source, model, kinds)
             del model
             gc.collect()
-            theirs = ask_fresh(finish, ours, scratch)
+            theirs = ask_fresh(finish, ours, scratch, seen)
     lines = compare_answers(source, texts, ours, theirs)
     proof["loaded_by_transformers"] = theirs["class"]
     proof["tolerance"] = TOLERANCE[source.dtype]
     proof["largest_logit_difference"] = max(line["largest_logit_difference"] for line in lines)
     proof["prompts"] = lines
+    proof["pictures"] = compare_kinds(theirs["pixel_differences"])
     return proof
 
 
@@ -212,12 +216,22 @@ def ask_source(source: Source, texts: TextSettings, model: VisionLanguageModel, 
     The questions with the image are one batch, and those without it another. Logits are collected while the answers are
     generated.
     """
-    image_prompt = "off" if source.config.data.image_prompt == "off" else "fixed"
-    data = source.config.data.model_copy(update={"image_prompt": image_prompt})
-    encoder = sample_encoder(model, source.decoder, source.encoder_folder, data)
+    encoder = _encoder(source, model)
     with_image = _ask_batch(texts, model, encoder, str(image))
     without_image = _ask_batch(texts, model, encoder, None)
     return [answer for pair in zip(with_image, without_image, strict=True) for answer in pair]
+
+
+def _encoder(source: Source, model: VisionLanguageModel) -> SampleEncoder:
+    image_prompt = "off" if source.config.data.image_prompt == "off" else "fixed"
+    data = source.config.data.model_copy(update={"image_prompt": image_prompt})
+    return sample_encoder(model, source.decoder, source.encoder_folder, data)
+
+
+def look_at(source: Source, model: VisionLanguageModel, images: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """Returns the pixel values that training makes of image files: (views, 3, size, size) of each."""
+    encoder = _encoder(source, model)
+    return {kind: encoder.pixels(Sample(kind, (), (str(path),))) for kind, path in images.items()}
 
 
 @torch.no_grad()
@@ -278,11 +292,33 @@ def draw_image(size: tuple[int, int], path: Path) -> Path:
     return path
 
 
+def draw_kinds(size: tuple[int, int], folder: Path) -> dict[str, Path]:
+    """Writes images that readers disagree about, of this width and height when upright; returns their files by kind."""
+    import numpy as np
+    from PIL import ExifTags, Image
+
+    gradient = Image.linear_gradient("L").resize(size)
+    drawn = Image.merge("RGB", (gradient, gradient.rotate(180), gradient.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+    transparent = drawn.copy()
+    transparent.putalpha(gradient.rotate(180))
+    turned = drawn.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    deep = Image.fromarray(np.asarray(gradient).astype(np.uint16) * 257)
+    files = {kind: folder / f"{kind}.png" for kind in ("transparent", "turned", "sixteen-bit")}
+    transparent.save(files["transparent"])
+    turned.save(files["turned"], exif=exif)
+    deep.save(files["sixteen-bit"])
+    return files
+
+
 # -- answers of the folder ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def start_fresh(folder: Path, remote_code: bool, image: Path, scratch: Path) -> Iterator[Finish]:
+def start_fresh(
+    folder: Path, remote_code: bool, image: Path, scratch: Path, kinds: dict[str, Path] | None = None
+) -> Iterator[Finish]:
     """Starts a process in which the folder answers the same questions, without this package (fresh.py).
 
     The process imports its libraries and prepares the prompts while the source answers. It loads the model when the
@@ -295,6 +331,7 @@ def start_fresh(folder: Path, remote_code: bool, image: Path, scratch: Path) -> 
         "threads": torch.get_num_threads(),
         "positions": POSITIONS,
         "tokens": TOKENS,
+        "looked_at": {kind: str(path) for kind, path in (kinds or {}).items()},
         "prompts": [[question, shown] for question in QUESTIONS for shown in (str(image), None)],
     }
     (scratch / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
@@ -326,7 +363,9 @@ def run_fresh(scratch: Path) -> Iterator[Finish]:
             process.kill()  # without effect if it has ended
 
 
-def ask_fresh(finish: Finish, ours: list[SourceAnswer], scratch: Path) -> dict[str, Any]:
+def ask_fresh(
+    finish: Finish, ours: list[SourceAnswer], scratch: Path, seen: dict[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
     """Returns the folder's answers to the same prompts: answers.json of fresh.py, with the logits of each answer.
 
     Raises:
@@ -335,7 +374,7 @@ def ask_fresh(finish: Finish, ours: list[SourceAnswer], scratch: Path) -> dict[s
     from safetensors.torch import load_file, save_file
 
     pixels = {str(number): answer.pixels for number, answer in enumerate(ours) if answer.pixels is not None}
-    save_file(pixels, scratch / "pixels.safetensors")
+    save_file({**pixels, **(seen or {})}, scratch / "pixels.safetensors")
     status, output = finish()
     path = scratch / "answers.json"
     if status or not path.is_file():
@@ -393,6 +432,21 @@ def compare_answers(
             }
         )
     return lines
+
+
+def compare_kinds(differences: dict[str, float]) -> dict[str, float]:
+    """Returns the largest difference of pixel values for each kind of image, as proof.json has it.
+
+    Raises:
+        ConfigError: the folder shows its model another image than training did.
+    """
+    for kind, difference in differences.items():
+        if not difference <= PIXELS:
+            raise ConfigError(
+                f"the exported folder reads a {kind} image in another way than its source: pixel values differ by "
+                f"{difference:.2g} (at most {PIXELS} is allowed)."
+            )
+    return differences
 
 
 def _logit_difference(ours: SourceAnswer, theirs: dict[str, Any]) -> float:

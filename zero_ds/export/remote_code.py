@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.data.images import ImageProcessor
-from zero_ds.export.formats import LoadedTensor
+from zero_ds.export.formats import LoadedTensor, write_image_reader
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype
 from zero_ds.export.text import TextSettings, image_prompt
@@ -22,7 +22,7 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.safetensors import Tensor
 
 CODE = ("configuration_grafted.py", "modeling_grafted.py", "processing_grafted.py")
-"""Files of `remote/` that are copied into exports."""
+"""Files of `remote/` that are copied into exports, with the code that reads images."""
 
 
 class RemoteCodeFormat:
@@ -90,6 +90,7 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name in CODE:
             (folder / name).write_bytes((Path(__file__).parent / "remote" / name).read_bytes())
+        write_image_reader(folder)
 
 
 def _config(source: Source, texts: TextSettings) -> dict[str, Any]:
@@ -132,6 +133,7 @@ def _processor_config(source: Source, texts: TextSettings) -> dict[str, Any]:
         "image_std": images.std,
         "resample": int(images.resample),
         "image_grid": source.config.data.image_grid,
+        "image_background": source.config.data.image_background,
         "before": before,
         "between": between,
     }

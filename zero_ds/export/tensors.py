@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import Any
 
@@ -99,6 +99,24 @@ def values(tensor: Tensor) -> Iterator[torch.Tensor]:
     for block in tensor.blocks():
         if block.nbytes:
             yield torch.frombuffer(block, dtype=torch_dtype(tensor.dtype))
+
+
+def check_range(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Checks that no value is lost to infinity where a tensor is cast to float16, whose largest value is 65,504.
+
+    Tensors that are copied are not read. The others are computed once more when they are written.
+
+    Raises:
+        ConfigError: a tensor that does not fit; the message names the first one.
+    """
+    for name, tensor in tensors:
+        if isinstance(tensor, Span) or torch_dtype(tensor.dtype) != torch.float16:
+            continue
+        if any(bool(block.isinf().any()) for block in values(tensor)):
+            raise ConfigError(
+                f"{name} has values beyond {torch.finfo(torch.float16).max:,.0f}, the largest of float16; use --dtype "
+                "bfloat16 or float32."
+            )
 
 
 def buffer(tensor: torch.Tensor) -> Any:

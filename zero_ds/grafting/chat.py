@@ -14,7 +14,6 @@ from PIL import Image
 
 from zero_ds.data.conversations import IMAGE_TOKEN, PLACEHOLDER, Turn
 from zero_ds.data.formats import DataError, quoted
-from zero_ds.data.images import open_image
 from zero_ds.data.sources import Sample
 from zero_ds.grafting.named_model import LoadedModel
 from zero_ds.model.decoding import Context, Reader
@@ -77,7 +76,7 @@ class Conversation:
             raise ConfigError(
                 "this model has no vision encoder; name a run, with --target for its graft, or an export."
             )
-        views = self.encoder.processor(open_image(image)).to(self._reader.device)
+        views = self.encoder.processor(self.encoder.processor.open(image)).to(self._reader.device)
         return self._model.image_features(views).flatten(0, 1)
 
     def show_features(self, features: torch.Tensor) -> None:

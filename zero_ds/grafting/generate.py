@@ -19,7 +19,6 @@ from PIL import Image
 
 from zero_ds.data.conversations import IMAGE_TOKEN, ChatTemplate, Turn
 from zero_ds.data.formats import DataError
-from zero_ds.data.images import open_image
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Sample
 from zero_ds.model.decoding import Context, Reader, Spot
@@ -162,7 +161,8 @@ class Answerer:
         assert self.encoder.processor is not None and images
         features: list[torch.Tensor] = []
         for start in range(0, len(images), self.batch_size):
-            views = [self.encoder.processor(open_image(image)) for image in images[start : start + self.batch_size]]
+            opened = [self.encoder.processor.open(image) for image in images[start : start + self.batch_size]]
+            views = [self.encoder.processor(image) for image in opened]
             tokens = self.model.image_features(torch.cat(views).to(self.device))
             features += [part.flatten(0, 1) for part in tokens.split([len(each) for each in views])]
             progress(len(views))

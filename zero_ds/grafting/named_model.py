@@ -215,7 +215,8 @@ def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple
     assert model.adapter is not None
     projector = llava.model.multi_modal_projector
     model.adapter.replace_linears_([projector.linear_1, projector.linear_2])
-    encoder = sample_encoder(model.eval(), folder, folder, _data(named))
+    background = getattr(config, "image_background", None) or "white"  # folders of others and older ones have none
+    encoder = sample_encoder(model.eval(), folder, folder, _data(named, DataConfig(image_background=background)))
     for_texts_(encoder.template.tokenizer)
     has_image_prompt = WRAPPERS[0].split("{image}")[0] in str(encoder.template.tokenizer.chat_template)
     return model, replace(encoder, image_prompt="fixed" if has_image_prompt else "off")

@@ -95,10 +95,11 @@ class ChatSession:
         """
         if not question.strip():
             raise DataError("the question is empty; type one, because images alone are not answered.")
-        images = [_open_upload(Path(file)) for file in files]
         first = next(iter(self.conversations.values()))
+        for file in files:
+            _check_upload(Path(file))
         with self.lock:
-            features = [first.features(image) for image in images]
+            features = [first.features(file) for file in files]
         answers = self._ask_all(question, features)
         for name in answers:
             messages = self.shown.setdefault(name, [])
@@ -143,10 +144,10 @@ class ChatSession:
         return draw(found, f"{name}: {len(found.divergences)} layers, prediction of each at the answer's tokens")
 
 
-def _open_upload(file: Path) -> Image.Image:
-    """Opens an uploaded image. An error names the file without the upload folder, which visitors do not know."""
+def _check_upload(file: Path) -> None:
+    """Reads an uploaded image. An error names the file without the upload folder, which visitors do not know."""
     try:
-        return open_image(file)
+        open_image(file)
     except ImageError as error:
         raise ImageError(str(error).replace(str(file), file.name)) from None
 

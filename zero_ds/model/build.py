@@ -177,7 +177,7 @@ def sample_encoder(
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
         size = model.encoder_family.vision_config(model.encoder).image_size
-        processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
+        processor = ImageProcessor.from_folder(encoder, size, data.image_grid, data.image_background)
     return SampleEncoder(
         template=load_template(decoder, data, config=config, learns=learns),
         supervise=supervise,

@@ -14,7 +14,7 @@ import torch
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import collate
 from zero_ds.data.formats import DataError
-from zero_ds.data.images import open_image
+from zero_ds.data.images import image_name, open_image
 from zero_ds.data.loader import Loader
 from zero_ds.data.samples import EncodedSample
 from zero_ds.data.sources import Sample
@@ -45,7 +45,7 @@ class Answer:
         """Returns the entries of a line in answers.jsonl."""
         return {
             "sample": self.sample,
-            "picture": self.image,
+            "picture": None if self.image is None else image_name(self.image),
             "question": self.question,
             "answer": self.answer,
             "expected": self.expected,

@@ -199,6 +199,9 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> st
         if before == after or name in MAY_DIFFER:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            return difference(before, after, f"{name}.")
+            inner = difference(before, after, f"{name}.")
+            if inner == "no difference":
+                continue
+            return inner
         return f"{name}: {before!r} -> {after!r}"
     return "no difference"

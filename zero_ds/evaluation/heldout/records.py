@@ -16,6 +16,8 @@ from zero_ds.data.formats import DataError
 from zero_ds.data.sources import inside
 from zero_ds.runtime.errors import did_you_mean
 
+LINKS = "; put the images themselves into the folder of the records"
+"""What a message says about images behind links that leave that folder."""
 RECORD_KINDS = ("question", "caption")
 RECORD_KEYS = ("id", "kind", "image", "question", "answer", "words")
 WORD_KEYS = ("kind", "start", "word", "choices")
@@ -95,7 +97,7 @@ def parse_record(record: Any, where: str, root: Path) -> EvaluationRecord:
         id=record["id"],
         kind=record["kind"],
         image=record["image"],
-        path=inside(root, record["image"], record["id"]),
+        path=inside(root, record["image"], record["id"], remedy=LINKS),
         question=record["question"],
         answer=record["answer"],
         words=tuple(words),

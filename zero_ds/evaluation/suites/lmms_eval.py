@@ -16,7 +16,7 @@ from lmms_eval.evaluator_utils import get_task_list
 from lmms_eval.tasks import TaskManager, get_task_dict
 from tenacity import RetryError
 
-from zero_ds.data.images import truncated_images_are_errors
+from zero_ds.data.images import truncated_images_are_errors, unreadable_metadata_is_none
 from zero_ds.evaluation.suites.lmms_model import ZeroDs
 from zero_ds.evaluation.suites.lookup import TaskLookup, check_counts, check_limit, reading_data
 from zero_ds.evaluation.suites.results import Measured, Score
@@ -49,7 +49,7 @@ class LmmsEval(TaskLookup[TaskManager]):
             check_judge(own, os.environ)
             counts = {}
             for name in names:
-                with reading_data([name]), truncated_images_are_errors():
+                with reading_data([name]), truncated_images_are_errors(), unreadable_metadata_is_none():
                     try:
                         found = get_task_dict([name], manager, "simple")
                     except RetryError as error:
@@ -63,7 +63,7 @@ class LmmsEval(TaskLookup[TaskManager]):
     def measure(self, loaded: LoadedModel, tasks: tuple[Task, ...], options: SuiteOptions) -> Measured | None:
         """See `Harness.measure`."""
         lm = ZeroDs(loaded, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens)
-        with self._tasks(tasks) as (manager, names):
+        with self._tasks(tasks) as (manager, names), unreadable_metadata_is_none():
             found = simple_evaluate(
                 model=lm,
                 tasks=names,

@@ -16,7 +16,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from zero_ds.data.conversations import PLACEHOLDER, Turn
-from zero_ds.data.images import truncated_images_are_errors
+from zero_ds.data.images import (
+    ImageError,
+    converted_as_in_training,
+    open_image,
+    truncated_images_are_errors,
+    unreadable_metadata_is_none,
+)
+from zero_ds.data.read_image import WHITE
 from zero_ds.evaluation.suites.lookup import check_limit, first_line, raised_by_pillow
 from zero_ds.grafting.engines.vllm import ENGINES, answerer, load_served
 from zero_ds.grafting.generate import Choice, Query, Reply
@@ -72,6 +79,8 @@ class ZeroDs(lmms):
         self.max_new_tokens = None if max_new_tokens is None else int(max_new_tokens)
         self.batch_size = int(size)
         self.answerer = answerer(weights, batch_size=self.batch_size)
+        processor = weights.encoder.processor
+        self._background = WHITE if processor is None else processor.background
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
 
     @property
@@ -130,16 +139,21 @@ class ZeroDs(lmms):
             ConfigError: the task shows something other than an image, or an image that cannot be read.
         """
         try:
-            with truncated_images_are_errors():
+            with (
+                truncated_images_are_errors(),
+                unreadable_metadata_is_none(),
+                converted_as_in_training(self._background),
+            ):
                 shown = list(request.args[2](self._document(request)) or ())
-                for visual in shown:
+                for number, visual in enumerate(shown):
                     if isinstance(visual, Image.Image):
-                        visual.load()
+                        shown[number] = open_image(visual, self._background)
         except Exception as error:
-            if not (isinstance(error, OSError) or raised_by_pillow(error)):
+            if not (isinstance(error, OSError | ImageError) or raised_by_pillow(error)):
                 raise
+            _, _, reason = first_line(error).rpartition("cannot be read: ")  # ImageError calls the image by its file
             raise ConfigError(
-                f"the image of {_name(request)} cannot be read: {first_line(error)}; repair the task's data."
+                f"the image of {_name(request)} cannot be read: {reason}; repair the task's data."
             ) from None
         for visual in shown:
             if not isinstance(visual, Image.Image):

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import io
+import os
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from huggingface_hub import get_session
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
+
+from .read_image import open_image
 
 _TEXT_OPTIONS = {"add_special_tokens", "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of"}
 """Arguments of a call that are passed to the tokenizer."""
@@ -24,6 +28,7 @@ class GraftedProcessor(ProcessorMixin):
     image_mean, image_std: mean and standard deviation of each colour channel, for values from 0 to 1.
     resample: number of PIL's resampling filter.
     image_grid: tilings (rows, columns); in the best one of them, a large image is shown in parts as well.
+    image_background: colour on which transparent parts of an image are laid.
     before, between: text that training put before an image, and between image and question.
     """
 
@@ -43,6 +48,7 @@ class GraftedProcessor(ProcessorMixin):
         image_grid: Any = (),
         before: str = "",
         between: str = "\n",
+        image_background: str = "white",
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.image_token = image_token
@@ -54,6 +60,7 @@ class GraftedProcessor(ProcessorMixin):
         self.image_grid = [list(tiling) for tiling in image_grid]
         self.before = before
         self.between = between
+        self.image_background = image_background
 
     @property
     def model_input_names(self) -> list[str]:
@@ -150,7 +157,7 @@ class GraftedProcessor(ProcessorMixin):
 
     def views(self, image: Any) -> np.ndarray:
         """Returns the views of an image, float32 of shape (views, 3, size, size): the whole, then tiles row by row."""
-        image = _to_rgb(image)
+        image = open_image(_fetched(image), self.image_background)
         size = self.image_size
         rows, columns = self._tiling(image.width, image.height)
         squares = [self._fit(image, 1, 1)]
@@ -201,14 +208,12 @@ def _flatten(images: Any) -> list[Any]:
     return [images]
 
 
-def _to_rgb(image: Any) -> Image.Image:
-    """Returns an upright RGB image for a PIL image, an array (height, width, 3), a path or an address."""
-    if isinstance(image, str):
-        image = load_image(image)
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # sixteen bits, which convert() would cut off at 255
-        values = np.asarray(image, dtype=np.float64).clip(0, 65535)
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    return image.convert("RGB")
+def _fetched(image: Any) -> Any:
+    """Returns a PIL image or a path, for one of these, an array (height, width, 3), or an address."""
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        response = get_session().get(image)
+        response.raise_for_status()
+        return Image.open(io.BytesIO(response.content))
+    if isinstance(image, (str, os.PathLike, Image.Image)):
+        return image
+    return Image.fromarray(np.asarray(image))
