@@ -68,7 +68,7 @@ for step in pipeline lmms; do
 done
 if [[ "$steps" == *" vllm "* ]]; then
   served="${VLLM_ENVIRONMENT:-.venv-vllm}"
-  [ -x "$served/bin/python" ] || fail "$served is not there; run launch/test_vllm.sh once, which makes it"
+  [ -x "$served/bin/python" ] || fail "$served does not exist; run launch/test_vllm.sh once, which makes it"
   served="$(cd "$served" && pwd)/bin/python"
   # vLLM's llava.py imports pixtral.py, which imports torchvision. PyPI's build is for CUDA: with a CPU build of torch its
   # operators are missing, and its import fails because of two of them, which are declared here. Neither is called.

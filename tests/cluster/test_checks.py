@@ -48,7 +48,7 @@ def test_sound_machines_pass_and_a_recipe_must_be_the_same_on_all(content: dict[
     mine = {**content, "files": {"run.yaml": "1"}}
     found = launch(mine, Answer("a", mine), Answer("b", mine))
     assert all(check.status == OK for check in found), found
-    for there, words in (("2", "b: run.yaml differs"), (None, "b: run.yaml is not there")):
+    for there, words in (("2", "b: run.yaml differs"), (None, "b: run.yaml does not exist")):
         other = Answer("b", {**mine, "files": {"run.yaml": there}})
         check = of(launch(mine, Answer("a", mine), other), "recipe")
         assert (check.status, check.found) == (FAIL, words)
@@ -61,7 +61,7 @@ def test_files_that_say_what_a_run_is(run_config: Callable[..., RunConfig]) -> N
 
 
 def test_a_folder_without_the_project_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    """No machine has the files of the project, so there are no differences to find."""
+    """No machine has the files of the project, so none of them can differ."""
     empty = probe.describe({"folder": str(tmp_path), "name": "a"})
     check = of(launch(empty, Answer("a", empty), ssh=Ssh(folder=str(tmp_path))), "project")
     assert check.status == FAIL and "is not the folder of the project" in check.found

@@ -88,7 +88,7 @@ def test_sentencepiece_puts_its_blank_where_the_tokenizer_puts_it(legacy: bool) 
 
 
 def test_words_that_were_added_to_the_vocabulary_are_words() -> None:
-    """As the stock tokenizer reads them: in questions, in answers, and in the template's own text."""
+    """Ids are the stock tokenizer's, in questions, in answers, and in the template's own text."""
     words = tiny.tokenizer(template=tiny.TEMPLATE.replace(tiny.SYSTEM, "You know the glorbnak."))
     words.add_tokens(["glorbnak", "<part>"])
     template = ChatTemplate(words)
@@ -100,7 +100,7 @@ def test_words_that_were_added_to_the_vocabulary_are_words() -> None:
     assert found.count(words.convert_tokens_to_ids("<part>")) == 1
 
 
-def test_marks_of_the_template_stay_text_beside_words() -> None:
+def test_marks_of_the_template_stay_text_next_to_words() -> None:
     words = tiny.tokenizer(plain=("<think>", "</think>"), template=PUBLISHED["Qwen3"].template)
     words.add_tokens(["glorbnak"])
     template = ChatTemplate(words)
@@ -136,7 +136,7 @@ def test_special_tokens_are_text_unless_data_may_use_them() -> None:
     learned = some.encode(turns, **OPTIONS).labels
     assert numbers["<loc002>"] in learned and numbers["<loc001>"] not in learned
     everything = some.encode(turns, tokens_per_image=1, supervise="special_tokens").labels
-    assert numbers["<loc001>"] not in everything, "what a question holds is not learned"
+    assert numbers["<loc001>"] not in everything, "tokens of a question are not learned"
     whole = grounding("<loc001>", "<loc002>", "<seg1>", "[REGION]")
     turns = (Turn("user", "where? <loc001><seg1>"), Turn("assistant", "<loc002> [REGION]"))
     assert ids(whole, *turns) == stock(whole, *turns)
@@ -145,9 +145,9 @@ def test_special_tokens_are_text_unless_data_may_use_them() -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("<loc003>", r"names '<loc003>', which is no added token of the tokenizer; did you mean '<loc00\d>'"),
+        ("<loc003>", r"names '<loc003>', which is not an added token of the tokenizer; did you mean '<loc00\d>'"),
         ("<|im_*", r"names '<\|im_start\|>', which the chat template writes around turns"),
-        ("shape", "is no added token"),
+        ("shape", "is not an added token"),
     ],
 )
 def test_special_tokens_that_cannot_be_used(name: str, complaint: str) -> None:

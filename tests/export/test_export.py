@@ -293,7 +293,7 @@ def test_runs_that_are_not_whole(run_folder: Path, tmp_path: Path) -> None:
     refused(r"data\.chat_template=.* cannot be read: it is not UTF-8 text", run_folder, *out)
     weights = run_folder / "step-000001" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    refused("weights.safetensors is damaged: its content is not what was saved", run_folder, *out)
+    refused("weights.safetensors is damaged: its content has changed since it was saved", run_folder, *out)
     weights.unlink()
     refused("weights.safetensors cannot be read: No such file", run_folder, *out)
     os.mkfifo(weights)

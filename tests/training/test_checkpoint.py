@@ -127,7 +127,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged: its content is not what was saved; use another checkpoint"):
+    with pytest.raises(CheckpointError, match="is damaged: its content has changed since it was saved; use another"):
         made.weights()
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file or directory; use another checkpoint"):
@@ -189,7 +189,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("file", DAMAGED)
 def test_a_damaged_checkpoint_is_a_sentence_however_it_is_damaged(old: Path, file: str) -> None:
-    """So it is not restarted: only errors without a sentence are."""
+    """The launcher does not restart such a run: it restarts only after errors without a sentence."""
     config, path = Unchanged(old), old / file
     assert resumed(old, config) == 2
     content = path.read_bytes()

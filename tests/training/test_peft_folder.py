@@ -314,7 +314,7 @@ def test_adapters_of_a_multimodal_class_are_those_of_its_text_tower(
     again = build_model(ModelSpec(target, lora=config.lora)).eval()
     assert len(load_peft_(again, tmp_path / "peft", config.lora)) == 4 * len(layers or range(6))
     torch.testing.assert_close(said(again), graft, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ConfigError, match=r"there is no model folder .*; name the run's target with --target"):
+    with pytest.raises(ConfigError, match=r"model folder .* does not exist; name the run's target with --target"):
         write_peft_folder(tmp_path / "run", tmp_path / "other", str(tmp_path / "elsewhere"))
     assert not (tmp_path / "other").exists()
 

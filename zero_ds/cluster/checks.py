@@ -218,7 +218,7 @@ def _same_recipe(machines: Sequence[Machine], mine: dict[str, Any]) -> Check:
         words = []
         for path, content in theirs.items():
             if content is None:
-                words.append(f"{path} is not there")
+                words.append(f"{path} does not exist")
             elif content != ours[path]:
                 words.append(f"{path} differs")
         return ", ".join(words)

@@ -1,4 +1,4 @@
-"""The devices of a run on this machine alone: those that nvidia-smi lists, narrowed by CUDA_VISIBLE_DEVICES.
+"""The devices of a run on a single machine: those that nvidia-smi lists, narrowed by CUDA_VISIBLE_DEVICES.
 
     python -m zero_ds.cluster.devices [RANKS]
 
@@ -67,7 +67,7 @@ def visible_names(environment: Mapping[str, str], found: Sequence[dict[str, Any]
         if device_of(name, found) is None and not name.startswith("MIG-"):
             raise ConfigError(
                 f"{VISIBLE}={environment[VISIBLE]} names {name}, and nvidia-smi lists {_listed(found)}; name GPUs that "
-                "are there."
+                "exist."
             )
         if name in names:
             raise ConfigError(f"{VISIBLE}={environment[VISIBLE]} names {name} twice; name each GPU once.")
@@ -85,7 +85,7 @@ def device_of(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any] | No
 
 
 def seen_as(names: Sequence[str], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns what is known of named devices, in their order. Of a part of a GPU (MIG) only the name is known."""
+    """Returns the entries of named devices, in their order. For a part of a GPU (MIG), only the name is known."""
     unknown = {"uuid": "", "total": None, "free": None}
     return [device_of(name, found) or {"index": name, "name": name.partition("/")[0], **unknown} for name in names]
 

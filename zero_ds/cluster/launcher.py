@@ -200,7 +200,7 @@ class Launch:
                 now = self._failed_at()
                 if now is not None and now == before:
                     reason = failure.read(self.out)
-                    say(f"there is no restart, because this came twice with no checkpoint in between: {reason}")
+                    say(f"not restarting, because this came twice with no checkpoint in between: {reason}")
                     return status
                 attempt, before = attempt + 1, now
                 say(f"restart {attempt} of {self.restarts}, from the last checkpoint")

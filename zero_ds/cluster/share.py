@@ -2,7 +2,7 @@
 
     python -m zero_ds.cluster.share DEVICES RECIPE [key=value ...]
 
-prints the number of ranks: one a device, unless so many cannot share the global batch evenly; then as many as can.
+prints the number of ranks: one per device, or fewer if so many cannot share the global batch evenly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zero_ds.runtime.errors import ConfigError
 def ranks_for(devices: int, recipe: str, overrides: Sequence[str]) -> tuple[int, str | None]:
     """Returns the number of ranks for a run on so many devices, and a sentence if these are not all.
 
-    A recipe that cannot be read gets all of them; the ranks say what is wrong with it.
+    A recipe that cannot be read gets all devices; the ranks then report the error.
     """
     try:
         batch = load_run(recipe, list(overrides)).global_batch

@@ -1,7 +1,7 @@
 """How the samples of an optimizer step are divided among ranks and passes.
 
 The global batch is part of the method and never changes by itself. The number of ranks and the micro-batch change
-nothing but rounding, so they follow what the global batch allows.
+nothing but rounding, so they are adapted to the global batch.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class DataConfig(Section):
     @field_validator("image_background")
     @classmethod
     def _is_color(cls, value: str) -> str:
-        """Rejects what is not an opaque colour."""
+        """Rejects values that are not an opaque colour."""
         from PIL import ImageColor
 
         try:

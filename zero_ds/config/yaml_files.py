@@ -83,6 +83,6 @@ def read_value(key: str, text: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what is wrong with a YAML text in a few words."""
+    """Returns the fault of a YAML text in a few words."""
     problem = getattr(error, "problem", None)
     return problem if problem and "appears twice" in problem else str(error).splitlines()[0]

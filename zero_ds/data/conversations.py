@@ -1,7 +1,7 @@
 """Encodes conversations as token ids and labels, which depend on text, tokenizer and chat template alone.
 
-The chat template is rendered with markers in place of the contents, so what the template writes and what people typed
-are told apart by construction. The text with its contents is then tokenised as the model's own tokenizer does it,
+The chat template is rendered with markers in place of the contents, so the template's own text and the text that people
+typed are told apart by construction. The text with its contents is then tokenised as the model's own tokenizer does it,
 except that a special token that somebody types stays text (tokens.py). A template that asks for the date gets a fixed
 one.
 
@@ -137,8 +137,8 @@ def read_template(path: str | None) -> str | None:
 THINKING = {"enable_thinking": False}
 """Arguments of every template: no thoughts. Qwen3 then opens prompts with an empty one, as answers in training."""
 Trimmed = tuple[str | None, str | None]
-"""What a content loses at its beginning and at its end, as `strip` takes it: nothing (''), line breaks ('\\n'), or all
-white space (None), as with Llama's template."""
+"""Characters that a content loses at its beginning and at its end, as `strip` takes them: none (''), line breaks
+('\\n'), or all white space (None), as with Llama's template."""
 REMEMBERED = 128
 """Number of structures that a cache holds. Data with more different sequences of roles render some of them again."""
 CHECKED_ANSWERS = 4
@@ -166,7 +166,8 @@ class ChatTemplate:
         be learned.
 
         Raises:
-            ConversationError: there is no chat template. ConfigError: a name in `special_tokens` that cannot be used.
+            ConversationError: the tokenizer has no chat template. ConfigError: a name in `special_tokens` cannot be
+                used.
         """
         self.tokenizer = tokenizer
         self.template = template
@@ -285,7 +286,7 @@ class ChatTemplate:
         encoded = self._encode(spans)
         return [ids[prompt:] if text else [] for text, (ids, prompt) in zip(texts, encoded, strict=True)]
 
-    # -- what the template writes --------------------------------------------------------------------------------------
+    # -- text of the template ------------------------------------------------------------------------------------------
 
     def render(self, turns: Sequence[Turn], *, generate: bool = False, ends: bool = True) -> str:
         """Returns turns as the text that `encode` reads; without `ends`, up to the end of the last turn's content."""
@@ -337,7 +338,7 @@ class ChatTemplate:
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
     def check(self, *, system: bool = False) -> None:
-        """Checks for conversations of every kind that what is asked is what is learned; see the head of this module.
+        """Checks for conversations of every kind that prompts equal training, as this module's docstring explains.
 
         `system` says that the conversations begin with a system message, which some templates refuse.
 
@@ -387,7 +388,9 @@ class ChatTemplate:
             whole = range(len(prompt), len(prompt) + len(span))
             learned = all(encoded.labels[at] == encoded.input_ids[at] for at in whole)
             if encoded.input_ids[: len(prompt)] != prompt or span != list(whole) or not learned:
-                raise ConversationError(f"the prompt of answer {response + 1} is not what is trained before the answer")
+                raise ConversationError(
+                    f"the prompt of answer {response + 1} differs from the text before that answer in training"
+                )
             if encoded.input_ids[span[-1]] != self.end_of_turn():
                 raise ConversationError(f"answer {response + 1} does not end with the chat template's end mark")
 
@@ -461,7 +464,7 @@ class ChatTemplate:
         return next(same, len(pieces[place]))
 
     def _other_end(self, pieces: tuple[str, ...], answers: Sequence[int], closings: Sequence[int]) -> str | None:
-        """Returns what is wrong if not all answers are closed in the same way."""
+        """Returns a sentence if the answers are closed in different ways; None if in one."""
         found = set()
         for place in answers:
             mark = self.words.pattern.match(pieces[place + 1], max(0, closings[place]))
@@ -482,7 +485,7 @@ class ChatTemplate:
         """Returns the template's own text around contents of these roles, and which contents it trims."""
         key = (roles, generate)
         if key not in self._renderings:
-            # markers with white space that no template writes itself, which shows what is trimmed
+            # the markers carry white space that no template writes itself; where it is missing, the template trims
             text = self._apply([(role, f" \tzq{number}qz\t ") for number, role in enumerate(roles)], generate)
             found = list(re.finditer(r"( \t)?zq(\d+)qz(\t )?", text))
             if [int(mark[2]) for mark in found] != list(range(len(roles))):
@@ -499,7 +502,7 @@ class ChatTemplate:
     def _trimmed_lines(
         self, roles: tuple[Role, ...], generate: bool, pieces: tuple[str, ...], trimmed: tuple[Trimmed, ...]
     ) -> tuple[Trimmed, ...]:
-        """Returns what is trimmed, after finding contents that lose their line breaks alone, as Qwen3's answers do."""
+        """Returns `trimmed` with an entry for contents that lose their line breaks alone, as Qwen3's answers do."""
         text = self._apply([(role, f"\n\tzq{number}qz\t\n") for number, role in enumerate(roles)], generate)
         befores, afters = [before for before, _ in trimmed], [after for _, after in trimmed]
         for number, (piece, between) in enumerate(zip(pieces, re.split(r"zq\d+qz", text), strict=True)):
@@ -516,7 +519,7 @@ class ChatTemplate:
         return tuple(zip(befores, afters, strict=True))
 
     def _apply(self, messages: Sequence[tuple[Role, str]], generate: bool) -> str:
-        """Returns what the template makes of roles and contents."""
+        """Returns the text of the template for roles and contents."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -561,14 +564,14 @@ QUESTIONS = (
     ("\n\nLook at this:\n\n", "Blue, or 2.5 green ones?"),
     (" a", "b"),
 )
-"""Questions with white space that tokenizers join with what is around it, and answers."""
+"""Questions and answers, with white space that tokenizers join with the characters around it."""
 
 
 def _source(tokenizer: Any, template: str | None) -> str:
     """Returns the text of a tokenizer's chat template: `template`, or the tokenizer's own.
 
     Raises:
-        ConversationError: there is none.
+        ConversationError: the tokenizer has none.
     """
     if template is None and not tokenizer.chat_template:
         raise ConversationError(NO_TEMPLATE)
@@ -610,7 +613,7 @@ class _Rendering:
     pieces: tuple[str, ...]
     """Text before, between and after the contents: n + 1 pieces."""
     trimmed: tuple[Trimmed, ...]
-    """What each content loses before it and after it."""
+    """Characters that each content loses at its beginning and at its end."""
 
 
 @dataclass(frozen=True)

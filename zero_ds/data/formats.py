@@ -5,8 +5,8 @@ The turns are under `conversations`, `messages` or `text`, as LLaVA, chat APIs a
 named by `image` or by one of its other names (IMAGE_KEYS): a path or a list of paths relative to the source's root, or
 `data:` addresses. `full_path` has absolute paths.
 
-A key with a meaning that is not honoured is refused by its name, so that nobody trains on something else than the data
-says. All other keys that are not read are counted.
+A key whose meaning would be lost is refused by its name, so that no run silently trains on less than the data says. All
+other keys that are not read are counted.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class ImageError(ValueError):
 def open_image(image: str | Path | Image.Image, background: str = WHITE) -> Image.Image:
     """Reads an image, given as a file, a `data:` address or a Pillow image, as upright RGB.
 
-    `background` is the colour on which transparent parts are laid, as a name or #rrggbb. What is shown to a model is
-    read by `ImageProcessor.open`, which knows the model's background.
+    `background` is the colour on which transparent parts are laid, as a name or #rrggbb. Images for a
+    model are read by `ImageProcessor.open` instead, which knows the model's background.
 
     Raises:
         ImageError: A missing, unreadable, truncated or oversized file.
@@ -96,8 +96,8 @@ def unreadable_metadata_is_none() -> Iterator[None]:
 def converted_as_in_training(background: str) -> Iterator[None]:
     """Lets Pillow's `convert("RGB")` read images as training does within a block.
 
-    Tasks of lmms-eval convert their images themselves. Pillow would show what is under transparent parts, and cut off
-    16 bits at 255.
+    Tasks of lmms-eval convert their images themselves. Pillow would show the hidden colours of transparent parts, and
+    cut off 16 bits at 255.
     """
     convert = Image.Image.convert
     reading = False
@@ -106,7 +106,7 @@ def converted_as_in_training(background: str) -> Iterator[None]:
         nonlocal reading
         if reading or mode != "RGB" or arguments or options:
             return convert(image, mode, *arguments, **options)
-        reading = True  # which converts as well
+        reading = True  # open_image calls convert as well
         try:
             return open_image(image, background)
         finally:

@@ -26,7 +26,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its orientation in EXIF. Other values are not an orientation."""
+"""Transposition that turns an image upright, by its orientation in EXIF. Other values are not an orientation."""
 SIDEWAYS = (5, 6, 7, 8)
 """Orientations that swap width and height."""
 SHARE = 4
@@ -114,7 +114,7 @@ def _skip_damaged_metadata(image: Image.Image) -> None:
         return
     try:
         exif = image.getexif()
-    except Exception:  # the second time, Pillow returns what it has read so far
+    except Exception:  # the second time, Pillow returns the part that it has read
         exif = image.getexif()
     for key in TiffTags.TAGS_V2_GROUPS:
         if key in exif:

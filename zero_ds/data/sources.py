@@ -25,7 +25,7 @@ from zero_ds.runtime.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 LINKS = "; if you trust it, name that folder in allowed_roots of this source (zero-ds data check --allow-root)"
-"""What a message says about images behind links that leave their root."""
+"""Advice in messages about images that are reached through links out of their root."""
 PATH_SHOWN = 300
 """Number of characters that a message shows of a path from data."""
 
@@ -54,8 +54,8 @@ class Records(Sequence[Sample]):
         """Opens the data files, converting new ones.
 
         With `skip_bad`, records that cannot be used are skipped instead of being an error. `permute` is the seed of a
-        random order within each source, of which `limit` then takes the first samples. `remedy` says what the caller's
-        user can do about records that cannot be used.
+        random order within each source, of which `limit` then takes the first samples. `remedy` is
+        the advice in messages about records that cannot be used.
 
         Raises:
             ConfigError: No source.
@@ -213,8 +213,8 @@ def evenly_spaced(lengths: Sequence[int]) -> Any:
 def inside(root: Path, name: str, sample_id: str, allowed: Sequence[Path] = (), remedy: str = "") -> Path:
     """Returns the path of `name`, which is relative to `root` or an absolute path below it.
 
-    `allowed` are further folders into which paths may lead, through symbolic links as well. `remedy` is what a message
-    adds about links that lead elsewhere.
+    `allowed` are further folders into which paths may lead, through symbolic links as well. `remedy` is the
+    advice in messages about links that lead elsewhere.
 
     Raises:
         DataError: A path that leaves the root and the allowed folders, or one that leads nowhere.

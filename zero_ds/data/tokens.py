@@ -40,7 +40,7 @@ class GuardedTokenizer:
         characters.
 
         Raises:
-            ConfigError: a name in `typed` that is no added token, or one that the chat template writes.
+            ConfigError: a name in `typed` is not that of an added token, or the chat template writes it.
         """
         self.tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -55,7 +55,7 @@ class GuardedTokenizer:
             for number, token in self._added.items()
             if token.content in source and re.search(r"[^\w\s]", token.content.replace(SENTENCEPIECE_BLANK, " "))
         }
-        # bytes are what the tokenizer makes of characters that are no words of its own
+        # the tokenizer spells characters outside its vocabulary with tokens for single bytes
         spelled = {number for number, token in self._added.items() if BYTE.fullmatch(token.content)}
         self._unknown = self._unknown_word()
         unknown = tokenizer.convert_tokens_to_ids(self._unknown) if self._unknown else None
@@ -99,14 +99,14 @@ class GuardedTokenizer:
             matching = {content: number for content, number in known.items() if pattern.fullmatch(content)}
             if not matching:
                 raise ConfigError(
-                    f"data.special_tokens names {name!r}, which is no added token of the tokenizer"
+                    f"data.special_tokens names {name!r}, which is not an added token of the tokenizer"
                     f"{did_you_mean(name, list(known))}"
                 )
             for content in matching:
                 if content in source:
                     raise ConfigError(
-                        f"data.special_tokens names {content!r}, which the chat template writes around turns; whoever "
-                        "types it would forge one, so leave it out."
+                        f"data.special_tokens names {content!r}, which the chat template writes around turns; anybody "
+                        "who types it would forge a turn, so leave it out."
                     )
             found |= set(matching.values())
         return found
@@ -198,7 +198,7 @@ class _Renamed:
         self._backend = Tokenizer.from_str(json.dumps(content))
         self._backend.no_padding()
         self._backend.no_truncation()
-        # a token that is no word of the model gets its number from its place among the added tokens, as before
+        # a token outside the model's vocabulary gets its number from its place among the added tokens, as before
         numbers = {self._backend.token_to_id(self._names[name]): number for number, name in hidden.items()}
         self._numbers = {new: old for new, old in numbers.items() if new is not None and new != old}
         self._pattern = _any_of(hidden.values())

@@ -68,7 +68,7 @@ def _with_end_token(template: str, tokenizer: Any) -> str:
 
 
 def _closing(template: ChatTemplate) -> str | None:
-    """Returns what the template writes after a last answer, if training renders every answer as the last one."""
+    """Returns the template's text after a last answer, if training renders every answer as the last one."""
     return template.closing if template.each_as_last else None
 
 

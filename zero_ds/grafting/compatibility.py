@@ -241,7 +241,7 @@ def _compare_kept_layers(
     name = "kept-layers"
     folder = _surrogate_folder(config, surrogate)
     if folder is None:
-        here = f"{config.surrogate} is not there; name its folder with --surrogate"
+        here = f"{config.surrogate} does not exist; name its folder with --surrogate"
         return Check(name, "kept layers", str(config.surrogate), here, None)
     plan = LayerPlan.from_json(manifest["plan"])
     if folder.plan != plan:

@@ -1,4 +1,4 @@
-"""Implementations of attention: which names can be used here, and what variable-length kernels know in advance."""
+"""Implementations of attention: the names that can be used here, and the lengths that kernels are told in advance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUB = "kernels-community/"
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a batch begin that attend within themselves, counted through its flattened rows."""
+    """Bounds of the sequences of a batch, which attend within themselves, counted through its flattened rows."""
 
     bounds: torch.Tensor
     """First position of each sequence, and the number of all positions: (sequences + 1,) int32."""

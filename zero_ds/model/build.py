@@ -109,7 +109,7 @@ def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
     config = folder.text_config()
     if folder.plan is None and spec.plan is not None:
         spec.plan.cut_(config, folder.family.per_layer_config)
-    # on the meta device nothing attends, and what a GPU needs may be missing here
+    # nothing attends on the meta device, and packages that a GPU needs may be missing here
     options: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": "eager"}
     encoder = encoder_family = None
     if spec.encoder is not None:

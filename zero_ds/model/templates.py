@@ -24,7 +24,7 @@ def load_template(
 
     folder: folder of the tokenizer; it may be an export, whose class belongs to no decoder family. data: the run's data
     section, which may name another template. config: transformers' config of the decoder. learns: whether a run
-    trained, or trains, on conversations of this template. Then it is checked that what is asked is what is learned.
+    trained, or trains, on conversations of this template. If so, `ChatTemplate.check` compares prompts with training.
 
     Raises:
         ConfigError: the tokenizer or the template cannot be read, they do not fit the model, or a run's template cannot

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Known(NamedTuple):
-    """What the host knows about a batch, and would otherwise have to ask the device for."""
+    """Facts about a batch that the host knows, and would otherwise have to ask the device for."""
 
     rows: Places | None = None
     """Indices of the positions that predict a label (`supervised_rows`): ((n,), (n,))."""

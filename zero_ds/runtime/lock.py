@@ -1,7 +1,8 @@
 """A lock on a run folder, so that two jobs never write into one: a file with the holder's host, process and job.
 
-A holder that was killed leaves the file. Whether it still lives is known at once on its own machine. On another machine
-a job looks at the file for a while, because a living holder touches it every few seconds. Clocks are not compared.
+A holder that was killed leaves the file. A job on the same machine knows at once whether the holder still lives. A job
+on another machine watches the file for a while, because a living holder touches it every few seconds. Clocks are not
+compared.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Returns what tells this machine, since its start, from others; process ids of equal ones can be compared."""
+    """Returns a name of this machine since its start; where names are equal, process ids can be compared."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -197,7 +198,7 @@ def _machine() -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a lock; None if there is no file, and nothing known if it cannot be read."""
+    """Returns the content of a lock: None without a file, and empty if the file cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

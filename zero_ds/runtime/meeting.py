@@ -1,7 +1,7 @@
-"""Ranks meet before they join the process group, and agree on what they are about to do before the first step.
+"""Ranks meet before they join the process group, and compare their settings before the first step.
 
-torch's own rendezvous waits as long as a collective may take, without a word and deaf to signals. Here rank 0 says
-whom it is waiting for, and ends the job if somebody does not come.
+torch's own rendezvous waits as long as a collective may take, logs nothing, and ignores signals. Here rank 0 names the
+missing ranks, and ends the job if one does not come.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE = float(os.environ.get("ZERO_DS_MEET", "60"))
-"""Seconds for which ranks wait for each other at the start. They have loaded their libraries by then, so they differ by
-as much as their machines take longer or shorter for that."""
+"""Seconds for which ranks wait for each other at the start. Their libraries are loaded by then, so one machine may be
+late by as much as it took longer to load them."""
 FIRST_WORD = 10.0
-"""Seconds after which rank 0 says whom it is waiting for."""
+"""Seconds after which rank 0 names the ranks that it is waiting for."""
 LINGER = 3.0
 """Seconds for which rank 0 stays after it has given up, so that the others hear why."""
 AGREE = timedelta(minutes=30)
-"""Time within which every rank must have said what it is about to do. The watch ends the job earlier if one died."""
+"""Time within which every rank must have sent its settings. The watch ends the job earlier if a rank died."""
 
 _FEW = 8
-"""At most this many missing ranks are named."""
+"""Largest number of missing ranks that a message names."""
 
 
 class MeetingError(ConfigError):
@@ -45,8 +45,9 @@ class MeetingError(ConfigError):
 
 
 def meet(rank: int, world: int, host: str, port: int) -> Store | None:
-    """Waits until every rank is there; returns the store at which they met, for the caller to hold until it has joined
-    the process group. A single rank meets nobody.
+    """Waits until every rank is there, and returns the store at which they met; None for a single rank.
+
+    The caller must hold the store until it has joined the process group.
 
     Raises:
         MeetingError: on every rank; names the address that cannot be reached or the ranks that did not come.
@@ -138,7 +139,7 @@ def _reach(rank: int, world: int, host: str, port: int, deadline: float) -> None
 
 
 def _count(store: Store, key: str, world: int, address: str, deadline: float) -> str:
-    """Waits for all ranks; returns what is wrong, or nothing if all came. Runs on rank 0."""
+    """Waits on rank 0 for all ranks; returns a sentence if they cannot meet, otherwise an empty text."""
     spoken = time.monotonic() + FIRST_WORD
     missing = list(range(world))
     while True:
@@ -166,7 +167,7 @@ def _count(store: Store, key: str, world: int, address: str, deadline: float) ->
 
 
 def _verdict(store: Store, key: str, rank: int, world: int, address: str, deadline: float) -> str:
-    """Waits for rank 0 to have counted all ranks; returns what is wrong, if anything."""
+    """Waits until rank 0 has counted all ranks; returns a sentence if they cannot meet, otherwise an empty text."""
     while not store.check([f"{key}/verdict"]):
         if time.monotonic() > deadline + LINGER + PATIENCE:  # rank 0 may have begun to count later
             return f"rank {rank} of {world} cannot meet the others at {address}: rank 0 does not answer."

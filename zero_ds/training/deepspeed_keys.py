@@ -76,7 +76,7 @@ PATH = replace(
 )
 DTYPE = _one_of("fp32", "bf16", "fp16")
 
-_ROUNDS = "what it rounds changes the numbers of a run"
+_ROUNDS = "its rounding changes the numbers of a run"
 _FOREIGN = "it needs an optimizer of DeepSpeed's own"
 
 KEYS: dict[str, Rule] = {

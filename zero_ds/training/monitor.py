@@ -114,7 +114,7 @@ def _truncate(path: Path, steps: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Returns the records in a run's metrics.jsonl; none if there is no such file.
+    """Returns the records in a run's metrics.jsonl; an empty list without that file.
 
     A line that a kill has cut off, or that is being written, is left out.
     """

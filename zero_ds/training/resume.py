@@ -147,7 +147,7 @@ def data_has_moved(manifest: Mapping[str, Any], config: RunConfig) -> bool:
         new.update({key: old[key] for key in PLACES if key in old})
     if fingerprint(content) != manifest["fingerprint"]:
         return False
-    logger.info("the data lies elsewhere than when the run began; its content must be the same")
+    logger.info("the data has moved since the run began; its content must be the same")
     return True
 
 
@@ -163,8 +163,8 @@ def _without_latest(newest: Checkpoint, config: RunConfig) -> Checkpoint | None:
             logger.warning("%s has no file `latest`; going on from %s, the newest there", out, newest.folder.name)
         else:
             logger.warning(
-                "%s has no file `latest`, and %s is of another run (%s); beginning at step 1, which replaces what is "
-                "there",
+                "%s has no file `latest`, and %s is of another run (%s); beginning at step 1, which replaces "
+                "these files",
                 out,
                 newest.folder.name,
                 changed,

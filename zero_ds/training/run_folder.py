@@ -64,7 +64,7 @@ def make_folder(out: Path) -> None:
 
 
 def _tidy(out: Path) -> None:
-    """Removes what a killed attempt left half-written, puts its reason away, and keeps room for a new one."""
+    """Removes half-written files of a killed attempt, puts its reason away, and keeps room for a new one."""
     remains = sorted({path for pattern in REMAINS for path in out.glob(pattern)})
     for path in remains:
         if path.is_dir() and not path.is_symlink():
@@ -72,7 +72,7 @@ def _tidy(out: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     if remains:
-        logger.info("removed what was half-written in %s: %s", out, ", ".join(path.name for path in remains))
+        logger.info("removed half-written files from %s: %s", out, ", ".join(path.name for path in remains))
     failure.clear(out)
     try:
         failure.keep_room(out)

@@ -17,7 +17,7 @@ from zero_ds.data.sources import inside
 from zero_ds.runtime.errors import did_you_mean
 
 LINKS = "; put the images themselves into the folder of the records"
-"""What a message says about images behind links that leave that folder."""
+"""Advice in messages about images that are reached through links out of that folder."""
 RECORD_KINDS = ("question", "caption")
 RECORD_KEYS = ("id", "kind", "image", "question", "answer", "words")
 WORD_KEYS = ("kind", "start", "word", "choices")

@@ -48,7 +48,7 @@ class RunPrompts:
             return template.render(turns[1:], **options)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Returns the text of the chat template, for the result's record."""
+        """Returns the text of the chat template, which the result records."""
         return self.encoder.template.source if chat_template else None
 
     @property

@@ -120,7 +120,7 @@ def check_judge(names: Sequence[str], environment: Mapping[str, str]) -> None:
     """Checks that the judge of these tasks of lmms-eval can be asked, and logs which model it is.
 
     Raises:
-        ConfigError: a task needs a judge, and there is no key for its API.
+        ConfigError: a task needs a judge, and the key for its API is not set.
     """
     judged = [name for name in names if needs_judge(name)]
     if not judged:

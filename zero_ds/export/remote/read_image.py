@@ -1,4 +1,4 @@
-"""Stands in for the file of this name in an export, which is a copy of zero_ds/data/read_image.py."""
+"""Replaces, in this package, the file of this name in an export: a copy of zero_ds/data/read_image.py."""
 
 from zero_ds.data.read_image import open_image
 

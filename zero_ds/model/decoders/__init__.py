@@ -18,7 +18,7 @@ def family_of(folder: str | Path) -> Family:
     """Returns the family of the model in a Hugging Face folder, from its config.json.
 
     Raises:
-        ConfigError: there is no such folder or no readable config.json, or no family has its model type.
+        ConfigError: the folder or a readable config.json is missing, or no family has its model type.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():

@@ -187,7 +187,7 @@ def check_hash(path: Path, expected: str) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; use another checkpoint.") from None
     if digest.hexdigest() != expected:
-        raise CheckpointError(f"{path} is damaged: its content is not what was saved; use another checkpoint.")
+        raise CheckpointError(f"{path} is damaged: its content has changed since it was saved; use another checkpoint.")
 
 
 def check_manifest(checkpoint: Checkpoint, expected: dict[str, Any], allow: Iterable[str] = ()) -> None:

@@ -1,7 +1,7 @@
-"""Compares what a checkpoint is about to hold with the model that trains, every element of every tensor.
+"""Compares the gathered content of a checkpoint with the model that trains, every element of every tensor.
 
-Between the two lie DeepSpeed's map from parameters to its shards, and a gather. A fault in either is invisible in a
-run, whose losses stay right, and in its checkpoints, whose hashes fit. So each rank compares the master copies that it
+Between the two are DeepSpeed's map from parameters to its shards, and a gather. A fault in either does not show: losses
+of the run stay right, and hashes of its checkpoints match. So each rank compares the master copies that it
 holds, rounded, with the weights that it computes with; the bits that the ranks hold are summed up and compared with
 those that rank 0 has gathered; and the weights of all ranks are compared with each other. All of it reads memory once
 and moves a few numbers.
@@ -32,7 +32,7 @@ class Comparison:
         """Sums of the bits of the pieces that rank 0 has gathered, by index in `_sums`."""
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
-        """Looks at what this rank holds of a parameter, before it is gathered."""
+        """Takes account of this rank's part of a parameter, before it is gathered."""
         self._names.append(name)
         self._sums += [_bits(self._state.held(parameter, key)) for key in KEYS]
         count, size = self._state.span(parameter)[1], parameter_shape(parameter).numel()
@@ -41,12 +41,12 @@ class Comparison:
         self._live.append(0 if is_partitioned(parameter) else _bits(parameter.detach()))
 
     def add_piece(self, key: str, piece: torch.Tensor) -> None:
-        """Looks at a piece of the tensor `key` of the last parameter, as rank 0 has gathered it and will write it."""
+        """Takes account of a piece of the last parameter's tensor `key`, as rank 0 has gathered and will write it."""
         index = len(self._sums) - len(_FIELDS) + KEYS.index(key)
         self._surplus.setdefault(index, []).append(_bits(piece))
 
     def verdict(self) -> str | None:
-        """Returns what differs, naming the first such tensor; None if all is well. A collective."""
+        """Returns a sentence about the first tensor that differs; None if all are equal. A collective."""
         sums = _numbers(self._sums)
         for index, pieces in self._surplus.items():
             sums[index] = _wrapped(sums[index] - sum(_numbers(pieces)))
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def _reason(name: str, found: list[int], apart: bool) -> str | None:
-    """Returns what is wrong with a parameter, if anything.
+    """Returns a sentence about a parameter that differs; None if it does not.
 
     found: the sums over the ranks, in the order of `_FIELDS`; apart: whether ranks compute with different weights.
     """
@@ -71,7 +71,7 @@ def _reason(name: str, found: list[int], apart: bool) -> str | None:
         return f"the ranks hold {abs(of['elements'])} elements too {'many' if of['elements'] > 0 else 'few'} of {name}"
     if of["unlike"]:
         return (
-            f"the master copy of {name} is not that of the weights that the model computes with (on {of['unlike']} of "
+            f"the master copy of {name} differs from the weights that the model computes with (on {of['unlike']} of "
             f"{distributed.world_size()} ranks)"
         )
     for key in KEYS:
@@ -81,7 +81,7 @@ def _reason(name: str, found: list[int], apart: bool) -> str | None:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of a tensor's elements, taken as integers: any single element that changes changes it."""
+    """Returns the sum of a tensor's elements, taken as integers, which any change of a single element changes."""
     kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in tensor.flatten().view(kind).split(PIECE // 2):

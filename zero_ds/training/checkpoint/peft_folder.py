@@ -30,8 +30,8 @@ OURS, THEIRS = "lora.", "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 SAID_BY_TENSORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Entries of adapter_config.json that choose the adapted layers. The names of the tensors say the same, and are what is
-compared with the run."""
+"""Entries of adapter_config.json that choose the adapted layers. The names of the tensors say the same, and it is
+they that are compared with the run."""
 
 WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
@@ -133,7 +133,7 @@ def _tower(family: Family, target: str) -> tuple[str, str] | None:
     """Returns the prefixes of the decoder in the target's class and in ours; None if the class is the causal LM.
 
     Raises:
-        ConfigError: the family has multimodal classes, and the target is not there to say which class it is.
+        ConfigError: the family has multimodal classes, and the target is missing, which would show its class.
     """
     if not family.tower_in_class:
         return None

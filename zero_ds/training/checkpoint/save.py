@@ -32,8 +32,8 @@ def save_checkpoint(run: Path, engine: Engine, manifest: Manifest, progress: Pro
     Parameters are gathered one piece at a time, and rank 0 writes them. The newest `keep` checkpoints stay.
 
     Raises:
-        CheckpointError: the disk refused, what was gathered is not what the model computes with (`Comparison`), or
-            another job has taken the folder; earlier checkpoints are as they were.
+        CheckpointError: the disk refused, the gathered content differs from the live model (`Comparison`), or another
+            job has taken the folder; earlier checkpoints are unchanged.
     """
     step = progress["step"]
     final, temporary = run / f"step-{step:06d}", run / f".step-{step:06d}.{uuid.uuid4().hex[:12]}.tmp"
@@ -62,13 +62,13 @@ def save_checkpoint(run: Path, engine: Engine, manifest: Manifest, progress: Pro
 
 
 class UnlikeLiveError(CheckpointError):
-    """A checkpoint would not hold what the model has learned."""
+    """A checkpoint would differ from the live model."""
 
     may_pass = True  # memory that fails does not fail in the same way twice; a setting does, and the launcher notices
 
 
 def _refuse_difference(difference: str | None, writer: _Writer | None, step: int) -> None:
-    """Raises on every rank if what was gathered is not what the model computes with.
+    """Raises on every rank if the gathered content differs from the live model.
 
     difference: as `Comparison.verdict` returned it, the same on every rank.
     """

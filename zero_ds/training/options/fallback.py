@@ -1,4 +1,4 @@
-"""What `activation_checkpointing: auto` does when the plan was wrong: recompute more, once.
+"""Recomputes more, once, if a run with `activation_checkpointing: auto` runs out of memory.
 
 Ranks cannot go on after one of them has run out of memory: the others wait for it in a collective. So the rank that
 failed leaves a note in the run folder, the job ends, and the next attempt, which launch/train.sh starts by itself,
@@ -48,7 +48,7 @@ def recomputes_all(config: RunConfig, ranks: int) -> bool:
 
 @contextmanager
 def more_recomputation_if_out_of_memory(config: RunConfig, ranks: int, recomputed: int, depth: int) -> Iterator[None]:
-    """Turns the error of a device or host without memory into an `NoMemoryError`, and leaves the note if that may help.
+    """Turns the error of a device or host without memory into a `NoMemoryError`, and leaves the note if that may help.
 
     recomputed: number of decoder layers that the run recomputes, of `depth`.
 
@@ -76,7 +76,7 @@ def more_recomputation_if_out_of_memory(config: RunConfig, ranks: int, recompute
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error of Python, torch or CUDA says that there is no memory left, on a device or the host."""
+    """Returns whether an error of Python, torch or CUDA says that memory has run out, on a device or the host."""
     text = str(error)
     return (
         isinstance(error, MemoryError)
