@@ -39,7 +39,7 @@ CARRIED = "export.remote."
 """Files that are copied into exports and run where this package is not installed."""
 
 STAND_IN = "export.remote.read_image"
-"""In place of the one file that exports take from another package: data.read_image."""
+"""Module in place of the one file that exports take from another package, data.read_image."""
 
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")

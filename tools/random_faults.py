@@ -187,7 +187,7 @@ def _words(process: psutil.Process) -> str:
 
 
 class Faults:
-    """The faults, each of which returns a description of what it did."""
+    """The faults, each of which returns a description of its effect."""
 
     def __init__(self, job: Job, chance: random.Random, clock: Clock, own_namespace: bool) -> None:
         self.job, self.chance, self.clock, self.own = job, chance, clock, own_namespace
@@ -280,7 +280,7 @@ class Faults:
         return f"to {seconds:+d} s"
 
     def undo(self) -> None:
-        """Removes what a fault that was interrupted may have left."""
+        """Removes the remains of an interrupted fault."""
         self.clock.jump(0)
         (self.job.disk / "filler").unlink(missing_ok=True)
         if self.own:
@@ -345,7 +345,7 @@ def undisturbed(job: Job) -> float:
 
 
 class Story:
-    """What happened to a run: faults, starts by hand, and what does not hold."""
+    """History of a run: its faults, starts by hand, and problems."""
 
     def __init__(self) -> None:
         self.faults: Counter[str] = Counter()
@@ -399,11 +399,11 @@ def disturbed(job: Job, faults: Faults, steps: int, until: float, story: Story) 
 
 
 def compare(job: Job, expected: Path, steps: int, temporary: Path, story: Story) -> None:
-    """Adds what does not hold at the end of a run to its problems."""
+    """Compares the end of a run with the undisturbed one, and adds differences to its problems."""
     for name in ("weights.safetensors", "resume/state.safetensors"):
         ours, theirs = (run / f"step-{steps:06d}" / name for run in (job.run, expected))
         if not ours.is_file() or ours.read_bytes() != theirs.read_bytes():
-            story.problems.append(f"{name} is not that of the undisturbed run")
+            story.problems.append(f"{name} differs from that of the undisturbed run")
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (job.run, expected)

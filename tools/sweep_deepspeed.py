@@ -295,7 +295,7 @@ def run_config(models: Path, zero: Path, precision: str, out: Path) -> RunConfig
 
 
 def rank(todo: Path, models: Path, results: Path, scratch: Path) -> None:
-    """Tries the variants of a file on this rank, until one fails; rank 0 appends what was found."""
+    """Tries the variants of a file on this rank, until one fails; rank 0 appends the results."""
     from zero_ds.runtime import distributed
 
     for number, content in enumerate(json.loads(todo.read_text())):
@@ -306,7 +306,7 @@ def rank(todo: Path, models: Path, results: Path, scratch: Path) -> None:
             traceback.print_exc()
             text = " ".join(f"{type(error).__name__}: {error}".split())
             (scratch / f"error-{os.environ['RANK']}").write_text(text[:400])
-            os._exit(1)  # what it leaves in DeepSpeed and in hooks must not reach the next variant
+            os._exit(1)  # its remains in DeepSpeed and in hooks must not reach the next variant
         if distributed.is_rank_zero():
             append(results, variant, found)
             shutil.rmtree(scratch / str(number))
@@ -482,9 +482,9 @@ def _try_all(todo: list[Variant], ranks: int, out: Path) -> None:
 
 
 def verdict(found: dict[str, Any], reference: dict[str, Any], precision: str = "fp32") -> str:
-    """Returns `works`, `refused: ...`, or what is wrong with a variant.
+    """Returns `works`, `refused: REASON` or `FAILS: REASON`.
 
-    reference: result whose losses it should have.
+    reference: result whose losses the variant should have.
     """
     if "refused" in found:
         return f"refused: {found['refused']}"
@@ -504,7 +504,7 @@ def verdict(found: dict[str, Any], reference: dict[str, Any], precision: str = "
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one value of a key in one place."""
+    """Result for one value of a key in one place."""
 
     base: str
     precision: str

@@ -1,4 +1,4 @@
-"""The devices of a run on this machine are those that CUDA would show, for the doctor as for the run."""
+"""The devices of a run on one machine are those that CUDA would show; the doctor looks at the same ones."""
 
 from __future__ import annotations
 

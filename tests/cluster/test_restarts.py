@@ -127,7 +127,7 @@ def test_a_mistake_is_marked_as_one_for_the_launcher(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And its reason of failure stays its own: the launcher of that job would end its ranks if it found another."""
+    """The other job keeps its reason of failure: its launcher would end its ranks if it found another one."""
     monkeypatch.setattr(lock, "GOING", 0.0)
     command = [sys.executable, "-c", "raise SystemExit('started')", "--hostfile", "/dev/null", "--module", "x"]
     (tmp_path / failure.FILE).write_text("of the other job\n")

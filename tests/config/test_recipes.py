@@ -92,7 +92,7 @@ def test_baselines_and_controls(model: str) -> None:
         if config.stage == "encoder":
             section_2 = "70b" in model or name == "encoder-last8"
             assert config.encoder is not None and config.encoder.train_last_layers == (8 if section_2 else None), name
-        if stages.trained_parts(config) == ("adapter",):  # without a translator there is no text to learn (Table 9)
+        if stages.trained_parts(config) == ("adapter",):  # without a translator, text teaches nothing (Table 9)
             assert [Path(source.path).name for source in config.data.sources] == ["llava_v1_5_mix665k.json"], name
     assert trained["lora"] == trained["lora-large"] == ("encoder", "adapter", "lora")
     small, large = recipes["lora"].lora, recipes["lora-large"].lora

@@ -1,4 +1,4 @@
-"""What is asked is what is learned, for the chat templates of many model families."""
+"""Prompts equal the text before answers in training, for the chat templates of many model families."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_every_answer_is_opened_as_the_last_one() -> None:
 
 
 def test_a_model_that_no_run_trained_is_asked_as_its_template_says() -> None:
-    """A thought that opens prompts is no fault of a model that nobody trains here."""
+    """A template whose prompts open a thought may be used with a model that is not trained here."""
     for family in ("DeepSeek-R1 and its distillates", "Qwen3"):
         tokenizer, turns = tokenizer_of(family), turns_of(KINDS[1])[:5]
         template = ChatTemplate(tokenizer, learns=False)
@@ -121,7 +121,7 @@ def test_a_model_that_no_run_trained_is_asked_as_its_template_says() -> None:
 
 
 def test_a_blank_before_the_end_mark_is_learned() -> None:
-    """Today's fault: the model learned the end mark after a blank, and never the blank after an answer."""
+    """The model used to learn the end mark after a blank, and never the blank after an answer."""
     tokenizer = tiny.tokenizer()
     template = ChatTemplate(
         tokenizer,

@@ -1,7 +1,7 @@
 """Conversations that were read rightly before keep their token ids and labels.
 
-golden/ids.json holds hashes that the code of commit b61344d gave, for the tokenizer of tests/support/older_run and for
-the demo's real language model. This file wrote it, with that commit's package in front of the path:
+golden/ids.json holds hashes from the code of commit b61344d, with the tokenizer of tests/support/older_run and with
+that of the demo's real language model. This file wrote it, with that commit's package in front of the path:
 
     PYTHONPATH=OLDER:tests/support python tests/data/test_old_ids.py
 """

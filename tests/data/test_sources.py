@@ -355,7 +355,7 @@ def test_an_image_by_any_name(key: str, value: Any) -> None:
 
 
 def test_images_that_are_not_named_twice() -> None:
-    """The same images under two names, where a file is from, and the bytes that a table holds."""
+    """A second key may repeat the images, tell where a file is from, or hold the bytes of a table."""
     assert parse(good(image="a.png", images=["a.png"]), "here").images == ("a.png",)
     unread: Counter[str] = Counter()
     assert parse(good(image="a.png", image_url="https://example.org/1"), "here", unread).images == ("a.png",)
@@ -383,7 +383,7 @@ def test_every_key_that_is_not_read_is_counted(tmp_path: Path) -> None:
         ("number", ("2+1?", "3"), ()),
         ("role in conversations", ("q?", "a."), ()),
         ("json text", ("q?", "a."), ()),
-        ("empty list beside messages", ("q?", "a."), ()),
+        ("empty list next to messages", ("q?", "a."), ()),
     ],
 )
 def test_records_that_were_refused_with_a_false_reason(name: str, texts: tuple[str, ...], images: tuple[str]) -> None:
@@ -568,7 +568,7 @@ def test_paths_inside_the_root(tmp_path: Path) -> None:
 
 
 def test_an_absolute_path_inside_the_root(tmp_path: Path) -> None:
-    """As it is written, and through a link to the root."""
+    """The path may name the root itself, or a link to it."""
     (tmp_path / "root" / "images").mkdir(parents=True)
     (tmp_path / "also").symlink_to(tmp_path / "root")
     names = [str(tmp_path / folder / "images" / "x.png") for folder in ("root", "also")]

@@ -22,7 +22,7 @@ from zero_ds.training.setup import load_model, make_loader
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
 def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[..., RunConfig], stage: str) -> None:
-    """Activation checkpointing reduces the bytes kept for the backward pass, for a frozen decoder as well."""
+    """Activation checkpointing reduces the bytes kept for the backward pass, also with a frozen decoder."""
     kept: dict[bool, int] = {}
     for recompute in (False, True):
         config = run_config(stage, micro_batch=4)

@@ -586,7 +586,7 @@ def test_intervals_are_fast_and_need_words() -> None:
 
 
 class Fixed:
-    """Stands in for an Answerer. If it sees, its answers are right in the first half, where the own image is shown."""
+    """Replaces an Answerer. If it sees, its answers are right in the first half, where the own image is shown."""
 
     max_new_tokens = 5
     device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What belongs to a chat template: all ends of an answer, embeddings for every token, and a check at the start."""
+"""Chat templates in use: all ends of an answer, embeddings for every token, and a check at the start."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_commands_take_a_template(base: Path, command: str, tmp_path: Path) -> N
     words = {"chat": [str(base)], "eval": [str(base), "--suite", "text"], "export": [str(base), "--out", "x"]}[command]
     result = CliRunner().invoke(app, [command, *words, "--chat-template", missing])
     if command == "export":
-        return  # the folder is no run, which is found first; test_same_prompts.py exports with a template
+        return  # fails earlier, because the folder is not a run; test_same_prompts.py exports with a template
     assert isinstance(result.exception, ConfigError) and "missing.jinja cannot be read" in str(result.exception)
 
 

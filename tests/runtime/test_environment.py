@@ -50,7 +50,7 @@ def test_a_machine_without_such_flags_asks_torch(tmp_path: Path, monkeypatch: py
 
 
 class Gpu:
-    """Stands for a machine with one GPU of a compute capability, for what this package and torch ask about it."""
+    """Pretends to this package and torch that the machine has one GPU of a compute capability."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: int = 8) -> None:
         monkeypatch.setattr("zero_ds.runtime.environment.has_nvidia_driver", lambda: True)

@@ -309,7 +309,7 @@ def suspended(woken: Path) -> str:
 
 
 def test_a_job_that_is_suspended_and_woken_goes_on(tmp_path: Path) -> None:
-    """As Slurm does with all processes of a job. Nobody was silent while nobody could listen."""
+    """Slurm suspends all processes of a job in this way; while they all sleep, silence is not a failure."""
     assert run_ranks(suspended, 2, tmp_path / "woken", timeout=LIMIT) == ["goes on", "goes on"]
 
 

@@ -1,4 +1,4 @@
-"""Two jobs never use one run folder; a lock that a killed job has left is no obstacle."""
+"""Two jobs never use one run folder; the lock of a killed job does not stop the next one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that cannot meet, or do not agree, say so at once, and who or what it is."""
+"""Ranks that cannot meet or do not agree end early, and name the missing rank or the difference."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_those_that_come_meet_and_all_hear_of_the_one_that_does_not(monkeypatch:
 
 
 def alone(recipe: str, out: Path, rank: int, number: int) -> tuple[int, str, list[str]]:
-    """Runs one rank of two with no other; returns its exit status, what it said, and the files in the run folder.
+    """Runs one rank of two without the other; returns its exit status, its output, and the files in the run folder.
 
-    number: of the signal that it gets while it waits; 0 for none.
+    number: signal that the rank gets while it waits; 0 for none.
     """
     from zero_ds.cli.main import main
     from zero_ds.runtime import meeting

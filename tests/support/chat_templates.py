@@ -1,7 +1,7 @@
 """Chat templates of published model families, written from their descriptions, with tokenizers that fit them.
 
-The templates write what the families' own write for conversations of text. Each has the verdict of the check that a run
-makes at its start (docs/data.md shows them as a table).
+The templates write the same text as the families' own for conversations without images. Each has the verdict of the
+check that a run makes at its start (docs/data.md shows them as a table).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Published:
     """Added tokens that are not called special."""
     verdict: Literal["as it is", "each as last", "refused"] = "as it is"
     reason: str = ""
-    """What the refusal says."""
+    """Text of the refusal."""
     system: bool = True
     """Whether the template takes a system message."""
     blank_first: bool = False

@@ -1,4 +1,4 @@
-"""Images of every kind that readers disagree about, with what a viewer shows of each."""
+"""Images of every kind that readers disagree about, each with the pixels that a viewer shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def drawn(size: tuple[int, int]) -> Image.Image:
 
 
 def _alpha(levels: int = 256) -> Image.Image:
-    """Returns an alpha channel with values from 0 to 255, in few steps if `levels` are."""
+    """Returns an alpha channel with values from 0 to 255, in `levels` steps."""
     ramp = np.linspace(0, 255, SIDE * SIDE).reshape(SIDE, SIDE).T
     return Image.fromarray((np.floor(ramp / 256 * levels) * 255 / (levels - 1)).round().astype(np.uint8))
 
@@ -42,7 +42,7 @@ class Kind:
     write: Callable[[Path], Path]
     """Writes an example into a folder and returns its file."""
     shown: Callable[[str], Any]
-    """Returns what a viewer shows of the example on a background of this colour: (height, width, 3), 0 to 255."""
+    """Returns the pixels that a viewer shows of the example on this background: (height, width, 3), 0 to 255."""
     tolerance: float = 1.01
     """Largest difference that the format itself makes."""
 

@@ -19,7 +19,7 @@ import random_faults  # noqa: E402
 def test_the_clock_of_a_job_jumps_and_no_other(tmp_path: Path) -> None:
     clock = random_faults.Clock(tmp_path)
     if not clock.works:
-        pytest.skip("there is no C compiler")
+        pytest.skip("a C compiler is not installed")
     command = [sys.executable, "-c", "import time; print(time.time(), time.monotonic())"]
 
     def asked() -> tuple[float, float]:

@@ -126,7 +126,7 @@ def try_all(variants: list[sweep.Variant], models: Path, folder: Path) -> list[d
 
 
 def test_variants_are_trained_compared_and_resumed(models: Path, tmp_path: Path) -> None:
-    """And what is saved wrongly is noticed."""
+    """A tensor that is saved wrongly is noticed as well."""
     variants = [
         sweep.Variant("", None, "0"),
         sweep.Variant("zero_optimization.contiguous_gradients", False, "2"),

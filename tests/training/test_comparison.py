@@ -1,4 +1,4 @@
-"""A checkpoint holds what the model has learned, or it is not published: faults put into saves, one element each."""
+"""A checkpoint that differs from the live model is not published: saves with faults of one element each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def engine_after_a_step(config: RunConfig) -> Any:
 
 @contextlib.contextmanager
 def altered_on_the_way(rank: int, number: int) -> Iterator[None]:
-    """One element of what a rank adds to the gathered tensor `number` is another."""
+    """Changes one element that a rank adds to the gathered tensor `number`."""
     from zero_ds.runtime import distributed
 
     add, calls = distributed.add_to_rank_zero, iter(range(10**6))

@@ -1,4 +1,4 @@
-"""A step on a device that this machine does not have: nothing lies on the wrong device, and nothing waits for it.
+"""A step on a device that this machine does not have: no tensor is on the wrong device, and the host never waits.
 
 Tensors of torch's FakeTensorMode have a device and no values. An operation on tensors of two devices is refused as on a
 GPU, and so is reading a value, for which the host would wait. The device is `lazy`, the only one but the CPU that a

@@ -1,4 +1,4 @@
-"""ZeRO-3 gathers the whole next layer ahead of time, however large it is, and a plan counts what it does not."""
+"""ZeRO-3 gathers the whole next layer ahead of time, however large it is, and a plan counts late gathers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Adam's state lies where its parameter lies, on devices that this machine need not have.
+"""Adam's state is on the device of its parameter, also for devices that this machine does not have.
 
-Tensors of torch's FakeTensorMode have a device and no values, so that torch refuses what a GPU would refuse.
+Tensors of torch's FakeTensorMode have a device and no values, so torch refuses the same operations as on a GPU.
 """
 
 from __future__ import annotations

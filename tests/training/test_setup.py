@@ -1,4 +1,4 @@
-"""What is decided about a run before its model is loaded."""
+"""Decisions about a run before its model is loaded."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def test_other_data_does_not_resume(ends: dict[str, str]) -> None:
 def test_data_that_has_moved_is_the_same_data(
     trained: Path, run_config: Callable[..., RunConfig], data: Path, tmp_path: Path
 ) -> None:
-    """What was read is compared by its content (`data_hash`), not by its place."""
+    """Data is compared by its content (`data_hash`), not by its place."""
     from zero_ds.training.resume import checkpoint_to_resume
 
     moved = {"max_length": 512, "system_prompt": "", "sources": [{"path": "elsewhere.json", "root": str(tmp_path)}]}
