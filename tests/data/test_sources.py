@@ -306,7 +306,7 @@ def test_a_key_with_a_meaning_is_refused_by_its_name(name: str, complaint: str) 
         parse(case("F5_keys_that_are_not_read.jsonl")[name], "here")
 
 
-def test_a_key_with_a_meaning_is_honoured() -> None:
+def test_a_key_with_a_meaning_takes_effect() -> None:
     given = case("F5_keys_that_are_not_read.jsonl")
     system = parse(given["system"], "here")
     assert system.roles == ("system", "user", "assistant") and system.texts[0] == "Answer in French."

@@ -280,7 +280,7 @@ def test_eval_takes_the_option_with_or_without_a_file(
 def test_the_text_harness_asks_as_the_run_does(
     made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """With the run's template, its system prompt, its date and its switch for thoughts."""
+    """Prompts have the run's template, system prompt and date, and no thoughts."""
     pytest.importorskip("lm_eval")
     from zero_ds.evaluation.suites.lm_eval import RunPrompts
 

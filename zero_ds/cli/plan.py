@@ -52,7 +52,7 @@ def plan(
     ] = 0.2,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole plan into.")] = None,
 ) -> None:
-    """Plan a run before money is spent: memory by cause, what fits, the fastest config, hours, cost of both routes.
+    """Plan a run before money is spent: memory by cause, configs that fit, the fastest one, hours, cost of both routes.
 
     No weights are loaded: config.json and tensors without data are enough. The config.json files of Llama-3.2-3B,
     3.1-8B and 3.1-70B and of CLIP ViT-L/14 with 336 pixels come with zero-ds, and the surrogate need not be built yet.

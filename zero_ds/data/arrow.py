@@ -42,7 +42,7 @@ CHARACTERS = 1 << 25
 KEPT_COMPLAINTS = 1000
 """Number of unusable records whose reason is kept; the others are only counted."""
 KEPT_KEYS = 100
-"""Number of keys that are not read whose records are counted: those with most of them."""
+"""Largest number of unread keys whose records are counted; the most frequent keys are."""
 SETTLED = 2.0
 """Age in seconds from which a file's modification time distinguishes it from a later version of the same size."""
 

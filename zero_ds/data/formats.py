@@ -67,7 +67,7 @@ REFUSED = {
     **dict.fromkeys(("objects", "bbox", "bboxes"), "write places into the text"),
     "history": "write all turns into one list",
 }
-"""Keys with a meaning that is not honoured, and what to do instead."""
+"""Keys whose meaning is not supported, and the remedy for each."""
 _REFUSED_IN_TURNS = {**REFUSED, **dict.fromkeys(IMAGE_KEYS, "name images in the record, or in parts of the content")}
 ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 """Beginnings of names that are not files."""
@@ -129,8 +129,8 @@ def parse(record: Any, where: str, unread: Counter[str] | None = None) -> Row:
     """Checks one record; `where` says in messages which one it is. Keys that are not read are counted in `unread`.
 
     Raises:
-        DataError: A missing key, a key whose meaning is not honoured, an unknown role, an empty turn, no question or no
-            answer, placeholders that do not match the images, or an image outside the user's turns.
+        DataError: A missing key, a key whose meaning is not supported, an unknown role, an empty turn, no question or
+            no answer, placeholders that do not match the images, or an image outside the user's turns.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: a sample must be an object, not {type(record).__name__}")

@@ -51,7 +51,7 @@ def open_image(image: str | Path | Image.Image, background: str = WHITE) -> Imag
 
 
 def image_name(image: str | Path | Image.Image) -> str:
-    """Returns what messages call an image: its path, or that it has none."""
+    """Returns an image's name in messages: its path, or a phrase for an image without one."""
     if isinstance(image, Image.Image):
         image = str(getattr(image, "filename", "")) or "in memory"
     return "in a data: address" if is_embedded(str(image)) else named(str(image), PATH_SHOWN)

@@ -109,7 +109,7 @@ def upright_size(file: Image.Image) -> tuple[int, int]:
 
 
 def _skip_damaged_metadata(image: Image.Image) -> None:
-    """Lets Pillow, which reads the metadata of a TIFF file together with its pixels, forget what cannot be read."""
+    """Removes unreadable metadata of a TIFF file, because Pillow reads metadata together with the pixels."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     try:

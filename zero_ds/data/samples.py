@@ -184,7 +184,7 @@ class SampleEncoder:
 
 
 def _without_loss(encoded: EncodedConversation, turns: Sequence[Turn]) -> EncodedConversation:
-    """Returns the conversation without the labels of answers that are not learned, and of what closes them."""
+    """Returns the conversation without the labels of answers that are not learned and of the tokens that close them."""
     answers = [turn.learned for turn in turns if turn.role == "assistant"]
     if all(answers):
         return encoded

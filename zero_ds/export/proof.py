@@ -443,7 +443,7 @@ def compare_kinds(differences: dict[str, float]) -> dict[str, float]:
     for kind, difference in differences.items():
         if not difference <= PIXELS:
             raise ConfigError(
-                f"the exported folder reads a {kind} image in another way than its source: pixel values differ by "
+                f"the exported folder reads a {kind} image differently from its source: pixel values differ by "
                 f"{difference:.2g} (at most {PIXELS} is allowed)."
             )
     return differences

@@ -1,4 +1,4 @@
-"""Loads the chat template of a model with what belongs to it: its tokenizer, checked, and all ends of an answer."""
+"""Loads and checks the chat template of a model, with its tokenizer and all ends of an answer."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ class AwakeTime:
         return self._seconds
 
     def was_suspended(self) -> bool:
-        """Returns whether the thread has stood still since `seconds` was asked before the last time, or stands late."""
+        """Returns whether the thread was suspended between the last two calls of `seconds`, or is late for the next."""
         return max(self._gap, time.monotonic() - self._last) > 3 * BEAT
 
 

@@ -77,7 +77,7 @@ def meet(rank: int, world: int, host: str, port: int) -> Store | None:
             verdict = _verdict(store, key, rank, world, f"{host}:{port}", deadline)
     except RuntimeError as error:  # the store is gone, and rank 0 with it
         verdict = (
-            f"rank {rank} of {world} cannot meet the others at {host}:{port}: rank 0 was there and left again "
+            f"rank {rank} of {world} cannot meet the others at {host}:{port}: rank 0 answered and then ended "
             f"({str(error).splitlines()[0][:100]})."
         )
     if verdict:
@@ -220,7 +220,7 @@ def _await(store: Store, key: str) -> str:
     deadline = time.monotonic() + AGREE.total_seconds()
     while not store.check([key]):
         if time.monotonic() > deadline:
-            raise ConfigError(f"the ranks do not agree: one of them has said nothing for {AGREE}.")
+            raise ConfigError(f"the ranks do not agree: one of them has sent nothing for {AGREE}.")
         time.sleep(0.02)
     return str(store.get(key).decode())
 

@@ -21,14 +21,14 @@ class Rule:
     """Values that a key may have."""
 
     words: str
-    """The values in words, as an advice that follows `key=value; `."""
+    """Values in words, as advice that follows `key=value; `."""
     accepts: Callable[[Any], bool]
     tried: tuple[Any, ...]
     """Values with which the key has been tried."""
     read: Callable[[Any], Any] = lambda value: value
     """Returns the value as DeepSpeed gets it."""
     why: str = ""
-    """Reason for which other values that DeepSpeed knows are refused."""
+    """Reason why other values that DeepSpeed knows are refused."""
     refused: tuple[Any, ...] = ()
     """Examples of such values."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PREFETCH, LIVE = "stage3_prefetch_bucket_size", "stage3_max_live_parameters"
 SMALLEST = {PREFETCH: 50_000_000, LIVE: 1_000_000_000}
-"""DeepSpeed's defaults, below which the sizes never are: of small layers several are gathered ahead."""
+"""DeepSpeed's defaults, which are the smallest sizes used, so that several small layers are gathered ahead."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class DeviceOptions:
     offload_folder: Path | None = None
     """Folder for layers on disk, with the device map `disk`."""
     max_model_len: int | None = None
-    """Longest prompt with its answer in tokens, with vLLM; None takes what fits."""
+    """Longest prompt with its answer in tokens, with vLLM; None takes the length that fits."""
     gpu_memory_share: float | None = None
     """Share of each GPU's memory that vLLM may use; None takes `Served.memory_share`."""
 

@@ -69,7 +69,7 @@ def load_served(
 
     The decoder passes through host memory once.
 
-    max_length: longest prompt with its answer, in tokens; None takes what fits (`fitting_length`). memory_share: share
+    max_length: longest prompt with its answer, in tokens; None takes `fitting_length`. memory_share: share
     of each GPU's memory that vLLM may use.
 
     Raises:

@@ -37,8 +37,7 @@ WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("lora_dropout", "megatron_core", "merge_weights", "qalora_group_size", "eva_config"),
 )
-"""Entries that change nothing in what trained adapters compute: about the file, its training, or a feature that is
-off."""
+"""Entries without an effect on what trained adapters compute: on the file, its training, or a feature that is off."""
 
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -56,9 +55,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
         (False,),
     ),
 }
-"""Values of the other entries with which adapters are what ours compute; False stands for everything that is off: null,
-false, and empty lists and objects. The initial weights that are not listed change the base model (PiSSA, OLoRA, CorDA,
-LoftQ, LoRA-GA) or how it is used."""
+"""Values of the other entries under which adapters compute the same as ours; False stands for every value that is off:
+null, false, and empty lists and objects. The initial weights that are not listed change the base model (PiSSA, OLoRA,
+CorDA, LoftQ, LoRA-GA) or how it is used."""
 
 KNOWN = ("r", "lora_alpha", *SAID_BY_TENSORS, *WITHOUT_EFFECT, *PLAIN)
 """Every entry that adapter_config.json may have."""

@@ -93,11 +93,11 @@ class _Collectives:
     """Seconds of a step's collectives."""
 
     during: float
-    """During the passes."""
+    """Seconds during the passes."""
     exposed: float
-    """Those of them that no computing overlaps."""
+    """Seconds during the passes that no computing overlaps."""
     after: float
-    """After the passes."""
+    """Seconds after the passes."""
 
 
 def _whole(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> _Collectives:
