@@ -1,4 +1,4 @@
-"""Trains a tiny model on two ranks among random faults, and compares its end, bit for bit, with an undisturbed run.
+"""Trains a tiny model on two ranks under random faults, and compares its end, bit for bit, with an undisturbed run.
 
     python tools/random_faults.py --minutes 30
 
@@ -44,7 +44,7 @@ from zero_ds.runtime import failure, lock  # noqa: E402
 INSIDE = "RANDOM_FAULTS_INSIDE"
 """Variable that is set in the tool's own namespace."""
 MARK = "RANDOM_FAULTS_MARK"
-"""Variable by which all processes of the job are known, whoever their parent is."""
+"""Variable that marks all processes of the job, whoever their parent is."""
 SILENCE = 15
 """Seconds without a sign of life after which ranks count as dead here."""
 DISK_MB = 24
@@ -357,7 +357,7 @@ class Story:
 
 
 def disturbed(job: Job, faults: Faults, steps: int, until: float, story: Story) -> None:
-    """Runs a job to its end among faults, which stop at the time `until`."""
+    """Runs a job to its end under faults, which stop at the time `until`."""
     chance = faults.chance
     names: list[str] = []
     job.start()
@@ -452,7 +452,7 @@ def main(
         Path | None, typer.Option(help="New folder for everything; kept (default: a temporary one).")
     ] = None,
 ) -> None:
-    """Train among random faults, and compare the end with an undisturbed run."""
+    """Train under random faults, and compare the end with an undisturbed run."""
     own = in_own_namespace()
     if own:
         _ip("link", "set", "lo", "up")

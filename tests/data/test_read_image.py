@@ -79,7 +79,7 @@ def test_each_kind_is_what_a_viewer_shows(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_in_memory_is_read_as_its_file(kind: str, tmp_path: Path) -> None:
-    """Opened, loaded or saved as bytes in an address; reading twice changes nothing, nor is the argument changed."""
+    """It may be opened, loaded, or bytes in an address. Reading it twice gives the same, and does not change it."""
     path = KINDS[kind].write(tmp_path)
     expected = seen(path, "red")
     lazy, loaded = Image.open(path), Image.open(path)

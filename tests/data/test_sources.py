@@ -318,7 +318,7 @@ def test_a_key_with_a_meaning_takes_effect() -> None:
 
 @pytest.mark.parametrize("key", [*REFUSED, "weight", "train", "loss"])
 def test_keys_are_strict_in_records_and_turns(key: str) -> None:
-    """They are refused with a value that says something, and are as good as absent with any other."""
+    """Such a key is refused if its value says something; otherwise it counts as absent."""
     value: Any = 0.5 if key in ("weight", "train", "loss") else "x"
     turns = [CHAT[0], {**CHAT[1], key: value}]
     for record in (good(**{key: value}), {"id": "x", "messages": turns}):
@@ -578,7 +578,7 @@ def test_an_absolute_path_inside_the_root(tmp_path: Path) -> None:
 
 
 def test_links_that_join_folders_need_leave(tmp_path: Path) -> None:
-    """LLaVA's data has one folder of images, in which links lead to the data sets; a source names where to."""
+    """LLaVA's data has one folder of images, in which links lead to the data sets; a source must name their targets."""
     for name in ("root", "coco", "secret"):
         (tmp_path / name).mkdir()
     for name in ("coco", "secret"):

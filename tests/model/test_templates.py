@@ -167,7 +167,7 @@ def test_tokens_without_an_embedding_are_refused_at_the_start(
 def test_a_template_that_cannot_be_learned_is_refused_at_the_start(
     folder: Path, run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """By a run before its first step, by chat and evaluation of its result, and by export."""
+    """A run refuses it before its first step; chat, evaluation and export refuse it as well."""
     model = load_model(find_model(str(folder))).model
     good = run_config("decoder", tmp_path / "run", decoder="target", target=str(folder))
     written = export_helper.write_run(good, folder)

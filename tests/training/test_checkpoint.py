@@ -151,7 +151,7 @@ def test_resume_state_that_is_gone(tmp_path: Path) -> None:
 
 
 class Unchanged:
-    """A configuration of which a checkpoint's manifest says that it is its own."""
+    """A configuration with the fingerprint in a checkpoint's manifest."""
 
     def __init__(self, run: Path) -> None:
         self._manifest = json.loads((run / "step-000002" / "manifest.json").read_text())
@@ -164,7 +164,7 @@ class Unchanged:
 
 
 def resumed(run: Path, config: Any) -> int:
-    """Reads all that a resume reads, apart from a model; returns the step it would go on after."""
+    """Reads everything that a resume reads except a model; returns the step after which it would go on."""
     from zero_ds.training.checkpoint.load import _resume_state
     from zero_ds.training.resume import checkpoint_to_resume
 

@@ -62,7 +62,7 @@ def altered_on_the_way(rank: int, number: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def altered_in_memory(rank: int, tensor: torch.Tensor) -> Iterator[None]:
-    """One element of a tensor of the model or the optimizer is another on one rank, by its last bit."""
+    """Changes the last bit of one element of a tensor of the model or the optimizer on one rank."""
     from zero_ds.runtime import distributed
 
     kind = {2: torch.int16, 4: torch.int32}[tensor.element_size()]

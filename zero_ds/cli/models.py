@@ -38,7 +38,7 @@ OffloadOption = Annotated[
 ]
 MaxModelLenOption = Annotated[
     int | None,
-    typer.Option("--max-model-len", help="Longest prompt with its answer in tokens, with vllm. Default: as fits."),
+    typer.Option("--max-model-len", help="Longest prompt with its answer in tokens, with vllm. Default: all that fit."),
 ]
 MemoryShareOption = Annotated[
     float | None,

@@ -234,7 +234,7 @@ def _on_background(image: Image.Image, background: str) -> Image.Image:
     rows = max(1, BAND // max(1, image.width))
     for top in range(0, image.height, rows):
         band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        if band.mode == "La":  # Pillow has no way from here to RGBA
+        if band.mode == "La":  # Pillow cannot convert this mode to RGBA directly
             band = _convert(band, "LA")
         band = _convert(band, "RGBA")
         flat.paste(Image.alpha_composite(Image.new("RGBA", band.size, color), band), (0, top))

@@ -50,7 +50,7 @@ class LlavaFormat:
     usage = """from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-# upright, with 8 bits a channel and transparency on a background, as in training; PIL and the processor do not all that
+# upright, with 8 bits a channel and transparency on a background, as in training but unlike PIL or the processor
 open_image = get_class_from_dynamic_module("read_image.open_image", "{name}")
 model = LlavaForConditionalGeneration.from_pretrained("{name}", dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained("{name}")

@@ -146,8 +146,8 @@ SET_SYSTEM
 
 
 # Jinja code that renders every answer as the last one of its conversation, as training does where the template treats
-# the last one otherwise. The template is a macro. What comes after an answer is taken from a conversation in which a
-# word stands for that answer, without what closes it, which is written already.
+# the last one differently. The template is a macro. What comes after an answer is taken from a conversation in which a
+# word stands for that answer, without its end, which is written already.
 _EACH_AS_LAST = """
 {%- set parts = namespace(text='', last=-1) -%}
 {%- for message in messages -%}
