@@ -127,7 +127,8 @@ def test_damaged_weights(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged: its content has changed since it was saved; use another"):
+    damaged = "is damaged: its content has changed since it was saved; use another checkpoint"
+    with pytest.raises(CheckpointError, match=damaged):
         made.weights()
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file or directory; use another checkpoint"):
