@@ -430,7 +430,7 @@ def test_an_evaluation_survives_its_file(tmp_path: Path, evaluation: Evaluation)
         path.write_text(broken)
         with pytest.raises(DataError, match=r"grafted\.json"):
             read_evaluation(path)
-    with pytest.raises(DataError, match="no evaluation"):
+    with pytest.raises(DataError, match=r"evaluation .* does not exist"):
         read_evaluation(tmp_path / "none.json")
 
 
@@ -646,6 +646,6 @@ def test_summary_refuses_different_records(records: list[EvaluationRecord], part
     some = fixed(records[:4], "surrogate", True, parts)
     with pytest.raises(DataError, match="not evaluated on the same records"):
         summary({"grafted": fixed(records, "grafted", True, parts), "surrogate": some})
-    with pytest.raises(DataError, match="no evaluation"):
+    with pytest.raises(DataError, match="no evaluation was given"):
         summary({})
     assert CONDITIONS == ("own", "shuffled")

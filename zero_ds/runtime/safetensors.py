@@ -269,19 +269,20 @@ def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: 
         files = ["model.safetensors"]
     total = sum(tensor.size for _, tensor in tensors)
     with tqdm(total=total, desc="copying", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-        stop = Event()
-        with ThreadPoolExecutor(WRITERS) as pool:
+        stop, pool = Event(), ThreadPoolExecutor(WRITERS)
+        try:
+            # a signal may raise anywhere from here on, also while work is submitted, and must not wait for the copies
             written = [
                 pool.submit(_write_shard, shard, out / file, bar, stop)
                 for file, shard in zip(files, shards, strict=True)
             ]
-            try:
-                for future in as_completed(written):
-                    future.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for future in as_completed(written):
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total, "total_parameters": sum(tensor.parameters for _, tensor in tensors)},

@@ -21,7 +21,7 @@ from zero_ds.training.monitor import read_metrics
 
 
 def facts(inputs: ReportInputs, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Returns the content of report.json: every figure of the report, with the models, data and settings behind it.
+    """Returns the content of report.json: every figure of the report, with its models, data and settings.
 
     Raises:
         ConfigError, DataError, CheckpointError: an input is missing or damaged.
