@@ -269,7 +269,8 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
         f"zero-ds: the ranks cannot meet at 127.0.0.1:{port}: another program uses that port; "
         "choose a free one with --master_port."
     ]
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["failure.txt"], "the reason, and nothing else"
 
 
 def test_a_slow_test_says_why_and_limits_follow_the_pace(request: pytest.FixtureRequest) -> None:
