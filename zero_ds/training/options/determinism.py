@@ -9,6 +9,7 @@ torch that names it.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from zero_ds.config.schema import RunConfig
 
@@ -27,5 +28,6 @@ def apply(config: RunConfig) -> None:
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a help for debugging that costs time
+    deterministic: Any = torch.utils.deterministic
+    deterministic.fill_uninitialized_memory = False  # a help for debugging that costs time
     torch.backends.cudnn.benchmark = False
