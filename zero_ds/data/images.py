@@ -85,7 +85,7 @@ def unreadable_metadata_is_none() -> Iterator[None]:
         except Exception:  # Pillow raises many kinds for bytes it does not expect
             return Image.Exif()
 
-    Image.Image.getexif = readable  # type: ignore[method-assign]
+    Image.Image.getexif = readable  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
