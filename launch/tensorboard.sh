@@ -8,5 +8,5 @@ help_if_asked "$@"
 use_venv
 folder="${1:-runs}"
 shift || true
-[ -d "$folder" ] || fail "there is no folder $folder"
+[ -d "$folder" ] || fail "folder $folder does not exist"
 exec tensorboard --logdir "$folder" "$@"

@@ -4,7 +4,7 @@
 #   launch/test.sh [--all] [PYTEST ARGUMENTS]
 #
 #   launch/test.sh
-#   launch/test.sh --all    # the slow tier, too: tests marked slow, whose longer proofs have shorter ones beside them
+#   launch/test.sh --all    # also tests marked slow; each has a shorter form that always runs
 #   launch/test.sh tests/config/test_config.py -k extends
 #
 # It says first about how long the tests take on this machine, and at the end which ten took longest.
@@ -30,7 +30,7 @@ step lint ruff check .
 step format ruff format --check .
 step types mypy zero_ds
 # A file stays with one worker, because fixtures that its tests share are made once per worker. There is one worker more
-# than cores, because many tests wait: for a rank to be missed, for a launcher to end.
+# than cores, because many tests only wait until a rank is missed or a launcher ends.
 cores="$(getconf _NPROCESSORS_ONLN)"
 step tests python -m pytest -n "$((cores < 4 ? cores + 1 : 4))" --dist loadfile --no-loadscope-reorder --durations 10 "$@"
 

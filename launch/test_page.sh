@@ -10,9 +10,9 @@ help_if_asked "$@"
 demo_graft
 
 chromium="$(command -v "${CHROMIUM:-chromium}")" ||
-  fail "there is no Chromium; install one (Debian: apt-get install chromium), or name it: CHROMIUM=/path/to/it"
+  fail "Chromium was not found; install one (Debian: apt-get install chromium), or name it: CHROMIUM=/path/to/it"
 set_up dev
 python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright ||
   fail "playwright could not be fetched; check the network and run again"
 python tools/look_at_page.py "$run" --target "$target" --chromium "$chromium" \
-  --picture "$(find "$(dirname "$records")/images" -name 'heldout-00003*')" "$@"
+  --image "$(find "$(dirname "$records")/images" -name 'heldout-00003*')" "$@"

@@ -37,7 +37,7 @@ python tools/check_vllm.py "$run" --target "$target" --records "$records" "$@"
 say "zero-ds eval and zero-ds chat with both engines"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-python tools/make_demo_task.py "$records" --out "$scratch/pictures" --questions 25
+python tools/make_demo_task.py "$records" --out "$scratch/shown" --questions 25
 mkdir "$scratch/facts"
 cat >"$scratch/facts/docs.json" <<'EOF'
 {"q": "The sky on a clear day is", "choices": [" blue", " a small circle", " no"], "gold": 0}
@@ -60,17 +60,17 @@ metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 EOF
-picture="$(find "$(dirname "$records")/images" -name 'heldout-00003*')"
+image="$(find "$(dirname "$records")/images" -name 'heldout-00003*')"
 for engine in transformers vllm; do
   out="$scratch/$engine"
   zero-ds eval "$target" --suite facts --harness lm-eval --tasks-folder "$scratch/facts" --dtype float32 \
     --engine "$engine" --name model --out "$out"
-  zero-ds eval "$run" --target "$target" --suite demo_words --harness lmms-eval --tasks-folder "$scratch/pictures" \
+  zero-ds eval "$run" --target "$target" --suite demo_words --harness lmms-eval --tasks-folder "$scratch/shown" \
     --dtype float32 --engine "$engine" --name graft --out "$out"
   echo "What is the capital of France?" |
     zero-ds chat "$target" --dtype float32 --max-new-tokens 16 --engine "$engine" | tee "$out/target.txt"
   printf 'describe the image briefly.\nwhy?\n' |
-    zero-ds chat "$run" --target "$target" --image "$picture" --dtype float32 --max-new-tokens 24 --engine "$engine" |
+    zero-ds chat "$run" --target "$target" --image "$image" --dtype float32 --max-new-tokens 24 --engine "$engine" |
     tee "$out/graft.txt"
 done
 for file in facts.md demo_words.md target.txt graft.txt; do

@@ -88,7 +88,7 @@ if [ -n "$print_only" ]; then
   exit 0
 fi
 for ((i = 0; i < ${#launcher[@]}; i++)); do # without the file DeepSpeed would use this machine alone
-  [ "${launcher[i]}" != --hostfile ] || [ -e "${launcher[i + 1]}" ] || fail "there is no hostfile ${launcher[i + 1]} in $PROJECT"
+  [ "${launcher[i]}" != --hostfile ] || [ -e "${launcher[i + 1]}" ] || fail "hostfile ${launcher[i + 1]} does not exist in $PROJECT"
 done
 # the launcher passes signals on to the ranks, and prints the reason of a failure last, where people look
 exec python -m zero_ds.cluster.launcher "${own[@]}" "$recipe" "${overrides[@]}" -- "${command[@]}"

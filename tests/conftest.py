@@ -18,6 +18,8 @@ os.environ.update(
     HF_HOME=f"{_SESSION.name}/huggingface",
     HF_DATASETS_CACHE=f"{_SESSION.name}/datasets",
     HYPOTHESIS_STORAGE_DIRECTORY=f"{_SESSION.name}/hypothesis",
+    XDG_CACHE_HOME=f"{_SESSION.name}/cache",
+    MPLCONFIGDIR=os.environ.get("MPLCONFIGDIR", f"{Path.home()}/.cache/matplotlib"),  # its list of fonts
     DS_ACCELERATOR="cpu",
     CUDA_VISIBLE_DEVICES="",
     OMP_NUM_THREADS="1",
@@ -79,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    """Records the duration of a whole run, for the estimate of launch/test.sh."""
+    """Records the duration of a whole run, from which launch/test.sh estimates the next one."""
     whole = not (config.getoption("keyword") or config.getoption("markexpr") or config.option.file_or_dir)
     if whole and exitstatus == pytest.ExitCode.OK:
         tests = len(terminalreporter.stats.get("passed", []))

@@ -129,14 +129,14 @@ def test_only_stages_knows_stages_by_name(module: str) -> None:
 
 
 PRINTS = ("cli.", "cluster.")
-"""Modules that write to standard output; all others log, or return what a command prints."""
+"""Modules that write to standard output; all others log, or return text for a command to print."""
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_habits(module: str) -> None:
-    assert not re.search(r"\butil(s|ities)?\b", module.rsplit(".", maxsplit=1)[-1]), f"{module}: say what it is for"
+    assert not re.search(r"\butil(s|ities)?\b", module.rsplit(".", maxsplit=1)[-1]), f"{module}: name its purpose"
     tree = ast.parse(source(module).read_text(encoding="utf-8"))
-    assert not tree.body or ast.get_docstring(tree), f"{module} does not say what it is for"
+    assert not tree.body or ast.get_docstring(tree), f"{module} does not name its purpose"
     if module.startswith(PRINTS):
         return
     for node in ast.walk(tree):
@@ -157,7 +157,7 @@ TOOLS = sorted((PACKAGE.parent / "tools").rglob("*.py"))
 
 
 def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether Typer calls the function: its parameters are the options of a command."""
+    """Returns whether Typer calls the function, so that its parameters are the options of a command."""
     return any("typer." in ast.unparse(a.annotation) for a in function.args.args if a.annotation is not None)
 
 

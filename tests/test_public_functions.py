@@ -25,7 +25,7 @@ def test_every_name_leads_to_its_function(name: str) -> None:
 
 
 def test_the_package_loads_nothing_heavy_and_train_is_the_function() -> None:
-    """In a new interpreter. The module `zero_ds.train`, the entry of `deepspeed --module`, cannot be imported."""
+    """The module `zero_ds.train` is the entry point of `deepspeed --module` and refuses to be imported."""
     script = """
 import sys
 import zero_ds

@@ -50,12 +50,12 @@ def run(
     target: Annotated[str, typer.Option(help="Full language model.")],
     records: Annotated[Path, typer.Option(help="Held-out records of the demo.")],
     out: Annotated[Path, typer.Option(help="Existing folder; asked.json is written into it.")],
-    pictures: Annotated[int, typer.Option(help="Number of questions with an image.", min=1)] = 16,
+    images: Annotated[int, typer.Option("--pictures", help="Number of questions with an image.", min=1)] = 16,
 ) -> None:
     """Write the graft's greedy answers to questions about images of the demo, and to questions without an image."""
     ours = answerer(load_model(find_model(run, target)), max_new_tokens=TOKENS)
     asked = []
-    for record in json.loads(records.read_text(encoding="utf-8"))[:pictures]:
+    for record in json.loads(records.read_text(encoding="utf-8"))[:images]:
         image = str((records.parent / record["image"]).resolve())
         turn = Turn("user", f"{PLACEHOLDER}\n{record['question']}")
         asked.append({"image": image, "question": record["question"], "answer": ours.reply([turn], [image])})

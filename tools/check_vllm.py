@@ -53,13 +53,13 @@ def main(
     run: Annotated[str, typer.Argument(help="Run folder with a trained encoder.")],
     target: Annotated[str, typer.Option(help="Full language model.")],
     records: Annotated[Path, typer.Option(help="Held-out records of the demo.")],
-    pictures: Annotated[int, typer.Option(help="Number of prompts with an image.", min=1)] = 16,
+    images: Annotated[int, typer.Option("--pictures", help="Number of prompts with an image.", min=1)] = 16,
 ) -> None:
     named = find_model(run, target)
     assert named.kind == "graft", named.kind
     ours = load_model(named)
     reader, encoder = Reader(ours.model), ours.encoder
-    asked = json.loads(records.read_text(encoding="utf-8"))[:pictures]
+    asked = json.loads(records.read_text(encoding="utf-8"))[:images]
     prompts: list[tuple[str, list[int], torch.Tensor | None]] = []
     for record in asked:
         path = str(records.parent / record["image"])

@@ -63,7 +63,7 @@ def main(
         called, peak, link = find_gpu(name)
         cluster = replace(cluster, name=called, peak=peak, inside=0.8 * link)
     plan = plan_run(config, cluster)
-    words = max(1, round(tokens - plan.sample.images * plan.parts.model.tokens_per_image()))
+    words = max(1, round(tokens - plan.sample.images * plan.size.image_tokens))
     plan = plan_run(config, cluster, data=DataOverrides(tokens=words, supervised=max(1, round(labels))))
     print(heading(plan, run, tokens))
     print(table(["", "planned", "measured", "difference"], rows(plan, run, tail)))
@@ -119,9 +119,9 @@ def checkpoint_sizes(plan: RunPlan, run: Path) -> list[tuple[str, float, Path]]:
         folder = find_checkpoint(run).folder
     except (ConfigError, ValueError, OSError):
         return []
-    trained = sum(plan.parts.trained)
+    trained = sum(plan.size.trained)
     return [
-        ("checkpoint, weights, MiB", float(plan.parts.dtype.itemsize * trained), folder / "weights.safetensors"),
+        ("checkpoint, weights, MiB", float(plan.size.itemsize * trained), folder / "weights.safetensors"),
         ("checkpoint, optimizer, MiB", 12.0 * trained, folder / "resume" / "state.safetensors"),
     ]
 

@@ -30,7 +30,7 @@ TOKENS = 40
 def main(
     run: Annotated[str, typer.Argument(help="Run folder with a trained encoder.")],
     target: Annotated[str, typer.Option(help="Full language model.")],
-    picture: Annotated[list[Path], typer.Option(help="Image to ask about; repeatable.")],
+    images: Annotated[list[Path], typer.Option("--image", help="Image to ask about; repeatable.")],
     question: Annotated[str, typer.Option(help="Question to ask.")] = "describe the image briefly.",
     screenshot: Annotated[Path, typer.Option(help="PNG file for a screenshot of the page.")] = Path("chat-page.png"),
     chromium: Annotated[str, typer.Option(help="Path of the browser.")] = shutil.which("chromium") or "chromium",
@@ -53,7 +53,7 @@ def main(
                 check_refusals(page, question)
                 page.reload()
                 page.locator("#question textarea").wait_for(timeout=30_000)
-                check_answers(page, run, target, picture, question)
+                check_answers(page, run, target, images, question)
                 check_trajectories(page)
                 save_screenshot(page, screenshot)
                 check_stop(page)

@@ -20,7 +20,7 @@ from zero_ds.evaluation.heldout.scoring import first_choice
 
 
 def visuals(doc):
-    return [Image.open(doc["picture"])]
+    return [Image.open(doc["path"])]
 
 
 def score(doc, results):
@@ -67,7 +67,7 @@ def main(
         before, after = record.answer[: word.start], record.answer[word.start + len(word.word) :]
         rows.append(
             {
-                "picture": str(record.path),
+                "path": str(record.path),
                 "question": record.question,
                 "word": word.word,
                 "choices": list(word.choices),

@@ -39,7 +39,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Runs per k.")] = 1,
     translators: Annotated[int, typer.Option(help="Translators that take the place of the layers.")] = 1,
     steps_scale: Annotated[float, typer.Option(help="Multiplies the training steps.")] = 1.0,
-    pictures: Annotated[int | None, typer.Option(help="Evaluate on the first n held-out images.")] = None,
+    images: Annotated[int | None, typer.Option("--pictures", help="Evaluate on the first n held-out images.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for every training run.")] = None,
     demo: Annotated[Path, typer.Option(help="Folder of `zero-ds demo`.")] = Path("runs/demo"),
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/sweep"),
@@ -55,7 +55,7 @@ def main(
             steps_scale,
             seed,
             translators,
-            images=pictures,
+            images=images,
             overrides=tuple(overrides or ()),
         )
         for seed in range(seeds)

@@ -1,6 +1,6 @@
 """zero_ds: train vision encoders against small surrogates of large language models, and graft them.
 
-What the commands do can also be called from Python: `from zero_ds import train`.
+The commands can also be called as functions: `from zero_ds import train`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# when a rank dies, the C++ stacks of the others are of no use; torch reads this when it is loaded, which is later
+# when a rank dies, the C++ stack traces of the others are of no use; torch reads this variable when it is imported
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 PUBLIC = {
@@ -30,7 +30,7 @@ PUBLIC = {
     "export_model": "zero_ds.export:export_model",
     "plan": "zero_ds.training.planning.plan:plan",
 }
-"""Public functions, as `module:function`. A module, and with it torch, is imported when its function is asked for."""
+"""Public functions, as `module:function`. A module, and with it torch, is imported on the first use of its function."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the checks of machines say, of answers as machines would give them; and when secrets reach a machine."""
+"""The checks of machines judge answers like those of real machines; secrets are sent only after they have passed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOST = Answer("a", None, "No route to host", reached=False)
 
 @pytest.fixture(scope="module")
 def content() -> dict[str, Any]:
-    """What this machine says of itself."""
+    """Returns this machine's description of itself."""
     shared = {"shared": True, "wrote": True}
     asked = {"folder": str(ROOT), "name": "a", "paths": [], "disks": [], "env": [], "port": 0}
     return {**probe.describe(asked), **shared, "time": 0.0}
@@ -60,8 +60,8 @@ def test_files_that_say_what_a_run_is(run_config: Callable[..., RunConfig]) -> N
     assert files_of("my/run.yaml", config.model_copy(update={"zero": "own.json"})) == ("my/run.yaml", "own.json")
 
 
-def test_a_folder_without_the_project_is_no_place_to_start_from(content: dict[str, Any], tmp_path: Path) -> None:
-    """Nothing is there on every machine, and nothing is alike."""
+def test_a_folder_without_the_project_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    """No machine has the files of the project, so there are no differences to find."""
     empty = probe.describe({"folder": str(tmp_path), "name": "a"})
     check = of(launch(empty, Answer("a", empty), ssh=Ssh(folder=str(tmp_path))), "project")
     assert check.status == FAIL and "is not the folder of the project" in check.found
@@ -97,7 +97,7 @@ def test_no_gpu_anywhere_is_said(content: dict[str, Any], monkeypatch: pytest.Mo
     assert check.status == WARN and check.found == "no GPU is seen, CPU ranks: a 1, b 1"
     one = [Answer("a", {**content, "devices": [{"name": "A100", "total": 81920, "free": 81000}]}), answers[1]]
     check = of(checks.of_machines(TWO, one, wanted, Forwarded()), "devices")
-    assert (check.status, check.found) == (FAIL, "b: 0 GPUs, device 0 is wanted")
+    assert (check.status, check.found) == (FAIL, "b: 0 GPUs, device 0 is needed")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_no_gpu_anywhere_is_said(content: dict[str, Any], monkeypatch: pytest.Mo
 def test_a_machine_without_gpus_does_not_make_others_compute_on_cpus(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What these set in their own environment would be forwarded to every rank."""
+    """Variables that these commands set in their own environment would be forwarded to every rank."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("DS_ACCELERATOR", "x")  # so that it is put back
     monkeypatch.delenv("DS_ACCELERATOR")

@@ -1,4 +1,4 @@
-"""What reaches ranks on other machines: a list of variables, secrets by name, arguments word for word."""
+"""Ranks on other machines receive listed variables, secrets by name, and arguments word for word."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from zero_ds.cluster import probe
-from zero_ds.cluster.environment import argument, forwarded, is_secret, told
+from zero_ds.cluster.environment import argument, describe_forwarded, forwarded, is_secret
 from zero_ds.cluster.hostfile import Node, node_of_rank, read_hostfile
 from zero_ds.cluster.machines import Cluster, meeting_point
 from zero_ds.cluster.ssh import Answer
@@ -59,7 +59,7 @@ def test_machines_are_those_that_deepspeed_takes(tmp_path: Path, include: str, e
     [
         ("node1\n", "", "", "line 1: 'node1' is not a machine; say how many devices it has: node1 slots=8"),
         ("node1 slots=x\n", "", "", "line 1: 'node1 slots=x' is not a machine; write for example: node1 slots=8"),
-        ("me@node1 slots=1\n", "", "", "the name of a user belongs into ssh's configuration (User), not here"),
+        ("me@node1 slots=1\n", "", "", "the name of a user belongs in ssh's configuration (User), not here"),
         ("fe80::1 slots=1\n", "", "", "give an IPv6 address a name, in /etc/hosts or ssh's configuration"),
         ("node[1-4] slots=1\n", "", "", "write each machine on a line of its own"),
         ("node1 slots=99999999\n", "", "", "is not a machine"),
@@ -97,7 +97,7 @@ def test_a_hostfile_may_begin_with_a_mark_and_must_be_text(tmp_path: Path) -> No
 
 
 def test_a_missing_hostfile_and_a_lone_machine(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no hostfile .*hosts \(FileNotFoundError\)"):
+    with pytest.raises(ConfigError, match=r"hostfile .*hosts cannot be read \(FileNotFoundError\)"):
         read_hostfile(tmp_path / "hosts")
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     assert Cluster.of(["--hostfile", str(tmp_path / "hosts")]) is None, "this machine needs no ssh"
@@ -151,8 +151,8 @@ def test_the_list_is_explicit_and_secrets_go_by_name(tmp_path: Path, monkeypatch
     assert sent.secret == {"HF_TOKEN": "hf_1", "https_proxy": "http://me:pass@proxy:3128"}
     assert sent.withheld == ("WANDB_API_KEY",)
     assert set(forwarded(environment, ["AWS_SECRET_ACCESS_KEY"]).secret) == {*sent.secret, "AWS_SECRET_ACCESS_KEY"}
-    assert "HF_TOKEN" in told(sent) and "HF_TOKEN" in sent.file("job1")
-    for text in (told(sent), repr(sent), sent.file("job1")):
+    assert "HF_TOKEN" in describe_forwarded(sent) and "HF_TOKEN" in sent.file("job1")
+    for text in (describe_forwarded(sent), repr(sent), sent.file("job1")):
         assert not any(value in text for value in ("hf_1", "w_1", "s_1", "pass"))
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "db_password", "DB_PASS", "AWS_SECRET_ACCESS_KEY", "GOOGLE_CREDENTIALS"):
         assert is_secret(name), name
@@ -160,7 +160,7 @@ def test_the_list_is_explicit_and_secrets_go_by_name(tmp_path: Path, monkeypatch
         assert not is_secret(name), name
 
 
-def test_what_is_no_text_is_refused() -> None:
+def test_values_that_are_not_text_are_refused() -> None:
     with pytest.raises(ConfigError, match="NCCL_X holds bytes that are not text"):
         forwarded({"NCCL_X": os.fsdecode(b"\xff")})
 
@@ -172,7 +172,7 @@ def test_a_wrong_name_is_refused(name: str, words: str) -> None:
 
 
 def test_the_users_own_deepspeed_file_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed would read it, were it not given ours; it names secrets, too."""
+    """DeepSpeed would read it if it were not given ours. It may name secrets as well."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".deepspeed_env").write_text(
@@ -188,7 +188,7 @@ def test_the_users_own_deepspeed_file_counts_too(tmp_path: Path, monkeypatch: py
 
 
 def test_values_and_arguments_arrive_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through DeepSpeed's own pdsh launcher, whose command line a shell then reads, with pdsh's %% for %."""
+    """Uses DeepSpeed's own pdsh launcher, whose command line a shell reads, with pdsh's %% for %."""
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     monkeypatch.setenv("HOME", str(tmp_path))

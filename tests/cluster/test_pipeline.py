@@ -1,4 +1,4 @@
-"""A pipeline goes on where it stopped, refuses other settings, and leaves no process behind."""
+"""A pipeline continues where it stopped, refuses other settings, and leaves no process running."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def append(path: Path, word: str) -> str:
 
 
 def telling(pid: Path) -> str:
-    """Code of a process that writes its id, whole, into a file."""
+    """Returns code of a process that writes its id into a file in one piece."""
     return f"import os, time; open('{pid}-', 'w').write(str(os.getpid())); os.rename('{pid}-', '{pid}')"
 
 
@@ -141,7 +141,7 @@ def test_when_one_of_two_fails_the_other_is_ended(tmp_path: Path) -> None:
     ],
 )
 def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, background: bool) -> None:
-    """Ctrl-C, a closed terminal, Slurm's signal before the time limit."""
+    """The signals are those of Ctrl-C, of a closed terminal, and of Slurm before its time limit."""
     pid = tmp_path / "pid"
     code = f"{telling(pid)}; time.sleep(600)"
     program = (
@@ -159,14 +159,12 @@ def test_interrupting_ends_what_runs(tmp_path: Path, name: signal.Signals, backg
         os.kill(int(pid.read_text()), 0)
 
 
-def test_a_signal_that_comes_while_a_command_is_looked_at_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There Popen holds a lock, and would wait for itself if an exception came in between."""
+def test_a_signal_while_a_command_is_polled_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Popen holds a lock at that moment, and an exception there would make it wait for itself."""
     pid, polled = tmp_path / "pid", subprocess.Popen.poll
 
     class Lock:
-        """Popen's, with a signal just after it was taken without waiting for it."""
+        """Popen's lock, with a signal sent just after it was taken without blocking."""
 
         def __init__(self) -> None:
             self.inner = threading.Lock()
@@ -199,8 +197,8 @@ def test_a_signal_that_comes_while_a_command_is_looked_at_ends_it(
     assert sent and not alive(int(pid.read_text()))
 
 
-def test_what_hides_in_a_session_of_its_own_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ranks do, below a launcher; both are deaf."""
+def test_a_process_in_a_session_of_its_own_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imitates a rank under a launcher; both ignore SIGTERM."""
     monkeypatch.setattr(pipeline, "PATIENCE", 0.5)
     pid = tmp_path / "pid"
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -220,7 +218,7 @@ class Route:
     """`launch/pipeline.sh` on a tiny random model, one rank."""
 
     def __init__(self, out: Path, *settings: str) -> None:
-        beside = Path(sys.executable).parent
+        programs = Path(sys.executable).parent
         self.said = ""
         self.process = subprocess.Popen(
             [
@@ -232,14 +230,14 @@ class Route:
             text=True,
             env={
                 **os.environ,
-                "PATH": f"{beside}:{os.environ['PATH']}",
+                "PATH": f"{programs}:{os.environ['PATH']}",
                 "TORCHDYNAMO_DISABLE": "1",
-                "ZERO_DS_STOP_PATIENCE": str(scaled(60)),  # a commit on a busy machine
+                "ZERO_DS_STOP_PATIENCE": str(scaled(60)),  # saving a checkpoint on a busy machine
             },
         )
 
     def stop_after(self, words: str) -> int:
-        """Asks the pipeline to stop, as Slurm does, when it has said this; its exit status."""
+        """Asks the pipeline to stop, as Slurm does, once it has printed `words`; returns its exit status."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said += line
@@ -250,11 +248,11 @@ class Route:
         raise AssertionError(f"the pipeline ended before it said '{words}':\n{self.said}")
 
 
-def test_a_real_pipeline_goes_on_inside_of_the_stage_in_which_it_was_stopped(
+def test_a_real_pipeline_continues_within_the_stage_in_which_it_was_stopped(
     made: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
-    """Trajectory and surrogate are not made again, pretraining resumes behind its last commit, and the next stage
-    begins."""
+    """Trajectory and surrogate are not made again, pretraining resumes after its last checkpoint, and the next
+    stage begins."""
     steps, out = 60, tmp_path / "out"
     settings = [
         f"target={made('llama', tied=True)}",

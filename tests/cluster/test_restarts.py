@@ -1,4 +1,4 @@
-"""What is tried again after a failure, and what is not; and the steps of a pipeline."""
+"""Restarts after some failures and not after others, and the steps of a pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if reason:
     (out / "failure.txt").write_text(reason)
 sys.exit(status)
 """
-"""Stands in for DeepSpeed's launcher: ends with the status, and leaves the reason, that the plan has for an attempt."""
+"""Replaces DeepSpeed's launcher: ends with the status, and leaves the reason, that the plan has for an attempt."""
 KILLED = "a rank ended without a word"
 WRONG = f"the rate is negative\n{failure.FINAL}\n"
 
@@ -160,7 +160,7 @@ def test_a_hostfile_with_this_machine_alone_needs_no_ssh(
 # -- the steps of a pipeline -------------------------------------------------------------------------------------------
 
 
-def test_stages_stand_behind_those_that_they_start_from() -> None:
+def test_stages_come_after_those_that_they_start_from() -> None:
     assert list(training_runs("smollm2-135m")) == ["translator", "pretrain", "encoder", "decoder"]
     assert list(training_runs("llama-3.1-70b")) == ["pretrain", "encoder", "decoder"]
     with pytest.raises(ConfigError, match=r"did you mean 'llama-3\.1-8b'"):
@@ -198,7 +198,7 @@ def test_the_paper_s_route_for_8b() -> None:
     assert [step.fingerprint() for step in steps] == [step.fingerprint() for step in elsewhere], "machines may change"
     other = steps_of("llama-3.1-8b", out, ("zero=zero3",))
     assert other[2].fingerprint() != steps[2].fingerprint()
-    assert steps[3].patience and not other[3].patience, "a commit over many machines takes its time"
+    assert steps[3].patience and not other[3].patience, "a checkpoint over many machines takes its time"
 
 
 def test_what_would_fail_hours_later_ends_a_pipeline_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_what_would_fail_hours_later_ends_a_pipeline_at_once(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     assert "go to the folder of the project first" in run()
     monkeypatch.chdir(ROOT)
-    assert "there is no hostfile" in run("--hostfile", str(tmp_path / "hosts"))
+    assert "hosts cannot be read" in run("--hostfile", str(tmp_path / "hosts"))
 
 
 @pytest.mark.parametrize("setting", ["out=x", "surrogate=x", "init_from=[]", "continue_from=x"])

@@ -56,3 +56,13 @@ def test_a_command_that_computes_nothing_loads_no_large_library(words: tuple[str
     if words[0] == "train" and has_cuda():
         pytest.skip("with a GPU torch is asked whether it multiplies bfloat16 fast")
     assert not loaded_by(*words) & set(LARGE)
+
+
+def test_a_second_plan_of_the_same_model_loads_no_large_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first plan builds the models of a 70B stage and its routes; the second reads their numbers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ("plan", "llama-3.1-70b/encoder")
+    assert "torch" in loaded_by(*words)
+    assert not loaded_by(*words) & set(LARGE)

@@ -1,4 +1,4 @@
-"""In recipes and overrides every key is known, every error is one sentence, and the dump is enough to repeat a run."""
+"""Unknown keys of recipes and overrides are errors of one sentence, and the resolved configuration repeats a run."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
     assert (config.optimizer.eps, config.optimizer.weight_decay, config.init_from) == (1e-7, 0.1, ("c",))
 
 
-def test_extends_looks_beside_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base is found relative to the recipe, whatever the working folder."""
+def test_extends_looks_next_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base is found relative to the recipe, not to the working folder."""
     write(tmp_path, {**BASE, "seed": 7}, "base.yaml")
     top = write(tmp_path, {"extends": "base.yaml"}, "top.yaml")
     (tmp_path / "elsewhere").mkdir()
@@ -177,8 +177,8 @@ def test_recipe_that_extends_itself(tmp_path: Path, length: int) -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("smollm2-135m/encodr", "there is no recipe 'smollm2-135m/encodr'; did you mean 'smollm2-135m/encoder'"),
-        ("nowhere.yaml", "there is no recipe file nowhere.yaml"),
+        ("smollm2-135m/encodr", "unknown recipe 'smollm2-135m/encodr'; did you mean 'smollm2-135m/encoder'"),
+        ("nowhere.yaml", "recipe file nowhere.yaml does not exist"),
     ],
 )
 def test_unknown_recipe(name: str, complaint: str) -> None:
@@ -298,7 +298,7 @@ def test_did_you_mean() -> None:
     assert did_you_mean("x", [str(n) for n in range(50)]) == "."
 
 
-def test_old_commits_are_known_again() -> None:
+def test_old_checkpoints_are_recognised() -> None:
     """This fingerprint was made before `compile`, `kernels` and `frozen_weights` existed."""
     plain = RunConfig(stage="encoder", target="t", out="o")
     assert plain.fingerprint() == "e114ee41a9cad954"

@@ -31,7 +31,7 @@ def dry_run(*arguments: str) -> tuple[RunConfig, dict[str, Any]]:
 
 
 class Ranks:
-    """Stands in for a process group of n ranks where DeepSpeed asks for their number."""
+    """Replaces a process group of n ranks where DeepSpeed asks for their number."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -96,13 +96,13 @@ def test_baselines_and_controls(model: str) -> None:
     for name, surrogate in early.items():
         first, last = name.split("-")[1:3]
         assert surrogate == f"runs/{model}/T{first[1:]}-{last}" and recipes[name].stage == name.split("-")[-1]
-    for config in recipes.values():  # every start of a run is the result of another recipe
+    for config in recipes.values():  # a run can only start from the result of another recipe
         assert set(config.starts) <= {other.out for other in recipes.values()}
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Acts as on a machine where DeepSpeed can compile its swapping to disk, whether or not it can on this one."""
+    """Makes DeepSpeed believe that it can compile its swapping to disk, so results do not depend on the machine."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
@@ -140,7 +140,7 @@ def accept(ds: dict[str, Any], world_size: int) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # it asks for the rank along with the size
+        patch.setattr(deepspeed.comm, "get_rank", lambda: 0)  # DeepSpeed also asks for the rank
         read = DeepSpeedConfig(copy.deepcopy(ds), mpu=Ranks(world_size))
     assert read.world_size == world_size
     assert read.train_batch_size == ds["train_batch_size"]
@@ -160,7 +160,7 @@ def test_dry_run_asks_for_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ds_config_names())
 def test_released_deepspeed_configs_satisfy_deepspeed_itself(name: str) -> None:
-    """A dry run need not load DeepSpeed to check a file that nobody has changed."""
+    """A dry run can therefore check an unchanged file without loading DeepSpeed."""
     path = DS_CONFIG_ROOT / f"{name}.json"
     text = path.read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -191,7 +191,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def json_file(tmp_path: Path) -> Any:
-    """Returns `json_file({...})`, which writes zero2.json with these entries set."""
+    """Returns a function: `json_file({...})` writes a copy of zero2.json with these entries and returns its path."""
 
     def write(changes: dict[str, Any] | str) -> str:
         path = tmp_path / "mine.json"
@@ -269,14 +269,14 @@ def resolve(path: str, *overrides: str, world_size: int = 1) -> dict[str, Any]:
         ("{", "cannot be read"),
     ],
 )
-def test_json_that_cannot_be_meant(json_file: Any, changes: Any, complaint: str) -> None:
+def test_wrong_json_is_refused(json_file: Any, changes: Any, complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(json_file(changes))
     assert complaint in str(caught.value) and "mine.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_json_may_agree_with_the_recipe_or_leave_out(json_file: Any) -> None:
+def test_json_may_repeat_or_omit_values_of_the_recipe(json_file: Any) -> None:
     ds = resolve(json_file({"train_batch_size": 8, "gradient_clipping": 1.0, "bf16": {}}))
     assert (ds["train_batch_size"], ds["bf16"]["enabled"], ds["fp16"]["enabled"]) == (8, False, False)
     assert resolve(json_file('{"zero_optimization": {"stage": 1}}'))["gradient_accumulation_steps"] == 2
@@ -288,7 +288,7 @@ def test_values_of_the_json_reach_deepspeed(json_file: Any) -> None:
 
 
 def test_unknown_zero_config_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="there is no DeepSpeed config 'zero33'; did you mean 'zero3'"):
+    with pytest.raises(ConfigError, match="unknown DeepSpeed config 'zero33'; did you mean 'zero3'"):
         resolve("zero33")
 
 

@@ -288,7 +288,7 @@ def test_the_fixed_date_is_one_day() -> None:
     ("content", "expected"),
     [("m['content'] | trim", "ask"), ("m['content']", " ask\n"), ("m['content'].rstrip()", " ask")],
 )
-def test_blanks_of_the_template_beside_contents_stay(content: str, expected: str) -> None:
+def test_blanks_of_the_template_around_contents_stay(content: str, expected: str) -> None:
     """Llama-2's and Mistral's templates write spaces in the place of trimmed ones."""
     template = ChatTemplate(
         TOKENIZER, "{% for m in messages %}{{ '[INST] ' + (" + content + ") + ' [/INST]' }}{% endfor %}"
@@ -306,7 +306,7 @@ def test_added_tokens_that_are_words_stay_tokens() -> None:
         assert words.convert_tokens_to_ids(token) in ids
 
 
-def test_texts_are_those_of_the_tokenizer_whatever_was_asked_of_it_before() -> None:
+def test_texts_are_those_of_the_tokenizer_after_any_earlier_call() -> None:
     """The tokenizer's core is called directly, and a call of its wrapper may leave it set to pad and truncate."""
     texts = ["The shape", "", "<|eot_id|> is typed", " a longer text of several words\n", "The shape"]
     words = tiny.tokenizer()

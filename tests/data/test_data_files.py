@@ -1,4 +1,4 @@
-"""Data files of every kind are read record by record, as other libraries read them, or end in one sentence."""
+"""Data files of every kind are read record by record, as other libraries read them, or give a one-sentence error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ trees = st.recursive(
 
 
 def as_json(text: str) -> Any:
-    """Returns what a reader of whole files returns: the list, or DataError for anything but a list with elements."""
+    """Reads a file as a whole: returns its list, or DataError for anything but a list with elements."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -98,7 +98,7 @@ def test_a_string_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path) 
 
 
 def test_a_byte_that_is_not_utf8_is_reported_as_such(tmp_path: Path) -> None:
-    """The block after an element is read in case the element goes on; an error there is not one of the element."""
+    """An element may continue in the next block, so that block is read as well. Its errors are not the element's."""
     path = tmp_path / "x.json"
     path.write_bytes(b'[true, {"\xff": 1}]')
     with mock.patch.object(files, "BLOCK", 5), pytest.raises(DataError, match="byte 0xff is not valid UTF-8"):
@@ -123,7 +123,7 @@ def test_a_number_of_thousands_of_digits(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.parquet"])
-def test_a_pipe_is_no_data_file(tmp_path: Path, name: str) -> None:
+def test_a_pipe_is_not_a_data_file(tmp_path: Path, name: str) -> None:
     """Opening it like a file would wait for a writer forever."""
     os.mkfifo(tmp_path / name)
     for read in (raw_records, lambda path: Records([SourceConfig(path=str(path))])):
@@ -186,7 +186,7 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, complaint: str)
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_folder_is_its_files_in_their_order(tmp_path: Path) -> None:
+def test_a_folder_is_read_file_by_file_in_order(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for number, name in enumerate(("b.jsonl", "a.jsonl", "deep/c.jsonl")):
         (tmp_path / name).write_text(json.dumps(tiny.record(str(number), [("q?", "a.")], f"{number}.png")))
@@ -252,7 +252,7 @@ def check(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_data_set_of_the_hub_is_taken_from_its_cache(tmp_path: Path) -> None:
-    """The cache has the library's own layout, and there is no network."""
+    """The cache has the library's own layout, which is used without a network."""
     folder = tmp_path / "hub" / "datasets--somebody--talks"
     snapshot = folder / "snapshots" / ("0" * 40)
     (snapshot / "data").mkdir(parents=True)

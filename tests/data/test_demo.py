@@ -32,16 +32,16 @@ def test_the_same_seed_gives_the_same_files(demo: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(demo)).read_bytes(), path.name
 
 
-def test_no_heldout_picture_is_a_training_picture(demo: Path) -> None:
+def test_no_heldout_image_is_a_training_image(demo: Path) -> None:
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (demo / "images").iterdir()}
     assert len(hashes) == 60
     assert len(set(hashes.values())) == 60
 
 
 def test_training_and_text_records_are_ordinary_llava_records(demo: Path) -> None:
-    pictures = Records([SourceConfig(path=str(demo / "train.json"))])
-    assert len(pictures) == 40
-    assert all(Path(sample.images[0]).is_file() for sample in pictures)
+    images = Records([SourceConfig(path=str(demo / "train.json"))])
+    assert len(images) == 40
+    assert all(Path(sample.images[0]).is_file() for sample in images)
     assert not any(sample.images for sample in Records([SourceConfig(path=str(demo / "text.json"))]))
 
 
@@ -102,7 +102,7 @@ OLD_CODES = (
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for drawing and warming up; notes what is made."""
+    """Replaces drawing and warming up by a list of their calls."""
     calls: list[str] = []
 
     def write_demo(out: Path, seed: int) -> None:
@@ -129,7 +129,7 @@ def test_a_demo_is_made_once_for_its_settings(tmp_path: Path, made: list[str]) -
 
 @pytest.mark.parametrize("code", OLD_CODES)
 def test_a_demo_of_an_earlier_version_counts_as_made(tmp_path: Path, made: list[str], code: str) -> None:
-    """It is recognised by the source text that made it, whatever is written in the sources now."""
+    """It is recognised by the hash of the source text that made it, even though the sources have changed."""
     record = tmp_path / "demo.json"
     record.write_text(json.dumps({"code": code, "seed": 0, "steps": 2000}))
     (tmp_path / "data").mkdir()

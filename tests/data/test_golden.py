@@ -1,7 +1,7 @@
 """Golden files for the chat template of each family, with text, ids and labels of one conversation.
 
-The templates below give the wording of the families' own for plain conversations. Rewrite the files after a change that
-is meant with `python tests/data/test_golden.py`, and read the difference.
+For plain conversations, the templates below write the same text as the families' own templates. After an intended
+change, write the files again with `python tests/data/test_golden.py` and review the diff.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ TURNS = (
 
 @functools.cache
 def tokenizer_of(family: str) -> Any:
-    """Saves a tokenizer and loads it again, as from a model's folder."""
+    """Returns the tokenizer of a family, after saving and loading it, because real ones are loaded from folders."""
     options, template = TEMPLATES[family]
     with tempfile.TemporaryDirectory() as folder:
         tiny.tokenizer(template=template, **options).save_pretrained(folder)
@@ -78,7 +78,7 @@ def tokenizer_of(family: str) -> Any:
 
 
 def rendered(family: str) -> str:
-    """Returns a line per token: id, text, and whether it is learned with each kind of supervision."""
+    """Returns one line per token: id, text, and whether each kind of supervision gives it a label."""
     tokenizer = tokenizer_of(family)
     ways: tuple[Supervision, ...] = ("response", "special_tokens", "full")
     encoded = [ChatTemplate(tokenizer).encode(TURNS, tokens_per_image=2, supervise=way) for way in ways]
@@ -102,7 +102,7 @@ def test_text_ids_and_labels(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", list(TEMPLATES))
-def test_what_a_person_typed_holds_no_special_token(family: str) -> None:
+def test_typed_text_never_becomes_special_tokens(family: str) -> None:
     tokenizer = tokenizer_of(family)
     typed = " ".join(token.content for token in tokenizer.added_tokens_decoder.values())
     assert "<|im_end|>" in typed and ("</think>" in typed) == (family == "qwen3")
@@ -127,8 +127,8 @@ def test_an_answer_ends_with_the_familys_token(family: str) -> None:
 
 @pytest.mark.parametrize("generate", [False, True])
 @pytest.mark.parametrize("family", list(TEMPLATES))
-def test_the_tokens_say_what_the_template_says(family: str, generate: bool) -> None:
-    """The conversation has white space around contents, which some templates trim and others keep."""
+def test_the_tokens_decode_to_the_rendered_template(family: str, generate: bool) -> None:
+    """The contents have white space around them, which some templates trim and others keep."""
     tokenizer = tokenizer_of(family)
     turns = [Turn("user", "  Why?\n"), Turn("assistant", "\tIt is. "), Turn("user", " So? ")][: 3 if generate else 2]
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]

@@ -97,7 +97,7 @@ def test_orientation_of_a_camera(tmp_path: Path) -> None:
     assert apart(opened, COLORED.transpose(Image.Transpose.ROTATE_270)) == 0
 
 
-def test_animation_gives_its_first_picture(tmp_path: Path) -> None:
+def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
     other = Image.new("RGB", COLORED.size, "red")
     opened = open_image(saved(tmp_path, COLORED, "a.webp", save_all=True, append_images=[other], lossless=True))
     assert apart(opened, COLORED) < 1
@@ -122,15 +122,15 @@ def refused(path: Path, complaint: str) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    refused(tmp_path / "a.png", "there is no image")
+    refused(tmp_path / "a.png", "does not exist")
 
 
 def test_folder(tmp_path: Path) -> None:
     refused(tmp_path, "cannot be read")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0"])
-def test_no_picture(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0"])
+def test_a_file_that_is_not_an_image(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     refused(path, "cannot be read")
@@ -192,7 +192,7 @@ FILES = {kind: encoded(kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", 
 )
 @settings(max_examples=300)
 @example("TIFF", [(4, 255)], 5000)
-def test_damaged_files_give_a_picture_or_an_image_error(
+def test_damaged_files_give_an_image_or_an_image_error(
     tmp_path_factory: pytest.TempPathFactory, kind: str, changes: list[tuple[int, int]], length: int
 ) -> None:
     content = bytearray(FILES[kind][:length])
@@ -288,10 +288,10 @@ def test_the_tiling_is_the_one_that_transformers_chooses(size: tuple[int, int]) 
 
 
 def test_views_are_the_whole_and_its_tiles_row_by_row() -> None:
-    picture = Image.new("RGB", (64, 64))
+    image = Image.new("RGB", (64, 64))
     for number, color in enumerate(("red", "lime", "blue", "white")):
-        picture.paste(color, (32 * (number % 2), 32 * (number // 2), 32 * (number % 2) + 32, 32 * (number // 2) + 32))
-    views = ImageProcessor(32, [0.0] * 3, [1.0] * 3, grid=GRID)(picture)
+        image.paste(color, (32 * (number % 2), 32 * (number // 2), 32 * (number % 2) + 32, 32 * (number // 2) + 32))
+    views = ImageProcessor(32, [0.0] * 3, [1.0] * 3, grid=GRID)(image)
     assert views.shape == (5, 3, 32, 32)
     for view, color in zip(views[1:], ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]), strict=True):
         torch.testing.assert_close(view, torch.tensor(color, dtype=torch.float32).view(3, 1, 1).expand(3, 32, 32))
@@ -306,7 +306,7 @@ def test_the_size_alone_tells_the_number_of_views(width: int, height: int, grid:
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_size_of_a_picture_that_lies_on_its_side(tmp_path: Path, orientation: int) -> None:
+def test_size_of_an_image_that_lies_on_its_side(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
@@ -318,14 +318,14 @@ def test_a_thread_of_pixels_is_refused(tmp_path: Path) -> None:
     refused(saved(tmp_path, Image.new("1", (30_000, 1)), "a.png"), "20,000 on a side")
 
 
-def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+def test_a_pipe_is_not_an_image(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     refused(tmp_path / "a.png", "not a regular file")
 
 
 @pytest.mark.parametrize("orientation", [0, 5, 6, 8, 9])
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif", "a.png", "a.webp"])
-def test_the_size_is_that_of_the_opened_picture(tmp_path: Path, name: str, orientation: int) -> None:
+def test_the_size_is_that_of_the_opened_image(tmp_path: Path, name: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path, Image.new("RGB", (128, 32)), name, exif=exif)
@@ -337,10 +337,10 @@ def test_the_size_is_that_of_the_opened_picture(tmp_path: Path, name: str, orien
 def test_bands_give_the_pixels_of_the_whole(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], resample: Image.Resampling
 ) -> None:
-    picture = Image.effect_noise(size, 90).convert("RGB")
+    image = Image.effect_noise(size, 90).convert("RGB")
     processor = ImageProcessor(32, [0.4, 0.5, 0.6], [1.0] * 3, resample)
     side = max(size)
     whole = Image.new("RGB", (side, side), (102, 127, 153))
-    whole.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
+    whole.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
     monkeypatch.setattr("zero_ds.data.images.BAND", 5 * side)
-    assert processor._fitted(picture, 1, 1).tobytes() == whole.resize((32, 32), resample).tobytes()
+    assert processor._fitted(image, 1, 1).tobytes() == whole.resize((32, 32), resample).tobytes()

@@ -1,4 +1,4 @@
-"""A step holds the same samples whatever the number of ranks and wherever the run was resumed."""
+"""A step holds the same samples on any number of ranks and after any resume."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def encoder(**changes: Any) -> SampleEncoder:
 
 
 class Plain:
-    """Stands in for a SampleEncoder: sample n becomes the single token n."""
+    """Replaces a SampleEncoder: sample n becomes the single token n."""
 
     processor = None
     tokens_per_image = 0
@@ -120,7 +120,7 @@ def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
 
 
 class Lengths(Sequence[int]):
-    """Stands in for Records: sample n has lengths[n] characters and no image."""
+    """Replaces Records: sample n has lengths[n] characters and no image."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -146,7 +146,7 @@ class Lengths(Sequence[int]):
     data=st.data(),
 )
 @settings(max_examples=60)
-def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
+def test_grouping_by_length_keeps_every_sample_once_on_any_number_of_ranks(
     lengths: list[int], batch: int, ranks: int, seed: int, data: st.DataObject
 ) -> None:
     def grouped(rank: int, ranks: int, grouping: str = "length") -> Loader:
@@ -173,19 +173,19 @@ def test_grouping_by_length_keeps_every_sample_once_whatever_the_ranks(
     assert len(set(seen)) == len(seen) == steps * batch
     window = batch * WINDOW
     for start in range(0, len(seen), window):
-        usual = range(start, min(start + window, len(lengths)))
-        assert set(seen[start : start + window]) <= set(usual), "no sample leaves its window"
+        in_window = range(start, min(start + window, len(lengths)))
+        assert set(seen[start : start + window]) <= set(in_window), "no sample leaves its window"
     plain = [[n for micro in step for n in micro] for step in drawn(grouped(0, 1, "off"), 0, steps)]
 
     def padding(order: list[list[int]]) -> int:
         return sum(max(lengths[n] for n in step) * batch for step in order)
 
-    if len(lengths) % batch == 0:  # otherwise a different sample may be the one that no step takes
+    if len(lengths) % batch == 0:  # otherwise the two orders may drop different samples
         assert padding(one) <= padding(plain)
 
 
 class Mixed(Lengths):
-    """Stands in for Records of which every third sample has an image."""
+    """Replaces Records of which every third sample has an image."""
 
     def images(self, index: int) -> int:
         return int(index % 3 == 0)
@@ -208,8 +208,8 @@ def test_grouped_epochs_hold_every_sample_once(samples: int, batch: int, seed: i
         assert sorted(flat[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
 
 
-def test_groups_are_steps_in_later_epochs_too() -> None:
-    """1,040 samples in steps of 32: the second epoch begins in the middle of a step."""
+def test_groups_match_steps_in_later_epochs() -> None:
+    """With 1,040 samples in steps of 32, the second epoch begins in the middle of a step."""
     lengths = [n * 37 % 500 + 1 for n in range(1040)]
 
     def used(first: int, last: int) -> float:
@@ -219,7 +219,7 @@ def test_groups_are_steps_in_later_epochs_too() -> None:
     assert used(0, 32) > 0.86 and used(33, 64) > 0.86
 
 
-def test_pictures_and_plain_text_share_no_batch() -> None:
+def test_images_and_plain_text_share_no_batch() -> None:
     """Only one batch in a window of eight may hold both kinds, whereas grouping by length mixes them."""
 
     def mixed(grouping: str) -> list[int]:
@@ -230,7 +230,7 @@ def test_pictures_and_plain_text_share_no_batch() -> None:
     assert sum(mixed("length")) > 32
 
 
-def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
+def test_grouping_counts_the_tiles_of_large_images(tmp_path: Path) -> None:
     sizes = {"flat": (128, 32), "small": (32, 32)}
     for name, size in sizes.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
@@ -255,52 +255,55 @@ def test_grouping_counts_the_tiles_of_large_pictures(tmp_path: Path) -> None:
         assert batch.attention_mask.all()
 
 
-def plans(counts: list[dict[str, Any]]) -> str:
-    """Returns the error of a rank whose batches have the layout with its number, or that all agree."""
+def layout_check(layouts: list[int]) -> str:
+    """Compares the batches of all ranks, where rank r has layout `layouts[r]`; returns the error or "agreed"."""
     from zero_ds.runtime import distributed
     from zero_ds.training.metrics import StepCounts
 
     distributed.initialize()
-    mine = int(counts[distributed.rank()]["plan"])
     try:
-        StepCounts(layout=mine).over_ranks().check_layout(7)
+        StepCounts(layout=layouts[distributed.rank()]).over_ranks().check_layout(7)
     except DataError as error:
         return str(error)
-    return "alike"
+    return "agreed"
 
 
 @pytest.mark.parametrize(
-    ("numbers", "alike"), [((4, 4), True), ((65535, 65535), True), ((4, 5), False), ((0, 1), False)]
+    ("layouts", "agree"), [([4, 4], True), ([65535, 65535], True), ([4, 5], False), ([0, 1], False)]
 )
-def test_ranks_that_plan_unlike_each_other_stop_before_the_step(numbers: tuple[int, int], alike: bool) -> None:
-    said = run_ranks(plans, 2, [{"plan": number} for number in numbers])
-    assert all("plan step 7 unlike each other" in s for s in said) if not alike else said == ["alike", "alike"]
+def test_ranks_that_disagree_on_batches_stop_before_the_step(layouts: list[int], agree: bool) -> None:
+    outcomes = run_ranks(layout_check, 2, layouts)
+    if agree:
+        assert outcomes == ["agreed", "agreed"]
+    else:
+        assert all("planned step 7 differently" in outcome for outcome in outcomes)
 
 
 @pytest.mark.parametrize("options", [{"packing": True}, {"grouping": "length"}, {}])
-def test_a_rank_that_reads_other_data_has_another_plan(data: Path, options: dict[str, Any]) -> None:
-    def numbers(rank: int, broken: bool) -> list[int]:
+def test_a_rank_that_reads_other_data_has_another_layout(data: Path, options: dict[str, Any]) -> None:
+    def layouts(rank: int, broken: bool) -> list[int]:
+        """Returns the layout of every batch; with `broken`, the rank sees other lengths and cannot read sample 2."""
         records: Any = Records([SourceConfig(path=str(data))])
         if broken:
             records.size = lambda index: 4 * (9000 - index)
             read = records.__class__.__getitem__
 
-            class Torn(records.__class__):  # type: ignore[misc]
+            class UnreadableSample(records.__class__):  # type: ignore[misc]
                 def __getitem__(self, index: int) -> Sample:
                     if index == 2:
                         raise DataError("sample 2: cannot be read now")
                     return read(self, index)  # type: ignore[no-any-return]
 
-            records.__class__ = Torn
+            records.__class__ = UnreadableSample
         stream = Loader(records, encoder(), 8, 1, rank, 2, pad_id=0, seed=0, skip_bad=True, **options)
         return [batch.layout for step in stream.steps(0, 1) for batch in step]
 
-    assert len({*numbers(0, False), *numbers(1, False)}) == 1
+    assert len({*layouts(0, False), *layouts(1, False)}) == 1
     if options:
-        assert numbers(0, False)[0] != numbers(1, True)[0]
+        assert layouts(0, False)[0] != layouts(1, True)[0]
 
 
-def test_workers_change_nothing(data: Path) -> None:
+def test_workers_yield_the_same_batches(data: Path) -> None:
     streams = []
     for workers in (0, 2):
         stream = Loader(
@@ -328,12 +331,12 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_the_workers(data: Path)
             process.send_signal(number)
     assert len(list(steps)) == 10
     psutil.wait_procs(workers, timeout=scaled(20))
-    assert not any(process.is_running() for process in workers), "they end with their rank's loader"
+    assert not any(process.is_running() for process in workers), "workers end with the loader of their rank"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_sample_ends_the_run_with_its_name(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("bad", [("q?", "a.")], "broken.png")]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     others = psutil.Process().children()
@@ -352,11 +355,11 @@ def test_a_bad_sample_ends_the_run_with_its_name(tmp_path: Path, workers: int) -
         list(stream.steps(0, 2))
     assert "sample bad" in str(caught.value) and "broken.png" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert psutil.Process().children() == others, "the workers end with the run, whoever keeps the error"
+    assert psutil.Process().children() == others, "the workers have ended, although the error still exists"
 
 
-def test_a_sample_left_out_keeps_nothing_of_its_step(tmp_path: Path) -> None:
-    """The traceback of its error would hold the step in a reference cycle: a worker's memory grew by whole steps."""
+def test_a_skipped_sample_does_not_keep_its_step_in_memory(tmp_path: Path) -> None:
+    """The traceback of its error once held the step in a reference cycle, and workers' memory grew by whole steps."""
     samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("long", [("q? " * 300, "a.")])]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     records = Records([SourceConfig(path=str(tmp_path / "data.json"))])
@@ -376,7 +379,7 @@ def test_a_sample_left_out_keeps_nothing_of_its_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_skipped_samples_leave_their_places_empty(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     talk = [("q?", "a.")]
     samples = [tiny.record("fine", talk), tiny.record("bad", talk, "broken.png")]
     samples += [tiny.record("long", [("q? " * 300, "a.")]), tiny.record("sly", talk, "../x.png")]
@@ -391,7 +394,7 @@ def test_skipped_samples_leave_their_places_empty(tmp_path: Path, workers: int) 
     assert (second.labels == IGNORE).all() and not second.pixel_values.any()
 
 
-def test_a_sample_that_is_too_long_ends_no_run(tmp_path: Path) -> None:
+def test_a_sample_that_is_too_long_does_not_end_the_run(tmp_path: Path) -> None:
     samples = [tiny.record("fine", [("q?", "a.")]), tiny.record("long", [("q? " * 300, "a.")])]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     records = Records([SourceConfig(path=str(tmp_path / "data.json"))])
@@ -430,15 +433,15 @@ def test_system_prompt(prompt: str | None, expected: str) -> None:
     assert TEMPLATE.tokenizer.decode(own).startswith("<|im_start|>system\nMine.<|im_end|>")
 
 
-def test_a_picture_that_was_cut_off_with_its_turn_is_not_encoded(data: Path) -> None:
-    picture = str(data.parent / "images" / "0.png")
+def test_an_image_that_was_cut_off_with_its_turn_is_not_encoded(data: Path) -> None:
+    image = str(data.parent / "images" / "0.png")
     turns = (
         Turn("user", "q?"),
         Turn("assistant", "a."),
         Turn("user", "<image>" + "more " * 50),
         Turn("assistant", "b."),
     )
-    encoded = encoder(max_length=60, image_prompt="off")(Sample("x", turns, (picture,)))
+    encoded = encoder(max_length=60, image_prompt="off")(Sample("x", turns, (image,)))
     assert not len(encoded.pixels) and IMAGE_TOKEN not in encoded.input_ids
 
 
@@ -468,17 +471,17 @@ def test_collate_pads_on_the_right(data: Path) -> None:
         assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
         assert (batch.responses[row, n:] == -1).all()
         assert (batch.input_ids[row, n:] == 7).all() and (batch.labels[row, n:] == IGNORE).all()
-    pictures = [picture for sample in samples for picture in sample.pixels]
-    assert torch.equal(batch.pixel_values, torch.stack(pictures))
-    assert int(image_positions(batch.input_ids).sum()) == len(pictures) * tiny.TOKENS_PER_IMAGE
+    images = [image for sample in samples for image in sample.pixels]
+    assert torch.equal(batch.pixel_values, torch.stack(images))
+    assert int(image_positions(batch.input_ids).sum()) == len(images) * tiny.TOKENS_PER_IMAGE
     assert batch.ids == [s.id for s in samples]
     answers = [max(sample.responses) + 1 for sample in samples]
     assert max(answers) > 1, "one sample has several answers"
     numbers = batch.responses[batch.responses >= 0].unique()
-    assert numbers.tolist() == list(range(sum(answers))), "numbered through the batch"
+    assert numbers.tolist() == list(range(sum(answers))), "answers are numbered consecutively over the batch"
 
 
-def test_a_batch_of_text_alone_brings_one_blank_picture() -> None:
+def test_a_batch_of_text_alone_brings_one_blank_image() -> None:
     text = [Plain()(5)]
     assert torch.equal(
         collate(text, 0, tiny.IMAGE_SIZE).pixel_values, torch.zeros(1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
@@ -487,7 +490,7 @@ def test_a_batch_of_text_alone_brings_one_blank_picture() -> None:
 
 
 def test_a_batch_is_pinned_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's DataLoader hands a list of batches to `pin_memory`, which leaves objects that it does not know alone."""
+    """torch's DataLoader passes lists of batches to `pin_memory`, which skips objects without a method of that name."""
     from torch.utils.data._utils.pin_memory import pin_memory
 
     pinned: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Packed rows are the same on every rank, do not see each other, and give the losses and gradients of padded ones."""
+"""Packed rows do not depend on ranks, keep their samples apart, and give the losses and gradients of padded rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIMIT = 100
 
 @given(st.lists(st.integers(0, 150), max_size=60), st.integers(1, 8))
 @settings(max_examples=200)
-def test_a_plan_holds_every_sample_once_within_the_limit(lengths: list[int], multiple: int) -> None:
+def test_packing_keeps_every_sample_once_within_the_limit(lengths: list[int], multiple: int) -> None:
     rows = pack_rows(lengths, LIMIT, multiple)
     assert sorted(n for row in rows for n in row) == [n for n, length in enumerate(lengths) if length]
     assert len(rows) % multiple == 0 and rows
@@ -41,18 +41,18 @@ def test_a_plan_holds_every_sample_once_within_the_limit(lengths: list[int], mul
     assert all(total <= LIMIT or len(row) == 1 for total, row in zip(totals, rows, strict=True))
     assert totals == sorted(totals, reverse=True)
     assert rows == pack_rows(lengths, LIMIT, multiple)
-    if max(lengths, default=0) <= LIMIT:  # first fit decreasing needs at most 11/9 of the best, and one more
+    if max(lengths, default=0) <= LIMIT:  # first-fit decreasing needs at most 11/9 of the best number of rows, plus one
         best = max(1, -(-sum(lengths) // LIMIT))
         assert len(rows) <= -(-int(11 / 9 * 2 * best + 1) // multiple) * multiple
 
 
-def encoded(seed: int, lengths: list[int], pictures: list[int]) -> list[EncodedSample]:
+def encoded(seed: int, lengths: list[int], images: list[int]) -> list[EncodedSample]:
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    for number, (length, shown) in enumerate(zip(lengths, pictures, strict=True)):
+    for number, (length, shown) in enumerate(zip(lengths, images, strict=True)):
         ids = torch.randint(4, 60, (length,), generator=generator).tolist()
-        for picture in range(shown):
-            first = 1 + picture * (tiny.TOKENS_PER_IMAGE + 1)
+        for place in range(shown):
+            first = 1 + place * (tiny.TOKENS_PER_IMAGE + 1)
             ids[first : first + tiny.TOKENS_PER_IMAGE] = [IMAGE_TOKEN] * tiny.TOKENS_PER_IMAGE
         samples.append(
             EncodedSample(
@@ -66,9 +66,9 @@ def encoded(seed: int, lengths: list[int], pictures: list[int]) -> list[EncodedS
     return samples
 
 
-def test_rows_restart_positions_and_ask_nothing_across_samples() -> None:
+def test_rows_restart_positions_and_predict_nothing_across_samples() -> None:
     samples = encoded(0, [6, 9, 7], [0, 0, 0])
-    samples[1] = replace(samples[1], labels=samples[1].input_ids)  # supervised from its first token on
+    samples[1] = replace(samples[1], labels=samples[1].input_ids)  # all tokens supervised
     batch = collate_rows([samples[:2], samples[2:]], pad_id=0, image_size=None)
     assert batch.position_ids.tolist() == [[*range(6), *range(9)], [*range(7), *range(8)]]
     assert batch.attention_mask.tolist() == [[1] * 15, [1] * 7 + [0] * 8]
@@ -100,7 +100,7 @@ def test_samples_of_a_row_do_not_see_each_other(made: Callable[..., Path], kind:
 
 
 class Backbone(torch.nn.Module):
-    """Records how it is called, because flash attention itself needs a GPU."""
+    """Records the shape of its input in place of a decoder, because flash attention itself needs a GPU."""
 
     def __init__(self, attention: str) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Backbone(torch.nn.Module):
 
 
 def test_flash_attention_gets_one_row() -> None:
-    """transformers finds the samples of a row by their positions there, but only in a single row."""
+    """With flash attention, transformers separates packed samples by their positions, but only within a single row."""
     embeddings, positions = torch.randn(3, 7, 4), torch.arange(7).expand(3, 7)
     found = []
     for attention, shape in (("sdpa", (3, 7)), ("flash_attention_2", (1, 21))):
@@ -133,7 +133,7 @@ WAYS: dict[str, dict[str, Any]] = {"padded": {}, "grouped": {"grouping": "length
 def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
     run_config: Callable[..., RunConfig], data: Path, stage: str
 ) -> None:
-    """Compares a step over all eight samples, two without an image, to 1e-6 of the whole gradient in float32."""
+    """Compares a step over eight samples in float32, two without an image. Packed and grouped rows agree to 1e-6."""
     base = {"sources": [{"path": str(data)}], "max_length": 160, "system_prompt": ""}
 
     def config(way: str, micro: int, **changes: Any) -> RunConfig:
@@ -168,7 +168,7 @@ def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
 
 @pytest.mark.parametrize("order", [0.0, 0.5])
 def test_steps_of_more_and_of_fewer_passes(run_config: Callable[..., RunConfig], tmp_path: Path, order: float) -> None:
-    """Short and long samples alternate, so steps differ in their number of passes, also with dynamic loss weights."""
+    """Short and long samples alternate, so steps differ in their number of passes. Also tested with dynamic loss."""
     short = [tiny.record(f"s{n}", [("Which?", "The star.")]) for n in range(8)]
     long = [tiny.record(f"l{n}", [("Which is it? " * 8, "It is the star. " * 4)]) for n in range(8)]
     (tmp_path / "data.json").write_text(json.dumps((short + long) * 4))
@@ -212,7 +212,7 @@ def test_ranks_share_the_rows_of_a_step(stream: Callable[..., Loader], ranks: in
     alone = [sorted(n for b in step for n in b.ids) for step in stream(0, 1, batch=12).steps(0, 3)]
     for number in range(3):
         held = [step[number] for step in steps]
-        assert len({len(batches) for batches in held}) == 1, "as many forward passes on every rank"
+        assert len({len(batches) for batches in held}) == 1, "every rank makes the same number of forward passes"
         assert sorted(n for batches in held for b in batches for n in b.ids) == alone[number]
         for batches in held:
             for batch in batches:

@@ -148,7 +148,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_no_sources(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no data file"):
+    with pytest.raises(DataError, match=r"data file .* does not exist"):
         records(tmp_path / "nowhere.json")
     with pytest.raises(ConfigError, match=r"set data\.sources"):
         Records([])
@@ -210,7 +210,7 @@ def test_an_image_without_placeholder_goes_before_the_first_question(tmp_path: P
     assert records(path)[0].turns[0] == Turn("user", "<image>\nq?")
 
 
-def test_an_image_in_an_answer_is_no_placeholder() -> None:
+def test_an_image_in_an_answer_is_not_a_placeholder() -> None:
     talk = [TALK[0], {"from": "gpt", "value": "<image> is a tag"}]
     assert parse({"id": "x", "conversations": talk}, "here").images == ()
 
@@ -451,7 +451,7 @@ def test_a_word_names_a_registered_data_set(tmp_path: Path, monkeypatch: pytest.
     assert SourceConfig.model_validate(str(path)) == SourceConfig(path=str(path))
     assert SourceConfig.model_validate("llava-1.5-665k").root == "data/images"
     assert SourceConfig.model_validate({"name": "mine", "limit": 7}) == SourceConfig(path=str(path), limit=7)
-    with pytest.raises(ConfigError, match=r"there is no data set 'main'; did you mean 'mine'"):
+    with pytest.raises(ConfigError, match=r"unknown data set 'main'; did you mean 'mine'"):
         validate(SourceConfig, {"name": "main"}, what="data")
     run = load_run("llama-3.1-8b/encoder", ["data.sources.0.limit=5"])
     assert (run.data.sources[0].limit, run.data.sources[0].images_only) == (5, True)
@@ -460,7 +460,7 @@ def test_a_word_names_a_registered_data_set(tmp_path: Path, monkeypatch: pytest.
         validate(SourceConfig, "mine", what="data")
 
 
-def test_bad_records_are_counted_and_left_out_where_that_is_allowed(
+def test_bad_records_are_counted_and_skipped_where_that_is_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path, [good("a"), {"id": "bad"}, good("b"), "text"])
@@ -524,8 +524,8 @@ def test_rows_in_many_batches(tmp_path: Path) -> None:
     assert [found.images(n) for n in range(23)] == [int(n % 3 == 0) for n in range(23)]
     sizes = [sum(len(turn.text.encode()) for turn in found[n].turns) for n in range(23)]
     assert [found.size(n) for n in range(23)] == sizes
-    pictured = records(tmp_path / "data.json", images_only=True)
-    assert [sample.id for sample in pictured] == [f"{n}é" for n in range(0, 23, 3)]
+    with_image = records(tmp_path / "data.json", images_only=True)
+    assert [sample.id for sample in with_image] == [f"{n}é" for n in range(0, 23, 3)]
     with pytest.raises(IndexError):
         found[23]
 

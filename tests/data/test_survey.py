@@ -70,8 +70,8 @@ def test_every_fault_is_named_and_counted(faulty: Path, made: Any, tmp_path: Pat
         assert f"sample {sample}" in named[kind]
     assert all(f"sample {name}: " in named["picture"] for name in ("missing", "cut", "empty"))
     assert "3 x picture" in result.stdout and "6 samples cannot be used" in result.stdout
-    with Image.open(out / "lengths.png") as picture:
-        assert picture.width > 500
+    with Image.open(out / "lengths.png") as image:
+        assert image.width > 500
 
 
 def test_keys_that_are_not_read_are_counted(tmp_path: Path) -> None:
@@ -107,10 +107,10 @@ def test_a_good_data_set_ends_well(data: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("nowhere.json",), "there is no data file nowhere.json"),
-        (("nowhere",), "there is no data file nowhere"),
+        (("nowhere.json",), "data file nowhere.json does not exist"),
+        (("nowhere",), "data file nowhere does not exist"),
         (("DATA", "--pictures", "heads"), "--pictures heads is unknown; did you mean 'headers'?"),
-        (("DATA", "--model", "nowhere"), "there is no model folder nowhere"),
+        (("DATA", "--model", "nowhere"), "model folder nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_checked(data: Path, words: tuple[str, ...], complaint: str) -> None:
@@ -129,21 +129,20 @@ def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_a_mix_holds_every_sample_with_its_pictures(tmp_path: Path, ending: str) -> None:
-    (tmp_path / "pictures").mkdir()
+def test_a_mix_holds_every_sample_with_its_images(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "images").mkdir()
     talk = [("q?", "a."), ("r?", "b.")]
-    pictured = [tiny.record(f"p{n}", talk, f"{n}.png") for n in range(6)]
+    with_image = [tiny.record(f"p{n}", talk, f"{n}.png") for n in range(6)]
     two = {**tiny.record("both", [("<image> and <image>?", "a.")]), "image": ["0.png", "1.png"]}
-    a = write(tmp_path / "a.json", [*pictured, two])
+    a = write(tmp_path / "a.json", [*with_image, two])
     b = write(tmp_path / "b.json", [tiny.record(f"t{n}", talk) for n in range(4)])
     outs = [tmp_path / f"mixed{n}.{ending}" for n in range(3)]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
-        done = tool(f"{a}:{tmp_path / 'pictures'}", b, "--out", out, "--seed", seed)
+        done = tool(f"{a}:{tmp_path / 'images'}", b, "--out", out, "--seed", seed)
         assert done.returncode == 0 and done.stdout == f"{out}: 11 samples\n", done.stderr
     mixed = list(Records([SourceConfig(path=str(outs[0]))]))
     whole = {
-        s.id: s
-        for s in Records([SourceConfig(path=str(a), root=str(tmp_path / "pictures")), SourceConfig(path=str(b))])
+        s.id: s for s in Records([SourceConfig(path=str(a), root=str(tmp_path / "images")), SourceConfig(path=str(b))])
     }
     assert {sample.id: sample for sample in mixed} == whole
     places = [n for n, sample in enumerate(mixed) if sample.id.startswith("t")]
@@ -170,7 +169,7 @@ def test_what_cannot_be_mixed(tmp_path: Path) -> None:
         ((good, "--out", good), "already exists"),
         ((good, "--out", tmp_path / "inner" / "x.json"), "sample x has its image in"),
         ((good, good, "--out", tmp_path / "x.json", "--limit", 1), "--limit: 1 given for 2 sources"),
-        ((tmp_path / "nowhere.json", "--out", tmp_path / "x.json"), "there is no data file"),
+        ((tmp_path / "nowhere.json", "--out", tmp_path / "x.json"), "nowhere.json does not exist"),
     ):
         done = tool(*words)
         assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1

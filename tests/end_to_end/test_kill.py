@@ -164,7 +164,7 @@ def test_killed_at_several_instants_the_run_ends_as_if_nothing_had_happened(
         (3, {"zero": "zero1", "micro_batch": 2, "activation_checkpointing": False}),
     ],
 )
-def test_other_ranks_and_another_zero_config_go_on_alike(
+def test_a_run_continues_the_same_with_other_ranks_and_another_zero_config(
     whole: tuple[Path, float],
     config: Callable[..., RunConfig],
     tmp_path: Path,

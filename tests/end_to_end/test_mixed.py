@@ -24,7 +24,7 @@ LONG = {"pretrain": 200, "encoder": 48}
 def arranged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes 64 samples: 16 steps of four hold every arrangement of text and images over ranks and passes."""
     folder = tmp_path_factory.mktemp("arranged")
-    mixed = json.loads(tiny.write_data(folder, pictures=32, texts=32).read_text())
+    mixed = json.loads(tiny.write_data(folder, images=32, texts=32).read_text())
     images = iter([record for record in mixed if "image" in record])
     texts = iter([record for record in mixed if "image" not in record])
     records = [next(images if step >> place & 1 else texts) for step in range(16) for place in range(4)]
@@ -43,7 +43,7 @@ def arranged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_every_arrangement_runs_and_learns_alike(
+def test_every_arrangement_runs_and_learns_the_same(
     run_config: Callable[..., RunConfig], trained: Path, arranged: Path, tmp_path: Path, stage: str, last: int
 ) -> None:
 

@@ -133,7 +133,7 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "input='s#/clip#/nowhere#g'",
         ("RECIPE",),
         "paths",
-        "127.0.0.3: there is no .*/nowhere",
+        "127.0.0.3: not found: .*/nowhere",
     ),
     "clock": ("input='s#time.time()}#time.time() + 100}#'", (), "clocks", "127.0.0.3: (99|100) s ahead"),
     "variable": ("", ("--require", "ZERO_DS_TEST_ON_ONE"), "environment", "127.0.0.3: ZERO_DS_TEST_ON_ONE not set"),
@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[str, tuple[str, ...], str, str]] = {
         "recipe",
         r"127.0.0.3: .*run\.yaml differs",
     ),
-    "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are wanted"),
+    "disk": ("", ("--min-disk", "1e9"), "disk", "127.0.0.2: .* GiB free in .*/shared, 1e\\+09 are needed"),
 }
 """Fault -> bash lines on the second machine, options of doctor, the check that fails, and its message."""
 

@@ -1,4 +1,4 @@
-"""Problems that users report of other trainers and that no other test covers; docs/training.md has a table of them."""
+"""Problems that users report with other trainers and that other tests do not cover; docs/training.md lists them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from zero_ds.training.setup import load_model, make_loader
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
 def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[..., RunConfig], stage: str) -> None:
-    """Activation checkpointing reduces the bytes kept for the backward pass, also those of a frozen decoder."""
+    """Activation checkpointing reduces the bytes kept for the backward pass, for a frozen decoder as well."""
     kept: dict[bool, int] = {}
-    for again in (False, True):
+    for recompute in (False, True):
         config = run_config(stage, micro_batch=4)
         model = load_model(config, {"zero_optimization": {}})
         loader = make_loader(config, model, 1)
         stages.freeze_(model, config)
-        recompute_(model, range(6) if again else ())
+        recompute_(model, range(6) if recompute else ())
         model.train()
         (batch,) = next(loader.steps(0, 1))
         seen: dict[int, int] = {}
@@ -44,13 +44,13 @@ def test_frozen_layers_are_checkpointed_like_trained_ones(run_config: Callable[.
         model.image_features = lambda pixels, images=images: images.requires_grad_()  # type: ignore[method-assign]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             total = model(**batch.inputs()).total
-        kept[again] = sum(seen.values())
+        kept[recompute] = sum(seen.values())
         total.backward()
-    assert kept[True] < 0.4 * kept[False], f"{kept[True] / kept[False]:.2f} of the bytes without"
+    assert kept[True] < 0.4 * kept[False], f"{kept[True] / kept[False]:.2f} of the bytes kept without it"
 
 
 def trained_with_a_cut(config: RunConfig, part: str) -> str:
-    """Trains with a part that is cut off from the loss; returns the result of `train_all`."""
+    """Trains while no gradient reaches `part`; returns the result of `train_all`."""
     from zero_ds.model.vlm import VisionLanguageModel
     from zero_ds.training import engine
 
@@ -67,7 +67,7 @@ def trained_with_a_cut(config: RunConfig, part: str) -> str:
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
-def test_a_part_that_is_cut_off_is_noticed(
+def test_a_part_without_gradient_is_noticed(
     run_config: Callable[..., RunConfig], trained: Path, tmp_path: Path, zero: str
 ) -> None:
     config = run_config("encoder", tmp_path / zero, zero=zero, init_from=[str(trained / "pretrain")])
@@ -78,7 +78,7 @@ def test_a_part_that_is_cut_off_is_noticed(
 
 
 def loaded_wrongly(config: RunConfig) -> str:
-    """Loads a model whose loader leaves one tensor random, as libraries have done under ZeRO-3; returns the error."""
+    """Loads a model while one tensor stays random, as has happened in libraries under ZeRO-3; returns the error."""
     from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.runtime import distributed
     from zero_ds.runtime.errors import ConfigError
@@ -90,9 +90,9 @@ def loaded_wrongly(config: RunConfig) -> str:
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         decoder = load(*arguments, **options)
-        norm = decoder.model.layers[3].mlp.up_proj.weight  # type: ignore[union-attr, index]
-        with gathered([norm], modifier_rank=0), torch.no_grad():
-            norm.normal_()
+        weight = decoder.model.layers[3].mlp.up_proj.weight  # type: ignore[union-attr, index]
+        with gathered([weight], modifier_rank=0), torch.no_grad():
+            weight.normal_()
         return decoder
 
     DecoderFolder.load = spoiled  # type: ignore[method-assign]
@@ -105,13 +105,13 @@ def loaded_wrongly(config: RunConfig) -> str:
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_weights_that_were_lost_on_the_way(run_config: Callable[..., RunConfig], zero: str) -> None:
+def test_a_weight_that_was_not_loaded_is_named(run_config: Callable[..., RunConfig], zero: str) -> None:
     for said in run_ranks(loaded_wrongly, 2, run_config("decoder", zero=zero)):
         assert "layers.3.mlp.up_proj.weight was not loaded as it is stored in" in said
 
 
 def slow_first(limit: float) -> tuple[float, float]:
-    """Lets rank 0 work longer than a collective may take; returns when that ended, and when this rank went on."""
+    """Lets rank 0 work longer than a collective may take; returns when its work ended and when this rank continued."""
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
     from zero_ds.runtime import distributed
@@ -130,7 +130,7 @@ def slow_first(limit: float) -> tuple[float, float]:
     return ended, went_on
 
 
-def test_long_work_of_rank_zero_exceeds_no_time_limit() -> None:
+def test_long_work_of_rank_zero_does_not_time_out() -> None:
     limit = scaled(1)
     (ended, _), (_, went_on) = run_ranks(slow_first, 2, limit)
     assert 0 < ended < went_on
@@ -152,7 +152,7 @@ def slow_barrier(limit: float) -> None:
 
 
 def peak_of_loading(first: Path, folder: Path) -> float:
-    """Loads a small decoder and then another into partitions; returns the GiB by which that raises peak memory."""
+    """Loads a small decoder, then another, both partitioned; returns the GiB that the second adds to peak memory."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from zero_ds.model.decoders.folder import DecoderFolder
@@ -168,7 +168,7 @@ def peak_of_loading(first: Path, folder: Path) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
-def test_no_rank_but_the_first_reads_the_whole_model(made: Callable[..., Path], tmp_path: Path) -> None:
+def test_only_the_first_rank_reads_the_whole_model(made: Callable[..., Path], tmp_path: Path) -> None:
     """Loads 512 MiB of weights on two ranks, each of which keeps half.
 
     Measured: a peak of 1.0 times the weights on a rank that does not read, and 2.0 on the first rank, which does.
@@ -187,7 +187,7 @@ def test_no_rank_but_the_first_reads_the_whole_model(made: Callable[..., Path], 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     size = (tmp_path / "model" / "model.safetensors").stat().st_size / 2**30
     assert size > 0.4
-    # the lower of two, because buffers that the allocator keeps raise some measurements by up to half the weights
+    # the lower of two: buffers that the allocator keeps raise some measurements by up to half the size of the weights
     tries = [run_ranks(peak_of_loading, 2, made("llama", tied=True), tmp_path / "model") for _ in range(2)]
     first, second = min(tries, key=lambda peaks: peaks[1])
     assert second < 1.4 * size, f"{second:.2f} of {size:.2f} GiB on the second rank, {first:.2f} on the first"
@@ -207,7 +207,7 @@ def test_flash_attention_that_is_not_installed(
 
 
 def nan_gradient(config: RunConfig) -> str:
-    """Trains with a finite loss but a gradient that is not finite in the third step; returns the run's end."""
+    """Trains with a finite loss whose gradient is NaN in the third step; returns how the run ended."""
     from zero_ds.training.engine import Engine
 
     step_of_engine = Engine.step
@@ -223,7 +223,7 @@ def nan_gradient(config: RunConfig) -> str:
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
-def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(
+def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(
     run_config: Callable[..., RunConfig], tmp_path: Path, zero: str
 ) -> None:
     from zero_ds.training.checkpoint.checkpoint import find_checkpoint
@@ -247,7 +247,7 @@ def test_text_before_the_first_image_does_not_stop_a_run(run_config: Callable[..
 
     import tiny
 
-    records = json.loads(tiny.write_data(tmp_path, pictures=8, texts=8).read_text())
+    records = json.loads(tiny.write_data(tmp_path, images=8, texts=8).read_text())
     (tmp_path / "sorted.json").write_text(json.dumps(sorted(records, key=lambda record: "image" in record)))
     data = {"sources": [{"path": str(tmp_path / "sorted.json")}], "max_length": 512, "system_prompt": ""}
     config = run_config("pretrain", tmp_path / "run", data=data, global_batch=2)

@@ -1,4 +1,4 @@
-"""Held-out evaluation: generation and forced choice against plain reference implementations, and what builds on them.
+"""Held-out evaluation: generation and forced choice against simple reference code, and the scores built on them.
 
 The sections follow the data: generation, forced choice, records, the control, scores, intervals, summary.
 """
@@ -41,7 +41,7 @@ IMAGES = 5
 
 
 def build(made: Callable[..., Path], dtype: torch.dtype = torch.float32, attention: str = "eager") -> Any:
-    """Returns (model, sample encoder). The head favours the end of a turn, so that some answers stop by themselves."""
+    """Returns model and sample encoder. The head favours the end of a turn, so some answers end before the limit."""
     decoder, encoder = made("llama", tied=False), made("clip")
     parts = ModelSpec(
         decoder, encoder, EncoderConfig(path="clip"), AdapterConfig(boundary_tokens=True), dtype, attention
@@ -80,7 +80,7 @@ def ask(name: str, image: int | None, question: str, answer: str = "", choices: 
 
 
 def questions() -> list[Query]:
-    """Returns queries of different lengths: some share an image, one prompt has no image, and one has two."""
+    """Returns queries of different lengths. Some share an image; one has no image and one has two."""
     shown = "The image shows two blue stars on a gray background."
     two = (
         Turn("user", "<image> and <image>, what is new?"),
@@ -110,29 +110,29 @@ def prompt(encoder: SampleEncoder, query: Query) -> list[int]:
 
 
 def pixels_of(encoder: SampleEncoder, query: Query, paths: list[str]) -> torch.Tensor | None:
-    return (
-        encoder.pixels(Sample(query.id, query.turns, tuple(paths[i] for i in query.images))) if query.images else None
-    )
+    if not query.images:
+        return None
+    return encoder.pixels(Sample(query.id, query.turns, tuple(paths[i] for i in query.images)))
 
 
 @torch.no_grad()
-def uncached(model: VisionLanguageModel, ids: list[int], pixels: torch.Tensor | None) -> torch.Tensor:
-    """Returns the logits of all positions by transformers' own causal LM without a cache: (seq, vocabulary)."""
+def full_pass_logits(model: VisionLanguageModel, ids: list[int], pixels: torch.Tensor | None) -> torch.Tensor:
+    """Returns the logits of all positions, (seq, vocabulary), from transformers' own causal LM without a cache."""
     embeddings = model.embed(torch.tensor([ids]), pixels)
     return model.decoder(inputs_embeds=embeddings, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
-def plainly(parts: Any, query: Query, paths: list[str], longest: int = LONGEST) -> str:
-    """Generates greedily, as a loop of argmax."""
+def greedy_answer(parts: Any, query: Query, paths: list[str], longest: int = LONGEST) -> str:
+    """Generates greedily and without a cache, one argmax per token."""
     model, encoder = parts
     ids, pixels, stop = prompt(encoder, query), pixels_of(encoder, query, paths), encoder.template.end_of_turn()
-    spoken: list[int] = []
-    while len(spoken) < longest:
-        token = int(uncached(model, ids + spoken, pixels)[-1].argmax())
+    answer: list[int] = []
+    while len(answer) < longest:
+        token = int(full_pass_logits(model, ids + answer, pixels)[-1].argmax())
         if token == stop:
             break
-        spoken.append(token)
-    return str(encoder.template.tokenizer.decode(spoken, skip_special_tokens=True)).strip()
+        answer.append(token)
+    return str(encoder.template.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 def answerer(parts: Any, batch_size: int = 64, longest: int = LONGEST) -> Answerer:
@@ -142,30 +142,30 @@ def answerer(parts: Any, batch_size: int = 64, longest: int = LONGEST) -> Answer
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def test_generation_is_the_uncached_argmax_loop(parts: Any, paths: list[str]) -> None:
+def test_generation_equals_greedy_decoding_without_a_cache(parts: Any, paths: list[str]) -> None:
     model = answerer(parts)
     replies = model.examine(questions(), model.features(paths))
-    expected = [plainly(parts, query, paths) for query in questions()]
+    expected = [greedy_answer(parts, query, paths) for query in questions()]
     assert [reply.text for reply in replies] == expected
     lengths = {len(parts[1].template.encode_text(text)) for text in expected}
-    assert len(lengths) > 3, "the answers should end at different places"
+    assert len(lengths) > 3, "the answers should have different lengths"
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_the_true_answer_does_not_change_what_is_generated(parts: Any, paths: list[str], keep: float) -> None:
-    """This holds even if it begins like the model's own answer, whose tokens are then reused."""
-    plain = [plainly(parts, query, paths) for query in questions()]
-    led = []
+    """Tests true answers that begin like the model's own answer, because those tokens are reused."""
+    plain = [greedy_answer(parts, query, paths) for query in questions()]
+    guided = []
     for query, text in zip(questions(), plain, strict=True):
         begun = text[: round(len(text) * keep)]
-        led.append(Query(query.id, query.turns, query.images, begun + ("" if keep == 1 else " but not so")))
+        guided.append(Query(query.id, query.turns, query.images, begun + ("" if keep == 1 else " but not so")))
     model = answerer(parts)
-    assert [reply.text for reply in model.examine(led, model.features(paths))] == plain
+    assert [reply.text for reply in model.examine(guided, model.features(paths))] == plain
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
 def test_batches_do_not_matter(parts: Any, paths: list[str], batch_size: int) -> None:
-    """A batch of one query shares nothing with others, so this covers shared prompts as well."""
+    """Covers shared prompts as well: a batch of one query cannot share a prompt with another query."""
     features = answerer(parts).features(paths)
     whole = answerer(parts).examine(questions(), features)
     split = answerer(parts, batch_size).examine(questions()[::-1], features)[::-1]
@@ -178,18 +178,20 @@ def test_batches_do_not_matter(parts: Any, paths: list[str], batch_size: int) ->
 @pytest.mark.parametrize("longest", [1, 3])
 def test_the_limit_holds(parts: Any, paths: list[str], longest: int) -> None:
     model = answerer(parts, longest=longest)
-    own = [plainly(parts, query, paths) for query in questions()]
-    led = [Query(q.id, q.turns, q.images, text) for q, text in zip(questions(), own, strict=True)]
-    for queries in (questions(), led):
+    own = [greedy_answer(parts, query, paths) for query in questions()]
+    guided = [Query(q.id, q.turns, q.images, text) for q, text in zip(questions(), own, strict=True)]
+    for queries in (questions(), guided):
         replies = model.examine(queries, model.features(paths))
-        assert [reply.text for reply in replies] == [plainly(parts, query, paths, longest) for query in questions()]
+        assert [reply.text for reply in replies] == [
+            greedy_answer(parts, query, paths, longest) for query in questions()
+        ]
 
 
 def test_a_conversation_is_answered(parts: Any, paths: list[str]) -> None:
     query = questions()[5]
-    assert answerer(parts).reply(query.turns, [paths[3], paths[1]]) == plainly(parts, query, paths)
+    assert answerer(parts).reply(query.turns, [paths[3], paths[1]]) == greedy_answer(parts, query, paths)
     text = questions()[4]
-    assert answerer(parts).reply(text.turns) == plainly(parts, text, paths)
+    assert answerer(parts).reply(text.turns) == greedy_answer(parts, text, paths)
 
 
 def test_progress_counts_every_query_once(parts: Any, paths: list[str]) -> None:
@@ -202,8 +204,8 @@ def test_progress_counts_every_query_once(parts: Any, paths: list[str]) -> None:
 # -- forced choice -----------------------------------------------------------------------------------------------------
 
 
-def directly(parts: Any, query: Query, choice: Choice, option: str, paths: list[str]) -> float:
-    """Returns the summed log-probability of the option's tokens, in one full pass over prompt, true text and option."""
+def full_pass_log_prob(parts: Any, query: Query, choice: Choice, option: str, paths: list[str]) -> float:
+    """Returns the summed log-probability of the option's tokens, from one pass over prompt, true text and option."""
     model, encoder = parts
     template = encoder.template
     before = query.answer[: choice.start]
@@ -211,7 +213,7 @@ def directly(parts: Any, query: Query, choice: Choice, option: str, paths: list[
     ending = rest[: next((i for i, c in enumerate(rest) if not c.isalpha()), len(rest))]
     ids, given = template.encode_text(before + option + ending), len(template.encode_text(before.rstrip()))
     start = prompt(encoder, query)
-    log_probs = uncached(model, start + ids, pixels_of(encoder, query, paths)).log_softmax(-1)
+    log_probs = full_pass_logits(model, start + ids, pixels_of(encoder, query, paths)).log_softmax(-1)
     return sum(float(log_probs[len(start) + place - 1, ids[place]]) for place in range(given, len(ids)))
 
 
@@ -223,12 +225,12 @@ def test_log_probabilities_are_those_of_a_full_pass(parts: Any, paths: list[str]
     for query, reply in zip(questions(), replies, strict=True):
         assert len(reply.log_probs) == len(query.choices)
         for choice, values in zip(query.choices, reply.log_probs, strict=True):
-            expected = [directly(parts, query, choice, option, paths) for option in choice.options]
+            expected = [full_pass_log_prob(parts, query, choice, option, paths) for option in choice.options]
             assert values == pytest.approx(expected, abs=1e-4)
 
 
 def test_bf16_is_close_and_has_no_ties(made: Callable[..., Path], paths: list[str], parts: Any) -> None:
-    """The last step of the head is computed in float32, and the model is left unchanged."""
+    """The head computes its last step in float32. The model itself stays as it is."""
     low = build(made, torch.bfloat16)
     head = low[0].decoder.get_output_embeddings()
     replies = answerer(low).examine(questions(), answerer(low).features(paths))
@@ -258,7 +260,7 @@ def test_sdpa_agrees(made: Callable[..., Path], paths: list[str], parts: Any) ->
         (ask("x4", 0, "long " * 300), "x4 has .* tokens.*raise data.max_length"),
     ],
 )
-def test_unfit_queries_are_named(parts: Any, paths: list[str], query: Query, message: str) -> None:
+def test_wrong_queries_are_named(parts: Any, paths: list[str], query: Query, message: str) -> None:
     model = answerer(parts)
     with pytest.raises(DataError, match=message):
         model.examine([query], model.features(paths))
@@ -330,7 +332,7 @@ def test_wrong_records_are_named(tmp_path: Path, changes: dict[str, Any], messag
 
 
 def test_wrong_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data file"):
+    with pytest.raises(DataError, match=r"data file .* does not exist"):
         read_records(tmp_path / "none.json")
     with pytest.raises(DataError, match="the id of sample r0 is used twice"):
         read_records(write(tmp_path, [record(), record()]))
@@ -393,7 +395,7 @@ def test_both_conditions_are_evaluated(parts: Any, records: list[EvaluationRecor
     assert all(i.shown != i.image for i in shuffled)
     shown_for = {i.image: i.shown for i in shuffled}
     assert all(shown_for[i.image] == i.shown for i in shuffled)
-    # the stored answers of the control are the model's answers about the image that is named there
+    # the stored answers of the control are the model's answers about the image in `shown`
     row = {r.image: number for number, r in enumerate(records[::2])}
     queries = [ask(r.id, row[shown_for[r.image]], r.question) for r in records]
     replies = answerer(parts).examine(queries, answerer(parts).features([str(r.path) for r in records[::2]]))
@@ -428,7 +430,7 @@ def test_an_evaluation_survives_its_file(tmp_path: Path, evaluation: Evaluation)
         path.write_text(broken)
         with pytest.raises(DataError, match=r"grafted\.json"):
             read_evaluation(path)
-    with pytest.raises(DataError, match="no evaluation"):
+    with pytest.raises(DataError, match=r"evaluation .* does not exist"):
         read_evaluation(tmp_path / "none.json")
 
 
@@ -500,7 +502,7 @@ def test_calibration_uses_only_other_images() -> None:
 @pytest.mark.parametrize("dependent", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("images", [20, 200])
 def test_intervals_cover_the_truth(images: int, dependent: float, p: float) -> None:
-    """An image has one to three words, which agree with probability `dependent`; 95 % of intervals contain p."""
+    """Intervals cover p as often as they claim. An image has 1 to 3 words, which agree with probability `dependent`."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
@@ -510,7 +512,7 @@ def test_intervals_cover_the_truth(images: int, dependent: float, p: float) -> N
         estimate = share(np.where((rng.random(images) < dependent)[clusters], common, own), clusters)
         assert estimate.low <= estimate.value <= estimate.high
         hits += estimate.low <= p <= estimate.high
-    assert hits / 400 > 0.92  # 0.95 minus three standard errors
+    assert hits / 400 > 0.92  # the nominal 0.95 minus three standard errors
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.9, 0.3), (0.5, 0.45), (0.99, 0.98)])
@@ -560,12 +562,12 @@ def test_quantiles() -> None:
 
 
 def test_intervals_are_fast_and_need_words() -> None:
-    """A hundred times the words take as many calls and no more memory per word: nothing loops over words or images."""
+    """With 100 times as many words, calls and memory per word at most double, so no loop runs over words or images."""
     rng = np.random.default_rng(0)
     calls, peaks = [], []
     for words in (1_000, 100_000):
         correct, clusters = rng.random(words) < 0.5, rng.integers(0, 3 * words // 10, words)
-        share(correct, clusters)  # with imports, and whatever numpy does once
+        share(correct, clusters)  # not measured: imports and what numpy initialises on first use
         seen = []
         sys.setprofile(lambda frame, event, argument, seen=seen: seen.append(event))  # type: ignore[misc]
         share(correct, clusters)
@@ -584,7 +586,7 @@ def test_intervals_are_fast_and_need_words() -> None:
 
 
 class Fixed:
-    """An answerer that gives the true answer, or a wrong one when it is shown another image."""
+    """Stands in for an Answerer. If it sees, its answers are right in the first half, where the own image is shown."""
 
     max_new_tokens = 5
     device = torch.device("cpu")
@@ -599,8 +601,10 @@ class Fixed:
         replies = []
         for number, query in enumerate(queries):
             right = self.sees and number < len(queries) / 2
-            values = [[-1.0 if (o == c.word) == right else -2.0 for o in c.options] for c in query.choices]
-            replies.append(Reply(query.answer if right else "hm", tuple(map(tuple, values))))
+            log_probs = []
+            for choice in query.choices:
+                log_probs.append(tuple(-1.0 if (o == choice.word) == right else -2.0 for o in choice.options))
+            replies.append(Reply(query.answer if right else "hm", tuple(log_probs)))
         return replies
 
 
@@ -624,8 +628,11 @@ def test_summary(records: list[EvaluationRecord], parts: Any) -> None:
         for shares in [*result["accuracy_by"][mode].values(), *result["accuracy_by_word"][mode].values()]:
             assert set(shares) == conditions
     assert result["accuracy_by"]["forced"]["all"]["grafted"]["value"] == 1
-    assert result["chance"] == {"all": pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3, abs=1e-5), "question": 0.5,
-                                "caption": pytest.approx((1 / 3 + 1 / 2) / 2, abs=1e-5)}  # fmt: skip
+    assert result["chance"] == {
+        "all": pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3, abs=1e-5),
+        "question": 0.5,
+        "caption": pytest.approx((1 / 3 + 1 / 2) / 2, abs=1e-5),
+    }
     pairs = {(d["first"], d["second"]): d["value"] for d in result["differences"]["free"]}
     assert pairs == {
         ("surrogate", "surrogate" + SHUFFLED): 0,
@@ -639,6 +646,6 @@ def test_summary_refuses_different_records(records: list[EvaluationRecord], part
     some = fixed(records[:4], "surrogate", True, parts)
     with pytest.raises(DataError, match="not evaluated on the same records"):
         summary({"grafted": fixed(records, "grafted", True, parts), "surrogate": some})
-    with pytest.raises(DataError, match="no evaluation"):
+    with pytest.raises(DataError, match="no evaluation was given"):
         summary({})
     assert CONDITIONS == ("own", "shuffled")

@@ -1,4 +1,4 @@
-"""The report of a run with made-up evaluations: its figures, its files, and that no text is interpreted as markup."""
+"""The report of a run with made-up evaluations: its figures, its files, and the escaping of text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEPTH = 30
 
 
 def evaluation(name: str, root: Path, right: float, text: str = "It is {}.") -> Evaluation:
-    """Names the share `right` of the images correctly in both modes, and a quarter of them in the control."""
+    """Returns an evaluation with the share `right` of correct answers in both modes, and a quarter in the control."""
     items = []
     for condition in ("own", "shuffled"):
         for number in range(IMAGES):
@@ -69,7 +69,7 @@ def evaluation(name: str, root: Path, right: float, text: str = "It is {}.") -> 
 
 
 def stage(folder: Path, seconds: float) -> Path:
-    """Makes a run folder as training leaves it, with one checkpoint."""
+    """Writes a run folder with one checkpoint, as training leaves it."""
     checkpoint = folder / "step-000020"
     (checkpoint / "resume").mkdir(parents=True)
     save_file(
@@ -79,7 +79,8 @@ def stage(folder: Path, seconds: float) -> Path:
     manifest = {"step": 20, "config": {"seed": 7}, "plan": None}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     (folder / "latest").write_text("step-000020\n")
-    records = [{"step": n, "loss": 3.0 / n, "seconds": seconds * (100 if n == 1 else 1)} for n in range(1, 21)]
+    records = [{"step": n, "loss": 3.0 / n, "seconds": seconds} for n in range(1, 21)]
+    records[0]["seconds"] *= 100  # the first step is slow
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
 
@@ -90,7 +91,7 @@ Make = Callable[..., ReportInputs]
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Returns a function: `make(grafted=0.8, surrogate=0.6)` gives the inputs of a report."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     for number in range(IMAGES):
         Image.new("RGB", (300, 200), (8 * number, 90, 90)).save(root / f"{number}.png")
@@ -127,7 +128,7 @@ def make(tmp_path: Path) -> Make:
 
 
 class Page(HTMLParser):
-    """The tags, attributes and words of a page."""
+    """Collects the tags, attributes and words of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -205,7 +206,7 @@ def test_no_text_becomes_markup(make: Make) -> None:
         assert "<" not in line and "[x](" not in line and "![" not in line.replace("\\[", "") and " | " not in line
 
 
-def test_markdown_links_files_that_are_there(make: Make) -> None:
+def test_markdown_links_only_existing_files(make: Make) -> None:
     inputs = make()
     write_report(inputs)
     text = (inputs.out / "report.md").read_text()
@@ -220,7 +221,7 @@ def test_markdown_links_files_that_are_there(make: Make) -> None:
         assert len({line.rstrip().count("|") for line in block}) == 1, block
 
 
-def test_samples_are_drawn_by_seed_not_by_answer(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_depend_on_the_seed_and_not_on_answers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Sample]] = []
 
     def spy(*arguments: Any) -> Any:
@@ -238,23 +239,23 @@ def test_samples_are_drawn_by_seed_not_by_answer(make: Make, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("grafted", "surrogate", "said"),
+    ("grafted", "surrogate", "findings"),
     [
         (
             0.9,
             0.5,
-            ["80.0", "The grafted model sees: the correct image is worth", "the graft is better by 40.0 points"],
+            ["The grafted model sees: the correct image is worth", "the graft is better by 40.0 points"],
         ),
         (0.5, 0.9, ["The grafted model sees: the correct image is worth", "the graft is worse by 40.0 points"]),
-        (0.5, 0.5, ["no significant difference between the two"]),
+        (0.5, 0.5, ["the two do not differ significantly"]),
         (0.25, 0.9, ["The evaluation does not show that the grafted model sees"]),
         (0.0, 0.5, ["The grafted model does worse with the correct image"]),
     ],
 )
-def test_findings_say_what_was_found(make: Make, grafted: float, surrogate: float, said: list[str]) -> None:
+def test_findings(make: Make, grafted: float, surrogate: float, findings: list[str]) -> None:
     content = write_report(make(grafted=grafted, surrogate=surrogate))
-    for words in said[1:] if grafted == 0.9 else said:
-        assert words in content["headline"]
+    for finding in findings:
+        assert finding in content["headline"]
     assert f"{100 * content['accuracy']['grafted']['value']:.1f} % [" in content["headline"]
     assert content["headline"] == " ".join(content["findings"])
 
@@ -275,7 +276,7 @@ def test_missing_inputs_are_named(make: Make, tmp_path: Path) -> None:
     inputs = make()
     with pytest.raises(ConfigError, match="an evaluation named 'grafted'"):
         write_report(replace(inputs, evaluations={"surrogate": inputs.evaluations["surrogate"]}))
-    with pytest.raises(DataError, match="no evaluation"):
+    with pytest.raises(DataError, match=r"evaluation .* does not exist"):
         write_report(replace(inputs, controls={"full": tmp_path / "none.json"}))
     with pytest.raises(ConfigError, match="cost_stage=decoder"):
         write_report(replace(inputs, cost_stage="decoder"))

@@ -20,7 +20,7 @@ from zero_ds.runtime.errors import ConfigError
 
 
 def score(right: int, of: int = 200, task: str = "piqa", shift: int = 0, **changes: object) -> Score:
-    """`right` of so many documents, the first ones or, with `shift`, others."""
+    """Returns a score with `right` correct documents: the first ones or, with `shift`, others."""
     items = {f"{task}/{n}": float((n - shift) % of < right) for n in range(of)}
     made = Score(task, "acc", right / of, stderr=(right / of * (1 - right / of) / (of - 1)) ** 0.5, items=items)
     return replace(made, **changes)  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def test_command(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"format": 0}')
     for path, complaint in (
         ("empty", "holds no result"),
-        ("nothing.json", "there is no result"),
+        ("nothing.json", "nothing.json does not exist"),
         ("odd.json", "is not a result of zero-ds eval"),
         ("old.json", "has format 0"),
     ):
@@ -137,7 +137,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_a_group_is_the_mean_of_its_documents() -> None:
-    """As in mmlu, groups contain groups, weighted by size. A value that is not the documents' mean keeps no scores."""
+    """Groups contain groups, weighted by size, as in mmlu. A value that is not the documents' mean keeps no scores."""
     found = {
         "results": {"mmlu": {"alias": "mmlu", "acc,none": 0.6, "acc_stderr,none": 0.1}},
         "groups": {},

@@ -185,7 +185,7 @@ def test_the_batch_size_has_no_influence(target: str, tasks: Path, result: Resul
 
 
 def test_two_ranks_give_the_scores_of_one(target: str, tasks: Path, result: Result) -> None:
-    """Of the seven documents, one rank gets four and the other three."""
+    """One rank gets four of the seven documents, the other three."""
     first, second = run_ranks(on_ranks, 2, target, tasks)
     assert second is None
     assert {score.key: score.value for score in first} == pytest.approx(values(result), rel=1e-6)

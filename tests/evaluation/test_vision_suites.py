@@ -105,7 +105,7 @@ def write_tasks(folder: Path, loaded: LoadedModel, images: Path) -> Path:
         said, chosen = greedy(loaded, image, question), best(loaded, image, question, choices)
         rows.append(
             {
-                "picture": str(image or ""),
+                "path": str(image or ""),
                 "q": question,
                 "answer": said if number % 2 == 0 else f"not {said}",
                 "choices": choices,
@@ -113,7 +113,7 @@ def write_tasks(folder: Path, loaded: LoadedModel, images: Path) -> Path:
             }
         )
     (folder / "docs.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    shown = "[Image.open(doc['picture'])] if doc['picture'] else []"
+    shown = "[Image.open(doc['path'])] if doc['path'] else []"
     (folder / "utils.py").write_text(UTILS.replace("SHOWN", shown), encoding="utf-8")
     shared = (
         f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'docs.json'}\ntest_split: test\n"
@@ -212,7 +212,7 @@ def test_two_ranks_find_what_one_finds(trained: Path, target: str, tasks: Path, 
     assert [score.items for score in first] == [score.items for score in result.scores]
 
 
-@pytest.mark.slow(reason="minutes of a 135M model, for what test_two_ranks_find_what_one_finds shows on a tiny one")
+@pytest.mark.slow(reason="minutes of a 135M model; test_two_ranks_find_what_one_finds shows the same on a tiny one")
 def test_the_real_model_on_one_rank_and_on_two(real: Path, data: Path, tmp_path: Path) -> None:
     """On SmolLM2-135M with images, the harness's scores equal the direct ones; seven is not a multiple of two ranks."""
     target = str(LLM.expanduser())
@@ -245,7 +245,7 @@ def with_document(tasks: Path, folder: Path, data_file: str, **changes: Any) -> 
     return folder
 
 
-BROKEN = {"none": b"no picture", "cut early": 60, "cut late": -200}
+BROKEN = {"none": b"not an image", "cut early": 60, "cut late": -200}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -256,7 +256,7 @@ def test_an_image_that_cannot_be_read(
     whole = (data.parent / "images" / "0.png").read_bytes()
     left = BROKEN[kind]
     (tmp_path / "broken.png").write_bytes(left if isinstance(left, bytes) else whole[:left])
-    folder = with_document(tasks, tmp_path / "tasks", "docs.json", picture=str(tmp_path / "broken.png"))
+    folder = with_document(tasks, tmp_path / "tasks", "docs.json", path=str(tmp_path / "broken.png"))
     named = find_model(str(trained / "encoder"), target)
     (selected,) = select_suites("seen_answer", "lmms-eval", folder)
     check_suite(named, selected, SuiteOptions())
@@ -282,7 +282,7 @@ def test_a_broken_image_inside_a_data_set(
     yaml.write_text(yaml.read_text(encoding="utf-8").replace("dataset_path: json", "dataset_path: parquet"))
     utils = (folder / "utils.py").read_text(encoding="utf-8")
     (folder / "utils.py").write_text(
-        utils.replace("Image.open(doc['picture'])", "doc['image']").replace("picture", "q")
+        utils.replace("Image.open(doc['path'])", "doc['image']").replace("doc['path']", "doc['q']")
     )
     named = find_model(str(trained / "encoder"), target)
     (selected,) = select_suites("seen_answer", "lmms-eval", folder)

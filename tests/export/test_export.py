@@ -1,13 +1,15 @@
-"""Exports every family in every format that can express it, after every kind of training; dtypes, shards, bad input."""
+"""Exports of every family, in every format that can express it, after every kind of training; also wrong input."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., Path]:
-    """`run("encoder", family="qwen2")`: a finished run on the family's tiny model or on `decoder`."""
+    """Returns a function: `run("encoder", family="qwen2")` writes a finished run on a tiny model or on `decoder`."""
 
     def make(stage: str, family: str = "llama", tied: bool = True, decoder: Path | None = None, **more: Any) -> Path:
         target = made(family, tied=tied)
@@ -95,8 +97,8 @@ def test_every_family(
     """Logits, answers and every tensor are the source's, of which encoder, adapter and decoder were trained."""
     form = "remote-code" if family == "gemma2" or not tied else "llava"
     more = {} if form == "llava" else {**EXTRAS, "patch_norm": True}
-    commit = run("decoder", family, tied, **more)
-    proof = export_model(commit, None, tmp_path / "out", form=form)
+    run_folder = run("decoder", family, tied, **more)
+    proof = export_model(run_folder, None, tmp_path / "out", form=form)
     assert proof["largest_logit_difference"] <= 1e-5 and len(proof["prompts"]) == 4
     assert {line["picture"] for line in proof["prompts"]} == {True, False}
     assert proof == json.loads((tmp_path / "out" / "proof.json").read_text())
@@ -111,12 +113,13 @@ def test_every_family(
     assert folders(tmp_path) == ["out"]
 
 
-def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
-    """Llama-3's and Gemma's do, although the chat template writes that token. Gemma's end token closes no turn."""
+def test_a_tokenizer_that_adds_a_token(run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path) -> None:
+    """Llama-3's and Gemma's add a first token that the template also writes. Gemma's end token does not end a turn."""
     target = tmp_path / "run-target"
     shutil.copytree(made("llama", tied=True), target)
     words = AutoTokenizer.from_pretrained(target)
-    begin, closing, words.eos_token = words.bos_token, words.eos_token, words.pad_token
+    begin, closing = words.bos_token, words.eos_token
+    words.eos_token = words.pad_token
     special = [(begin, words.bos_token_id)]
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=special
@@ -127,7 +130,7 @@ def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callab
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert words("a").input_ids == [words.bos_token_id, *read("a").input_ids] and read.eos_token == closing
     ours = load_model(find_model(str(tmp_path / "out"), None)).encoder.template.tokenizer
-    assert ours("a").input_ids == words("a").input_ids, "texts are measured as the target's"
+    assert ours("a").input_ids == words("a").input_ids, "text suites see the tokens of the target"
     asked = [{"role": "user", "content": "a"}]
     assert read.apply_chat_template(asked) == words.apply_chat_template(asked), "the template writes the same end"
 
@@ -138,18 +141,18 @@ def test_a_surrogate_with_its_translators(
 ) -> None:
     target = made("qwen3", tied=True)
     build_surrogate(target, [Replaced(1, 2), Replaced(3, 4)], tmp_path / "run-surrogate")
-    commit = run("pretrain-early", "qwen3", decoder=tmp_path / "run-surrogate")
-    proof = export_model(commit, str(tmp_path / "run-surrogate"), tmp_path / "surrogate", form=form)
+    run_folder = run("pretrain-early", "qwen3", decoder=tmp_path / "run-surrogate")
+    proof = export_model(run_folder, str(tmp_path / "run-surrogate"), tmp_path / "surrogate", form=form)
     assert proof["largest_logit_difference"] <= 1e-5
     with pytest.raises(ConfigError, match="the source of the kept layers"):  # because this run has trained them
-        export_model(commit, str(target), tmp_path / "graft", form=form)
+        export_model(run_folder, str(target), tmp_path / "graft", form=form)
     plain = run("pretrain", "qwen3", decoder=tmp_path / "run-surrogate")
     export_model(plain, str(target), tmp_path / "graft", form=form)
     two = [json.loads((tmp_path / name / "config.json").read_text())["text_config"] for name in ("surrogate", "graft")]
     assert [config["num_hidden_layers"] for config in two] == [4, 6]
     stored = load_file(tmp_path / "surrogate" / "model.safetensors")
     name = next(name for name in stored if "layers.1.mlp.up_proj" in name)
-    trained = load_file(commit / "step-000001" / "weights.safetensors")
+    trained = load_file(run_folder / "step-000001" / "weights.safetensors")
     assert torch.equal(stored[name], trained["translator.0.mlp.up_proj.weight"])
 
 
@@ -172,14 +175,14 @@ def test_lora_merged_is_lora_applied(
     run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path, tied: bool
 ) -> None:
     target = made("llama", tied=tied)
-    commit = run(
+    run_folder = run(
         "decoder", tied=tied, lora={"rank": 3, "alpha": 7, "modules": ["q_proj", "down_proj"], "layers": [0, 4]}
     )
-    export_model(commit, None, tmp_path / "out")
-    config = config_of(find_checkpoint(commit))
+    export_model(run_folder, None, tmp_path / "out")
+    config = config_of(find_checkpoint(run_folder))
     assert config.encoder is not None
     unmerged = build_model(ModelSpec(target, made("clip"), config.encoder, config.adapter, lora=config.lora)).eval()
-    load_weights_(unmerged.named_targets(), find_checkpoint(commit), skip=lambda name: False)
+    load_weights_(unmerged.named_targets(), find_checkpoint(run_folder), skip=lambda name: False)
     torch.testing.assert_close(exported_says(tmp_path / "out"), said(unmerged), atol=1e-5, rtol=0)
     plain = load_file(target / "model.safetensors")
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -202,8 +205,8 @@ def test_lora_in_blocks_is_lora_in_one(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("dtype", "form"), [("bfloat16", "llava"), ("float16", "remote-code")])
 def test_dtypes_and_shards(run: Callable[..., Path], tmp_path: Path, dtype: str, form: str) -> None:
-    commit = run("decoder", tied=False, lora={"rank": 4, "modules": ["q_proj", "up_proj"]})
-    proof = export_model(commit, None, tmp_path / "out", form=form, dtype=dtype, shard_bytes=20_000)
+    run_folder = run("decoder", tied=False, lora={"rank": 4, "modules": ["q_proj", "up_proj"]})
+    proof = export_model(run_folder, None, tmp_path / "out", form=form, dtype=dtype, shard_bytes=20_000)
     assert proof["dtype"] == dtype and proof["largest_logit_difference"] <= 1e-2
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3 and all(file.stat().st_size < 40_000 for file in files)
@@ -213,9 +216,9 @@ def test_dtypes_and_shards(run: Callable[..., Path], tmp_path: Path, dtype: str,
 
 
 def test_files_are_compared_where_nothing_is_loaded(run: Callable[..., Path], tmp_path: Path) -> None:
-    commit = run("decoder", lora={"rank": 2}, adapter={"width": 24})
+    run_folder = run("decoder", lora={"rank": 2}, adapter={"width": 24})
     result = CliRunner().invoke(
-        app, ["export", str(commit), "--out", str(tmp_path / "out"), "--proof", "tensors", "--dtype", "bfloat16"]
+        app, ["export", str(run_folder), "--out", str(tmp_path / "out"), "--proof", "tensors", "--dtype", "bfloat16"]
     )
     assert result.exit_code == 0, result.output
     assert "NOT loaded" in result.output and "NOT loaded" in (tmp_path / "out" / "README.md").read_text()
@@ -243,78 +246,76 @@ def test_what_llava_cannot_express(run: Callable[..., Path], tmp_path: Path, mor
 
 
 @pytest.fixture
-def commit(run: Callable[..., Path]) -> Path:
+def run_folder(run: Callable[..., Path]) -> Path:
     return run("encoder")
 
 
 def refused(complaint: str, *arguments: object, command: str = "export") -> None:
     result = CliRunner().invoke(app, [command, *map(str, arguments)])
     assert isinstance(result.exception, ConfigError | CheckpointError), result.exception
-    import re
-
     assert re.search(complaint, str(result.exception)), str(result.exception)
     assert "\n" not in str(result.exception)
 
 
-def test_settings_that_are_not_known(commit: Path, tmp_path: Path) -> None:
+def test_settings_that_are_not_known(run_folder: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
-    refused("--dtype int8 is not known; choose float32, bfloat16, float16 or auto", commit, *out, "--dtype", "int8")
-    refused("--format lava is not known; did you mean 'llava'", commit, *out, "--format", "lava")
-    refused("--proof none is not known; choose full or tensors", commit, *out, "--proof", "none")
+    refused("--dtype int8 is not known; choose float32, bfloat16, float16 or auto", run_folder, *out, "--dtype", "int8")
+    refused("--format lava is not known; did you mean 'llava'", run_folder, *out, "--format", "lava")
+    refused("--proof none is not known; choose full or tensors", run_folder, *out, "--proof", "none")
     refused(
         "--shard-size many is not a file size of at least 1MB; write for example 2GB",
-        commit,
+        run_folder,
         *out,
         "--shard-size",
         "many",
     )
     refused("name one run", *out)
-    refused("name one run", commit, *out, "--weights", commit)
-    refused("there is no evaluation", commit, *out, "--evaluation", tmp_path / "none.json")
-    refused("there is no model folder", commit, *out, "--target", tmp_path / "none")
+    refused("name one run", run_folder, *out, "--weights", run_folder)
+    refused("evaluation .* does not exist", run_folder, *out, "--evaluation", tmp_path / "none.json")
+    refused("model folder .* does not exist", run_folder, *out, "--target", tmp_path / "none")
     assert folders(tmp_path) == []
     assert [shard_bytes(text) for text in ("2GB", "1.5MiB", "3 gb")] == [2 * 10**9, 3 << 19, 3 * 10**9]
 
 
-def test_runs_that_are_not_whole(commit: Path, tmp_path: Path) -> None:
+def test_runs_that_are_not_whole(run_folder: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     half = tmp_path / "run-half"
     (half / ".step-000001.tmp").mkdir(parents=True)
     refused("run-half holds no checkpoint .*; did the run finish", half, *out)
-    manifest = commit / "step-000001" / "manifest.json"
+    manifest = run_folder / "step-000001" / "manifest.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({key: value for key, value in content.items() if key != "config"}))
-    refused("manifest of .*: Input should be a valid dictionary", commit, *out)
-    refused("manifest of .*: Input should be a valid dictionary", "--weights", commit, *out, command="export-lora")
+    refused("manifest of .*: Input should be a valid dictionary", run_folder, *out)
+    refused("manifest of .*: Input should be a valid dictionary", "--weights", run_folder, *out, command="export-lora")
     (tmp_path / "run-template").write_bytes(b"\xff")
     content["config"]["data"]["chat_template"] = str(tmp_path / "run-template")
     manifest.write_text(json.dumps(content))
-    refused(r"data\.chat_template=.* cannot be read: it is not UTF-8 text", commit, *out)
-    weights = commit / "step-000001" / "weights.safetensors"
+    refused(r"data\.chat_template=.* cannot be read: it is not UTF-8 text", run_folder, *out)
+    weights = run_folder / "step-000001" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    refused("weights.safetensors is damaged: its content is not what was saved", commit, *out)
+    refused("weights.safetensors is damaged: its content is not what was saved", run_folder, *out)
     weights.unlink()
-    refused("weights.safetensors cannot be read: No such file", commit, *out)
+    refused("weights.safetensors cannot be read: No such file", run_folder, *out)
     os.mkfifo(weights)
-    refused("weights.safetensors cannot be read: it is not a regular file", commit, *out)
-    graft = ("--weights", commit, "--target", content["config"]["target"])
+    refused("weights.safetensors cannot be read: it is not a regular file", run_folder, *out)
+    graft = ("--weights", run_folder, "--target", content["config"]["target"])
     refused("weights.safetensors is missing or damaged; use another checkpoint", *graft, command="graft")
     assert folders(tmp_path) == []
 
 
-def test_decoders_that_do_not_fit(commit: Path, made: Callable[..., Path], small: Path, tmp_path: Path) -> None:
+def test_decoders_that_do_not_fit(run_folder: Path, made: Callable[..., Path], small: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     other = made("llama", tied=True, seed=7)
-    refused("cannot be exported on .*: target's config and weights is", commit, *out, "--target", other)
-    refused("family is qwen2, trained with llama", commit, *out, "--target", made("qwen2", tied=True))
+    refused("cannot be exported on .*: target's config and weights is", run_folder, *out, "--target", other)
+    refused("family is qwen2, trained with llama", run_folder, *out, "--target", made("qwen2", tied=True))
     shutil.copytree(small, tmp_path / "run-small")
     info = json.loads((small / "surrogate.json").read_text())
     (tmp_path / "run-small" / "surrogate.json").write_text(json.dumps({**info, "target_hash": "2-other"}))
-    refused("its target_hash is", commit, *out, "--target", tmp_path / "run-small")
+    refused("its target_hash is", run_folder, *out, "--target", tmp_path / "run-small")
     shutil.copytree(made("llama", tied=True), tmp_path / "run-target")
     for content in ('{"eos_token_id": "x"}', '{"eos_token_id": [2, null]}', "[]"):
         (tmp_path / "run-target" / "generation_config.json").write_text(content)
-        refused("generation_config.json is damaged; fetch", commit, *out, "--target", tmp_path / "run-target")
+        refused("generation_config.json is damaged; fetch", run_folder, *out, "--target", tmp_path / "run-target")
     assert folders(tmp_path) == []
 
 
@@ -323,40 +324,38 @@ def test_a_shard_is_missing(run: Callable[..., Path], made: Callable[..., Path],
     shutil.copytree(made("llama", tied=True), target)
     decoder = DecoderFolder(target).spans
     (target / "model.safetensors").rename(tmp_path / "run-single.safetensors")
-    moved = {
-        n: shards.Span(tmp_path / "run-single.safetensors", *list(s.__dict__.values())[1:]) for n, s in decoder.items()
-    }
+    moved = {name: replace(span, file=tmp_path / "run-single.safetensors") for name, span in decoder.items()}
     shards.write_shards(list(moved.items()), target, 30_000)
-    commit = run("encoder", target=str(target))
-    export_model(commit, None, tmp_path / "out", proof="tensors")
+    run_folder = run("encoder", target=str(target))
+    export_model(run_folder, None, tmp_path / "out", proof="tensors")
     shutil.rmtree(tmp_path / "out")
     next(iter(sorted(target.glob("model-*")))).unlink()
-    refused("shard .*model-00001-of-.* is missing; fetch the model again", commit, "--out", tmp_path / "out")
+    refused("shard .*model-00001-of-.* is missing; fetch the model again", run_folder, "--out", tmp_path / "out")
     assert folders(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_existing_out_is_not_touched(commit: Path, tmp_path: Path, kind: str) -> None:
+def test_existing_out_is_not_touched(run_folder: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     if kind == "folder":
         out.mkdir()
         out = out / "precious"
     out.write_text("precious")
-    refused("already exists; choose another --out or remove it", commit, "--out", tmp_path / "out")
+    refused("already exists; choose another --out or remove it", run_folder, "--out", tmp_path / "out")
     assert out.read_text() == "precious"
 
 
-def test_a_full_disk(commit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("zero_ds.runtime.safetensors.os.write", full)
     with pytest.raises(OSError, match="No space left"):
-        export_model(commit, None, tmp_path / "deep" / "out", dtype="bfloat16")
+        export_model(run_folder, None, tmp_path / "deep" / "out", dtype="bfloat16")
     assert folders(tmp_path / "deep") == []
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    refused("does not have the .* MB free that out needs", commit, "--out", tmp_path / "deep" / "out")
+    refused("does not have the .* MB free that out needs", run_folder, "--out", tmp_path / "deep" / "out")
     assert folders(tmp_path / "deep") == []
 
 

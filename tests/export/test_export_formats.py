@@ -1,4 +1,4 @@
-"""Formats of exports: files are opened once for all, and the adapter's tensor names are in one place."""
+"""Formats of exports: how often files are opened, and that only one module knows the adapter's tensor names."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ PACKAGE = Path(zero_ds.__file__).parent
 
 
 class Opened:
-    """Counts how often any Python code of this process opens a file."""
+    """Counts how often Python code in this process opens a given file."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self.count = 0
-        sys.addaudithook(self._hook)  # such a hook cannot be removed; without a path it does nothing
+        sys.addaudithook(self._hook)  # Python cannot remove such a hook, but without a path it does nothing
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.path is not None and event == "open" and isinstance(arguments[0], str | Path | bytes):
             name = arguments[0].decode() if isinstance(arguments[0], bytes) else str(arguments[0])
-            self.count += Path(name) == self.path
+            if Path(name) == self.path:
+                self.count += 1
 
     def of(self, path: Path) -> Opened:
         self.path, self.count = path, 0
@@ -53,7 +54,7 @@ def opened() -> Iterator[Opened]:
 
 @pytest.fixture
 def run(made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_path: Path) -> Path:
-    """A finished run of the decoder stage on the tiny Llama."""
+    """Returns a finished run of the decoder stage on the tiny Llama."""
     target = made("llama", tied=True)
     config = run_config("decoder", tmp_path / "run", decoder="target", data={"max_length": 512})
     return export_helper.write_run(config, target)
@@ -61,7 +62,7 @@ def run(made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_pat
 
 @pytest.mark.parametrize("form", list(FORMATS))
 @pytest.mark.parametrize("proof", ["full", "tensors"])
-def test_the_target_s_config_is_opened_twice_at_most(
+def test_the_config_of_the_target_is_opened_at_most_twice(
     form: str,
     proof: str,
     run: Path,
@@ -70,7 +71,7 @@ def test_the_target_s_config_is_opened_twice_at_most(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once by this package and once by transformers, whose tokenizer and model get the config that was loaded."""
+    """This package opens it once and transformers once: its tokenizer and model are given the loaded config."""
     export_helper.here(monkeypatch)
     config = made("llama", tied=True) / "config.json"
     counter = opened.of(config)
@@ -95,7 +96,7 @@ def constants(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_only_one_module_spells_names_of_adapter_tensors() -> None:
-    """It is model/adapter.py. In exports, which contain their own code, the modeling code names its modules once."""
+    """That module is model/adapter.py. In the code that exports contain, only modeling_grafted.py has the names."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         places = [f"line {line}: {text}" for line, text in constants(path) if SPELLED.match(text)]
@@ -113,7 +114,7 @@ def test_an_adapter_of_three_layers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A change of model/adapter.py suffices: exports contain its tensors, or their format refuses the model."""
+    """Only model/adapter.py has to change: an export then contains all its tensors, or its format refuses the model."""
 
     def three_layers(self: nn.Sequential, vision_width: int, width: int) -> None:
         first, second, third = nn.Linear(vision_width, width), nn.Linear(width, width), nn.Linear(width, width)
@@ -136,7 +137,7 @@ def test_an_adapter_of_three_layers(
 
 
 def test_a_template_that_writes_nothing_before_a_question(made: Callable[..., Path]) -> None:
-    """The image then goes to the start of the prompt, and the text of training around it."""
+    """The image then goes to the start of the prompt, followed by the line break that training writes after it."""
     tokenizer = AutoTokenizer.from_pretrained(made("llama", tied=True))
     template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
     processor = GraftedProcessor(tokenizer, template, image_token="<reponame>", tokens_per_view=2, image_size=32)

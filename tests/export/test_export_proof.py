@@ -38,13 +38,13 @@ def run(
 
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Exports a run and proves it with all questions, in a process of its own."""
+    """Exports a run and proves the export with all questions, in a separate process."""
     out = tmp_path_factory.mktemp("exported") / "llava"
     export_model(run, None, out)
     return out
 
 
-def test_a_process_of_its_own_answers(exported: Path) -> None:
+def test_a_separate_process_answers(exported: Path) -> None:
     content = json.loads((exported / "proof.json").read_text())
     assert content["kind"] == "full" and content["loaded_by_transformers"] == "LlavaForConditionalGeneration"
     asked = [(line["question"], line["picture"]) for line in content["prompts"]]
@@ -79,7 +79,7 @@ def damage(tensors: dict[str, torch.Tensor], how: str) -> None:
 def test_the_first_tensor_that_differs_is_named(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, how: str, complaint: str
 ) -> None:
-    """The file is damaged between writing and proof, and so are later tensors."""
+    """Damages the file between writing and proof, and a later tensor as well."""
     written = exporting.write_shards
 
     def damaging(tensors: Any, folder: Path, size: int) -> None:
@@ -122,7 +122,7 @@ def test_a_tensor_too_many_is_named(exported: Path, run: Path, tmp_path: Path) -
 
 
 def test_a_folder_that_transformers_cannot_load(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error repeats the last line that the process has written."""
+    """The error quotes the last line that the process wrote."""
     written = LlavaFormat.write_files
 
     def spoiled(layout: LlavaFormat, source: Any, texts: Any, folder: Path) -> None:
@@ -144,14 +144,14 @@ def test_a_folder_that_transformers_cannot_load(run: Path, tmp_path: Path, monke
         ({"generation_config.json": ('"eos_token_id": [', '"eos_token_id": [STOP, ')}, "the greedy answers are not"),
     ],
 )
-def test_what_tensors_do_not_show(
+def test_differences_outside_the_tensors_are_found(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: dict[str, tuple[str, str]], complaint: str
 ) -> None:
     export_helper.here(monkeypatch)
     source = open_source(run, None)
     model = load_trained(source.checkpoint.folder, source.decoder)
     image = proof.draw_image((32, 32), tmp_path / "image.png")
-    stop = next(token for token in proof.ask_source(source, text_settings(source), model, image)[0].answer)
+    stop = proof.ask_source(source, text_settings(source), model, image)[0].answer[0]
     written = LlavaFormat.write_files
 
     def spoiled(layout: LlavaFormat, source: Any, texts: Any, folder: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_tensors_do_not_show(
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
-def test_a_commit_is_read_alike_by_both_readers(run: Path, exported: Path) -> None:
+def test_both_readers_read_a_checkpoint_the_same_way(run: Path, exported: Path) -> None:
     """Streaming the files and loading the model are two ways to the same tensors."""
     source = open_source(run, None)
     count = proof.compare_files(exported, LlavaFormat().tensors(source))
@@ -178,7 +178,7 @@ def test_a_commit_is_read_alike_by_both_readers(run: Path, exported: Path) -> No
     assert count == proof.compare_loaded(exported, loaded) == len(load_file(exported / "model.safetensors"))
 
 
-def test_a_batch_is_asked_as_each_prompt_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_answers_like_single_prompts(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(run, None)
     model, words = load_trained(source.checkpoint.folder, source.decoder), text_settings(source)
     image = proof.draw_image((32, 32), tmp_path / "image.png")

@@ -116,7 +116,7 @@ def test_the_folder_opens_by_its_name(folders: Path, made: Callable[..., Path]) 
     assert answers[0].reply(asked, [shown]) == answers[1].reply(asked, [shown])
 
 
-def test_a_picture_without_a_place_is_put_where_training_put_it(folders: Path, made: Callable[..., Path]) -> None:
+def test_an_image_without_a_place_is_put_where_training_put_it(folders: Path, made: Callable[..., Path]) -> None:
     """The card's plain string and a list with an image give the ids and the pixels of training, tiles included."""
     run, target = folders / "run-extras", made("llama", tied=True)
     source = open_source(run, None)
@@ -145,7 +145,7 @@ def test_pixels_are_those_of_training(folders: Path, size: tuple[int, int]) -> N
     assert np.array_equal(processor.views(image), ours.numpy())
 
 
-def test_prompts_and_pictures_that_do_not_fit(folders: Path) -> None:
+def test_prompts_and_images_that_do_not_fit(folders: Path) -> None:
     processor = AutoProcessor.from_pretrained(folders / "extras", trust_remote_code=True)
     image, place = Image.new("RGB", (32, 32)), processor.image_token
     with pytest.raises(ValueError, match="the text has 2 image tokens"):

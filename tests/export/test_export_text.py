@@ -1,4 +1,4 @@
-"""The chat template of an export writes what training wrote, in whichever way a message contains its images."""
+"""The chat template of an export writes the same prompts as training, however a message contains its images."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def said(text: str) -> dict[str, Any]:
 
 
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
-    "a image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
-    "behind the text": ([user(ASK, SHOW)], [Turn("user", "<image>\nwhich shape?")]),
+    "an image in a list": ([user(SHOW, ASK)], [Turn("user", "<image>\nwhich shape?")]),
+    "after the text": ([user(ASK, SHOW)], [Turn("user", "<image>\nwhich shape?")]),
     "as LLaVA and lmms-eval write it": ([user("<image>\nwhich shape?")], [Turn("user", "<image>\nwhich shape?")]),
     "on the last line": ([user("which shape?\n<image>")], [Turn("user", "which shape?\n<image>")]),
-    "inside of the text": ([user("is <image> a circle?")], [Turn("user", "is <image> a circle?")]),
+    "inside the text": ([user("is <image> a circle?")], [Turn("user", "is <image> a circle?")]),
     "two images in a list": ([user(SHOW, SHOW, ASK)], [Turn("user", "<image><image>\nwhich shape?")]),
     "two images in a text": ([user("<image> <image>\nwhich?")], [Turn("user", "<image> <image>\nwhich?")]),
     "no image": ([user("which shape?")], [Turn("user", "which shape?")]),
@@ -46,7 +46,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
         [user(SHOW, ASK), said("an <image>"), user("sure?")],
         [Turn("user", "<image>\nwhich shape?"), Turn("assistant", "an <image>"), Turn("user", "sure?")],
     ),
-    "a image with the second question": (
+    "an image with the second question": (
         [user("hello"), said("hi"), user(SHOW, ASK)],
         [Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "<image>\nwhich shape?")],
     ),
@@ -60,7 +60,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Turn]]] = {
 @pytest.mark.parametrize("mode", ["fixed", "off"])
 @pytest.mark.parametrize("case", list(CONVERSATIONS))
 def test_messages_become_what_training_wrote(case: str, mode: Literal["fixed", "off"]) -> None:
-    """All tokens are the same, with a system prompt and a template that writes the date, which training fixes."""
+    """All tokens are the same, also with a system prompt and a template that writes the date, which training fixes."""
     messages, turns = CONVERSATIONS[case]
     own = DATED + tiny.TEMPLATE
     encoder = SampleEncoder(
@@ -79,12 +79,12 @@ def test_messages_become_what_training_wrote(case: str, mode: Literal["fixed", "
     assert text.startswith("26 Jul 2024")
     image = TOKENIZER.convert_tokens_to_ids(TOKEN)
     found = TOKENIZER(text, add_special_tokens=False).input_ids
-    if case == "a second question":  # typed by the assistant, it is text in training
+    if case == "a second question":  # in training, <image> in an answer is plain text
         assert "an <image>" in text
     assert found == [image if token == IMAGE_TOKEN else token for token in expected]
 
 
-def test_what_else_a_message_has_stays() -> None:
+def test_other_fields_of_a_message_are_kept() -> None:
     own = "{% for m in messages %}{{ m.role }}:{{ m.content }}:{{ m.name }};{% endfor %}"
     template = chat_template(own, TOKEN, DataConfig(image_prompt="off"))
     messages = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": None, "name": "Bo"}]
@@ -93,7 +93,7 @@ def test_what_else_a_message_has_stays() -> None:
 
 
 def llama() -> Any:
-    """Returns a tokenizer like Llama-3's, whose first token comes from a post-processor, not from a setting."""
+    """Returns a tokenizer like Llama-3's: a post-processor, not a setting, adds the first token."""
     words = tiny.tokenizer(named={"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", words.bos_token_id)]
@@ -102,14 +102,14 @@ def llama() -> Any:
 
 
 def gemma() -> Any:
-    """Returns a tokenizer whose first token comes from its class and a setting."""
+    """Returns a tokenizer like Gemma's: its class adds the first token if a setting says so."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|im_end|>", "h", "i"]
     return GemmaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], add_bos_token=True)
 
 
 @pytest.mark.parametrize("make", [llama, gemma])
-def test_what_a_template_has_written_is_not_written_twice(make: Any, tmp_path: Path) -> None:
-    """Software that ignores which special tokens a prompt contains reads it right, and stops at the end of a turn."""
+def test_the_first_token_is_not_added_twice(make: Any, tmp_path: Path) -> None:
+    """Serves software that tokenizes a written prompt as plain text and ends answers at the tokenizer's end token."""
     words = make()
     words.save_pretrained(tmp_path / "before")
     assert AutoTokenizer.from_pretrained(tmp_path / "before")("hi").input_ids[0] == words.bos_token_id

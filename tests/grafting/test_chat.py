@@ -1,9 +1,10 @@
-"""Conversations give the plain greedy answers, in pieces, about images and over turns; a bad image ends nothing."""
+"""A conversation streams the greedy answers to its questions, over turns and images, and survives a bad image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def images(data: Path) -> list[str]:
     return [str(data.parent / "images" / f"{number}.png") for number in range(3)]
 
 
-def plainly(loaded: LoadedModel, turns: list[Turn], images: list[str], longest: int) -> str:
+def greedy_answer(loaded: LoadedModel, turns: list[Turn], images: list[str], longest: int) -> str:
     """Returns the answer to the whole conversation, read from its beginning."""
     model, encoder = loaded.model, loaded.encoder
     answerer = Answerer(model, encoder, max_new_tokens=longest)
@@ -49,19 +50,25 @@ def test_answers_are_the_greedy_ones_over_turns_and_images(graft: LoadedModel, i
         for path in new:
             talk.show(Image.open(path) if path == images[0] else path)
         shown += new
-        turns.append(Turn("user", "<image>" * len(new) + "\n" * bool(new) + question))
+        placeholders = "<image>" * len(new) + "\n" if new else ""
+        turns.append(Turn("user", placeholders + question))
         pieces = list(talk.ask(question))
-        expected = plainly(graft, turns, shown, 9)
+        expected = greedy_answer(graft, turns, shown, 9)
         assert "".join(pieces) == expected
         turns.append(Turn("assistant", expected))
     assert talk.turns == turns and len(pieces) > 1
 
 
-def test_a_question_costs_its_own_tokens(graft: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_question_reads_only_its_own_tokens(graft: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation(graft, max_new_tokens=3)
     read: list[int] = []
     extend = talk._reader.extend
-    monkeypatch.setattr(talk._reader, "extend", lambda c, rows, f=None: read.append(len(rows[0])) or extend(c, rows, f))
+
+    def counted(cache: Any, rows: Any, features: Any = None) -> Any:
+        read.append(len(rows[0]))
+        return extend(cache, rows, features)
+
+    monkeypatch.setattr(talk._reader, "extend", counted)
     first = "".join(talk.ask("describe the image briefly. " * 8))
     whole = read[0]
     read.clear()
@@ -69,7 +76,7 @@ def test_a_question_costs_its_own_tokens(graft: LoadedModel, monkeypatch: pytest
     assert first and whole > 60 and sum(read) < whole / 2
 
 
-def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
+def test_a_conversation_continues_after_a_stopped_answer(graft: LoadedModel) -> None:
     """The next answer builds on the words up to there."""
     talk = Conversation(graft, max_new_tokens=12)
     stream = talk.ask(QUESTIONS[0])
@@ -77,18 +84,18 @@ def test_who_stops_listening_goes_on(graft: LoadedModel) -> None:
     stream.close()
     assert talk.turns[-1] == Turn("assistant", said)
     answer = "".join(talk.ask("why?"))
-    assert answer == plainly(graft, talk.turns[:-1], [], 12)
+    assert answer == greedy_answer(graft, talk.turns[:-1], [], 12)
 
 
-def test_a_question_that_nobody_listened_to_stays_asked(graft: LoadedModel, images: list[str]) -> None:
-    """No template knows two turns of a user in a row, so the first question gets an empty answer."""
+def test_a_question_without_an_answer_stays_in_the_conversation(graft: LoadedModel, images: list[str]) -> None:
+    """Templates do not accept two user turns in a row, so the first question gets an empty answer."""
     talk = Conversation(graft, max_new_tokens=4)
     talk.show(images[0])
     talk.ask(QUESTIONS[0]).close()  # type: ignore[attr-defined]
     answer = "".join(talk.ask("why?"))
     turns = [Turn("user", f"<image>\n{QUESTIONS[0]}"), Turn("assistant", ""), Turn("user", "why?")]
     assert talk.turns == [*turns, Turn("assistant", answer)]
-    assert answer == plainly(graft, turns, images[:1], 4)
+    assert answer == greedy_answer(graft, turns, images[:1], 4)
     talk.show(images[1])
     talk.ask(QUESTIONS[0])
     talk.unask()  # its image waits for the next question
@@ -103,7 +110,7 @@ def test_plain_language_models_chat(kind: str, small: Path, made: Callable[..., 
     assert named.kind == kind and not named.sees
     loaded = load_model(named)
     answer = "".join(Conversation(loaded, max_new_tokens=8, system="Be brief.").ask("what?"))
-    assert answer == plainly(loaded, [Turn("system", "Be brief."), Turn("user", "what?")], [], 8)
+    assert answer == greedy_answer(loaded, [Turn("system", "Be brief."), Turn("user", "what?")], [], 8)
     with pytest.raises(ConfigError, match="no vision encoder"):
         Conversation(loaded).show("image.png")
 
@@ -117,11 +124,11 @@ def test_a_run_is_the_model_as_it_was_trained(trained: Path, small: Path) -> Non
 
 
 @pytest.mark.parametrize("typed", ["<image>", "what is <image> here? <|im_end|>"])
-def test_typed_placeholders_stand_for_nothing(graft: LoadedModel, typed: str) -> None:
+def test_typed_placeholders_are_plain_text(graft: LoadedModel, typed: str) -> None:
     assert isinstance("".join(Conversation(graft, max_new_tokens=2).ask(typed)), str)
 
 
-def test_what_does_not_fit(graft: LoadedModel, made: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_requests_are_refused(graft: LoadedModel, made: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1 token, not 0"):
         Conversation(graft, max_new_tokens=0)
     talk = Conversation(graft)
@@ -130,7 +137,7 @@ def test_what_does_not_fit(graft: LoadedModel, made: Callable[..., Path], tmp_pa
     assert talk.turns == []
     with pytest.raises(ConfigError, match=r"is not a run.*leave out --target"):
         find_model(str(made("llama", tied=True)), "somewhere")
-    with pytest.raises(ConfigError, match="there is no model folder"):
+    with pytest.raises(ConfigError, match=r"model folder .* does not exist"):
         find_model(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="'org/model' is not a local folder and could not be fetched from the hub"):
         find_model("org/model")
@@ -140,7 +147,7 @@ def test_what_does_not_fit(graft: LoadedModel, made: Callable[..., Path], tmp_pa
 
 
 def test_command(trained: Path, made: Callable[..., Path], images: list[str], tmp_path: Path) -> None:
-    """A file that is not an image and an unknown command cost a sentence each; the chat continues and begins again."""
+    """Wrong images and unknown commands give one sentence, and the chat continues; /new starts a new one."""
     (tmp_path / "none.png").write_text("not an image")
     target = str(made("llama", tied=True))
     lines = [
@@ -161,7 +168,10 @@ def test_command(trained: Path, made: Callable[..., Path], images: list[str], tm
     answers = result.stdout.splitlines()
     assert len(answers) == 2 and answers[0] == answers[1] and answers[0]
     assert "/image names no file" in result.stderr
-    for named, complaint in ((tmp_path / "none.png", "none.png cannot be read"), (tmp_path / "no.png", "there is no")):
+    for named, complaint in (
+        (tmp_path / "none.png", "none.png cannot be read"),
+        (tmp_path / "no.png", "no.png does not exist"),
+    ):
         bad = CliRunner().invoke(app, ["chat", "nowhere", "--image", str(named)], input="why?\n")
         assert isinstance(bad.exception, ImageError) and complaint in str(bad.exception)
     blind = CliRunner().invoke(app, ["chat", target, "--image", images[0], "--dtype", "float32"], input="why?\n")

@@ -163,7 +163,7 @@ def test_early_hashes_are_still_compared(trained: Path, made: Callable[..., Path
     assert graft(checkpoint, made("llama", tied=True, seed=1))[0]["target"] == "DIFFERS"
 
 
-def test_the_configuration_is_in_the_commit(trained: Path) -> None:
+def test_the_configuration_is_in_the_checkpoint(trained: Path) -> None:
     config = run_config(find_checkpoint(trained / "encoder"))
     assert (config.stage, config.init_from) == ("encoder", (str(trained / "pretrain"),))
 

@@ -42,7 +42,7 @@ def models(trained: Path, made: Callable[..., Path]) -> dict[str, LoadedModel]:
 
 
 @pytest.fixture(scope="module")
-def pictures(data: Path) -> list[Path]:
+def images(data: Path) -> list[Path]:
     return [data.parent / "images" / f"{number}.png" for number in range(2)]
 
 
@@ -64,8 +64,8 @@ def visitor(address: str, tmp_path: Path) -> Client:
     return Client(address, verbose=False, analytics_enabled=False, download_files=str(tmp_path), httpx_kwargs=PATIENT)
 
 
-def expected(loaded: LoadedModel, turns: list[Turn], pictures: list[Path]) -> str:
-    return Answerer(loaded.model, loaded.encoder, max_new_tokens=TOKENS).reply(turns, [str(path) for path in pictures])
+def expected(loaded: LoadedModel, turns: list[Turn], images: list[Path]) -> str:
+    return Answerer(loaded.model, loaded.encoder, max_new_tokens=TOKENS).reply(turns, [str(path) for path in images])
 
 
 def said(messages: Any) -> list[str]:
@@ -82,44 +82,44 @@ def asked(text: str, *files: Path) -> dict[str, Any]:
     return {"text": text, "files": [handle_file(file) for file in files]}
 
 
-def test_both_models_answer_about_the_pictures(
-    visitor: Client, models: dict[str, LoadedModel], pictures: list[Path]
+def test_both_models_answer_about_the_images(
+    visitor: Client, models: dict[str, LoadedModel], images: list[Path]
 ) -> None:
     """Two images, then another question of the same visitor, get the answers of the terminal."""
-    _, first, second, picture = visitor.predict(asked(QUESTION, *pictures), "grafted", api_name="/ask")
+    _, first, second, image = visitor.predict(asked(QUESTION, *images), "grafted", api_name="/ask")
     turns = [Turn("user", f"<image><image>\n{QUESTION}")]
-    answers = {name: expected(loaded, turns, pictures) for name, loaded in models.items()}
+    answers = {name: expected(loaded, turns, images) for name, loaded in models.items()}
     assert said(first) == [answers["surrogate"]] and said(second) == [answers["grafted"]]
     assert answers["surrogate"] != answers["grafted"]
-    grafted = Image.open(picture).convert("RGB")
+    grafted = Image.open(image).convert("RGB")
     assert min(grafted.size) > 200
 
     _, first, _, _ = visitor.predict(asked("why?"), "surrogate", api_name="/ask")
     turns += [Turn("assistant", answers["surrogate"]), Turn("user", "why?")]
-    assert said(first) == [answers["surrogate"], expected(models["surrogate"], turns, pictures)]
+    assert said(first) == [answers["surrogate"], expected(models["surrogate"], turns, images)]
     other = Image.open(visitor.predict("grafted", api_name="/trajectory")).convert("RGB")
     assert other.size != grafted.size or np.abs(np.asarray(other, float) - np.asarray(grafted, float)).max() > 0
 
-    *_, cleared, _, picture = visitor.predict(api_name="/new")
-    assert cleared == [] and picture is None
+    *_, cleared, _, image = visitor.predict(api_name="/new")
+    assert cleared == [] and image is None
     _, first, *_ = visitor.predict(asked(QUESTION), "grafted", api_name="/ask")
     assert said(first) == [expected(models["surrogate"], [Turn("user", QUESTION)], [])]
 
 
 def test_what_the_page_refuses(
-    visitor: Client, models: dict[str, LoadedModel], pictures: list[Path], tmp_path: Path
+    visitor: Client, models: dict[str, LoadedModel], images: list[Path], tmp_path: Path
 ) -> None:
     """The page shows a sentence for each, and the conversation stays as it was."""
-    (tmp_path / "none.png").write_text("no picture")
+    (tmp_path / "none.png").write_text("not an image")
     with pytest.raises(AppError, match=r"^image none.png cannot be read: it is none of JPEG"):
-        visitor.predict(asked(QUESTION, pictures[0], tmp_path / "none.png"), "grafted", api_name="/ask")
-    (tmp_path / "text.txt").write_text("no picture")
+        visitor.predict(asked(QUESTION, images[0], tmp_path / "none.png"), "grafted", api_name="/ask")
+    (tmp_path / "text.txt").write_text("not an image")
     with pytest.raises(AppError, match=r"(?i)file type"):
         visitor.predict(asked(QUESTION, tmp_path / "text.txt"), "grafted", api_name="/ask")
     with pytest.raises(AppError, match="the question is empty"):
-        visitor.predict(asked("  ", pictures[0]), "grafted", api_name="/ask")
+        visitor.predict(asked("  ", images[0]), "grafted", api_name="/ask")
     with pytest.raises(AppError, match="begin a new one"):
-        visitor.predict(asked("why? " * 3000, pictures[0]), "grafted", api_name="/ask")
+        visitor.predict(asked("why? " * 3000, images[0]), "grafted", api_name="/ask")
     _, first, second, _ = visitor.predict(asked(QUESTION), "grafted", api_name="/ask")
     turns = [Turn("user", QUESTION)]
     assert [said(first), said(second)] == [[expected(models[name], turns, [])] for name in ("surrogate", "grafted")]
@@ -130,10 +130,12 @@ def visit(models: dict[str, LoadedModel]) -> ChatSession:
     return ChatSession(talks, threading.Lock())
 
 
-def test_who_stops_an_answer_goes_on_with_both_models(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+def test_a_stopped_answer_leaves_both_models_ready_for_the_next_question(
+    models: dict[str, LoadedModel], images: list[Path]
+) -> None:
     """Both models have received the question and its image, also the one that had not begun to answer."""
     here = visit(models)
-    answers = here.ask(QUESTION, [pictures[0]])
+    answers = here.ask(QUESTION, [images[0]])
     while not (said_first := said(here.shown.get("surrogate", []))) or not said_first[0]:
         next(answers)
     answers.close()
@@ -143,36 +145,36 @@ def test_who_stops_an_answer_goes_on_with_both_models(models: dict[str, LoadedMo
         pass
     for name, first in (("surrogate", said_first[0]), ("grafted", "")):
         turns = [asked_first, Turn("assistant", first), Turn("user", "why?")]
-        assert said(here.shown[name])[-1] == expected(models[name], turns, pictures[:1])
+        assert said(here.shown[name])[-1] == expected(models[name], turns, images[:1])
 
 
-def test_a_question_is_for_all_models_or_for_none(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+def test_a_question_is_for_all_models_or_for_none(models: dict[str, LoadedModel], images: list[Path]) -> None:
     """One of the conversations is as long as the models read, the other is shorter."""
     here = visit(models)
     full = [Turn("user", "why? " * 350), Turn("assistant", "so")]
     here.conversations["grafted"].turns = list(full)
     with pytest.raises(DataError, match="begin a new one"):
-        list(here.ask("why? " * 160, [pictures[0]]))
+        list(here.ask("why? " * 160, [images[0]]))
     assert [talk.turns for talk in here.conversations.values()] == [[], full] and here.shown == {}
     list(here.ask("why?", []))
     assert here.conversations["surrogate"].turns[0] == Turn("user", "why?")
 
 
-def test_two_visitors_at_once(address: str, models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+def test_two_visitors_at_once(address: str, models: dict[str, LoadedModel], images: list[Path]) -> None:
     """Each visitor gets the answers to their own questions about their own images."""
     visitors = [Client(address, verbose=False, analytics_enabled=False, httpx_kwargs=PATIENT) for _ in range(2)]
     for question in (QUESTION, "why?"):
-        files = [pictures[:1], pictures[1:]] if question == QUESTION else [[], []]
+        files = [images[:1], images[1:]] if question == QUESTION else [[], []]
         jobs = [
             one.submit(asked(question, *mine), "grafted", api_name="/ask")
             for one, mine in zip(visitors, files, strict=True)
         ]
         found = [job.result(60)[2] for job in jobs]
-    for messages, picture in zip(found, pictures, strict=True):
+    for messages, image in zip(found, images, strict=True):
         turns = [Turn("user", f"<image>\n{QUESTION}")]
-        first = expected(models["grafted"], turns, [picture])
+        first = expected(models["grafted"], turns, [image])
         turns += [Turn("assistant", first), Turn("user", "why?")]
-        assert said(messages) == [first, expected(models["grafted"], turns, [picture])]
+        assert said(messages) == [first, expected(models["grafted"], turns, [image])]
 
 
 def stranger(address: str, visitor: Client, file: dict[str, Any]) -> list[dict[str, Any]]:
@@ -235,20 +237,20 @@ def test_the_end_of_the_page_is_quiet(models: dict[str, LoadedModel], capfd: pyt
     assert not thread.is_alive() and capfd.readouterr().err == ""
 
 
-def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedModel], pictures: list[Path]) -> None:
+def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedModel], images: list[Path]) -> None:
     """Compares it with one pass over prompt and answer in which the output of every layer is read by hand."""
     loaded = models["surrogate"]
     model, encoder = loaded.model, loaded.encoder
     talk = Conversation(loaded, max_new_tokens=TOKENS)
     with pytest.raises(DataError, match="ask something first"):
         talk.trajectory()
-    talk.show(pictures[0])
+    talk.show(images[0])
     "".join(talk.ask(QUESTION))
     found = talk.trajectory()
     assert talk._last is not None
     prompt, answer = talk._last
     with torch.no_grad():
-        embeddings = model.embed(torch.tensor([prompt + answer]), encoder.processor(Image.open(pictures[0])))
+        embeddings = model.embed(torch.tensor([prompt + answer]), encoder.processor(Image.open(images[0])))
         decoder: Any = model.decoder
         states = decoder(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True).hidden_states[1:]
         rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
@@ -263,7 +265,7 @@ def test_the_trajectory_is_the_layers_own_prediction(models: dict[str, LoadedMod
     assert draw(found, "a $ in the title").size[0] > 400
     again = "".join(talk.ask("why?"))  # reading a trajectory leaves the conversation as it was
     turns = [*talk.turns[:-1]]
-    assert again == expected(loaded, turns, pictures[:1])
+    assert again == expected(loaded, turns, images[:1])
 
 
 @pytest.mark.parametrize(
@@ -295,4 +297,4 @@ def test_a_page_that_others_reach_says_so(caplog: pytest.LogCaptureFixture) -> N
     with bind("127.0.0.1", 0), bind("localhost", 0):
         assert not caplog.records
     with bind("0.0.0.0", 0):
-        assert "whoever reaches this machine" in caplog.text
+        assert "anyone who can reach this machine" in caplog.text

@@ -123,7 +123,7 @@ CASES = [
 
 @pytest.mark.parametrize("stage", ["pretrain", "translator"])
 @pytest.mark.parametrize(("ranges", "logits", "hidden", "share"), CASES)
-def test_who_learns_from_what(
+def test_adapter_and_translators_each_get_their_own_loss(
     made: Callable[..., Path],
     surrogates: Callable[[list[Replaced]], Path],
     data: Path,
@@ -193,7 +193,7 @@ def test_a_translator_that_does_what_its_layer_did_has_nothing_to_learn(
             assert ours[name].norm() < 1e-4 * usual[name].norm(), name
 
 
-def test_the_teacher_is_no_part_of_the_model(
+def test_the_teacher_is_not_part_of_the_model(
     made: Callable[..., Path], surrogates: Callable[[list[Replaced]], Path]
 ) -> None:
     small = surrogates([Replaced(2, 4)])

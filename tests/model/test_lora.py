@@ -125,8 +125,8 @@ def test_a_graft_with_merged_adapters_answers_like_the_model_in_training(
     merged = load_graft(runs / "zero3", target)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     unmerged = build_model(ModelSpec(target, lora=run_config(find_checkpoint(runs / "zero3")).lora)).eval()
-    commit = find_checkpoint(runs / "zero3")
-    load_weights_(unmerged.named_targets(), commit, skip=lambda name: not name.startswith("lora."))
+    checkpoint = find_checkpoint(runs / "zero3")
+    load_weights_(unmerged.named_targets(), checkpoint, skip=lambda name: not name.startswith("lora."))
     torch.testing.assert_close(said(merged), said(unmerged), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(said(merged), said(build_model(ModelSpec(target)).eval()), atol=1e-3), "they do something"
     with pytest.raises(ConfigError, match=r"was trained with LoRA on its target, and .* is a surrogate"):

@@ -120,7 +120,7 @@ def test_features_stand_where_the_image_tokens_stood(build: Callable[..., Vision
     torch.testing.assert_close(embeddings[~images], words[inputs["input_ids"][~images]])
 
 
-def test_boundary_embeddings_frame_every_picture(build: Callable[..., VisionLanguageModel]) -> None:
+def test_boundary_embeddings_frame_every_image(build: Callable[..., VisionLanguageModel]) -> None:
     model = build(boundary_tokens=True)
     inputs = batch(model, images=2)
     features = model.image_features(inputs["pixel_values"])
@@ -133,7 +133,7 @@ def test_boundary_embeddings_frame_every_picture(build: Callable[..., VisionLang
     assert torch.isfinite(model(**inputs).total)
 
 
-def test_the_dummy_picture_of_a_text_batch_has_no_effect(build: Callable[..., VisionLanguageModel]) -> None:
+def test_the_dummy_image_of_a_text_batch_has_no_effect(build: Callable[..., VisionLanguageModel]) -> None:
     model = build()
     inputs = batch(model, images=0)
     losses = []
@@ -148,7 +148,7 @@ def test_the_dummy_picture_of_a_text_batch_has_no_effect(build: Callable[..., Vi
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_loss_is_the_sum_over_samples_whatever_they_are_padded_with(build: Callable[..., VisionLanguageModel]) -> None:
+def test_loss_is_the_sum_over_samples_however_they_are_padded(build: Callable[..., VisionLanguageModel]) -> None:
     model = build()
     inputs = batch(model, images=1)
     whole = model(**inputs).total

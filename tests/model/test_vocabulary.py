@@ -87,7 +87,7 @@ def test_gradients_have_the_type_of_the_scores_and_nothing_else_is_kept() -> Non
         torch.testing.assert_close(leaf.grad.double(), expected, atol=2**-8, rtol=2**-8)
 
 
-def test_without_gradient_there_is_no_graph() -> None:
+def test_without_gradient_no_graph_is_kept() -> None:
     scores, goals, labels, _ = drawn(0, 6, 3.0)
     with torch.no_grad():
         assert not cross_entropies(scores.float(), labels).requires_grad

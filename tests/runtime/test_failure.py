@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -36,7 +35,7 @@ SILENCE = round(scaled(4))
 @pytest.fixture
 def launch(run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Returns a function that starts a long run on two ranks with the real launcher, on data in tmp_path/data."""
-    data = tiny.write_data(tmp_path / "data", pictures=40, texts=4)
+    data = tiny.write_data(tmp_path / "data", images=40, texts=4)
 
     def start(**changes: object) -> subprocess.Popen[str]:
         sources = {"sources": [{"path": str(data)}], "max_length": 512, "system_prompt": ""}
@@ -86,18 +85,17 @@ def test_a_bad_sample_on_one_rank_ends_the_job_with_its_reason_last(
     said, _ = process.communicate(timeout=scaled(LIMIT))
     assert process.returncode != 0
     last = said.strip().splitlines()[-1]
-    assert re.fullmatch(r"zero-ds: the run failed: sample [\w-]+: there is no image .*\.png", last), said
+    assert re.fullmatch(r"zero-ds: the run failed: sample [\w-]+: image .*\.png does not exist", last), said
     assert not any(map(alive, ranks.values())), "no rank is left"
     assert failure.read(tmp_path / "run") in last
 
 
-def other(rank: int) -> Any:
-    """Returns a case of the slow tier."""
-    reason = "same as for the other rank; test_a_blocked_rank_is_ended_by_its_watch covers what each rank notices"
-    return pytest.param(rank, marks=pytest.mark.slow(reason=reason))
+same_as_rank_1 = pytest.mark.slow(
+    reason="same as for rank 1; test_a_blocked_rank_is_ended_by_its_watch covers what each rank notices"
+)
 
 
-@pytest.mark.parametrize("rank", [other(0), 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=same_as_rank_1), 1])
 def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path, rank: int) -> None:
     process = launch()
     wait_for(process, "step 10/")
@@ -112,7 +110,11 @@ def test_a_killed_rank_ends_the_job(launch: Callable[..., subprocess.Popen[str]]
     assert not any(map(alive, ranks.values()))
 
 
-@pytest.mark.parametrize("rank", [0, other(1)])
+@pytest.mark.slow(
+    reason="one more launch per rank; by default test_a_silent_rank_counts_as_dead stops a rank without a launcher,"
+    " and test_nodes.py stops all processes of one machine of a launched job"
+)
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stands_still_ends_the_job_too(
     launch: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
@@ -130,7 +132,7 @@ def test_a_rank_that_stands_still_ends_the_job_too(
     assert not any(alive(pid) for pid in ranks.values())
 
 
-def test_a_signal_to_the_launcher_commits_and_the_job_resumes(
+def test_a_signal_to_the_launcher_saves_a_checkpoint_and_the_job_resumes(
     launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = launch()
@@ -226,7 +228,7 @@ def blocked_to_the_end(folder: Path, how: str) -> None:
 
 
 def test_a_rank_whose_watchers_die_first_is_missed_all_the_same() -> None:
-    """Of four ranks, 1 and 2 stop giving signs of life at the same time; ranks 3 and 0 watch both."""
+    """Ranks 1 and 2 of four stop giving signs of life at the same time; ranks 3 and 0 watch both."""
     with pytest.raises(RankError) as caught:
         run_ranks(silent, 4, (1, 2), timeout=LIMIT)
     assert re.search(rf"rank [03] ends because rank [12] has given no sign of life for {SILENCE} s", str(caught.value))

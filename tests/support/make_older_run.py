@@ -101,7 +101,7 @@ def answers() -> list[str]:
 
 
 def file_hash(path: Path) -> str:
-    """Returns the SHA-256 of a file; of a JSON file, without the entries that name versions of libraries."""
+    """Returns the SHA-256 of a file. Entries of JSON files that name versions of libraries do not count."""
     content = path.read_bytes()
     if path.suffix == ".json":
         tree = json.loads(content)

@@ -208,16 +208,16 @@ ENCODERS: dict[str, Callable[..., None]] = {"clip": clip}
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def write_data(folder: Path, *, pictures: int = 6, texts: int = 2, seed: int = 0) -> Path:
+def write_data(folder: Path, *, images: int = 6, texts: int = 2, seed: int = 0) -> Path:
     """Writes a LLaVA JSON file with drawn images and text-only samples among them, each of one to three short turns."""
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
-    for number in range(pictures):
+    for number in range(images):
         scene = demo.sample_scene(rng)
         demo.draw(scene).save(folder / "images" / f"{number}.png")
         turns = [(item.question, item.answer) for item in demo.questions(scene, rng)][: rng.randint(1, 3)]
-        records.append({**record(f"picture-{number}", turns, f"images/{number}.png"), "scene": asdict(scene)})
+        records.append({**record(f"image-{number}", turns, f"images/{number}.png"), "scene": asdict(scene)})
     every = max(1, len(records) // max(1, texts))
     for number in range(texts):
         question, answer = demo.scene_in_words(demo.sample_scene(rng), rng)

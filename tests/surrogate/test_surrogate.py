@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -508,7 +510,7 @@ def test_unregistered_family_names_the_registered(made: Callable[..., Path], tmp
     refused(target, tmp_path / "small", f"no family is registered for model_type 'mamba' of .*; registered: {known}")
 
 
-def test_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     refused(tmp_path / "target", tmp_path / "small", "holds no config.json")
     (tmp_path / "target" / "config.json").write_text("{}")
@@ -578,6 +580,37 @@ def test_a_signal_to_end_leaves_nothing(made: Callable[..., Path], tmp_path: Pat
         assert process.stdout is not None and process.stdout.readline() == "copying\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(scaled(60)) == 128 + signal.SIGTERM
+    assert folders(tmp_path) == []
+
+
+def test_a_signal_while_writers_start_does_not_wait_for_them(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal's exception is raised when a writer is copying, and the submission of its work has not returned."""
+    submit, copying, stop = ThreadPoolExecutor.submit, Event(), Event()
+    copied = []
+
+    def copy(source: int, target: int, count: int, start: int) -> int:
+        if not copied:
+            copying.set()
+            stop.wait(scaled(5))
+        copied.append(start)
+        return count
+
+    def interrupted(pool: ThreadPoolExecutor, *work: Any) -> Any:
+        future = submit(pool, *work)
+        if work[0] is module._write_shard:
+            assert copying.wait(scaled(60))
+            raise SystemExit(143)
+        return future
+
+    monkeypatch.setattr(module, "BLOCK", 100)
+    monkeypatch.setattr(module, "Event", lambda: stop)
+    monkeypatch.setattr(module.os, "copy_file_range", copy, raising=False)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(SystemExit):
+        build_surrogate(made("llama", tied=True), [Replaced(2, 4)], tmp_path / "small")
+    assert len(copied) == 1, "the writer stops after the block that it was copying"
     assert folders(tmp_path) == []
 
 

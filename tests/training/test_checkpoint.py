@@ -188,8 +188,8 @@ PIECE = 1024
 
 
 def extra_while_saving(config: Any) -> tuple[int, int, int]:
-    """While a checkpoint is written: bytes of the largest new tensor, and bytes not freed before the end; also bytes of
-    the largest parameter in fp32. (Tensors that gloo's own threads free are not seen to be freed.)"""
+    """Writes a checkpoint; returns the bytes of the largest new tensor, those not freed before the end, and those of
+    the largest parameter in fp32. (Tensors that gloo's own threads free count as not freed.)"""
     from torch.profiler import ProfilerActivity, profile
 
     from zero_ds.runtime import distributed
@@ -218,7 +218,7 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: str) -> None:
-    """The decoder stage trains the word embeddings; a piece, and a copy of it that gloo makes, is all there is more."""
+    """The decoder stage trains the word embeddings. Saving takes only a piece, and gloo's copy of it, in addition."""
     config = run_config("decoder", tmp_path, zero=zero)
     for most, left, largest in run_ranks(extra_while_saving, 2, config):
         assert largest > 10 * 4 * PIECE
@@ -228,7 +228,7 @@ def test_saving_holds_a_piece_at_a_time(run_config: Any, tmp_path: Path, zero: s
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sizes_of_a_checkpoint(run_config: Any, made: Any, tmp_path: Path, precision: str) -> None:
-    """Weights at most 1.02 times the bytes of what trains, resume state at most 12.3 bytes a parameter of it."""
+    """Weights take at most 1.02 times the trained parameters' bytes, resume state at most 12.3 bytes per parameter."""
     import shutil
 
     from distributed_helper import train_all

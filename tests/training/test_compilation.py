@@ -1,6 +1,6 @@
-"""Compiled decoder layers: the same losses, scores and gradients, to 1e-5 in float32, and what compiling refuses.
+"""Compiled decoder layers give the same losses, scores and gradients, to 1e-5 in float32; unfit settings are refused.
 
-What needs a C++ compiler is run by `launch/test_kernels.sh`.
+`launch/test_kernels.sh` runs the tests that need a C++ compiler.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_a_compiled_decoder_learns_the_same(made: Callable[..., Path], family: s
 
 
 def frames() -> int:
-    """How often this process has compiled something."""
+    """Returns how often this process has compiled something."""
     import torch
 
     return int(torch._dynamo.utils.counters["frames"]["ok"])

@@ -1,4 +1,4 @@
-"""Weights out of DeepSpeed's shards and out of resume state: those that the live ranks gathered, to the byte."""
+"""Weights restored from DeepSpeed's shards or from resume state equal those that the ranks gathered, to the byte."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ MODEL, OPTIMIZER = "zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_1_
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank 0 lost": (lambda f: (f / OPTIMIZER.replace("rank_1", "rank_0")).unlink(), "lacks the share of rank 0"),
     "rank 1 lost": (lambda f: (f / OPTIMIZER).unlink(), "was saved by 2 ranks and holds"),
-    "no model states": (lambda f: (f / MODEL).unlink(), "there is no file .*model_states.pt"),
+    "no model states": (lambda f: (f / MODEL).unlink(), "file .*model_states.pt does not exist"),
     "truncated": (_truncated, "optim_states.pt is not a file of torch.save.* or is damaged"),
     "code": (_rewritten(lambda c: c.update(mine=Evil("mark")), MODEL), "is refused: it names .*mkdir"),
     "another share": (
@@ -190,7 +190,7 @@ def test_lost_weights_come_back_from_the_resume_state(case: str, runs: Path, tmp
     weights = run / "step-000002" / "weights.safetensors"
     before = weights.read_bytes()
     weights.unlink()
-    if case == "zero3":  # which machine decided on the type is not known any more; the hash finds it
+    if case == "zero3":  # auto: the type depends on a machine that is no longer known; the hash tells it
         manifest = json.loads((run / "step-000002" / "manifest.json").read_text())
         manifest["config"]["precision"] = "auto"
         (run / "step-000002" / "manifest.json").write_text(json.dumps(manifest))
@@ -230,7 +230,7 @@ print(before, peak())
 
 
 def write_shards(folder: Path, *, ranks: int, parameters: int, elements: int) -> int:
-    """A ZeRO-3 checkpoint with numbers that say where they belong; returns the bytes of all shares."""
+    """Writes a ZeRO-3 checkpoint whose numbers encode their places; returns the bytes of all shares."""
     folder.mkdir()
     shapes = {f"p{number}": torch.Size([elements]) for number in range(parameters)}
     part = -(-elements // ranks)

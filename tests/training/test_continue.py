@@ -15,7 +15,7 @@ from zero_ds.config.schema import RunConfig
 
 
 def begun(config: RunConfig) -> dict[str, Any]:
-    """The optimizer's state before the first step, as a rank reads it, and the step counts."""
+    """Returns the optimizer's state before the first step, as a rank reads it, and the step counts."""
     from zero_ds.training import train
     from zero_ds.training.setup import Run
 
@@ -37,7 +37,7 @@ def begun(config: RunConfig) -> dict[str, Any]:
 def test_unfreezing_the_decoder_keeps_the_state_of_the_encoder(
     run_config: Callable[..., RunConfig], trained: Path, tmp_path: Path, zero: str
 ) -> None:
-    """`trained` ran on one rank with ZeRO-2; here two ranks go on with the full decoder."""
+    """`trained` ran on one rank with ZeRO-2; here two ranks continue with the full decoder."""
     config = run_config("decoder", tmp_path / "on", continue_from=str(trained / "encoder"), zero=zero)
     before = load_file(trained / "encoder" / "step-000002" / "resume" / "state.safetensors")
     for seen in run_ranks(begun, 2, config):
@@ -51,7 +51,7 @@ def test_unfreezing_the_decoder_keeps_the_state_of_the_encoder(
 def test_what_cannot_be_continued(
     run_config: Callable[..., RunConfig], trained: Path, made: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """An encoder of which one layer trained cannot go on with all of them; its weights can be started from."""
+    """A run that trained one encoder layer cannot continue with all of them, but another can start from its weights."""
     last = run_config(
         "encoder", tmp_path / "last", encoder={"path": str(made("clip")), "train_last_layers": 1}, max_steps=1
     )

@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def plain(config: RunConfig, micro_batch: int) -> dict[str, Any]:
-    """Gradients, norm, loss of every step, and the final weights: a loop of PyTorch alone, in micro-batches."""
+    """Returns gradients, norm and loss of every step, and the final weights, of a loop in plain PyTorch."""
     from zero_ds.training.setup import load_model, make_loader, seed_everything
 
     seed_everything(config.seed)
@@ -87,7 +87,7 @@ def weigh_plainly(batches: list[Batch], order: float) -> list[Batch]:
 
 
 def engine_run(configs: list[RunConfig]) -> list[dict[str, Any]]:
-    """Makes the same steps through the Engine, for each of the configurations in turn; returns what a rank sees."""
+    """Makes the same steps through the Engine under each configuration; returns a rank's observations of each."""
     from zero_ds.runtime import distributed
 
     distributed.initialize()
@@ -109,7 +109,7 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
     checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, STEPS, ds)
-    gc.freeze()  # of this case nothing goes before the ranks end; DeepSpeed collects whenever an engine is made
+    gc.freeze()  # this case stays in memory until the ranks end; DeepSpeed collects garbage for every new engine
     start = {name: whole_state(engine, p, "master") for name, p in engine.named.items()}
     learned = {
         f"{key} of {name}"
@@ -156,7 +156,7 @@ def _engine_run(config: RunConfig) -> dict[str, Any]:
 
 
 def note_releases(model: Any, released: set[str]) -> None:
-    """From now on, puts the names of frozen parameters that ZeRO-3 releases into `released`."""
+    """Records in `released` the names of frozen parameters that ZeRO-3 releases from now on."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not hasattr(parameter, "partition"):
             continue
@@ -223,7 +223,7 @@ def expected(run_config: Callable[..., RunConfig]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def measured(run_config: Callable[..., RunConfig]) -> dict[int, dict[tuple[Any, ...], list[dict[str, Any]]]]:
-    """World size -> case -> what each rank saw. One start of the ranks for all cases."""
+    """Maps world size and case to each rank's observations. The ranks start once for all cases."""
     result = {}
     for world_size, cases in ((1, ALONE), (2, CASES)):
         ranks = run_ranks(engine_run, world_size, [settings(run_config, *case) for case in cases])
@@ -232,7 +232,7 @@ def measured(run_config: Callable[..., RunConfig]) -> dict[int, dict[tuple[Any, 
 
 
 def apart(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Norm of the difference, relative to the norm."""
+    """Returns the norm of the difference, relative to the norm."""
     return float((left.double() - right.double()).norm() / right.double().norm().clamp_min(1e-12))
 
 
@@ -293,7 +293,7 @@ def test_frozen_parameters_stay_whole_between_steps_where_they_are_persistent(me
         assert any(name.startswith("decoder.") for name in rank["released"])
 
 
-def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, Any], data: Path) -> None:
+def test_one_step_mixed_a_text_batch_and_an_image_batch(measured: dict[int, Any], data: Path) -> None:
     """Sample 0 is text alone: rank 0 begins with it while rank 1 begins with an image."""
     import json
 
@@ -306,7 +306,7 @@ def test_a_text_batch_beside_an_image_batch_was_among_them(measured: dict[int, A
 
 
 def not_finite(config: RunConfig) -> tuple[str, bool]:
-    """The error of a step with an infinite loss, and whether the weights are as before."""
+    """Returns the error of a step with an infinite loss, and whether the weights are as before."""
     from zero_ds.runtime import distributed
     from zero_ds.training.setup import load_model, make_loader
 
@@ -327,11 +327,11 @@ def not_finite(config: RunConfig) -> tuple[str, bool]:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(run_config: Callable[..., RunConfig]) -> None:
     ((message, same),) = run_ranks(not_finite, 1, settings(run_config, "pretrain"))
-    assert same and "the loss of step 1 is nan; samples: picture-1. Nothing was updated." in message
+    assert same and "the loss of step 1 is nan; samples: image-1. Nothing was updated." in message
 
 
 def one_loss_not_finite(config: RunConfig) -> None:
-    """A step in which the last of two ranks has an infinite loss."""
+    """Makes a step in which the last of two ranks has an infinite loss."""
     from zero_ds.runtime import distributed
     from zero_ds.training.setup import load_model, make_loader
 
@@ -350,7 +350,7 @@ def one_loss_not_finite(config: RunConfig) -> None:
 def test_the_rank_with_the_loss_that_is_not_finite_is_the_one_that_says_so(
     run_config: Callable[..., RunConfig], zero: str
 ) -> None:
-    """The other sees a gradient that is not, and leaves the word to it."""
+    """The other rank sees a gradient that is not finite, and leaves the report to this one."""
     with pytest.raises(RankError) as found:
         run_ranks(one_loss_not_finite, 2, settings(run_config, "encoder", zero=zero))
     assert "the loss of step 1 is nan; samples: " in str(found.value)

@@ -1,4 +1,4 @@
-"""Half precision with a dynamic loss scale, forced upon the CPU, which computes it but is not asked to by DeepSpeed."""
+"""Half precision with a dynamic loss scale, forced on the CPU although DeepSpeed does not support it there."""
 
 from __future__ import annotations
 

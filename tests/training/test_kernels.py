@@ -1,4 +1,4 @@
-"""Liger's kernels in the place of transformers' layers: the same losses, scores and gradients, to 1e-5 in float32.
+"""Liger's kernels replace transformers' layers with the same losses, scores and gradients, to 1e-5 in float32.
 
 Most of it runs in Triton's interpreter, for which `launch/test_kernels.sh` installs Liger; no GPU is needed.
 """
@@ -73,7 +73,7 @@ def tiny_model(made: Callable[..., Path], decoder: Path) -> VisionLanguageModel:
 @interpreted
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_scores_and_gradients_are_the_same(made: Callable[..., Path], family: str) -> None:
-    """With all that trains and through frozen weights, padded and packed, with activation checkpointing and without."""
+    """Trains all weights or through frozen ones, with padded or packed rows, and activation checkpointing on or off."""
     plain, fused = (tiny_model(made, made(family, tied=True)) for _ in range(2))
     names = [name for name, _ in fused.named_parameters()]
     kernels.fuse_(fused.decoder)
@@ -152,7 +152,7 @@ def train_interpreted(configs: list[RunConfig]) -> list[str]:
 @interpreted
 @pytest.mark.parametrize("zero", ["zero2", GATHERED], ids=["zero2", "zero3"])
 def test_a_run_is_the_same(run_config: Callable[..., RunConfig], tmp_path: Path, zero: str) -> None:
-    """Two ranks, two steps of the encoder stage with activation checkpointing, packed rows and the demo's sentences."""
+    """Two ranks make two steps of the encoder stage with activation checkpointing, packed rows and demo sentences."""
     configs = [
         run_config(
             "encoder",

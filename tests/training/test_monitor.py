@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.training.metrics import StepCounts
-from zero_ds.training.planning.flops import StepCost, peak_flops
+from zero_ds.training.planning.flops import peak_flops, step_cost
 
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
 def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks under ZeRO-3, with answers after every second step, and the same run without."""
+    """Returns a folder with a run of two ranks under ZeRO-3 that previews answers, and the same run without answers."""
     root = tmp_path_factory.mktemp("watched")
     options = {"zero": GATHERED, "max_steps": STEPS, "log_every": 2}
     options["init_from"] = [str(trained / "pretrain")]
@@ -36,7 +36,7 @@ def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: 
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:
-    """Name -> step -> value, by TensorBoard's own reader."""
+    """Maps name and step to value, as TensorBoard's own reader finds them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (folder,) = {path.parent for path in (run / "tensorboard").rglob("events.out.tfevents.*")}
@@ -64,7 +64,7 @@ def test_every_scalar_is_in_the_event_files(runs: Path) -> None:
         assert min(means) <= record["loss"] * 1.5 and all(math.isfinite(mean) for mean in means)
 
 
-def test_answers_with_their_pictures(runs: Path) -> None:
+def test_answers_with_their_images(runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = [json.loads(line) for line in (runs / "looking" / "answers.jsonl").read_text().splitlines()]
@@ -80,7 +80,7 @@ def test_answers_with_their_pictures(runs: Path) -> None:
 
 
 def test_looking_changes_nothing(runs: Path) -> None:
-    """Also not under ZeRO-3, whose gathers follow the order of the modules."""
+    """This holds under ZeRO-3 as well, whose gathers follow the order of the modules."""
     one, other = (
         load_file(runs / name / f"step-{STEPS:06d}" / "weights.safetensors") for name in ("looking", "not looking")
     )
@@ -127,7 +127,7 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
     for part in trains:
         for _, parameter in model.parameters_of(part):
             parameter.requires_grad_(True)
-    cost = StepCost.of(model)
+    cost = step_cost(model)
     counted = 0
     for batch in next(loader.steps(0, 1)):
         counter = FlopCounterMode(display=False)
@@ -136,15 +136,15 @@ def test_flops_of_a_step_are_those_that_pytorch_counts(
             if total.requires_grad:
                 total.backward()
         ours = StepCounts.of([batch], cost).flops
-        if "picture" in batch.ids[0]:  # the blank image of a text batch does not count as work
+        if "image" in batch.ids[0]:  # the blank image of a text batch does not count as work
             assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
             counted += 1
     assert counted == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_peak_is_measured_where_it_is_not_known_in_no_time(dtype: torch.dtype) -> None:
-    """Not even in half precision, which few CPUs can multiply in: a product of 1024 takes seconds there."""
+def test_an_unknown_peak_is_measured_quickly(dtype: torch.dtype) -> None:
+    """This includes half precision, which few CPUs multiply natively: there a product of size 1024 takes seconds."""
     started = time.process_time()
     assert 1e8 < peak_flops(torch.device("cpu"), dtype) < 1e15
     assert time.process_time() - started < 5

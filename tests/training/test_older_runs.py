@@ -26,7 +26,7 @@ OLDER = Path(__file__).parent.parent / "support" / "older_run"
 EXPECTED: dict[str, Any] = json.loads((OLDER / "expected.json").read_text(encoding="utf-8"))
 
 REWORDED = (".py", ".md")
-"""Files of an export that hold code or prose of ours, which may change; all others must keep every byte."""
+"""Files of an export that hold our own code or prose, which may change. All other files must keep every byte."""
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def resume(folder: Path, run: str) -> str:
-    """Resumes a run of the folder with its own resolved configuration; returns what it ended with."""
+    """Resumes a run of the folder with its own resolved configuration; returns the name of its last checkpoint."""
     os.chdir(folder)
     return train_all([load_run(f"{run}/config.yaml")])[0]
 

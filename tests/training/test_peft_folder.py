@@ -42,7 +42,7 @@ def said_by_peft(target: Path, folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def from_peft(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters that PEFT itself made and saved, with an effect."""
+    """Returns a folder of adapters that PEFT itself made and saved, with weights that have an effect."""
     torch.manual_seed(1)
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 4])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(made("llama", tied=True)), settings)
@@ -78,7 +78,7 @@ def test_a_run_starts_from_what_peft_saved(runs: Path, from_peft: Path, made: Ca
 
 
 def test_peft_loads_what_a_run_trained(runs: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    """By the command; the logits of the target with these adapters are those of the graft on text."""
+    """The command writes them; the logits of the target with these adapters are those of the graft on text."""
     target = made("llama", tied=True)
     done = CliRunner().invoke(
         app,

@@ -4,6 +4,7 @@ messages."""
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,13 +24,15 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.deepspeed import ds_config_names
 from zero_ds.training.options.recompute import recompute_
+from zero_ds.training.planning import architecture as architecture_module
+from zero_ds.training.planning import recipe
 from zero_ds.training.planning.activations import activation_bytes
 from zero_ds.training.planning.architecture import architecture
 from zero_ds.training.planning.cluster import Cluster
-from zero_ds.training.planning.flops import StepCost
+from zero_ds.training.planning.flops import step_cost
 from zero_ds.training.planning.json_output import as_json
 from zero_ds.training.planning.plan import RecipePlan, plan
-from zero_ds.training.planning.recipe import plan_run
+from zero_ds.training.planning.recipe import RunPlan, plan_run
 from zero_ds.training.planning.route import fitted, shard_groups
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
@@ -105,7 +108,7 @@ def whole_gradients(config: RunConfig) -> int:
     return max(seen)
 
 
-def test_a_gradient_that_no_bucket_holds_lies_whole_beside_it(
+def test_a_gradient_larger_than_the_bucket_is_held_whole_next_to_it(
     run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     ds = json.loads(Path(GATHERED).read_text())
@@ -116,7 +119,7 @@ def test_a_gradient_that_no_bucket_holds_lies_whole_beside_it(
     plan = plan_run(config, Cluster(1))
     (option,) = (option for option in plan.options if option.zero == "small")
     planned = option.memory.by_cause["gpu"]["buckets"] / 4 - 2 * bucket
-    assert planned == max(plan.parts.trained) > bucket
+    assert planned == max(plan.size.trained) > bucket
     (seen,) = run_ranks(whole_gradients, 1, config)
     assert planned <= seen < planned * 2, "and what came just before it, whose reduction is under way"
 
@@ -153,7 +156,7 @@ def test_what_passes_keep_is_what_autograd_saves(
     loader = make_loader(config, model, 1)
     freeze_(model, config)
     model.train()
-    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "image" in batch.ids[0])
     length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
     of_one = activation_bytes(parts.model, length=length, supervised=labels, images=1, attention="eager")
@@ -190,7 +193,7 @@ def test_flops_of_the_135m_shape_are_those_that_pytorch_counts(stage: str) -> No
         out="",
     )
     model = architecture(config).model
-    cost = StepCost.of(model)
+    cost = step_cost(model)
     words, labels = 200, 60
     counter = FlopCounterMode(display=False)
     with torch.device("meta"), counter:
@@ -300,7 +303,7 @@ def sentence(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["llama-3.1-70b/decodr"], "there is no recipe 'llama-3.1-70b/decodr'; did you mean"),
+        (["llama-3.1-70b/decodr"], "unknown recipe 'llama-3.1-70b/decodr'; did you mean"),
         (["llama-3.2-3b/pretrain", "--gpus", "0"], "--gpus 0 is not a size; give more than 0."),
         (
             ["llama-3.2-3b/pretrain", "--gpus", "12"],
@@ -317,7 +320,7 @@ def sentence(*arguments: str) -> str:
         (["llama-3.2-3b/pretrain", "--decoder-share", "0"], "--decoder-share 0 is not a share"),
         (["llama-3.2-3b/pretrain", "--replace", "16:40"], "layers 16:40 are not inside the model's layers 0:27"),
         (["llama-3.2-3b/pretrain", "--out", "/nowhere/plan.json"], "--out /nowhere/plan.json cannot be written"),
-        (["llama-3.2-3b/pretrain", "target=./runs/none"], "there is no config.json in ./runs/none; give a folder"),
+        (["llama-3.2-3b/pretrain", "target=./runs/none"], "./runs/none holds no config.json; give a folder"),
         (["llama-3.2-3b/pretrain", "target=SmolLM2-135M-Instruct", "surrogate=runs/x"], "say how it will be cut with"),
         (
             ["llama-3.1-8b/decoder", "--gpu-memory", "5"],
@@ -345,13 +348,13 @@ def test_the_json_file_states_the_decoder_share_that_was_planned_with(run_config
 
 def test_the_surrogate_may_be_there_or_not(run_config: Callable[..., RunConfig], small: Path) -> None:
     config = run_config("encoder")
-    assert "from " + str(small) in " ".join(architecture(config).sources)
+    assert "from " + str(small) in " ".join(architecture(config).size.sources)
     planned = architecture(config.model_copy(update={"surrogate": "runs/none"}), replace=["1:4"])
     assert planned.model.plan is not None and planned.model.plan.surrogate_depth == 3
     named = architecture(load_run("llama-3.2-3b/early-t1-11-encoder"))
-    assert str(named.model.plan) == "T(1,11)" and any("not built yet" in sentence for sentence in named.sources)
+    assert str(named.model.plan) == "T(1,11)" and any("not built yet" in sentence for sentence in named.size.sources)
     paper = architecture(load_run("llama-3.2-3b/encoder", ["surrogate=runs/mine"]))
-    assert str(paper.model.plan) == "T(16,26)" and any("the paper's" in sentence for sentence in paper.sources)
+    assert str(paper.model.plan) == "T(16,26)" and any("the paper's" in sentence for sentence in paper.size.sources)
 
 
 @pytest.mark.parametrize(
@@ -365,10 +368,43 @@ def test_shipped_architectures_have_as_many_parameters_as_published(recipe: str,
     assert sum(p.numel() for p in parts.model.encoder.parameters()) == 303_507_456, "CLIP's vision tower"
 
 
+def test_kept_numbers_are_used_for_the_same_model_only(
+    run_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged file or a folder that cannot be written costs time only, and a changed config.json is noticed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    target = tmp_path / "target"
+    shutil.copytree(run_config("decoder").target, target)
+    config = run_config("decoder", target=str(target), surrogate=None)
+    folder = tmp_path / "cache" / "zero_ds" / "plans"
+
+    def planned() -> RunPlan:
+        recipe._numbers.cache_clear()
+        return plan_run(config, Cluster(2))
+
+    first = planned()
+    (kept,) = folder.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(architecture_module, "architecture", None)
+        again = planned()
+    assert (again.size, again.activations, again.options) == (first.size, first.activations, first.options)
+    kept.write_text(kept.read_text()[:-20])
+    assert planned().size == first.size and len(list(folder.iterdir())) == 1
+
+    content = json.loads((target / "config.json").read_text())
+    content["intermediate_size"] *= 2
+    (target / "config.json").write_text(json.dumps(content))
+    assert sum(planned().size.frozen) + sum(planned().size.trained) > sum(first.size.frozen) + sum(first.size.trained)
+    assert len(list(folder.iterdir())) == 2
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(target / "config.json"))
+    assert planned().options
+
+
 # -- against a finished run --------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_laid_against_its_plan(trained: Path) -> None:
+def test_a_finished_run_is_compared_with_its_plan(trained: Path) -> None:
     """The checkpoint has the planned size; a folder without a run is refused in one sentence."""
     import re
 

@@ -18,7 +18,7 @@ from zero_ds.training.engine import Engine
 
 
 def buffers_around_the_engine(config: RunConfig) -> dict[str, tuple[str, str, bool]]:
-    """Name -> (dtype before, dtype after, values equal) of the model's floating buffers."""
+    """Maps names of floating buffers to (dtype before, dtype after, values equal)."""
     from zero_ds.runtime import distributed
     from zero_ds.training.setup import load_model
 

@@ -75,7 +75,7 @@ def model_on(made: Callable[..., Path], decoder: Path) -> VisionLanguageModel:
 
 
 def learned(model: VisionLanguageModel, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """Loss, and the gradient that arrives at the image features."""
+    """Returns the loss, and the gradient that arrives at the image features."""
     features: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -133,7 +133,7 @@ def test_what_trains_stays_and_a_teacher_follows(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_commits_resumes_and_grafts(
+def test_a_run_saves_checkpoints_resumes_and_grafts(
     run_config: Callable[..., RunConfig],
     trained: Path,
     small: Path,
@@ -141,7 +141,7 @@ def test_a_run_commits_resumes_and_grafts(
     tmp_path: Path,
     precision: str,
 ) -> None:
-    """Two ranks under ZeRO-2: stopped and resumed the same bits; losses near those with weights as they are."""
+    """Two ranks under ZeRO-2 resume to the same bits, and their losses are near those of unrounded weights."""
     base: dict[str, Any] = {
         "init_from": [str(trained / "pretrain")],
         "precision": precision,
@@ -181,7 +181,7 @@ def test_a_run_commits_resumes_and_grafts(
     assert all(torch.equal(held[name], tensor.float()) for name, tensor in after.items())
 
 
-def test_commits_that_do_not_know_the_entry_go_on(run_config: Callable[..., RunConfig]) -> None:
+def test_checkpoints_without_the_entry_are_resumed(run_config: Callable[..., RunConfig]) -> None:
     config, rounded = run_config("encoder"), run_config("encoder", frozen_weights="int8")
     assert config.fingerprint() != rounded.fingerprint()
     older = describe_run(config)["config"]
@@ -207,6 +207,6 @@ def test_a_plan_counts_a_byte_each(
     model = model_on(made, small).to(torch.bfloat16)
     stages.freeze_(model, config)
     quantize_(model)
-    planned = architecture(config, dtype=torch.bfloat16).frozen_bytes
+    planned = architecture(config, dtype=torch.bfloat16).size.frozen_bytes
     assert planned == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    assert planned < architecture(config.model_copy(update={"frozen_weights": "native"})).frozen_bytes
+    assert planned < architecture(config.model_copy(update={"frozen_weights": "native"})).size.frozen_bytes

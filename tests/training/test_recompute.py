@@ -28,10 +28,11 @@ from zero_ds.runtime import distributed
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config
 from zero_ds.training.options.recompute import Choice, choose, recompute_
-from zero_ds.training.planning.activations import ActivationBytes, activation_bytes
+from zero_ds.training.planning.activations import activation_bytes
 from zero_ds.training.planning.architecture import architecture
 from zero_ds.training.planning.cluster import PROCESS_GIB, Cluster
 from zero_ds.training.planning.memory import Memory, recomputed
+from zero_ds.training.planning.model_size import ActivationBytes
 from zero_ds.training.planning.recipe import plan_run
 from zero_ds.training.setup import load_model, make_loader
 
@@ -78,7 +79,7 @@ def test_micro_batches_keep_their_multiple(kept: ActivationBytes, rows: int) -> 
     assert many.scores == pytest.approx(rows * kept.scores)
 
 
-def test_needs_of_layers_that_are_alike_and_of_one_that_is_not() -> None:
+def test_needs_of_equal_layers_and_of_a_different_one() -> None:
     kept = ActivationBytes(
         outside=100.0, layers=(0.0, 10.0, 10.0, 10.0), second_pass=(), layer_input=1.0, scores=0.0, loss_slice=0.0
     )
@@ -137,7 +138,7 @@ def test_the_peak_of_real_passes_falls_as_planned(run_config: Callable[..., RunC
     loader = make_loader(config, model, 1)
     stages.freeze_(model, config)
     model.train()
-    batch = next(batch for (batch,) in loader.steps(0, 4) if "picture" in batch.ids[0])
+    batch = next(batch for (batch,) in loader.steps(0, 4) if "image" in batch.ids[0])
     length, labels = batch.input_ids.shape[1], int((batch.labels != -100).sum())
     parts = architecture(config, dtype=torch.float32)
     of_one = activation_bytes(parts.model, length=length, supervised=labels, images=1, attention="sdpa")
@@ -213,7 +214,7 @@ def train_with(configs: list[RunConfig], limits: list[float]) -> list[list[str]]
 def test_a_run_chooses_by_its_memory_and_learns_the_same(
     run_config: Callable[..., RunConfig], small: Path, tmp_path: Path, zero: str
 ) -> None:
-    """Two ranks; four of six decoder layers recomputed, none, all that there are; losses in float32 within 1e-6."""
+    """Two ranks recompute four of six decoder layers, none, or all; their losses in float32 agree within 1e-6."""
     config = run_config("decoder", zero=zero, micro_batch=2, max_steps=3, activation_checkpointing="auto")
     chosen = stairs(config, small, 2)[4]
     assert chosen.layers == (0, 1, 2, 3) and chosen.depth == 6

@@ -50,11 +50,11 @@ CLIP_LAYERS = 3
 def straight_reading(
     file: Path, target: Path, clip: Path, sides: list[torch.Tensor], pixels: torch.Tensor, cut: tuple[int, int] | None
 ) -> torch.Tensor:
-    """Logits as the layout's description says, with nothing of zero_ds: transformers' CLIP and Llama, put side by side.
+    """Computes the logits that the layout's description prescribes with transformers' CLIP and Llama, without zero_ds.
 
     sides: token ids before and after the image, (1, n) each; cut: the layers that the surrogate replaces, None for
     the full model. The encoder's classification token is dropped, its last norm applied to the patches, and a
-    GELU stands between the adapter's two layers.
+    GELU is between the adapter's two layers.
     """
     content = torch.load(file, weights_only=True)
 
@@ -96,7 +96,7 @@ def released(
     last: int | None = None,
     boundary: tuple[int, ...] = (tiny.HIDDEN,),
 ) -> Path:
-    """A file in the released layout with random weights. layers: translators; last: encoder layers, None for all."""
+    """Writes random weights in the released layout. layers: translators; last: encoder layers, None for all."""
     draw = torch.Generator().manual_seed(len(kind) + sum(layers))
 
     def random(shape: Any) -> torch.Tensor:
@@ -138,7 +138,7 @@ def ours(model: VisionLanguageModel, pixels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", list(RELEASED))
 def test_it_computes_what_the_layout_says(size: str, made: Callable[..., Path], tmp_path: Path) -> None:
-    """Both kinds, by the command: the translator in its surrogate, the encoder grafted, and the two together."""
+    """The command imports both kinds: the translator in its surrogate, the encoder grafted, and the two together."""
     layers, tied, cut = RELEASED[size]
     target, clip = made("llama", tied=tied, layers=layers), made("clip", layers=CLIP_LAYERS)
     build_surrogate(target, [Replaced(*cut)], tmp_path / "surrogate")
@@ -209,7 +209,7 @@ def test_there_and_back(kind: str, dtype: torch.dtype, made: Callable[..., Path]
 def test_a_run_starts_from_it(
     made: Callable[..., Path], small: Path, run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """The encoder stage on an imported translator: it is in the model that trains, and the result grafts."""
+    """The encoder stage trains on an imported translator, and its result can be grafted."""
     target, clip = made("llama", tied=True), made("clip")
     file = released(tmp_path / "t.pth", target, clip, "translator", layers=[1, 2])
     import_released(file, str(target), tmp_path / "imported", surrogate=str(small), encoder=str(clip))
@@ -232,7 +232,7 @@ def test_a_run_starts_from_it(
 
 
 def test_it_is_evaluated_like_a_run(made: Callable[..., Path], small: Path, tmp_path: Path) -> None:
-    """By the command: in its surrogate, grafted, and into a target with another template, if that is accepted."""
+    """The command evaluates it in its surrogate, grafted, and in a target with another template if that is accepted."""
     from PIL import Image
 
     target, clip = made("llama", tied=True), made("clip")
@@ -272,7 +272,7 @@ class Evil:
 
 
 def test_code_in_a_file_is_not_run(made: Callable[..., Path], tmp_path: Path) -> None:
-    """Neither from a zip archive of torch.save nor from a bare pickle; read without care, both would run it."""
+    """The files are a zip archive of torch.save and a bare pickle; plain unpickling would run the code in both."""
     mark = tmp_path / "mark"
     torch.save({"adapter.0.weight": Evil(mark)}, tmp_path / "zip.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps({"adapter.0.weight": Evil(mark)}))
@@ -310,7 +310,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "zip": (_zip_of_text, {}, "is not a file of torch.save"),
     "text": (lambda path: path.write_text("hello"), {}, "is not a file of torch.save"),
     "truncated": (_truncated, {}, "is not a file of torch.save.* or is damaged"),
-    "no file": (lambda path: path.unlink(), {}, "there is no file"),
+    "no file": (lambda path: path.unlink(), {}, "does not exist"),
     "list": (lambda path: torch.save([torch.ones(2)], path), {}, "does not hold a dictionary of tensors"),
     "nested": (
         _changed(lambda c: c.update(model={"a": torch.ones(1)})),
@@ -352,7 +352,7 @@ def good(made: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.parametrize("case", list(BAD))
 def test_what_is_wrong_is_refused(case: str, good: Path, made: Callable[..., Path], tmp_path: Path) -> None:
-    """One sentence, and nothing written."""
+    """The error is one sentence, and nothing is written."""
     change, options, complaint = BAD[case]
     file = tmp_path / "file.pth"
     file.write_bytes(good.read_bytes())

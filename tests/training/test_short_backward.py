@@ -18,11 +18,11 @@ from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training import stages
 from zero_ds.training.options.recompute import recompute_
-from zero_ds.training.planning.flops import StepCost
+from zero_ds.training.planning.flops import step_cost
 
 
 def model_of(config: RunConfig) -> VisionLanguageModel:
-    """The run's model, and what trains in it."""
+    """Returns the run's model, in which the parts of its stage train."""
     assert config.encoder is not None
     model = build_model(
         ModelSpec(
@@ -37,7 +37,7 @@ def model_of(config: RunConfig) -> VisionLanguageModel:
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, 4])
-def test_gradients_are_the_same_and_early_layers_are_left_out(
+def test_gradients_are_the_same_and_early_layers_are_skipped(
     run_config: Callable[..., RunConfig], recomputed: int
 ) -> None:
     model = model_of(run_config("pretrain"))
@@ -66,11 +66,11 @@ def test_gradients_are_the_same_and_early_layers_are_left_out(
 
 
 def test_a_text_costs_less_where_its_backward_pass_ends(run_config: Callable[..., RunConfig]) -> None:
-    """FLOPs by count: in `pretrain` less for text alone, in `decoder`, where all learns, the same."""
-    cost = StepCost.of(model_of(run_config("pretrain")))
+    """Text alone costs fewer counted FLOPs in `pretrain`, and the same in `decoder`, where everything learns."""
+    cost = step_cost(model_of(run_config("pretrain")))
     work = {"tokens": 100.0, "pairs": 1000.0, "supervised": 10.0, "image_tokens": 0.0}
     assert cost.flops(**work, images=0) < 0.95 * cost.flops(**work, images=1e-9)
-    whole = StepCost.of(model_of(run_config("decoder")))
+    whole = step_cost(model_of(run_config("decoder")))
     assert 0.9 < whole.flops(**work, images=0) / whole.flops(**work, images=1e-9) <= 1
 
 

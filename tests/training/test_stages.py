@@ -64,7 +64,7 @@ def test_supervision_and_rates_can_be_set() -> None:
 @pytest.mark.parametrize(
     ("stage", "changes", "complaint"),
     [
-        ("encodr", {}, "there is no stage 'encodr'; did you mean 'encoder'"),
+        ("encodr", {}, "unknown stage 'encodr'; did you mean 'encoder'"),
         ("encoder", {"encoder": None}, "needs a vision encoder; set encoder.path=FOLDER"),
         ("pretrain", {"surrogate": None}, "trains against a surrogate; set surrogate=FOLDER or decoder=target"),
         ("translator", {"decoder": "target"}, "stage translator has nothing to train against the target"),
@@ -134,7 +134,7 @@ def test_last_layers_of_the_encoder(model: Callable[..., VisionLanguageModel], l
     assert inside and {int(name.split(".layers.")[1].split(".")[0]) for name in inside} == layers
 
 
-def test_layers_behind_the_feature_layer_stay_frozen(model: Callable[..., VisionLanguageModel]) -> None:
+def test_layers_after_the_feature_layer_stay_frozen(model: Callable[..., VisionLanguageModel]) -> None:
     whole = model(feature_layer=-2)
     stages.freeze_(whole, config("encoder"))
     assert not any(".layers.2." in name for name in trainable(whole) if name.startswith("encoder."))

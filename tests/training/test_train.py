@@ -21,7 +21,7 @@ from zero_ds.config.schema import RunConfig
 
 
 def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
-    """One rank is asked to end while it is in step `step`, as a scheduler would ask."""
+    """Trains, and asks one rank to end during step `step`, as a scheduler would."""
     from zero_ds.runtime import distributed
     from zero_ds.training.engine import Engine
 
@@ -38,7 +38,7 @@ def train_with_signal(config: RunConfig, rank: int, step: int) -> list[str]:
 
 
 def train_on_a_full_disk(config: RunConfig, number: int) -> list[str]:
-    """The disk is full from the `number`-th checkpoint on, in the middle of its state."""
+    """Trains on a disk that is full from the `number`-th checkpoint on, in the middle of its state."""
     import errno
 
     from zero_ds.training.checkpoint import save
@@ -142,7 +142,7 @@ def test_resuming_on_another_number_of_ranks(runs: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zero1", "zero3", "zero3_offload"])
-def test_zero_stages_learn_alike(runs: Path, kind: str) -> None:
+def test_all_zero_stages_learn_the_same(runs: Path, kind: str) -> None:
     assert losses(runs / kind) == pytest.approx(losses(runs / "zero2"), rel=1e-4)
 
 
@@ -208,7 +208,7 @@ def ends(
     small: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """Ends of these runs on one rank; their folders are next to `runs`."""
+    """Returns the outcome of each of these runs on one rank; their folders are next to `runs`."""
     from zero_ds.model.layer_plan import Replaced
     from zero_ds.surrogate.build import build_surrogate
 
@@ -287,14 +287,14 @@ def test_a_kill_between_rename_and_latest_loses_nothing(runs: Path, ends: dict[s
     losses(runs / "killed")
 
 
-def test_going_back_by_hand_keeps_the_new_commit(runs: Path, ends: dict[str, str]) -> None:
+def test_going_back_by_hand_keeps_the_new_checkpoint(runs: Path, ends: dict[str, str]) -> None:
     assert ends["set back"] == "step-000006"
     run = runs / "set back"
     assert (run / "latest").read_text() == "step-000006\n" and (run / "step-000006" / "manifest.json").is_file()
     assert not (run / "step-000003").exists(), "older checkpoints are deleted"
 
 
-def test_a_leftover_commit_of_another_run_is_not_taken_for_this_one(runs: Path, ends: dict[str, str]) -> None:
+def test_a_leftover_checkpoint_of_another_run_is_not_taken_for_this_one(runs: Path, ends: dict[str, str]) -> None:
     assert ends["leftover"] == "step-000006"
     manifest = json.loads((runs / "leftover" / "step-000006" / "manifest.json").read_text())
     assert manifest["config"]["seed"] == 5
@@ -304,7 +304,7 @@ def test_a_flipped_byte_is_noticed(ends: dict[str, str]) -> None:
     assert ends["damaged"].startswith("CheckpointError: ") and "state.safetensors is damaged" in ends["damaged"]
 
 
-def test_the_commit_before_a_damaged_one_still_loads(runs: Path, ends: dict[str, str]) -> None:
+def test_the_checkpoint_before_a_damaged_one_still_loads(runs: Path, ends: dict[str, str]) -> None:
     assert ends["one before"] == "step-000006"
     ours, theirs = weights(runs / "one before"), weights(runs / "zero2")
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5) for name in theirs)
@@ -314,7 +314,7 @@ def test_another_configuration_does_not_resume(ends: dict[str, str]) -> None:
     assert "ConfigError: " in ends["other config"] and "holds another run (seed: 0 -> 3)" in ends["other config"]
 
 
-def test_commits_come_by_time(runs: Path, ends: dict[str, str]) -> None:
+def test_checkpoints_are_saved_by_time(runs: Path, ends: dict[str, str]) -> None:
     assert ends["by time"] == "step-000002"
     assert sorted(path.name for path in (runs / "by time").glob("step-*")) == ["step-000001", "step-000002"]
 
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_names_the_samples(runs: Path, ends: dict[str,
 
 
 def test_a_run_can_be_repeated(runs: Path, ends: dict[str, str]) -> None:
-    """Same seed, same numbers; one rank against two differs in the order of sums only."""
+    """The same seed gives the same numbers; one rank and two differ only in the order of sums."""
     assert losses(runs / "repeated") == pytest.approx(losses(runs / "zero2"), rel=1e-5)
     assert losses(runs / "killed")[3:] == pytest.approx(losses(runs / "zero2 alone")[3:], abs=0)
 
@@ -383,7 +383,9 @@ def test_a_run_can_be_repeated(runs: Path, ends: dict[str, str]) -> None:
 # -- asked to stop, and no room to save --------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config: Callable[..., RunConfig]) -> None:
+def test_a_signal_to_one_rank_saves_a_checkpoint_and_a_rerun_resumes(
+    runs: Path, run_config: Callable[..., RunConfig]
+) -> None:
     config = run_config("pretrain", runs / "signalled", **OPTIONS)
     first, second = run_ranks(train_with_signal, 2, config, 1, 2)
     assert first == ["SystemExit: stopped by a signal to another rank after step 2; run again to resume."]
@@ -395,7 +397,7 @@ def test_a_signal_to_one_rank_commits_and_a_rerun_resumes(runs: Path, run_config
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[..., RunConfig]) -> None:
+def test_a_full_disk_keeps_the_earlier_checkpoint(runs: Path, run_config: Callable[..., RunConfig]) -> None:
     run = runs / "full"
     config = run_config("pretrain", run, **{**OPTIONS, "checkpoint": {"every_steps": 2}})
     (one,), (two,) = run_ranks(train_on_a_full_disk, 2, config, 2)
@@ -408,11 +410,11 @@ def test_a_full_disk_keeps_the_earlier_commit(runs: Path, run_config: Callable[.
     assert losses(run) == pytest.approx(losses(runs / "zero2"), rel=1e-5)
 
 
-# -- errors that a user can mend ---------------------------------------------------------------------------------------
+# -- errors that a user can fix ----------------------------------------------------------------------------------------
 
 
 def commands(lines: list[list[str]]) -> list[tuple[int | None, str]]:
-    """Exit status and standard error of `zero-ds` commands, one after the other in this rank."""
+    """Runs `zero-ds` commands one after the other in this rank; returns their exit status and standard error."""
     import contextlib
     import io
 
@@ -434,12 +436,12 @@ def test_errors_of_a_user_are_one_sentence_on_every_rank(run_config: Callable[..
     """The ranks agree on them, and none waits for another."""
     (tmp_path / "bad.json").write_text('[{"id": "sad", "conversations": []}]')
     wrongs: dict[str, dict[str, object]] = {
-        "there is no data file /nowhere.json": {"data": {"sources": [{"path": "/nowhere.json"}]}},
+        "data file /nowhere.json does not exist": {"data": {"sources": [{"path": "/nowhere.json"}]}},
         "sample sad has no 'conversations'": {"data": {"sources": [{"path": str(tmp_path / "bad.json")}]}},
         "set data.sources in the recipe": {"data": {}},
-        "there is no model folder /nowhere": {"surrogate": "/nowhere"},
+        "model folder /nowhere does not exist": {"surrogate": "/nowhere"},
         "global_batch=3 is not a multiple of micro_batch=1 x 2 ranks": {"global_batch": 3},
-        "there is no DeepSpeed config 'zero9'": {"zero": "zero9"},
+        "unknown DeepSpeed config 'zero9'": {"zero": "zero9"},
         "data.chat_template=/nowhere.jinja cannot be read": {
             "data": {"sources": [{"path": str(tmp_path / "bad.json")}], "chat_template": "/nowhere.jinja"}
         },
@@ -450,14 +452,14 @@ def test_errors_of_a_user_are_one_sentence_on_every_rank(run_config: Callable[..
         recipe.write_text(run_config("pretrain", tmp_path / "run", **changes).dump())
         lines.append(["train", str(recipe)])
     for rank in run_ranks(commands_keeping_the_group, 2, lines):
-        for (status, heard), complaint in zip(rank, ["there is no recipe 'no/such-recipe'", *wrongs], strict=True):
+        for (status, heard), complaint in zip(rank, ["unknown recipe 'no/such-recipe'", *wrongs], strict=True):
             assert status == 2
             assert heard.splitlines()[-1].startswith("zero-ds: ") and "Traceback" not in heard, heard
             assert complaint in heard.splitlines()[-1]
 
 
 def commands_keeping_the_group(lines: list[list[str]]) -> list[tuple[int | None, str]]:
-    """A command ends its process group, and its ranks watch each other; here the next one needs them."""
+    """Runs commands that keep the process group and watch no ranks, because the next command needs the group."""
     from zero_ds.runtime import distributed, failure
 
     distributed.shutdown = lambda: None

@@ -312,7 +312,7 @@ def test_system_prompt_leads_every_sample(tmp_path: Path, template: ChatTemplate
         assert template.tokenizer.decode(sample.input_ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
-def test_an_answer_before_any_question_is_no_greedy_sample(tmp_path: Path, template: ChatTemplate) -> None:
+def test_an_answer_before_any_question_is_not_a_greedy_sample(tmp_path: Path, template: ChatTemplate) -> None:
     rows = [record(1)]
     rows[0]["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
     records = Records([SourceConfig(path=str(data_file(tmp_path / "data.json", rows)))])
@@ -492,11 +492,11 @@ def test_an_empty_out_folder_is_taken(tmp_path: Path, folder: Path, data: Path) 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"--model": "nowhere"}, "there is no model folder nowhere."),
+        ({"--model": "nowhere"}, "model folder nowhere does not exist."),
         ({"--model": "."}, "holds no config.json"),
-        ({"--data": "nothing.json"}, "there is no data file nothing.json"),
+        ({"--data": "nothing.json"}, "data file nothing.json does not exist"),
         ({"--data": "broken.json"}, "broken.json cannot be read"),
-        ({"--data": "pictures.json"}, "(2 have an image"),
+        ({"--data": "images.json"}, "(2 have an image"),
         ({"--metric": "sequense"}, "did you mean 'sequence'?"),
         ({"--dtype": "float16"}, "--dtype float16 is unknown"),
         ({"--samples": "0"}, "--samples 0 is too small"),
@@ -514,7 +514,7 @@ def test_bad_inputs_end_in_one_sentence(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "broken.json").write_text("[")
-    data_file(tmp_path / "pictures.json", [record(i, image="a.png") for i in range(2)])
+    data_file(tmp_path / "images.json", [record(i, image="a.png") for i in range(2)])
     before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
     options = {"--model": str(folder), "--data": "data.json", "--out": "out", **changed}
     result = run(*[word for pair in options.items() for word in pair])

@@ -113,7 +113,7 @@ def test_noise_has_no_transition(layers: int) -> None:
     assert sum(clear) <= 3
 
 
-def test_a_rise_is_no_transition() -> None:
+def test_a_rise_is_not_a_transition() -> None:
     assert "rises at layer 19" in uncertain(3 - two_phases(30, 19, samples=20)).reason
 
 

@@ -115,7 +115,7 @@ def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device
 
     from zero_ds.model.decoders.folder import DecoderFolder
     from zero_ds.training import stages
-    from zero_ds.training.planning.architecture import find_config
+    from zero_ds.training.planning.model_config import find_config
 
     # the full model, even if ours has a surrogate
     text = DecoderFolder(find_config(config.target).folder).text_config()
@@ -206,7 +206,7 @@ def main(
     from zero_ds.training.options import compilation
     from zero_ds.training.options import liger as kernels
     from zero_ds.training.planning.architecture import architecture
-    from zero_ds.training.planning.flops import StepCost, peak_flops
+    from zero_ds.training.planning.flops import peak_flops, step_cost
 
     deadline = time.monotonic() + 60 * minutes
     config = load_run(recipe, [*(setting or []), f"zero={zero}", f"global_batch={batch}", f"micro_batch={rows}"])
@@ -217,7 +217,7 @@ def main(
     model = architecture(config, dtype=model_dtype(config), replace=[replace] if replace else None).model
     model.decoder.set_attn_implementation(config.attention)
     model.encoder.set_attn_implementation("sdpa")
-    cost = StepCost.of(model)
+    cost = step_cost(model)
     size, limit = model.encoder_family.vision_config(model.encoder).image_size, config.data.max_length
     vocabulary = model.decoder.config.vocab_size - 1
     drawn = samples(batch, model.tokens_per_image(), vocabulary, size, limit)

@@ -80,8 +80,8 @@ def contestants(
 ) -> dict[str, tuple[Any, dict[str, Any], dict[str, str]]]:
     """Returns, for each contestant's name, its function, arguments and environment.
 
-    The peer comes first; of ours, the one through the full model comes first. plain: whether ours without any of `also`
-    takes part.
+    The peer comes first, then our run through the full model, then our other runs. plain: whether our run without any
+    of `also` takes part.
     """
     trains = ENCODER_PARTS if stage == "encoder" else []
     found: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {}
@@ -115,12 +115,12 @@ def flops_per_sample(arguments: dict[str, Any], counted: dict[str, float]) -> fl
     """Returns the FLOPs that the method needs for an average counted sample, forward and backward."""
     from zero_ds.config.loading import load_run
     from zero_ds.training.planning.architecture import architecture
-    from zero_ds.training.planning.flops import StepCost
+    from zero_ds.training.planning.flops import step_cost
 
     config = load_run(arguments["recipe"], arguments["overrides"])
     model = architecture(config).model
     tokens = counted["images"] * model.tokens_per_image()
-    whole = StepCost.of(model).flops(
+    whole = step_cost(model).flops(
         counted["tokens"], counted["pairs"], counted["supervised"], counted["images"], tokens
     )
     return whole / counted["samples"]

@@ -126,7 +126,7 @@ def planned(models: list[str], gpus: int, gpu_memory: float, gpu: str) -> list[d
         by_flops, by_time = mine.step.flops / whole.step.flops, mine.step.seconds / whole.step.seconds
         cost = {
             "model": model,
-            "surrogate": next(s for s in small.parts.sources if s.startswith("surrogate")),
+            "surrogate": next(s for s in small.size.sources if s.startswith("surrogate")),
             "zero": f"{mine.zero}, full {whole.zero}",
             "seconds": [mine.step.seconds, whole.step.seconds],
             "time_ratio": by_time,

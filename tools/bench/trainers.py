@@ -73,7 +73,7 @@ class LlavaOptions:
     """Parts of the names of the parameters that train; if empty, all parameters train."""
     attention: str = "sdpa"
     checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass."""
+    """True if activations are recomputed in the backward pass."""
 
     def training_arguments(self) -> Any:
         """Returns Trainer's arguments. While they exist, models are loaded under their DeepSpeed config."""

@@ -49,8 +49,11 @@ def check(
         int, typer.Option(help="Longest sequence in tokens, as data.max_length of the planned run.", min=8)
     ] = 2048,
     tokens_per_image: Annotated[int, typer.Option(help="Tokens of an image, with --model.", min=0)] = 576,
-    pictures: Annotated[
-        str, typer.Option(help="How images are checked: decode (whole), headers (fast), or none (not at all).")
+    images: Annotated[
+        str,
+        typer.Option(
+            "--pictures", help="How images are checked: decode (whole), headers (fast), or none (not at all)."
+        ),
     ] = "decode",
     workers: Annotated[
         int | None, typer.Option(help="Number of worker processes. Default: one for each core.", min=0)
@@ -68,8 +71,8 @@ def check(
     from zero_ds.data.sources import Records
     from zero_ds.data.survey import survey, write
 
-    if pictures not in LOOKS:
-        raise ConfigError(f"--pictures {pictures} is unknown{did_you_mean(pictures, list(LOOKS))}")
+    if images not in LOOKS:
+        raise ConfigError(f"--pictures {images} is unknown{did_you_mean(images, list(LOOKS))}")
     source = validate(SourceConfig, path, what="PATH")
     options: dict[str, Any] = {"root": root, "files": files, "full_path": full_path or None}
     options["allowed_roots"] = tuple(allow_root) if allow_root else None
@@ -78,7 +81,7 @@ def check(
     found = survey(
         Records([source], skip_bad=True),
         encoder=encoder,
-        look=pictures,  # type: ignore[arg-type]
+        look=images,  # type: ignore[arg-type]
         workers=(os.cpu_count() or 1) if workers is None else workers,
     )
     print("\n".join(found.lines()))

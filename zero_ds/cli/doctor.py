@@ -66,7 +66,7 @@ def doctor(
 ) -> None:
     """Check every machine before a run: it answers, matches the others, and computes the same numbers.
 
-    Prints one line for each check, with a remedy for what is wrong. The exit status is 1 if a check fails.
+    Prints one line for each check, with a remedy if it fails. The exit status is 1 if a check fails.
 
     Example: zero-ds doctor llama-3.1-70b/encoder --hostfile hostfile --require HF_TOKEN --forward HF_TOKEN
     """
@@ -124,7 +124,7 @@ def _this_machine(
     forward: Sequence[str],
     files: Sequence[str],
 ) -> Cluster:
-    """Returns this machine as a cluster of one, where there is no hostfile, or one that names no other machine."""
+    """Returns this machine as a cluster of one, if no hostfile exists or if it names no other machine."""
     from zero_ds.cluster.hostfile import THIS_MACHINE, Node, read_hostfile
     from zero_ds.cluster.machines import Cluster
     from zero_ds.cluster.probe import gpus

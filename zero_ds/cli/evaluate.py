@@ -54,7 +54,9 @@ def run(
     harness: Annotated[str, typer.Option(help="For tasks by name: auto, lm-eval or lmms-eval.")] = "auto",
     tasks_folder: Annotated[Path | None, typer.Option(help="Folder with further task files (YAML).")] = None,
     batch: Annotated[int, typer.Option(help="Requests per forward pass.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="Use only the first n documents of each task, for a trial.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only the first n documents of each task, to try it out.")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length limit of an answer, in place of the task's own.")
     ] = None,

@@ -92,7 +92,7 @@ def train_module() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. An error that the user can mend ends as one sentence on stderr and exit status 2."""
+    """Runs a command. For an error that the user can fix, prints one sentence to stderr and exits with status 2."""
     atexit.register(_leave_garbage)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # raises instead, so that half-written files are removed

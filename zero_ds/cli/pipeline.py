@@ -89,7 +89,7 @@ def pipeline(
                 print(f"+ {shlex.join(command)}")
         return
     if not Path("launch/train.sh").is_file():
-        raise ConfigError(f"there is no launch/train.sh in {Path.cwd()}; go to the folder of the project first (cd).")
+        raise ConfigError(f"launch/train.sh is not in {Path.cwd()}; go to the folder of the project first (cd).")
     if hostfile is not None:
         from zero_ds.cluster.hostfile import read_hostfile
 

@@ -92,7 +92,7 @@ def plan(
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Keeps Python from searching for garbage, of which importing torch and building models on paper makes little."""
+    """Switches off garbage collection, because importing torch and building models on paper leave little to collect."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -24,7 +24,9 @@ def quickstart(
         str, typer.Option(help="Layers to replace, first:last; or `trajectory` for those that the trajectory proposes.")
     ] = "24:28",
     translators: Annotated[int, typer.Option(help="Number of translators in place of the replaced layers.", min=1)] = 1,
-    pictures: Annotated[int, typer.Option(help="Number of held-out images to evaluate on, of 500.", min=2)] = 250,
+    images: Annotated[
+        int, typer.Option("--pictures", help="Number of held-out images to evaluate on, of 500.", min=2)
+    ] = 250,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the order of samples.", min=0)] = 0,
     overrides: Annotated[
         list[str] | None,
@@ -44,7 +46,7 @@ def quickstart(
         start_fresh(out)
     if not (demo / "data/train.json").is_file():
         raise ConfigError(f"{demo} holds no demo data; make them with: zero-ds demo --out {demo}")
-    run = Quickstart(out, demo, str(LLM), replace, steps_scale, seed, translators, pictures, tuple(overrides or ()))
+    run = Quickstart(out, demo, str(LLM), replace, steps_scale, seed, translators, images, tuple(overrides or ()))
     steps = run.main_steps()
     if controls:
         steps += run.control_steps()

@@ -18,7 +18,7 @@ def records(
     name: Annotated[
         str | None, typer.Option(help="Name in tables and plots; default: that of the result file.")
     ] = None,
-    pictures: Annotated[int | None, typer.Option(help="Use only the first n images.", min=2)] = None,
+    images: Annotated[int | None, typer.Option("--pictures", help="Use only the first n images.", min=2)] = None,
     batch: Annotated[int, typer.Option(help="Records per forward pass.", min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer, in tokens.", min=1)] = 24,
     seed: Annotated[int, typer.Option(help="Seed of the assignment of other images in the control.", min=0)] = 0,
@@ -33,7 +33,7 @@ def records(
     from zero_ds.evaluation.heldout.results import CONDITIONS
 
     options = RecordOptions(
-        limit_images=pictures,
+        limit_images=images,
         batch_size=batch,
         max_new_tokens=max_new_tokens,
         seed=seed,

@@ -1,7 +1,7 @@
 """Checks of machines: what has to be the same on all of them, and what each of them needs for a run.
 
-Every check looks at what the machines said of themselves (`probe.describe`) and returns one line of a table: a verdict,
-the finding, and a remedy if there is something to mend.
+Every check reads the machines' descriptions of themselves (`probe.describe`) and returns one line of a table with a
+verdict, the finding, and a remedy if something needs mending.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _interpreter(answers: Sequence[Answer], ssh: Ssh) -> Check:
 
 
 def _folder(machines: Sequence[Machine], ssh: Ssh) -> Check:
-    trouble = _troubles(machines, lambda facts: "" if facts["folder"] else f"there is no folder {ssh.folder}")
+    trouble = _troubles(machines, lambda facts: "" if facts["folder"] else f"folder {ssh.folder} does not exist")
     return _check("folder", trouble, "put the project under the same path on every machine", ssh.folder)
 
 
@@ -228,13 +228,13 @@ def _same_recipe(machines: Sequence[Machine], mine: dict[str, Any]) -> Check:
     )
 
 
-# -- before a run: each machine has what the run needs -----------------------------------------------------------------
+# -- before a run: the needs of the run on each machine ----------------------------------------------------------------
 
 
 def of_machines(nodes: list[Node], answers: list[Answer], wanted: Wanted, sent: Forwarded) -> list[Check]:
     """Returns the checks of what each machine needs for a run.
 
-    Machines that did not answer are left to `before_launch`; if none answered, there are no checks.
+    Machines that did not answer are left to `before_launch`; if none answered, nothing is checked.
     """
     machines = _answered(answers)
     if not machines:
@@ -287,7 +287,7 @@ def _device_trouble(machine: Machine, slots: tuple[int, ...]) -> str:
     devices = machine.facts["devices"]
     highest = max(slots, default=0)
     if len(devices) <= highest:
-        return f"{machine.host}: {len(devices)} GPUs, device {highest} is wanted"
+        return f"{machine.host}: {len(devices)} GPUs, device {highest} is needed"
     for number in slots:
         device = devices[number]
         if device["free"] < FREE_SHARE * device["total"]:
@@ -319,7 +319,7 @@ def _shared_folder(machines: Sequence[Machine], wanted: Wanted) -> Check:
             return f"does not see what this machine has written into {wanted.shared}"
         return "" if facts["wrote"] else f"cannot write into {wanted.shared}"
 
-    unseen = [f"{host}: what it wrote is not seen here" for host in wanted.missing_tokens]
+    unseen = [f"{host}: files that it wrote are not seen here" for host in wanted.missing_tokens]
     trouble = _troubles(machines, trouble_of) or "; ".join(unseen[:SHOWN])
     return _check("shared folder", trouble, f"mount {wanted.shared} on every machine, writable", wanted.shared)
 
@@ -327,12 +327,12 @@ def _shared_folder(machines: Sequence[Machine], wanted: Wanted) -> Check:
 def _paths(machines: Sequence[Machine], wanted: Wanted) -> Check:
     def missing(facts: dict[str, Any]) -> str:
         paths = [path for path, exists in facts["paths"].items() if not exists]
-        return f"there is no {', '.join(paths[:SHOWN])}" if paths else ""
+        return f"not found: {', '.join(paths[:SHOWN])}" if paths else ""
 
     return _check(
         "paths",
         _troubles(machines, missing),
-        "make what the run reads visible on every machine under the same path",
+        "make the files that the run reads visible on every machine under the same path",
         f"{len(wanted.paths)} that the run reads",
     )
 
@@ -342,7 +342,7 @@ def _disk(machines: Sequence[Machine], wanted: Wanted) -> Check:
         for path, free in facts["disks"].items():
             need = wanted.disk if path == wanted.shared else 1.0
             if free is not None and free < need * GIB:
-                return f"{free / GIB:.1f} GiB free in {path}, {need:g} are wanted"
+                return f"{free / GIB:.1f} GiB free in {path}, {need:g} are needed"
         return ""
 
     free_of_each = [free for machine in machines for free in machine.facts["disks"].values() if free]

@@ -86,7 +86,7 @@ def _token(folder: Path, token: str) -> Iterator[None]:
         for path in folder.glob(f"{token}*"):
             path.unlink(missing_ok=True)
         for place in made:
-            with contextlib.suppress(OSError):  # somebody else has written into it meanwhile
+            with contextlib.suppress(OSError):  # not empty: something else has written into it meanwhile
                 place.rmdir()
 
 
@@ -111,7 +111,7 @@ def try_ranks(cluster: Cluster, zero: str, nvme_path: str | None = None) -> list
     try:
         output, _ = process.communicate(timeout=RANKS_TIMEOUT)
     except subprocess.TimeoutExpired:
-        output = f"no result in {RANKS_TIMEOUT:.0f} s; is the way between the machines open for all ports?"
+        output = f"no result in {RANKS_TIMEOUT:.0f} s; are all ports open between the machines?"
     finally:
         _kill_tree(process)
         if not cluster.ssh.local:
@@ -130,7 +130,7 @@ def _verdict(output: str, seconds: float) -> list[Check]:
         return judged(result, seconds)
     last_lines = " | ".join(output.strip().splitlines()[-3:])[:600]
     reason = result.get("error") or last_lines or "they ended without a word"
-    return [Check("ranks", FAIL, reason, "see what they say; NCCL_DEBUG=INFO tells more about the network")]
+    return [Check("ranks", FAIL, reason, "read their output; NCCL_DEBUG=INFO tells more about the network")]
 
 
 def precision_of(zero: str) -> str:
@@ -140,7 +140,7 @@ def precision_of(zero: str) -> str:
     try:
         section = json.loads(Path(zero).read_text(encoding="utf-8")).get("bf16", {})
         return "bf16" if section.get("enabled") is True else "fp32"
-    except (OSError, ValueError, AttributeError):  # the ranks say what is wrong with it
+    except (OSError, ValueError, AttributeError):  # the ranks report the fault
         return "fp32"
 
 
@@ -153,7 +153,7 @@ def judged(result: dict[str, Any], seconds: float) -> list[Check]:
 def _all_reduce_check(result: dict[str, Any]) -> Check:
     if not result["sum_is_right"]:
         wrong = f"the sum over {result['ranks']} ranks is wrong"
-        return Check("all-reduce", FAIL, wrong, "look at the network's driver and the version of NCCL")
+        return Check("all-reduce", FAIL, wrong, "check the network driver and the version of NCCL")
     size = f"{result['mebibytes']:.0f} MiB in {1000 * result['seconds']:.1f} ms"
     return Check("all-reduce", OK, f"{size}, {result['gigabytes_per_second']:.2f} GB/s bus bandwidth")
 
@@ -165,7 +165,7 @@ def _numbers_check(result: dict[str, Any]) -> Check:
     found += f"gradient apart by {result['gradient_difference']:.1e}"
     if result["missing_gradients"]:
         found += f"; no gradient of {result['missing_gradients'][0]}"
-    if result["alike"]:
+    if result["agrees"]:
         return Check("numbers", OK, found)
     remedy = "take another zero=; this JSON trains wrongly with these versions of DeepSpeed and torch"
     return Check("numbers", FAIL, found, remedy)

@@ -167,7 +167,7 @@ def argument(word: str) -> str:
     return ("'" + word.replace("'", "'\"'\"'") + "'").replace("%", "%%")
 
 
-def told(what: Forwarded) -> str:
+def describe_forwarded(what: Forwarded) -> str:
     """Returns one line for people: names, never values."""
     line = f"forwarded to every node: {' '.join(what.names()) or 'nothing'}"
     if what.withheld:
@@ -178,6 +178,6 @@ def told(what: Forwarded) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.stdout.write(told(forwarded(os.environ, sys.argv[1:])) + "\n")
+        sys.stdout.write(describe_forwarded(forwarded(os.environ, sys.argv[1:])) + "\n")
     except ConfigError as error:
         sys.exit(f"zero-ds: {error}")

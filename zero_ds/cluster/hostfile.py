@@ -64,7 +64,7 @@ def _parse(path: Path) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"the hostfile {path} is not UTF-8 text; see launch/hostfile.example.") from None
     except OSError as error:
         raise ConfigError(
-            f"there is no hostfile {path} ({type(error).__name__}); see launch/hostfile.example."
+            f"hostfile {path} cannot be read ({type(error).__name__}); see launch/hostfile.example."
         ) from None
     slots: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(lines, 1):
@@ -86,7 +86,7 @@ def _advice(line: str) -> str:
     """Returns the remedy for a line that is not a machine."""
     host, *rest = line.split()
     if "@" in host:  # a separator in DeepSpeed's filters
-        return "the name of a user belongs into ssh's configuration (User), not here"
+        return "the name of a user belongs in ssh's configuration (User), not here"
     if host.count(":") > 1:  # another such separator
         return "give an IPv6 address a name, in /etc/hosts or ssh's configuration (HostName)"
     if "[" in host or "," in host:
@@ -120,7 +120,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def node_of_rank(nodes: list[Node], rank: int) -> str | None:
-    """Returns the machine on which a rank runs; None if there is no such rank."""
+    """Returns the machine on which a rank runs; None if the machines have fewer ranks."""
     for node in nodes:
         if rank < len(node.slots):
             return node.host

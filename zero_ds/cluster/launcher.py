@@ -24,7 +24,7 @@ from types import FrameType
 
 import psutil
 
-from zero_ds.cluster.environment import told
+from zero_ds.cluster.environment import describe_forwarded
 from zero_ds.cluster.hostfile import node_of_rank
 from zero_ds.cluster.machines import Cluster, deepspeed_command, files_of
 from zero_ds.config.loading import load_run
@@ -185,14 +185,14 @@ class Launch:
                 self.cluster.forget()
 
     def _attempt(self, attempt: int) -> tuple[int, bool]:
-        """Runs once; returns the exit status, and whether somebody asked the run to stop."""
+        """Runs once; returns the exit status, and whether the run was asked to stop."""
         if self.cluster is None:
             job = Job(self.command if "/dev/null" in self.options else self._on_this_machine())
             status = job.wait(self.out)
             job.sweep()
         else:
             more, environment, sent = self.cluster.prepare(wait=COMING_BACK if attempt else 0.0)
-            say(told(sent))
+            say(describe_forwarded(sent))
             command = deepspeed_command(self.options, more, self.module, self.words)
             print(f"+ {shlex.join(command)}", flush=True)
             job = Job(command, self.cluster, environment)

@@ -1,4 +1,4 @@
-"""A run on the machines of a hostfile: checks them before each launch, asks ranks to stop, and ends what is left."""
+"""Runs on the machines of a hostfile: checks before a launch, requests to stop, and the end of remaining processes."""
 
 from __future__ import annotations
 

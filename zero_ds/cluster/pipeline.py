@@ -1,4 +1,4 @@
-"""A chain of public commands that can be interrupted anywhere and goes on where it stopped.
+"""A chain of public commands that can be interrupted anywhere and continues where it stopped.
 
 Every step is a command that anyone could type. A step whose commands have finished is not run again. A step that was
 interrupted is run again, and its commands resume or start over by themselves.

@@ -13,7 +13,7 @@ from zero_ds.runtime.errors import ConfigError
 RECIPES = "smollm2-135m"
 
 AGAINST_TARGET = ("decoder=target", "distill.logits=0", "distill.next_token=1")
-"""Settings of a stage that trains against the full model, where there is no translator to distil."""
+"""Settings of a stage that trains against the full model, which has no translator to distil."""
 
 FROM_TRAJECTORY = "trajectory"
 """Value of `replace` that takes the layers which the trajectory proposes."""

@@ -45,7 +45,7 @@ class Route:
         """Returns the steps in the order in which they run.
 
         Raises:
-            ConfigError: there are no recipes for the model, a setting that the pipeline chooses itself is overridden,
+            ConfigError: the model has no recipes, a setting that the pipeline chooses itself is overridden,
                 no texts are named for the trajectory, or `replace` is not a range of layers.
         """
         for override in self.overrides:
@@ -125,12 +125,12 @@ def training_runs(model: str, overrides: Sequence[str] = ()) -> dict[str, RunCon
     Every stage comes after the stages whose results it starts from.
 
     Raises:
-        ConfigError: there are no recipes for the model.
+        ConfigError: the model has no recipes.
     """
     names = recipe_names()
     models = {name.partition("/")[0] for name in names}
     if model not in models:
-        raise ConfigError(f"there are no recipes for a model '{model}'{did_you_mean(model, sorted(models))}")
+        raise ConfigError(f"no recipes exist for model '{model}'{did_you_mean(model, sorted(models))}")
     stage_of_out = {load_run(name).out: name.partition("/")[2] for name in names if name.startswith(f"{model}/")}
     runs: dict[str, RunConfig] = {}
 

@@ -90,8 +90,8 @@ def all_reduce(rounds: int = 5) -> dict[str, Any]:
 def parity(zero: str, precision: str, nvme_path: str | None = None) -> dict[str, Any]:
     """Compares losses and gradients of the small model under `zero` with those under ZeRO-0.
 
-    Returns the losses of both, the relative difference of the gradients, and as `alike` whether the tolerances hold.
-    A collective.
+    Returns the losses of both, the relative difference of the gradients, and as `agrees` whether both are within
+    the tolerances. A collective.
     """
     reference, tested = _steps("zero0", precision), _steps(zero, precision, nvme_path)
     loss_tolerance, gradient_tolerance = TOLERANCES[precision]
@@ -107,7 +107,7 @@ def parity(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
     )
     # in the first update Adam turns the rounding of small gradients into whole steps, so later losses differ more
     losses_agree = first < loss_tolerance and second < 100 * loss_tolerance
-    alike = losses_agree and gradient < gradient_tolerance and not lost
+    agrees = losses_agree and gradient < gradient_tolerance and not lost
     return {
         "zero": zero,
         "precision": precision,
@@ -115,7 +115,7 @@ def parity(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
         "losses_zero0": reference["losses"],
         "gradient_difference": gradient,
         "missing_gradients": missing,
-        "alike": alike,
+        "agrees": agrees,
     }
 
 

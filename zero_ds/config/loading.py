@@ -72,7 +72,7 @@ def _read_recipe(recipe: str, folder: Path = Path(), seen: tuple[str, ...] = ())
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPE_ROOT / f"{recipe}.yaml"
         if not path.is_file():
-            raise ConfigError(f"there is no recipe '{recipe}'{did_you_mean(recipe, recipe_names())}")
+            raise ConfigError(f"unknown recipe '{recipe}'{did_you_mean(recipe, recipe_names())}")
     if str(path.resolve()) in seen:
         raise ConfigError(f"recipe {recipe} extends itself.")
     tree = read_yaml(path, what="recipe file")

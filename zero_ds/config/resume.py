@@ -1,4 +1,4 @@
-"""What may differ when a run is resumed, and the fingerprint that detects everything else.
+"""Settings that may differ when a run is resumed, and the fingerprint that detects a change of any other.
 
 A checkpoint stores the fingerprint of its run. Resuming with another one is an error, because the run would continue
 with other numbers than it began with.

@@ -32,14 +32,14 @@ class EncoderConfig(Section):
     feature_layer: int = -1
     """Index of the vision encoder's hidden states that feed the adapter; -1 is the last, -2 is LLaVA-1.5's choice."""
     patch_norm: bool = False
-    """Whether the encoder's final norm is applied to the patch tokens, as in the paper's reference implementation."""
+    """Applies the encoder's final norm to the patch tokens, as in the paper's reference implementation."""
 
 
 class AdapterConfig(Section):
     boundary_tokens: bool = False
-    """Whether learned embeddings mark the start and the end of the image tokens, as in the reference implementation."""
+    """Marks the start and the end of the image tokens with learned embeddings, as in the reference implementation."""
     match_embeddings: bool = False
-    """Whether the adapter is scaled so that image tokens start with the standard deviation of word embeddings."""
+    """Scales the adapter so that image tokens start with the standard deviation of word embeddings."""
     width: int | None = Field(default=None, ge=1)
     """Hidden size that the adapter was trained for, if not this decoder's; a linear aligner then follows it (A.8)."""
 
@@ -54,11 +54,11 @@ class SourceConfig(Section):
     allowed_roots: tuple[str, ...] = ()
     """Further folders into which image paths may lead, such as those that links in `root` join."""
     full_path: bool = False
-    """Whether absolute image paths are followed, wherever they lead, in records with a `full_path`."""
+    """Follows absolute image paths, wherever they lead, in records with a `full_path`."""
     limit: int | None = Field(default=None, ge=1)
     """Number of samples to use, from the first one on; empty: all of them."""
     images_only: bool = False
-    """Whether samples without an image are skipped, such as the 40K of LLaVA-1.5-665K."""
+    """Skips samples without an image, such as the 40K of LLaVA-1.5-665K."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +74,7 @@ class SourceConfig(Section):
         if isinstance(value, dict) and "name" in value:
             name = value["name"]
             if not isinstance(name, str) or name not in known:
-                raise ValueError(f"there is no data set '{name}'{did_you_mean(str(name), list(known))}")
+                raise ValueError(f"unknown data set '{name}'{did_you_mean(str(name), list(known))}")
             own = {key: entry for key, entry in value.items() if key != "name"}
             return {**known[name], **own}
         return value
@@ -102,9 +102,9 @@ class DataConfig(Section):
     chat_template: str | None = None
     """File with a chat template that replaces the tokenizer's; every export of the run keeps it."""
     grouping: Literal["off", "length", "modality"] = "off"
-    """Whether samples of similar length share a batch, within windows of a few batches; modality: images apart also."""
+    """Groups samples of similar length into batches, within windows of a few batches; modality: images apart also."""
     packing: bool = False
-    """Whether a row of at most max_length holds several samples: hardly any padding, the same losses and gradients."""
+    """Puts several samples into a row of at most max_length: hardly any padding, the same losses and gradients."""
     workers: int = Field(default=0, ge=0)
     """Number of worker processes of the loader on each rank."""
 
@@ -137,7 +137,7 @@ class OptimizerConfig(Section):
 
 
 class DistillConfig(Section):
-    """Options beyond the paper: the translators also learn from what the target does with the same input."""
+    """Options beyond the paper: the translators also learn from the target's outputs for the same input."""
 
     logits: float = Field(default=0.0, ge=0)
     """Weight of KL(target || surrogate) over the vocabulary, at the supervised tokens."""
@@ -235,11 +235,11 @@ class RunConfig(Section):
     frozen_weights: Literal["native", "int8"] = "native"
     """Number format of frozen decoder layers. int8: linear layers in 8 bits, half of bf16's memory; ZeRO 0 to 2."""
     compile: bool = False
-    """Whether torch compiles the decoder's layers; needs a C++ compiler and parameters that are whole on each rank."""
+    """Compiles the decoder's layers with torch; needs a C++ compiler and parameters that are whole on each rank."""
     activation_checkpointing: Literal["auto", True, False] = "auto"
     """Decoder layers that are recomputed in the backward pass: all, none, or (auto) as few as `zero-ds plan` finds."""
     short_backward: bool = True
-    """Whether the backward pass of a global batch without images ends at the first trained layer; same numbers."""
+    """Ends the backward pass of a global batch without images at the first trained layer; same numbers."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     zero: str = "zero3"
     """Name of a file in ds_configs/, or path of a DeepSpeed JSON file."""

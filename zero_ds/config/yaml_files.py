@@ -19,7 +19,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no {what} {path}.") from None
+        raise ConfigError(f"{what} {path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{what} {path} cannot be read: {str(error).splitlines()[0]}.") from None
     if not isinstance(tree, dict):

@@ -229,7 +229,7 @@ def _digest(path: Path, cache: Path) -> str:
         with open_regular(path) as file:
             return _digest_of_open(path, file, cache)
     except FileNotFoundError:
-        raise DataError(f"there is no data file {path}") from None
+        raise DataError(f"data file {path} does not exist") from None
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
 

@@ -2,7 +2,7 @@
 
 The chat template is rendered once with markers in place of the contents. Everything between the markers is structure
 and is tokenised with its special tokens; everything that a person typed is tokenised as plain text. So the span of each
-part is known by construction, and a special token that somebody types stays text. A template that asks for the date
+part is known by construction, and a typed special token stays text. A template that asks for the date
 gets a fixed one.
 """
 
@@ -227,7 +227,7 @@ class ChatTemplate:
         """Returns the tokens of texts, in which the tokenizer splits special tokens.
 
         Fast tokenizers are called through their core, because transformers' wrapper costs as much as the tokens of a
-        conversation, half of it for character offsets that nobody needs.
+        conversation, half of it for character offsets that are not used.
         """
         if self._backend is None:
             ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -242,12 +242,12 @@ class ChatTemplate:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _without_marks(self, text: str) -> list[int]:
-        """Returns the tokens of a text in which somebody typed a mark that is not a special token, such as `</think>`.
+        """Returns the tokens of a text with a typed mark that is not a special token, such as `</think>`.
 
-        No option of tokenizers splits those, so the text passes through all parts of one except the search for them.
+        No option of tokenizers splits such marks, so this calls every part of the tokenizer except the search for them.
 
         Raises:
-            ConversationError: A tokenizer that turns the text into a mark in any case.
+            ConversationError: the tokenizer turns the text into a mark even so.
         """
         if self._backend is None:
             raise ConversationError("only fast tokenizers keep a typed token of the chat template as text")
@@ -262,7 +262,7 @@ class ChatTemplate:
         return ids
 
     def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Works as `encode_texts`, and remembers one conversation, of which `cut_turns` encodes beginnings next."""
+        """Works as `encode_texts`, but remembers one conversation: `cut_turns` encodes shorter versions of it next."""
         if any(text not in self._typed for text in texts):
             self._typed = dict(zip(texts, self.encode_texts(texts), strict=True))
         return [self._typed[text] for text in texts]
@@ -297,7 +297,7 @@ class ChatTemplate:
                 )
             except Exception as error:  # a template raises what its author chose
                 raise ConversationError(f"the chat template refuses the roles {', '.join(roles)}: {error}") from None
-            # markers with white space that no template writes itself, which shows what is trimmed
+            # markers with white space that no template writes itself show which white space is trimmed
             found = list(re.finditer(r"( \t)?zq(\d+)qz(\t )?", text))
             if [int(mark[2]) for mark in found] != list(range(len(roles))):
                 raise ConversationError("the chat template does not keep every turn's text")

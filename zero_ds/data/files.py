@@ -74,14 +74,16 @@ def data_files(path: str, pattern: str | None = None) -> DataFiles:
             return DataFiles([local], [])
         folder = local.is_dir()
     except (OSError, ValueError) as error:
-        raise DataError(f"there is no data file {quoted(path)}: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(
+            f"data file {quoted(path)} cannot be found: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if not folder:
         if path.startswith(("http://", "https://")):
             raise DataError(f"{path} is an address; fetch it first, for example with `curl -LO {path}`")
         if local.exists():
             raise DataError(f"data file {path} is not a regular file")
         if local.suffix in SUFFIXES or path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise DataError(f"there is no data file {path}")
+            raise DataError(f"data file {path} does not exist")
         local = _fetched(path, pattern)
     try:
         found = sorted(file for file in local.glob(pattern or "**/*") if file.suffix in SUFFIXES and file.is_file())
@@ -135,7 +137,7 @@ def _first_character(path: Path) -> str:
                 if text := block.removeprefix(b"\xef\xbb\xbf").lstrip():
                     return text[:1].decode("ascii", "replace")
     except FileNotFoundError:
-        raise DataError(f"there is no data file {path}") from None
+        raise DataError(f"data file {path} does not exist") from None
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
     return ""
@@ -175,7 +177,7 @@ def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool 
                 raise DataError(f"{name}: {record}")
             yield record
     except FileNotFoundError:
-        raise DataError(f"there is no data file {path}") from None
+        raise DataError(f"data file {path} does not exist") from None
     except OSError as error:
         raise DataError(f"{name}: {error.strerror or error}") from None
     if empty:
@@ -215,14 +217,14 @@ def _json_list(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:
 class _JsonList:
     """Decodes the elements of a JSON list one by one, from a buffer that holds little more than one element.
 
-    No library does this under the conditions of training data; docs/decisions.md says what was tried.
+    No library does this under the conditions of training data; docs/decisions.md lists those that were tried.
     """
 
     def __init__(self, path: Path, file: BinaryIO, text: TextIO, progress: Progress, tolerant: bool) -> None:
         self._path = path
         self._file = file
         self._text = text
-        """The same file, decoded. Bytes that are not UTF-8 become lone surrogates."""
+        """Decoded content of the file. Bytes that are not UTF-8 become lone surrogates."""
         self._progress = progress
         self._tolerant = tolerant
         self._decoder = json.JSONDecoder()

@@ -84,7 +84,7 @@ class DataError(ValueError):
 
 
 class TooLongError(DataError):
-    """A sample of which no answer fits within the length limit. It is always skipped and counted, never fatal."""
+    """Raised for a sample without an answer within the length limit. It is always skipped and counted, never fatal."""
 
 
 SHOWN = 80

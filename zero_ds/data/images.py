@@ -22,7 +22,7 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 20_000
 """Longest side of an image in pixels. Padded to a square, an image has the square of its longest side in pixels."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are read (MPO as JPEG), whatever a file is called. Some of Pillow's other readers run programs."""
+"""Formats that are read (MPO as JPEG), by content and not by name. Some of Pillow's other readers run programs."""
 BAND = 4_000_000
 """Number of pixels that are padded and resized at a time."""
 PATH_SHOWN = 1000
@@ -61,7 +61,7 @@ def image_name(image: str | Path | Image.Image) -> str:
 def truncated_images_are_errors() -> Iterator[None]:
     """Makes truncated images an error within a block, instead of filling them up with grey.
 
-    lmms-eval (0.7.3) lets Pillow fill up all truncated images of its process, for the sake of one data set.
+    lmms-eval (0.7.3) lets Pillow fill up all truncated images of its process, because one data set needs it.
     """
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -170,7 +170,7 @@ def _errors_name(name: str) -> Iterator[None]:
         with truncated_images_are_errors():
             yield
     except FileNotFoundError:
-        raise ImageError(f"there is no image {name}") from None
+        raise ImageError(f"image {name} does not exist") from None
     except _TooLargeError as error:
         raise ImageError(f"image {name} {error}") from None
     except Image.DecompressionBombError as error:

@@ -42,7 +42,7 @@ def group_similar(
 
     The first `begun` samples complete a batch that the previous epoch has begun, and a batch that the window does not
     fill stays last, so batches begin at the same positions as before. The result depends on the arguments alone,
-    whatever the number of ranks.
+    not on the number of ranks.
     """
     ranked = sorted(window, key=measure)
     split = len(ranked) - begun
@@ -58,7 +58,7 @@ def group_similar(
 class Loader:
     """Loads the micro-batches of one rank.
 
-    Sample `step * global_batch + i` of the run belongs to the same step whatever the number of ranks. In padded rows,
+    Sample `step * global_batch + i` of the run belongs to the same step on any number of ranks. In padded rows,
     rank r takes the samples i with i // (global_batch / world_size) == r. In packed rows, the ranks share the rows of
     the step.
     """

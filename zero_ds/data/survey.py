@@ -35,7 +35,7 @@ class Survey:
     lengths: list[int] = field(default_factory=list)
     """Length of each sample in tokens."""
     measured: bool = False
-    """Whether lengths are counted, and not estimated from bytes."""
+    """Whether lengths are counted in tokens instead of estimated from bytes."""
     faults: Counter[str] = field(default_factory=Counter)
     """Number of samples by the kind of their fault: record, picture, path, template or too long."""
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Survey:
 
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int]:
-    """Returns median, 90th and 99th percentile and maximum by name; nothing if there are no lengths."""
+    """Returns median, 90th and 99th percentile and maximum by name; empty if no lengths are given."""
     values = np.asarray(list(lengths))
     if not len(values):
         return {}
@@ -106,7 +106,7 @@ def quantiles(lengths: Iterable[int]) -> dict[str, int]:
 
 
 class _Inspected(NamedTuple):
-    """What there is to say about a sample."""
+    """Findings about one sample."""
 
     turns: int
     images: int
@@ -118,7 +118,7 @@ class _Inspected(NamedTuple):
 
 
 class _Inspection(Dataset[_Inspected]):
-    """Maps the index of a sample to what there is to say about it."""
+    """Maps the index of a sample to the findings about it."""
 
     def __init__(self, records: Records, sample_encoder: SampleEncoder | None, look: Look) -> None:
         self.records = records

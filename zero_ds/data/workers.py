@@ -1,6 +1,6 @@
 """Worker processes of a loader: how they start and end, and how the batches of a step reach their rank.
 
-A worker is forked, so it shares what the rank has loaded. It hands over a step in one nameless file in memory: a
+A worker is forked, so it shares the memory of its rank. It hands over a step in one nameless file in memory, because a
 descriptor, a message and a mapping for each tensor would cost as much as making a small tensor.
 """
 
@@ -27,7 +27,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.data.images import ImageProcessor
 
 ALIGNMENT = 64
-"""Bytes to a multiple of which the offset of a tensor is rounded up."""
+"""Alignment of tensors in bytes: offsets are rounded up to a multiple of it."""
 
 
 def without_traceback(error: DataError) -> DataError:
@@ -85,7 +85,7 @@ def _start_worker(worker: int) -> None:
     """Prepares a worker process.
 
     It ignores the signals that ask all processes of a job to stop: ranks save a checkpoint first, and their workers end
-    with them. What the rank has loaded is exempt from garbage collection, which would copy every page of it. A
+    with them. Objects of the rank are exempt from garbage collection, which would copy every page of them. A
     tokenizer's own threads would take the cores from the other workers.
     """
     gc.freeze()
@@ -121,7 +121,7 @@ def _packed(processor: ImageProcessor | None, step: Iterator[Batch]) -> _Parcel 
 
 
 class _Slot(NamedTuple):
-    """Where in a parcel's file a tensor is."""
+    """Place of a tensor in a parcel's file."""
 
     start: int
     dtype: torch.dtype

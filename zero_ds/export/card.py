@@ -57,7 +57,7 @@ def model_card(
 
 
 def proof_sentence(proof: dict[str, Any]) -> str:
-    """Returns sentences that say what was proved, and what was not."""
+    """Returns sentences about the extent of the proof."""
     if proof["kind"] == "tensors":
         return (
             f"All {proof['tensors_equal']} tensors were read again and are those of the source. The model was NOT "

@@ -43,7 +43,7 @@ class ExportFormat(Protocol):
 
     @property
     def remote_code(self) -> bool:
-        """Whether the folder contains code of its own, so that it loads only with `trust_remote_code=True`."""
+        """True if the folder contains code of its own, so that it loads only with `trust_remote_code=True`."""
 
     def check(self, source: Source) -> None:
         """Raises ConfigError for a model that the format cannot express."""

@@ -204,8 +204,8 @@ def main(scratch: Path) -> None:
             answers[number] = tokens
             logits.setdefault(str(number), score.contiguous())
 
-    # The same image through two processors differs by rounding. So logits, which show what the weights do, are taken
-    # with training's pixel values, and answers with the pixel values of the folder's own processor.
+    # The same image through two processors differs by rounding. Logits are there to test the weights, so they are taken
+    # with training's pixel values; answers are taken with those of the folder's own processor.
     if with_image:
         own = [prompts[number] for number in with_image]
         given = [{**prompts[number], "pixel_values": pixels[str(number)]} for number in with_image]

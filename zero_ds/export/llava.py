@@ -1,4 +1,4 @@
-"""Format `llava`: transformers' own `LlavaForConditionalGeneration`, a folder that loads without any code of ours.
+"""Format `llava`: transformers' own `LlavaForConditionalGeneration`, a folder that loads without any code of zero_ds.
 
 The folder also contains `read_image.py`, because transformers' processor turns no image upright and reads no image of
 more than 8 bits. The model card opens images with it.

@@ -35,7 +35,7 @@ from zero_ds.runtime.safetensors import Span, Tensor, shard_files, spans
 from zero_ds.training.checkpoint.manifest import versions
 
 Finish = Callable[[], tuple[int, str]]
-"""Lets a process go on and waits until it ends: -> exit status, output."""
+"""Function that lets a waiting process continue, waits for its end, and returns its exit status and output."""
 
 PROOFS = ("full", "tensors")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

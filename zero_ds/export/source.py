@@ -93,7 +93,7 @@ class Source:
 
     @property
     def has_aligner(self) -> bool:
-        """Whether a linear layer brings the adapter's output to the decoder's width."""
+        """True if a linear layer brings the adapter's output to the decoder's width."""
         return self.config.adapter.width is not None
 
     def plain_configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -252,7 +252,7 @@ def _check_fit(checkpoint: Checkpoint, config: RunConfig, target: str, decoder: 
 
 
 def _trained_tensors(results: list[Checkpoint], decoder: DecoderFolder) -> dict[str, Span]:
-    """Returns the trained tensors of several results, of which later ones replace earlier ones.
+    """Returns the trained tensors of several results; a later result replaces the tensors of earlier ones.
 
     Layers that only a surrogate has are left out unless the decoder is one; then they must fit its plan.
     """

@@ -41,7 +41,7 @@ def text_settings(source: Source) -> TextSettings:
     """Makes the text side of an export.
 
     Raises:
-        ConfigError: the tokenizer cannot be loaded, there is no chat template, or no token can stand for an image.
+        ConfigError: the tokenizer cannot be loaded or has no chat template, or no token can stand for an image.
     """
     data = source.config.data
     tokenizer = source.decoder.tokenizer()

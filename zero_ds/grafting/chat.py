@@ -24,7 +24,7 @@ INCOMPLETE = "\ufffd"
 
 
 class Conversation:
-    """The turns so far, the images that they are about, and the cache of what the decoder has read."""
+    """The turns so far, the images that they are about, and the decoder's cache of keys and values."""
 
     def __init__(self, loaded: LoadedModel, *, max_new_tokens: int = 256, system: str | None = None) -> None:
         """Begins a conversation.
@@ -99,7 +99,7 @@ class Conversation:
         Raises:
             DataError: the conversation would become longer than the model's context; the question is not asked then.
         """
-        typed = question.replace(PLACEHOLDER, "image")  # a placeholder that somebody types stands for no image
+        typed = question.replace(PLACEHOLDER, "image")  # a typed placeholder does not stand for an image
         if self._new_images:
             typed = PLACEHOLDER * self._new_images + "\n" + typed
         before = list(self.turns)
@@ -129,7 +129,7 @@ class Conversation:
             DataError: nothing has been answered yet.
         """
         if self._last is None:
-            raise DataError("there is no answer yet whose trajectory could be read; ask something first.")
+            raise DataError("no answer has been given whose trajectory could be read; ask something first.")
         prompt, answer = self._last
         return read_answer(self._reader, self._context, prompt, answer, self.encoder.template.tokenizer)
 

@@ -90,7 +90,7 @@ def run_config(checkpoint: Checkpoint) -> RunConfig:
 def compatibility(
     checkpoint: Checkpoint, target: DecoderFolder | Path, *, thorough: bool = False, surrogate: str | None = None
 ) -> list[Check]:
-    """Compares what the weights were trained with against a target model.
+    """Compares the models of a training run with a target model.
 
     thorough: also hash the weights file and all word embeddings, and compare everything that the surrogate kept with
     the target's tensors, byte for byte and a block at a time. surrogate: folder of the surrogate, if it is no longer

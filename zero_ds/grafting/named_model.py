@@ -1,4 +1,4 @@
-"""A model by the name that a user gives it: a folder or hub id, an export, a run, or a run grafted into its target."""
+"""Finds and loads the model that a user names: a folder or hub id, an export, a run, or a run grafted into a target."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ EXPORT = "llava"
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that was found by its name, before anything large is read."""
+    """A model that was found by its name. No weights have been read yet."""
 
     name: str
     kind: Literal["target", "surrogate", "trained", "graft", "export"]
     decoder: DecoderFolder
-    """Folder of the decoder; of an export, its own folder."""
+    """Folder of the decoder. For an export, the exported folder itself."""
     checkpoint: Checkpoint | None = None
-    """Checkpoint with encoder and adapter, if a run was named."""
+    """Checkpoint with the vision encoder and the adapter, if a run was named."""
 
     @property
     def folder(self) -> Path:
@@ -49,13 +49,13 @@ class NamedModel:
 
     @property
     def sees(self) -> bool:
-        """Whether the model has a vision encoder."""
+        """True if the model has a vision encoder."""
         if self.checkpoint is None:
             return self.kind == "export"
         return run_config(self.checkpoint).encoder is not None
 
     def identity(self) -> dict[str, Any]:
-        """Returns name, kind, folders and hashes, by which a result names the model that it was measured on."""
+        """Returns name, kind, folders and hashes, which a result records to identify the model that was measured."""
         found: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
@@ -71,13 +71,13 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class Served:
-    """Arguments with which vLLM is started."""
+    """Arguments for starting vLLM."""
 
     folder: Path
     """Folder of an ordinary Hugging Face model."""
     dtype: str
     max_length: int
-    """Number of tokens that prompt and answer may have together."""
+    """Largest number of tokens of a prompt and its answer together."""
     tensor_parallel: int = 1
     """Number of devices that share the model."""
 
@@ -95,11 +95,11 @@ class LoadedModel:
 def find_model(name: str, target: str | None = None) -> NamedModel:
     """Finds the model that `name` stands for.
 
-    name: folder or hub id of a target, a surrogate or an export; or a run or checkpoint folder, which stands for the
-    model as it was trained. target: folder or hub id of a full model into which the run is grafted.
+    name: folder or hub id of a target, a surrogate or an export; or the folder of a run or of one of its checkpoints,
+    which stands for the model as it was trained. target: folder or hub id of a full model to graft the run into.
 
     Raises:
-        ConfigError, CheckpointError: there is no such model, or `target` was given for a name that is not a run.
+        ConfigError, CheckpointError: the model does not exist, or `target` was given for a name that is not a run.
     """
     folder = Path(name).expanduser()
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():
@@ -131,9 +131,9 @@ def load_model(
     device_map: str | None = None,
     offload_folder: Path | None = None,
 ) -> LoadedModel:
-    """Loads a model onto one device, or, with a `device_map`, some decoder layers elsewhere (engines/offload.py).
+    """Loads a model onto one device. A `device_map` places some decoder layers elsewhere (engines/offload.py).
 
-    Prompts may be as long as the decoder allows, whatever `data.max_length` was in training.
+    Prompts may be as long as the decoder allows; `data.max_length` applies only to training.
 
     Raises:
         ConfigError, CheckpointError: a damaged folder, or parts that do not belong together.
@@ -161,7 +161,7 @@ def _load_run(
     load = load_graft if named.kind == "graft" else load_trained
     model = load(checkpoint.folder, named.decoder, dtype=dtype, attention=attention)
     vision = local_folder(config.encoder.path) if config.encoder else None
-    # training may draw the words around an image at random; answers always use the same ones
+    # training may draw the prompt around an image at random; answering always uses the same prompt
     image_prompt = "off" if config.data.image_prompt == "off" else "fixed"
     data = config.data.model_copy(update={"image_prompt": image_prompt})
     return model, sample_encoder(model, named.decoder, vision, data, seed=config.seed)
@@ -180,13 +180,13 @@ def _load_export(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Visi
     encoder_family = next((known for known in ENCODERS.values() if vision.model_type in known.model_types), None)
     if family is None or encoder_family is None:
         raise ConfigError(
-            f"{folder} holds a {text.model_type} with a {vision.model_type}, which zero_ds does not know; "
-            "open it with transformers."
+            f"{folder} holds a {text.model_type} with a {vision.model_type}, which zero_ds does not "
+            "support; open it with transformers."
         )
     if config.vision_feature_select_strategy != "default" or isinstance(config.vision_feature_layer, list):
         raise ConfigError(
-            f"{folder} takes image features from several layers, or with the tokens before the patches, which zero_ds "
-            "does not do; open it with transformers."
+            f"{folder} takes image features from several layers or includes the tokens before the patches, which "
+            "zero_ds does not support; open it with transformers."
         )
     with torch.device("meta"):
         decoder: Any = AutoModelForCausalLM.from_config(text)

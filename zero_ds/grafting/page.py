@@ -45,7 +45,7 @@ CSS = "button[aria-label=Share], [id^=chat-] button[aria-label=Clear] { display:
 
 
 def load_models(name: str, target: str | None, dtype: str, options: DeviceOptions) -> dict[str, LoadedModel]:
-    """Loads the models of a page, by the names that it shows: of a graft, the model that the run trained as well.
+    """Loads the models of a page by the names that it shows. For a graft, also loads the model that the run trained.
 
     name, target: as `find_model` takes them; dtype: auto, float32 or bfloat16.
 
@@ -71,7 +71,7 @@ def load_models(name: str, target: str | None, dtype: str, options: DeviceOption
 
 @dataclass
 class ChatSession:
-    """One visitor's conversations with all models, and what the page shows of them."""
+    """One visitor's conversations with all models, and their messages on the page."""
 
     conversations: dict[str, Conversation]
     """Conversation with each model, by the model's name."""
@@ -198,7 +198,7 @@ class _Handlers:
 
 @contextmanager
 def _errors_on_page() -> Iterator[None]:
-    """Shows errors that a visitor can mend as sentences on the page."""
+    """Shows errors that a visitor can correct as sentences on the page."""
     import gradio as gr
 
     try:
@@ -318,7 +318,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"the page cannot listen on {host}:{port} ({reason}); choose another --port.") from None
     if not _is_loopback(host):
         logger.warning(
-            "the page listens on %s: whoever reaches this machine can use it, without a password and unencrypted",
+            "the page listens on %s: anyone who can reach this machine can use it, without a password and unencrypted",
             host,
         )
     return server

@@ -20,13 +20,14 @@ def local_folder(name: str) -> Path:
     """Returns the folder of a model that is given by path or hub id, and downloads it if necessary.
 
     Raises:
-        ConfigError: there is no such folder, and no such id can be downloaded (no network, unknown, not permitted).
+        ConfigError: the folder does not exist, and no model of that id can be downloaded (no network, unknown, not
+            permitted).
     """
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder.resolve()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
-        raise ConfigError(f"there is no model folder {name}.")
+        raise ConfigError(f"model folder {name} does not exist.")
     import huggingface_hub
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
@@ -34,7 +35,7 @@ def local_folder(name: str) -> Path:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*patterns, PICKLED]))
-    except Exception as error:  # the hub client raises many types; each means that there is no model
+    except Exception as error:  # the hub client raises many types; each means that the model cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"'{name}' is not a local folder and could not be fetched from the hub: {reason[:200].rstrip('. ')}; "

@@ -17,7 +17,7 @@ CPU_FLAGS = ("avx512_bf16", "amx_tile")
 def bf16_is_fast() -> bool:
     """Returns whether this machine's device multiplies bfloat16 fast: GPUs since Ampere, CPUs with AVX512-BF16 or AMX.
 
-    Loads torch only where a GPU may be present, or where there is no /proc/cpuinfo to read.
+    Loads torch only where a GPU may be present, or where /proc/cpuinfo does not exist.
     """
     if has_cuda():
         import torch
@@ -33,7 +33,7 @@ def bf16_is_fast() -> bool:
 
 
 def _cpu_flags(path: Path) -> set[str] | None:
-    """Returns the flags of the first x86 core in a file like /proc/cpuinfo; None where there is no such line."""
+    """Returns the flags of the first x86 core in a file like /proc/cpuinfo; None if no line lists them."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

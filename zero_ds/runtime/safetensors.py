@@ -6,13 +6,13 @@ There are three ways to write a tensor, and none of them holds a large tensor in
     Computed            a tensor that is cast or merged in blocks while it is written (`write_shards`)
     SafetensorsStream   tensors that arrive one after the other, in pieces, such as those of a training checkpoint
 
-A surrogate of a 70B model is 75 GB of unchanged tensors. None of them is ever decoded: only the headers of the source
-files are read, and the kernel copies ranges of bytes. The memory needed is that of the headers, and does not
-depend on the size of the largest tensor. The safetensors library opens every file before and after a copy, to check
-that its header and its size agree.
+A surrogate of a 70B model is 75 GB of unchanged tensors. None of them is decoded: this module reads only the headers
+of the source files, and the kernel copies ranges of bytes. Memory therefore holds only headers, however large the
+tensors are. The safetensors library opens every file before and after a copy, to check that its header and its size
+agree.
 
 Format (https://huggingface.co/docs/safetensors): length of the header in 8 bytes, little endian; the header as JSON;
-the data. This module imports torch only where tensors are converted, so that commands which only copy start fast.
+the data. This module imports torch only where tensors are converted, so that commands that only copy start fast.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2 << 30
 """Largest size of a shard in bytes, unless a single tensor is larger."""
 WRITERS = 2
-"""Number of shards that are written at a time."""
+"""Number of shards that are written at the same time."""
 BLOCK = 32 << 20
 """Number of bytes after which a copy updates the progress bar and checks whether it should stop."""
 _DISK_FULL = (28, 122)
@@ -112,7 +112,7 @@ class Computed:
     size: int
     """Number of bytes."""
     blocks: Callable[[], Iterable[Any]]
-    """Function that returns the tensor's bytes, first to last, as objects with the buffer protocol. It may be called
+    """Function that returns the tensor's bytes in order, in blocks that support the buffer protocol. It may be called
     more than once and computes the bytes each time."""
 
     @property
@@ -205,7 +205,7 @@ def locate(tensors: Mapping[str, Stored]) -> dict[str, Span]:
 
 
 def content_hash(span: Span) -> str:
-    """Returns a SHA-256 of a tensor's bytes, dtype and shape, which does not depend on the file it is in.
+    """Returns a SHA-256 of a tensor's bytes, dtype and shape, which does not depend on the file that holds it.
 
     Raises:
         ConfigError: the file ends before the tensor does.
@@ -224,7 +224,7 @@ def content_hash(span: Span) -> str:
 
 
 def same_bytes(left: Span, right: Span, bar: Any = None) -> bool:
-    """Returns whether two tensors have the same dtype, shape and bytes. Reads both, a block of each at a time.
+    """Returns whether two tensors have the same dtype, shape and bytes. Reads both tensors block by block.
 
     bar: a progress bar that counts bytes.
 
@@ -256,8 +256,8 @@ def same_bytes(left: Span, right: Span, bar: Any = None) -> bool:
 def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: int | None = None) -> None:
     """Writes tensors into the existing folder `out`: model.safetensors, or numbered shards with their index.
 
-    tensors: name and content of each, in the order in which they fill the shards. shard_bytes: largest size of a shard,
-    which only a single tensor may exceed; None means SHARD_BYTES.
+    tensors: names and tensors, in the order in which they fill the shards. shard_bytes: largest size of a shard; a
+    larger tensor gets its own shard. None means SHARD_BYTES.
 
     Raises:
         ConfigError: a source file has become shorter than its header says.
@@ -269,19 +269,20 @@ def write_shards(tensors: Sequence[tuple[str, Tensor]], out: Path, shard_bytes: 
         files = ["model.safetensors"]
     total = sum(tensor.size for _, tensor in tensors)
     with tqdm(total=total, desc="copying", unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
-        stop = Event()
-        with ThreadPoolExecutor(WRITERS) as pool:
+        stop, pool = Event(), ThreadPoolExecutor(WRITERS)
+        try:
+            # a signal may raise anywhere from here on, also while work is submitted, and must not wait for the copies
             written = [
                 pool.submit(_write_shard, shard, out / file, bar, stop)
                 for file, shard in zip(files, shards, strict=True)
             ]
-            try:
-                for one in as_completed(written):
-                    one.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for future in as_completed(written):
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total, "total_parameters": sum(tensor.parameters for _, tensor in tensors)},
@@ -304,7 +305,7 @@ def _split(tensors: Sequence[tuple[str, Tensor]], shard_bytes: int) -> list[list
 
 
 def _write_shard(shard: Sequence[tuple[str, Tensor]], path: Path, bar: Any, stop: Event) -> None:
-    # the widest dtypes come first, so that every tensor starts at a multiple of its element size, as the format wants
+    # the widest dtypes come first: the format requires that every tensor starts at a multiple of its element size
     ordered = sorted(shard, key=lambda item: -item[1].size / max(1, item[1].parameters))
     with path.open("wb") as target:
         target.write(_header([(name, tensor.dtype, tensor.shape, tensor.size) for name, tensor in ordered]))
@@ -377,7 +378,7 @@ def _compute(target: BinaryIO, tensor: Computed, bar: Any, stop: Event) -> None:
         _append(target, block)
         left -= size
         bar.update(size)
-    assert left == 0, f"a tensor of {tensor.size} bytes was computed with {tensor.size - left}"
+    assert left == 0, f"{tensor.size} bytes were declared, but {tensor.size - left} were computed"
 
 
 def _append(target: BinaryIO, block: Any) -> None:
@@ -392,8 +393,8 @@ def _append(target: BinaryIO, block: Any) -> None:
 class SafetensorsStream:
     """A safetensors file that is written piece by piece, with no more than one piece in memory.
 
-    The library itself wants all tensors at once. Here names, dtypes and shapes are declared first, and the data follows
-    in that order: a tensor as a whole, or in pieces of its flattened form.
+    The safetensors library needs all tensors of a file in memory. Here names, dtypes and shapes are declared first, and
+    the data follows in that order: a tensor as a whole, or in pieces of its flattened form.
     """
 
     def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size]]) -> None:

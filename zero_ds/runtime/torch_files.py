@@ -18,12 +18,12 @@ def read_torch_file(path: Path, stand_ins: Mapping[str, Callable[..., Any]] | No
     never looked up, so no code of the library that wrote the file runs, whatever its version.
 
     Raises:
-        ConfigError: there is no such file, it is not a complete zip archive of `torch.save`, or it names other code.
+        ConfigError: the file does not exist, is not a complete zip archive of `torch.save`, or names other code.
     """
     import torch
 
     if not path.is_file():
-        raise ConfigError(f"there is no file {path}.")
+        raise ConfigError(f"file {path} does not exist.")
     allowed: list[Any] = [(stand_in, name) for name, stand_in in (stand_ins or {}).items()]
     try:
         with torch.serialization.safe_globals(allowed):

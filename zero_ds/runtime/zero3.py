@@ -1,10 +1,10 @@
 """The parts of DeepSpeed's ZeRO-3 that are not public, in one place. Tested with DeepSpeed 0.19.
 
-Everything that this package reads from partitioned parameters (attributes `ds_*`), patches or calls in DeepSpeed's
-internals for ZeRO-3 is here, so that a new DeepSpeed version means reading this file. The optimizers' internals, which
-all ZeRO stages have, are in training/checkpoint/optimizer_state.py.
+A partitioned parameter has attributes `ds_*`. Every use of them, and every patch of or call into DeepSpeed's ZeRO-3
+internals, is in this file, so this is the one to check against a new version of DeepSpeed. The internals of optimizers,
+which exist in all ZeRO stages, are in training/checkpoint/optimizer_state.py.
 
-A partitioned parameter is empty outside of a forward or backward pass. Each rank holds one of `world_size` equal parts
+Outside a forward or backward pass a partitioned parameter is empty. Each rank holds one of `world_size` equal parts
 of its flattened elements, the last of them padded.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 
 
 def zero_init() -> Any:
-    """Returns a context in which new modules are partitioned as they are made; without ZeRO-3 it has no effect."""
+    """Returns a context that partitions new modules as they are created; without ZeRO-3 it has no effect."""
     from transformers.integrations import deepspeed as integration
 
     if not integration.is_deepspeed_zero3_enabled():
@@ -43,9 +43,9 @@ def partition_(module: nn.Module) -> None:
 
 
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Any:
-    """Returns a context in which the given parameters are whole on every rank. A collective under ZeRO-3.
+    """Returns a context in which every rank holds the given parameters whole. A collective under ZeRO-3.
 
-    modifier_rank: with 0, changes that rank 0 makes to them inside the context reach all ranks.
+    modifier_rank: if this is 0, all ranks receive the changes that rank 0 makes to the parameters inside the context.
     """
     parameters = [p for p in parameters if is_partitioned(p)]
     if not parameters:
@@ -74,14 +74,14 @@ def parameter_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def held_part(parameter: nn.Parameter) -> torch.Tensor:
-    """Returns the elements that this rank holds: its part, with padding, or without ZeRO-3 the parameter itself."""
+    """Returns the elements that this rank holds: its padded part or, without ZeRO-3, the parameter itself."""
     return cast(torch.Tensor, getattr(parameter, "ds_tensor", parameter))
 
 
 def part_size(parameter: nn.Parameter) -> int:
     """Returns the number of elements in each rank's part of a partitioned parameter, padding included.
 
-    The part's own numel() is 1 while it is swapped out to a disk.
+    While a part is swapped out to disk, its own numel() is 1.
     """
     return int(cast(Any, parameter).ds_tensor.ds_numel)
 
@@ -92,7 +92,8 @@ def part_size(parameter: nn.Parameter) -> int:
 def allow_two_models_under_hpz() -> None:
     """Lets ZeRO-3 create its hpZ process groups more than once.
 
-    DeepSpeed creates them for every model that is loaded, and fails at the second: first the decoder, then the encoder.
+    DeepSpeed creates the groups each time a model is loaded and fails the second time. This package loads two models:
+    the decoder, then the vision encoder.
     """
     from deepspeed.utils import groups
 
@@ -108,11 +109,11 @@ def allow_two_models_under_hpz() -> None:
 
 
 def layers_as_leaves_(model: nn.Module, layers: Sequence[nn.Module], *, trained: bool) -> list[nn.Module]:
-    """Makes ZeRO-3 treat each decoder layer as one unit, with hooks around it instead of around each of its parts.
+    """Makes ZeRO-3 treat each decoder layer as one unit, with hooks around the layer and not around each of its parts.
 
-    Applies to every module in `model` of the layers' type, so a distilling teacher's layers are included. Layers that
-    train are left as they are unless `trained` is set: DeepSpeed releases a leaf module whose input has no gradient
-    before the gradients of its weights exist. Returns those of `layers` that are now units.
+    Applies to every module in `model` of the layers' type, so it includes the layers of a teacher in distillation.
+    Layers that train become units only if `trained` is set: when the input of a leaf module has no gradient, DeepSpeed
+    releases the module before the gradients of its weights exist. Returns those of `layers` that are now units.
     """
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
@@ -126,8 +127,9 @@ def layers_as_leaves_(model: nn.Module, layers: Sequence[nn.Module], *, trained:
 def keep_frozen_whole_(optimizer: Any, model: nn.Module) -> None:
     """Makes DeepSpeed's optimizer keep frozen persistent parameters whole between steps; other stages are unaffected.
 
-    ZeRO-3 releases every parameter before the update and gathers the persistent ones again after it. Frozen parameters
-    cannot have changed, and where every parameter is persistent they are the whole model, once per step.
+    ZeRO-3 releases every parameter before the update and gathers the persistent ones again after it. For frozen
+    parameters, which the update does not change, this is wasted work. If every parameter is persistent, ZeRO-3 gathers
+    the whole model again in every step.
     """
     persistent = getattr(optimizer, "persistent_parameters", None)
     if not persistent or not hasattr(optimizer, "_partition_all_parameters"):

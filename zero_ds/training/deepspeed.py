@@ -101,7 +101,7 @@ def ds_config(config: RunConfig, world_size: int, ranks_per_node: int | None = N
     ranks_per_node: for a run that is only planned here and starts on other machines; then nothing depends on this one.
 
     Raises:
-        ConfigError: there is no such file, it is not valid JSON, a key is unknown, a value contradicts the recipe, or
+        ConfigError: the file does not exist or is not valid JSON, a key is unknown, a value contradicts the recipe, or
             DeepSpeed is known to train wrongly with a combination of values.
     """
     path = Path(config.zero) if config.zero.endswith(".json") else DS_CONFIG_ROOT / f"{config.zero}.json"
@@ -159,7 +159,7 @@ def _is_released(path: Path, text: str) -> bool:
 def _read(path: Path, name: str) -> str:
     """Reads the text of a JSON file, which the recipe calls `name`."""
     if not path.is_file():
-        raise ConfigError(f"there is no DeepSpeed config '{name}'{did_you_mean(name, ds_config_names())}")
+        raise ConfigError(f"unknown DeepSpeed config '{name}'{did_you_mean(name, ds_config_names())}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -178,7 +178,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dictionary of a JSON object's entries, of which Python's own would keep only the last of equal keys."""
+    """Makes a dictionary of a JSON object's entries. Python's own would silently keep only the last of equal keys."""
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:

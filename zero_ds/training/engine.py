@@ -184,7 +184,7 @@ class Engine:
         """Compiles decoder layers that have no hooks of DeepSpeed inside.
 
         Raises:
-            ConfigError: there is no such layer, or ZeRO-3 gathers parameters, which compiled code would keep until its
+            ConfigError: `layers` is empty, or ZeRO-3 gathers parameters, which compiled code would keep until its
                 backward pass.
         """
         if not layers:

@@ -19,7 +19,7 @@ from zero_ds.training.checkpoint.save import save_checkpoint
 from zero_ds.training.engine import Engine, StepResult
 from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import Monitor
-from zero_ds.training.planning.flops import StepCost, peak_flops
+from zero_ds.training.planning.flops import peak_flops, step_cost
 from zero_ds.training.preview import Preview
 from zero_ds.training.resume import progress_after
 from zero_ds.training.setup import Run
@@ -37,7 +37,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
         SystemExit: a signal was received; the run can be resumed.
     """
     config, first = run.config, run.resume.first_step
-    cost = StepCost.of(engine.model)
+    cost = step_cost(engine.model)
     meter = Meter.of(engine)
     saver = Saver(run, engine, manifest, skipped)
     preview = Preview(config, loader)

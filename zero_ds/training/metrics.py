@@ -9,7 +9,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.data.samples import image_positions
 from zero_ds.model.losses import count_supervised
 from zero_ds.runtime import distributed
-from zero_ds.training.planning.flops import StepCost
+from zero_ds.training.planning.model_size import StepCost
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StepCounts:
     skipped: float = 0.0
     """Number of samples that could not be used."""
     too_long: float = 0.0
-    """Number of samples of which no answer fits."""
+    """Number of samples without an answer within the length limit."""
     layout: int = 0
     """Checksum of the layout of this rank's rows in the step (`Batch.layout`), or its number of passes."""
     same_layout: bool = True
@@ -88,15 +88,15 @@ class StepCounts:
         )
 
     def check_layout(self, step: int) -> None:
-        """Refuses a step that the ranks lay out differently; called on the counts of the global batch.
+        """Refuses a step if the ranks disagree on its batches; called on the counts of the global batch.
 
         Raises:
-            DataError: the ranks have other rows or another number of passes, and would wait for each other. Raised on
-                every rank.
+            DataError: the ranks differ in rows or in the number of passes, and would wait for each other.
+                Raised on every rank.
         """
         if not self.same_layout:
             raise DataError(
-                f"the ranks plan step {step} unlike each other, as if one of them had read other data; look for "
+                f"the ranks planned step {step} differently, as if one of them had read other data; look for "
                 "skipped samples in the log, and run again from the last checkpoint"
             )
 

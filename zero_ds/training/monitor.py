@@ -114,7 +114,7 @@ def _truncate(path: Path, steps: int) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Returns the records in a run's metrics.jsonl; none if there is no such file."""
+    """Returns the records in a run's metrics.jsonl; an empty list if the run has none."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []

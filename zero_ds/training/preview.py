@@ -1,7 +1,7 @@
 """Answers of the model to a few samples while it trains: greedily, every n steps, to see it learn.
 
 Every rank answers the same samples with the same number of forward passes, so that under ZeRO-3 no rank waits for
-another. There is no cache of keys and values: the answers are short, and the engine's parameters stay as they are.
+another. Keys and values are not cached: the answers are short, and the engine's parameters stay as they are.
 """
 
 from __future__ import annotations

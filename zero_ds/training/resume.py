@@ -1,4 +1,4 @@
-"""Resuming a run: the checkpoint that it goes on from, and the order in which its state is restored.
+"""Resuming a run: the checkpoint that it continues from, and the order in which its state is restored.
 
     1. `Resume.find`      before anything is loaded: the checkpoint in the run folder must be of the same configuration
     2. `load_weights_`    after the initial weights, and before the engine copies weights into its fp32 master copies
@@ -6,7 +6,7 @@
     4. `first_step`       where the data, the learning-rate schedule, the metrics and the loop begin
 
 `progress_after` is the other direction: the counts that a checkpoint records, besides the optimizer's state.
-Nothing else needs to be restored: the schedule is a function of the step, and the order of samples one of the seed.
+Nothing else needs to be restored: the schedule depends only on the step, and the order of samples only on the seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Resume:
-    """The point where a run goes on: after its checkpoint, or at the beginning."""
+    """The point where a run continues: after its checkpoint, or at the beginning."""
 
     checkpoint: Checkpoint | None = None
 
@@ -91,7 +91,7 @@ class Resume:
             logger.info("resumed %s after step %d of %d", config.out, self.first_step, total)
         elif config.continue_from:
             parts = carry_over_(engine, find_checkpoint(config.continue_from))
-            logger.info("the optimizer goes on for %s", ", ".join(parts) or "no part")
+            logger.info("the optimizer continues for %s", ", ".join(parts) or "no part")
 
 
 def progress_after(step: int, skipped: SkippedSamples) -> Progress:

@@ -191,7 +191,7 @@ def make_loader(
 
 
 def total_steps(config: RunConfig, samples: int) -> int:
-    """Returns the number of optimizer steps of a run on so many samples: `max_steps`, or what `epochs` amount to."""
+    """Returns the number of optimizer steps of a run on `samples` samples: `max_steps`, or as many as `epochs` need."""
     return config.max_steps or max(1, math.ceil(samples * config.epochs / config.global_batch))
 
 
@@ -260,7 +260,7 @@ def first_pixels(loader: Loader) -> torch.Tensor:
     """Returns the first images of the data, up to `PIXEL_SAMPLES`, the same on every rank: (images, 3, size, size).
 
     Raises:
-        DataError: an image that cannot be used, unless bad samples are skipped. ConfigError: there is no image.
+        DataError: an image cannot be used, and bad samples are not skipped. ConfigError: the data hold no image.
     """
     images: list[torch.Tensor] = []
     for index in range(len(loader.records)):

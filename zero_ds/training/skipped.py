@@ -1,4 +1,4 @@
-"""Samples that a run goes without, and the limit on their number."""
+"""Counts the samples that a run skips, and ends the run when they exceed a limit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class SkippedSamples:
-    """Number of skipped samples over all ranks. A checkpoint keeps the counts, so that a resumed run goes on with them.
+    """Counts of skipped samples over all ranks. A checkpoint stores them, so a resumed run continues from there.
 
     Raises (in `add_records` and `add_step`, on every rank at the same point):
-        DataError: more samples could not be used than `limit`.
+        DataError: more than `limit` samples could not be used.
     """
 
     LOGGED = 20
@@ -27,11 +27,11 @@ class SkippedSamples:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.unusable = 0
-        """Samples of past steps that could not be used."""
+        """Number of samples in past steps that could not be used."""
         self.too_long = 0
-        """Samples of past steps of which no answer fits into `data.max_length`. The limit does not apply to them."""
+        """Number of samples in past steps without an answer within `data.max_length`. The limit does not count them."""
         self.unreadable = 0
-        """Records that could not be used when the files were read. A resumed run reads and counts them again."""
+        """Number of records that could not be used when files were read. A resumed run reads and counts them again."""
         self._logged = 0
 
     @property
@@ -52,7 +52,7 @@ class SkippedSamples:
     def add_step(self, batches: list[Batch], counts: StepCounts) -> None:
         """Counts the samples that a step had to skip.
 
-        batches: those of this rank, whose reasons are logged; counts: of all ranks.
+        batches: this rank's micro-batches; the reasons that they contain are logged. counts: sums over all ranks.
         """
         for batch in batches:
             for reason in (*batch.skipped, *batch.too_long):
@@ -67,7 +67,7 @@ class SkippedSamples:
         if self.total > self.limit:
             raise DataError(
                 f"{self.total} samples could not be used, more than data.max_bad_samples={self.limit}; see the log for "
-                "the reasons, and mend the data"
+                "the reasons, and fix the data"
             )
 
     def save(self, progress: Progress) -> None:
@@ -83,6 +83,6 @@ class SkippedSamples:
         return {"skipped_samples": self.total, "too_long_samples": self.too_long}
 
     def log_total(self) -> None:
-        """Logs how many samples the run went without, if any."""
+        """Logs the number of skipped samples, if there are any."""
         if self.total or self.too_long:
             logger.info("skipped: %d samples that could not be used, %d that were too long", self.total, self.too_long)

@@ -2,9 +2,9 @@
 
 Only this file knows stages by name. Source: Table A.2 and appendix A.5 of the paper. `pretrain-early` is the paper's
 starred control: the kept layers before the translators train as well, which makes a better surrogate and ruins the
-graft. `translator` is ours: only the translators, on text alone, as a first step before `pretrain` for small budgets.
-`align` is for a distilled small model in place of the surrogate (appendix A.8): it has another width, and one linear
-layer is trained to bridge the two.
+graft. `translator`, which the paper does not have, trains only the translators, on text, as a first step before
+`pretrain` for small budgets. `align` is for a distilled small model in place of the surrogate (appendix A.8): it has
+another width, and one linear layer is trained to bridge the two.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def stage_of(config: RunConfig) -> Stage:
         ConfigError: the stage is unknown, or it needs something that the configuration lacks or excludes.
     """
     if config.stage not in STAGES:
-        raise ConfigError(f"there is no stage '{config.stage}'{did_you_mean(config.stage, list(STAGES))}")
+        raise ConfigError(f"unknown stage '{config.stage}'{did_you_mean(config.stage, list(STAGES))}")
     stage = STAGES[config.stage]
     if stage.vision and config.encoder is None:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")

@@ -22,7 +22,7 @@ def train(config: RunConfig) -> Path:
     """Trains or resumes the run that `config` describes; returns the folder of its last checkpoint. A collective.
 
     Raises:
-        ConfigError, CheckpointError, DataError: something that the user can mend, in one sentence.
+        ConfigError, CheckpointError, DataError: an error that the user can fix, in one sentence.
         FloatingPointError: a loss or gradient that is not finite; that step has updated nothing.
     """
     distributed.initialize()

@@ -1,4 +1,4 @@
-"""Turns texts of token ids into batches of tensors, and names the positions that the lens has to read."""
+"""Collects tokenized texts into batches of tensors, and lists the positions that the lens has to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Returns the numbers of all samples in batches of similar length.
+    """Returns the indices of all samples, in batches of samples of similar length.
 
     The longest samples come first, so that a batch that does not fit into memory fails at once.
     """
@@ -31,24 +31,24 @@ def padded(samples: Sequence[list[int]], device: Any, left: bool = False) -> tup
 
 
 def readings(samples: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the positions to read through the lens, and which of these readings belongs to each position.
+    """Returns the positions to read through the lens, and for every position the index of its reading.
 
-    Conversations share their beginning, the template's system message. A causal decoder predicts the same there in all
-    samples, so these positions are read in the first sample alone.
+    Conversations begin with the same system message, where a causal decoder makes the same predictions for all samples.
+    The lens therefore reads these positions only in the first sample.
 
     Args:
         samples: token ids.
 
     Returns:
-        own: positions to read, as indices into the tokens of all samples one after another.
-        reading: for every position that has a next token, in the same order, its index in `own`.
+        own: positions to read, as indices into the concatenated tokens of all samples.
+        reading: for every position that has a next token, in the same order, the index in `own` of its reading.
     """
     same = 0
     for tokens in zip(*samples, strict=False):
         if len(set(tokens)) > 1:
             break
         same += 1
-    shared = max(0, same - 1)  # the last common token is predicted by the position before it
+    shared = max(0, same - 1)  # positions whose next token is common to all samples as well
     own: list[int] = []
     reading: list[int] = []
     start = 0
@@ -62,5 +62,5 @@ def readings(samples: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 def progress(total: int, what: str, unit: str) -> Any:
-    """Returns a progress bar, which shows itself on a terminal only."""
+    """Returns a progress bar that appears only on a terminal."""
     return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "token", disable=None, dynamic_ncols=True)

@@ -24,11 +24,11 @@ class Setting:
     """Everything that a trajectory depends on. The fields are keys of trajectory.json."""
 
     model: str
-    """Folder or hub id of the model, for the reader."""
+    """Folder or hub id of the model, only for display."""
     target_hash: str
     """Hash of the model, which tells one model from another."""
     data: str
-    """Path of the data file, for the reader."""
+    """Path of the data file, only for display."""
     data_hash: str
     """First 32 digits of the data file's SHA-256."""
     metric: str

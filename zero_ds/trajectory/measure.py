@@ -49,7 +49,7 @@ def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOpt
     folder = DecoderFolder(local_folder(model))
     _ = folder.family  # a model that no family describes is refused before anything is read
     if not data.is_file():
-        raise DataError(f"there is no data file {data}")
+        raise DataError(f"data file {data} does not exist")
     setting = Setting(
         model=model,
         target_hash=folder.hash(),

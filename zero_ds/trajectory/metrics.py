@@ -37,7 +37,7 @@ class Metric(ABC):
     formula: ClassVar[str]
     """The divergence D of a text, with the paper's equation."""
     needs_final_layer: ClassVar[bool]
-    """Whether `read` compares each position with the last layer's prediction. Then the last layer itself is not read:
+    """True if `read` compares each position with the last layer's prediction. Then the last layer itself is not read:
     its divergence is zero by definition. A streamed model runs its layers twice for such a metric."""
 
     def __init_subclass__(cls) -> None:

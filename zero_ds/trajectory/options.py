@@ -20,9 +20,9 @@ class TrajectoryOptions:
     metric: str = "sequence"
     """Name of a metric in metrics.py."""
     greedy: bool = False
-    """Whether the model reads its own greedy answers instead of the data's (appendix A.1)."""
+    """Lets the model read its own greedy answers instead of the data's (appendix A.1)."""
     stream_layers: bool = False
-    """Whether the layers are read from the files one at a time, for models larger than the memory."""
+    """Reads the layers from the files one at a time, for models larger than the memory."""
     dtype: str = "auto"
     """float32, bfloat16, or auto: bfloat16 where the device multiplies it fast."""
     batch: int = 16

@@ -84,7 +84,7 @@ def choose_samples(
     the first answer begins (greedy feeding, appendix A.1).
 
     Raises:
-        ConfigError: no sample consists of text alone and fits.
+        ConfigError: no text-only sample fits.
     """
     chosen: list[TokenSample] = []
     with_image = unfit = 0

@@ -1,6 +1,6 @@
 """Writes the embedded demo data set: drawn images with questions, captions and yes/no items, and texts without images.
 
-It stands in for LLaVA-1.5-665K where no data set and no hub is at hand. Images are ordinary files next to an ordinary
+It replaces LLaVA-1.5-665K where no data set and no hub is at hand. Images are ordinary files next to an ordinary
 LLaVA JSON file, so that everything that reads them also reads LLaVA's data. Held-out questions are written as
 evaluation records, which name the words that an answer is scored by.
 """

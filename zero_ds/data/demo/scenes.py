@@ -128,7 +128,8 @@ def _shape(
 def _star(x: float, y: float, radius: float, angle: float) -> list[tuple[float, float]]:
     points = []
     for tip in range(10):
-        reach = radius * (1.25 if tip % 2 == 0 else 0.5)
+        is_outer = tip % 2 == 0
+        reach = 1.25 * radius if is_outer else 0.5 * radius
         turn = radians(angle + 36 * tip - 90)
         points.append((x + reach * cos(turn), y + reach * sin(turn)))
     return points

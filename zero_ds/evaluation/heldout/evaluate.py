@@ -1,8 +1,8 @@
 """Evaluates a model on held-out records: each question is asked about its own image and about another one.
 
-The second condition is the control. A model that ignores the image answers the same way under both, so whatever it gets
-right with another image could be guessed. Which image replaces which is a fixed derangement that depends only on the
-images and the seed; it is the same for every model.
+The second condition is the control. A model that ignores the image answers the same way under both, so every
+answer that is right with another image could be guessed. The replacement is a fixed derangement that depends only on
+the images and the seed; it is the same for every model.
 """
 
 from __future__ import annotations

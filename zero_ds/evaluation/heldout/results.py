@@ -95,7 +95,7 @@ def read_evaluation(path: Path) -> Evaluation:
         items = tuple(_item_from_json(item) for item in content["items"])
         return Evaluation(content["name"], items, content["setting"])
     except FileNotFoundError:
-        raise DataError(f"there is no evaluation {path}; make it with zero-ds eval records") from None
+        raise DataError(f"evaluation {path} does not exist; make it with zero-ds eval records") from None
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -63,10 +63,10 @@ def summary(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     differences over all words.
 
     Raises:
-        DataError: there is no evaluation, or the evaluations are of different records.
+        DataError: `evaluations` is empty, or they are of different records.
     """
     if not evaluations:
-        raise DataError("there is no evaluation to summarise")
+        raise DataError("no evaluation was given to summarise")
     words = score(evaluations)
     reference = next(iter(words.values()))
     by_kind = _keys_by_record_kind(reference)

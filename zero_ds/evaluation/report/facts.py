@@ -21,7 +21,7 @@ from zero_ds.training.monitor import read_metrics
 
 
 def facts(inputs: ReportInputs, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Returns the content of report.json: every figure of the report, and what it was measured on.
+    """Returns the content of report.json: every figure of the report, with its models, data and settings.
 
     Raises:
         ConfigError, DataError, CheckpointError: an input is missing or damaged.
@@ -77,7 +77,7 @@ def _step_times(inputs: ReportInputs) -> dict[str, Any]:
 def step_seconds(run: Path) -> float | None:
     """Returns the median seconds per step of a run, or None if it recorded no step.
 
-    The first step, which sets up caches and kernels, counts only if there is no other.
+    The first step, which sets up caches and kernels, counts only if it is the only one.
     """
     seconds = [record["seconds"] for record in read_metrics(run)]
     if not seconds:

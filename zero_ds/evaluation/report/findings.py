@@ -46,7 +46,7 @@ def _graft_against_surrogate(share: str, difference: Mapping[str, float]) -> str
         return f"{start}; the graft is better by {points(difference)}."
     if difference["high"] < 0:
         return f"{start}; the graft is worse by {points(difference, -1)}."
-    return f"{start}; there is no significant difference between the two ({points(difference)})."
+    return f"{start}; the two do not differ significantly ({points(difference)})."
 
 
 def percent(entry: Mapping[str, float]) -> str:

@@ -40,7 +40,7 @@ def subtract(score: Score, reference: Score) -> Difference:
 
     The interval is paired if both results hold the scores of the same documents (Agresti and Min's for scores between 0
     and 1, which does not collapse to a point). Otherwise it follows from both standard errors, as for independent
-    samples; if one of them is missing there is no interval.
+    samples; without both of them the difference has no interval.
     """
     value = score.value - reference.value
     if score.items and set(score.items) == set(reference.items) and score.targets == reference.targets:

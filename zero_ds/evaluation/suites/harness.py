@@ -57,7 +57,7 @@ def load_harness(name: HarnessName, tasks_folder: Path | None) -> Harness:
     """Imports a harness, with the task files of a folder added to its own.
 
     Raises:
-        ConfigError: the harness is not installed or cannot be imported, there is no such folder, or a task file in it
+        ConfigError: the harness is not installed or cannot be imported, the folder does not exist, or a task file in it
             is not YAML.
     """
     if not _is_installed(name):

@@ -59,7 +59,7 @@ def _complete_manager(make: MakeManager[M], folder: Path | None) -> M:
 
 @contextmanager
 def reading_data(names: Sequence[str]) -> Iterator[None]:
-    """Wraps a block that reads the data of these tasks; rank 0 goes first and fetches what is not in the cache.
+    """Wraps a block that reads the data of these tasks; rank 0 goes first and fills the cache.
 
     Raises:
         ConfigError: data is neither cached nor can be fetched, or its first image cannot be read.

@@ -103,7 +103,7 @@ def read_result(path: Path) -> Result:
         scores = tuple(Score(**score) for score in content.pop("scores"))
         return Result(**content, scores=scores)
     except FileNotFoundError:
-        raise DataError(f"there is no result {path}; make it with zero-ds eval MODEL --suite ...") from None
+        raise DataError(f"result {path} does not exist; make it with zero-ds eval MODEL --suite ...") from None
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -71,7 +71,7 @@ def _hash(targets: Mapping[str, Any]) -> str:
 
 
 def _members(found: Mapping[str, Any], name: str) -> list[str]:
-    """Returns the tasks of a group, at any depth; of a task, the task itself."""
+    """Returns all tasks in a group and its subgroups. For a task, returns the task itself."""
     children = found.get("group_subtasks", {}).get(name)
     if not children:
         return [name]

@@ -52,9 +52,9 @@ class SuiteOptions:
     max_new_tokens: int | None = None
     """Length limit of answers, in tokens, in place of the task's own limit."""
     chat_template: bool = False
-    """Whether lm-eval wraps its prompts in the chat template."""
+    """Lets lm-eval wrap its prompts in the chat template."""
     samples: bool = False
-    """Whether the result keeps prompts and answers."""
+    """Keeps prompts and answers in the result."""
     bootstrap: int = 1000
     """Number of resamplings for the standard error of a metric that is not a mean; 0 switches it off."""
 

@@ -1,1 +1,1 @@
-"""Code that a `remote-code` export contains, copied next to the weights. It needs transformers and nothing of ours."""
+"""Code that a `remote-code` export contains next to the weights. It needs transformers, but not zero_ds."""

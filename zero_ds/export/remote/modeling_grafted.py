@@ -126,7 +126,7 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Passes images with the prompt only. For later tokens the cache holds what was read of them."""
+        """Passes images with the prompt only; for later tokens their keys and values are in the cache."""
         pixel_values = kwargs.pop("pixel_values", None)
         cache = kwargs.get("past_key_values")
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]

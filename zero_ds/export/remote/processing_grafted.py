@@ -124,7 +124,7 @@ class GraftedProcessor(ProcessorMixin):
         return head + opening + before + self.image_token * images + between + tail
 
     def _opening(self) -> str:
-        """Returns what the chat template writes before a user's text, whatever comes before that."""
+        """Returns the text that the chat template writes before every user message."""
         question = "zq0qz"
         prompts = []
         for earlier in ([], [("system", "s")], [("user", "q"), ("assistant", "a")]):

@@ -82,7 +82,7 @@ def _set_environment(tensor_parallel: int) -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not torch.cuda.is_available():
-        # by default each part takes 85 % of all memory, whoever else uses it, and a NUMA node of its own
+        # by default each part takes 85 % of all memory, even if it is in use, and a NUMA node of its own
         spare = psutil.virtual_memory().available >> 32  # a quarter, in GiB
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, spare // tensor_parallel)))
         if tensor_parallel > 1:

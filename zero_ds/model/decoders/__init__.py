@@ -1,4 +1,4 @@
-"""Decoder families, one module each. A new family is a module and one line in `FAMILIES`."""
+"""Decoder families, one module per family. To add one, write its module and list it in `FAMILIES`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def family_of(folder: str | Path) -> Family:
     """Returns the family of the model in a Hugging Face folder, from its config.json.
 
     Raises:
-        ConfigError: no such folder, no readable config.json, or a model type that belongs to no family.
+        ConfigError: there is no such folder or no readable config.json, or no family has its model type.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -34,7 +34,7 @@ def family_of_type(model_type: str, folder: str | Path) -> Family:
     """Returns the family that a `model_type` belongs to. `folder` only appears in the error message.
 
     Raises:
-        ConfigError: it belongs to no family.
+        ConfigError: no family has this model type.
     """
     for family in FAMILIES.values():
         if model_type in family.model_types:

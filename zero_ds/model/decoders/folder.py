@@ -118,7 +118,7 @@ class DecoderFolder:
 
     @cached_property
     def whole_config(self) -> Any:
-        """transformers' config of the whole folder, of which the decoder's is a part in a multimodal model.
+        """transformers' config of the whole folder. In a multimodal model, the decoder's config is a part of it.
 
         Raises:
             ConfigError: an unregistered family, a config.json that transformers does not take.
@@ -128,7 +128,7 @@ class DecoderFolder:
         self._check_family_and_depth()
         try:
             return AutoConfig.from_pretrained(self.path)
-        except Exception as error:  # the library raises many kinds for a file that somebody has edited
+        except Exception as error:  # transformers raises many exception types for files edited by hand
             raise self._unusable(error) from None
 
     @cached_property
@@ -138,7 +138,7 @@ class DecoderFolder:
             config = copy.deepcopy(whole.get_text_config(decoder=True))
             assert config.hidden_size and config.vocab_size
             config.tie_word_embeddings = whole.tie_word_embeddings  # the outer class decides, where there is one
-        except Exception as error:  # the library raises many kinds for a file that somebody has edited
+        except Exception as error:  # transformers raises many exception types for files edited by hand
             raise self._unusable(error) from None
         if getattr(whole, "quantization_config", None):
             raise ConfigError(f"{self.path} is quantized; give the model in bfloat16, float16 or float32.")
@@ -233,7 +233,7 @@ class DecoderFolder:
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # the library raises many kinds for a file that somebody has edited
+        except Exception as error:  # transformers raises many exception types for files edited by hand
             raise self._unusable(error) from None
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         if config.tie_word_embeddings:

@@ -3,3 +3,6 @@
 foreign.py writes weights from elsewhere in the same layout: released.py those of the paper's authors, consolidate.py
 those of DeepSpeed's own checkpoints. peft_folder.py reads and writes low-rank adapters in PEFT's format.
 """
+
+PIECE = 2**22
+"""Number of elements of a tensor that are gathered at a time while a checkpoint is saved: 16 MiB in float32."""

@@ -42,7 +42,7 @@ class Progress(TypedDict, total=False):
     skipped: int
     """Samples that could not be used so far, over all ranks."""
     too_long: int
-    """Samples of which no answer fitted into a sequence so far, over all ranks."""
+    """Samples so far without an answer within the length limit, over all ranks."""
     optimizer_steps: dict[str, int]
     """Adam's step count of each trained part; larger or smaller than `step` where a run continued another."""
     loss_scale: dict[str, float]

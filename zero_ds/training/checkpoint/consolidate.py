@@ -26,10 +26,10 @@ from zero_ds.runtime.safetensors import spans
 from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training import stages
 from zero_ds.training.blueprint import blueprint, weights_names
+from zero_ds.training.checkpoint import PIECE
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
 from zero_ds.training.checkpoint.foreign import WeightsDifferError, write_result
 from zero_ds.training.checkpoint.manifest import Manifest, describe_models
-from zero_ds.training.checkpoint.optimizer_state import PIECE
 from zero_ds.training.deepspeed import resolve_precision
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def _tagged(folder: Path) -> Path:
         ConfigError: neither exists.
     """
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}; name the one that engine.save_checkpoint wrote.")
+        raise ConfigError(f"folder {folder} does not exist; name the one that engine.save_checkpoint wrote.")
     latest = folder / "latest"
     if latest.is_file() and not any(SHARD.fullmatch(path.name) for path in folder.iterdir()):
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
@@ -334,7 +334,7 @@ def consolidate_state(folder: Path, out: Path) -> Path:
     The manifest's hash of the weights proves that every byte is restored.
 
     Raises:
-        CheckpointError: there is no checkpoint, its state is damaged, or the state does not give those weights.
+        CheckpointError: the run has no checkpoint, its state is damaged, or the state does not give those weights.
         ConfigError: `out` exists.
     """
     check_vacant(out)

@@ -1,4 +1,4 @@
-"""Run folders that no run of ours has written: weights from elsewhere, with the manifest that readers ask for."""
+"""Writes weights from elsewhere as a run folder, with the manifest that readers of runs need."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tqdm import tqdm
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.files import new_folder, write_atomically
 from zero_ds.runtime.safetensors import SafetensorsStream
+from zero_ds.training.checkpoint import PIECE
 from zero_ds.training.checkpoint.checkpoint import CheckpointError
 from zero_ds.training.checkpoint.manifest import Manifest, describe_run, versions, write_manifest
-from zero_ds.training.checkpoint.optimizer_state import PIECE
 from zero_ds.training.checkpoint.save import sync_folder
 
 logger = logging.getLogger(__name__)

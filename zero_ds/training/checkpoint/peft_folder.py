@@ -1,6 +1,6 @@
 """Low-rank adapters as a folder in PEFT's own format: adapter_config.json and adapter_model.safetensors.
 
-The names that the adapters have in the decoder follow `base_model.model.` in PEFT's files, and `lora.` in ours.
+A tensor's name is its name in the decoder with a prefix: `base_model.model.` in PEFT's files, and `lora.` in a run's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zero_ds.training.checkpoint.load import copy_into_
 OURS, THEIRS = "lora.", "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-PLAIN: dict[str, Any] = {
+PLAIN_LORA: dict[str, Any] = {
     "peft_type": "LORA",
     "use_dora": False,
     "use_rslora": False,
@@ -36,7 +36,7 @@ PLAIN: dict[str, Any] = {
     "alpha_pattern": {},
     "modules_to_save": None,
 }
-"""Entries of adapter_config.json with the values that they must have, if they are there, to be what ours compute."""
+"""Settings of plain LoRA in adapter_config.json, which may also omit them or leave them empty."""
 
 
 def is_peft_folder(folder: Path) -> bool:
@@ -45,7 +45,9 @@ def is_peft_folder(folder: Path) -> bool:
 
 
 def weights_hash(folder: Path) -> str | None:
-    """Returns the SHA-256 of weights that a run starts from: of a run as its manifest says, of PEFT's as they are.
+    """Returns the SHA-256 of the weights in a folder of `init_from`.
+
+    For a run it is read from the manifest, and for a folder in PEFT's format it is computed.
 
     Raises:
         CheckpointError: the folder holds neither, or files that cannot be read.
@@ -65,11 +67,12 @@ def weights_hash(folder: Path) -> str | None:
 def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
     """Writes the low-rank adapters of a run as the new folder `out`, which PEFT loads onto the run's target.
 
-    The run's vision encoder and adapter are not in it: PEFT's format is for additions to the decoder's layers.
+    The folder does not contain the run's vision encoder and adapter, because PEFT's format holds only additions to the
+    decoder's layers.
 
     Raises:
         ConfigError: the run was trained without LoRA; `out` exists.
-        CheckpointError: there is no checkpoint, or a damaged one.
+        CheckpointError: the run has no checkpoint, or a damaged one.
     """
     from safetensors import safe_open
 
@@ -98,7 +101,7 @@ def write_peft_folder(weights: Path, out: Path) -> LoraConfig:
 
 
 def _peft_config(config: LoraConfig, target: str) -> Any:
-    """Returns PEFT's description of a run's adapters."""
+    """Returns the PEFT config that describes a run's low-rank adapters."""
     import peft
 
     alpha = config.alpha
@@ -114,23 +117,23 @@ def _peft_config(config: LoraConfig, target: str) -> Any:
 
 
 def load_peft_(model: VisionLanguageModel, folder: Path, config: LoraConfig | None) -> set[str]:
-    """Copies the adapters in a folder of PEFT's format into the model's; returns their names. A collective.
+    """Copies the low-rank adapters of a folder in PEFT's format into the model, and returns their names. A collective.
 
     config: the run's `lora` section.
 
     Raises:
-        ConfigError: another kind of adapter, or other modules, layers, rank or alpha than `config` says.
-        CheckpointError: files that cannot be read.
+        ConfigError: the adapters are not plain LoRA, or their modules, layers, rank or alpha differ from `config`.
+        CheckpointError: a file cannot be read.
     """
     from safetensors import safe_open
 
-    said = _settings(folder)
-    rank, alpha = said["r"], said["lora_alpha"]
+    settings = _settings(folder)
+    rank, alpha = settings["r"], settings["lora_alpha"]
     if config is None or config.rank != rank or config.alpha != alpha:
         here = f"lora.rank={config.rank} lora.alpha={config.alpha:g}" if config else "no lora"
         raise ConfigError(
             f"{folder} holds adapters of rank {rank} and alpha {alpha}, the run has {here}; set lora.rank and "
-            "lora.alpha as the adapters have them."
+            "lora.alpha to the values of the adapters."
         )
     wanted = dict(model.parameters_of("lora"))
     path = folder / WEIGHTS
@@ -140,8 +143,8 @@ def load_peft_(model: VisionLanguageModel, folder: Path, config: LoraConfig | No
             if other := sorted(set(stored) ^ set(wanted)):
                 where = "only in that folder" if other[0] in stored else "only in the run"
                 raise ConfigError(
-                    f"{folder} does not fit: {other[0]} (and {len(other) - 1} more) is {where}; set lora.modules and "
-                    "lora.layers as the adapters have them."
+                    f"{folder} does not fit (differing tensors: {len(other)}): {other[0]} is {where}; set lora.modules "
+                    "and lora.layers to those of the adapters."
                 )
             for name, parameter in wanted.items():
                 shape, expected = tuple(file.get_slice(stored[name]).get_shape()), tuple(parameter_shape(parameter))
@@ -150,28 +153,29 @@ def load_peft_(model: VisionLanguageModel, folder: Path, config: LoraConfig | No
                 copy_into_(parameter, file, stored[name])
     except ConfigError:
         raise
-    except Exception as error:  # the safetensors library raises its own kinds
+    except Exception as error:  # the safetensors library raises exception types of its own
         raise CheckpointError(f"{path} cannot be read ({error}); save the adapters again, as safetensors.") from None
     return set(wanted)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Reads adapter_config.json and checks that it describes adapters that ours can compute.
+    """Reads adapter_config.json and checks that zero_ds can compute the adapters that it describes.
 
     Raises:
         CheckpointError: the file cannot be read, or lacks rank or alpha.
-        ConfigError: another kind of adapter than plain LoRA.
+        ConfigError: the adapters are not plain LoRA.
     """
     path = folder / CONFIG
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        int(said["r"])
-        float(said["lora_alpha"])
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        int(settings["r"])  # raises unless it is a number, and so does the next line
+        float(settings["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}); save the adapters again."
         ) from None
-    for key, plain in PLAIN.items():
-        if key in said and (said[key] or plain) != plain:
-            raise ConfigError(f"{path} says {key}={said[key]!r}; only plain LoRA can be loaded into a run.")
-    return dict(said)
+    for key, plain in PLAIN_LORA.items():
+        value = settings.get(key)
+        if value and value != plain:
+            raise ConfigError(f"{path} says {key}={value!r}; only plain LoRA can be loaded into a run.")
+    return dict(settings)

@@ -1,4 +1,4 @@
-"""The checkpoints that the paper's authors released, turned into a run folder of ours, and back.
+"""Converts the checkpoints that the paper's authors released to a run folder of zero_ds, and back.
 
 A file written by `torch.save` holds one flat dictionary of the tensors that trained. There are two kinds:
 
@@ -233,7 +233,7 @@ def _compare(
 
 
 def to_released(weights: Path, out: Path) -> int:
-    """Writes a result of ours as the new file `out` in the released layout; returns the number of tensors.
+    """Writes a run's weights as the new file `out` in the released layout; returns the number of tensors.
 
     An imported checkpoint becomes a file with the original's tensors, byte for byte.
 

@@ -20,7 +20,7 @@ def check(config: RunConfig) -> None:
     """Checks, before anything is loaded, that layers can be compiled on this machine.
 
     Raises:
-        ConfigError: there is no compiler, or another option replaces the code that would be compiled.
+        ConfigError: no compiler is installed, or another option replaces the code that would be compiled.
     """
     if config.compile and config.kernels != "torch":
         raise ConfigError("kernels=liger and compile=true fuse the same operations; leave one of them out.")

@@ -104,7 +104,7 @@ def choose(
         config = config.model_copy(update={"target": stages.decoder_folder(config), "decoder": "target"})
     parts = architecture(config, dtype=resolve_precision(config), plan=plan)
     activations = longest_sample_bytes(parts.model, config).times(config.micro_batch)
-    whole = memory(parts, ds, world_size, activations, accumulation=ds["gradient_accumulation_steps"])
+    whole = memory(parts.size, ds, world_size, activations, accumulation=ds["gradient_accumulation_steps"])
     # without a GPU, offloaded tensors share the host's memory with all others
     places = ("gpu",) if distributed.device().type == "cuda" else ("gpu", "host")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,92 +19,7 @@ from torch import nn
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.vlm import VisionLanguageModel
-
-SLICE = 1 << 28
-"""Bytes of the float32 scores that the loss works on at a time on a GPU (`vocabulary.ROWS_BYTES`)."""
-COPIES = 3
-"""Number of copies of such a slice while the loss works on it."""
-
-
-@dataclass(frozen=True)
-class ActivationBytes:
-    """Bytes that the passes keep for one sample of some length with some images, or for a micro-batch of them."""
-
-    outside: float
-    """Bytes that autograd keeps outside the decoder's layers."""
-    layers: tuple[float, ...]
-    """Bytes that it keeps in each decoder layer; 0 where nothing in or before the layer trains."""
-    second_pass: tuple[float, ...]
-    """Bytes that it keeps in each layer that distillation runs a second time."""
-    layer_input: float
-    """Bytes of a layer's input, which is all that stays of a layer that is recomputed in the backward pass."""
-    scores: float
-    """Bytes of the logits at the supervised positions and of their gradient."""
-    loss_slice: float
-    """Bytes of the float32 part of the logits that the loss works on at a time."""
-    mask: float = 0.0
-    """Additional bytes of each layer where sdpa gets a mask, that is where rows are padded or packed."""
-
-    def times(self, micro_batch: int) -> ActivationBytes:
-        """Returns the bytes of `micro_batch` samples, padded to the longest; the loss's slice is limited to `SLICE`."""
-        one = self.with_mask() if micro_batch > 1 else self
-        return replace(
-            one,
-            outside=one.outside * micro_batch,
-            layers=tuple(size * micro_batch for size in one.layers),
-            second_pass=tuple(size * micro_batch for size in one.second_pass),
-            layer_input=one.layer_input * micro_batch,
-            scores=one.scores * micro_batch,
-            loss_slice=min(one.loss_slice * micro_batch, COPIES * SLICE),
-        )
-
-    def with_mask(self) -> ActivationBytes:
-        """Returns the bytes of a row that is padded or packed."""
-        return replace(self, layers=self._masked(self.layers), second_pass=self._masked(self.second_pass), mask=0.0)
-
-    def _masked(self, sizes: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(size + self.mask if size else 0.0 for size in sizes)
-
-    @property
-    def logits(self) -> float:
-        """Bytes of the logits at the supervised positions, their gradient, and the loss's float32 slice."""
-        return self.scores + self.loss_slice
-
-    @property
-    def recomputable(self) -> tuple[int, ...]:
-        """Numbers of the decoder layers that keep something; only these can be recomputed."""
-        return tuple(number for number, size in enumerate(self.layers) if size)
-
-    @property
-    def recompute_counts(self) -> Sequence[int]:
-        """Possible numbers of recomputed layers: from none to all; none or all where some layers run a second time."""
-        most = len(self.recomputable)
-        return (0, most) if self.second_pass else range(most + 1)
-
-    @property
-    def whole(self) -> float:
-        """Bytes with nothing recomputed."""
-        return self.recomputing(0)
-
-    @property
-    def checkpointed(self) -> float:
-        """Bytes with all decoder layers recomputed: their inputs, and the activations of the largest of them."""
-        return self.recomputing(len(self.recomputable))
-
-    def recomputing(self, count: int) -> float:
-        """Returns the bytes at the peak with the first `count` recomputable layers recomputed.
-
-        The backward pass reaches the first layers last, when what the later ones kept is freed. So the peak is at the
-        end of the forward pass, unless one of the first layers keeps more than all later ones together.
-
-        count: one of `recompute_counts`.
-        """
-        sizes = [self.layers[number] for number in self.recomputable]
-        whole = self.outside + sum(sizes) + sum(self.second_pass)
-        if not count:
-            return whole
-        inputs = self.layer_input * (count + len(self.second_pass))
-        return min(whole, self.outside + inputs + max(sum(sizes[count:]), max(sizes[:count])))
+from zero_ds.training.planning.model_size import COPIES, SLICE, ActivationBytes
 
 
 def longest_sample_bytes(model: VisionLanguageModel, config: RunConfig) -> ActivationBytes:

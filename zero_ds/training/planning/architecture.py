@@ -1,19 +1,12 @@
-"""Builds the model of a run on meta tensors, from config.json files alone, and marks the parameters that train.
-
-A model's config.json is looked for in its folder, then in the hub's cache, then among the architectures that come with
-zero-ds (`architectures/`: the paper's models, as published). Only then is it downloaded from the hub, and nothing else
-is.
-"""
+"""Builds the model of a run on meta tensors, from config.json files alone, and marks the parameters that train."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.build import ModelSpec, build_model
@@ -23,10 +16,9 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.options.int8 import quantize_
-from zero_ds.training.planning.flops import StepCost
-
-SHIPPED = Path(__file__).parent / "architectures"
-"""Folder with the config.json of every model whose architecture comes with zero-ds."""
+from zero_ds.training.planning.flops import step_cost
+from zero_ds.training.planning.model_config import find_config
+from zero_ds.training.planning.model_size import ModelSize
 
 PAPER_CUTS = {
     "Llama-3.2-3B-Instruct": "16:26",
@@ -44,84 +36,7 @@ class Architecture:
     """The run's model, without weights."""
 
     model: VisionLanguageModel
-    dtype: torch.dtype
-    """Type that the run computes in."""
-    groups: dict[stages.Part, list[tuple[str, nn.Parameter]]]
-    """Parameters of every part that trains: the optimizer's groups."""
-    replaced: int = 0
-    """Number of parameters of the target's layers that distillation loads in addition to the surrogate."""
-    int8: bool = False
-    """Whether the weights of frozen decoder layers take 8 bits."""
-    sources: tuple[str, ...] = ()
-    """Where every architecture comes from, one sentence each."""
-
-    @cached_property
-    def trained(self) -> list[int]:
-        """Sizes of the parameters that train."""
-        return [p.numel() for group in self.groups.values() for _, p in group]
-
-    @cached_property
-    def frozen(self) -> list[int]:
-        """Sizes of all other parameters."""
-        sizes = [p.numel() for p in self.model.parameters() if not p.requires_grad]
-        return [*sizes, self.replaced] if self.replaced else sizes
-
-    @cached_property
-    def frozen_bytes(self) -> int:
-        """Bytes of all other parameters where they are not sharded; those in 8 bits take one byte each."""
-        own = sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
-        return own + self.replaced * (1 if self.int8 else self.dtype.itemsize)
-
-    @cached_property
-    def cost(self) -> StepCost:
-        """FLOPs of a step. Counting them walks over all parameters, and a plan asks for them hundreds of times."""
-        return StepCost.of(self.model)
-
-    @cached_property
-    def largest_unit(self) -> int:
-        """Elements of the largest unit that ZeRO-3 gathers at once: a frozen layer, or a module's own parameters."""
-        layers = self.model.family.layers(self.model.decoder)
-        frozen = [layer for layer in layers if not any(p.requires_grad for p in layer.parameters())]
-        units = [sum(p.numel() for p in layer.parameters()) for layer in frozen]
-        units += [sum(p.numel() for p in module.parameters(recurse=False)) for module in self.model.modules()]
-        return max(units)
-
-
-@dataclass(frozen=True)
-class ConfigSource:
-    """A folder with the config.json of a model."""
-
-    folder: Path
-    origin: str
-    """How the folder was found, for the reader."""
-
-
-def find_config(name: str) -> ConfigSource:
-    """Finds the config.json of a model given by path or hub id.
-
-    Raises:
-        ConfigError: there is none, here or on the hub.
-    """
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return ConfigSource(folder.resolve(), "from its folder")
-    import huggingface_hub
-
-    hub_id = bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not folder.exists()
-    if hub_id and isinstance(cached := huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return ConfigSource(Path(cached).parent, "from the hub's cache")
-    for shipped in SHIPPED.iterdir():
-        if shipped.name.lower() == folder.name.lower():
-            return ConfigSource(shipped, "the architecture that comes with zero-ds, since the model is not at hand")
-    known = ", ".join(sorted(path.name for path in SHIPPED.iterdir()))
-    advice = f"give a folder that holds it, or a model whose architecture comes with zero-ds ({known})"
-    if not hub_id:
-        raise ConfigError(f"there is no config.json in {name}; {advice}.")
-    try:
-        return ConfigSource(Path(huggingface_hub.hf_hub_download(name, "config.json")).parent, "from the hub")
-    except Exception as error:  # the hub client raises many kinds; each means that the file cannot be had
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ConfigError(f"config.json of '{name}' cannot be downloaded from the hub ({reason}); {advice}.") from None
+    size: ModelSize
 
 
 def layer_plan(
@@ -204,4 +119,25 @@ def architecture(
         replaced = len(plan.dropped) * sum(p.numel() for p in layer.parameters())
     if int8 := config.frozen_weights == "int8":
         quantize_(model)
-    return Architecture(model, dtype, groups, replaced, int8, tuple(sources))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    size = ModelSize(
+        dtype=str(dtype).removeprefix("torch."),
+        itemsize=dtype.itemsize,
+        groups={part: [p.numel() for _, p in group] for part, group in groups.items()},
+        frozen=[p.numel() for p in frozen] + ([replaced] if replaced else []),
+        frozen_bytes=sum(p.nbytes for p in frozen) + replaced * (1 if int8 else dtype.itemsize),
+        largest_unit=_largest_unit(model),
+        image_tokens=model.tokens_per_image(),
+        cost=step_cost(model),
+        sources=tuple(sources),
+    )
+    return Architecture(model, size)
+
+
+def _largest_unit(model: VisionLanguageModel) -> int:
+    """Returns the elements of the largest unit that ZeRO-3 gathers at once."""
+    layers = model.family.layers(model.decoder)
+    frozen = [layer for layer in layers if not any(p.requires_grad for p in layer.parameters())]
+    units = [sum(p.numel() for p in layer.parameters()) for layer in frozen]
+    units += [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
+    return max(units)

@@ -34,7 +34,7 @@ memory, a node's host memory, a node's disk."""
 REACHED = 0.8
 """Share of a link's nominal rate that collectives reach, where the rate is not given."""
 RESERVE_GIB = 3.0
-"""Memory of a GPU that stays free for what is not planned: CUDA's context, NCCL's buffers, holes between blocks."""
+"""Memory of a GPU left for uses outside the plan: CUDA's context, NCCL's buffers, fragmentation."""
 PROCESS_GIB = 3.0
 """Host memory of each rank for Python, the libraries, and workers of the loader."""
 
@@ -59,7 +59,7 @@ class Cluster:
     between: float = REACHED * ASSUMED["between"]
     """GB/s that collectives reach for each node to the others, one direction."""
     reserve_gib: float = RESERVE_GIB
-    """Memory of each GPU that stays free for what is not planned."""
+    """Memory of each GPU left for uses outside the plan."""
     host_gib: float = 1000.0
     """Host memory of a node."""
     process_gib: float = PROCESS_GIB

@@ -13,7 +13,7 @@ IMAGE_SAMPLE_TOKENS = 250
 IMAGE_SAMPLE_SUPERVISED = 100
 """Number of these tokens that carry loss."""
 TEXT_SAMPLE_TOKENS = 600
-"""Number of tokens of a sample of text alone."""
+"""Number of tokens of a text-only sample."""
 TEXT_SAMPLE_SUPERVISED = 400
 """Number of these tokens that carry loss."""
 DECODER_SHARE = 0.2
@@ -97,7 +97,7 @@ def data_size(
     Args:
         vision: whether the run's model has a vision encoder.
         samples: number of samples in place of the known one.
-        images_only: whether sources of text alone are excluded.
+        images_only: whether text-only sources are excluded.
     """
     found = [_source_size(source) for source in config.data.sources]
     if images_only:

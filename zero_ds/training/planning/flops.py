@@ -22,6 +22,7 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.planning.cluster import PEAK
+from zero_ds.training.planning.model_size import NO_TOWER, StepCost, Tower
 
 LENGTH = 64
 """Number of tokens of a sequence of the demo; the ratios hardly depend on it."""
@@ -106,111 +107,50 @@ def step_flops(
 # -- a model in training by formula ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tower:
-    """FLOPs of a stack of layers in one step, per token and per pair of tokens."""
+def step_cost(model: VisionLanguageModel) -> StepCost:
+    """Reads the cost of a step from the model's modules, which may be on the meta device, and from what trains in them.
 
-    per_token: float
-    """FLOPs of a token in the matrix products, forward and backward."""
-    per_pair: float
-    """FLOPs of a pair of tokens in the attention scores, forward and backward."""
-    forward_token: float = 0.0
-    """FLOPs of a token in the forward pass alone."""
-    forward_pair: float = 0.0
-    """FLOPs of a pair of tokens in the forward pass alone."""
-
-    @property
-    def backward(self) -> bool:
-        """Whether there is a backward pass."""
-        return self.per_token > self.forward_token
-
-    @classmethod
-    def of(cls, layers: Iterable[Any], attention_width: int, *, input_learns: bool) -> Tower:
-        """Counts a stack of layers.
-
-        Args:
-            layers: the layers in their order.
-            attention_width: number of heads times head size; 0 without attention.
-            input_learns: whether something before the first layer trains.
-        """
-        token = pair = forward_token = forward_pair = 0.0
-        for layer in layers:
-            weights = [p for p in layer.parameters() if len(parameter_shape(p)) > 1]
-            size = sum(parameter_shape(p).numel() for p in weights)
-            trained = sum(parameter_shape(p).numel() for p in weights if p.requires_grad)
-            learns = input_learns or trained > 0
-            # a layer of several matrices begins with a norm; if that trains, the input of the first matrices learns
-            passed_on = input_learns or (trained > 0 and len(weights) > 1)
-            forward_token += 2.0 * size
-            forward_pair += 4.0 * attention_width
-            token += 2.0 * size + 2.0 * trained
-            if passed_on:
-                token += 2.0 * size
-            pair += (12.0 if learns else 4.0) * attention_width
-            input_learns = learns
-        return cls(token, pair, forward_token, forward_pair)
+    A second pass for `distill` is not counted.
+    """
+    vision = _count_vision(model)
+    decoder, per_supervised = _count_decoder(model, input_learns=vision.learns)
+    text_decoder, per_supervised_text = _count_decoder(model, input_learns=False)
+    return StepCost(
+        vision.encoder,
+        vision.patches,
+        vision.per_image,
+        vision.per_image_token,
+        decoder,
+        per_supervised,
+        text_decoder,
+        per_supervised_text,
+    )
 
 
-NO_TOWER = Tower(0.0, 0.0)
+def _count_layers(layers: Iterable[Any], attention_width: int, *, input_learns: bool) -> Tower:
+    """Counts a stack of layers.
 
-
-@dataclass(frozen=True)
-class StepCost:
-    """FLOPs of a model's step: linear in the number of tokens, quadratic in the lengths of sequences."""
-
-    encoder: Tower
-    """Layers of the vision encoder."""
-    patches: int
-    """Number of tokens of an image in the vision encoder; 0 without one."""
-    per_image: float
-    """FLOPs of cutting an image into patch embeddings."""
-    per_image_token: float
-    """FLOPs of adapter and aligner for an image token."""
-    decoder: Tower
-    """Layers of the decoder in a batch with images."""
-    per_supervised: float
-    """FLOPs of the output head for a token with loss."""
-    text_decoder: Tower
-    """Layers of the decoder in a batch without images: nothing before its first trained layer needs a gradient."""
-    per_supervised_text: float
-    """FLOPs of the output head for a token with loss in a batch without images."""
-
-    @classmethod
-    def of(cls, model: VisionLanguageModel) -> StepCost:
-        """Reads the cost from the model's modules, which may be on the meta device, and from what trains in them.
-
-        A second pass for `distill` is not counted.
-        """
-        vision = _count_vision(model)
-        decoder, per_supervised = _count_decoder(model, input_learns=vision.learns)
-        text_decoder, per_supervised_text = _count_decoder(model, input_learns=False)
-        return cls(
-            vision.encoder,
-            vision.patches,
-            vision.per_image,
-            vision.per_image_token,
-            decoder,
-            per_supervised,
-            text_decoder,
-            per_supervised_text,
-        )
-
-    def flops(self, tokens: float, pairs: float, supervised: float, images: float, image_tokens: float) -> float:
-        """Returns the FLOPs of a step.
-
-        Args:
-            tokens: number of tokens of all sequences.
-            pairs: sum of the squared lengths of all sequences.
-            supervised: number of tokens with loss.
-            images: number of images.
-            image_tokens: number of `tokens` that stand for images.
-        """
-        text = self.patches > 0 and images == 0
-        decoder = self.text_decoder if text else self.decoder
-        per_supervised = self.per_supervised_text if text else self.per_supervised
-        of_tokens = decoder.per_token * tokens + decoder.per_pair * pairs + per_supervised * supervised
-        of_image = self.per_image + self.encoder.per_token * self.patches + self.encoder.per_pair * self.patches**2
-        return of_tokens + images * of_image + self.per_image_token * image_tokens
+    Args:
+        layers: the layers in their order.
+        attention_width: number of heads times head size; 0 without attention.
+        input_learns: whether something before the first layer trains.
+    """
+    token = pair = forward_token = forward_pair = 0.0
+    for layer in layers:
+        weights = [p for p in layer.parameters() if len(parameter_shape(p)) > 1]
+        size = sum(parameter_shape(p).numel() for p in weights)
+        trained = sum(parameter_shape(p).numel() for p in weights if p.requires_grad)
+        learns = input_learns or trained > 0
+        # a layer of several matrices begins with a norm; if that trains, the input of the first matrices learns
+        passed_on = input_learns or (trained > 0 and len(weights) > 1)
+        forward_token += 2.0 * size
+        forward_pair += 4.0 * attention_width
+        token += 2.0 * size + 2.0 * trained
+        if passed_on:
+            token += 2.0 * size
+        pair += (12.0 if learns else 4.0) * attention_width
+        input_learns = learns
+    return Tower(token, pair, forward_token, forward_pair)
 
 
 @dataclass(frozen=True)
@@ -222,7 +162,7 @@ class _Vision:
     per_image: float = 0.0
     per_image_token: float = 0.0
     learns: bool = False
-    """Whether anything in it trains, so that the decoder's input needs a gradient."""
+    """True if anything in it trains, so that the decoder's input needs a gradient."""
 
 
 def _count_vision(model: VisionLanguageModel) -> _Vision:
@@ -234,7 +174,7 @@ def _count_vision(model: VisionLanguageModel) -> _Vision:
     within = {p for layer in family.layers(model.encoder) for p in layer.parameters()}
     before = [p for p in set(model.encoder.parameters()) - within if len(parameter_shape(p)) > 1]
     learns = any(p.requires_grad for p in before)
-    encoder = Tower.of(used, settings.hidden_size, input_learns=learns)
+    encoder = _count_layers(used, settings.hidden_size, input_learns=learns)
     learns = learns or any(p.requires_grad for layer in used for p in layer.parameters())
 
     places = family.tokens_per_image(settings)
@@ -246,7 +186,7 @@ def _count_vision(model: VisionLanguageModel) -> _Vision:
 
     parts = [part for part in (model.adapter, model.aligner) if part is not None]
     linears = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
-    per_image_token = Tower.of(linears, 0, input_learns=learns).per_token
+    per_image_token = _count_layers(linears, 0, input_learns=learns).per_token
     learns = learns or any(p.requires_grad for part in parts for p in part.parameters())
     return _Vision(encoder, places + family.prefix_tokens, per_image, per_image_token, learns)
 
@@ -258,8 +198,8 @@ def _count_decoder(model: VisionLanguageModel, *, input_learns: bool) -> tuple[T
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = list(model.family.layers(model.decoder))
     learns = input_learns or any(p.requires_grad for layer in layers for p in layer.parameters())
-    head = Tower.of([decoder.get_output_embeddings()], 0, input_learns=learns)
-    return Tower.of(layers, head_size * config.num_attention_heads, input_learns=input_learns), head.per_token
+    head = _count_layers([decoder.get_output_embeddings()], 0, input_learns=learns)
+    return _count_layers(layers, head_size * config.num_attention_heads, input_learns=input_learns), head.per_token
 
 
 # -- the device --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
-"""Writes a plan as plain values for JSON: bytes, seconds, hours. The keys are a file format and do not change."""
+"""Converts a plan to plain values for JSON, in bytes, seconds and hours. The keys are a file format: keep them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from zero_ds.training.planning.activations import ActivationBytes
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import AverageSample
 from zero_ds.training.planning.memory import PLACES
+from zero_ds.training.planning.model_size import ActivationBytes
 from zero_ds.training.planning.plan import RecipePlan
 from zero_ds.training.planning.recipe import Option, RunPlan
 from zero_ds.training.planning.route import PAPER_GROUP, PAPER_HOURS, Leg, group_sizes, paper_cluster, shard_groups
@@ -16,11 +16,11 @@ from zero_ds.training.planning.tables import assumptions
 
 
 def as_json(plan: RecipePlan) -> dict[str, Any]:
-    """Returns the whole plan."""
+    """Returns the plan as nested dictionaries that `json.dumps` accepts."""
     run = plan.run
     comparison = paper_cluster(plan.routes, run.cluster, plan.target) if plan.routes else None
     groups = [shard_groups(run, run.cluster, ranks) for ranks in group_sizes(run.cluster)]
-    trained = {part: sum(p.numel() for _, p in group) for part, group in run.parts.groups.items()}
+    trained = {part: sum(group) for part, group in run.size.groups.items()}
     routes = {}
     for route in plan.routes:
         routes[route.name] = {leg.name: _leg(leg, comparison) for leg in route.legs}
@@ -28,8 +28,8 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "config": run.config.model_dump(mode="json"),
         "cluster": dict(vars(run.cluster)),
-        "sources": list(run.parts.sources),
-        "parameters": {"frozen": sum(run.parts.frozen), "trained": trained},
+        "sources": list(run.size.sources),
+        "parameters": {"frozen": sum(run.size.frozen), "trained": trained},
         "average_sample": _sample(run.sample),
         "longest_sample": run.longest,
         "kept_of_one_sample": _activations(run.activations),
@@ -71,13 +71,13 @@ def _activations(activations: ActivationBytes) -> dict[str, Any]:
 
 
 def _option(run: RunPlan, option: Option) -> dict[str, Any]:
-    none, every = option.bounds
+    no_layer_recomputed, every_layer_recomputed = option.bounds
     return {
         "bytes": {place: option.memory.by_cause[place] for place in PLACES},
         "peak": option.memory.peak,
         "layers_recomputed": option.recomputed,
-        "peak_recomputing_none": none.peak,
-        "peak_recomputing_all": every.peak,
+        "peak_recomputing_none": no_layer_recomputed.peak,
+        "peak_recomputing_all": every_layer_recomputed.peak,
         "fits": option.fits,
         "micro_batch": option.micro_batch if option.fits else None,
         "step": {**_step(option.step), "layers_recomputed": option.step_recomputed},

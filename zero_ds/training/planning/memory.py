@@ -13,7 +13,7 @@ With `frozen_weights=int8` (stages 0 to 2) a linear weight of a frozen decoder l
 without accumulation, and stage 2 where g = b, keep the whole gradient of every parameter that the rank's share touches.
 ZeRO-3 also keeps parameters up to `stage3_param_persistence_threshold` whole, and with hpZ a second shard of every
 other parameter within its group of ranks. An offloaded optimizer comes with 4 T / N bytes of float32 gradients. In
-addition to these states a rank needs communication buckets, what ZeRO-3 gathers, what the passes keep (activations.py),
+addition to these states a rank needs communication buckets, gathered parameters (ZeRO-3), activations (activations.py),
 a float32 copy of the gradient in the update, and 16 MiB pieces while it saves a checkpoint.
 """
 
@@ -24,20 +24,17 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Literal
 
-import torch
-
-from zero_ds.training.checkpoint.optimizer_state import PIECE
-from zero_ds.training.planning.activations import ActivationBytes
-from zero_ds.training.planning.architecture import Architecture
+from zero_ds.training.checkpoint import PIECE
+from zero_ds.training.planning.model_size import ActivationBytes, ModelSize
 
 GIB = 2.0**30
 CAUSES = ("frozen", "trained", "gradients", "optimizer", "buckets", "gather", "activations", "logits", "update", "save")
 """Causes in the order of the tables. `update` and `save` are needed when activations, logits and gathered parameters
 are not."""
 STATES = ("frozen", "trained", "gradients", "optimizer")
-"""Causes that are there all the time."""
+"""Causes that need memory all the time."""
 PASSES = ("buckets", "gather", "activations", "logits")
-"""Causes that are there in the forward and backward pass."""
+"""Causes that need memory during the forward and backward pass."""
 PLACES = ("gpu", "host", "disk")
 
 PERSISTENT = 100_000
@@ -67,7 +64,7 @@ class Memory:
 
 
 def memory(
-    parts: Architecture, ds: dict[str, Any], world_size: int, activations: ActivationBytes, *, accumulation: int = 1
+    model: ModelSize, ds: dict[str, Any], world_size: int, activations: ActivationBytes, *, accumulation: int = 1
 ) -> Memory:
     """Returns the memory that a rank of `world_size` needs with no layer recomputed.
 
@@ -77,9 +74,9 @@ def memory(
         accumulation: number of micro-batches per step.
     """
     if ds["zero_optimization"]["stage"] == 3:
-        states = _sharded(parts, ds, world_size)
+        states = _sharded(model, ds, world_size)
     else:
-        states = _whole(parts, ds, world_size, accumulation)
+        states = _whole(model, ds, world_size, accumulation)
     gpu = states["gpu"]
     gpu["activations"] = activations.whole
     gpu["logits"] = activations.logits
@@ -123,10 +120,10 @@ def _peak(by_cause: dict[str, float]) -> float:
     return states + max(passes, by_cause.get("update", 0.0), by_cause.get("save", 0.0))
 
 
-def _itemsizes(ds: dict[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+def _itemsizes(ds: dict[str, Any], itemsize: int) -> tuple[int, int]:
     """Returns the bytes of an element that is computed with, and of one in which gradients are accumulated."""
     accumulated = ds.get("data_types", {}).get("grad_accum_dtype")
-    return dtype.itemsize, {"fp32": 4, "fp16": 2, "bf16": 2}.get(accumulated, dtype.itemsize)
+    return itemsize, {"fp32": 4, "fp16": 2, "bf16": 2}.get(accumulated, itemsize)
 
 
 def _place(section: Any) -> str:
@@ -138,29 +135,29 @@ def _place(section: Any) -> str:
 # -- ZeRO stages 0, 1 and 2: whole parameters on every rank ------------------------------------------------------------
 
 
-def _whole(parts: Architecture, ds: dict[str, Any], world_size: int, accumulation: int) -> Bytes:
+def _whole(model: ModelSize, ds: dict[str, Any], world_size: int, accumulation: int) -> Bytes:
     zero = ds["zero_optimization"]
-    b, g = _itemsizes(ds, parts.dtype)
-    trained = sum(parts.trained)
-    largest = max(parts.trained)
-    gpu: dict[str, float] = {"frozen": parts.frozen_bytes, "trained": b * trained}
+    b, g = _itemsizes(ds, model.itemsize)
+    trained = sum(model.trained)
+    largest = max(model.trained)
+    gpu: dict[str, float] = {"frozen": model.frozen_bytes, "trained": b * trained}
     host: dict[str, float] = {}
     result: Bytes = {"gpu": gpu, "host": host, "disk": {}}
     if zero["stage"] == 0:
-        master = 0 if parts.dtype == torch.float32 else 4
+        master = 0 if model.itemsize == 4 else 4
         gpu["gradients"] = b * trained
         gpu["optimizer"] = (8 + master) * trained
         gpu["update"] = master * trained
         return result
 
-    shards = _group_shards(parts, world_size)
+    shards = _group_shards(model, world_size)
     shard = sum(shards)
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     gpu["buckets"] = (2 if zero.get("overlap_comm") else 1) * b * bucket
     if largest > bucket:
         gpu["buckets"] += b * largest
     compact = zero["stage"] == 2 and g != b
-    touched = g * shard if compact else b * _touched(parts, shards, world_size)
+    touched = g * shard if compact else b * _touched(model, shards, world_size)
     if _place(zero.get("offload_optimizer")) == "gpu":
         accumulates_whole = zero["stage"] == 1 and accumulation > 1
         gpu["gradients"] = b * trained if accumulates_whole else touched
@@ -179,24 +176,22 @@ def _whole(parts: Architecture, ds: dict[str, Any], world_size: int, accumulatio
     return result
 
 
-def _group_shards(parts: Architecture, world_size: int) -> list[int]:
+def _group_shards(model: ModelSize, world_size: int) -> list[int]:
     """Returns the elements of a rank's share of every optimizer group, which is padded to equal shares of even size."""
-    sizes = [sum(p.numel() for _, p in group) for group in parts.groups.values()]
-    return [ceil(size / (2 * world_size)) * 2 for size in sizes]
+    return [ceil(sum(group) / (2 * world_size)) * 2 for group in model.groups.values()]
 
 
-def _touched(parts: Architecture, shards: list[int], world_size: int) -> int:
+def _touched(model: ModelSize, shards: list[int], world_size: int) -> int:
     """Returns the elements of the parameters that a rank's share of the flattened groups touches, at most."""
     most = 0
     for rank in range(world_size):
         touched = 0
-        for group, shard in zip(parts.groups.values(), shards, strict=True):
+        for group, shard in zip(model.groups.values(), shards, strict=True):
             begin, end, offset = rank * shard, (rank + 1) * shard, 0
-            for _, parameter in group:
-                size = parameter.numel()
-                if offset < end and begin < offset + size:
-                    touched += size
-                offset += size
+            for elements in group:
+                if offset < end and begin < offset + elements:
+                    touched += elements
+                offset += elements
         most = max(most, touched)
     return most
 
@@ -204,27 +199,27 @@ def _touched(parts: Architecture, shards: list[int], world_size: int) -> int:
 # -- ZeRO stage 3: everything in shards, parameters gathered when they are used ----------------------------------------
 
 
-def _sharded(parts: Architecture, ds: dict[str, Any], world_size: int) -> Bytes:
+def _sharded(model: ModelSize, ds: dict[str, Any], world_size: int) -> Bytes:
     zero = ds["zero_optimization"]
-    b, _ = _itemsizes(ds, parts.dtype)
+    b, _ = _itemsizes(ds, model.itemsize)
     threshold = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
     result: Bytes = {place: {} for place in PLACES}
-    _add_parameters(result, parts, zero, b, world_size, threshold)
-    _add_optimizer(result, parts, ds, world_size)
-    bucket, largest = int(zero.get("reduce_bucket_size", 5e8)), max(parts.trained)
+    _add_parameters(result, model, zero, b, world_size, threshold)
+    _add_optimizer(result, model, ds, world_size)
+    bucket, largest = int(zero.get("reduce_bucket_size", 5e8)), max(model.trained)
     # the bucket, its copy in the order of the ranks, and the whole gradient of a parameter that no bucket holds
     result["gpu"]["buckets"] = float(b * (2 * bucket + (largest if largest > bucket else 0)))
-    result["gpu"]["gather"] = b * _gathered(parts, zero, threshold)
+    result["gpu"]["gather"] = b * _gathered(model, zero, threshold)
     return result
 
 
 def _add_parameters(
-    result: Bytes, parts: Architecture, zero: dict[str, Any], b: int, world_size: int, threshold: int
+    result: Bytes, model: ModelSize, zero: dict[str, Any], b: int, world_size: int, threshold: int
 ) -> None:
     """Adds the shards of all parameters, whole persistent parameters, hpZ's second shards, and NVMe's buffers."""
     group = int(zero.get("zero_hpz_partition_size", 1))
     place = _place(zero.get("offload_param"))
-    for cause, sizes in (("frozen", parts.frozen), ("trained", parts.trained)):
+    for cause, sizes in (("frozen", model.frozen), ("trained", model.trained)):
         result[place][cause] = b * _shards(sizes, world_size)
         result["gpu"][cause] = result["gpu"].get(cause, 0.0) + b * sum(size for size in sizes if size <= threshold)
         if group > 1:
@@ -232,15 +227,15 @@ def _add_parameters(
     if place == "disk":
         section = zero["offload_param"]
         pool = int(section.get("buffer_count", 5)) * float(section.get("buffer_size", 1e8))
-        inside = min(_shards(parts.trained, world_size), float(section.get("max_in_cpu", 1e9)))
+        inside = min(_shards(model.trained, world_size), float(section.get("max_in_cpu", 1e9)))
         result["host"]["buckets"] = b * (pool + inside)
 
 
-def _add_optimizer(result: Bytes, parts: Architecture, ds: dict[str, Any], world_size: int) -> None:
+def _add_optimizer(result: Bytes, model: ModelSize, ds: dict[str, Any], world_size: int) -> None:
     """Adds gradients, the optimizer's states, and what its update needs."""
     zero = ds["zero_optimization"]
-    _, g = _itemsizes(ds, parts.dtype)
-    trained = _shards(parts.trained, world_size)
+    _, g = _itemsizes(ds, model.itemsize)
+    trained = _shards(model.trained, world_size)
     at_a_time = min(trained, int(zero.get("sub_group_size", 1e9)))
     place = _place(zero.get("offload_optimizer"))
     if place == "gpu":
@@ -263,9 +258,9 @@ def _shards(sizes: Sequence[int], world_size: int) -> int:
     return sum(ceil(size / world_size) for size in sizes)
 
 
-def _gathered(parts: Architecture, zero: dict[str, Any], threshold: int) -> float:
+def _gathered(model: ModelSize, zero: dict[str, Any], threshold: int) -> float:
     """Returns the largest number of elements that ZeRO-3 may hold whole at a time, without persistent parameters."""
-    gatherable = sum(size for size in (*parts.frozen, *parts.trained) if size > threshold)
+    gatherable = sum(size for size in (*model.frozen, *model.trained) if size > threshold)
     prefetched = int(zero.get("stage3_prefetch_bucket_size", 5e7))
-    allowed = max(int(zero.get("stage3_max_live_parameters", 1e9)), parts.largest_unit + prefetched)
+    allowed = max(int(zero.get("stage3_max_live_parameters", 1e9)), model.largest_unit + prefetched)
     return min(gatherable, allowed)

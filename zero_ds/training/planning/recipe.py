@@ -8,20 +8,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config, ds_config_names
-from zero_ds.training.planning.activations import ActivationBytes, longest_sample_bytes
-from zero_ds.training.planning.architecture import Architecture, architecture
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import AverageSample, DataOverrides, DataSize, data_size, steps_of
 from zero_ds.training.planning.memory import GIB, Memory, memory, recomputed
+from zero_ds.training.planning.model_config import config_texts
+from zero_ds.training.planning.model_size import ActivationBytes, ModelSize, Numbers, cached_numbers
 from zero_ds.training.planning.speed import Step, Work, step, work
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "auto": torch.bfloat16}
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "auto": "bfloat16"}
 """Type that each `precision` computes in; `auto` as on GPUs since Ampere."""
 
 
@@ -55,7 +53,7 @@ class RunPlan:
 
     config: RunConfig
     cluster: Cluster
-    parts: Architecture
+    size: ModelSize
     sample: AverageSample
     """Average sample, for which times are computed."""
     longest: int
@@ -85,7 +83,7 @@ class RunPlan:
         return min(self.options, key=lambda option: option.least.peak["gpu"])
 
     def hours(self, seconds: float) -> float | None:
-        """Returns the hours of the whole run at so many seconds a step, without loading and saving."""
+        """Returns the hours of the whole run if a step takes `seconds`, without loading and saving."""
         return None if self.steps is None else self.steps * seconds / 3600
 
 
@@ -105,7 +103,7 @@ def plan_run(
         replace, translators: how the surrogate is cut, as for `architecture.layer_plan`.
         data: facts about the data, which replace assumptions.
         share: part of its data that the run sees.
-        images_only: whether sources of text alone are excluded.
+        images_only: whether text-only sources are excluded.
 
     Raises:
         ConfigError: a run that cannot be planned.
@@ -116,14 +114,14 @@ def plan_run(
             f"global_batch={config.global_batch} is not a multiple of {cluster.gpus} GPUs; give --gpus a divisor of it."
         )
     of_rank = config.global_batch // cluster.gpus
-    parts, activations = _model(_same_model(config), tuple(replace or ()), translators)
+    size, activations = _numbers(_same_model(config), tuple(replace or ()), translators)
     vision = stages.STAGES[config.stage].vision
-    size = data_size(config, vision, data.samples, images_only)
-    kind = size or DataSize(float(vision), float(not vision))
-    sample = kind.average(parts.model.tokens_per_image(), config.data.max_length, data)
+    found = data_size(config, vision, data.samples, images_only)
+    kind = found or DataSize(float(vision), float(not vision))
+    sample = kind.average(size.image_tokens, config.data.max_length, data)
     micro_batches = [n for n in range(1, of_rank + 1) if of_rank % n == 0]
     shown = max(n for n in micro_batches if n <= max(1, config.micro_batch))
-    planner = _Planner(config, cluster, parts, activations, sample, micro_batches, shown)
+    planner = _Planner(config, cluster, size, activations, sample, micro_batches, shown)
 
     options: list[Option] = []
     refused: dict[str, str] = {}
@@ -140,14 +138,14 @@ def plan_run(
     return RunPlan(
         config=config,
         cluster=cluster,
-        parts=parts,
+        size=size,
         sample=sample,
         longest=config.data.max_length,
         activations=activations,
         micro_batch=shown,
         options=tuple(options),
         refused=refused,
-        steps=steps_of(config, size, share),
+        steps=steps_of(config, found, share),
     )
 
 
@@ -172,11 +170,21 @@ def _same_model(config: RunConfig) -> str:
 
 
 @lru_cache(maxsize=8)
-def _model(text: str, replace: tuple[str, ...], translators: int) -> tuple[Architecture, ActivationBytes]:
-    """Returns the run's model, and the bytes that one sample of the greatest length keeps."""
+def _numbers(text: str, replace: tuple[str, ...], translators: int) -> Numbers:
+    """Returns the size of the run's model, and the bytes that one sample of the greatest length keeps."""
     config = RunConfig.model_validate_json(text)
-    parts = architecture(config, dtype=DTYPES[config.precision], replace=list(replace), translators=translators)
-    return parts, longest_sample_bytes(parts.model, config)
+
+    def count() -> Numbers:
+        import torch
+
+        from zero_ds.training.planning.activations import longest_sample_bytes
+        from zero_ds.training.planning.architecture import architecture
+
+        dtype = getattr(torch, DTYPE_NAMES[config.precision])
+        built = architecture(config, dtype=dtype, replace=list(replace), translators=translators)
+        return built.size, longest_sample_bytes(built.model, config)
+
+    return cached_numbers([text, *replace, str(translators), *config_texts(config)], count)
 
 
 def zero_names(config: RunConfig) -> list[str]:
@@ -198,7 +206,7 @@ class _Planner:
 
     config: RunConfig
     cluster: Cluster
-    parts: Architecture
+    size: ModelSize
     activations: ActivationBytes
     """Bytes of one sample of the greatest length."""
     sample: AverageSample
@@ -233,7 +241,7 @@ class _Planner:
         """Plans the memory of micro-batches of `size` samples."""
         activations = self.activations.times(size)
         accumulation = self.micro_batches[-1] // size
-        whole = memory(self.parts, ds, self.cluster.gpus, activations, accumulation=accumulation)
+        whole = memory(self.size, ds, self.cluster.gpus, activations, accumulation=accumulation)
         count, need = recomputed(
             whole, activations, lambda need: fits(need, self.cluster), self.config.activation_checkpointing
         )
@@ -242,12 +250,12 @@ class _Planner:
     def _step(self, size: int, found: _MicroBatch, ds: dict[str, Any]) -> Step:
         """Plans the time of a step in micro-batches of `size` samples."""
         accumulation = self.micro_batches[-1] // size
-        return step(self.parts, ds, found.memory, self.cluster, self._work(found.recomputed), accumulation)
+        return step(self.size, ds, found.memory, self.cluster, self._work(found.recomputed), accumulation)
 
     def _work(self, layers: int) -> Work:
-        """Returns the FLOPs of a global batch with so many decoder layers recomputed."""
+        """Returns the FLOPs of a global batch in which `layers` decoder layers are recomputed."""
         share = layers / len(self.activations.layers)
-        return work(self.parts, self.sample, self.config.global_batch, share)
+        return work(self.size, self.sample, self.config.global_batch, share)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Leg:
         return self.plan.hours(fitting[0].step.seconds) if fitting else None
 
     def hours_in_groups(self, cluster: Cluster, ranks: int) -> float | None:
-        """Returns the hours with everything sharded over groups of so many ranks."""
+        """Returns the hours with everything sharded over groups of `ranks` ranks."""
         return self.plan.hours(shard_groups(self.plan, cluster, ranks).step.seconds)
 
 
@@ -79,7 +79,7 @@ def routes(
     """Plans the surrogate's route and the baseline's from the recipes next to `recipe`; empty if one is missing.
 
     Where the baseline has no recipes of its own, its adapter trains as `pretrain` does, on the target, and its decoder
-    as `decoder` does. As in the paper, the baseline's adapter sees no data sets of text alone.
+    as `decoder` does. As in the paper, the baseline's adapter sees no text-only data sets.
     """
     configs: dict[str, RunConfig] = {}
     for name in ("pretrain", "encoder", "decoder", "baseline-adapter", "baseline-decoder"):
@@ -147,7 +147,7 @@ class ShardGroups:
 
 
 def group_sizes(cluster: Cluster) -> list[int]:
-    """Returns 1, a node, two nodes, four nodes, ... and all ranks, as far as they divide the number of GPUs."""
+    """Returns group sizes that divide the number of GPUs: 1 rank, 1 node, 2 nodes, 4 nodes, ... and all ranks."""
     sizes = [1]
     ranks = cluster.ranks_per_node
     while ranks < cluster.gpus:
@@ -158,10 +158,10 @@ def group_sizes(cluster: Cluster) -> list[int]:
 
 def shard_groups(plan: RunPlan, cluster: Cluster, ranks: int) -> ShardGroups:
     """Plans the run with everything sharded over groups of `ranks` ranks."""
-    parts, b = plan.parts, plan.parts.dtype.itemsize
-    frozen, trained = sum(parts.frozen), sum(parts.trained)
+    b = plan.size.itemsize
+    frozen, trained = sum(plan.size.frozen), sum(plan.size.trained)
     state = (b * frozen + 16 * trained) / ranks
-    unit = parts.largest_unit
+    unit = plan.size.largest_unit
     gathered = 0.0
     if ranks > 1:
         gathered = 2.0 * b * unit  # this unit and the next
@@ -184,7 +184,7 @@ def shard_groups(plan: RunPlan, cluster: Cluster, ranks: int) -> ShardGroups:
     whole = b * (frozen + trained)
     communication = accumulation * (2 * cluster.collective(whole, ranks) + cluster.collective(b * trained, ranks))
     communication += cluster.between_replicas(b * trained, ranks)
-    needed = work(parts, plan.sample, plan.config.global_batch, float(recompute))
+    needed = work(plan.size, plan.sample, plan.config.global_batch, float(recompute))
     computing = needed.computed / (cluster.gpus * cluster.peak * cluster.mfu)
     step = Step(computing, communication, 0.0, needed.method, cluster.gpus, cluster.peak)
     return ShardGroups(ranks, cluster.gpus // ranks, state, peak(micro_batch), bool(fitting), micro_batch, step)

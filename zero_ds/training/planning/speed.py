@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zero_ds.training.planning.architecture import Architecture
 from zero_ds.training.planning.cluster import ASSUMED, PCIE, Cluster
 from zero_ds.training.planning.data import AverageSample
 from zero_ds.training.planning.memory import PERSISTENT, Memory
+from zero_ds.training.planning.model_size import ModelSize
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,18 @@ class Work:
     """FLOPs that are computed: the method's and those of recomputed layers."""
 
 
-def work(parts: Architecture, sample: AverageSample, global_batch: int, recomputed: float) -> Work:
+def work(model: ModelSize, sample: AverageSample, global_batch: int, recomputed: float) -> Work:
     """Returns the FLOPs of a global batch; recomputed: share of the decoder's layers that are recomputed."""
-    cost = parts.cost
+    cost = model.cost
     images = sample.images if cost.patches > 0 else 0.0
-    image_tokens = images * parts.model.tokens_per_image()
+    image_tokens = images * model.image_tokens
     once = cost.flops(sample.length, sample.length**2, sample.supervised, images, image_tokens)
     forward = cost.decoder.forward_token * sample.length + cost.decoder.forward_pair * sample.length**2
     again = recomputed * forward if cost.decoder.backward else 0.0
     return Work(global_batch * once, global_batch * (once + again))
 
 
-def step(
-    parts: Architecture, ds: dict[str, Any], memory: Memory, cluster: Cluster, work: Work, accumulation: int
-) -> Step:
+def step(model: ModelSize, ds: dict[str, Any], memory: Memory, cluster: Cluster, work: Work, accumulation: int) -> Step:
     """Returns the time of a step of `accumulation` micro-batches on every rank.
 
     Args:
@@ -79,43 +77,44 @@ def step(
     """
     computing = work.computed / (cluster.gpus * cluster.peak * cluster.mfu)
     if ds["zero_optimization"]["stage"] == 3:
-        during, after = _sharded(parts, ds, cluster, accumulation)
+        during, after = _sharded(model, ds, cluster, accumulation)
     else:
-        during, after = _whole(parts, ds, cluster, accumulation)
-    update = after + _update(parts, ds, memory, cluster)
+        during, after = _whole(model, ds, cluster, accumulation)
+    update = after + _update(model, ds, memory, cluster)
     return Step(computing, during, update, work.method, cluster.gpus, cluster.peak)
 
 
-def _whole(parts: Architecture, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
+def _whole(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
     """Returns the seconds of collectives during and after the passes under stages 0 to 2.
 
-    Gradients are reduced once a step (stage 2: once a micro-batch), and updated parameters are gathered afterwards.
+    Gradients are reduced once per step (stage 2: once per micro-batch), and updated parameters are gathered afterwards.
     """
-    once = cluster.collective(parts.dtype.itemsize * sum(parts.trained), cluster.gpus)
+    once = cluster.collective(model.itemsize * sum(model.trained), cluster.gpus)
     stage = ds["zero_optimization"]["stage"]
     if stage == 0:
         return 2 * once, 0.0
-    return once * (accumulation if stage == 2 else 1), once
+    reductions = accumulation if stage == 2 else 1
+    return reductions * once, once
 
 
-def _sharded(parts: Architecture, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
+def _sharded(model: ModelSize, ds: dict[str, Any], cluster: Cluster, accumulation: int) -> tuple[float, float]:
     """Returns the seconds of collectives during and after the passes under stage 3.
 
     Every forward and backward pass gathers the parameters, and every backward pass reduces and scatters the gradients.
     """
-    zero, b = ds["zero_optimization"], parts.dtype.itemsize
+    zero, b = ds["zero_optimization"], model.itemsize
     threshold = int(zero.get("stage3_param_persistence_threshold", PERSISTENT))
     group = int(zero.get("zero_hpz_partition_size", 1))
-    frozen = b * sum(size for size in parts.frozen if size > threshold)
-    trained = b * sum(size for size in parts.trained if size > threshold)
-    persistent = b * sum(size for size in parts.trained if size <= threshold)
-    if group > 1:  # forward passes gather what the update has changed from everywhere, all else within the group
+    frozen = b * sum(size for size in model.frozen if size > threshold)
+    trained = b * sum(size for size in model.trained if size > threshold)
+    persistent = b * sum(size for size in model.trained if size <= threshold)
+    if group > 1:  # the first pass after an update gathers trained parameters from all GPUs
         gathers = cluster.collective(trained, cluster.gpus)
         gathers += (2 * accumulation - 1) * cluster.collective(trained, group)
         gathers += 2 * accumulation * cluster.collective(frozen, group)
     else:
         gathers = 2 * accumulation * cluster.collective(frozen + trained, cluster.gpus)
-    reduced = accumulation * cluster.collective(b * sum(parts.trained), cluster.gpus)
+    reduced = accumulation * cluster.collective(b * sum(model.trained), cluster.gpus)
     moved = 2 * accumulation * (frozen + trained) / cluster.gpus
     device = _device(zero, "offload_param")
     if device == "cpu":
@@ -130,12 +129,12 @@ def _device(zero: dict[str, Any], section: str) -> str:
     return str((zero.get(section) or {}).get("device", "none"))
 
 
-def _update(parts: Architecture, ds: dict[str, Any], memory: Memory, cluster: Cluster) -> float:
+def _update(model: ModelSize, ds: dict[str, Any], memory: Memory, cluster: Cluster) -> float:
     """Returns the seconds of the update.
 
     It reads and writes master copies and moments once, and moves gradients and parameters if they are offloaded.
     """
-    zero, b = ds["zero_optimization"], parts.dtype.itemsize
+    zero, b = ds["zero_optimization"], model.itemsize
     share = memory.total("optimizer") / 12
     touched = 2 * memory.total("optimizer") + 4 * share
     local = cluster.ranks_per_node

@@ -92,16 +92,14 @@ def as_text(plan: RecipePlan) -> str:
 
 def heading(recipe: str, plan: RunPlan) -> str:
     """Returns the recipe, the machines, the sources of the architectures, and the sizes."""
-    cluster, parts = plan.cluster, plan.parts
-    sizes = {part: sum(p.numel() for _, p in group) for part, group in parts.groups.items()}
-    trained = ", ".join(f"{part} {count(size)}" for part, size in sizes.items())
-    dtype = str(parts.dtype).removeprefix("torch.")
+    cluster, size = plan.cluster, plan.size
+    trained = ", ".join(f"{part} {count(sum(group))}" for part, group in size.groups.items())
     lines = [
         f"{recipe} on {cluster.gpus} GPUs "
         f"({cluster.name}, {cluster.memory_gib:g} GiB each, {cluster.ranks_per_node} per node)"
     ]
-    lines += [f"  {sentence}" for sentence in parts.sources]
-    lines.append(f"  trains {trained}; frozen {count(sum(parts.frozen))}; {dtype}")
+    lines += [f"  {sentence}" for sentence in size.sources]
+    lines.append(f"  trains {trained}; frozen {count(sum(size.frozen))}; {size.dtype}")
     lines.append(
         f"  global batch {plan.config.global_batch}, longest sample {plan.longest} tokens; average sample "
         f"{plan.sample.length:.0f} tokens, {plan.sample.supervised:.0f} of them with loss (assumed)"
@@ -142,7 +140,7 @@ def _gpu_row(option: Option, used: list[str]) -> list[str]:
 
 
 def host_table(plan: RunPlan) -> str:
-    """Returns the host memory of a rank by cause, for the configs that offload something; empty if none does."""
+    """Returns a table of a rank's host memory by cause under configs with offloading; empty if none offloads."""
     rows = []
     for option in plan.options:
         host, disk = option.memory.by_cause["host"], option.memory.by_cause["disk"]
@@ -215,7 +213,7 @@ def _group_row(group: ShardGroups) -> list[str]:
 def route_table(plan: RecipePlan) -> str:
     """Returns the hours of every stage on both routes and the saving, next to the paper's hours where it has them."""
     if not plan.routes:
-        return "The route: there are no recipes `pretrain`, `encoder` and `decoder` next to this one."
+        return "The route: the recipes `pretrain`, `encoder` and `decoder` are missing next to this one."
     cluster = plan.run.cluster
     paper = PAPER_HOURS.get(plan.target)
     comparison = paper_cluster(plan.routes, cluster, plan.target)
@@ -278,12 +276,12 @@ def assumptions(plan: RecipePlan) -> list[str]:
         f"offloaded data moves at {PCIE:g} GB/s per GPU; {ASSUMED['gpu_memory']:g} GB/s for a GPU's memory, "
         f"{ASSUMED['host_memory']:g} GB/s for a node's host memory, {ASSUMED['disk']:g} GB/s for a node's disk",
         f"a sample with an image has {data.IMAGE_SAMPLE_TOKENS} text tokens, {data.IMAGE_SAMPLE_SUPERVISED} with loss; "
-        f"a sample of text alone has {data.TEXT_SAMPLE_TOKENS} and {data.TEXT_SAMPLE_SUPERVISED} "
+        f"a text-only sample has {data.TEXT_SAMPLE_TOKENS} and {data.TEXT_SAMPLE_SUPERVISED} "
         "(--tokens, --supervised)",
         "GenQA-500K has 500,000 samples, LLaVA-1.5-665K 625,000 with an image and 40,000 without (--samples)",
         f"{cluster.reserve_gib:g} GiB of a GPU stay free (--reserve); a node has {cluster.host_gib:g} GiB of host "
         "memory (--host-memory)",
         f"the surrogate's route trains its decoder on {100 * plan.decoder_share:g} % of the data (--decoder-share; "
-        "20 % in the paper), and the baseline's adapter sees no data set of text alone",
+        "20 % in the paper), and the baseline's adapter sees no text-only data set",
         "no padding, no stragglers, no waiting for data, no loading, no saving of checkpoints",
     ]

@@ -1,4 +1,4 @@
-"""A run skips samples that cannot be used where it may, counts them, and ends if they are too many."""
+"""With `bad_samples=skip`, a run skips samples that cannot be used, counts them, and ends if there are too many."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from zero_ds.config.schema import RunConfig
 
 @pytest.fixture
 def spoiled(data: Path, tmp_path: Path) -> Path:
-    """Returns the eight samples, of which two have broken images and one has no answer within the limit."""
+    """Returns a file of eight samples. Two have broken images, and one has no answer within the limit."""
     shutil.copytree(data.parent / "images", tmp_path / "images")
     records = json.loads(data.read_text())
-    pictured = [record for record in records if "image" in record]
-    for record in pictured[:2]:
+    with_image = [record for record in records if "image" in record]
+    for record in with_image[:2]:
         (tmp_path / record["image"]).write_bytes(b"not an image")
-    pictured[2]["conversations"][0]["value"] += " more" * 900
+    with_image[2]["conversations"][0]["value"] += " more" * 900
     (tmp_path / "data.json").write_text(json.dumps(records))
     return tmp_path / "data.json"
 
@@ -31,7 +31,7 @@ def scalars(run: Path, name: str) -> list[float]:
     return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_goes_without_what_cannot_be_used(
+def test_a_run_skips_samples_that_cannot_be_used(
     run_config: Callable[..., RunConfig], spoiled: Path, tmp_path: Path
 ) -> None:
     def config(name: str, **more: Any) -> RunConfig:
@@ -41,10 +41,10 @@ def test_a_run_goes_without_what_cannot_be_used(
 
     whole = config("whole")
     assert run_ranks(train_all, 2, [whole]) == [["step-000006"]] * 2
-    # two steps are an epoch, with two broken images and one long sample
+    # an epoch is two steps, with two broken images and one long sample
     assert scalars(tmp_path / "whole", "skipped_samples")[1::2] == [2, 4, 6]
     assert scalars(tmp_path / "whole", "too_long_samples")[1::2] == [1, 2, 3]
-    # another number of ranks sees the same samples; after a resume the counts go on
+    # another number of ranks sees the same samples, and a resumed run continues the counts
     shutil.copytree(tmp_path / "whole", tmp_path / "alone")
     shutil.rmtree(tmp_path / "alone" / "step-000006")
     (tmp_path / "alone" / "latest").write_text("step-000003\n")
@@ -56,20 +56,20 @@ def test_a_run_goes_without_what_cannot_be_used(
 
     endings = run_ranks(train_all, 2, [config("few", max_bad_samples=3)])
     sentence = "4 samples could not be used, more than data.max_bad_samples=3; see the log for the reasons"
-    assert endings == [[f"DataError: {sentence}, and mend the data"]] * 2
-    assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "the checkpoint stays"
+    assert endings == [[f"DataError: {sentence}, and fix the data"]] * 2
+    assert (tmp_path / "few" / "latest").read_text() == "step-000003\n", "the last checkpoint is kept"
     refused = run_ranks(train_all, 1, [config("none", bad_samples="error")])
-    assert refused[0][0].startswith("DataError: sample picture-") and "cannot be read" in refused[0][0]
+    assert refused[0][0].startswith("DataError: sample image-") and "cannot be read" in refused[0][0]
     # a run that skipped samples may be told to end at them, and then to skip them again
     (tmp_path / "alone" / "latest").write_text("step-000003\n")
     shutil.rmtree(tmp_path / "alone" / "step-000006")
     refused = run_ranks(train_all, 1, [config("alone", bad_samples="error")])
-    assert refused[0][0].startswith("DataError: sample picture-")
+    assert refused[0][0].startswith("DataError: sample image-")
     assert run_ranks(train_all, 1, [config("alone")]) == [["step-000006"]]
     assert scalars(tmp_path / "alone", "skipped_samples") == scalars(tmp_path / "whole", "skipped_samples")
 
 
-def test_what_is_left_out_when_files_are_read_counts_as_well(
+def test_samples_skipped_when_files_are_read_count_as_well(
     run_config: Callable[..., RunConfig], data: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(data.parent / "images", tmp_path / "images")
@@ -88,4 +88,6 @@ def test_what_is_left_out_when_files_are_read_counts_as_well(
     shutil.rmtree(tmp_path / "run" / "step-000002")
     (tmp_path / "run" / "latest").write_text("step-000001\n")
     assert run_ranks(train_all, 1, [config("run", 3)]) == [["step-000002"]]
-    assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], "read again after a resume, but not counted twice"
+    assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], (
+        "read again by the resumed run, but not counted twice"
+    )
