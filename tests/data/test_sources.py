@@ -391,6 +391,25 @@ def test_records_that_were_refused_with_a_false_reason(name: str, texts: tuple[s
     assert (row.roles, row.texts, row.images) == (("user", "assistant"), texts, images)
 
 
+def test_turns_as_tables_hold_them() -> None:
+    """A text of JSON, and the object of lists that the library `datasets` makes of a list of objects."""
+    columns = {"from": ["human", "gpt"], "value": ["q?", "a."]}
+    for turns in (json.dumps(TALK), columns):
+        assert parse({"id": "x", "conversations": turns}, "here") == parse({"id": "x", "conversations": TALK}, "here")
+    with pytest.raises(DataError, match=r"has no 'conversations'; it is \{'from': \['human'\].*, not a list of turns"):
+        parse({"id": "x", "conversations": {"from": ["human"], "value": []}}, "here")
+    number = [
+        {"role": "user", "content": [{"type": "text", "text": 7}, {"text": "!"}]},
+        {"role": "assistant", "content": 0},
+    ]
+    assert parse({"id": "x", "messages": number}, "here").texts == ("7!", "0")
+
+
+def test_base64_without_an_address() -> None:
+    content = base64.b64encode(bytes(5000)).decode()
+    assert parse(good(image=content), "here").images == (f"data:;base64,{content}",)
+
+
 def test_an_id_of_null_is_none() -> None:
     assert parse({**good(), "id": None}, "#3").id == "#3"
     assert parse({**good(), "id": None, "idx": 5}, "#3").id == "5"

@@ -58,12 +58,13 @@ def resume(folder: Path, run: str) -> str:
     return train_all([load_run(f"{run}/config.yaml")])[0]
 
 
-def known_before(now: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+def known_before(now: Any, then: Any) -> Any:
     """Returns a configuration without the keys that it did not have then."""
-    kept = {key: value for key, value in now.items() if key in then}
-    return {
-        k: known_before(v, then[k]) if isinstance(v, dict) and isinstance(then[k], dict) else v for k, v in kept.items()
-    }
+    if isinstance(now, dict) and isinstance(then, dict):
+        return {key: known_before(value, then[key]) for key, value in now.items() if key in then}
+    if isinstance(now, list) and isinstance(then, list) and len(now) == len(then):
+        return [known_before(*pair) for pair in zip(now, then, strict=True)]
+    return now
 
 
 def test_a_stopped_run_is_resumed(older: Path) -> None:
@@ -101,9 +102,9 @@ def test_it_exports_the_same_files(older: Path, form: str) -> None:
     out = older / "export"
     export_model(Path("encoder"), None, out, form=form, proof="tensors")
     files = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_file()}
-    assert list(files) == list(EXPECTED["exports"][form])
+    assert [name for name in files if name != "read_image.py"] == list(EXPECTED["exports"][form])
     for name, path in files.items():
-        if path.suffix not in REWORDED:
+        if path.suffix not in REWORDED:  # of exports on white, which old runs are
             assert file_hash(path) == EXPECTED["exports"][form][name], name
     old = (OLDER / "export.jinja").read_text(encoding="utf-8")
     assert file_hash(OLDER / "export.jinja") == EXPECTED["exports"][form]["chat_template.jinja"]

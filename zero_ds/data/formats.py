@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
@@ -71,6 +72,11 @@ REFUSED = {
 _REFUSED_IN_TURNS = {**REFUSED, **dict.fromkeys(IMAGE_KEYS, "name images in the record, or in parts of the content")}
 ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 """Beginnings of names that are not files."""
+
+
+LONGEST_PATH = 4096
+"""Number of characters from which a name in base64 is the image itself."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
 class DataError(ValueError):
@@ -186,12 +192,16 @@ def _form(record: Mapping[str, Any], sample: str) -> str:
 
 
 def _as_list(value: Any) -> Any:
-    """Returns a list of turns, also from a text of JSON, which some tables have; None for anything else."""
+    """Returns a list of turns, also from the text of JSON or the object of lists that some tables have; or None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) != 1:
+            return None
+        return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     return value if isinstance(value, list) else None
 
 
@@ -214,7 +224,10 @@ def _learned(content: Mapping[str, Any], where: str) -> bool:
 def _turns(value: Any, sample: str, ignored: set[str]) -> _Turns:
     turns = _as_list(value)
     if not turns:
-        raise DataError(f"{sample} has no 'conversations'")
+        what = "turns are read from 'conversations', 'messages' or 'text'"
+        if _holds(value):
+            what = f"it is {quoted(value)}, not a list of turns"
+        raise DataError(f"{sample} has no 'conversations'; {what}")
     found = _Turns()
     for number, turn in enumerate(turns):
         _add_turn(found, turn, f"{sample}, turn {number}", ignored)
@@ -265,7 +278,7 @@ def _one_of(content: Mapping[str, Any], keys: tuple[str, str], where: str) -> An
 def _text(value: Any, where: str) -> str:
     """Returns the text of a turn; a number becomes one."""
     if not isinstance(value, str) and value is not None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_text(value):
             raise DataError(f"{where}: the text is {quoted(value)}, which is not a text")
         value = str(value)
     if not value or not value.strip():
@@ -275,13 +288,18 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
+def _is_text(value: Any) -> bool:
+    """Returns whether a value is a text, or a number that stands for one."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
 def _joined(parts: list[Any], role: Role, images: list[str], where: str, ignored: set[str]) -> str:
     """Returns the text of a content in parts, with placeholders; appends the images that the parts name."""
     texts = []
     for part in parts:
         kind = _kind(part)
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+        if kind == "text" and _is_text(part.get("text")):
+            texts.append(str(part["text"]))
             read = {"type", "text"}
         elif kind in ("image", "image_url") and not _holds(part.get("text")):
             if role != "user":
@@ -391,6 +409,8 @@ def _name(value: Any) -> str | None:
         value = next((value[key] for key in ("path", "url") if _holds(value.get(key))), None)
     if not isinstance(value, str) or not value or "\0" in value or not _writable(value):
         return None
+    if len(value) > LONGEST_PATH and _BASE64.fullmatch(value):
+        return f"data:;base64,{value}"
     return value.removeprefix("file://")
 
 

@@ -234,8 +234,10 @@ def inside(root: Path, name: str, sample_id: str, allowed: Sequence[Path] = (), 
     if any(path.is_relative_to(folder) for folder in (root, *allowed)):
         return path
     reason = f"leaves the data root {root}"
-    if ".." not in relative.parts and (not relative.is_absolute() or relative.is_relative_to(root)):
-        reason += f" through a link to {named(str(path.parent), PATH_SHOWN)}{remedy}"
+    if ".." not in relative.parts:
+        if not relative.is_absolute() or relative.is_relative_to(root):
+            reason += f" through a link to {named(str(path.parent), PATH_SHOWN)}"
+        reason += remedy
     raise DataError(f"{where} {reason}")
 
 

@@ -123,7 +123,7 @@ class Export:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         read: Any = get_class_from_dynamic_module("read_image.open_image", self.folder)
-        background = AutoConfig.from_pretrained(self.folder).image_background
+        background = getattr(AutoConfig.from_pretrained(self.folder), "image_background", "white")
         return lambda path: read(path, background=background)
 
     def look(self, image: str) -> torch.Tensor:

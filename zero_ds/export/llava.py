@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from zero_ds.data.images import ImageProcessor
+from zero_ds.data.read_image import WHITE
 from zero_ds.export.formats import LoadedTensor, write_image_reader
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype, in_memory, read
@@ -124,7 +125,8 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         config = _llava_config(source, texts)
         config.architectures = ["LlavaForConditionalGeneration"]
         config.dtype = source.dtype
-        config.image_background = source.config.data.image_background
+        if source.config.data.image_background != WHITE:
+            config.image_background = source.config.data.image_background
         config.save_pretrained(folder)
         write_image_reader(folder)
         _llava_processor(source, texts).save_pretrained(folder)

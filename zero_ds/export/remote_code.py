@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.data.images import ImageProcessor
+from zero_ds.data.read_image import WHITE
 from zero_ds.export.formats import LoadedTensor, write_image_reader
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype
@@ -123,6 +124,7 @@ def _processor_config(source: Source, texts: TextSettings) -> dict[str, Any]:
     """Returns processor_config.json: the arguments of remote/processing_grafted.py and where transformers finds it."""
     images = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
     before, between = image_prompt(source.config.data)
+    background = source.config.data.image_background
     return {
         "processor_class": "GraftedProcessor",
         "auto_map": {"AutoProcessor": "processing_grafted.GraftedProcessor"},
@@ -133,7 +135,7 @@ def _processor_config(source: Source, texts: TextSettings) -> dict[str, Any]:
         "image_std": images.std,
         "resample": int(images.resample),
         "image_grid": source.config.data.image_grid,
-        "image_background": source.config.data.image_background,
         "before": before,
         "between": between,
+        **({} if background == WHITE else {"image_background": background}),
     }

@@ -10,6 +10,7 @@ import torch
 
 from zero_ds.config.schema import DataConfig, EncoderConfig
 from zero_ds.data.conversations import WRAPPERS, read_template
+from zero_ds.data.read_image import WHITE
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.grafting.compatibility import run_config
 from zero_ds.grafting.engines.offload import spread_
@@ -215,7 +216,7 @@ def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple
     assert model.adapter is not None
     projector = llava.model.multi_modal_projector
     model.adapter.replace_linears_([projector.linear_1, projector.linear_2])
-    background = getattr(config, "image_background", None) or "white"  # folders of others and older ones have none
+    background = getattr(config, "image_background", WHITE)  # exports state it if it is another colour
     encoder = sample_encoder(model.eval(), folder, folder, _data(named, DataConfig(image_background=background)))
     for_texts_(encoder.template.tokenizer)
     has_image_prompt = WRAPPERS[0].split("{image}")[0] in str(encoder.template.tokenizer.chat_template)

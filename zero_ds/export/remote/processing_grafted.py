@@ -209,11 +209,13 @@ def _flatten(images: Any) -> list[Any]:
 
 
 def _fetched(image: Any) -> Any:
-    """Returns a PIL image or a path, for one of these, an array (height, width, 3), or an address."""
+    """Returns what `open_image` takes for one of these, for base64, an array, or an address on the web."""
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         response = get_session().get(image)
         response.raise_for_status()
         return Image.open(io.BytesIO(response.content))
+    if isinstance(image, str) and len(image) > 4096 and not image.startswith("data:"):  # no path is that long
+        return f"data:;base64,{image}"
     if isinstance(image, (str, os.PathLike, Image.Image)):
         return image
     return Image.fromarray(np.asarray(image))
