@@ -43,7 +43,7 @@ def launch(run_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[...
         (tmp_path / "run.yaml").write_text(config.dump())
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         return subprocess.Popen(
-            [ROOT / "launch" / "train.sh", tmp_path / "run.yaml"],
+            [ROOT / "launch" / "train.sh", tmp_path / "run.yaml", "--ranks", "2"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
