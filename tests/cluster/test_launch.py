@@ -84,7 +84,9 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Non
 
     def install(count: int) -> None:
         program = tmp_path / "nvidia-smi"
-        program.write_text(f'#!/bin/sh\nfor i in $(seq {count}); do echo "GPU $i: H200 (UUID: GPU-0$i)"; done\n')
+        program.write_text(
+            f'#!/bin/sh\nfor i in $(seq {count}); do echo "$((i - 1)), GPU-0$i, 143771, 143000, H200"; done\n'
+        )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 

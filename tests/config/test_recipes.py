@@ -360,7 +360,7 @@ def test_no_entry_of_the_json_is_overridden(json_file: Any) -> None:
     entries = {"zero_allow_untested_optimizer": False, "zero_force_ds_cpu_optimizer": True, "steps_per_print": 5}
     entries |= {"dump_state": True, "memory_breakdown": True, "wall_clock_breakdown": True}
     entries["csv_monitor"] = {"enabled": True, "output_path": "curves", "job_name": "a"}
-    entries["data_types"] = {"grad_accum_dtype": "bf16"}
+    entries["data_types"] = {"grad_accum_dtype": "fp32"}
     ds = resolve(json_file(entries))
     assert {key: ds[key] for key in entries} == entries
 

@@ -124,7 +124,7 @@ def test_a_tokenizer_that_adds_a_token(run: Callable[..., Path], made: Callable[
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=special
     )
-    words.chat_template = words.chat_template.replace("{% if add", "{{ eos_token }}{% if add")
+    words.chat_template = words.chat_template.replace("<|im_end|>", "<|im_end|>' + eos_token + '")
     words.save_pretrained(target)
     export_model(run("encoder", target=str(target)), None, tmp_path / "out")
     read = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -106,7 +106,7 @@ def test_the_first_tensor_that_overflows_is_named(run: Path, tmp_path: Path, mon
         stored[name][1, 2] = 1e5
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     source = dataclasses.replace(open_source(run, None, "float16"), decoder=DecoderFolder(folder))
-    monkeypatch.setattr(exporting, "open_source", lambda *arguments: source)
+    monkeypatch.setattr(exporting, "open_source", lambda *arguments, **options: source)
     with pytest.raises(ConfigError, match=f"{DAMAGED} has values beyond 65,504, the largest of float16; use --dtype"):
         export_model(run, None, tmp_path / "deep" / "out", dtype="float16", proof="tensors")
     assert not (tmp_path / "deep").exists()

@@ -80,6 +80,9 @@ class LlavaOptions:
         from transformers import TrainingArguments
 
         ds = json.loads(Path(self.zero).read_text(encoding="utf-8"))
+        for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters"):  # accelerate does not fill these in
+            if ds["zero_optimization"].get(key) == "auto":
+                del ds["zero_optimization"][key]  # which means DeepSpeed's default
         ds["data_types"] = {"grad_accum_dtype": "fp32"}
         ds["zero_allow_untested_optimizer"] = True
         return TrainingArguments(

@@ -70,13 +70,13 @@ def _entries(content: Any, parts: Sequence[str]) -> Iterator[tuple[dict[str, Any
     if not others:
         yield content, first
         return
-    for inner in content if first == "*" else [content[first]]:
+    for inner in content if first == "*" else [content.get(first, {})]:
         yield from _entries(inner, others)
 
 
 def _remove(content: dict[str, Any], name: str) -> None:
-    """Removes the entry with a dotted name."""
+    """Removes the entry with a dotted name, which a configuration of an older version may lack."""
     *sections, key = name.split(".")
     for section in sections:
-        content = content[section]
-    del content[key]
+        content = content.get(section, {})
+    content.pop(key, None)
