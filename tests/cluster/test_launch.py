@@ -81,6 +81,7 @@ def test_train_starts_two_cpu_ranks_without_a_gpu() -> None:
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`gpus(3)`: this machine seems to have three GPUs, which nvidia-smi lists."""
     monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def install(count: int) -> None:
         program = tmp_path / "nvidia-smi"
