@@ -557,7 +557,8 @@ def render(found: Findings) -> str:
     """Returns the table of keys in Markdown."""
     lines = ["| key | works | refused |", "|---|---|---|"]
     for key, rule in KEYS.items():
-        values = {value: said for (name, value), said in found.items() if name == key}
+        in_order = [json.dumps(value) for value in (*rule.tried, *rule.refused)]
+        values = {value: found[key, value] for value in in_order if (key, value) in found}
         works, refused = [], []
         for value, said in values.items():
             good = [one for one in said if one.words == "works"]
@@ -590,8 +591,8 @@ def _without_numbers(words: str) -> str:
 
 def _places_of(findings: list[Finding]) -> str:
     """Returns where findings were made: stages, precisions, and the number of ranks if it matters."""
-    stages = list(dict.fromkeys(one.base for one in findings))
-    precisions = list(dict.fromkeys(one.precision for one in findings))
+    stages = sorted({one.base for one in findings})
+    precisions = sorted({one.precision for one in findings}, reverse=True)
     *most, last = stages
     words = f"stages {', '.join(most)} and {last}" if most else f"stage {last}"
     if len(stages) >= 4:
