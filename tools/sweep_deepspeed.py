@@ -572,6 +572,7 @@ def render(found: Findings) -> str:
                 refused.append(f"`{value}`{where}: {rule.why or why}")
         if not values:
             works = ["not tried here, where nothing is swapped to a disk"]
+            refused = [f"`{json.dumps(value)}`: {rule.why}" for value in rule.refused]
         lines.append(f"| `{key}` | {', '.join(works)} | {'; '.join(dict.fromkeys(refused))} |")
     lines += [f"| `{key}` | | {why} |" for key, why in REFUSED.items()]
     return "\n".join(lines)
