@@ -537,8 +537,10 @@ def table(
 ) -> None:
     """Print the table of the results, and fail if a variant neither works nor is refused."""
     found: Findings = {}
+    wanted = {variant.name for variant in variants()}  # results of a variant that is no longer tried do not count
     for world in ranks or [2, 3]:
-        for key, said in judge(read(out / f"results-{world}.jsonl"), world).items():
+        results = read(out / f"results-{world}.jsonl")
+        for key, said in judge({name: results[name] for name in results if name in wanted}, world).items():
             found.setdefault(key, []).extend(said)
     text = render(found)
     if write:
@@ -557,7 +559,8 @@ def render(found: Findings) -> str:
     """Returns the table of keys in Markdown."""
     lines = ["| key | works | refused |", "|---|---|---|"]
     for key, rule in KEYS.items():
-        values = {value: said for (name, value), said in found.items() if name == key}
+        in_order = [json.dumps(value) for value in (*rule.tried, *rule.refused)]
+        values = {value: found[key, value] for value in in_order if (key, value) in found}
         works, refused = [], []
         for value, said in values.items():
             good = [one for one in said if one.words == "works"]
@@ -569,6 +572,7 @@ def render(found: Findings) -> str:
                 refused.append(f"`{value}`{where}: {rule.why or why}")
         if not values:
             works = ["not tried here, where nothing is swapped to a disk"]
+            refused = [f"`{json.dumps(value)}`: {rule.why}" for value in rule.refused]
         lines.append(f"| `{key}` | {', '.join(works)} | {'; '.join(dict.fromkeys(refused))} |")
     lines += [f"| `{key}` | | {why} |" for key, why in REFUSED.items()]
     return "\n".join(lines)
@@ -590,8 +594,8 @@ def _without_numbers(words: str) -> str:
 
 def _places_of(findings: list[Finding]) -> str:
     """Returns where findings were made: stages, precisions, and the number of ranks if it matters."""
-    stages = list(dict.fromkeys(one.base for one in findings))
-    precisions = list(dict.fromkeys(one.precision for one in findings))
+    stages = sorted({one.base for one in findings})
+    precisions = sorted({one.precision for one in findings}, reverse=True)
     *most, last = stages
     words = f"stages {', '.join(most)} and {last}" if most else f"stage {last}"
     if len(stages) >= 4:
