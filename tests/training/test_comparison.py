@@ -107,7 +107,22 @@ def saves_of(config: RunConfig) -> dict[str, str]:
         ends[f"after {fault}"] = end_of(lambda: save_checkpoint(run, engine, {}, {"step": next(steps)}, 1))
         if distributed.is_rank_zero():
             ends[f"left by {fault}"] = " ".join(sorted(path.name for path in run.iterdir() if "step" in path.name))
+    ends["taken"] = end_of(lambda: save_after_a_takeover(engine, run, next(steps)))
     return ends
+
+
+def save_after_a_takeover(engine: Any, run: Path, step: int) -> Path:
+    from zero_ds.runtime import distributed, failure, lock
+    from zero_ds.training.checkpoint.save import save_checkpoint
+
+    failure.WATCH.folder = run
+    if distributed.is_rank_zero():
+        lock.FolderLock(run).take()
+        (run / lock.FILE).write_text(json.dumps({"id": "another", "host": "elsewhere", "pid": 7}))
+    try:
+        return save_checkpoint(run, engine, {}, {"step": step}, 1)
+    finally:
+        assert failure.WATCH.folder is None and not (run / failure.FILE).exists()
 
 
 def end_of(action: Callable[[], Path]) -> str:
@@ -126,10 +141,12 @@ def test_a_single_altered_element_is_never_published(run_config: Callable[..., R
     for config in configs:
         Path(config.out).mkdir()
     ranks = run_ranks(saves, 2, configs)
-    said = [[{k: v for k, v in ends.items() if not k.startswith("left")} for ends in rank] for rank in ranks]
+    assert all("is in use by process 7 on elsewhere" in ends["taken"] for ends in ranks[0])
+    said = [[{k: v for k, v in e.items() if not k.startswith(("left", "taken"))} for e in rank] for rank in ranks]
     assert said[0] == said[1], "every rank says the same"
     for case, ends in zip(cases, ranks[0], strict=True):
-        chosen = ends.pop("chosen")
+        chosen, taken = ends.pop("chosen"), ends.pop("taken")
+        assert taken.startswith("CheckpointError: step ") and "could not be saved" in taken
         assert ends.pop("none") == "step-000001"
         published = 1
         for fault in [name for name in ends if not name.startswith(("after", "left"))]:

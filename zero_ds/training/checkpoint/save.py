@@ -67,6 +67,10 @@ class UnlikeLiveError(CheckpointError):
     may_pass = True  # memory that fails does not fail in the same way twice; a setting does, and the launcher notices
 
 
+class TakenError(CheckpointError):
+    """Another job has taken over the run folder."""
+
+
 def _refuse_difference(difference: str | None, writer: _Writer | None, step: int) -> None:
     """Raises on every rank if the gathered content differs from the live model.
 
@@ -85,14 +89,18 @@ def _stop_all_on_error(writer: _Writer | None, run: Path, step: int) -> None:
     """Raises on every rank if rank 0 could not write. A collective."""
     error = writer.error if writer is not None else None
     sentence, final = f"step {step} could not be saved by rank 0.", True
+    taken = isinstance(error, TakenError)
     if error is not None and writer is not None:
         shutil.rmtree(writer.folder, ignore_errors=True)
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         sentence = f"step {step} could not be saved in {run}: {reason}; earlier checkpoints are intact."
         # a full disk stays full; a file server that did not answer may answer the next attempt
         final = not isinstance(error, OSError) or disk_sentence(error) is not None
-        WATCH.record(sentence, final)  # before the other ranks know
-    failures, passing = distributed.sum_over_ranks(error is not None, not final)
+        if not taken:
+            WATCH.record(sentence, final)  # before the other ranks know
+    failures, passing, takeovers = distributed.sum_over_ranks(error is not None, not final, taken)
+    if takeovers:
+        WATCH.folder = None  # the launcher of the other job would take this reason for its own
     if failures:
         raised = CheckpointError(sentence)
         raised.may_pass = bool(passing)
@@ -158,7 +166,7 @@ class _Writer:
 
     def _publish(self, final: Path) -> None:
         if (taken := lock.lost(final.parent)) is not None:
-            raise CheckpointError(taken)
+            raise TakenError(taken)
         if final.is_dir():  # newer than `latest`: left by a kill before `latest` moved, or by a run that was set back
             shutil.rmtree(final)
         self.folder.rename(final)
