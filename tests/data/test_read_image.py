@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import CASES, KINDS, drawn
+from image_kinds import CASES, KINDS, drawn
 from PIL import ExifTags, Image, ImageOps
 
 from zero_ds.data import images

@@ -10,7 +10,7 @@ from typing import Any
 import export_helper
 import pytest
 import torch
-from pictures import CASES, KINDS
+from image_kinds import CASES, KINDS
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -26,8 +26,8 @@ from zero_ds.grafting.named_model import LoadedModel, find_model, load_model
 from zero_ds.grafting.page import ChatSession
 
 BACKGROUND = "#20a060"
-PICTURES = {**{name: kind.write for name, kind in KINDS.items()}, **CASES}
-del PICTURES["twelve bits"]  # which all of them refuse
+IMAGES = {**{name: kind.write for name, kind in KINDS.items()}, **CASES}
+del IMAGES["twelve bits"]  # which all of them refuse
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_every_cell_of_the_table_is_equal(
 ) -> None:
     """The pixel values are those of training: bit for bit, and in Llava's own processor up to its rounding."""
     assert set(consumers) == set(CONSUMERS)
-    for name, write in PICTURES.items():
+    for name, write in IMAGES.items():
         path = write(tmp_path)
         trained = run.loaded.encoder.pixels(Sample("x", (Turn("user", "<image>q?"),), (str(path),)))
         found = consumers[consumer](path)
@@ -186,8 +186,8 @@ def test_the_proof_looks_at_images_that_readers_disagree_about(
     export_helper.here(monkeypatch, questions=1, tokens=2)
     for form in FORMATS:
         proof = export_model(folders / "run", None, tmp_path / form, form=form)
-        assert proof["pictures"].keys() == {"transparent", "turned", "sixteen-bit"}
-        assert max(proof["pictures"].values()) <= 1e-5
+        assert proof["images"].keys() == {"transparent", "turned", "sixteen-bit"}
+        assert max(proof["images"].values()) <= 1e-5
     for kind, change in (
         ("transparent", ("(*ImageColor.getrgb(background)[:3], 255)", "(0, 0, 0, 255)")),
         ("turned", ("if turn is not None", "if False")),

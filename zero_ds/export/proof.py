@@ -96,7 +96,7 @@ def prove(kind: str, source: Source, texts: TextSettings, layout: ExportFormat, 
     proof["tolerance"] = TOLERANCE[source.dtype]
     proof["largest_logit_difference"] = max(line["largest_logit_difference"] for line in lines)
     proof["prompts"] = lines
-    proof["pictures"] = compare_kinds(theirs["pixel_differences"])
+    proof["images"] = compare_kinds(theirs["pixel_differences"])
     return proof
 
 
