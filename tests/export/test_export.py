@@ -121,7 +121,7 @@ def test_a_tokenizer_beginning_every_text(run: Callable[..., Path], made: Callab
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=special
     )
-    words.chat_template = words.chat_template.replace("{% if add", "{{ eos_token }}{% if add")
+    words.chat_template = "{{ eos_token }}" + words.chat_template
     words.save_pretrained(target)
     export_model(run("encoder", target=str(target)), None, tmp_path / "out")
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
