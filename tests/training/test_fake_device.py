@@ -36,7 +36,8 @@ def samples() -> list[EncodedSample]:
     found = []
     for number, (length, images) in enumerate([(30, 1), (11, 0), (20, 2)]):
         ids = [10 + n for n in range(length)]
-        ids[1 : 1 + images * tiny.TOKENS_PER_IMAGE] = [IMAGE_TOKEN] * (images * tiny.TOKENS_PER_IMAGE)
+        image_tokens = images * (tiny.TOKENS_PER_IMAGE + 2)  # with a learned embedding at either end
+        ids[1 : 1 + image_tokens] = [IMAGE_TOKEN] * image_tokens
         labels = [token if n >= length - 5 else IGNORE for n, token in enumerate(ids)]
         responses = [0 if n >= length - 5 else -1 for n in range(length)]
         pixels = torch.zeros(images, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
