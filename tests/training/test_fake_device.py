@@ -1,4 +1,4 @@
-"""A step on a device that this machine does not have: no tensor is on the wrong device, and the host never waits.
+"""A step on a device that this machine does not have: nothing lies on the wrong device, and nothing waits for it.
 
 Tensors of torch's FakeTensorMode have a device and no values. An operation on tensors of two devices is refused as on a
 GPU, and so is reading a value, for which the host would wait. The device is `lazy`, the only one but the CPU that a
@@ -36,8 +36,8 @@ def samples() -> list[EncodedSample]:
     found = []
     for number, (length, images) in enumerate([(30, 1), (11, 0), (20, 2)]):
         ids = [10 + n for n in range(length)]
-        positions = images * (tiny.TOKENS_PER_IMAGE + 2)  # with the boundaries of each image
-        ids[1 : 1 + positions] = [IMAGE_TOKEN] * positions
+        image_tokens = images * (tiny.TOKENS_PER_IMAGE + 2)  # with a learned embedding at either end
+        ids[1 : 1 + image_tokens] = [IMAGE_TOKEN] * image_tokens
         labels = [token if n >= length - 5 else IGNORE for n, token in enumerate(ids)]
         responses = [0 if n >= length - 5 else -1 for n in range(length)]
         pixels = torch.zeros(images, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
