@@ -159,6 +159,26 @@ def test_what_a_killed_launcher_left_is_ended_before_a_restart(tmp_path: Path, m
     assert not any(map(alive, started)), "a rank has outlived its launcher"
 
 
+def test_a_launcher_that_was_killed_and_returns_0_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As DeepSpeed's does. A rank 0 that was still there has left its lock; one that had finished would not have."""
+    monkeypatch.setattr(launcher, "PAUSE", 0.0)
+    out, program = tmp_path / "run", tmp_path / "fake.py"
+    out.mkdir()
+    program.write_text(
+        "from pathlib import Path\n"
+        f"held, tried = Path({str(out / lock.FILE)!r}), Path({str(tmp_path / 'tried')!r})\n"
+        "held.unlink() if tried.exists() else held.write_text('{}')\n"
+        "tried.touch()\n"
+    )
+    command = [sys.executable, str(program), "--hostfile", "/dev/null", "--module", "zero_ds.train"]
+    words = ["--max-restarts", "3", "smollm2-135m/encoder", f"out={out}", "--", *command]
+    assert launcher.main(words) == 0
+    assert capsys.readouterr().err.count("from the last checkpoint") == 1
+    assert [line.split(" ", 1)[1] for line in failure.earlier(out)] == [failure.LAUNCHER_GONE]
+
+
 def test_a_stop_before_the_ranks_are_there_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes while the command starts."""
     started = subprocess.Popen

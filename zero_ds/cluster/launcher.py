@@ -215,6 +215,8 @@ class Launch:
             job = Job(self.command if "/dev/null" in self.options else self._on_this_machine())
             status = job.wait(self.out)
             job.sweep()
+            if (self.out / lock.FILE).exists():
+                status = self._abandoned(status, job)
         else:
             more, environment, sent = self.cluster.prepare(wait=COMING_BACK if attempt else 0.0)
             say(describe_forwarded(sent))
@@ -227,8 +229,8 @@ class Launch:
             found, silent = self.cluster.end()
             if silent:
                 say(f"{', '.join(silent)} does not answer; ranks may still run there.")
-            # DeepSpeed's launcher returns 0 also when it was killed
-            status = status or (1 if found else 0)
+            if found:
+                status = self._abandoned(status, job)
         if status:
             self._say_why(status, job.asked)
         job.release()
@@ -263,6 +265,15 @@ class Launch:
         except OSError:
             newest = ""
         return re.sub(r"\d+(\.\d+)?", "N", reason), newest
+
+    def _abandoned(self, status: int, job: Job) -> int:
+        """Returns the exit status of an attempt whose ranks had not ended when its command had.
+
+        DeepSpeed's launcher returns 0 also when it was killed.
+        """
+        if status == 0 and not job.asked:
+            failure.record(self.out, failure.LAUNCHER_GONE)
+        return status or 1
 
     def _on_this_machine(self) -> list[str]:
         """Returns the command for a hostfile that names this machine alone, and prints it."""

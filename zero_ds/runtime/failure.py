@@ -45,8 +45,10 @@ LEAVE = 10.0
 """Seconds that a rank gets to end by itself, with its own message, once it knows that the job has failed."""
 
 UNKNOWN = "a rank ended without a word; was it killed, or did it run out of memory?"
+LAUNCHER_GONE = "DeepSpeed's launcher ended before its ranks; was it killed?"
 LOST = re.compile(
-    r"a rank ended without a word|has given no sign of life|has not answered for|^rank \d+ is gone|cannot meet"
+    r"a rank ended without a word|launcher ended before its ranks|has given no sign of life|has not answered for|"
+    r"^rank \d+ is gone|cannot meet"
 )
 """Reasons for which ranks, machines or the network are to blame: the next attempt may have better luck."""
 
