@@ -158,7 +158,7 @@ def sample_encoder(
     template = read_template(data.chat_template)
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
-        size = model.encoder_family.vision_config(model.encoder).image_size
+        size = model.encoder_family.image_size(model.encoder_family.vision_config(model.encoder))
         processor = ImageProcessor.from_folder(encoder, size, data.image_grid)
     return SampleEncoder(
         template=ChatTemplate(_tokenizer(decoder), template),
