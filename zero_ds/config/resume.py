@@ -33,8 +33,8 @@ MAY_DIFFER = (
 A key that is added to `RunConfig` belongs either here or, if it changes numbers, in OLD_BEHAVIOUR.
 """
 
-OLD_BEHAVIOUR = {"frozen_weights": "native"}
-"""Keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
+OLD_BEHAVIOUR: dict[str, Any] = {"frozen_weights": "native", "losses": {}}
+"""Dotted keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
 
 A run with this value has the fingerprint that it had before, so that old runs can still be resumed.
 """
@@ -49,14 +49,22 @@ def fingerprint(content: dict[str, Any]) -> str:
     for name in MAY_DIFFER:
         _remove(content, name)
     for name, value in OLD_BEHAVIOUR.items():
-        if content[name] == value:
+        if _value(content, name) == value:
             _remove(content, name)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _value(content: dict[str, Any], name: str) -> Any:
+    """Returns the entry with a dotted name; None if a section on the way to it is empty."""
+    value: Any = content
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def _remove(content: dict[str, Any], name: str) -> None:
-    """Removes the entry with a dotted name."""
+    """Removes the entry with a dotted name, unless a section on the way to it is empty."""
     *sections, key = name.split(".")
-    for section in sections:
-        content = content[section]
-    del content[key]
+    section = _value(content, ".".join(sections)) if sections else content
+    if isinstance(section, dict):
+        del section[key]

@@ -147,6 +147,7 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
                 "distill.* needs a surrogate to distil into; set decoder=surrogate or distill weights to 0."
             )
         model.teacher = Teacher(model, folders.target, config.distill, dtype)
+    model.loss_weights = config.losses
     del keep_alive
     check_loaded(model, folders.decoder)
     return model
