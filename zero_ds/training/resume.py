@@ -23,24 +23,11 @@ from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import Checkpoint, Progress, check_manifest, find_checkpoint
 from zero_ds.training.checkpoint.load import carry_over_, load_weights_, restore_
-from zero_ds.training.checkpoint.manifest import Manifest
+from zero_ds.training.checkpoint.manifest import COMPARED, Manifest
 from zero_ds.training.engine import Engine
 from zero_ds.training.skipped import SkippedSamples
 
 logger = logging.getLogger(__name__)
-
-COMPARED = (
-    "plan",
-    "family",
-    "target",
-    "target_hash",
-    "encoder_hash",
-    "decoder_hash",
-    "data_hash",
-    "precision",
-    "starts",
-)
-"""Fields of the manifest that must be the same when a run is resumed."""
 
 
 @dataclass(frozen=True)
