@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zero_ds.config import resume
 from zero_ds.config.loading import load_run, recipe_names
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError, did_you_mean
@@ -375,8 +376,20 @@ def test_did_you_mean() -> None:
     assert did_you_mean("x", [str(n) for n in range(50)]) == "."
 
 
+def test_keys_inside_sections_may_be_newer_than_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = RunConfig(stage="encoder", target="t", out="o")
+    content = plain.model_dump(mode="json")
+    del content["optimizer"]["eps"]
+    monkeypatch.setattr(resume, "OLD_BEHAVIOUR", {"frozen_weights": "native", "losses": {}, "optimizer.eps": 1e-8})
+    monkeypatch.setattr(resume, "OLD_BEHAVIOUR", {**resume.OLD_BEHAVIOUR, "lora.alpha": 32.0})  # lora is empty
+    assert plain.fingerprint() == resume.fingerprint(content)
+    changed = plain.model_copy(update={"optimizer": plain.optimizer.model_copy(update={"eps": 1e-6})})
+    assert changed.fingerprint() != plain.fingerprint()
+
+
 def test_old_checkpoints_are_recognised() -> None:
-    """This fingerprint was made before `compile`, `kernels`, `frozen_weights` and `data.shuffle` existed."""
+    """This fingerprint was made before `compile`, `kernels`, `frozen_weights` `losses` and `data.shuffle` existed."""
     plain = RunConfig(stage="encoder", target="t", out="o")
     assert plain.fingerprint() == "e114ee41a9cad954"
     assert RunConfig(stage="encoder", target="t", out="o", frozen_weights="int8").fingerprint() != plain.fingerprint()
+    assert RunConfig(stage="encoder", target="t", out="o", losses={"z": 0.1}).fingerprint() != plain.fingerprint()

@@ -12,6 +12,8 @@ import pytest
 from distributed_helper import run_ranks, train_all
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.training.checkpoint.checkpoint import Progress
+from zero_ds.training.skipped import SkippedSamples
 
 
 @pytest.fixture
@@ -91,3 +93,19 @@ def test_samples_skipped_when_files_are_read_count_as_well(
     assert scalars(tmp_path / "run", "skipped_samples") == [3, 3], (
         "read again by the resumed run, but not counted twice"
     )
+
+
+def test_a_count_is_stored_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new count is one attribute and its name in STORED; checkpoints that lack it count from 0."""
+    counts = SkippedSamples(limit=10)
+    counts.unusable, counts.too_long = 3, 4
+    progress: Progress = {"step": 7}
+    counts.save(progress)
+    assert progress == {"step": 7, "skipped": 3, "too_long": 4}
+    monkeypatch.setitem(SkippedSamples.STORED, "unreadable", "unreadable")
+    again = SkippedSamples(limit=10)
+    again.restore(progress)
+    assert (again.unusable, again.too_long, again.unreadable) == (3, 4, 0)
+    again.unreadable = 2
+    again.save(progress)
+    assert progress == {"step": 7, "skipped": 3, "too_long": 4, "unreadable": 2}

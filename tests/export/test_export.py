@@ -231,6 +231,10 @@ def test_files_are_compared_where_nothing_is_loaded(run: Callable[..., Path], tm
     ("more", "complaint"),
     [
         (EXTRAS, "Llava has no image-boundary embeddings and no norm on patch tokens"),
+        (
+            {"stage": "decoder", "adapter": {"width": 40}},
+            r"no room for an adapter that is wider \(40 units\) than its decoder \(32\)",
+        ),
         ({"patch_norm": True}, "Llava has no image-boundary embeddings and no norm on patch tokens"),
         ({"data": {"image_grid": GRID}}, r"this run was trained with data\.image_grid"),
         ({"family": "gemma2"}, "Llava has no soft-capping of scores, which gemma2 needs"),
@@ -238,8 +242,19 @@ def test_files_are_compared_where_nothing_is_loaded(run: Callable[..., Path], tm
 )
 def test_what_llava_cannot_express(run: Callable[..., Path], tmp_path: Path, more: Any, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint + ".*; use --format remote-code"):
-        export_model(run("encoder", **more), None, tmp_path / "out")
+        export_model(run(**{"stage": "encoder", **more}), None, tmp_path / "out", form="llava")
     assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "form"), [({}, "llava"), (EXTRAS, "remote-code"), ({"adapter": {"width": 40}}, "remote-code")]
+)
+def test_the_format_follows_from_the_model(run: Callable[..., Path], tmp_path: Path, more: Any, form: str) -> None:
+    result = CliRunner().invoke(
+        app, ["export", str(run("decoder", **more)), "--out", str(tmp_path / "out"), "--proof", "tensors"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "proof.json").read_text())["format"] == form
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -176,16 +176,20 @@ def test_a_term_of_the_loss_is_a_function_in_a_table(
     """A new term needs no change outside of model/losses.py."""
 
     def squared_logits(predictions: losses.Predictions) -> torch.Tensor:
-        return 0.1 * predictions.logits.square().sum()
+        return predictions.logits.square().sum()
 
     model = build()
     inputs = batch(model, images=1)
     plain = model(**inputs)
     hidden = model.hidden_states(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
-    extra = 0.1 * model.logits(hidden[supervised_rows(inputs["labels"])]).square().sum()
-    monkeypatch.setattr(losses, "TERMS", (*losses.TERMS, squared_logits))
+    extra = model.logits(hidden[supervised_rows(inputs["labels"])]).square().sum()
+    monkeypatch.setitem(losses.TERMS, "squared_logits", squared_logits)
+    assert torch.equal(model(**inputs).total, plain.total) and plain.terms is None, "a term without a weight is not run"
+    model.loss_weights = {"squared_logits": 0.1}
     both = model(**inputs)
-    torch.testing.assert_close(both.total, plain.total + extra)
+    torch.testing.assert_close(both.total, plain.total + 0.1 * extra)
+    torch.testing.assert_close(both.terms, extra.detach().reshape(1))
+    assert not both.terms.requires_grad
     assert torch.equal(both.tokens, plain.tokens), "the next-token losses are reported without other terms"
 
 

@@ -22,7 +22,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.model.losses import count_supervised, with_token_weights
 from zero_ds.training import stages
-from zero_ds.training.checkpoint.optimizer_state import KEYS
+from zero_ds.training.checkpoint import KEYS
 from zero_ds.training.deepspeed import ds_config, ds_config_names, resolve_precision
 from zero_ds.training.engine import Engine, schedule
 from zero_ds.training.options.recompute import checkpoint_activations_

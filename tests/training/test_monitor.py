@@ -15,6 +15,7 @@ from places import GATHERED
 from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.model import losses
 from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import read_metrics
 from zero_ds.training.planning.flops import peak_flops, step_cost
@@ -26,14 +27,20 @@ STEPS = 4
 def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a run of two ranks under ZeRO-3 that previews answers, and the same run without answers."""
     root = tmp_path_factory.mktemp("watched")
-    options = {"zero": GATHERED, "max_steps": STEPS, "log_every": 2}
+    options = {"zero": GATHERED, "max_steps": STEPS, "log_every": 2, "losses": {"squared_logits": 1e-3}}
     options["init_from"] = [str(trained / "pretrain")]
     configs = [
         run_config("encoder", root / "looking", preview={"every_steps": 2, "samples": 3, "tokens": 5}, **options),
         run_config("encoder", root / "not looking", **options),
     ]
-    assert run_ranks(train_all, 2, configs) == [[f"step-{STEPS:06d}"] * 2] * 2
+    assert run_ranks(train_with_a_term, 2, configs) == [[f"step-{STEPS:06d}"] * 2] * 2
     return root
+
+
+def train_with_a_term(configs: list[RunConfig]) -> list[str]:
+    """Trains runs that add a term to the loss."""
+    losses.TERMS["squared_logits"] = lambda predictions: predictions.logits.float().square().sum()
+    return train_all(configs)
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:
@@ -49,6 +56,7 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
 def test_every_scalar_is_in_the_event_files(runs: Path) -> None:
     found = scalars(runs / "looking")
     always = ["loss", "learning_rate/encoder", "learning_rate/adapter", "grad_norm", "tokens_per_second", "mfu"]
+    always += ["loss/squared_logits"]
     always += ["samples_per_second", "padding_share", "supervised_tokens", "data_wait_seconds", "seconds"]
     for name in always:
         assert sorted(found[f"train/{name}"]) == list(range(1, STEPS + 1)), name

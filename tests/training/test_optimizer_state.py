@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zero_ds.training.checkpoint.optimizer_state import KEYS, OptimizerState
+from zero_ds.training.checkpoint import KEYS
+from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 
 
 def adam(parameters: list[torch.nn.Parameter]) -> Any:

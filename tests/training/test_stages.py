@@ -65,6 +65,11 @@ def test_supervision_and_rates_can_be_set() -> None:
 @pytest.mark.parametrize(
     ("stage", "changes", "complaint"),
     [
+        (
+            "encoder",
+            {"losses": {"entropy": 0.1}},
+            r"losses names 'entropy', which is not a term of the loss; add it to",
+        ),
         ("encodr", {}, "unknown stage 'encodr'; did you mean 'encoder'"),
         ("encoder", {"encoder": None}, "needs a vision encoder; set encoder.path=FOLDER"),
         ("pretrain", {"surrogate": None}, "trains against a surrogate; set surrogate=FOLDER or decoder=target"),

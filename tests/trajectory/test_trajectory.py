@@ -225,12 +225,12 @@ def test_a_new_metric_is_one_class(decoder: Any, family: Family, folder: Path, t
     class SurprisalMetric(Metric):
         name = "surprisal"
         description = "difference of the mean surprisal"
-        formula = "D = mean_n log(p_n / q^l_n)"
+        unit = "bits"
         needs_final_layer = False
         read = type(METRICS["sequence"]).read
 
         def reduce(self, numbers: Floats) -> Floats:
-            return numbers[-1].mean() - numbers.mean(axis=1)  # type: ignore[no-any-return]
+            return (numbers[-1].mean() - numbers.mean(axis=1)) / np.log(2)  # type: ignore[no-any-return]
 
     try:
         metric = METRICS["surprisal"]

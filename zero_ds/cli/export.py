@@ -20,8 +20,12 @@ def export(
     ] = None,
     form: Annotated[
         str,
-        typer.Option("--format", help="llava: a class of transformers; remote-code: Python code next to the weights."),
-    ] = "llava",
+        typer.Option(
+            "--format",
+            help="llava: a class of transformers; remote-code: Python code next to the weights; "
+            "auto: llava if it can express the model, otherwise remote-code.",
+        ),
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16; or auto: the type in which the language model is stored.")
     ] = "auto",

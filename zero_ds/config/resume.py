@@ -37,6 +37,7 @@ A key that is added to `RunConfig` belongs either here or, if it changes numbers
 
 OLD_BEHAVIOUR: dict[str, Any] = {
     "frozen_weights": "native",
+    "losses": {},
     "data.shuffle": False,
     "data.special_tokens": [],
     "data.image_background": "white",
@@ -65,18 +66,21 @@ def fingerprint(content: dict[str, Any]) -> str:
 
 
 def _entries(content: Any, parts: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields the section and the key of every entry with a dotted name, in which `*` stands for each item of a list."""
+    """Yields the section and the key of every entry with a dotted name, in which `*` stands for each item of a list.
+
+    An empty section, or one that a configuration of an older version lacks, yields nothing.
+    """
     first, *others = parts
-    if not others:
+    if not isinstance(content, dict | list):
+        return
+    if isinstance(content, dict) and not others:
         yield content, first
         return
-    for inner in content if first == "*" else [content.get(first, {})]:
+    for inner in content if isinstance(content, list) else [content.get(first)]:
         yield from _entries(inner, others)
 
 
 def _remove(content: dict[str, Any], name: str) -> None:
-    """Removes the entry with a dotted name, which a configuration of an older version may lack."""
-    *sections, key = name.split(".")
-    for section in sections:
-        content = content.get(section, {})
-    content.pop(key, None)
+    """Removes the entry with a dotted name."""
+    for section, key in _entries(content, name.split(".")):
+        section.pop(key, None)

@@ -30,6 +30,7 @@ def _name_of_zero(value: Any) -> Any:
 
 LocalPath = Annotated[str, AfterValidator(_with_home)]
 Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -243,6 +244,8 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     distill: DistillConfig = DistillConfig()
     dynamic_loss: DynamicLossConfig = DynamicLossConfig()
+    losses: dict[str, Weight] = {}
+    """Weights of terms that are added to the next-token loss, by their names in model/losses.py."""
     lora: LoraConfig | None = None
     """Low-rank adapters, which train where the stage would train the decoder."""
     global_batch: int = Field(default=128, ge=1)

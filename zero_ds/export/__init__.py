@@ -16,7 +16,7 @@ from zero_ds.export.formats import ExportFormat
 from zero_ds.export.llava import LlavaFormat
 from zero_ds.export.proof import PROOFS, prove
 from zero_ds.export.remote_code import RemoteCodeFormat
-from zero_ds.export.source import open_source
+from zero_ds.export.source import Source, open_source
 from zero_ds.export.tensors import check_range
 from zero_ds.export.text import text_settings
 from zero_ds.runtime.errors import ConfigError, did_you_mean
@@ -34,7 +34,7 @@ def export_model(
     target: str | None,
     out: Path,
     *,
-    form: str = "llava",
+    form: str = "auto",
     shard_bytes: int = SHARD_BYTES,
     proof: str = "full",
     evaluations: list[Path] | None = None,
@@ -43,23 +43,22 @@ def export_model(
     """Writes a run on a decoder into the new folder `out`; returns the proof, which is also in its proof.json.
 
     run: run or checkpoint folder; target: folder or hub id of the decoder, None means the full model that the run was
-    trained for; form: a name in FORMATS; shard_bytes: largest size of a weights file; proof: `full` or
-    `tensors`, see `proof.prove`; evaluations: results of `zero-ds eval` for the model card; reading: `dtype` and
-    `chat_template`, as `open_source` takes them.
+    trained for; form: a name in FORMATS, or auto for the first that can express the model; shard_bytes: largest size of
+    a weights file; proof: `full` or `tensors`, see `proof.prove`; evaluations: results of `zero-ds eval` for the model
+    card; reading: `dtype` and `chat_template`, as `open_source` takes them.
 
     Raises:
         ConfigError, CheckpointError: `out` exists, the run or the decoder is damaged, the two do not fit, the format
             cannot express the model, or the written folder differs from its source. No folder is left then.
     """
     check_vacant(out)
-    if form not in FORMATS:
-        raise ConfigError(f"--format {form} is not known{did_you_mean(form, list(FORMATS))}")
+    if form not in (*FORMATS, "auto"):
+        raise ConfigError(f"--format {form} is not known{did_you_mean(form, [*FORMATS, 'auto'])}")
     if proof not in PROOFS:
         raise ConfigError(f"--proof {proof} is not known; choose {' or '.join(PROOFS)}.")
-    layout = FORMATS[form]
     measured = read_evaluations(evaluations or [])
     source = open_source(run, target, **reading)
-    layout.check(source)
+    layout = _choose_format(form, source)
     texts = text_settings(source)
     tensors = layout.tensors(source)
     check_range(tensors)
@@ -67,7 +66,7 @@ def export_model(
     with new_folder(out, need=sum(tensor.size for _, tensor in tensors)) as folder:
         write_shards(tensors, folder, shard_bytes)
         layout.write_files(source, texts, folder)
-        result = {"format": form, **prove(proof, source, texts, layout, folder)}
+        result = {"format": layout.name, **prove(proof, source, texts, layout, folder)}
         (folder / "proof.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         card = model_card(source, layout, out.resolve().name, result, measured)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -76,13 +75,32 @@ def export_model(
     return result
 
 
+def _choose_format(form: str, source: Source) -> ExportFormat:
+    """Returns the format called `form`; for `auto` the first in FORMATS that can express the model.
+
+    Raises:
+        ConfigError: the format cannot express the model; names one that can.
+    """
+    reasons = {name: layout.lacks(source) for name, layout in FORMATS.items()}
+    fitting = next(name for name, reason in reasons.items() if reason is None)  # remote-code always does
+    if form == "auto":
+        for name, reason in reasons.items():
+            if reason is not None:
+                logger.info("the export is not %s (%s) but %s", name, reason, fitting)
+        return FORMATS[fitting]
+    if reasons[form] is not None:
+        raise ConfigError(f"{reasons[form]}; use --format {fitting}.")
+    return FORMATS[form]
+
+
 def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     """Raises ConfigError unless the tensors fill the class that will load the folder: none is missing or left over."""
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ConfigError(
                 f"the model does not fit its format: {name} has shape {found.get(name)}, and in the format's class "
-                f"{expected.get(name)}; install the versions in constraints.txt."
+                f"{expected.get(name)}; install the versions in constraints.txt, or, if the model's code has changed, "
+                "change that class as well."
             )
 
 

@@ -45,8 +45,8 @@ class ExportFormat(Protocol):
     def remote_code(self) -> bool:
         """True if the folder contains code of its own, so that it loads only with `trust_remote_code=True`."""
 
-    def check(self, source: Source) -> None:
-        """Raises ConfigError for a model that the format cannot express."""
+    def lacks(self, source: Source) -> str | None:
+        """Returns the reason why the format cannot express a model; None if it can."""
 
     def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
         """Returns the name and content of every tensor in the folder, in the order in which they are written.

@@ -25,11 +25,8 @@ from zero_ds.export.text import TextSettings
 from zero_ds.model import lora
 from zero_ds.model.adapter import LINEARS, adapter_parameters, linear_layers
 from zero_ds.model.vlm import VisionLanguageModel
-from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Tensor
 
-TOWERS = {"clip": "vision_tower.vision_model."}
-"""Prefix of the vision encoder's tensors in published folders, by encoder family."""
 STRATEGIES: dict[int, Any] = {0: "full", 1: "default"}
 """Llava's `vision_feature_select_strategy`, by the number of tokens that the encoder puts before the patches."""
 PROJECTOR = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
@@ -65,14 +62,11 @@ output_ids = model.generate(**inputs, max_new_tokens=50)
 print(processor.decode(output_ids[0], skip_special_tokens=True))
 """
 
-    def check(self, source: Source) -> None:
-        """Raises ConfigError for a model that Llava cannot express."""
-        reason = _what_llava_lacks(source)
-        if reason is not None:
-            raise ConfigError(f"{reason}; use --format remote-code.")
+    def lacks(self, source: Source) -> str | None:
+        """Returns the reason why Llava cannot express a model; None if it can."""
+        return _what_llava_lacks(source)
 
     def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
-        self.check(source)
         found: dict[str, Tensor] = {}
         for name, tensor in source.encoder_tensors().items():
             found[_encoder_name(source, name)] = tensor
@@ -109,7 +103,7 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         # prefixes in the class of transformers 5 -> prefixes in published folders
         prefixes = {
             "model.language_model.": f"{DECODER}model.",
-            "model.vision_tower.": TOWERS[source.encoder_family.name],
+            "model.vision_tower.": _encoder_name(source, ""),
             "model.multi_modal_projector.": "multi_modal_projector.",
             "lm_head.": f"{DECODER}lm_head.",
         }
@@ -145,13 +139,25 @@ def _what_llava_lacks(source: Source) -> str | None:
         return "Llava shows every image once; this run was trained with data.image_grid"
     if getattr(text, "final_logit_softcapping", None) or getattr(text, "attn_logit_softcapping", None):
         return f"Llava has no soft-capping of scores, which {source.decoder.family.name} needs"
-    if encoder.prefix_tokens not in STRATEGIES or encoder.name not in TOWERS:
+    if config.adapter.width is not None and config.adapter.width > text.hidden_size:
+        return (
+            f"Llava has no room for an adapter that is wider ({config.adapter.width} units) than its decoder "
+            f"({text.hidden_size})"
+        )
+    family = source.decoder.family
+    if (family.backbone, family.head) != ("model", "lm_head.weight"):
+        return f"published Llava folders have no names for the tensors of {family.name}"
+    if encoder.llava_prefix is None:
+        return f"the vision encoder {encoder.name} has no Llava form"
+    if encoder.prefix_tokens not in STRATEGIES:
         return f"Llava cannot drop the {encoder.prefix_tokens} tokens that {encoder.name} puts before the patches"
     return None
 
 
 def _encoder_name(source: Source, name: str) -> str:
-    return TOWERS[source.encoder_family.name] + name
+    prefix = source.encoder_family.llava_prefix
+    assert prefix is not None, "LlavaFormat.lacks refuses such encoders"
+    return prefix + name
 
 
 def _projector(layers: Sequence[tuple[T, T]]) -> dict[str, T]:
@@ -170,18 +176,11 @@ def fold_aligner(layers: Sequence[Linear], dtype: torch.dtype) -> dict[str, torc
 
     The aligner follows the adapter's last layer without an activation, so the two are one linear layer. The inner width
     of Llava's projector is that of its decoder: a narrower adapter is padded with units that are zero before the
-    activation and, because GELU(0) = 0, also after it.
-
-    Raises:
-        ConfigError: the adapter is wider than the decoder.
+    activation and, because GELU(0) = 0, also after it. A wider one cannot be expressed.
     """
     (first, first_bias), (last, last_bias), (aligner, aligner_bias) = layers
     padding = len(aligner) - len(first)
-    if padding < 0:
-        raise ConfigError(
-            f"Llava has no room for an adapter that is wider ({len(first)} units) than its decoder ({len(aligner)}); "
-            "use --format remote-code."
-        )
+    assert padding >= 0, "Llava has no room for an adapter that is wider than its decoder"
     folded = aligner.double() @ last.double()
     folded_bias = aligner.double() @ last_bias.double() + aligner_bias.double()
     return _projector(
@@ -217,7 +216,7 @@ def _llava_processor(source: Source, texts: TextSettings) -> Any:
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    ours = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
+    ours = ImageProcessor.from_folder(source.encoder_folder, source.image_size)
     size = {"height": ours.size, "width": ours.size}
     images = LlavaImageProcessorPil(
         do_pad=True, size=size, crop_size=size, image_mean=ours.mean, image_std=ours.std, resample=ours.resample

@@ -106,7 +106,7 @@ def _image_size(source: Source, layout: ExportFormat) -> tuple[int, int]:
     For images of another size than the encoder's, Llava's processor rounds once more to eight bits than training does.
     Our own processor pads, resizes and cuts as in training, so it is tested on an image that needs all of that.
     """
-    side = source.vision.image_size
+    side = source.image_size
     return (2 * side + 10, side + 4) if layout.remote_code else (side, side)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.read_image import WHITE
 from zero_ds.export.formats import LoadedTensor, write_image_reader
@@ -48,8 +50,9 @@ output_ids = model.generate(**inputs, max_new_tokens=50)
 print(processor.decode(output_ids[0], skip_special_tokens=True))
 """
 
-    def check(self, source: Source) -> None:
-        """Accepts every model of this package."""
+    def lacks(self, source: Source) -> str | None:
+        """Returns None: the code expresses every model of this package."""
+        return None
 
     def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
         found: dict[str, Tensor] = {}
@@ -72,12 +75,18 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
             yield LoadedTensor(f"decoder.{name}", parameter.detach(), exact=name not in merged)
 
     def expected_shapes(self, source: Source, texts: TextSettings) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in source.encoder.state_dict().items():
-            shapes[f"encoder.{name}"] = tuple(tensor.shape)
-        shapes |= source.adapter_shapes()
-        for name, shape in source.decoder.expected_shapes.items():
-            shapes[f"decoder.{name}"] = shape
+        # the code that write_files copies into the folder
+        from zero_ds.export.remote.configuration_grafted import GraftedConfig
+        from zero_ds.export.remote.modeling_grafted import GraftedForCausalLM
+
+        settings = _config(source, texts)
+        for name in ("architectures", "auto_map", "model_type"):
+            del settings[name]
+        with torch.device("meta"):
+            model = GraftedForCausalLM(GraftedConfig(**settings))
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if settings["tie_word_embeddings"]:
+            shapes.pop(f"decoder.{source.decoder.family.head}", None)
         return shapes
 
     def write_files(self, source: Source, texts: TextSettings, folder: Path) -> None:
@@ -122,7 +131,7 @@ def _config(source: Source, texts: TextSettings) -> dict[str, Any]:
 
 def _processor_config(source: Source, texts: TextSettings) -> dict[str, Any]:
     """Returns processor_config.json: the arguments of remote/processing_grafted.py and where transformers finds it."""
-    images = ImageProcessor.from_folder(source.encoder_folder, source.vision.image_size)
+    images = ImageProcessor.from_folder(source.encoder_folder, source.image_size)
     before, between = image_prompt(source.config.data)
     background = source.config.data.image_background
     return {

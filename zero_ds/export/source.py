@@ -86,6 +86,11 @@ class Source:
         return self.encoder_family.vision_config(self.encoder)
 
     @property
+    def image_size(self) -> int:
+        """Height and width of a view of an image, in pixels."""
+        return self.encoder_family.image_size(self.vision)
+
+    @property
     def tokens_per_image(self) -> int:
         """Number of image tokens of one view of an image, with its boundary embeddings."""
         tokens = self.encoder_family.tokens_per_image(self.vision)

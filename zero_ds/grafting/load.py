@@ -10,12 +10,13 @@ import torch
 
 from zero_ds.grafting.compatibility import compatibility, refuse_differences, run_config
 from zero_ds.model import lora
+from zero_ds.model.adapter import missing_tensors
 from zero_ds.model.build import ModelSpec, build_model
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.training.checkpoint.checkpoint import find_checkpoint
+from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.load import load_weights_
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder
 from zero_ds.training.stages import SURROGATE_ONLY
@@ -58,11 +59,17 @@ def load_trained(
     def has_no_place(name: str) -> bool:
         return not folder.is_surrogate and name.startswith(SURROGATE_ONLY)
 
+    loaded: set[str] = set()
     starts = [Path(path) for path in config.starts] if earlier is None else earlier
     for start in [*starts, checkpoint.folder]:
         if is_peft_folder(start):
             continue  # the run has gone on training all adapters in it
-        load_weights_(model.named_targets(), find_checkpoint(start), skip=has_no_place)
+        loaded |= load_weights_(model.named_targets(), find_checkpoint(start), skip=has_no_place)
+    if missing := missing_tensors(model, loaded):
+        raise CheckpointError(
+            f"neither {checkpoint.folder} nor a result that it started from holds {missing[0]}, which this model has; "
+            "open it with the version of zero_ds that trained it."
+        )
     if config.lora is not None:
         lora.merge_(model.decoder)
     return model.eval()

@@ -16,6 +16,7 @@ from zero_ds.grafting.compatibility import run_config
 from zero_ds.grafting.engines.offload import spread_
 from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.grafting.tokenizers import for_texts_
+from zero_ds.model.adapter import Adapter
 from zero_ds.model.build import ModelSpec, Modules, build_model, sample_encoder
 from zero_ds.model.decoders import FAMILIES
 from zero_ds.model.decoders.folder import DecoderFolder
@@ -213,9 +214,8 @@ def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple
             encoder_config=EncoderConfig(path=str(folder), feature_layer=config.vision_feature_layer),
         )
     )
-    assert model.adapter is not None
     projector = llava.model.multi_modal_projector
-    model.adapter.replace_linears_([projector.linear_1, projector.linear_2])
+    model.adapter = Adapter.of_linears([projector.linear_1, projector.linear_2])
     background = getattr(config, "image_background", WHITE)  # exports state it if it is another colour
     encoder = sample_encoder(model.eval(), folder, folder, _data(named, DataConfig(image_background=background)))
     for_texts_(encoder.template.tokenizer)

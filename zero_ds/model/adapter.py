@@ -12,14 +12,13 @@ ask this file for the names and shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from zero_ds.config.schema import AdapterConfig
-from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import gathered
 
 T = TypeVar("T")
@@ -51,17 +50,18 @@ class Adapter(nn.Sequential):
         """The last linear layer."""
         return cast(nn.Linear, self[-1])
 
-    def replace_linears_(self, layers: Sequence[nn.Linear]) -> None:
-        """Puts other linear layers in the place of the adapter's own, first to last.
+    @classmethod
+    def of_linears(cls, layers: Sequence[nn.Linear]) -> Adapter:
+        """Makes an adapter of trained linear layers, first to last, with GELU between them.
 
-        Raises:
-            ConfigError: the adapter has another number of linear layers.
+        Their number is that of the adapter that was trained, which need not be the number in new adapters.
         """
-        places = [place for place, module in enumerate(self) if isinstance(module, nn.Linear)]
-        if len(layers) != len(places):
-            raise ConfigError(f"the adapter has {len(places)} linear layers and cannot take {len(layers)} others.")
-        for place, layer in zip(places, layers, strict=True):
-            self[place] = layer
+        modules: list[nn.Module] = [layers[0]]
+        for layer in layers[1:]:
+            modules += [nn.GELU(), layer]
+        adapter = cls.__new__(cls)
+        nn.Sequential.__init__(adapter, *modules)
+        return adapter
 
 
 class Boundary(nn.Module):
@@ -111,6 +111,16 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if belongs_to(name)}
 
 
+def missing_tensors(model: nn.Module, loaded: Collection[str]) -> list[str]:
+    """Returns the tensors between vision encoder and decoder that a model has and `loaded` lacks.
+
+    They would stay random without an error: the loss would still fall, and the model would still answer.
+
+    loaded: names of the tensors that weights files have brought.
+    """
+    return [name for name in adapter_parameters(model) if name not in loaded]
+
+
 def linear_layers(tensors: Mapping[str, T]) -> list[tuple[T, T]]:
     """Returns weight and bias of the adapter's linear layers, first to last. An aligner is the last of them."""
     layers = [*LINEARS, ALIGNER] if f"{ALIGNER}.weight" in tensors else LINEARS
@@ -118,10 +128,14 @@ def linear_layers(tensors: Mapping[str, T]) -> list[tuple[T, T]]:
 
 
 def output_width(shapes: Mapping[str, Any]) -> int | None:
-    """Returns the width of the adapter's output, from the shapes of a result's tensors; None if it holds no adapter."""
-    for name in (f"{ALIGNER}.weight", f"{LINEARS[-1]}.weight", f"{LINEARS[-1]}.bias"):
-        if name in shapes:
-            return int(shapes[name][0])
+    """Returns the width of the adapter's output, from the shapes of a result's tensors; None if it holds no adapter.
+
+    An adapter that lacks its last layers has the width of the last one that is there. Loading it names what is missing.
+    """
+    for layer in (ALIGNER, *reversed(LINEARS)):
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            if name in shapes:
+                return int(shapes[name][0])
     return None
 
 

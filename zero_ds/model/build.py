@@ -176,7 +176,7 @@ def sample_encoder(
     config = cast(Any, model.decoder).config.get_text_config()
     processor = None
     if encoder is not None and model.encoder is not None and model.encoder_family is not None:
-        size = model.encoder_family.vision_config(model.encoder).image_size
+        size = model.encoder_family.image_size(model.encoder_family.vision_config(model.encoder))
         processor = ImageProcessor.from_folder(encoder, size, data.image_grid, data.image_background)
     return SampleEncoder(
         template=load_template(decoder, data, config=config, learns=learns),

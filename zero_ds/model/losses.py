@@ -1,12 +1,13 @@
 """Losses as sums over supervised tokens; the training loop divides by their number in the global batch.
 
-A new term of the loss is a function of `Predictions` and an entry in `TERMS`. Distillation, which also runs layers of
-the target, is in distillation.py.
+The loss of every stage is the next-token loss, to which a recipe adds terms by name: `losses: {NAME: weight}`. A new
+term is a function of `Predictions` and an entry in `TERMS`, and nothing else; its value is logged as `loss/NAME`.
+Distillation, which also runs layers of the target, is in distillation.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from zero_ds.data.batches import Batch
 from zero_ds.data.conversations import IGNORE
 from zero_ds.model.vocabulary import cross_entropies, divergences
 from zero_ds.runtime import distributed
+from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 Places = tuple[torch.Tensor, ...]
 """Indices of n positions of a batch, row and column: ((n,), (n,)), int64. `hidden[places]` is (n, hidden)."""
@@ -29,6 +31,8 @@ class Loss(NamedTuple):
     """Sum of all terms over the supervised tokens, float32 scalar."""
     tokens: torch.Tensor
     """Cross-entropy of each supervised token, unweighted: (n,), float32, without gradient."""
+    terms: torch.Tensor | None = None
+    """Values of the terms that the recipe adds, before they are weighted: (terms,), float32, without gradient."""
 
 
 # -- supervised tokens -------------------------------------------------------------------------------------------------
@@ -94,17 +98,36 @@ def next_token_term(predictions: Predictions) -> torch.Tensor:
     return weighted_sum(predictions.tokens, predictions.rows, predictions.token_weights)
 
 
-TERMS: tuple[Callable[[Predictions], torch.Tensor], ...] = (next_token_term,)
-"""Terms of every stage's loss. Each returns a sum over supervised tokens or positions, as a float32 scalar."""
+TERMS: dict[str, Callable[[Predictions], torch.Tensor]] = {}
+"""Terms that a recipe can add to the next-token loss, by the names of their weights in its `losses`.
+
+Each returns a sum over supervised tokens or positions, as a float32 scalar.
+"""
 
 
-def total_loss(predictions: Predictions) -> torch.Tensor:
-    """Returns the sum of all terms: float32 scalar."""
-    first, *others = TERMS
-    total = first(predictions)
-    for term in others:
-        total = total + term(predictions)
-    return total
+def check_terms(weights: Mapping[str, float]) -> None:
+    """Raises ConfigError if a recipe's `losses` name a term that does not exist."""
+    for name in weights:
+        if name not in TERMS:
+            remedy = did_you_mean(name, list(TERMS)) if TERMS else "; add it to TERMS in model/losses.py."
+            raise ConfigError(f"losses names '{name}', which is not a term of the loss{remedy}")
+
+
+def total_loss(predictions: Predictions, weights: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the next-token loss plus the weighted terms that a recipe adds.
+
+    weights: weights of these terms, by name.
+
+    Returns the sum, a float32 scalar, and the terms before they are weighted, (terms,), float32, without gradient; None
+    if there are none.
+    """
+    total = next_token_term(predictions)
+    values = []
+    for name, weight in weights.items():
+        value = TERMS[name](predictions)
+        total = total + weight * value
+        values.append(value.detach())
+    return total, torch.stack(values) if values else None
 
 
 def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, rows: Places) -> torch.Tensor:

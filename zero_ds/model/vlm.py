@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,6 +65,7 @@ class VisionLanguageModel(nn.Module):
         self.adapter: Adapter | None = None
         self.aligner: nn.Linear | None = None
         self.teacher: Any = None  # a distillation.Teacher, if the run distils
+        self.loss_weights: Mapping[str, float] = {}  # of the terms that the run adds to the next-token loss
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
             vision_width = encoder_family.vision_config(encoder).hidden_size
@@ -265,12 +266,12 @@ class VisionLanguageModel(nn.Module):
         logits = self.logits(hidden[rows])
         tokens = next_token_losses(logits, labels, rows)
         predictions = Predictions(hidden, logits, tokens, rows, labels, token_weights, attention_mask, position_ids)
-        loss = total_loss(predictions)
+        loss, terms = total_loss(predictions, self.loss_weights)
         if self.teacher is not None:
             loss = loss + self.teacher.loss(self, trace, predictions)
         if text_only and pixel_values is not None and self.encoder is not None:
             loss = loss + (0.0 * self.image_features(pixel_values)).sum()
-        return Loss(loss, tokens.detach())
+        return Loss(loss, tokens.detach(), terms)
 
 
 def _numbered(part: str, layers: Iterable[tuple[int, nn.Module]]) -> NamedParameters:

@@ -57,6 +57,8 @@ class StepResult:
     """2-norm of the whole gradient before clipping."""
     by_length: torch.Tensor
     """Sum of the rank's next-token loss and number of its tokens, by length of the response: (classes, 2)."""
+    terms: dict[str, float]
+    """The rank's share of each term that the recipe adds to the loss, before it is weighted, by name."""
 
 
 class Engine:
@@ -124,12 +126,15 @@ class Engine:
         norm, share = 0.0, 0.0
         shares: list[torch.Tensor] = []
         tokens: list[torch.Tensor] = []
+        terms: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # the number of passes may vary
             outcome = self.engine(**self._inputs(batch), text_only=self.short_backward and images == 0)
             loss = outcome.total / max(1.0, supervised_tokens)
             shares.append(loss.detach())
             tokens.append(outcome.tokens)
+            if outcome.terms is not None:
+                terms.append(outcome.terms / max(1.0, supervised_tokens))
             self.engine.backward(loss * (self.accumulation * self.world_size))
             if self.engine.is_gradient_accumulation_boundary():
                 # losses are read only now: a GPU has work queued while the host waits for numbers
@@ -146,7 +151,8 @@ class Engine:
         by_length = torch.zeros(len(length_classes()), 2, dtype=torch.float64)
         for of_batch, batch in zip(tokens, batches, strict=True):
             by_length += sums_by_length(of_batch.cpu(), batch.labels, batch.responses)
-        return StepResult(share, norm, by_length)
+        values = torch.stack(terms).sum(0).tolist() if terms else []
+        return StepResult(share, norm, by_length, dict(zip(self.config.losses, values, strict=True)))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Returns the arguments of the forward pass on the device, with positions that it would have to ask it for."""

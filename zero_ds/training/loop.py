@@ -85,21 +85,25 @@ class StepSums:
     """Knowledge of all ranks about a step, summed up in one collective."""
 
     loss: float
-    """Mean next-token loss over the supervised tokens of the global batch."""
+    """Sum of all terms of the loss, divided by the number of supervised tokens of the global batch."""
     stop: bool
     """True if any rank was asked to end."""
     overdue: bool
     """True if rank 0 wants a checkpoint because the last one is too old."""
     by_length: list[float]
-    """Sum of the loss, then number of tokens, of each class of response lengths."""
+    """Sum of the next-token loss, then number of tokens, of each class of response lengths."""
+    terms: dict[str, float]
+    """Each term that the recipe adds to the loss, before it is weighted, divided by the same number."""
 
     @classmethod
     def over_ranks(cls, result: StepResult, *, stop: bool, overdue: bool) -> StepSums:
         """Sums up the ranks' knowledge. A collective."""
-        loss, stops, late, *by_length = distributed.sum_over_ranks(
-            result.share, stop, overdue, *result.by_length.flatten().tolist()
+        by_length = result.by_length.flatten().tolist()
+        loss, stops, late, *others = distributed.sum_over_ranks(
+            result.share, stop, overdue, *by_length, *result.terms.values()
         )
-        return cls(loss, bool(stops), bool(late), by_length)
+        terms = dict(zip(result.terms, others[len(by_length) :], strict=True))
+        return cls(loss, bool(stops), bool(late), others[: len(by_length)], terms)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ class Meter:
         """Returns the scalars of a step that took `seconds`, of which it `waited` for data."""
         scalars = {
             "loss": sums.loss,
+            **{f"loss/{name}": value for name, value in sums.terms.items()},
             **self.engine.learning_rates(step),
             "grad_norm": result.grad_norm,
             "seconds": seconds,

@@ -31,24 +31,12 @@ from zero_ds.training.checkpoint.checkpoint import (
     newest_complete,
 )
 from zero_ds.training.checkpoint.load import carry_over_, load_weights_, restore_
-from zero_ds.training.checkpoint.manifest import Manifest
+from zero_ds.training.checkpoint.manifest import COMPARED, Manifest
 from zero_ds.training.engine import Engine
 from zero_ds.training.skipped import SkippedSamples
 
 logger = logging.getLogger(__name__)
 
-COMPARED = (
-    "plan",
-    "family",
-    "target",
-    "target_hash",
-    "encoder_hash",
-    "decoder_hash",
-    "data_hash",
-    "precision",
-    "starts",
-)
-"""Fields of the manifest that must be the same when a run is resumed."""
 PLACES = ("path", "root")
 """Entries of a data source that may differ if the content of the data is the same."""
 

@@ -20,7 +20,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
 from zero_ds.data.sources import Records
-from zero_ds.model.adapter import belongs_to, match_embeddings_
+from zero_ds.model.adapter import belongs_to, match_embeddings_, missing_tensors
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.distillation import Teacher
@@ -183,6 +183,7 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
             model.teacher = Teacher(model, folders.target, config.distill, dtype)
         if not sharded and config.frozen_weights == "native":  # rounded weights move later, because they are smaller
             model.to(distributed.device())
+    model.loss_weights = config.losses
     del keep_alive
     check_loaded(model, folders.decoder)
     return model
@@ -329,19 +330,28 @@ def first_pixels(loader: Loader) -> torch.Tensor:
 
 
 def refuse_untrained(model: VisionLanguageModel, config: RunConfig, loaded: set[str]) -> None:
-    """Refuses a random layer between vision encoder and decoder that neither trains nor was trained before.
+    """Refuses random tensors between vision encoder and decoder that neither train nor were trained before.
+
+    Also refused are tensors that would stay random inside a module whose other tensors earlier results bring, even if
+    it trains: those results had another module.
 
     loaded: names of the weights that earlier results have brought.
 
     Raises:
-        ConfigError: such a layer; names the part.
+        ConfigError: such a tensor; names the first one, or the part if none of it was brought.
     """
     trained = stages.trained_parts(config)
-    for part in ("adapter", "aligner"):
-        exists = getattr(model, part) is not None
-        if exists and part not in trained and not any(belongs_to(name, part) for name in loaded):
+    for name in missing_tensors(model, loaded):
+        module = name.partition(".")[0]
+        if any(belongs_to(other, module) for other in loaded):
             raise ConfigError(
-                f"stage {config.stage} does not train the {part}, and init_from brings none; name a run that did."
+                f"{name} would stay random: init_from brings other tensors of the {module}, but not this one; name a "
+                "run of this model."
+            )
+        part = "aligner" if module == "aligner" else "adapter"  # which trains together with its boundary embeddings
+        if part not in trained:
+            raise ConfigError(
+                f"stage {config.stage} does not train the {module}, and init_from brings none; name a run that did."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any, ClassVar, cast
 
 from zero_ds.data.batches import Batch
 from zero_ds.data.formats import DataError
@@ -23,6 +24,9 @@ class SkippedSamples:
 
     LOGGED = 20
     """Each rank logs the reason for at most this many skipped samples."""
+
+    STORED: ClassVar[dict[str, str]] = {"unusable": "skipped", "too_long": "too_long"}
+    """Counts that a checkpoint stores, with the names that they have in progress.json (`Progress`)."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -72,11 +76,13 @@ class SkippedSamples:
 
     def save(self, progress: Progress) -> None:
         """Writes the counts into a checkpoint's progress."""
-        progress["skipped"], progress["too_long"] = self.unusable, self.too_long
+        cast(dict[str, Any], progress).update({name: getattr(self, count) for count, name in self.STORED.items()})
 
     def restore(self, progress: Progress) -> None:
         """Reads the counts from a checkpoint's progress."""
-        self.unusable, self.too_long = progress.get("skipped", 0), progress.get("too_long", 0)
+        stored = cast(dict[str, Any], progress)
+        for count, name in self.STORED.items():
+            setattr(self, count, stored.get(name, 0))
 
     def scalars(self) -> dict[str, float]:
         """Returns the counts for metrics.jsonl and TensorBoard."""

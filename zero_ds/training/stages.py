@@ -72,6 +72,10 @@ def stage_of(config: RunConfig) -> Stage:
     if config.stage not in STAGES:
         raise ConfigError(f"unknown stage '{config.stage}'{did_you_mean(config.stage, list(STAGES))}")
     stage = STAGES[config.stage]
+    if config.losses:
+        from zero_ds.model.losses import check_terms
+
+        check_terms(config.losses)
     if stage.vision and config.encoder is None:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")
     if decoder_kind(config) == "surrogate" and not config.surrogate:

@@ -98,7 +98,7 @@ def draw(trajectory: AnswerTrajectory, title: str) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 0.25 + words_width))
-    draw_curves(left, trajectory.divergences.T)
+    draw_curves(left, trajectory.divergences.T, "nats")
     left.legend(loc="upper right", frameon=False)
     for layer in trajectory.translators:
         left.axvline(layer, linestyle=":", linewidth=0.8, color="gray")

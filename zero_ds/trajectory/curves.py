@@ -57,7 +57,7 @@ class Trajectory:
     ids: tuple[str, ...]
     """Ids of the samples."""
     curves: Floats
-    """Divergences (samples, layers), in nats; the last layer's are zero."""
+    """Divergences (samples, layers), in the metric's unit; the last layer's are zero."""
     transition: Transition
 
     @property

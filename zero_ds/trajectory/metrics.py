@@ -2,7 +2,7 @@
 
 q^l_n is layer l's prediction at position n, and p_n that of the last layer (lens.py, Eq. 1-3 of the paper). A metric
 reads one number from every layer at every position, and reduces the numbers of a text to one divergence per layer, in
-nats.
+its unit.
 
 A new metric is one subclass of `Metric`, and nothing else: it is registered in `METRICS` by its name, and the command's
 --metric and its help follow. No library is imported at the top because `zero-ds trajectory --help` reads this module.
@@ -34,8 +34,8 @@ class Metric(ABC):
     """Name for --metric and trajectory.json."""
     description: ClassVar[str]
     """One phrase for --help."""
-    formula: ClassVar[str]
-    """The divergence D of a text, with the paper's equation."""
+    unit: ClassVar[str] = "nats"
+    """Unit of the divergences, for the plot."""
     needs_final_layer: ClassVar[bool]
     """True if `read` compares each position with the last layer's prediction. Then the last layer itself is not read:
     its divergence is zero by definition. A streamed model runs its layers twice for such a metric."""
@@ -60,7 +60,7 @@ class Metric(ABC):
         """Returns the divergence of every layer, (layers,), from a text's numbers, (layers, positions)."""
 
     def curves(self, numbers: torch.Tensor, lengths: Sequence[int]) -> Floats:
-        """Returns the curve of every text, (texts, layers), in nats.
+        """Returns the curve of every text, (texts, layers), in the metric's unit.
 
         Args:
             numbers: (layers, positions), all positions with a next token, text after text.
@@ -76,15 +76,15 @@ class Metric(ABC):
 class SequenceMetric(Metric):
     """The paper's metric: the true next tokens' probabilities, as a distribution over the positions of the text.
 
-    Eq. 2 prints the shift between positions and tokens the other way round; meant is P[:-1] read at t[1:].
+        D = sum_n q^l_n log(q^l_n / p_n)    (Eq. 4)
+
+    Here q^l_n and p_n are the probabilities of the true next token at the N - 1 positions that have one, clamped at
+    1e-6 and normalised over the positions to a sum of one. Eq. 2 prints the shift between positions and tokens the
+    other way round; meant is P[:-1] read at t[1:].
     """
 
     name = "sequence"
     description = "the paper's, over the probabilities of the true next tokens"
-    formula = (
-        "D = sum_n q^l_n log(q^l_n / p_n) (Eq. 4), where q^l_n and p_n are the probabilities of the true next token at "
-        "the N - 1 positions that have one, clamped at 1e-6 and normalised over the positions to a sum of one"
-    )
     needs_final_layer = False
 
     def read(
@@ -118,11 +118,13 @@ class SequenceMetric(Metric):
 
 
 class VocabularyMetric(Metric):
-    """The usual metric of lens studies: the KL divergence over the vocabulary, averaged over the positions."""
+    """The usual metric of lens studies: the KL divergence over the vocabulary, averaged over the positions.
+
+    D = mean_n KL(q^l_n || p_n)
+    """
 
     name = "vocabulary"
     description = "KL over the vocabulary, averaged over positions"
-    formula = "D = mean_n KL(q^l_n || p_n) over the vocabulary"
     needs_final_layer = True
 
     def read(

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 
 from zero_ds.trajectory.curves import Trajectory
+from zero_ds.trajectory.metrics import METRICS
 from zero_ds.trajectory.transition import Floats
 
 
-def draw_curves(axes: Any, curves: Floats) -> None:
-    """Draws one thin line per curve and their mean; curves: (number, layers), in nats."""
+def draw_curves(axes: Any, curves: Floats, unit: str) -> None:
+    """Draws one thin line per curve and their mean; curves: (number, layers), in `unit`."""
     from matplotlib.ticker import MaxNLocator
 
     axes.plot(curves.T, linewidth=0.5, alpha=max(0.15, min(0.8, 30 / len(curves))))
     axes.plot(curves.mean(axis=0), linewidth=1.2, color="black", label="mean")
     axes.set_xlabel("layer")
-    axes.set_ylabel("divergence from the last layer (nats)")
+    axes.set_ylabel(f"divergence from the last layer ({unit})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, curves.shape[1] - 1)
     axes.set_ylim(0, max(1e-3, float(np.percentile(curves.max(axis=0), 95)) * 1.25))
@@ -31,7 +32,7 @@ def plot(trajectory: Trajectory, folder: Path) -> None:
     curves, transition = trajectory.curves, trajectory.transition
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    draw_curves(axes, curves)
+    draw_curves(axes, curves, METRICS[trajectory.setting.metric].unit)
     axes.set_title(f"{Path(trajectory.setting.model).name}, {len(curves)} samples, {trajectory.setting.metric} metric")
     if transition.layer is not None:
         sure = "" if transition.verdict == "clear" else " (uncertain)"

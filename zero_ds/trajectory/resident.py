@@ -21,7 +21,7 @@ from zero_ds.trajectory.transition import Floats
 def measure_resident(
     decoder: nn.Module, family: Family, samples: Sequence[TokenSample], *, metric: Metric, batch_size: int
 ) -> Floats:
-    """Returns how far every layer's prediction is from the last layer's, (samples, layers), in nats.
+    """Returns how far every layer's prediction is from the last layer's, (samples, layers), in the metric's unit.
 
     Raises:
         ConfigError: the model computes something other than finite numbers in its precision.

@@ -186,7 +186,7 @@ def measure_streamed(
     device: torch.device,
     scratch: Path,
 ) -> Floats:
-    """Returns the same as `measure_resident`, (samples, layers) in nats, without ever loading the whole model.
+    """Returns the same as `measure_resident`, (samples, layers), without ever loading the whole model.
 
     Args:
         scratch: existing folder for a file of hidden states, which is removed in the end.
@@ -205,7 +205,7 @@ def measure_streamed(
         hidden_states = stack.enter_context(_hidden_states((len(texts.tokens), hidden), dtype, device, scratch))
         bar = stack.enter_context(progress(applied * len(texts.tokens), "measuring", "token"))
         decoder = _StreamedDecoder(files, texts, batch_size, hidden_states, bar)
-        norm = _one_layer(files, 0).norm
+        norm = files.family.norm(_one_layer(files, 0))
         files.fill_(norm, files.family.final_norm)
         lens = FileLens(files, norm)
         if metric.needs_final_layer:
@@ -286,9 +286,9 @@ def _embed(files: LayerFiles, tokens: torch.Tensor, hidden_states: torch.Tensor)
 def _apply_layer(files: LayerFiles, layer: int, texts: _Texts, batch_size: int, hidden_states: torch.Tensor) -> None:
     """Replaces the hidden states of all texts by the layer's output."""
     model = _one_layer(files, layer)
-    files.fill_(model.layers[0], f"{files.family.layer_prefix}{layer}.")
-    model.norm = nn.Identity()
-    model.embed_tokens = nn.Identity()
+    files.fill_(files.family.layers(model)[0], f"{files.family.layer_prefix}{layer}.")
+    files.family.replace_norm_(model, nn.Identity())
+    model.set_input_embeddings(nn.Identity())
     model.to(files.device)
     for begin in range(0, len(texts.ids), batch_size):
         batch = texts.ids[begin : begin + batch_size]

@@ -10,7 +10,6 @@ import atexit
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -48,10 +47,9 @@ def spread_(
 
     check_device_map(device_map, folder)
     layers = model.family.layers(model.decoder)
-    backbone: Any = getattr(model.decoder, model.family.backbone)
-    backbone.layers = torch.nn.ModuleList()
+    model.family.replace_layers_(model.decoder, torch.nn.ModuleList())
     model.to(device)
-    backbone.layers = layers
+    model.family.replace_layers_(model.decoder, layers)
     resident = _number_that_fit(layers, device) if device_map == "auto" else 0
     for layer in layers[:resident]:
         layer.to(device)

@@ -20,6 +20,10 @@ class Family:
     """Values of `model_type` in config.json."""
     backbone: str = "model"
     """Attribute of the causal LM that holds embeddings, layers and final norm."""
+    layer_list: str = "layers"
+    """Attribute of the backbone that holds the layers."""
+    last_norm: str = "norm"
+    """Attribute of the backbone that holds the final norm."""
     layer_prefix: str = "model.layers."
     """Prefix of the layers' tensors; the layer's number follows."""
     embeddings: str = "model.embed_tokens.weight"
@@ -35,6 +39,9 @@ class Family:
     tower_in_class: str = ""
     """Prefix of the decoder's modules in transformers' multimodal class, which stands for `backbone`; empty without
     such a class."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Prefixes of tensors in published files, each with the prefix that the causal LM has instead. transformers makes
+    the same change when it loads a folder."""
     image_tokens: tuple[str, ...] = ()
     """Unused special tokens of the family's vocabularies. An export uses one of them as its image placeholder."""
     per_layer_config: tuple[str, ...] = ("layer_types",)
@@ -46,13 +53,25 @@ class Family:
         """Returns the implementation of attention that the family uses where `name` is asked for."""
         return "eager" if name in self.wrong_attentions else name
 
+    def inner(self, decoder: nn.Module) -> nn.Module:
+        """Returns the backbone of a causal LM, or the module itself if it is a backbone already."""
+        return cast(nn.Module, getattr(decoder, self.backbone, decoder))
+
     def layers(self, decoder: nn.Module) -> nn.ModuleList:
-        """Returns the decoder layers."""
-        return cast(nn.ModuleList, getattr(decoder, self.backbone).layers)
+        """Returns the decoder layers of a causal LM or a backbone."""
+        return cast(nn.ModuleList, getattr(self.inner(decoder), self.layer_list))
+
+    def replace_layers_(self, decoder: nn.Module, layers: nn.ModuleList) -> None:
+        """Puts other layers in the place of the decoder's own."""
+        setattr(self.inner(decoder), self.layer_list, layers)
 
     def norm(self, decoder: nn.Module) -> nn.Module:
-        """Returns the final norm."""
-        return cast(nn.Module, getattr(decoder, self.backbone).norm)
+        """Returns the final norm of a causal LM or a backbone."""
+        return cast(nn.Module, getattr(self.inner(decoder), self.last_norm))
+
+    def replace_norm_(self, decoder: nn.Module, norm: nn.Module) -> None:
+        """Puts another module in the place of the final norm."""
+        setattr(self.inner(decoder), self.last_norm, norm)
 
     def hidden_states(
         self,

@@ -195,14 +195,15 @@ class DecoderFolder:
             ConfigError: as `shard_files`; a multimodal folder without a known text tower.
         """
         files = shard_files(self.path)
-        if not self.is_multimodal:
-            return {name: Stored(file, name) for name, file in files.items()}
+        prefixes = self.family.towers if self.is_multimodal else self.family.renamed
         tensors = {}
         for name, file in files.items():
-            prefix = next(((old, new) for old, new in self.family.towers if name.startswith(old)), None)
+            prefix = next(((old, new) for old, new in prefixes if name.startswith(old)), None)
             if prefix is not None:
                 tensors[prefix[1] + name.removeprefix(prefix[0])] = Stored(file, name)
-        if not tensors:
+            elif not self.is_multimodal:
+                tensors[name] = Stored(file, name)
+        if not tensors and self.is_multimodal:
             known = ", ".join(old for old, _ in self.family.towers)
             raise ConfigError(
                 f"no tensor in {self.path} has a name of a text tower ({known}); "

@@ -24,14 +24,21 @@ class EncoderFamily:
     final_norm: str
     """Attribute of the norm after the last layer."""
 
+    llava_prefix: str | None = None
+    """Prefix of the encoder's tensors in published Llava folders; None if transformers' Llava has no names for it."""
+
     def vision_config(self, module: nn.Module) -> Any:
         """Returns the config of a loaded vision transformer."""
         config = cast(Any, module).config
         return getattr(config, "vision_config", config)
 
+    def image_size(self, config: Any) -> int:
+        """Returns height and width of an image in pixels. config: the vision transformer's."""
+        return int(config.image_size)
+
     def tokens_per_image(self, config: Any) -> int:
         """Returns the number of patch tokens of an image. config: the vision transformer's."""
-        return int((config.image_size // config.patch_size) ** 2)
+        return int((self.image_size(config) // config.patch_size) ** 2)
 
     def layers(self, module: nn.Module) -> nn.ModuleList:
         """Returns the transformer layers, found by structure because libraries rename the modules above them."""

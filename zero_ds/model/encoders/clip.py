@@ -21,4 +21,5 @@ FAMILY = EncoderFamily(
     load=_load,
     prefix_tokens=1,
     final_norm="post_layernorm",
+    llava_prefix="vision_tower.vision_model.",
 )

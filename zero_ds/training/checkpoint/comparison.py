@@ -13,8 +13,8 @@ import torch
 
 from zero_ds.runtime import distributed
 from zero_ds.runtime.zero3 import is_partitioned, parameter_shape
-from zero_ds.training.checkpoint import PIECE
-from zero_ds.training.checkpoint.optimizer_state import KEYS, OptimizerState
+from zero_ds.training.checkpoint import KEYS, PIECE
+from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 
 _FIELDS = (*KEYS, "elements", "unlike")
 """Numbers of each parameter whose sums over the ranks tell whether all is well."""

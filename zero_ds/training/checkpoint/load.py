@@ -12,8 +12,8 @@ import torch
 from zero_ds.runtime import distributed
 from zero_ds.runtime.safetensors import spans
 from zero_ds.runtime.zero3 import gathered, is_partitioned, parameter_shape
+from zero_ds.training.checkpoint import KEYS
 from zero_ds.training.checkpoint.checkpoint import Checkpoint, CheckpointError, Progress, check_hash
-from zero_ds.training.checkpoint.optimizer_state import KEYS
 from zero_ds.training.engine import Engine
 
 

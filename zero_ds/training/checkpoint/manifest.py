@@ -1,6 +1,7 @@
 """Content of manifest.json: the run, the models and data it was trained with, and the versions that wrote it.
 
-A new field is one entry in `Manifest` and one in the function that knows its value.
+A new field is one entry in `Manifest`, one in the function that knows its value and, if it must be the same when a run
+is resumed, one in `COMPARED`.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ class Manifest(TypedDict, total=False):
     """Versions of Python, zero_ds and the libraries that wrote the checkpoint."""
     weights_sha256: str
     """SHA-256 of weights.safetensors."""
+
+
+COMPARED = (
+    "plan",
+    "family",
+    "target",
+    "target_hash",
+    "encoder_hash",
+    "decoder_hash",
+    "data_hash",
+    "precision",
+    "starts",
+)
+"""Fields of the manifest that must be the same when a run is resumed."""
 
 
 def describe_run(config: RunConfig) -> Manifest:

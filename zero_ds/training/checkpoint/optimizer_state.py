@@ -15,10 +15,7 @@ import torch
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import held_part, is_partitioned, live_elements, parameter_shape, part_size
-from zero_ds.training.checkpoint import PIECE
-
-KEYS = ("master", "exp_avg", "exp_avg_sq")
-"""Tensors of each parameter's state, in fp32: 12 bytes per parameter."""
+from zero_ds.training.checkpoint import KEYS, PIECE
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 

@@ -19,10 +19,10 @@ from zero_ds.runtime.failure import WATCH
 from zero_ds.runtime.files import disk_sentence, write_atomically
 from zero_ds.runtime.safetensors import SafetensorsStream
 from zero_ds.runtime.zero3 import parameter_shape
+from zero_ds.training.checkpoint import KEYS
 from zero_ds.training.checkpoint.checkpoint import FOLDER_NAME, CheckpointError, Progress
 from zero_ds.training.checkpoint.comparison import Comparison
 from zero_ds.training.checkpoint.manifest import Manifest, versions, write_manifest
-from zero_ds.training.checkpoint.optimizer_state import KEYS
 from zero_ds.training.engine import Engine
 
 

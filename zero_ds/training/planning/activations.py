@@ -65,7 +65,7 @@ def activation_bytes(
     with _attention_as_kernels(model, attention) as masks, _repeats_skipped(stacks, saved), saved.noting():
         learns = False
         if images and model.encoder is not None and model.encoder_family is not None:
-            size = model.encoder_family.vision_config(model.encoder).image_size
+            size = model.encoder_family.image_size(model.encoder_family.vision_config(model.encoder))
             features = model.image_features(torch.empty(images, 3, size, size, dtype=dtype, device="meta"))
             learns = features.requires_grad
         layers = _LayerSizes(decoder_layers, saved)

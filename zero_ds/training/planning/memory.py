@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Literal
 
-from zero_ds.training.checkpoint import PIECE
+from zero_ds.training.checkpoint import PIECE, STATE_BYTES
 from zero_ds.training.planning.model_size import ActivationBytes, ModelSize
 
 GIB = 2.0**30
@@ -146,7 +146,7 @@ def _whole(model: ModelSize, ds: dict[str, Any], world_size: int, accumulation: 
     if zero["stage"] == 0:
         master = 0 if model.itemsize == 4 else 4
         gpu["gradients"] = b * trained
-        gpu["optimizer"] = (8 + master) * trained
+        gpu["optimizer"] = (STATE_BYTES - 4 + master) * trained
         gpu["update"] = master * trained
         return result
 
@@ -161,7 +161,7 @@ def _whole(model: ModelSize, ds: dict[str, Any], world_size: int, accumulation: 
     if _place(zero.get("offload_optimizer")) == "gpu":
         accumulates_whole = zero["stage"] == 1 and accumulation > 1
         gpu["gradients"] = b * trained if accumulates_whole else touched
-        gpu["optimizer"] = 12 * shard
+        gpu["optimizer"] = STATE_BYTES * shard
         gpu["update"] = 4 * max(shards)
         return result
 
@@ -171,7 +171,7 @@ def _whole(model: ModelSize, ds: dict[str, Any], world_size: int, accumulation: 
     host["gradients"] = 4 * shard
     if accumulation > 1 and not compact:
         host["gradients"] += touched
-    host["optimizer"] = 12 * shard
+    host["optimizer"] = STATE_BYTES * shard
     host["buckets"] = b * (shard + largest)
     return result
 
@@ -240,11 +240,11 @@ def _add_optimizer(result: Bytes, model: ModelSize, ds: dict[str, Any], world_si
     place = _place(zero.get("offload_optimizer"))
     if place == "gpu":
         result["gpu"]["gradients"] = g * trained
-        result["gpu"]["optimizer"] = 12 * trained
+        result["gpu"]["optimizer"] = STATE_BYTES * trained
         result["gpu"]["update"] = 4 * at_a_time
         return
     result["host"]["gradients"] = g * trained
-    result[place]["optimizer"] = 12 * trained
+    result[place]["optimizer"] = STATE_BYTES * trained
     if place == "host":
         result["host"]["gradients"] += 4 * trained
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from zero_ds.config.loading import load_run
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.training.checkpoint import STATE_BYTES
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import DECODER_SHARE, DataOverrides
 from zero_ds.training.planning.memory import GIB
@@ -160,7 +161,7 @@ def shard_groups(plan: RunPlan, cluster: Cluster, ranks: int) -> ShardGroups:
     """Plans the run with everything sharded over groups of `ranks` ranks."""
     b = plan.size.itemsize
     frozen, trained = sum(plan.size.frozen), sum(plan.size.trained)
-    state = (b * frozen + 16 * trained) / ranks
+    state = (b * frozen + (4 + STATE_BYTES) * trained) / ranks  # the master copy is the parameter, and its gradient
     unit = plan.size.largest_unit
     gathered = 0.0
     if ranks > 1:
