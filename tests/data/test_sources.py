@@ -383,7 +383,7 @@ def test_every_key_that_is_not_read_is_counted(tmp_path: Path) -> None:
         ("number", ("2+1?", "3"), ()),
         ("role in conversations", ("q?", "a."), ()),
         ("json text", ("q?", "a."), ()),
-        ("empty list next to messages", ("q?", "a."), ()),
+        ("empty list beside messages", ("q?", "a."), ()),
     ],
 )
 def test_records_that_were_refused_with_a_false_reason(name: str, texts: tuple[str, ...], images: tuple[str]) -> None:

@@ -194,7 +194,7 @@ def test_the_proof_looks_at_images_that_readers_disagree_about(
         ("sixteen-bit", ("white = 65535", "white = 65534 + 65536")),
     ):
         _spoil(monkeypatch, change)
-        with pytest.raises(ValueError, match=f"reads a {kind} image in another way than its source"):
+        with pytest.raises(ValueError, match=f"reads a {kind} image differently from its source"):
             export_model(folders / "run", None, tmp_path / kind, form="llava")
     assert {path.name for path in tmp_path.iterdir()} == set(FORMATS)
 
