@@ -110,7 +110,7 @@ def test_a_run_with_tiles_is_exported_with_code_alone(
     config = run_config("encoder", tmp_path / "run", data=data_of(images), max_steps=2, zero="zero3")
     assert run_ranks(train_all, 2, [config]) == [["step-000002"]] * 2
     with pytest.raises(ConfigError, match=r"this run was trained with data\.image_grid"):
-        export_model(tmp_path / "run", None, tmp_path / "export")
+        export_model(tmp_path / "run", None, tmp_path / "export", form="llava")
     assert not (tmp_path / "export").exists()
     export_helper.here(monkeypatch)
     proof = export_model(tmp_path / "run", None, tmp_path / "export", form="remote-code")
