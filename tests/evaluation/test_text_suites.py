@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,24 @@ def tasks(target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(target: str, tasks: Path) -> Result:
     return measured(target, tasks, batch_size=3, samples=True)
+
+
+def test_a_base_model_on_plain_text_and_with_a_template(
+    target: str, tasks: Path, result: Result, tmp_path: Path
+) -> None:
+    """It has no template, so plain text is measured as ever; with a file, that template is in the prompts."""
+    base = tmp_path / "base"
+    shutil.copytree(target, base)
+    template = (base / "chat_template.jinja").rename(tmp_path / "own.jinja")
+    assert values(measured(str(base), tasks, batch_size=3)) == values(result)
+    named = find_model(str(base), None, str(template))
+    options = SuiteOptions(bootstrap=0, samples=True, limit=2, chat_template=str(template))
+    (selected,) = select_suites("tiny_cloze", "lm-eval", tasks)
+    chatted = evaluate_suite(named, load_model(named), selected, options, "model")
+    assert chatted is not None and chatted.setting["chat_template"] == str(template)
+    asked = [sample["arguments"][0][0] for sample in chatted.samples["tiny_cloze"]]
+    assert len(asked) == 2 and all(prompt.endswith("<|im_start|>assistant\n") for prompt in asked)
+    assert all(prompt.startswith("<|im_start|>system") for prompt in asked)
 
 
 def test_scores_are_those_of_a_direct_computation(target: str, result: Result) -> None:
