@@ -137,6 +137,15 @@ class Reading:
         image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         return [IMAGE_TOKEN if token == image else token for token in ids]
 
+    def others(self, messages: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+        """Returns the tokens that every reader but training makes of the messages."""
+        return {
+            "evaluation": self.evaluation(messages),
+            "chat": self.chat(messages, monkeypatch),
+            "llava": self.export("llava", messages),
+            "remote-code": self.export("remote-code", messages),
+        }
+
 
 def make(
     root: Path, made: Callable[..., Path], run_config: Callable[..., RunConfig], target: Path, data: dict[str, Any]
@@ -165,12 +174,7 @@ def test_every_reader_sees_the_same_tokens(reading: Reading, shape: str, monkeyp
     messages = SHAPES[shape]
     expected = reading.training(messages)
     assert expected.count(IMAGE_TOKEN) == len(reading.shown(messages)) * reading.loaded.encoder.tokens_per_image
-    found = {
-        "evaluation": reading.evaluation(messages),
-        "chat": reading.chat(messages, monkeypatch),
-        "llava": reading.export("llava", messages),
-        "remote-code": reading.export("remote-code", messages),
-    }
+    found = reading.others(messages, monkeypatch)
     assert found == dict.fromkeys(found, expected)
 
 
@@ -213,12 +217,7 @@ def test_answers_that_are_rendered_as_the_last_one(
     answers = sum(message["role"] == "assistant" for message in messages)
     shown = thinking.loaded.encoder.template.tokenizer.decode([token for token in expected if token != IMAGE_TOKEN])
     assert shown.count("<think>\n\n</think>\n\n") == answers + 1
-    found = {
-        "evaluation": thinking.evaluation(messages),
-        "chat": thinking.chat(messages, monkeypatch),
-        "llava": thinking.export("llava", messages),
-        "remote-code": thinking.export("remote-code", messages),
-    }
+    found = thinking.others(messages, monkeypatch)
     assert found == dict.fromkeys(found, expected)
 
 

@@ -16,8 +16,7 @@ from places import GATHERED, ROOT
 from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
-
-KEYS = ("master", "exp_avg", "exp_avg_sq")
+from zero_ds.training.checkpoint import KEYS
 
 
 def engine_after_a_step(config: RunConfig) -> Any:

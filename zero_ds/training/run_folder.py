@@ -16,7 +16,7 @@ from zero_ds.runtime.lock import FolderLock, is_free
 
 logger = logging.getLogger(__name__)
 
-REMAINS = (".step-*.tmp", ".*.tmp")
+REMAINS = ".*.tmp"
 """Checkpoints and files that a killed process was writing."""
 
 
@@ -65,7 +65,7 @@ def make_folder(out: Path) -> None:
 
 def _tidy(out: Path) -> None:
     """Removes half-written files of a killed attempt, puts its reason away, and keeps room for a new one."""
-    remains = sorted({path for pattern in REMAINS for path in out.glob(pattern)})
+    remains = sorted(out.glob(REMAINS))
     for path in remains:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

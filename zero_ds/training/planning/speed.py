@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zero_ds.training.checkpoint import STATE_BYTES
 from zero_ds.training.gathering import share_ahead
 from zero_ds.training.planning.cluster import ASSUMED, PCIE, Cluster
 from zero_ds.training.planning.data import AverageSample
@@ -155,7 +156,7 @@ def _update(model: ModelSize, ds: dict[str, Any], memory: Memory, cluster: Clust
     It reads and writes master copies and moments once, and moves gradients and parameters if they are offloaded.
     """
     zero, b = ds["zero_optimization"], model.itemsize
-    share = memory.total("optimizer") / 12
+    share = memory.total("optimizer") / STATE_BYTES
     touched = 2 * memory.total("optimizer") + 4 * share
     local = cluster.ranks_per_node
     device = _device(zero, "offload_optimizer")
