@@ -234,6 +234,7 @@ class RunConfig(Section):
     decoder: Literal["auto", "surrogate", "target"] = "auto"
     """Decoder that is trained against; auto follows the stage table (Table A.2)."""
     encoder: EncoderConfig | None = None
+    """Vision encoder. Empty: the language model trains alone, on text (stages translator and decoder)."""
     adapter: AdapterConfig = AdapterConfig()
     init_from: tuple[str, ...] = ()
     """Results of earlier stages, or adapters in PEFT's format, that this run starts from; later ones win."""

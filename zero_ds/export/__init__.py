@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from zero_ds.export.alone import LanguageModelFormat
 from zero_ds.export.card import model_card, read_evaluations
 from zero_ds.export.formats import ExportFormat
 from zero_ds.export.llava import LlavaFormat
@@ -25,7 +26,9 @@ from zero_ds.runtime.safetensors import SHARD_BYTES, write_shards
 
 logger = logging.getLogger(__name__)
 
-FORMATS: dict[str, ExportFormat] = {layout.name: layout for layout in (LlavaFormat(), RemoteCodeFormat())}
+FORMATS: dict[str, ExportFormat] = {
+    layout.name: layout for layout in (LlavaFormat(), RemoteCodeFormat(), LanguageModelFormat())
+}
 """Formats of exported folders, by their names on the command line."""
 
 
@@ -82,11 +85,12 @@ def _choose_format(form: str, source: Source) -> ExportFormat:
         ConfigError: the format cannot express the model; names one that can.
     """
     reasons = {name: layout.lacks(source) for name, layout in FORMATS.items()}
-    fitting = next(name for name, reason in reasons.items() if reason is None)  # remote-code always does
+    fitting = next(name for name, reason in reasons.items() if reason is None)  # remote-code or causal-lm always does
     if form == "auto":
         for name, reason in reasons.items():
-            if reason is not None:
-                logger.info("the export is not %s (%s) but %s", name, reason, fitting)
+            if name == fitting or not source.sees:
+                break
+            logger.info("the export is not %s (%s) but %s", name, reason, fitting)
         return FORMATS[fitting]
     if reasons[form] is not None:
         raise ConfigError(f"{reasons[form]}; use --format {fitting}.")

@@ -39,7 +39,10 @@ class ExportFormat(Protocol):
 
     @property
     def usage(self) -> str:
-        """Python code for the model card that loads the folder `{name}` and asks about an image on `{background}`."""
+        """Python code for the model card that loads the folder `{name}` and asks it.
+
+        A model that sees is asked about an image on `{background}`.
+        """
 
     @property
     def remote_code(self) -> bool:
@@ -68,6 +71,8 @@ class ExportFormat(Protocol):
         """Writes every file that goes with the weights: config.json, processor, generation_config.json, code."""
 
 
+NO_ENCODER = "this run has no vision encoder"
+"""Reason why formats of models that see cannot express a language model."""
 IMAGE_READER = "read_image.py"
 """File of an exported folder with which training read its images."""
 

@@ -60,6 +60,11 @@ class Source:
         return self.decoder.text_config()
 
     @property
+    def sees(self) -> bool:
+        """True if the model has a vision encoder."""
+        return self.config.encoder is not None
+
+    @property
     def encoder_config(self) -> EncoderConfig:
         """The run's configuration of the vision encoder."""
         assert self.config.encoder is not None
@@ -227,8 +232,6 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto", chat_t
     """
     checkpoint = find_checkpoint(run)
     config = run_config(checkpoint)
-    if config.encoder is None:
-        raise ConfigError(f"{run} has no vision encoder to export; name a run of an encoder stage.")
     if chat_template is not None:
         data = config.data.model_copy(update={"chat_template": chat_template})
         config = config.model_copy(update={"data": data})
@@ -239,6 +242,11 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto", chat_t
     _ = decoder.surrogate  # a damaged surrogate.json is an error before the weights are hashed
     results = [*(find_checkpoint(path) for path in config.starts), checkpoint]
     weights = _trained_tensors(results, decoder)
+    if config.encoder is None and not weights:
+        raise ConfigError(
+            f"{run} has no vision encoder to export, and {target} has no place for its translators; name a run of an "
+            "encoder stage, or the run's surrogate with --target."
+        )
     _check_fit(checkpoint, config, target, decoder)
     return Source(checkpoint, config, target, decoder, KINDS.get(dtype) or _stored_dtype(decoder), weights)
 

@@ -21,7 +21,7 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import is_always_whole, keep_frozen_whole_, layers_as_leaves_, parameter_shape
 from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 from zero_ds.training.options import compilation
-from zero_ds.training.stages import Part, learning_rate
+from zero_ds.training.stages import VISION, Part, learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:
 
 PATIENCE = 20
 """Number of steps within which every trained part must have had a gradient; for `VISION`, steps with an image."""
-VISION: tuple[Part, ...] = ("encoder", "adapter", "aligner")
-"""Parts that get a gradient from images only."""
 
 
 @dataclass(frozen=True)

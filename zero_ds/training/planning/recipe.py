@@ -117,7 +117,7 @@ def plan_run(
         )
     of_rank = config.global_batch // cluster.gpus
     size, activations = _numbers(_same_model(config), tuple(replace or ()), translators)
-    vision = stages.STAGES[config.stage].vision
+    vision = stages.has_vision(config)
     found = data_size(config, vision, data.samples, images_only)
     kind = found or DataSize(float(vision), float(not vision))
     sample = kind.average(size.image_tokens, config.data.max_length, data)
