@@ -31,7 +31,10 @@ TensorParallelOption = Annotated[
 ]
 DeviceMapOption = Annotated[
     str | None,
-    typer.Option("--device-map", help="Place of the decoder layers: auto (as many on the device as fit), cpu or disk."),
+    typer.Option(
+        "--device-map",
+        help="Place of the decoder layers: auto (all GPUs, then host memory), cpu (host memory) or disk.",
+    ),
 ]
 OffloadOption = Annotated[
     Path | None, typer.Option("--offload-folder", help="Folder for the layers, with --device-map disk.")

@@ -36,7 +36,8 @@ class Context:
         chosen.filled = self.filled[numbers, :columns]
         for number, layer in enumerate(self.cache.layers):
             keys, values = cast(Any, layer).keys[:, :, :columns], cast(Any, layer).values[:, :, :columns]
-            chosen.cache.update(keys.index_select(0, numbers), values.index_select(0, numbers), number)
+            chosen_rows = numbers.to(keys.device)  # a layer on another GPU keeps its part of the cache there
+            chosen.cache.update(keys.index_select(0, chosen_rows), values.index_select(0, chosen_rows), number)
         return chosen
 
 

@@ -95,8 +95,8 @@ def check_columns(points: Sequence[Point]) -> None:
     for point in points[1:]:
         if unlike := sorted(point.score.columns.keys() ^ points[0].score.columns.keys()):
             raise DataError(
-                f"{point.method} at {point.share:g} % and {points[0].method} at {points[0].share:g} % were evaluated on "
-                f"other tasks (first: {unlike[0]}); evaluate both on the same suite"
+                f"{point.method} at {point.share:g} % and {points[0].method} at {points[0].share:g} % were evaluated "
+                f"on other tasks (first: {unlike[0]}); evaluate both on the same suite"
             )
 
 
