@@ -456,7 +456,7 @@ def test_a_released_checkpoint_is_fetched_by_name(
             r"could not be fetched from .* on the hub: Cannot reach .*; check the network and your",
         ),
         ("llama-3.1-8b/encodr", "neither a file nor the name of a released checkpoint; did you mean 'llama-3.1-8b/enc"),
-        ("zzz", "neither a file nor the name of a released checkpoint; name a file, or one of llama-3.2-3b/translator"),
+        ("zzz", "neither a file nor the name of a released checkpoint; known: llama-3.1-70b/encoder, llama-3.1-70b/tr"),
         ("gone.pth", "gone.pth is a file: name its language model with --target, and a new folder with --out"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from zero_ds.data.conversations import IGNORE
 from zero_ds.data.samples import EncodedSample
@@ -61,6 +62,8 @@ class Batch:
     """Checksum of how the step's samples are distributed over rows, which ranks compare. None outside of a loader."""
     token_weights: torch.Tensor | None = None
     """Factor for the loss of each label: (rows, seq) float32. None if every token has the same weight."""
+    images: tuple[Image.Image, ...] = ()
+    """All images as they were read, in the order of their tokens in the batch, from a loader with `raw_images`."""
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Returns the tensors that the model's forward pass takes, by the names of its parameters."""
@@ -160,6 +163,7 @@ def collate_rows(
         skipped=tuple(skipped),
         too_long=tuple(too_long),
         layout=layout,
+        images=tuple(image for sample in samples for image in sample.images),
     )
 
 

@@ -84,6 +84,8 @@ class Loader:
     Every rank then reads the texts of the whole step, and the number of micro-batches differs from step to step, though
     not from rank to rank.
     """
+    raw_images: bool = False
+    """Give images as they were read (`Batch.images`) in place of pixel values, which then are None."""
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of step `first`, `first + 1`, ..., `last - 1`.
@@ -94,9 +96,9 @@ class Loader:
         yield from stream_steps(_Steps(self), first, last, self.workers, self.sample_encoder.processor)
 
     def image_size(self) -> int | None:
-        """Returns the side of the vision encoder's input in pixels; None without a vision encoder."""
+        """Returns the side of the pixel values; None without a vision encoder, and if images stay raw."""
         processor = self.sample_encoder.processor
-        return processor.size if processor else None
+        return processor.size if processor and not self.raw_images else None
 
 
 class _Steps(Dataset[Iterator[Batch]]):
@@ -169,10 +171,13 @@ class _Steps(Dataset[Iterator[Batch]]):
     def _encoded(self, index: int, text: EncodedConversation | DataError | None = None) -> EncodedSample | DataError:
         """Encodes a sample, whose text may have been encoded before."""
         try:
-            sample = self.loader.records[index]
+            sample, encoder = self.loader.records[index], self.loader.sample_encoder
+            if self.loader.raw_images:
+                read = text if isinstance(text, EncodedConversation) else encoder.tokens(sample)
+                return encoder.with_raw_images(sample, read)
             if isinstance(text, EncodedConversation):
-                return self.loader.sample_encoder.with_pixels(sample, text)
-            return self.loader.sample_encoder(sample)
+                return encoder.with_pixels(sample, text)
+            return encoder(sample)
         except DataError as error:
             return without_traceback(error)
 

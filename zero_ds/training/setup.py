@@ -190,11 +190,17 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
 
 
 def make_loader(
-    config: RunConfig, model: VisionLanguageModel, world_size: int | None = None, folders: ModelFolders | None = None
+    config: RunConfig,
+    model: VisionLanguageModel,
+    world_size: int | None = None,
+    folders: ModelFolders | None = None,
+    *,
+    raw_images: bool = False,
 ) -> Loader:
     """Opens the data of a run for this rank. A collective.
 
     world_size: number of ranks that share a global batch; all of them if None. folders: as for `load_model`.
+    raw_images: give images as they were read, without the image processor (`Batch.images`).
 
     Raises:
         DataError: a data file that cannot be used.
@@ -225,6 +231,7 @@ def make_loader(
         grouping=config.data.grouping,
         skip_bad=skip_bad,
         packing=config.data.packing,
+        raw_images=raw_images,
     )
 
 

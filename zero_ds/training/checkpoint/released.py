@@ -104,8 +104,9 @@ def find_named(text: str) -> Named | None:
         return NAMED[text]
     if Path(text).suffix in SUFFIXES:
         return None  # reading it will say that it does not exist
-    hint = did_you_mean(text, list(NAMED)) or f"; name a file, or one of {', '.join(NAMED)}"
-    raise ConfigError(f"{text} is neither a file nor the name of a released checkpoint{hint.rstrip('.')}.")
+    raise ConfigError(
+        f"{text} is neither a file nor the name of a released checkpoint{did_you_mean(text, list(NAMED))}"
+    )
 
 
 def fetch(named: Named) -> Path:
