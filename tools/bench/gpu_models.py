@@ -36,11 +36,11 @@ def write_small(folder: Path) -> None:
 
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    records = []
+    records: list[dict[str, Any]] = []
     for number in range(4):
         scene = scenes.sample_scene(rng)
         scenes.draw(scene).save(folder / f"{number}.png")
-        turns = []
+        turns: list[dict[str, str]] = []
         for item in scenes.questions(scene, rng)[:2]:
             asked = item.question if turns else f"<image>\n{item.question}"
             turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": item.answer}]

@@ -234,7 +234,7 @@ def _random_model(config: RunConfig, packed: bool) -> tuple[Any, Any]:
     from zero_ds.training.deepspeed import resolve_precision
     from zero_ds.training.planning.architecture import architecture
 
-    model = architecture(_whole_weights(config), dtype=resolve_precision(config)).model
+    model: Any = architecture(_whole_weights(config), dtype=resolve_precision(config)).model
     # large enough weights that attention is far from an average
     gpu_models.fill_(model, distributed.device(), std=0.1)
     model.decoder.set_attn_implementation(config.attention)
@@ -294,7 +294,7 @@ class Bench:
         check_options(config)
         distributed.initialize()
         built = architecture(config, dtype=resolve_precision(config), replace=replace)
-        model = built.model
+        model: Any = built.model
         if config.frozen_weights == "int8":
             model = architecture(_whole_weights(config), dtype=resolve_precision(config), replace=replace).model
         model.decoder.set_attn_implementation(config.attention)

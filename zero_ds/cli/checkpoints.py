@@ -57,7 +57,8 @@ def import_released(
     from zero_ds.training.checkpoint.released import import_released as run
 
     named = find_named(file)
-    target, out = target or (named and named.target), out or (named and named.out)
+    if named is not None:
+        target, out = target or named.target, out or named.out
     if target is None or out is None:
         raise ConfigError(f"{file} is a file: name its language model with --target, and a new folder with --out.")
     check_vacant(out)  # before anything is downloaded

@@ -144,7 +144,7 @@ def draw(points: Sequence[Point], bars: Sequence[Bar], out: Path) -> list[Path]:
     return paths
 
 
-def _draw_scores(axes: Any, points: Sequence[Point], colors: Sequence[str]) -> None:
+def _draw_scores(axes: Any, points: Sequence[Point], colors: tuple[str, ...]) -> None:
     """Draws one line per method over the share of the data."""
     by_method: dict[str, list[Point]] = {}
     for point in points:
@@ -161,7 +161,7 @@ def _draw_scores(axes: Any, points: Sequence[Point], colors: Sequence[str]) -> N
     axes.legend()
 
 
-def _draw_hours(axes: Any, bars: Sequence[Bar], colors: Sequence[str]) -> None:
+def _draw_hours(axes: Any, bars: Sequence[Bar], colors: tuple[str, ...]) -> None:
     """Draws one bar per method, its stages on top of each other."""
     stages = list(dict.fromkeys(stage for bar in bars for stage in bar.hours))
     lower = [0.0] * len(bars)
