@@ -183,6 +183,23 @@ def test_a_language_model_trained_alone(
         export_model(tmp_path / "run-a", None, tmp_path / "none", form="llava")
 
 
+def test_a_surrogate_trained_on_text(run: Callable[..., Path], small: Path, tmp_path: Path) -> None:
+    """A run of stage translator is exported on its surrogate as an ordinary folder; its full model has no place for it."""
+    folder = run("translator", decoder=small, encoder=None)
+    with pytest.raises(
+        ConfigError, match="has no place for its translators; name a run of an encoder stage, or the run"
+    ):
+        export_model(folder, None, tmp_path / "none")
+    proof = export_model(folder, str(small), tmp_path / "out")
+    weights = load_file(folder / "step-000001/weights.safetensors")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert proof["format"] == "causal-lm" and proof["tensors_equal"] == len(stored)
+    trained = [name for name, tensor in stored.items() if any(torch.equal(tensor, other) for other in weights.values())]
+    assert len(trained) == len(weights)
+    with pytest.raises(ConfigError, match="this run has a vision encoder; use --format llava"):
+        export_model(run("encoder"), None, tmp_path / "none", form="causal-lm")
+
+
 @pytest.mark.parametrize("form", ["llava", "remote-code"])
 def test_a_surrogate_with_its_translators(
     run: Callable[..., Path], made: Callable[..., Path], tmp_path: Path, form: str

@@ -71,8 +71,6 @@ class ExportFormat(Protocol):
         """Writes every file that goes with the weights: config.json, processor, generation_config.json, code."""
 
 
-NO_ENCODER = "this run has no vision encoder"
-"""Reason why formats of models that see cannot express a language model."""
 IMAGE_READER = "read_image.py"
 """File of an exported folder with which training read its images."""
 

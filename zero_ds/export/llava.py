@@ -18,7 +18,7 @@ from torch import nn
 
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.read_image import WHITE
-from zero_ds.export.formats import NO_ENCODER, LoadedTensor, write_image_reader
+from zero_ds.export.formats import LoadedTensor, write_image_reader
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype, in_memory, read
 from zero_ds.export.text import TextSettings
@@ -64,7 +64,7 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
 
     def lacks(self, source: Source) -> str | None:
         """Returns the reason why Llava cannot express a model; None if it can."""
-        return _what_llava_lacks(source) if source.sees else NO_ENCODER
+        return _what_llava_lacks(source)
 
     def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
         found: dict[str, Tensor] = {}

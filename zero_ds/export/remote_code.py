@@ -15,7 +15,7 @@ import torch
 
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.read_image import WHITE
-from zero_ds.export.formats import NO_ENCODER, LoadedTensor, write_image_reader
+from zero_ds.export.formats import LoadedTensor, write_image_reader
 from zero_ds.export.source import Source
 from zero_ds.export.tensors import as_dtype
 from zero_ds.export.text import TextSettings, image_prompt
@@ -51,8 +51,8 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
 """
 
     def lacks(self, source: Source) -> str | None:
-        """Returns the reason why the code cannot express a model; None for every model that sees."""
-        return None if source.sees else NO_ENCODER
+        """Returns None: the code expresses every model of this package."""
+        return None
 
     def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
         found: dict[str, Tensor] = {}
