@@ -184,7 +184,7 @@ def test_a_language_model_trained_alone(
 
 
 def test_a_surrogate_trained_on_text(run: Callable[..., Path], small: Path, tmp_path: Path) -> None:
-    """A run of stage translator is exported on its surrogate as an ordinary folder; its full model has no place for it."""
+    """A run of stage translator is exported on its surrogate; its full model has no place for the translators."""
     folder = run("translator", decoder=small, encoder=None)
     with pytest.raises(
         ConfigError, match="has no place for its translators; name a run of an encoder stage, or the run"

@@ -87,7 +87,7 @@ def stage_of(config: RunConfig) -> Stage:
         check_terms(config.losses)
     if stage.vision and config.encoder is None and not stage.without_vision:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")
-    if stage.without_vision and config.encoder is None:
+    if trains_alone(config):
         _check_text_alone(config)
     if decoder_kind(config) == "surrogate" and not config.surrogate:
         raise ConfigError(f"stage {stage.name} trains against a surrogate; set surrogate=FOLDER or decoder=target.")
@@ -107,6 +107,11 @@ def stage_of(config: RunConfig) -> Stage:
 def has_vision(config: RunConfig) -> bool:
     """Returns whether the run's model has a vision encoder."""
     return STAGES[config.stage].vision and config.encoder is not None
+
+
+def trains_alone(config: RunConfig) -> bool:
+    """Returns whether the run trains a language model alone in a stage that usually has a vision encoder."""
+    return STAGES[config.stage].without_vision and config.encoder is None
 
 
 def _check_text_alone(config: RunConfig) -> None:
