@@ -421,6 +421,10 @@ def _speed(figures: dict[str, Any]) -> str:
     )
 
 
+BESIDES = 12
+"""GiB that a step of Llava's encoder stage needs at least besides the weights, of a 70B decoder."""
+
+
 def measure_peer(work: Work, stage: str, size: str, steps: int = 5, warm_up: int = 2) -> Iterator[Row]:
     """Measures steps of transformers' Trainer on Llava with the full model, on the same samples, padded."""
     import gc
@@ -432,8 +436,12 @@ def measure_peer(work: Work, stage: str, size: str, steps: int = 5, warm_up: int
     bench = Bench.of(work, stage, size, packed=False)
     weights = find_config(bench.config.target).folder
     room = torch.cuda.get_device_properties(0).total_memory if bench.device.type == "cuda" else float("inf")
-    if (need := _full_bytes(weights)) > room:
-        answer = f"does not fit: the full model's weights take {need / report.GIB:.0f} GiB"
+    need = _full_bytes(weights)
+    if need + BESIDES * report.GIB > room:
+        answer = (
+            f"does not fit: the full model's weights take {need / report.GIB:.0f} of {room / report.GIB:.0f} GiB, and "
+            f"activations, gradients and buckets at least {BESIDES}"
+        )
         yield Row("Trainer", answer, None)
         return
     for recomputes in (False, True):
