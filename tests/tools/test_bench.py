@@ -249,6 +249,8 @@ def test_the_parts_of_the_gpu_script_run_on_a_cpu(tmp_path: Path) -> None:
     assert kernels["attention=sdpa"]["ok"] and kernels["frozen_weights=int8"]["ok"]
     assert kernels["attention=flash_attention_2"]["ok"] is None
     assert {row["check"] for row in found["memory"] if row["ok"]} == {"frozen", "trained", "gradients", "optimizer"}
+    trained = next(row["figures"] for row in found["memory"] if row["check"] == "trained")
+    assert trained["bytes"] == trained["planned"], "tied weights stay tied"
     (ours,) = found["encoder-8b"]
     assert len(ours["figures"]["seconds"]) == 5 and ours["figures"]["mfu"] > 0 and ours["figures"]["peak_gib"] > 0
 

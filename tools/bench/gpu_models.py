@@ -55,6 +55,7 @@ def write_small(folder: Path) -> None:
         num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
+        tie_word_embeddings=True,  # as in Llama-3.2-3B
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
@@ -146,6 +147,9 @@ def fill_(model: Any, device: Any, std: float = 0.02) -> None:
     import torch
 
     model.to_empty(device=device)
+    for module in model.modules():  # memory is new for each name, also for those of one tensor
+        if hasattr(module, "tie_weights"):
+            module.tie_weights()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
