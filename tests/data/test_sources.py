@@ -324,6 +324,10 @@ def test_keys_are_strict_in_records_and_turns(key: str) -> None:
     for record in (good(**{key: value}), {"id": "x", "messages": turns}):
         with pytest.raises(DataError, match=rf"\b{key}\b"):
             parse(record, "here")
+        spelled = {"-" + key.title() if each == key else each: content for each, content in record.items()}
+        if key in record:
+            with pytest.raises(DataError, match=rf"key '-{key.title()}' is not read; write it '{key}'"):
+                parse(spelled, "here")
     assert parse(good(**{key: None}), "here") == parse(good(), "here")
     assert parse({"id": "x", "messages": [CHAT[0], {**CHAT[1], key: None}]}, "here").learned == (True, True)
 
@@ -332,6 +336,12 @@ def test_keys_are_strict_in_records_and_turns(key: str) -> None:
     ("record", "complaint"),
     [
         (good(weight=0), "'weight', 'train' or 'loss' leaves it out"),
+        (good(Image="a.png"), "key 'Image' is not read; write it 'image'"),
+        (good(imageUrl="a.png"), "key 'imageUrl' is not read; write it 'image_url'"),
+        (good(System="Be brief."), "key 'System' is not read; write it 'system'"),
+        ({"id": "x", "messages": [CHAT[0], {**CHAT[1], "Train": False}]}, "key 'Train' is not read; write it 'train'"),
+        ({"id": "x", "messages": [CHAT[0], {**CHAT[1], "loss_mask": 0}]}, "key 'loss_mask' is not supported"),
+        (good(sample_weight=0), "key 'sample_weight' is not supported: call it 'weight'"),
         ({"id": "x", "messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "no answer to learn from; 'weight', 'train'"),
         ({"id": "x", "messages": [{**CHAT[0], "train": True}, CHAT[1]]}, "'train' of role 'user' is not supported"),
         ({"id": "x", "messages": [{**CHAT[0], "image": "a.png"}, CHAT[1]]}, "turn 0: key 'image' is not supported"),
