@@ -316,6 +316,24 @@ def test_a_key_with_a_meaning_takes_effect() -> None:
     assert row.images == ("a.png",) and row.texts[0] == "<image>\nWhich color?"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"image": "a.png"', '"image": "a.png", "image": "b.png"', "image"),
+        ('"from": "gpt"', '"from": "human", "from": "gpt"', "from"),
+        ('"value": "red"', '"value": "blue", "value": "red"', "value"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_key_that_appears_twice_is_refused(old: str, new: str, key: str, name: str, tmp_path: Path) -> None:
+    """Readers of JSON take the last value, and the other one would be lost without a word."""
+    turns = [{"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "red"}]
+    text = json.dumps({"id": "x", "image": "a.png", "conversations": turns})
+    (tmp_path / name).write_text(f"[{text.replace(old, new)}]" if name == "a.json" else text.replace(old, new))
+    with pytest.raises(DataError, match=f"sample x.* has the key '{key}' twice"):
+        records(tmp_path / name)
+
+
 @pytest.mark.parametrize("key", [*REFUSED, "weight", "train", "loss"])
 def test_keys_are_strict_in_records_and_turns(key: str) -> None:
     """Such a key is refused if its value says something; otherwise it counts as absent."""

@@ -76,6 +76,8 @@ REFUSED = {
 }
 """Keys whose meaning is not supported, and the remedy for each."""
 _REFUSED_IN_TURNS = {**REFUSED, **dict.fromkeys(IMAGE_KEYS, "name images in the record, or in parts of the content")}
+TWICE = "\0twice"
+"""Key, which no data has, under which an object names a key that it has twice."""
 _ALSO_WHEN_FALSE = {*LEARNED_KEYS, "mask", "loss_mask", *_WEIGHTS}
 """Keys that say something when they hold false or 0."""
 _SPELLINGS = {re.sub(r"[\W_]", "", key): key for key in (*IMAGE_KEYS, *SYSTEM_KEYS, *LEARNED_KEYS, *REFUSED)}
@@ -188,6 +190,8 @@ def _holds(value: Any) -> bool:
 
 
 def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
+    if TWICE in content:
+        raise DataError(f"{where} has the key {quoted(content[TWICE])} twice; keep one of them")
     for key, value in content.items():
         meant = _meant(key)
         if meant is None or not (_holds(value) or (meant in _ALSO_WHEN_FALSE and value in (0, 1))):
