@@ -185,7 +185,8 @@ def _scaled_integers(image: Image.Image) -> Image.Image:
     """Returns gray in 8 bits for an image of 16-bit or 32-bit integers."""
     values = np.asarray(image)
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    white, stated = 65535, image.format == "PPM"  # Pillow scales PPM by the largest value that the file states
+    white = 65535
+    stated = image.format == "PPM"  # Pillow scales PPM by the largest value that the file states
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits = int(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
         if image.mode.startswith("I;16"):
