@@ -43,10 +43,10 @@ def test_verdict(family: str) -> None:
     assert template.each_as_last == (published.verdict == "each as last")
     assert template.tokenizer.convert_ids_to_tokens(template.end_of_turn()) == published.end
     if published.system:
-        template.check(system=True)
+        template.check(system="Answer in English.")
     else:
         with pytest.raises(ConfigError, match=r"refuses the roles system|does not keep every turn's text"):
-            template.check(system=True)
+            template.check(system="Answer in English.")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
@@ -181,6 +181,34 @@ def test_templates_of_ones_own(source: str, reason: str | None) -> None:
     else:
         with pytest.raises(ConfigError, match=reason):
             template.check()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m.content | replace('\n', ' ')",
+        "m.content | tojson",
+        "m.content.rstrip('\n ')",
+        "(m.content | truncate(15))",
+        "m.content + (' (numbers)' if '2.5' in m.content else '')",
+    ],
+)
+def test_a_template_that_changes_contents_is_refused(content: str) -> None:
+    """An export's template would ask other text than training had."""
+    template = ChatTemplate(
+        tiny.tokenizer(), CHATML.replace("m.content", content) + "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(ConfigError, match=r"changes the text of a turn|closes an answer without"):
+        template.check()
+
+
+def test_a_template_that_reads_the_system_message_is_refused_with_such_a_message() -> None:
+    """As SmolLM3's, in which `/no_think` and the like are switches."""
+    switch = "{% if messages[0].role == 'system' and '/brief' in messages[0].content %}{{ '<|im_start|>' }}{% endif %}"
+    template = ChatTemplate(tiny.tokenizer(), switch + CHATML + "{{ '<|im_start|>assistant\n' }}{% endif %}")
+    template.check(system="Be kind.")
+    with pytest.raises(ConfigError, match="what it writes depends on it"):
+        template.check(system="Be kind. /brief")
 
 
 def test_a_prompt_whose_end_the_tokenizer_joins_with_the_answer_is_refused() -> None:

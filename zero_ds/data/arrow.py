@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the names of conversions. Checkpoints keep them, so a run cannot be resumed after a change."""
-LAYOUT = 3
+LAYOUT = 4
 """Version of the converted records; a new one keeps old conversions from being read."""
 ROWS = 4096
 """Number of records that are converted at a time, at most."""

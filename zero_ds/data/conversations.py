@@ -337,10 +337,10 @@ class ChatTemplate:
         said = list(itertools.takewhile(lambda token: token not in ends, tokens))
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
-    def check(self, *, system: bool = False) -> None:
+    def check(self, *, system: str | None = None) -> None:
         """Checks for conversations of every kind that prompts equal training, as this module's docstring explains.
 
-        `system` says that the conversations begin with a system message, which some templates refuse.
+        `system` is the message with which all conversations begin; some templates refuse one, or read it.
 
         Raises:
             ConfigError: the chat template cannot be used, with the reason.
@@ -352,27 +352,37 @@ class ChatTemplate:
                 f"{error}; give another template with data.chat_template=FILE or --chat-template FILE."
             ) from None
 
-    def _check(self, system: bool) -> None:
+    def _check(self, system: str | None) -> None:
         self.end_of_turn()
         for roles in KINDS:
-            if system and roles[0] != "system":
+            if system is not None and roles[0] != "system":
                 continue
             try:
                 structure = self._structure(roles, False)
             except ConversationError:
-                if roles[0] == "system" and not system:
+                if roles[0] == "system" and system is None:
                     continue  # a sample with a system message is refused by its id
                 raise
             if structure.fault:
                 raise ConversationError(structure.fault)
             for number in range(len(QUESTIONS)):
-                self._check_tokens(roles, number)
+                self._check_text(_example(roles, number, SYSTEM if system is None else system))
+                self._check_tokens(_example(roles, number, SYSTEM))
 
-    def _check_tokens(self, roles: tuple[Role, ...], number: int) -> None:
+    def _check_text(self, turns: Sequence[Turn]) -> None:
+        """Compares the text of a conversation with what the template makes of its contents, which it may change."""
+        if self._structure(tuple(turn.role for turn in turns), False).each_as_last:
+            return
+        ours, own = self.render(turns), self._apply([(turn.role, turn.text) for turn in turns], False)
+        if (place := _first_difference(ours, own)) is not None:
+            shown = slice(max(0, place - 20), place + 20)
+            raise ConversationError(
+                f"the chat template changes the text of a turn, or what it writes depends on it: {own[shown]!r} in "
+                f"place of {ours[shown]!r}"
+            )
+
+    def _check_tokens(self, turns: Sequence[Turn]) -> None:
         """Compares the tokens of a conversation with the tokenizer's own, and its prompts with those of training."""
-        question, answer = QUESTIONS[number]
-        text_of = {"user": question, "assistant": answer, "system": "Answer in English."}
-        turns = [Turn(role, text_of[role]) for role in roles]
         encoded = self.encode(turns, tokens_per_image=0, supervise="response")
         own = list(self.tokenizer(self.render(turns), add_special_tokens=False).input_ids)
         if (difference := _first_difference(encoded.input_ids, own)) is not None:
@@ -381,7 +391,7 @@ class ChatTemplate:
                 f"token {difference} of a conversation is {ours!r} in training and {theirs!r} for the tokenizer, which "
                 "joins the end of a prompt and the beginning of an answer"
             )
-        answers = [place for place, role in enumerate(roles) if role == "assistant"]
+        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
         for response, place in enumerate(answers):
             prompt = self.encode(turns[:place], tokens_per_image=0, supervise="response", generate=True).input_ids
             span = [at for at, each in enumerate(encoded.responses) if each == response]
@@ -566,6 +576,16 @@ QUESTIONS = (
 )
 """Questions and answers, with white space that tokenizers join with the characters around it."""
 
+SYSTEM = "Answer in English."
+"""System message of the conversations that a chat template is checked with."""
+
+
+def _example(roles: Sequence[Role], number: int, system: str) -> list[Turn]:
+    """Returns a conversation with one of the questions and its answer."""
+    question, answer = QUESTIONS[number]
+    text_of: dict[Role, str] = {"user": question, "assistant": answer, "system": system}
+    return [Turn(role, text_of[role]) for role in roles]
+
 
 def _source(tokenizer: Any, template: str | None) -> str:
     """Returns the text of a tokenizer's chat template: `template`, or the tokenizer's own.
@@ -588,7 +608,7 @@ def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     cache[key] = value
 
 
-def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+def _first_difference(first: Sequence[Any], second: Sequence[Any]) -> int | None:
     """Returns the first place at which two sequences differ; None if they are equal."""
     pairs = itertools.zip_longest(first, second)
     return next((place for place, (one, other) in enumerate(pairs) if one != other), None)

@@ -12,6 +12,7 @@ other keys that are not read are counted.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import re
 import reprlib
@@ -58,18 +59,29 @@ TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *LEARNED_KEYS}
 """Keys of a turn that are read."""
 _TOOLS, _MEDIA = "tool calls are not learned", "only images and text are learned"
 _THOUGHTS = "thoughts are not learned; write them into the text"
+_WEIGHTS = ("loss_weight", "sample_weight")
 _PAIRS = "pairs of answers are not learned; keep the better one as the answer"
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_call_id"), _TOOLS),
-    **dict.fromkeys(("video", "videos", "video_path", "audio", "audios", "audio_path"), _MEDIA),
+    **dict.fromkeys(("video", "videos", "video_path", "video_url", "video_file"), _MEDIA),
+    **dict.fromkeys(("audio", "audios", "audio_path", "audio_url", "audio_file", "input_audio"), _MEDIA),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHTS),
     **dict.fromkeys(("rejected", "chosen", "rejected_response", "rejected_images", "kto_tag"), _PAIRS),
     **dict.fromkeys(("mask", "loss_mask"), "say train: false in the turns that are not to be learned"),
+    **dict.fromkeys(_WEIGHTS, "call it 'weight'"),
+    "system_message": "call it 'system'",
+    **dict.fromkeys(("image_base64", "image_b64"), "call it 'image'"),
     **dict.fromkeys(("objects", "bbox", "bboxes"), "write places into the text"),
     "history": "write all turns into one list",
 }
 """Keys whose meaning is not supported, and the remedy for each."""
 _REFUSED_IN_TURNS = {**REFUSED, **dict.fromkeys(IMAGE_KEYS, "name images in the record, or in parts of the content")}
+TWICE = "\0twice"
+"""Key, which no data has, under which an object names a key that it has twice."""
+_ALSO_WHEN_FALSE = {*LEARNED_KEYS, "mask", "loss_mask", *_WEIGHTS}
+"""Keys that say something when they hold false or 0."""
+_SPELLINGS = {re.sub(r"[\W_]", "", key): key for key in (*IMAGE_KEYS, *SYSTEM_KEYS, *LEARNED_KEYS, *REFUSED)}
+"""Keys with a meaning by their letters."""
 ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 """Beginnings of names that are not files."""
 
@@ -178,9 +190,22 @@ def _holds(value: Any) -> bool:
 
 
 def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
+    if TWICE in content:
+        raise DataError(f"{where} has the key {quoted(content[TWICE])} twice; keep one of them")
     for key, value in content.items():
-        if key in refused and _holds(value):
+        meant = _meant(key)
+        if meant is None or not (_holds(value) or (meant in _ALSO_WHEN_FALSE and value in (0, 1))):
+            continue
+        if meant != key and key not in refused:
+            raise DataError(f"{where}: key {quoted(key)} is not read; write it '{meant}', or give it another name")
+        if key in refused and not (key in _WEIGHTS and value == 1):
             raise DataError(f"{where}: key '{key}' is not supported: {refused[key]}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _meant(key: str) -> str | None:
+    """Returns the key with a meaning that has the same letters, such as `image` for `Image`; None if there is none."""
+    return _SPELLINGS.get(re.sub(r"[\W_]", "", key).lower())
 
 
 def _form(record: Mapping[str, Any], sample: str) -> str:
@@ -260,7 +285,7 @@ def _checked_keys(content: Mapping[str, Any], role: Role, where: str, ignored: s
     if role == "assistant":
         return learned
     for key in ("train", "loss"):
-        if content.get(key):
+        if _present(content.get(key)) and content[key]:
             raise DataError(f"{where}: '{key}' of role '{role}' is not supported: only answers are learned")
     return True
 

@@ -157,6 +157,8 @@ class _TooLargeError(ValueError):
 
 
 def _check_size(image: Image.Image) -> None:
+    if not image.width * image.height:  # only an image in memory can have this size
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise _TooLargeError(
             f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} on a side"
