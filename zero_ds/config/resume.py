@@ -17,6 +17,9 @@ MAY_DIFFER = (
     "log_every",
     "checkpoint",
     "preview",
+    "validation.sources",
+    "validation.every_steps",
+    "validation.limit",
     "data.workers",
     "data.bad_samples",
     "data.max_bad_samples",
@@ -42,6 +45,16 @@ OLD_BEHAVIOUR: dict[str, Any] = {
     "data.special_tokens": [],
     "data.image_background": "white",
     "data.sources.*.allowed_roots": [],
+    "data.sources.*.subset": None,
+    "data.sources.*.split": None,
+    "data.sources.*.revision": None,
+    "data.sources.*.columns": {},
+    "data.sources.*.weight": None,
+    "data.sources.*.repeat": 1.0,
+    "data.sources.*.count": None,
+    "data.caption_prompt": "Describe the image.",
+    "validation.share": 0.0,
+    "validation": {},
 }
 """Dotted keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from zero_ds.data.conversations import PLACEHOLDER, Role
+from zero_ds.data.stored import Span
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -113,7 +114,7 @@ class Row(NamedTuple):
     roles: tuple[Role, ...]
     texts: tuple[str, ...]
     images: tuple[str, ...]
-    """Paths as in the file, relative to the root or absolute if `full_path`; or `data:` addresses."""
+    """Paths as in the file, relative to the root or absolute if `full_path`; or `data:` addresses, or spans as text."""
     full_path: bool
     learned: tuple[bool, ...]
     """Whether each turn, if it is an answer, is learned."""
@@ -177,6 +178,16 @@ def _holds(value: Any) -> bool:
     return _present(value) and value not in (False, [], {}, ())
 
 
+def holds(value: Any) -> bool:
+    """Returns whether a record's value says anything."""
+    return _holds(value)
+
+
+def as_turns(value: Any) -> Any:
+    """Returns a list of turns from a list or from another shape that tables have; None if it is neither."""
+    return _as_list(value)
+
+
 def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
     for key, value in content.items():
         if key in refused and _holds(value):
@@ -224,7 +235,10 @@ def _learned(content: Mapping[str, Any], where: str) -> bool:
 def _turns(value: Any, sample: str, ignored: set[str]) -> _Turns:
     turns = _as_list(value)
     if not turns:
-        what = "turns are read from 'conversations', 'messages' or 'text'"
+        what = (
+            "turns are read from 'conversations', 'messages' or 'text', from pairs of keys such as 'question' and "
+            "'answer', and from a caption beside an image; name other columns in columns of the source"
+        )
         if _holds(value):
             what = f"it is {quoted(value)}, not a list of turns"
         raise DataError(f"{sample} has no 'conversations'; {what}")
@@ -404,14 +418,28 @@ def _name(value: Any) -> str | None:
     """Returns the name of an image; None for a value that names none."""
     if isinstance(value, Mapping):
         content = value.get("bytes")
-        if isinstance(content, bytes) and content:  # as tables of the library `datasets` have images
-            return f"data:;base64,{base64.b64encode(content).decode()}"
+        if isinstance(content, bytes | Span) and content:  # as tables of the library `datasets` have images
+            return _name(content)
         value = next((value[key] for key in ("path", "url") if _holds(value.get(key))), None)
+    if isinstance(value, Span):
+        return value.text()
+    if isinstance(value, bytes) and value:
+        return f"data:;base64,{base64.b64encode(value).decode()}"
     if not isinstance(value, str) or not value or "\0" in value or not _writable(value):
         return None
-    if len(value) > LONGEST_PATH and _BASE64.fullmatch(value):
+    if is_base64(value):
         return f"data:;base64,{value}"
     return value.removeprefix("file://")
+
+
+def is_base64(text: str) -> bool:
+    """Returns whether a text is an image in base64, which is too long for a path."""
+    return len(text) > LONGEST_PATH and _BASE64.fullmatch(text) is not None
+
+
+def is_image_key(key: str) -> bool:
+    """Returns whether a key of a record, or of a part of its turns, names images."""
+    return key in IMAGE_KEYS
 
 
 def _place_images(turns: _Turns, images: int, sample: str) -> None:

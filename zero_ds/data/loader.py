@@ -198,6 +198,14 @@ class _Steps(Dataset[Iterator[Batch]]):
 
     def index(self, position: int) -> int:
         """Returns the index of the sample at a position of the run."""
+        records = self.loader.records
+        place = self._place(position)
+        if not getattr(records, "epochs_differ", False):
+            return place
+        return position // len(records) * len(records) + place
+
+    def _place(self, position: int) -> int:
+        """Returns the index within its epoch of the sample at a position of the run."""
         records, seed = self.loader.records, self.loader.seed
         epoch, place = divmod(position, len(records))
         if self._order[0] != epoch:

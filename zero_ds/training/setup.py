@@ -211,7 +211,9 @@ def make_loader(
     skip_bad = config.data.bad_samples == "skip"
     with distributed.rank_zero_first():
         permute = config.seed if config.data.shuffle else None
-        records = Records(config.data.sources, skip_bad=skip_bad, permute=permute)
+        records = Records(
+            config.data.sources, skip_bad=skip_bad, permute=permute, caption_prompt=config.data.caption_prompt
+        )
     return Loader(
         records=records,
         sample_encoder=encode,
