@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from zero_ds.config.schema import DataConfig, SourceConfig
-from zero_ds.data.loader import Loader
+from zero_ds.data.loader import Loader, Steps
 from zero_ds.data.sources import Records
 
 
@@ -55,9 +55,7 @@ def test_the_loader_draws_later_epochs(tmp_path: Path) -> None:
 
     records = Records([source(tmp_path, "a", 6, weight=1), source(tmp_path, "b", 2, weight=1)])
     loader = Loader(records, Ids(), 4, 4, 0, 1, pad_id=0, seed=0)  # type: ignore[arg-type]
-    from zero_ds.data.loader import _Steps
-
-    steps = _Steps(loader)
+    steps = Steps(loader)
     seen = Counter(records[steps.index(position)].id for position in range(3 * len(records)))
     assert {seen[f"a{n}"] for n in range(6)} == {2} and {seen[f"b{n}"] for n in range(2)} == {6}
 

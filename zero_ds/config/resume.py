@@ -74,7 +74,7 @@ def fingerprint(content: dict[str, Any]) -> str:
     for name, value in OLD_BEHAVIOUR.items():
         for section, key in _entries(content, name.split(".")):
             if section.get(key) == value:
-                del section[key]
+                section.pop(key, None)  # None may stand for a key that is not there
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

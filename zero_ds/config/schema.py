@@ -248,8 +248,8 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, ge=1)
     """Number of checkpoints kept; older ones are deleted once a newer one is complete."""
     best: bool = False
-    """Keeps the checkpoint with the lowest held-out loss as well, and saves one whenever the loss is the lowest so far;
-    the file `best` of the run folder names it."""
+    """Saves a checkpoint whenever the held-out loss is the lowest so far, and keeps it; `best` in the run folder is a
+    link to it."""
 
 
 class ValidationConfig(Section):

@@ -182,7 +182,7 @@ def _tar_members(path: Path, file: BinaryIO) -> Iterator[_Member]:
             elif info.isreg():
                 kind = _UNKNOWN if info.issparse() else _STORED
                 yield _Member(info.name, info.offset_data, info.size, info.size, kind)
-            archive.members = []  # or it would keep an object for every member
+            archive.members = []  # type: ignore[attr-defined]  # or it would keep an object for every member
     padded = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     mark = os.pread(file.fileno(), 2 * tarfile.BLOCKSIZE, padded)
     if len(mark) < 2 * tarfile.BLOCKSIZE or any(mark):

@@ -170,8 +170,7 @@ def _leaves(schema: Any) -> list[_Leaf]:
 def _add_leaves(kind: Any, keys: Keys, found: list[_Leaf]) -> None:
     from pyarrow import types
 
-    if isinstance(kind, _extension_types()):
-        kind = kind.storage_type
+    kind = getattr(kind, "storage_type", kind)
     if types.is_struct(kind):
         for field in kind:
             _add_leaves(field.type, (*keys, field.name), found)
@@ -183,12 +182,6 @@ def _add_leaves(kind: Any, keys: Keys, found: list[_Leaf]) -> None:
     else:
         binary = types.is_binary(kind) or types.is_large_binary(kind)
         found.append(_Leaf(keys, binary, types.is_string(kind) or types.is_large_string(kind)))
-
-
-def _extension_types() -> tuple[type, ...]:
-    import pyarrow
-
-    return (pyarrow.BaseExtensionType,)
 
 
 def _tracked(leaves: Sequence[_Leaf], columns: Sequence[str]) -> dict[int, _Leaf]:
@@ -291,7 +284,7 @@ def _leaf_arrays(array: Any) -> Iterator[Any]:
     from pyarrow import types
 
     kind = array.type
-    if isinstance(kind, _extension_types()):
+    if hasattr(kind, "storage_type"):
         yield from _leaf_arrays(array.storage)
     elif types.is_struct(kind):
         for inner in array.flatten():

@@ -108,11 +108,13 @@ def _with_messages(
     if any(as_turns(record.get(key)) for key in FORMATS):
         return record
     found = [key for key in LISTED_PAIRS if as_turns(record.get(key))]
-    forms = [(key,) for key in found] + [pair for pair in PAIRS if all(holds(record.get(key)) for key in pair)]
+    forms: list[tuple[str, ...]] = [(key,) for key in found]
+    forms += [pair for pair in PAIRS if all(holds(record.get(key)) for key in pair)]
     if len(forms) > 1:
         one, other = (" and ".join(f"'{key}'" for key in form) for form in forms[:2])
         raise DataError(f"{sample} has turns in {one} and in {other}; choose with columns of the source")
     has_image = any(holds(record.get(key)) for key in (*IMAGE_KEYS, FILE_NAME))
+    used: tuple[str, ...]
     if forms and len(forms[0]) == 1:
         used, turns = forms[0], _pairs(as_turns(record[forms[0][0]]), sample, unread)
     elif forms:
@@ -131,7 +133,7 @@ def _turns(question: Any, answer: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _question(record: Mapping[str, Any], form: tuple[str, str]) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+def _question(record: Mapping[str, Any], form: tuple[str, ...]) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """Returns the keys that are used, and the turns of a question and its answer."""
     question, answer = record[form[0]], record[form[1]]
     more = record.get(INPUT)

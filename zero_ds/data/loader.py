@@ -91,7 +91,7 @@ class Loader:
         Raises:
             DataError: A sample that cannot be used, unless such samples are skipped.
         """
-        yield from stream_steps(_Steps(self), first, last, self.workers, self.sample_encoder.processor)
+        yield from stream_steps(Steps(self), first, last, self.workers, self.sample_encoder.processor)
 
     def image_size(self) -> int | None:
         """Returns the side of the vision encoder's input in pixels; None without a vision encoder."""
@@ -99,7 +99,7 @@ class Loader:
         return processor.size if processor else None
 
 
-class _Steps(Dataset[Iterator[Batch]]):
+class Steps(Dataset[Iterator[Batch]]):
     """Maps the number of a step to the rank's micro-batches, made one by one.
 
     It keeps no position, only caches, so any step can be the first.
@@ -119,6 +119,14 @@ class _Steps(Dataset[Iterator[Batch]]):
         checksum = layout_checksum(layout)
         for rows in micro_batches:
             yield self._collated(rows, checksum)
+
+    def padded_batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the samples with these indices as a micro-batch of padded rows.
+
+        Raises:
+            DataError: A sample that cannot be used, unless such samples are skipped.
+        """
+        return self._collated([[self._encoded(index)] for index in indices], 0)
 
     def _padded(self, indices: list[int]) -> tuple[Any, Iterator[Rows]]:
         """Returns the layout that all ranks should agree on, and the rows of each micro-batch, of one sample each.

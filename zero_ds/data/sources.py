@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -60,12 +61,14 @@ class Records(Sequence[Sample]):
         permute: int | None = None,
         remedy: str = "data.bad_samples=skip skips them",
         caption_prompt: str = CAPTION_PROMPT,
+        share: float = 0.0,
     ) -> None:
         """Opens the data files, converting new ones.
 
         With `skip_bad`, records that cannot be used are skipped instead of being an error. `permute` is the seed of a
         random order within each source, of which `limit` then takes the first samples. `remedy` is
-        the advice in messages about records that cannot be used, and `caption_prompt` the question before captions.
+        the advice in messages about records that cannot be used, and `caption_prompt` the question before captions. A
+        `share` of each source is left out at even distances, and is what `held_out` returns.
 
         Raises:
             ConfigError: No source.
@@ -77,10 +80,25 @@ class Records(Sequence[Sample]):
         for number, config in enumerate(sources):
             seed = None if permute is None else [permute, number]
             self._sources.append(_Source(config, seed, skip_bad, remedy, caption_prompt))
+        self._held_out = [source.hold_out(share) for source in self._sources]
+        self._mix(sources)
+
+    def _mix(self, sources: Sequence[SourceConfig]) -> None:
         lengths = [len(source) for source in self._sources]
         counts = counts_of(sources, lengths)
         self._draws = None if counts == lengths else [Draws(*pair) for pair in zip(lengths, counts, strict=True)]
         self._order = evenly_spaced(counts)
+
+    def held_out(self) -> Records | None:
+        """Returns the samples that `share` leaves out, each once; None if there are none."""
+        pairs = [(source, rows) for source, rows in zip(self._sources, self._held_out, strict=True) if len(rows)]
+        if not pairs:
+            return None
+        rest = copy.copy(self)
+        rest._sources = [source.with_rows(rows) for source, rows in pairs]
+        rest._held_out = [rows[:0] for _, rows in pairs]
+        rest._mix([SourceConfig(path=source.config.path) for source, _ in pairs])
+        return rest
 
     @property
     def epochs_differ(self) -> bool:
@@ -191,6 +209,20 @@ class _Source:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def hold_out(self, share: float) -> Any:
+        """Removes a share of the rows, at even distances, and returns them."""
+        number = np.arange(len(self._rows) + 1)
+        taken = np.diff(np.floor(number * share)) > 0
+        rows = self._rows[taken]
+        self._rows = self._rows[~taken]
+        return rows
+
+    def with_rows(self, rows: Any) -> _Source:
+        """Returns the source with other rows."""
+        other = copy.copy(self)
+        other._rows = rows
+        return other
 
     def locate(self, row: int) -> tuple[int, int]:
         """Returns the number of the table of one of the used rows, and its row there."""

@@ -14,6 +14,7 @@ from zero_ds.data.batches import Batch
 from zero_ds.data.loader import Loader
 from zero_ds.model.losses import length_classes, with_token_weights
 from zero_ds.runtime import distributed
+from zero_ds.training.checkpoint.best import set_best
 from zero_ds.training.checkpoint.manifest import Manifest
 from zero_ds.training.checkpoint.save import save_checkpoint
 from zero_ds.training.engine import Engine, StepResult
@@ -24,6 +25,7 @@ from zero_ds.training.preview import Preview
 from zero_ds.training.resume import progress_after
 from zero_ds.training.setup import Run
 from zero_ds.training.skipped import SkippedSamples
+from zero_ds.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     meter = Meter.of(engine)
     saver = Saver(run, engine, manifest, skipped)
     preview = Preview(config, loader)
+    validation = Validation(config, loader, total)
     with contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor:
         for step, batches, started, waited in timed_steps(loader, first, total):
             counts = StepCounts.of(batches, cost).over_ranks()
@@ -57,13 +60,18 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
             )
             if monitor.shows(step + 1):
                 scalars |= distributed.memory_gib()
+            is_best = False
+            if validation.due(step + 1):
+                measured = validation.measure(engine.model)
+                scalars |= measured
+                is_best = validation.improves(measured) and config.checkpoint.best
             monitor.step(step + 1, (step + 1) * config.global_batch, scalars)
 
             if preview.due(step + 1):
                 preview.show(step + 1, engine.model, monitor)
 
-            if sums.stop or sums.overdue or step + 1 == total or saver.due(step + 1):
-                saver.save(step + 1)
+            if sums.stop or sums.overdue or step + 1 == total or saver.due(step + 1) or is_best:
+                saver.save(step + 1, validation.lowest if is_best else None)
             if sums.stop:
                 sender = run.stop.received or "a signal to another rank"
                 raise SystemExit(f"stopped by {sender} after step {step + 1}; run again to resume.")
@@ -176,10 +184,17 @@ class Saver:
         minutes = (time.monotonic() - self.saved_at) / 60
         return distributed.is_rank_zero() and minutes > (self.run.config.checkpoint.every_minutes or math.inf)
 
-    def save(self, step: int) -> None:
-        """Saves a checkpoint after this step. A collective."""
+    def save(self, step: int, lowest: float | None = None) -> None:
+        """Saves a checkpoint after this step. A collective.
+
+        lowest: the held-out loss, if it makes this checkpoint the best one.
+        """
         progress = progress_after(step, self.skipped)
+        if lowest is not None:
+            progress["validation_loss"] = lowest
         keep = self.run.config.checkpoint.keep
         self.newest = save_checkpoint(self.run.out, self.engine, self.manifest, progress, keep)
         self.saved_at = time.monotonic()
+        if lowest is not None and distributed.is_rank_zero():
+            set_best(self.newest)
         logger.info("saved checkpoint %s", self.newest)

@@ -212,7 +212,11 @@ def make_loader(
     with distributed.rank_zero_first():
         permute = config.seed if config.data.shuffle else None
         records = Records(
-            config.data.sources, skip_bad=skip_bad, permute=permute, caption_prompt=config.data.caption_prompt
+            config.data.sources,
+            skip_bad=skip_bad,
+            permute=permute,
+            caption_prompt=config.data.caption_prompt,
+            share=config.validation.share,
         )
     return Loader(
         records=records,
