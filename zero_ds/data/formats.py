@@ -83,6 +83,9 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 class DataError(ValueError):
     """A data file or a sample that cannot be used; the message names file and sample."""
 
+    source: int = 0
+    """Number of the sample's source, where a loader has met the error."""
+
 
 class TooLongError(DataError):
     """Raised for a sample without an answer within the length limit. It is always skipped and counted, never fatal."""

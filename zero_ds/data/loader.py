@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -172,17 +172,25 @@ class Steps(Dataset[Iterator[Batch]]):
         try:
             return self.loader.sample_encoder.tokens(self.loader.records[index])
         except DataError as error:
-            return without_traceback(error)
+            return without_traceback(error, self._source(index))
 
     def _encoded(self, index: int, text: EncodedConversation | DataError | None = None) -> EncodedSample | DataError:
         """Encodes a sample, whose text may have been encoded before."""
+        source = self._source(index)
         try:
             sample = self.loader.records[index]
             if isinstance(text, EncodedConversation):
-                return self.loader.sample_encoder.with_pixels(sample, text)
-            return self.loader.sample_encoder(sample)
+                encoded = self.loader.sample_encoder.with_pixels(sample, text)
+            else:
+                encoded = self.loader.sample_encoder(sample)
+            return replace(encoded, source=source) if source else encoded
         except DataError as error:
-            return without_traceback(error)
+            return without_traceback(error, source)
+
+    def _source(self, index: int) -> int:
+        """Returns the number of a sample's source."""
+        records = self.loader.records
+        return records.source(index) if isinstance(records, Records) else 0
 
     def _collated(self, rows: Rows, layout: int) -> Batch:
         """Collates the samples that can be used.
@@ -196,13 +204,17 @@ class Steps(Dataset[Iterator[Batch]]):
             raise bad[0]
         skipped = [str(error) for error in bad]
         too_long = [str(error) for error in errors if isinstance(error, TooLongError)]
+        sources = [error.source for error in bad]
+        sources += [error.source for error in errors if isinstance(error, TooLongError)]
         usable = [[sample for sample in row if isinstance(sample, EncodedSample)] for row in rows]
         pad_id, image_size = self.loader.pad_id, self.loader.image_size()
         if self.loader.packing:
             filled = [row for row in usable if row]
-            return collate_rows(filled, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
-        samples = [sample for row in usable for sample in row]
-        return collate(samples, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
+            batch = collate_rows(filled, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
+        else:
+            samples = [sample for row in usable for sample in row]
+            batch = collate(samples, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
+        return replace(batch, skipped_sources=tuple(sources)) if sources else batch
 
     def index(self, position: int) -> int:
         """Returns the index of the sample at a position of the run."""

@@ -38,6 +38,8 @@ class EncodedSample:
     """Number of the response that a token belongs to, or -1: (seq,)."""
     pixels: torch.Tensor
     """Views of its images: (views, 3, size, size), uint8 as the sample encoder makes them."""
+    source: int = 0
+    """Number of its source among those of the run."""
 
 
 @dataclass(frozen=True)
