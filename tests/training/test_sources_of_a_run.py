@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
 from distributed_helper import run_ranks, train_all
@@ -68,3 +69,22 @@ def test_tokens_are_counted_for_the_source_of_their_sample(
         labels = loader.sample_encoder(records[index]).labels
         expected[records.source(index)] += sum(label != -100 for label in labels[1:])
     assert torch.equal(sums[0], sums[1]) and sums[0][:, 1].tolist() == expected
+
+
+def test_the_same_samples_in_other_files_give_the_same_losses(
+    run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    found = layouts.write_layouts(tmp_path / "data", layouts.conversations(8))
+    names = ("files", "tar", "parquet", "hub")
+    configs = [
+        run_config(
+            "pretrain",
+            tmp_path / name,
+            data={"sources": [found[name]], "max_length": 512, "system_prompt": ""},
+            max_steps=3,
+        )
+        for name in names
+    ]
+    assert run_ranks(train_all, 1, configs) == [["step-000003"] * len(names)]
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in names]
+    assert losses == [losses[0]] * len(names)

@@ -36,8 +36,9 @@ def read_by(run: RunConfig) -> list[str]:
     names = [run.target, run.surrogate, *run.starts, run.data.chat_template]
     if run.encoder is not None:
         names.append(run.encoder.path)
-    for source in run.data.sources:
-        names += [source.path, source.root]
+    for source in (*run.data.sources, *run.validation.sources):
+        root = source.root
+        names += [source.path, str(Path(root).parent) if root and "*" in root else root]  # a pattern of archives
     distinct = dict.fromkeys(name for name in names if name)
     return [name for name in distinct if _is_local(name)]
 
