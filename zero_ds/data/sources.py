@@ -188,8 +188,10 @@ class _Source:
         self.config = config
         found = data_files(config)
         self.files, self.companions = found.files, found.companions
-        self.root, self.allowed = _roots(config, found)
-        self.archives = Archives(str(self.root), cache_folder()) if is_archive(str(self.root)) else None
+        root, self.allowed = _roots(config, found)
+        self.root = root.resolve()
+        # links of the hub's cache lead to names without an ending, so the archive is known by the link's own name
+        self.archives = Archives(str(root), cache_folder()) if is_archive(str(root)) else None
         reading = Reading(tuple(config.columns.items()), caption_prompt)
         self.tables = [load_table(file, reading) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):
@@ -269,7 +271,7 @@ def _roots(config: SourceConfig, found: DataFiles) -> tuple[Path, tuple[Path, ..
         if config.root and not root.is_absolute() and not root.exists():
             root = found.folder / config.root
         allowed.append((found.folder.parent.parent / "blobs").resolve())  # where the cache has the files themselves
-    return root.resolve(), tuple(allowed)
+    return root, tuple(allowed)
 
 
 def _report_unusable(file: Path, table: Table, skip_bad: bool, remedy: str) -> None:
