@@ -95,6 +95,19 @@ def write_layouts(folder: Path, samples: Sequence[dict[str, Any]]) -> dict[str, 
                 archive.writestr(name, content)
     found["zips"] = {"path": str(packed / "data.json"), "root": str(packed / "part*.zip")}
 
+    shards = folder / "shards"
+    shards.mkdir()
+    middle = len(samples) // 2
+    for part, chosen_samples in enumerate((samples[:middle], samples[middle:])):
+        with tarfile.open(shards / f"train-{part:05d}-of-00002.tar", "w") as tar:
+            for sample in chosen_samples:
+                members = {f"{place}.img.jpg": content for place, content in enumerate(sample["bytes"])}
+                for extension, content in {**members, "json": json.dumps(llava(sample)).encode()}.items():
+                    member = tarfile.TarInfo(f"{sample['id']}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    found["shards"] = {"path": str(shards)}
+
     table = image_table(samples)
     for name, options in {
         "parquet": {},
@@ -112,7 +125,6 @@ def write_layouts(folder: Path, samples: Sequence[dict[str, Any]]) -> dict[str, 
         "---\nconfigs:\n- config_name: talks\n  data_files:\n  - split: train\n    path: talks/train-*\n"
         "  - split: test\n    path: talks/test-*\n---\n# Talks\n"
     )
-    middle = len(samples) // 2
     parquet.write_table(table.slice(0, middle), hub / "talks" / "train-00000-of-00002.parquet")
     parquet.write_table(table.slice(middle), hub / "talks" / "train-00001-of-00002.parquet")
     parquet.write_table(table.slice(0, 1), hub / "talks" / "test-00000-of-00001.parquet")

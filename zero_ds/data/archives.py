@@ -30,20 +30,27 @@ ENDINGS = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
 """Ends of the names of archives in which nothing can be read without reading all that comes before it."""
 _FIELDS = [("hash", "<u8"), ("offset", "<i8"), ("length", "<i8"), ("size", "<i8"), ("kind", "<i1")]
-_STORED, _DEFLATED, _LINK, _ENCRYPTED, _UNKNOWN = range(5)
+STORED, DEFLATED, LINK, ENCRYPTED, UNKNOWN = range(5)
+"""Kinds of members: as they are, compressed with deflate, links, encrypted, and compressed otherwise or with holes."""
 _REASONS = {
-    _LINK: "is a link there, which is not followed; store the file itself",
-    _ENCRYPTED: "is encrypted there; store it without a password",
-    _UNKNOWN: "is compressed there by a method other than deflate; store it as it is",
+    LINK: "is a link there, which is not followed; store the file itself",
+    ENCRYPTED: "is encrypted there; store it without a password",
+    UNKNOWN: "is compressed there by a method other than deflate; store it as it is",
 }
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
+    """A file in an archive."""
+
     name: str
     offset: int
+    """First byte of its content in the archive."""
     length: int
+    """Number of bytes there."""
     size: int
+    """Number of bytes after decompression."""
     kind: int
+    """One of the kinds above."""
 
 
 def is_archive(root: str) -> bool:
@@ -74,7 +81,7 @@ class Archives:
             DataError: A name that no member has or that leaves the archive, or a member that cannot be read.
         """
         where = f"sample {named(sample)}: image {quoted(name, 300)}"
-        plain = _plain(name)
+        plain = plain_name(name)
         if plain is None:
             raise DataError(f"{where} leaves {self.root}; write names as the archive has them")
         key = np.uint64(_hash(plain))
@@ -84,12 +91,12 @@ class Archives:
                 _, offset, length, size, kind = index[row].item()
                 if kind in _REASONS:
                     raise DataError(f"{where} {_REASONS[kind]} ({file})")
-                codec = ("deflate", size, 0, size) if kind == _DEFLATED else ()
+                codec = ("deflate", size, 0, size) if kind == DEFLATED else ()
                 return StoredImage(file, Span(offset, length, 0, *codec), name)
         raise DataError(f"{where} is not in {self.root}")
 
 
-def _plain(name: str) -> str | None:
+def plain_name(name: str) -> str | None:
     """Returns a member's name without `.` in it; None if it leaves the archive."""
     path = PurePosixPath(name)
     parts = [part for part in path.parts if part != "."]
@@ -113,7 +120,7 @@ def _index(path: Path, cache: Path) -> Any:
             known = cache / f"members-{hashlib.sha256(seen.encode()).hexdigest()[:24]}.npy"
             with contextlib.suppress(OSError, ValueError):
                 return np.load(known, mmap_mode="r", allow_pickle=False)
-            members = _zip_members(path, file) if path.name.endswith(".zip") else _tar_members(path, file)
+            members = _zip_members(path, file) if path.name.endswith(".zip") else tar_members(path, file)
             index = _table(path, members)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, struct.error, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -131,11 +138,11 @@ def _index(path: Path, cache: Path) -> Any:
     return np.load(known, mmap_mode="r", allow_pickle=False)
 
 
-def _table(path: Path, members: Iterator[_Member]) -> Any:
+def _table(path: Path, members: Iterator[Member]) -> Any:
     """Returns the index: sorted by hash, the last member of each name."""
     rows = []
     for member in members:
-        plain = _plain(member.name)
+        plain = plain_name(member.name)
         if plain is None:
             raise DataError(
                 f"archive {path} is refused: its member {quoted(member.name, 300)} leaves the archive's folder; pack "
@@ -149,27 +156,32 @@ def _table(path: Path, members: Iterator[_Member]) -> Any:
     return table[first]
 
 
-def _zip_members(path: Path, file: BinaryIO) -> Iterator[_Member]:
-    kinds = {zipfile.ZIP_STORED: _STORED, zipfile.ZIP_DEFLATED: _DEFLATED}
+def _zip_members(path: Path, file: BinaryIO) -> Iterator[Member]:
+    kinds = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
     size = path.stat().st_size
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.is_dir():
                 continue
-            kind = kinds.get(info.compress_type, _UNKNOWN)
+            kind = kinds.get(info.compress_type, UNKNOWN)
             if info.flag_bits & 1:
-                kind = _ENCRYPTED
+                kind = ENCRYPTED
             if (info.external_attr >> 28) == 0xA:  # a symbolic link, in the bits of Unix
-                kind = _LINK
+                kind = LINK
             head = os.pread(file.fileno(), 30, info.header_offset)
             name, extra = struct.unpack_from("<HH", head, 26)
             start = info.header_offset + 30 + name + extra
             if start + info.compress_size > size:
                 raise zipfile.BadZipFile(f"it ends before its member {quoted(info.filename)} does")
-            yield _Member(info.filename, start, info.compress_size, info.file_size, kind)
+            yield Member(info.filename, start, info.compress_size, info.file_size, kind)
 
 
-def _tar_members(path: Path, file: BinaryIO) -> Iterator[_Member]:
+def tar_members(path: Path, file: BinaryIO) -> Iterator[Member]:
+    """Yields the files and links of a tar file, in their order.
+
+    Raises:
+        OSError, tarfile.TarError, EOFError: A file that is damaged, or truncated.
+    """
     size = path.stat().st_size
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -178,10 +190,10 @@ def _tar_members(path: Path, file: BinaryIO) -> Iterator[_Member]:
             if end > size:
                 raise tarfile.ReadError(f"it ends before its member {quoted(info.name)} does; it is truncated")
             if info.issym() or info.islnk():
-                yield _Member(info.name, 0, 0, 0, _LINK)
+                yield Member(info.name, 0, 0, 0, LINK)
             elif info.isreg():
-                kind = _UNKNOWN if info.issparse() else _STORED
-                yield _Member(info.name, info.offset_data, info.size, info.size, kind)
+                kind = UNKNOWN if info.issparse() else STORED
+                yield Member(info.name, info.offset_data, info.size, info.size, kind)
             archive.members = []  # type: ignore[attr-defined]  # or it would keep an object for every member
     padded = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     mark = os.pread(file.fileno(), 2 * tarfile.BLOCKSIZE, padded)

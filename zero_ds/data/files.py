@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from zero_ds.config.schema import SourceConfig
+from zero_ds.data import webdataset
 from zero_ds.data.embedded_images import read_arrow, read_parquet
 from zero_ds.data.formats import FORMATS, DataError, named, quoted
 from zero_ds.data.layout import check_shards, chosen
+from zero_ds.data.webdataset import read_webdataset
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
 
@@ -28,7 +30,9 @@ LONGEST = 1 << 26
 """Characters that a single record has at most: a file whose first string is never closed must not fill the memory."""
 LONGEST_ESCAPE = 16
 """A parse error this close to the end of the buffer may only mean that more input is needed."""
-IMAGES = tuple(f".{ending}" for ending in ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+SHARD = ".tar"
+"""Ending of the names of WebDataset shards, which are data files where there are no others."""
+IMAGES = tuple(f".{ending}" for ending in webdataset.IMAGES)
 """Endings of the names of images, which are fetched with the data files of a hub data set."""
 
 Progress = Callable[[int], object]
@@ -91,11 +95,12 @@ def data_files(source: SourceConfig) -> DataFiles:
             raise DataError(f"{path} is an address; fetch it first, for example with `curl -LO {path}`")
         if local.exists():
             raise DataError(f"data file {path} is not a regular file")
-        if local.suffix in SUFFIXES or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        if local.suffix in (*SUFFIXES, SHARD) or path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise DataError(f"data file {path} does not exist")
         local = _fetched(source)
     try:
-        found = sorted(file for file in local.glob(pattern or "**/*") if file.suffix in SUFFIXES and file.is_file())
+        inside = sorted(file for file in local.glob(pattern or "**/*") if file.is_file())
+        found = [file for file in inside if file.suffix in SUFFIXES] or [f for f in inside if f.suffix == SHARD]
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"files={quoted(pattern)} is not a valid pattern ({error}); write one such as data/math-*."
@@ -103,7 +108,7 @@ def data_files(source: SourceConfig) -> DataFiles:
     if found and (source.subset or source.split):
         found = _chosen(source, local, found)
     if not found:
-        what = f"file that matches {pattern!r}" if pattern else f"file that ends in {', '.join(SUFFIXES)}"
+        what = f"file that matches {pattern!r}" if pattern else f"file that ends in {', '.join((*SUFFIXES, SHARD))}"
         raise DataError(f"{path} holds no {what}")
     companions = {file: None for file in found if _is_companion(file, local)}  # in the order of the files
     if len(companions) == len(found):
@@ -222,7 +227,7 @@ def raw_records(
     Raises:
         DataError: A missing or unreadable file, invalid JSON or Parquet, or no record at all.
     """
-    tables = {".parquet": read_parquet, ".arrow": read_arrow}
+    tables = {".parquet": read_parquet, ".arrow": read_arrow, SHARD: read_webdataset}
     name = f"data file {path} cannot be read"
     empty = True
     try:
