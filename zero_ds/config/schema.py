@@ -65,7 +65,7 @@ class AdapterConfig(Section):
 
 class SourceConfig(Section):
     path: str
-    """Data file (JSON, JSON lines, Parquet, Arrow or a WebDataset shard), folder of such files, or hub id of a data set."""
+    """Data file (JSON, JSON lines, Parquet, Arrow, WebDataset shard), folder of such files, or hub id of a data set."""
     files: str | None = None
     """Pattern of the files to take from a folder or hub data set, such as `data/math-*`; empty: all of them."""
     subset: str | None = None
