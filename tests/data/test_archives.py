@@ -70,6 +70,16 @@ def test_members_that_are_refused(tmp_path: Path, members: dict[str, Any], compl
         records(tmp_path, tar(tmp_path / "a.tar", members))[0]
 
 
+def test_a_folder_inside_an_archive(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", {"train/deep/a.png": b"x"})
+    assert content(records(tmp_path, path / "train" / "deep")) == b"x"
+    assert content(records(tmp_path, path / "train", "deep/a.png")) == b"x"
+    with pytest.raises(DataError, match=r"not in .*a.tar; a folder inside is named by root: ARCHIVE/FOLDER"):
+        records(tmp_path, path)[0]
+    with pytest.raises(DataError, match=r"image '../a.png' leaves"):
+        records(tmp_path, path / "train", "../a.png")[0]
+
+
 def test_a_name_that_leaves_the_archive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"image '../a.png' leaves .*a.tar"):
         records(tmp_path, tar(tmp_path / "a.tar", {"a.png": b"x"}), "../a.png")[0]

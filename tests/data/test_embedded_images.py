@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -89,6 +90,19 @@ def test_an_unknown_encoding_costs_a_copy_and_nothing_else(tmp_path: Path, caplo
     assert open_image(images[0]).size == (40, 40)
 
 
+def test_a_page_that_a_worker_could_not_hold_costs_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("zero_ds.data.embedded_images.LARGEST_PAGE", 5_000)
+    path = tmp_path / "data.parquet"
+    samples = SAMPLES[:5]  # a file of its own content, which no other test has converted
+    contents = [content for sample in samples for content in sample["bytes"]]
+    parquet.write_table(layouts.image_table(samples), path, data_page_version="1.0")
+    images = [image for sample in Records([SourceConfig(path=str(path))]) for image in sample.images]
+    assert f"{len(contents)} images of column images.bytes are copied" in caplog.text
+    assert [base64.b64decode(str(image).partition(",")[2]) for image in images] == contents
+
+
 def test_an_image_that_two_rows_share(tmp_path: Path) -> None:
     path = tmp_path / "shared.parquet"
     contents = [CONTENTS[0], CONTENTS[1], CONTENTS[0], CONTENTS[0], CONTENTS[2]]
@@ -133,6 +147,15 @@ def test_a_truncated_table(tmp_path: Path, sources: dict[str, dict[str, Any]], n
         with pytest.raises(DataError, match=r"data file .* cannot be read: \S") as raised:
             Records([SourceConfig(path=str(cut))])
         assert "\n" not in str(raised.value)
+
+
+def test_an_arrow_stream_that_ends_between_its_batches(tmp_path: Path, sources: dict[str, dict[str, Any]]) -> None:
+    """Arrow's own reader takes it for a shorter one."""
+    path = sorted(Path(sources["save_to_disk"]["path"]).glob("train/*.arrow"))[0]
+    cut = tmp_path / "cut.arrow"
+    cut.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match="it has no end mark; it is truncated"):
+        Records([SourceConfig(path=str(cut))])
 
 
 def test_bytes_that_are_no_image(tmp_path: Path) -> None:

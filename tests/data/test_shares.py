@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def test_the_loader_draws_later_epochs(tmp_path: Path) -> None:
 
     records = Records([source(tmp_path, "a", 6, weight=1), source(tmp_path, "b", 2, weight=1)])
     loader = Loader(records, Ids(), 4, 4, 0, 1, pad_id=0, seed=0)  # type: ignore[arg-type]
+    grouped = Steps(replace(loader, grouping="length"))
+    for step in range(6):
+        places = range(4 * step, 4 * step + 4)
+        assert {grouped.index(place) // 8 for place in places} == {step // 2}, "each epoch draws its own samples"
     steps = Steps(loader)
     seen = Counter(records[steps.index(position)].id for position in range(3 * len(records)))
     assert {seen[f"a{n}"] for n in range(6)} == {2} and {seen[f"b{n}"] for n in range(2)} == {6}

@@ -169,3 +169,15 @@ def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "step-000001").mkdir()
     set_best(tmp_path / "step-000001")
     assert best_folder(tmp_path) is None and best_loss(tmp_path) is None
+
+
+def test_a_run_that_holds_out_a_share(run_config: Callable[..., RunConfig], data: Path, tmp_path: Path) -> None:
+    """Without `every_steps` the loss is measured after the last step; the samples differ from those of the training."""
+    section = {"sources": [{"path": str(data)}], "max_length": 512, "system_prompt": ""}
+    config = run_config(
+        "pretrain", tmp_path / "run", data=section, validation={"share": 0.25}, max_steps=None, epochs=1, global_batch=2
+    )
+    assert run_ranks(train_all, 1, [config]) == [["step-000003"]]
+    records = read_metrics(tmp_path / "run")
+    assert [record.get("validation/samples") for record in records] == [None, None, 2]
+    assert records[-1]["validation/loss"] > 0 and records[-1]["validation/skipped_samples"] == 0

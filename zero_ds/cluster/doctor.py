@@ -23,6 +23,7 @@ from zero_ds.cluster.environment import forwarded
 from zero_ds.cluster.machines import Cluster, deepspeed_command
 from zero_ds.cluster.probe import gpus
 from zero_ds.config.schema import RunConfig
+from zero_ds.data.archives import split_root
 from zero_ds.runtime.environment import DEVICES
 from zero_ds.runtime.errors import ConfigError
 
@@ -38,7 +39,10 @@ def read_by(run: RunConfig) -> list[str]:
         names.append(run.encoder.path)
     for source in (*run.data.sources, *run.validation.sources):
         root = source.root
-        names += [source.path, str(Path(root).parent) if root and "*" in root else root]  # a pattern of archives
+        archive = split_root(root) if root else None
+        if archive:  # the folder, because several archives have a pattern
+            root = str(Path(archive[0]).parent)
+        names += [source.path, root]
     distinct = dict.fromkeys(name for name in names if name)
     return [name for name in distinct if _is_local(name)]
 

@@ -30,11 +30,14 @@ ENDINGS = (".zip", ".tar")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
 """Ends of the names of archives in which nothing can be read without reading all that comes before it."""
 _FIELDS = [("hash", "<u8"), ("offset", "<i8"), ("length", "<i8"), ("size", "<i8"), ("kind", "<i1")]
-STORED, DEFLATED, LINK, ENCRYPTED, UNKNOWN = range(5)
-"""Kinds of members: as they are, compressed with deflate, links, encrypted, and compressed otherwise or with holes."""
+LARGEST = 1 << 28
+"""Bytes of the largest member that is decompressed."""
+STORED, DEFLATED, LINK, ENCRYPTED, UNKNOWN, LARGE = range(6)
+"""Kinds of members: as they are, compressed with deflate, links, encrypted, compressed otherwise, and too large."""
 _REASONS = {
     LINK: "is a link there, which is not followed; store the file itself",
     ENCRYPTED: "is encrypted there; store it without a password",
+    LARGE: f"has more than {LARGEST:,} bytes when it is decompressed",
     UNKNOWN: "is compressed there by a method other than deflate; store it as it is",
 }
 
@@ -53,22 +56,34 @@ class Member(NamedTuple):
     """One of the kinds above."""
 
 
-def is_archive(root: str) -> bool:
-    """Returns whether a source's root is an archive, or a pattern of archives."""
-    return root.endswith((*ENDINGS, *COMPRESSED)) and not Path(root).expanduser().is_dir()
+def split_root(root: str) -> tuple[str, str] | None:
+    """Returns the archive (or pattern of archives) and the folder inside that a source's root names; None if neither.
+
+    `images.zip/train` is the folder `train` inside of `images.zip`.
+    """
+    parts = Path(root).expanduser().parts
+    for number, part in enumerate(parts, 1):
+        if part.endswith((*ENDINGS, *COMPRESSED)):
+            archive = Path(*parts[:number])
+            if not archive.is_dir():
+                return str(archive), "/".join(parts[number:])
+    return None
 
 
 class Archives:
     """The members of one archive, or of several that belong together."""
 
-    def __init__(self, root: str, cache: Path) -> None:
-        """Opens archives and indexes new ones. `root` is a path, or a pattern such as `images/*.tar`.
+    def __init__(self, root: str, cache: Path, folder: str = "") -> None:
+        """Opens archives and indexes new ones.
+
+        root: a path, or a pattern such as `images/*.tar`. folder: folder inside, below which names are looked for.
 
         Raises:
             DataError: An archive that is missing, damaged, or whose members leave it.
         """
         self.root = root
-        path = Path(root).expanduser()
+        self.folder = folder
+        path = Path(root)
         files = [path] if path.exists() else sorted(path.parent.glob(path.name))
         if not files:
             raise DataError(f"archive {named(root, 1000)} does not exist")
@@ -84,7 +99,7 @@ class Archives:
         plain = plain_name(name)
         if plain is None:
             raise DataError(f"{where} leaves {self.root}; write names as the archive has them")
-        key = np.uint64(_hash(plain))
+        key = np.uint64(_hash(f"{self.folder}/{plain}" if self.folder else plain))
         for file, index in self._indices:
             row = int(np.searchsorted(index["hash"], key))
             if row < len(index) and index["hash"][row] == key:
@@ -93,7 +108,8 @@ class Archives:
                     raise DataError(f"{where} {_REASONS[kind]} ({file})")
                 codec = ("deflate", size, 0, size) if kind == DEFLATED else ()
                 return StoredImage(file, Span(offset, length, 0, *codec), name)
-        raise DataError(f"{where} is not in {self.root}")
+        inside = f", folder {self.folder}" if self.folder else "; a folder inside is named by root: ARCHIVE/FOLDER"
+        raise DataError(f"{where} is not in {self.root}{inside}")
 
 
 def plain_name(name: str) -> str | None:
@@ -164,6 +180,8 @@ def _zip_members(path: Path, file: BinaryIO) -> Iterator[Member]:
             if info.is_dir():
                 continue
             kind = kinds.get(info.compress_type, UNKNOWN)
+            if kind == DEFLATED and info.file_size > LARGEST:
+                kind = LARGE
             if info.flag_bits & 1:
                 kind = ENCRYPTED
             if (info.external_attr >> 28) == 0xA:  # a symbolic link, in the bits of Unix

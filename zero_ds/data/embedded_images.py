@@ -19,7 +19,7 @@ from typing import Any
 
 from zero_ds.data.formats import DataError, is_base64, is_image_key
 from zero_ds.data.read_image import is_embedded
-from zero_ds.data.stored import Span, decompressed
+from zero_ds.data.stored import LARGEST_PAGE, Span, decompressed
 from zero_ds.runtime.files import open_regular
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ CODECS = {
     "LZ4_RAW": "lz4_raw",
 }
 """Names of the compressions of Parquet pages as pyarrow calls its codecs. It calls `LZ4_RAW` of a file `LZ4`."""
+_END_OF_STREAM = (b"\xff\xff\xff\xff\0\0\0\0",)
+"""Last bytes of an Arrow stream."""
 _PLAIN, _PLAIN_DICTIONARY = 0, 2
 _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 
@@ -84,6 +86,8 @@ def read_arrow(path: Path, progress: Progress, columns: Sequence[str] = ()) -> I
             buffer = pyarrow.py_buffer(memory)
             try:
                 reader: Any = pyarrow.ipc.open_stream(buffer)
+                if memory[-8:] not in _END_OF_STREAM:
+                    raise DataError(f"data file {path} cannot be read: it has no end mark; it is truncated")
             except pyarrow.ArrowInvalid:
                 file = pyarrow.ipc.open_file(buffer)
                 reader = (file.get_batch(number) for number in range(file.num_record_batches))
@@ -139,8 +143,9 @@ def _warn_about_copies(path: Path, places: dict[Keys, _Places]) -> None:
     for keys, found in places.items():
         if found.copied:
             logger.warning(
-                "%s: %d images of column %s are copied into the cache, because its encoding does not show where they "
-                "lie; write the file without dictionaries and delta encodings to read them in place",
+                "%s: %d images of column %s are copied into the cache, because they lie in compressed pages of more "
+                "than 12 MB, or its encoding does not show where; write the file again to read them in place, with "
+                "smaller pages and without delta encodings",
                 path,
                 found.copied,
                 ".".join(keys),
@@ -365,6 +370,8 @@ class _Page:
 
     def values(self, memory: mmap.mmap, shared: bool) -> Iterator[_Value]:
         """Yields the values."""
+        if self.codec and self.size > LARGEST_PAGE:
+            return  # a worker's memory must not depend on how a file was written
         content = memory[self.offset : self.offset + self.length]
         if self.codec:
             content = decompressed(content, self.codec, self.size)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data import webdataset
+from zero_ds.data.archives import split_root
 from zero_ds.data.embedded_images import read_arrow, read_parquet
 from zero_ds.data.formats import FORMATS, DataError, named, quoted
 from zero_ds.data.layout import check_shards, chosen
@@ -187,7 +188,8 @@ def _fetched(source: SourceConfig) -> Path:
             endings = SUFFIXES if source.root else SUFFIXES + IMAGES
             wanted = [f"**{suffix}" for suffix in endings] + [f"*{suffix}" for suffix in endings]
         if source.root and not Path(source.root).is_absolute():  # it may be in the data set
-            wanted += [source.root, f"{source.root.rstrip('/')}/**"]
+            archive = split_root(source.root)
+            wanted += [archive[0] if archive else source.root, f"{source.root.rstrip('/')}/**"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **options))
     except DataError:
         raise

@@ -242,7 +242,12 @@ class Steps(Dataset[Iterator[Batch]]):
             samples = self._order[1][first - epoch_start : last - epoch_start]
             window_seed = ((seed * 1_000_003 + epoch) * 1_000_003 + window) % 2**63
             begun = min(-first % batch, last - first)
-            self._window = ((epoch, window), group_similar(samples, self._measure, batch, window_seed, begun))
+            of_epoch = epoch_start if getattr(records, "epochs_differ", False) else 0
+
+            def measure(place: int) -> tuple[bool, int]:
+                return self._measure(of_epoch + place)
+
+            self._window = ((epoch, window), group_similar(samples, measure, batch, window_seed, begun))
         return int(self._window[1][position - first])
 
     def _measure(self, index: int) -> tuple[bool, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from zero_ds.config.schema import CAPTION_PROMPT, SourceConfig
-from zero_ds.data.archives import Archives, is_archive
+from zero_ds.data.archives import Archives, split_root
 from zero_ds.data.arrow import Table, cache_folder, load_table
 from zero_ds.data.conversations import Turn
 from zero_ds.data.files import DataFiles, data_files
@@ -191,7 +191,8 @@ class _Source:
         root, self.allowed = _roots(config, found)
         self.root = root.resolve()
         # links of the hub's cache lead to names without an ending, so the archive is known by the link's own name
-        self.archives = Archives(str(root), cache_folder()) if is_archive(str(root)) else None
+        archive = split_root(str(root))
+        self.archives = Archives(archive[0], cache_folder(), archive[1]) if archive else None
         reading = Reading(tuple(config.columns.items()), caption_prompt)
         self.tables = [load_table(file, reading) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):

@@ -19,7 +19,9 @@ from zero_ds.runtime.files import open_regular
 
 MARK = "\0"
 """First character of a span as text. `formats.parse` refuses names with this character."""
-REMEMBERED_PAGE = 1 << 24
+LARGEST_PAGE = 12 << 20
+"""Bytes of a compressed part of a file up to which an image is read from it; a worker holds it twice."""
+REMEMBERED_PAGE = 8 << 20
 """Bytes up to which the last decompressed part of a file is kept, because the next image may be in it as well."""
 
 

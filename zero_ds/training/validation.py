@@ -6,6 +6,7 @@ are split. Nothing of the training changes: neither its order, nor its weights, 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -38,12 +39,15 @@ class Validation:
         """Opens the held-out samples. `total` is the number of the run's last step. A collective.
 
         Raises:
-            ConfigError: `validation.share` is so small that no sample is held out.
+            ConfigError: `validation.share` is so small that no sample is held out, or the ranks see different samples.
             DataError: a data file that cannot be used.
         """
         self.config = config.validation
         self.total = total
         self.parts = [Once(loader, records, self.config.limit) for records in held_out(config)]
+        content = hashlib.sha256("".join(part.records.content() for part in self.parts).encode())
+        if not distributed.same_on_all_ranks(int.from_bytes(content.digest()[:8], "big")):
+            raise ConfigError("the ranks see different held-out samples; give every machine the same files.")
         self.lowest = self._lowest_so_far(config) if self.parts else math.inf
         if self.parts:
             samples = sum(len(part.indices()) for part in self.parts)
