@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow
 import pytest
 import tiny
 import torch
+from PIL import Image
 from pyarrow import parquet
 
 from zero_ds.config.schema import SourceConfig
@@ -109,6 +111,46 @@ def test_an_image_that_two_rows_share(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"image": contents, "caption": list("abcde")}), path)
     images = [sample.images[0] for sample in Records([SourceConfig(path=str(path))])]
     assert [image.read() for image in images if isinstance(image, StoredImage)] == contents
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pyarrow.array([CONTENTS[0]], pyarrow.large_binary()),
+        pyarrow.array([[CONTENTS[0]]], pyarrow.large_list(pyarrow.binary())),
+        pyarrow.array([[CONTENTS[0]]], pyarrow.list_(pyarrow.binary(), 1)),
+        pyarrow.array([CONTENTS[0]], pyarrow.binary_view()),
+        pyarrow.array([base64.b64encode(CONTENTS[0]).decode()], pyarrow.large_string()),
+        pyarrow.array([{"bytes": CONTENTS[0], "path": "x.png", "more": 3}]),
+    ],
+    ids=lambda array: str(array.type),
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_images_in_columns_of_every_type(tmp_path: Path, image: Any, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    table = pyarrow.table({"image": image, "caption": pyarrow.array(["c"]).dictionary_encode()})
+    if suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    (sample,) = Records([SourceConfig(path=str(path))])
+    assert open_image(sample.images[0]).size == open_image(layouts_address(CONTENTS[0])).size
+
+
+def layouts_address(content: bytes) -> str:
+    return f"data:;base64,{base64.b64encode(content).decode()}"
+
+
+def test_a_small_image_in_base64(tmp_path: Path) -> None:
+    """It is shorter than some paths, and is known by its beginning."""
+    for number in (0, 1):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 6)).save(buffer, ("PNG", "JPEG")[number])
+        text = base64.b64encode(buffer.getvalue()).decode()
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps([{"image": text, "caption": "c"}]))
+        assert len(text) < 4096 and open_image(Records([SourceConfig(path=str(path))])[0].images[0]).size == (8, 6)
 
 
 def test_a_moved_table_is_read_at_its_new_place(tmp_path: Path) -> None:

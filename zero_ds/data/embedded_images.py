@@ -185,8 +185,9 @@ def _add_leaves(kind: Any, keys: Keys, found: list[_Leaf]) -> None:
     elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         _add_leaves(kind.value_type, keys, found)
     else:
-        binary = types.is_binary(kind) or types.is_large_binary(kind)
-        found.append(_Leaf(keys, binary, types.is_string(kind) or types.is_large_string(kind)))
+        binary = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+        text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+        found.append(_Leaf(keys, binary, text))
 
 
 def _tracked(leaves: Sequence[_Leaf], columns: Sequence[str]) -> dict[int, _Leaf]:
@@ -308,6 +309,8 @@ def _addresses(array: Any, start: int, size: int) -> Iterator[_Value]:
     import numpy as np
     from pyarrow import types
 
+    if types.is_binary_view(array.type) or types.is_string_view(array.type):
+        return
     _, offsets, content = array.buffers()
     if content is None or not start <= content.address < start + size:
         return  # compressed, or without any value

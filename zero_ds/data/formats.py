@@ -77,6 +77,10 @@ ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 
 LONGEST_PATH = 4096
 """Number of characters from which a name in base64 is the image itself."""
+SHORTEST_IMAGE = 64
+"""Number of characters of an image in base64, at least."""
+_BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""First characters of JPEG, PNG, GIF, WebP and TIFF files in base64."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
@@ -436,8 +440,9 @@ def _name(value: Any) -> str | None:
 
 
 def is_base64(text: str) -> bool:
-    """Returns whether a text is an image in base64, which is too long for a path."""
-    return len(text) > LONGEST_PATH and _BASE64.fullmatch(text) is not None
+    """Returns whether a text is an image in base64: one that is too long for a path, or begins like an image."""
+    long = len(text) > LONGEST_PATH or (len(text) >= SHORTEST_IMAGE and text.startswith(_BEGINNINGS))
+    return long and _BASE64.fullmatch(text) is not None
 
 
 def is_image_key(key: str) -> bool:
