@@ -53,6 +53,20 @@ def test_forms(record: dict[str, Any], texts: tuple[str, ...], images: tuple[str
     assert (row.texts, row.images) == (texts, images)
 
 
+def test_turns_as_llama_factory_writes_them() -> None:
+    """Its second version: text under `value`, and a weight for each turn."""
+
+    def turn(role: str, text: str, weight: float) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "value": text}], "loss_weight": weight}
+
+    turns = [turn("user", "q", 0.0), turn("assistant", "a", 0.0), turn("user", "r", 0.0), turn("assistant", "b", 1.0)]
+    unread: Counter[str] = Counter()
+    row = read_record({"messages": turns}, "#0", unread)
+    assert row.texts == ("q", "a", "r", "b") and row.learned == (True, False, True, True) and not unread
+    with pytest.raises(DataError, match=r"loss_weight 0.5 is neither 0 nor 1"):
+        read_record({"messages": [*turns, turn("assistant", "c", 0.5)]}, "#0")
+
+
 @pytest.mark.parametrize(
     ("record", "complaint"),
     [

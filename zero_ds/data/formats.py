@@ -34,7 +34,7 @@ FORMATS = ("conversations", "messages", "text")
 """Keys of the turns, by which the formats are told apart."""
 ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content")
 """Keys of a turn's role and text."""
-LEARNED_KEYS = ("weight", "train", "loss")
+LEARNED_KEYS = ("weight", "train", "loss", "loss_weight")
 """Keys of a turn that say whether an answer is learned: false or 0, true or 1."""
 IMAGE_KEYS = (
     "image",
@@ -319,9 +319,10 @@ def _joined(parts: list[Any], role: Role, images: list[str], where: str, ignored
     texts = []
     for part in parts:
         kind = _kind(part)
-        if kind == "text" and _is_text(part.get("text")):
-            texts.append(str(part["text"]))
-            read = {"type", "text"}
+        said = _one_of(part, ("text", "value"), where) if kind == "text" else None
+        if kind == "text" and _is_text(said):
+            texts.append(str(said))
+            read = {"type", "text", "value"}
         elif kind in ("image", "image_url") and not _holds(part.get("text")):
             if role != "user":
                 raise DataError(f"{where}: role {role!r} shows an image; only a user's turn can, so move it there")
