@@ -165,6 +165,34 @@ def show(
         print(f"written: {out}")
 
 
+@data.command()
+def prepare(
+    recipe: Annotated[str, typer.Argument(help="Recipe of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value, as for `train`.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write the tokens into; data.prepared of the run.")] = Path(
+        "prepared"
+    ),
+    workers: Annotated[
+        int | None, typer.Option(help="Number of worker processes. Default: one for each core.", min=0)
+    ] = None,
+) -> None:
+    """Tokenise the data of a run once, and size its images: training with data.prepared=FOLDER then only reads tokens.
+
+    Ids and losses are the same. A call that was interrupted goes on where it ended.
+
+    Example: zero-ds data prepare runs/encoder.yaml --out data/prepared
+    """
+    from zero_ds.config.loading import load_run
+    from zero_ds.data.prepared import prepare as write_tokens
+
+    config = load_run(recipe, ["out=.", *(overrides or []), "data.prepared=null"])
+    records, sample_encoder = _as_trained(config)
+    count = (os.cpu_count() or 1) if workers is None else workers
+    faults = write_tokens(records, sample_encoder, out, count)
+    unusable = f"; {faults:,} of them cannot be used" if faults else ""
+    print(f"{len(records):,} samples written to {out}{unusable}")
+
+
 def _columns(column: list[str] | None) -> dict[str, str] | None:
     """Returns columns by what they hold, from options such as `image=img`."""
     pairs = [word.partition("=") for word in column or []]

@@ -34,7 +34,7 @@ TOO_LATE = f"no result in {RANKS_TIMEOUT:.0f} s; are all ports open between the 
 
 def read_by(run: RunConfig) -> list[str]:
     """Returns the local files and folders that a run reads, without names that may be ids of the hub."""
-    names = [run.target, run.surrogate, *run.starts, run.data.chat_template]
+    names = [run.target, run.surrogate, *run.starts, run.data.chat_template, run.data.prepared]
     if run.encoder is not None:
         names.append(run.encoder.path)
     for source in (*run.data.sources, *run.validation.sources):

@@ -21,6 +21,7 @@ MAY_DIFFER = (
     "validation.every_steps",
     "validation.limit",
     "data.workers",
+    "data.prepared",
     "data.bad_samples",
     "data.max_bad_samples",
     "data.packing",

@@ -155,6 +155,8 @@ class DataConfig(Section):
     """Groups samples of similar length into batches, within windows of a few batches; modality: images apart also."""
     packing: bool = False
     """Puts several samples into a row of at most max_length: hardly any padding, the same losses and gradients."""
+    prepared: LocalPath | None = None
+    """Folder with the tokens of the samples, which `zero-ds data prepare` has written; empty: tokenise on the fly."""
     workers: int = Field(default=0, ge=0)
     """Number of worker processes of the loader on each rank."""
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from zero_ds.data.batches import Batch, collate, collate_rows, layout_checksum, pack_rows
 from zero_ds.data.conversations import EncodedConversation
 from zero_ds.data.formats import DataError, TooLongError
+from zero_ds.data.prepared import Prepared
 from zero_ds.data.samples import EncodedSample, SampleEncoder
 from zero_ds.data.sources import Records
 from zero_ds.data.workers import stream_steps, without_traceback
@@ -75,6 +76,8 @@ class Loader:
     seed: int
     workers: int = 0
     """Number of worker processes."""
+    prepared: Prepared | None = None
+    """Tokens of the samples, where they have been prepared."""
     grouping: Literal["off", "length", "modality"] = "off"
     skip_bad: bool = False
     """Skip samples that cannot be used instead of ending the run."""
@@ -170,15 +173,23 @@ class Steps(Dataset[Iterator[Batch]]):
 
     def _text(self, index: int) -> EncodedConversation | DataError:
         try:
-            return self.loader.sample_encoder.tokens(self.loader.records[index])
+            return self._tokens(index)
         except DataError as error:
             return without_traceback(error, self._source(index))
+
+    def _tokens(self, index: int) -> EncodedConversation:
+        loader = self.loader
+        if loader.prepared is not None:
+            return loader.prepared.tokens(index)
+        return loader.sample_encoder.tokens(loader.records[index])
 
     def _encoded(self, index: int, text: EncodedConversation | DataError | None = None) -> EncodedSample | DataError:
         """Encodes a sample, whose text may have been encoded before."""
         source = self._source(index)
         try:
             sample = self.loader.records[index]
+            if self.loader.prepared is not None and text is None:
+                text = self.loader.prepared.tokens(index)
             if isinstance(text, EncodedConversation):
                 encoded = self.loader.sample_encoder.with_pixels(sample, text)
             else:

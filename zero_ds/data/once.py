@@ -34,7 +34,7 @@ class Once:
         Raises:
             DataError: A sample that cannot be used, unless the run skips such samples.
         """
-        loader = replace(self.loader, records=self.records, packing=False, grouping="off")
+        loader = replace(self.loader, records=self.records, prepared=None, packing=False, grouping="off")
         parts = _Parts(loader, self.indices())
         workers = min(loader.workers, len(parts))
         with torch.random.fork_rng(devices=[]):  # torch's DataLoader draws a seed for its workers

@@ -140,6 +140,13 @@ class Records(Sequence[Sample]):
         names: list[Any] = [[table.name for table in source.tables] for source in self._sources]
         return hashlib.sha256(json.dumps([names, len(self)]).encode()).hexdigest()[:16]
 
+    def order(self) -> str:
+        """Returns a hash of the order of the samples, with the rows of each source that are used."""
+        digest = hashlib.sha256(np.ascontiguousarray(self._order).tobytes())
+        for source in self._sources:
+            digest.update(np.ascontiguousarray(source.rows, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self._order)
 
@@ -212,6 +219,11 @@ class _Source:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def rows(self) -> Any:
+        """The rows that are used, in their order: (n,)."""
+        return self._rows
 
     def hold_out(self, share: float) -> Any:
         """Removes a share of the rows, at even distances, and returns them."""
