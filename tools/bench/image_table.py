@@ -4,7 +4,8 @@ python tools/bench/image_table.py write /tmp/fine --samples 200000
 python tools/bench/image_table.py measure /tmp/fine --model MODEL
 
 The set is like FineVision's: Parquet shards with columns `images` (lists of bytes) and `texts` (pairs), written as the
-library `datasets` writes them. Each image has bytes of its own. Beside it stands the same set read by `datasets` alone.
+library `datasets` writes them; `--webdataset` writes tar files instead, which are measured with `--no-plain`. Each
+image has bytes of its own. Beside it stands the same set read by `datasets` alone.
 A worker's own memory is its private dirty pages after some steps, as in records.py.
 """
 
@@ -17,6 +18,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -67,6 +69,7 @@ def write(
     samples: int = 200_000,
     shard: int = 5_000,
     compression: str = "snappy",
+    webdataset: Annotated[bool, typer.Option(help="Write tar files instead of Parquet.")] = False,
 ) -> None:
     """Write a set of samples, each with one image of 640 x 480 pixels and one to three pairs."""
     folder.mkdir(parents=True)
@@ -83,13 +86,28 @@ def write(
     schema = pyarrow.schema({"images": pyarrow.list_(image), "texts": pyarrow.list_(pair), "source": pyarrow.string()})
     shards = -(-samples // shard)
     for number in tqdm(range(shards), desc="writing", unit="shard"):
+        rows_of_shard = range(number * shard, min(samples, (number + 1) * shard))
+        if webdataset:
+            _write_tar(folder / f"train-{number:05d}-of-{shards:05d}.tar", rows_of_shard, pool, rng)
+            continue
         path = folder / f"train-{number:05d}-of-{shards:05d}.parquet"
         with parquet.ParquetWriter(
             path, schema, compression=compression, use_content_defined_chunking=True, write_page_index=True
         ) as writer:
-            for first in range(number * shard, min(samples, (number + 1) * shard), 100):
-                rows = [_row(place, pool, rng) for place in range(first, min(samples, first + 100))]
+            for first in rows_of_shard[::100]:
+                rows = [_row(place, pool, rng) for place in rows_of_shard if first <= place < first + 100]
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+def _write_tar(path: Path, numbers: range, pool: list[bytes], rng: random.Random) -> None:
+    with tarfile.open(path, "w") as shard:
+        for number in numbers:
+            row = _row(number, pool, rng)
+            members = {"jpg": row["images"][0]["bytes"], "json": json.dumps({"texts": row["texts"]}).encode()}
+            for extension, content in members.items():
+                member = tarfile.TarInfo(f"{number:08d}.{extension}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
 
 
 def _row(number: int, pool: list[bytes], rng: random.Random) -> dict[str, Any]:
@@ -152,7 +170,7 @@ def measure(
     """Measure a set that `write` has written."""
     import datasets
 
-    found: dict[str, Any] = {"gigabytes": sum(file.stat().st_size for file in folder.glob("*.parquet")) / 1e9}
+    found: dict[str, Any] = {"gigabytes": sum(file.stat().st_size for file in folder.iterdir()) / 1e9}
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         cache = Path(name)
         found["first_start_seconds"], found["samples"] = started(START, folder, cache)
