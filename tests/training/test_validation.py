@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from zero_ds.config.schema import RunConfig, SourceConfig
 from zero_ds.data.sources import Records
 from zero_ds.grafting.load import load_trained
-from zero_ds.training.checkpoint.best import best_folder, best_loss, set_best
+from zero_ds.training.checkpoint.best import best_folder, restore_best, set_best
 from zero_ds.training.monitor import read_metrics
 from zero_ds.training.setup import make_loader
 from zero_ds.training.validation import Validation, held_out
@@ -72,7 +72,7 @@ def test_the_best_checkpoint_is_kept_and_named(runs: Path) -> None:
     names = sorted(path.name for path in (runs / "measured").glob("step-*"))
     assert names == [f"step-{best:06d}", f"step-{STEPS:06d}"]
     found = best_folder(runs / "measured")
-    assert found is not None and found.name == names[0] and best_loss(runs / "measured") == min(measured)
+    assert found is not None and found.name == names[0] and restore_best(runs / "measured") == min(measured)
     assert (runs / "measured" / "best" / "manifest.json").is_file()
     assert not (runs / "silent" / "best").exists() and "validation/loss" not in read_metrics(runs / "silent")[0]
 
@@ -164,11 +164,18 @@ def test_old_runs_may_be_resumed_with_a_validation(run_config: Callable[..., Run
     assert fingerprint(content) == plain.fingerprint() == watched.fingerprint()
 
 
-def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+def test_a_link_that_is_missing_or_leads_nowhere(tmp_path: Path) -> None:
+    """As after a kill between the saving of a checkpoint and the link to it."""
+    assert best_folder(tmp_path) is None and restore_best(tmp_path) is None
+    for step, loss in ((1, 3.0), (2, 2.0), (3, None), (4, float("nan"))):
+        folder = tmp_path / f"step-{step:06d}"
+        (folder / "resume").mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        progress = {} if loss is None else {"validation_loss": loss}
+        (folder / "resume" / "progress.json").write_text(json.dumps(progress))
+    set_best(tmp_path / "step-000009")
     assert best_folder(tmp_path) is None
-    (tmp_path / "step-000001").mkdir()
-    set_best(tmp_path / "step-000001")
-    assert best_folder(tmp_path) is None and best_loss(tmp_path) is None
+    assert restore_best(tmp_path) == 2.0 and best_folder(tmp_path) == tmp_path / "step-000002"
 
 
 def test_a_run_that_holds_out_a_share(run_config: Callable[..., RunConfig], data: Path, tmp_path: Path) -> None:

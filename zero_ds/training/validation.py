@@ -24,7 +24,7 @@ from zero_ds.model.losses import next_token_losses, supervised_rows
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.training.checkpoint.best import best_loss
+from zero_ds.training.checkpoint.best import restore_best
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Validation:
     @staticmethod
     def _lowest_so_far(config: RunConfig) -> float:
         """Returns the loss of the best checkpoint in the run folder, as rank 0 reads it."""
-        found = best_loss(Path(config.out)) if distributed.is_rank_zero() else None
+        found = restore_best(Path(config.out)) if distributed.is_rank_zero() else None
         (lowest,) = distributed.max_over_ranks(-math.inf if found is None else found)
         return math.inf if lowest == -math.inf else lowest
 

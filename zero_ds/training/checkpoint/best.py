@@ -18,25 +18,39 @@ LINK = "best"
 
 
 def best_folder(run: Path) -> Path | None:
-    """Returns the folder of the best checkpoint; None if there is none."""
-    link = run / LINK
+    """Returns the folder that the link leads to; None if there is none."""
     with contextlib.suppress(OSError):
-        name = link.readlink().name
+        name = (run / LINK).readlink().name
         if FOLDER_NAME.fullmatch(name) and (run / name / "manifest.json").is_file():
             return run / name
     return None
 
 
-def best_loss(run: Path) -> float | None:
-    """Returns the held-out loss of the best checkpoint; None if there is none."""
-    folder = best_folder(run)
-    if folder is None:
+def restore_best(run: Path) -> float | None:
+    """Returns the lowest held-out loss that a checkpoint of the run was saved for; None if there is none.
+
+    The link is set again if it does not lead there: a run may have ended between saving and setting it.
+    """
+    losses = {}
+    for folder in run.glob("step-*"):
+        if FOLDER_NAME.fullmatch(folder.name) and (loss := _loss(folder)) is not None:
+            losses[folder] = loss
+    if not losses:
         return None
+    best = min(losses, key=lambda folder: (losses[folder], folder.name))
+    if best_folder(run) != best:
+        set_best(best)
+    return losses[best]
+
+
+def _loss(folder: Path) -> float | None:
+    """Returns the held-out loss that a complete checkpoint was saved for."""
     try:
-        loss = float(json.loads((folder / "resume" / "progress.json").read_text(encoding="utf-8"))["validation_loss"])
+        progress = json.loads((folder / "resume" / "progress.json").read_text(encoding="utf-8"))
+        loss = float(progress["validation_loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return loss if math.isfinite(loss) else None
+    return loss if math.isfinite(loss) and (folder / "manifest.json").is_file() else None
 
 
 def set_best(folder: Path) -> None:
