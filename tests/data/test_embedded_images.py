@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import layouts
+import numpy as np
 import pyarrow
 import pytest
 import tiny
@@ -198,6 +199,28 @@ def test_an_arrow_stream_that_ends_between_its_batches(tmp_path: Path, sources: 
     cut.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(DataError, match="it has no end mark; it is truncated"):
         Records([SourceConfig(path=str(cut))])
+
+
+@pytest.mark.parametrize("name", ["uncompressed", "save_to_disk"])
+def test_damaged_bytes_anywhere_in_a_table(tmp_path: Path, sources: dict[str, dict[str, Any]], name: str) -> None:
+    """Each is one sentence, an image that cannot be read, or harmless; none ends the process or goes on for ever."""
+    path = Path(sources[name]["path"])
+    if path.is_dir():
+        path = sorted(path.glob("train/*.arrow"))[0]
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for number in range(40):
+        content = bytearray(whole)
+        place = int(random.integers(0, len(content) - 16)) if number % 2 else len(content) - 60 * (number + 1)
+        content[max(place, 0) : place + 16] = random.bytes(16)
+        damaged = tmp_path / f"{number}{path.suffix}"
+        damaged.write_bytes(content)
+        try:
+            for sample in Records([SourceConfig(path=str(damaged))], skip_bad=True):
+                for image in sample.images:
+                    open_image(image)
+        except (DataError, ImageError) as error:
+            assert len(str(error).splitlines()) == 1
 
 
 def test_bytes_that_are_no_image(tmp_path: Path) -> None:

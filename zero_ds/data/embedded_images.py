@@ -92,6 +92,7 @@ def read_arrow(path: Path, progress: Progress, columns: Sequence[str] = ()) -> I
                 file = pyarrow.ipc.open_file(buffer)
                 reader = (file.get_batch(number) for number in range(file.num_record_batches))
             for batch in reader:
+                batch.validate(full=True)  # offsets that lead out of the file would end the process
                 yield from _arrow_batch(path, batch, memory, buffer.address, columns)
                 progress(batch.nbytes)
                 del batch
@@ -338,9 +339,12 @@ def _pages(memory: mmap.mmap, file: Any, group: int, number: int) -> Iterator[_V
     starts = (column.data_page_offset, column.dictionary_page_offset)
     place = min(start for start in starts if start)
     end = place + column.total_compressed_size
-    with contextlib.suppress(IndexError, KeyError, struct.error, ValueError, OSError):  # pyarrow has read the page
+    unknown = (IndexError, KeyError, TypeError, struct.error, ValueError, OSError, RecursionError)
+    with contextlib.suppress(*unknown):  # pyarrow has read the page, so it is only of another layout
         while place < end:
             header, place = _Thrift(memory, place).struct()
+            if header[3] < 0:
+                return
             page = _Page(place, header[3], header[2], codec)
             shared = header[1] == _DICTIONARY
             if header[1] == _DATA:
