@@ -5,7 +5,7 @@ python tools/bench/image_table.py measure /tmp/fine --model MODEL
 
 The set is like FineVision's: Parquet shards with columns `images` (lists of bytes) and `texts` (pairs), written as the
 library `datasets` writes them; `--webdataset` writes tar files instead, which are measured with `--no-plain`. Each
-image has bytes of its own. Beside it stands the same set read by `datasets` alone.
+image has bytes of its own. The same set is also read by `datasets` alone.
 A worker's own memory is its private dirty pages after some steps, as in records.py.
 """
 

@@ -1,6 +1,6 @@
 """Reads tables with images inside (Parquet, Arrow): their records, with a span in the place of each image's bytes.
 
-A table's own library reads the records. The places of values are found beside it: in Arrow from the addresses of mapped
+A table's own library reads the records. Places of values are found separately: in Arrow from the addresses of mapped
 buffers, in Parquet by walking over the pages of a column, whose values lie there one after the other, each after its
 length. A place counts only if the file has exactly the bytes there that the library has read, so a layout that is not
 known yet costs room in the cache, where the image is then copied to, and never shows a wrong image.

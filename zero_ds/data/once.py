@@ -1,4 +1,4 @@
-"""Loads each sample of a data set once, in its order and in padded rows, for measurements beside a run."""
+"""Loads each sample of a data set once, in its order and in padded rows, for measurements during a run."""
 
 from __future__ import annotations
 
