@@ -17,6 +17,7 @@ from places import ROOT
 sys.path[:0] = [str(ROOT / "tools" / "bench")]
 
 import checkpoints  # noqa: E402
+import image_table  # noqa: E402
 import report  # noqa: E402
 import rounding  # noqa: E402
 import scaling  # noqa: E402
@@ -43,6 +44,19 @@ def runs(made: Callable[..., Path], data: Path, trained: Path, tmp_path_factory:
     shutil.copytree(trained / "encoder", root / "quickstart/encoder")
     export_model(trained / "encoder", None, root / "quickstart/export", proof="tensors")
     return root
+
+
+@pytest.mark.parametrize("webdataset", [False, True])
+def test_tables_with_images_are_written_and_read(tmp_path: Path, webdataset: bool) -> None:
+    from zero_ds.config.schema import SourceConfig
+    from zero_ds.data.images import open_image
+    from zero_ds.data.sources import Records
+
+    image_table.write(tmp_path / "set", samples=7, shard=3, webdataset=webdataset)
+    records = Records([SourceConfig(path=str(tmp_path / "set"))])
+    assert len(records) == 7 and len({sample.images[0].read() for sample in records}) == 7  # type: ignore[union-attr]
+    assert open_image(records[6].images[0]).size == (640, 480)
+    assert image_table.random_rate(lambda index: records[index], 7, 10) > 0
 
 
 class Over(BaseException):

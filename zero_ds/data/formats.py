@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from zero_ds.data.conversations import PLACEHOLDER, Role
+from zero_ds.data.stored import Span
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -34,7 +35,7 @@ FORMATS = ("conversations", "messages", "text")
 """Keys of the turns, by which the formats are told apart."""
 ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content")
 """Keys of a turn's role and text."""
-LEARNED_KEYS = ("weight", "train", "loss")
+LEARNED_KEYS = ("weight", "train", "loss", "loss_weight")
 """Keys of a turn that say whether an answer is learned: false or 0, true or 1."""
 IMAGE_KEYS = (
     "image",
@@ -88,11 +89,18 @@ ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 
 LONGEST_PATH = 4096
 """Number of characters from which a name in base64 is the image itself."""
+SHORTEST_IMAGE = 64
+"""Number of characters of an image in base64, at least."""
+_BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""First characters of JPEG, PNG, GIF, WebP and TIFF files in base64."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
 class DataError(ValueError):
     """A data file or a sample that cannot be used; the message names file and sample."""
+
+    source: int = 0
+    """Number of the sample's source, where a loader has met the error."""
 
 
 class TooLongError(DataError):
@@ -125,7 +133,7 @@ class Row(NamedTuple):
     roles: tuple[Role, ...]
     texts: tuple[str, ...]
     images: tuple[str, ...]
-    """Paths as in the file, relative to the root or absolute if `full_path`; or `data:` addresses."""
+    """Paths as in the file, relative to the root or absolute if `full_path`; or `data:` addresses, or spans as text."""
     full_path: bool
     learned: tuple[bool, ...]
     """Whether each turn, if it is an answer, is learned."""
@@ -189,6 +197,16 @@ def _holds(value: Any) -> bool:
     return _present(value) and value not in (False, [], {}, ())
 
 
+def holds(value: Any) -> bool:
+    """Returns whether a record's value says anything."""
+    return _holds(value)
+
+
+def as_turns(value: Any) -> Any:
+    """Returns a list of turns from a list or from another shape that tables have; None if it is neither."""
+    return _as_list(value)
+
+
 def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
     if TWICE in content:
         raise DataError(f"{where} has the key {quoted(content[TWICE])} twice; keep one of them")
@@ -249,7 +267,10 @@ def _learned(content: Mapping[str, Any], where: str) -> bool:
 def _turns(value: Any, sample: str, ignored: set[str]) -> _Turns:
     turns = _as_list(value)
     if not turns:
-        what = "turns are read from 'conversations', 'messages' or 'text'"
+        what = (
+            "turns are read from 'conversations', 'messages' or 'text', from pairs of keys such as 'question' and "
+            "'answer', and from a caption beside an image; name other columns in columns of the source"
+        )
         if _holds(value):
             what = f"it is {quoted(value)}, not a list of turns"
         raise DataError(f"{sample} has no 'conversations'; {what}")
@@ -323,9 +344,10 @@ def _joined(parts: list[Any], role: Role, images: list[str], where: str, ignored
     texts = []
     for part in parts:
         kind = _kind(part)
-        if kind == "text" and _is_text(part.get("text")):
-            texts.append(str(part["text"]))
-            read = {"type", "text"}
+        said = _one_of(part, ("text", "value"), where) if kind == "text" else None
+        if kind == "text" and _is_text(said):
+            texts.append(str(said))
+            read = {"type", "text", "value"}
         elif kind in ("image", "image_url") and not _holds(part.get("text")):
             if role != "user":
                 raise DataError(f"{where}: role {role!r} shows an image; only a user's turn can, so move it there")
@@ -429,14 +451,29 @@ def _name(value: Any) -> str | None:
     """Returns the name of an image; None for a value that names none."""
     if isinstance(value, Mapping):
         content = value.get("bytes")
-        if isinstance(content, bytes) and content:  # as tables of the library `datasets` have images
-            return f"data:;base64,{base64.b64encode(content).decode()}"
+        if isinstance(content, bytes | Span) and content:  # as tables of the library `datasets` have images
+            return _name(content)
         value = next((value[key] for key in ("path", "url") if _holds(value.get(key))), None)
+    if isinstance(value, Span):
+        return value.text()
+    if isinstance(value, bytes) and value:
+        return f"data:;base64,{base64.b64encode(value).decode()}"
     if not isinstance(value, str) or not value or "\0" in value or not _writable(value):
         return None
-    if len(value) > LONGEST_PATH and _BASE64.fullmatch(value):
+    if is_base64(value):
         return f"data:;base64,{value}"
     return value.removeprefix("file://")
+
+
+def is_base64(text: str) -> bool:
+    """Returns whether a text is an image in base64: one that is too long for a path, or begins like an image."""
+    long = len(text) > LONGEST_PATH or (len(text) >= SHORTEST_IMAGE and text.startswith(_BEGINNINGS))
+    return long and _BASE64.fullmatch(text) is not None
+
+
+def is_image_key(key: str) -> bool:
+    """Returns whether a key of a record, or of a part of its turns, names images."""
+    return key in IMAGE_KEYS
 
 
 def _place_images(turns: _Turns, images: int, sample: str) -> None:

@@ -41,6 +41,8 @@ class EncodedSample:
     """Views of its images: (views, 3, size, size), uint8 as the sample encoder makes them."""
     images: tuple[Image.Image, ...] = ()
     """Its images as they were read, where they are not processed (`SampleEncoder.with_raw_images`)."""
+    source: int = 0
+    """Number of its source among those of the run."""
 
 
 @dataclass(frozen=True)

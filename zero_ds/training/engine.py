@@ -14,7 +14,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.data.samples import image_positions
 from zero_ds.model.attention import Sequences, is_flash
-from zero_ds.model.losses import length_classes, sums_by_length, supervised_rows
+from zero_ds.model.losses import length_classes, sums_by_length, sums_by_source, supervised_rows
 from zero_ds.model.vlm import Known, VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
@@ -55,6 +55,8 @@ class StepResult:
     """2-norm of the whole gradient before clipping."""
     by_length: torch.Tensor
     """Sum of the rank's next-token loss and number of its tokens, by length of the response: (classes, 2)."""
+    by_source: torch.Tensor
+    """The same sums by the source of the sample: (sources, 2)."""
     terms: dict[str, float]
     """The rank's share of each term that the recipe adds to the loss, before it is weighted, by name."""
 
@@ -147,10 +149,14 @@ class Engine:
             if not math.isfinite(norm) and not self.scaled:  # DeepSpeed skips such a step silently
                 self._refuse_gradient(step)
         by_length = torch.zeros(len(length_classes()), 2, dtype=torch.float64)
+        by_source = torch.zeros(len(self.config.data.sources), 2, dtype=torch.float64)
         for of_batch, batch in zip(tokens, batches, strict=True):
-            by_length += sums_by_length(of_batch.cpu(), batch.labels, batch.responses)
+            losses = of_batch.cpu()
+            by_length += sums_by_length(losses, batch.labels, batch.responses)
+            if len(by_source) > 1:
+                by_source += sums_by_source(losses, batch, len(by_source))
         values = torch.stack(terms).sum(0).tolist() if terms else []
-        return StepResult(share, norm, by_length, dict(zip(self.config.losses, values, strict=True)))
+        return StepResult(share, norm, by_length, by_source, dict(zip(self.config.losses, values, strict=True)))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Returns the arguments of the forward pass on the device, with positions that it would have to ask it for."""

@@ -14,6 +14,7 @@ from zero_ds.data.batches import Batch
 from zero_ds.data.loader import Loader
 from zero_ds.model.losses import length_classes, with_token_weights
 from zero_ds.runtime import distributed
+from zero_ds.training.checkpoint.best import set_best
 from zero_ds.training.checkpoint.manifest import Manifest
 from zero_ds.training.checkpoint.save import save_checkpoint
 from zero_ds.training.engine import Engine, StepResult
@@ -24,6 +25,7 @@ from zero_ds.training.preview import Preview
 from zero_ds.training.resume import progress_after
 from zero_ds.training.setup import Run
 from zero_ds.training.skipped import SkippedSamples
+from zero_ds.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     meter = Meter.of(engine)
     saver = Saver(run, engine, manifest, skipped)
     preview = Preview(config, loader)
+    validation = Validation(config, loader, total)
+    sources = loader.records.names()
     with contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor:
         for step, batches, started, waited in timed_steps(loader, first, total):
             counts = StepCounts.of(batches, cost).over_ranks()
@@ -50,20 +54,27 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
                 batches = with_token_weights(batches, config.dynamic_loss)
 
             result = engine.step(batches, step, counts.supervised, counts.images)
-            sums = StepSums.over_ranks(result, stop=bool(run.stop.received), overdue=saver.overdue())
+            skips = skipped_by_source(batches, len(sources))
+            sums = StepSums.over_ranks(result, skips, stop=bool(run.stop.received), overdue=saver.overdue())
 
             scalars = meter.scalars(
                 step, result, sums, counts, skipped, seconds=time.monotonic() - started, waited=waited
             )
+            scalars |= sums.of_sources(sources)
             if monitor.shows(step + 1):
                 scalars |= distributed.memory_gib()
+            is_best = False
+            if validation.due(step + 1):
+                measured = validation.measure(engine.model)
+                scalars |= measured
+                is_best = validation.improves(measured) and config.checkpoint.best
             monitor.step(step + 1, (step + 1) * config.global_batch, scalars)
 
             if preview.due(step + 1):
                 preview.show(step + 1, engine.model, monitor)
 
-            if sums.stop or sums.overdue or step + 1 == total or saver.due(step + 1):
-                saver.save(step + 1)
+            if sums.stop or sums.overdue or step + 1 == total or saver.due(step + 1) or is_best:
+                saver.save(step + 1, validation.lowest if is_best else None)
             if sums.stop:
                 sender = run.stop.received or "a signal to another rank"
                 raise SystemExit(f"stopped by {sender} after step {step + 1}; run again to resume.")
@@ -94,16 +105,44 @@ class StepSums:
     """Sum of the next-token loss, then number of tokens, of each class of response lengths."""
     terms: dict[str, float]
     """Each term that the recipe adds to the loss, before it is weighted, divided by the same number."""
+    by_source: list[float]
+    """Sum of the next-token loss, then number of tokens, of each source."""
+    skips: list[float]
+    """Number of samples of each source that the step had to skip."""
 
     @classmethod
-    def over_ranks(cls, result: StepResult, *, stop: bool, overdue: bool) -> StepSums:
-        """Sums up the ranks' knowledge. A collective."""
-        by_length = result.by_length.flatten().tolist()
-        loss, stops, late, *others = distributed.sum_over_ranks(
-            result.share, stop, overdue, *by_length, *result.terms.values()
-        )
-        terms = dict(zip(result.terms, others[len(by_length) :], strict=True))
-        return cls(loss, bool(stops), bool(late), others[: len(by_length)], terms)
+    def over_ranks(cls, result: StepResult, skips: list[int], *, stop: bool, overdue: bool) -> StepSums:
+        """Sums up the ranks' knowledge; `skips` are those of this rank by source. A collective."""
+        parts = [
+            [result.share, stop, overdue],
+            result.by_length.flatten().tolist(),
+            [*result.terms.values()],
+            result.by_source.flatten().tolist(),
+            skips,
+        ]
+        sums = iter(distributed.sum_over_ranks(*(value for part in parts for value in part)))
+        (loss, stops, late), by_length, terms, by_source, of_skips = ([next(sums) for _ in part] for part in parts)
+        named = dict(zip(result.terms, terms, strict=True))
+        return cls(loss, bool(stops), bool(late), by_length, named, by_source, of_skips)
+
+    def of_sources(self, names: list[str]) -> dict[str, float]:
+        """Returns the scalars of each of several sources: loss, tokens with loss, and skipped samples of the step."""
+        scalars: dict[str, float] = {}
+        if len(names) < 2:
+            return scalars
+        pairs = zip(names, self.by_source[::2], self.by_source[1::2], self.skips, strict=True)
+        for name, loss, tokens, skips in pairs:
+            if tokens:
+                scalars[f"loss_by_source/{name}"] = loss / tokens
+            scalars[f"tokens_by_source/{name}"] = tokens
+            scalars[f"skipped_by_source/{name}"] = skips
+        return scalars
+
+
+def skipped_by_source(batches: list[Batch], sources: int) -> list[int]:
+    """Returns the number of samples of each source that a rank's micro-batches lack."""
+    found = [number for batch in batches for number in batch.skipped_sources]
+    return [found.count(number) for number in range(sources)]
 
 
 @dataclass(frozen=True)
@@ -176,10 +215,17 @@ class Saver:
         minutes = (time.monotonic() - self.saved_at) / 60
         return distributed.is_rank_zero() and minutes > (self.run.config.checkpoint.every_minutes or math.inf)
 
-    def save(self, step: int) -> None:
-        """Saves a checkpoint after this step. A collective."""
+    def save(self, step: int, lowest: float | None = None) -> None:
+        """Saves a checkpoint after this step. A collective.
+
+        lowest: the held-out loss, if it makes this checkpoint the best one.
+        """
         progress = progress_after(step, self.skipped)
+        if lowest is not None:
+            progress["validation_loss"] = lowest
         keep = self.run.config.checkpoint.keep
         self.newest = save_checkpoint(self.run.out, self.engine, self.manifest, progress, keep)
         self.saved_at = time.monotonic()
+        if lowest is not None and distributed.is_rank_zero():
+            set_best(self.newest)
         logger.info("saved checkpoint %s", self.newest)

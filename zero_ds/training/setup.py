@@ -19,6 +19,7 @@ from zero_ds.config.batches import describe_batches, fit_to_ranks
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
+from zero_ds.data.prepared import Prepared
 from zero_ds.data.sources import Records
 from zero_ds.model.adapter import belongs_to, match_embeddings_, missing_tensors
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
@@ -217,7 +218,13 @@ def make_loader(
     skip_bad = config.data.bad_samples == "skip"
     with distributed.rank_zero_first():
         permute = config.seed if config.data.shuffle else None
-        records = Records(config.data.sources, skip_bad=skip_bad, permute=permute)
+        records = Records(
+            config.data.sources,
+            skip_bad=skip_bad,
+            permute=permute,
+            caption_prompt=config.data.caption_prompt,
+            share=config.validation.share,
+        )
     return Loader(
         records=records,
         sample_encoder=encode,
@@ -228,6 +235,7 @@ def make_loader(
         pad_id=encode.template.tokenizer.pad_token_id or 0,
         seed=config.seed,
         workers=config.data.workers,
+        prepared=Prepared(Path(config.data.prepared), records, encode) if config.data.prepared else None,
         grouping=config.data.grouping,
         skip_bad=skip_bad,
         packing=config.data.packing,

@@ -20,6 +20,7 @@ from zero_ds.runtime.files import disk_sentence, write_atomically
 from zero_ds.runtime.safetensors import SafetensorsStream
 from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.checkpoint import KEYS
+from zero_ds.training.checkpoint.best import best_folder
 from zero_ds.training.checkpoint.checkpoint import FOLDER_NAME, CheckpointError, Progress
 from zero_ds.training.checkpoint.comparison import Comparison
 from zero_ds.training.checkpoint.manifest import Manifest, versions, write_manifest
@@ -108,10 +109,13 @@ def _stop_all_on_error(writer: _Writer | None, run: Path, step: int) -> None:
 
 
 def _delete_old(run: Path, step: int, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints up to `step`."""
+    """Deletes all but the newest `keep` checkpoints up to `step`, and the best one."""
     folders = {int(path.name.removeprefix("step-")): path for path in run.iterdir() if FOLDER_NAME.fullmatch(path.name)}
     up_to_now = [folders[number] for number in sorted(folders) if number <= step]
+    best = best_folder(run)
     for folder in up_to_now[:-keep]:
+        if folder == best:
+            continue
         shutil.rmtree(folder, ignore_errors=True)
 
 
