@@ -125,16 +125,25 @@ def allow_two_models_under_hpz() -> None:
 def layers_as_leaves_(model: nn.Module, layers: Sequence[nn.Module], *, trained: bool) -> list[nn.Module]:
     """Makes ZeRO-3 treat each decoder layer as one unit, with hooks around the layer and not around each of its parts.
 
-    Applies to every module in `model` of the layers' type, so it includes the layers of a teacher in distillation.
+    Applies to every module in `model` of the layers' types, so it includes the layers of a teacher in distillation.
     Layers that train become units only if `trained` is set: when the input of a leaf module has no gradient, DeepSpeed
-    releases the module before the gradients of its weights exist. Returns those of `layers` that are now units.
+    releases the module before the gradients of its weights exist. Inside a layer that trains, a list of experts and its
+    router become a unit, as DeepSpeed asks for: ranks choose different experts, and would wait for each other. Returns
+    those of `layers` that are now units.
     """
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
-    units = {name: module for name, module in model.named_modules() if isinstance(module, type(layers[0]))}
+    kinds = tuple({type(layer) for layer in layers})
+    units = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not trained:
         units = {n: layer for n, layer in units.items() if not any(p.requires_grad for p in layer.parameters())}
-    set_z3_leaf_modules_by_name(model, list(units))
+    whole = tuple(f"{name}." for name in units)
+    experts = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "experts", None), nn.ModuleList) and not name.startswith(whole)
+    ]
+    set_z3_leaf_modules_by_name(model, [*units, *experts])
     return [layer for layer in layers if layer in units.values()]
 
 

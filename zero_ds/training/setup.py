@@ -198,7 +198,13 @@ def make_loader(
 
     Raises:
         DataError: a data file that cannot be used.
+        ConfigError: samples are packed, and the decoder's layers would mix them.
     """
+    if config.data.packing and not model.family.packs:
+        raise ConfigError(
+            f"data.packing=true needs layers in which a sample sees only itself, and those of {model.family.name} mix "
+            "samples; set data.packing=false."
+        )
     folders = folders or ModelFolders.of(config)
     encode = sample_encoder(
         model,

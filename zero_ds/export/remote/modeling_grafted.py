@@ -45,6 +45,8 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         options: dict[str, Any] = {}
         if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
             options["attn_implementation"] = "eager"  # sdpa does not soft-cap attention scores
+        elif config.decoder_attention and text._attn_implementation == "sdpa":
+            options["attn_implementation"] = config.decoder_attention
         self.encoder = AutoModel.from_config(config.vision_config)
         self.adapter = nn.Sequential(
             nn.Linear(config.vision_config.hidden_size, width),
