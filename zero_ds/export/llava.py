@@ -91,8 +91,8 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         for name, tensor in projector.items():
             yield LoadedTensor(name, tensor, exact=not source.has_aligner)
         merged = source.merged_weights()
-        for name, parameter in lora.stored_tensors(model.decoder):
-            yield LoadedTensor(f"{DECODER}{name}", parameter.detach(), exact=name not in merged)
+        for name, tensor in lora.stored_tensors(model.decoder):
+            yield LoadedTensor(f"{DECODER}{name}", tensor, exact=name not in merged)
 
     def expected_shapes(self, source: Source, texts: TextSettings) -> dict[str, tuple[int, ...]]:
         from transformers import LlavaForConditionalGeneration

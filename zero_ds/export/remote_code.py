@@ -71,8 +71,8 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         for name, parameter in adapter_parameters(model).items():
             yield LoadedTensor(name, parameter.detach(), exact=True)
         merged = source.merged_weights()
-        for name, parameter in lora.stored_tensors(model.decoder):
-            yield LoadedTensor(f"decoder.{name}", parameter.detach(), exact=name not in merged)
+        for name, tensor in lora.stored_tensors(model.decoder):
+            yield LoadedTensor(f"decoder.{name}", tensor, exact=name not in merged)
 
     def expected_shapes(self, source: Source, texts: TextSettings) -> dict[str, tuple[int, ...]]:
         # the code that write_files copies into the folder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from zero_ds.model.decoders.shrink import layer_overrides, shrunk, small_model
+from zero_ds.model.decoders.shrink import layer_overrides, on_the_cpu, shrunk, small_model
 from zero_ds.runtime.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
@@ -126,7 +126,11 @@ def check_cut(config: Any, family: Family, sources: Sequence[int]) -> None:
         ConfigError: the class makes another kind of layer at one of the new places, or computes something else than
             the target with its other layers left out.
     """
-    small = shrunk(config)
+    with on_the_cpu():
+        _check_cut(shrunk(config), family, sources)
+
+
+def _check_cut(small: Any, family: Family, sources: Sequence[int]) -> None:
     whole = small_model(small)
     where = f"{type(whole).__name__}"
     try:

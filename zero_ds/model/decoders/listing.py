@@ -69,7 +69,7 @@ def default_config(model_type: str) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[model_type]
+    kind: Any = CONFIG_MAPPING[model_type]
     config = error = None
     for settings in ({"num_hidden_layers": LAYERS}, {}):
         try:

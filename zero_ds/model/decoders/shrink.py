@@ -198,6 +198,18 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Makes tensors inside the block real ones in float32 on the CPU, whatever the caller's defaults are."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def small_model(config: Any, *, attention: str = "eager", seed: int = 0) -> nn.Module:
     """Builds the causal LM of a small config with random weights; its class's own errors pass through.
 

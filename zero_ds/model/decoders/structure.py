@@ -23,7 +23,7 @@ from torch import nn
 
 from zero_ds.model.decoders.base import Family
 from zero_ds.model.decoders.cut import layers_skipped
-from zero_ds.model.decoders.shrink import causal_class, shrunk, small_model
+from zero_ds.model.decoders.shrink import causal_class, on_the_cpu, shrunk, small_model
 from zero_ds.runtime.errors import ConfigError, one_line
 from zero_ds.runtime.files import write_atomically
 
@@ -62,7 +62,8 @@ def describe(config: Any) -> Family:
     content = _read(path)
     if content is None:
         try:
-            content = _to_json(_inspect(config, small))
+            with on_the_cpu():
+                content = _to_json(_inspect(config, small))
         except UnverifiedError as error:
             content = {"refused": str(error)}
         _write(path, content)

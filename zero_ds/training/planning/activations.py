@@ -62,7 +62,12 @@ def activation_bytes(
     stacks = [decoder_layers]
     if model.encoder is not None and model.encoder_family is not None:
         stacks.append(list(model.encoder_family.layers(model.encoder)))
-    with _attention_as_kernels(model, attention) as masks, _repeats_skipped(stacks, saved), saved.noting():
+    with (
+        _attention_as_kernels(model, attention) as masks,
+        _experts_by_number(model),
+        _repeats_skipped(stacks, saved),
+        saved.noting(),
+    ):
         learns = False
         if images and model.encoder is not None and model.encoder_family is not None:
             size = model.encoder_family.image_size(model.encoder_family.vision_config(model.encoder))
@@ -300,3 +305,50 @@ def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterato
     finally:
         for config, name in before:
             config._attn_implementation = name
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+def _one_expert(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Stands for a layer's experts, which choose by numbers that meta tensors lack: one expert takes every token.
+
+    It takes each token as often as experts would, so it keeps what they keep together.
+    """
+    chosen = top_k_index.shape[-1]
+    inputs = hidden_states.repeat_interleave(chosen, dim=0)
+
+    def product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return values @ (weight[0] if module.is_transposed else weight[0].T)
+
+    if module.has_gate:
+        inner = module._apply_gate(product(inputs, module.gate_up_proj))
+    else:
+        inner = module.act_fn(product(inputs, module.up_proj))
+    weighted = product(inner, module.down_proj) * top_k_weights.reshape(-1, 1)
+    return weighted.view(len(hidden_states), chosen, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+@contextmanager
+def _experts_by_number(model: VisionLanguageModel) -> Iterator[None]:
+    """Lets one expert stand for those of every layer."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # versions of the library without one
+        yield
+        return
+    ALL_EXPERTS_FUNCTIONS.register(KERNEL, _one_expert)
+    modules = [
+        module for module in model.decoder.modules() if hasattr(module, "has_gate") and hasattr(module, "config")
+    ]
+    configs = {id(module.config): module.config for module in modules}
+    before = [(config, config._experts_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._experts_implementation = KERNEL
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._experts_implementation = name
