@@ -172,7 +172,8 @@ def test_shared_keys_and_values_are_not_cut_in_two() -> None:
     from transformers import CONFIG_MAPPING
 
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    config = CONFIG_MAPPING["gemma4_unified_text"](num_hidden_layers=6, layer_types=kinds, num_kv_shared_layers=2)
+    kind: Any = CONFIG_MAPPING["gemma4_unified_text"]
+    config = kind(num_hidden_layers=6, layer_types=kinds, num_kv_shared_layers=2)
     family = structure.describe(config)
     check_cut(config, family, [0, 2, 3, 4, 5])
     with pytest.raises(ConfigError, match=r"Gemma4UnifiedForCausalLM .*(layers|layer)"):
@@ -204,7 +205,7 @@ def test_a_dense_translator(moe: Path, tmp_path: Path) -> None:
     surrogate = DecoderFolder(out)
     (number,) = surrogate.surrogate.plan.translators  # type: ignore[union-attr]
     decoder: Any = surrogate.load(dtype=torch.float32)
-    layer = surrogate.family.layers(decoder)[number]
+    layer: Any = surrogate.family.layers(decoder)[number]
     assert tuple(layer.mlp.gate_proj.weight.shape) == (40, 32) and not layer.mlp.down_proj.weight.any()
     assert any(is_expert(name) for name, _ in surrogate.family.layers(decoder)[number + 1].named_parameters())
     source = load_file(moe / "model.safetensors")["model.layers.2.self_attn.q_proj.weight"]
@@ -228,8 +229,8 @@ def test_a_text_tower_that_no_family_names(tmp_path: Path) -> None:
 
     words = tiny.tokenizer()
     text = {**tiny._shape(words), "model_type": "mistral", "num_hidden_layers": 4, "head_dim": 8}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"model_type": "pixtral", "image_size": 32, "patch_size": 16, "head_dim": 8}
+    vision: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "model_type": "pixtral", "image_size": 32, "patch_size": 16, "head_dim": 8}
     with seeded(0):
         Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).save_pretrained(
             tmp_path

@@ -42,6 +42,8 @@ def write_model(model_type: str, out: Path, *, tied: bool | None = None) -> None
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(words, name))
     config.use_cache = True
+    if hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = 1024  # more than any sample has
     if hasattr(config, "initializer_range"):
         config.initializer_range = 0.1  # larger logits would lose digits
     if tied is not None:
@@ -152,7 +154,7 @@ def prove(model_type: str, work: Path, run_config: Callable[..., RunConfig], not
 
 
 def step_under_zero3(model_type: str, work: Path, run_config: Callable[..., RunConfig]) -> None:
-    """Trains one step of the encoder stage on the surrogate, on two ranks under ZeRO-3."""
+    """Trains a step of the encoder and of the pretrain stage on the surrogate, on two ranks under ZeRO-3."""
     from distributed_helper import run_ranks, train_all
 
     target = work / "zero3-target"
@@ -160,9 +162,10 @@ def step_under_zero3(model_type: str, work: Path, run_config: Callable[..., RunC
     folder = DecoderFolder(target)
     build_surrogate(folder, [Replaced(folder.depth // 3, folder.depth // 3 + 2)], work / "zero3-surrogate")
     models = {"target": str(target), "surrogate": str(work / "zero3-surrogate")}
-    config = run_config("encoder", work / "zero3", max_steps=1, zero="zero3", **models)
-    ends = run_ranks(train_all, 2, [config])
-    assert ends == [["step-000001"], ["step-000001"]], ends
+    stages = ("encoder", "pretrain")
+    configs = [run_config(stage, work / f"zero3-{stage}", max_steps=1, zero="zero3", **models) for stage in stages]
+    ends = run_ranks(train_all, 2, configs)
+    assert ends == [["step-000001"] * 2] * 2, ends
 
 
 def quick_proofs() -> None:

@@ -82,8 +82,7 @@ class Teacher(nn.Module):
         self._layers: dict[int, nn.Module] = {
             layer: own[layer] if layer in own else shared[layer] for layer in self.plan.target_late
         }
-        listed = getattr(target.text_config(), "layer_types", None)
-        self._target_types = list(listed or ["full_attention"] * self.plan.depth)
+        self._target_types = _layer_types(target.text_config(), self.plan.depth)
         self._surrogate_types = [self._target_types[source] for source in self.plan.sources]
         self.requires_grad_(False).eval()
 
@@ -186,6 +185,15 @@ class Teacher(nn.Module):
             hidden = _run(module, hidden, trace.arguments[kind])
             outputs[layer] = hidden
         return outputs, model.logits(self.family.norm(model.decoder)(hidden[rows]))
+
+
+def _layer_types(config: Any, depth: int) -> list[str]:
+    """Returns the type of every layer, by which its class chooses the mask and the positions that it passes on."""
+    for name in ("layer_types", "layers_block_type", "layer_block_types"):
+        listed = getattr(config, name, None)
+        if isinstance(listed, list) and len(listed) == depth:
+            return list(listed)
+    return ["full_attention"] * depth
 
 
 def _run(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

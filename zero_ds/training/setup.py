@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -204,6 +204,12 @@ def make_loader(
         raise ConfigError(
             f"data.packing=true needs layers in which a sample sees only itself, and those of {model.family.name} mix "
             "samples; set data.packing=false."
+        )
+    positions = getattr(cast(Any, model.decoder).config, "max_position_embeddings", None)
+    if model.family.counted_positions and positions and config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}, but {model.family.name} has a table of {positions} positions; "
+            f"set data.max_length={positions}."
         )
     folders = folders or ModelFolders.of(config)
     encode = sample_encoder(

@@ -56,6 +56,8 @@ class Family:
     """True if the scores are divided by that entry."""
     layer_outputs: int = 0
     """Number of items in the tuple that a layer returns; 0 for a layer that returns its hidden states alone."""
+    counted_positions: bool = False
+    """True if there is a table of positions, so that no sample can be longer than the config says."""
     packs: bool = True
     """True if rows can hold several samples, each of which sees only itself."""
     wrong_attentions: tuple[str, ...] = ()

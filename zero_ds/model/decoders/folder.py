@@ -152,6 +152,11 @@ class DecoderFolder:
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers raises many exception types for files edited by hand
+            if "auto_map" in self.raw_config:
+                raise ConfigError(
+                    f"the model in {self.path} ({self.raw_config['model_type']}) needs code of its own, which is not "
+                    "run; use a version of transformers that knows this type."
+                ) from None
             raise self._unusable(error) from None
 
     @cached_property

@@ -23,7 +23,7 @@ from torch import nn
 
 from zero_ds.model.decoders.base import Family
 from zero_ds.model.decoders.cut import layers_skipped
-from zero_ds.model.decoders.shrink import causal_class, on_the_cpu, shrunk, small_model
+from zero_ds.model.decoders.shrink import POSITIONS, causal_class, on_the_cpu, shrunk, small_model
 from zero_ds.runtime.errors import ConfigError, one_line
 from zero_ds.runtime.files import write_atomically
 
@@ -216,7 +216,8 @@ def _inspect(config: Any, small: Any) -> Family:
             raise
         except Exception as error:
             raise UnverifiedError(f"a small copy of it does not run with image features ({one_line(error)})") from None
-    return replace(_with_attention(copy, family), packs=_packs(copy, family))
+    family = _with_attention(copy, family)
+    return replace(family, packs=_packs(copy, family), counted_positions=_is_limited(copy, family))
 
 
 def _found(copy: _Copy) -> Family:
@@ -380,6 +381,20 @@ def _check_layers(copy: _Copy, family: Family) -> None:
         raise UnverifiedError("its layers do not take hidden states of its hidden size")
     with layers_skipped(family.layers(copy.model), {depth - 1}):
         copy.model(input_ids=copy.ids, use_cache=False)
+
+
+def _is_limited(copy: _Copy, family: Family) -> bool:
+    """Returns whether a sample longer than the config's number of positions fails."""
+    longest = getattr(copy.config, "max_position_embeddings", None) or 0
+    if not 0 < longest <= POSITIONS:
+        return False
+    embeddings = torch.zeros(1, longest + 8, copy.config.hidden_size)
+    try:
+        with torch.no_grad():
+            family.hidden_states(copy.model, embeddings, torch.ones(1, longest + 8, dtype=torch.long))
+    except Exception:  # tables are looked up in many ways, each with errors of its own
+        return True
+    return False
 
 
 def _packs(copy: _Copy, family: Family) -> bool:

@@ -135,6 +135,11 @@ def _tower(family: Family, target: str) -> tuple[str, str] | None:
         ConfigError: the family has multimodal classes, and the target is missing, which would show its class.
     """
     if not family.tower_in_class:
+        if family.per_layer_config is None and DecoderFolder(local_folder(target)).is_multimodal:
+            raise ConfigError(
+                f"{target} is a multimodal class that no family describes, so the names of its text tower in memory "
+                "are not known; add a family with tower_in_class in zero_ds/model/decoders/."
+            )
         return None
     try:
         is_multimodal = DecoderFolder(local_folder(target)).is_multimodal

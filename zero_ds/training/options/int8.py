@@ -76,6 +76,7 @@ def quantize_(model: VisionLanguageModel) -> int:
     for layer in frozen:
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
+                routes = name in ("gate", "router") and hasattr(module, "experts")  # which experts, must not change
+                if type(child) is nn.Linear and not routes:
                     setattr(module, name, FrozenLinear(child))
     return len(frozen)
