@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 def one_type(model_type: str, work: Path, config: Callable[..., Any], *, zero3: bool) -> dict[str, Any]:
     """Returns what was proved of a type, and the sentence or error that ended it."""
-    import census
+    import decoder_census
 
     from zero_ds.model.decoders.listing import verdict
 
@@ -40,9 +40,9 @@ def one_type(model_type: str, work: Path, config: Callable[..., Any], *, zero3: 
         told = verdict(model_type)
         found |= {"class": told.class_name, "verdict": told.how, "note": told.note}
         if told.how != "refused":
-            census.prove(model_type, work, config, done.append)
+            decoder_census.prove(model_type, work, config, done.append)
             if zero3:
-                census.step_under_zero3(model_type, work, config)
+                decoder_census.step_under_zero3(model_type, work, config)
                 done.append("zero3")
     except ValueError as error:
         own = type(error).__module__.startswith("zero_ds")
@@ -102,15 +102,15 @@ def run_configs(root: Path) -> Callable[..., Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the results as a table in Markdown."""
-    import census
+    import decoder_census
 
-    steps = (*census.STEPS, "zero3")
+    steps = (*decoder_census.STEPS, "zero3")
     lines = [f"| type | verdict | {' | '.join(steps)} | note |", "|---" * (len(steps) + 3) + "|"]
     for row in sorted(rows, key=lambda row: row["type"]):
         marks = " | ".join("yes" if step in row["done"] else "" for step in steps)
         note = row.get("error") or row.get("traceback", "").strip().split("\n")[-1] or row.get("note", "")
         lines.append(f"| {row['type']} | {row.get('verdict', '')} | {marks} | {note} |")
-    whole = sum(set(census.STEPS) <= set(row["done"]) for row in rows)
+    whole = sum(set(decoder_census.STEPS) <= set(row["done"]) for row in rows)
     return "\n".join([*lines, "", f"{whole} of {len(rows)} types whole."])
 
 
@@ -128,13 +128,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     began = time.monotonic()
 
-    import census
+    import decoder_census
     import torch
 
     from zero_ds.model.decoders.listing import offered_types
 
     torch.set_num_threads(1)
-    census.quick_proofs()
+    decoder_census.quick_proofs()
     known = {}
     if arguments.out.is_file():
         known = {row["type"]: row for row in map(json.loads, arguments.out.read_text(encoding="utf-8").splitlines())}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import census
+import decoder_census
 import pytest
 import tiny
 import torch
@@ -55,13 +55,13 @@ def test_unlike_types_go_through_the_method(
 
     export_helper.here(monkeypatch)
     done: list[str] = []
-    census.prove(model_type, tmp_path, run_config, done.append)
-    assert done == ["model", *census.STEPS]
+    decoder_census.prove(model_type, tmp_path, run_config, done.append)
+    assert done == ["model", *decoder_census.STEPS]
 
 
 @pytest.fixture
 def moe(tmp_path: Path) -> Path:
-    census.write_model("qwen3_moe", tmp_path / "moe")
+    decoder_census.write_model("qwen3_moe", tmp_path / "moe")
     return tmp_path / "moe"
 
 
@@ -214,8 +214,23 @@ def test_a_dense_translator(moe: Path, tmp_path: Path) -> None:
         assert torch.isfinite(decoder(input_ids=torch.arange(5, 15)[None]).logits).all()
 
 
+def test_experts_train_under_zero3(moe: Path, run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Two ranks train through frozen experts, into copied ones that follow the target, and into dense translators."""
+    from distributed_helper import run_ranks, train_all
+
+    build_surrogate(moe, [Replaced(2, 4)], tmp_path / "copy")
+    build_surrogate(moe, [Replaced(2, 4)], tmp_path / "dense", dense_width=40)
+    common: dict[str, Any] = {"target": str(moe), "zero": "zero3", "max_steps": 1}
+    follows = {"surrogate": str(tmp_path / "copy"), "distill": {"logits": 1.0, "hidden": 1.0}}
+    configs = [
+        run_config("encoder", tmp_path / "one", **follows, **common),
+        run_config("pretrain", tmp_path / "two", surrogate=str(tmp_path / "dense"), **common),
+    ]
+    assert run_ranks(train_all, 2, configs) == [["step-000001"] * 2] * 2
+
+
 def test_a_class_without_dense_layers(tmp_path: Path) -> None:
-    census.write_model("mixtral", tmp_path / "mixtral")
+    decoder_census.write_model("mixtral", tmp_path / "mixtral")
     with pytest.raises(ConfigError, match=r"Mixtral has no dense layers at .*; keep --translator copy"):
         build_surrogate(tmp_path / "mixtral", [Replaced(2, 4)], tmp_path / "out", dense_width=40)
     assert not (tmp_path / "out").exists()

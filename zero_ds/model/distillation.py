@@ -210,7 +210,9 @@ def _load_layers(
 ) -> dict[int, nn.Module]:
     """Loads layers of the target, tensor by tensor, into new modules, which are partitioned under ZeRO-3."""
     config = target.text_config()
-    config._attn_implementation = cast(Any, model.decoder).config._attn_implementation
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if hasattr(own := cast(Any, model.decoder).config, name):
+            setattr(config, name, getattr(own, name))
     if target.is_registered:
         kinds = [type(model.family.layers(model.decoder)[0])] * target.depth
     else:

@@ -34,7 +34,7 @@ ONLY_WITH: dict[str, dict[str, Any]] = {
 
 _MIXED: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [2, 5]},
-    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 3},
 }

@@ -23,6 +23,7 @@ from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.decoders.listing import ONLY_WITH, default_config
 from zero_ds.model.decoders.shrink import causal_class, seeded, shrunk
 from zero_ds.model.layer_plan import Replaced
+from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
 from zero_ds.training.stages import freeze_
 from zero_ds.trajectory.lens import check_lens
@@ -165,6 +166,9 @@ def step_under_zero3(model_type: str, work: Path, run_config: Callable[..., RunC
     stages = ("encoder", "pretrain")
     configs = [run_config(stage, work / f"zero3-{stage}", max_steps=1, zero="zero3", **models) for stage in stages]
     ends = run_ranks(train_all, 2, configs)
+    wrong = [end for end in ends[0] if not end.startswith("step-")]
+    if wrong:
+        raise ConfigError(f"under ZeRO-3: {wrong[0].removeprefix('ConfigError: ')}")
     assert ends == [["step-000001"] * 2] * 2, ends
 
 
