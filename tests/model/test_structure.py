@@ -142,6 +142,25 @@ def test_verdicts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert structure.describe(config) == first
 
 
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("qwen3_next", {"packing": True}, "those of qwen3_next mix samples"),
+        ("opt", {"max_length": 2000}, "1024 positions"),
+    ],
+)
+def test_rows_that_a_decoder_cannot_read(
+    run_config: Callable[..., RunConfig], tmp_path: Path, model_type: str, change: dict[str, Any], message: str
+) -> None:
+    from zero_ds.training.setup import load_model
+
+    decoder_census.write_model(model_type, tmp_path / "target")
+    config = run_config("adapter", target=str(tmp_path / "target"), decoder="target")
+    config = config.model_copy(update={"data": config.data.model_copy(update=change)})
+    with pytest.raises(ConfigError, match=message):
+        load_model(config, {"zero_optimization": {"stage": 0}})
+
+
 # -- cuts --------------------------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ def find_image_token(family: Family, tokenizer: Any) -> str:
         if token in vocabulary:
             return token
     spare = [token for token in _special_tokens(tokenizer) if token in vocabulary and _SPARE.search(token)]
-    if spare:
+    if spare and family.per_layer_config is None:  # of a registered family the tokens are known
         return min(spare, key=lambda token: (not re.search("ima?ge?", token), vocabulary[token]))
     raise ConfigError(
         f"the vocabulary has none of the {family.name} family's spare tokens "

@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,6 +146,28 @@ def seed_everything(seed: int) -> None:
 # -- model and data ----------------------------------------------------------------------------------------------------
 
 
+def _check_rows(config: RunConfig, decoder: DecoderFolder) -> None:
+    """Checks that the decoder can read rows of samples as the run makes them.
+
+    Raises:
+        ConfigError: samples are packed, and the layers would mix them; or samples are longer than a table of positions.
+    """
+    family = decoder.family
+    if config.data.packing and not family.packs:
+        raise ConfigError(
+            f"data.packing=true needs layers in which a sample sees only itself, and those of {family.name} mix "
+            "samples; set data.packing=false."
+        )
+    if not family.counted_positions:
+        return
+    positions = decoder.text_config().max_position_embeddings
+    if config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}, but {family.name} has a table of {positions} positions; set "
+            f"data.max_length={positions}."
+        )
+
+
 def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | None = None) -> VisionLanguageModel:
     """Loads the model of a run, with new layers at random. A collective under ZeRO-3.
 
@@ -157,6 +179,7 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     folders = folders or ModelFolders.of(config)
+    _check_rows(config, folders.decoder)
     dtype = resolve_precision(config)
     sharded = ds["zero_optimization"].get("stage") == 3
     # while this object is alive, from_pretrained fills ZeRO-3 partitions directly
@@ -198,19 +221,7 @@ def make_loader(
 
     Raises:
         DataError: a data file that cannot be used.
-        ConfigError: samples are packed, and the decoder's layers would mix them.
     """
-    if config.data.packing and not model.family.packs:
-        raise ConfigError(
-            f"data.packing=true needs layers in which a sample sees only itself, and those of {model.family.name} mix "
-            "samples; set data.packing=false."
-        )
-    positions = getattr(cast(Any, model.decoder).config, "max_position_embeddings", None)
-    if model.family.counted_positions and positions and config.data.max_length > positions:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length}, but {model.family.name} has a table of {positions} positions; "
-            f"set data.max_length={positions}."
-        )
     folders = folders or ModelFolders.of(config)
     encode = sample_encoder(
         model,
