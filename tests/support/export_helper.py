@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.build import ModelSpec, build_model
-from zero_ds.model.decoders import family_of
+from zero_ds.model.decoders.folder import family_of
 from zero_ds.model.loading import model_hash
 from zero_ds.training.checkpoint.manifest import describe_run
 from zero_ds.training.stages import trained_parts

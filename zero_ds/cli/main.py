@@ -24,6 +24,7 @@ from zero_ds.cli.doctor import doctor
 from zero_ds.cli.evaluate import evaluate
 from zero_ds.cli.export import export
 from zero_ds.cli.graft import graft
+from zero_ds.cli.offered import models
 from zero_ds.cli.pipeline import pipeline
 from zero_ds.cli.plan import plan
 from zero_ds.cli.quickstart import quickstart
@@ -65,6 +66,7 @@ app.command("pipeline", rich_help_panel=CHAINS)(pipeline)
 app.command("recipes", rich_help_panel=PREPARATION)(recipes)
 app.add_typer(data, name="data", rich_help_panel=PREPARATION)
 app.command("plan", rich_help_panel=PREPARATION)(plan)
+app.command("models", rich_help_panel=PREPARATION)(models)
 app.command("doctor", rich_help_panel=PREPARATION)(doctor)
 app.command("why", rich_help_panel=PREPARATION)(why)
 app.add_typer(evaluate, name="eval", rich_help_panel=RESULTS)

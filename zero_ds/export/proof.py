@@ -29,6 +29,7 @@ from zero_ds.export.tensors import read, values
 from zero_ds.export.text import TextSettings
 from zero_ds.grafting.load import load_trained
 from zero_ds.model.build import sample_encoder
+from zero_ds.model.decoding import generate_from
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Span, Tensor, shard_files, spans
@@ -251,8 +252,9 @@ def _ask_batch(
     decoder = cast(Any, model.decoder)
 
     def generate() -> torch.Tensor:
-        output: torch.Tensor = decoder.generate(
-            inputs_embeds=model.embed(inputs["input_ids"], inputs.get("pixel_values")),
+        output: torch.Tensor = generate_from(
+            decoder,
+            model.embed(inputs["input_ids"], inputs.get("pixel_values")),
             attention_mask=inputs["attention_mask"],
             max_new_tokens=TOKENS,
             do_sample=False,
@@ -265,7 +267,7 @@ def _ask_batch(
 
     answers, logits = fresh.answer(
         generate,
-        watched=getattr(decoder, model.family.backbone),
+        watched=model.family.inner(decoder),
         scores=lambda output: model.logits(output.last_hidden_state[:, -POSITIONS:]),
         lengths=[prompt["input_ids"].shape[1] for prompt in prompts],
         stops=list(texts.stops),

@@ -84,10 +84,22 @@ def find_image_token(family: Family, tokenizer: Any) -> str:
     for token in (PLACEHOLDER, *family.image_tokens):
         if token in vocabulary:
             return token
+    spare = [token for token in _special_tokens(tokenizer) if token in vocabulary and _SPARE.search(token)]
+    if spare and family.per_layer_config is None:  # of a registered family the tokens are known
+        return min(spare, key=lambda token: (not re.search("ima?ge?", token), vocabulary[token]))
     raise ConfigError(
         f"the vocabulary has none of the {family.name} family's spare tokens "
         f"({', '.join(family.image_tokens) or 'it names none'}); name one in zero_ds/model/decoders/."
     )
+
+
+_SPARE = re.compile(r"image|unused|reserved|reponame|control_\d|extra_\d|SPECIAL_\d|place.?holder|vision_pad|\bdummy")
+"""Names that vocabularies give to special tokens of images, and to those without a use."""
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Returns every token that the tokenizer's own file marks as special."""
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def image_prompt(data: DataConfig) -> tuple[str, str]:

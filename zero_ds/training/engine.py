@@ -18,7 +18,13 @@ from zero_ds.model.losses import length_classes, sums_by_length, sums_by_source,
 from zero_ds.model.vlm import Known, VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.zero3 import is_always_whole, keep_frozen_whole_, layers_as_leaves_, parameter_shape
+from zero_ds.runtime.zero3 import (
+    is_always_whole,
+    keep_frozen_whole_,
+    layers_as_leaves_,
+    parameter_shape,
+    without_leaf_classes,
+)
 from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 from zero_ds.training.options import compilation
 from zero_ds.training.stages import VISION, Part, learning_rate
@@ -92,7 +98,9 @@ class Engine:
         if ds["zero_optimization"]["stage"] == 3:
             # a trained layer can be a unit only where its input has a gradient, that is, where the embeddings train
             embeddings_train = cast(Any, model.decoder).get_input_embeddings().weight.requires_grad
-            layers = layers_as_leaves_(model, layers, trained=config.compile and embeddings_train)
+            run_twice = model.teacher is not None
+            layers = layers_as_leaves_(model, layers, trained=config.compile and embeddings_train, run_twice=run_twice)
+            ds = without_leaf_classes(ds) if run_twice else ds
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]

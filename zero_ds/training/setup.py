@@ -147,6 +147,28 @@ def seed_everything(seed: int) -> None:
 # -- model and data ----------------------------------------------------------------------------------------------------
 
 
+def _check_rows(config: RunConfig, decoder: DecoderFolder) -> None:
+    """Checks that the decoder can read rows of samples as the run makes them.
+
+    Raises:
+        ConfigError: samples are packed, and the layers would mix them; or samples are longer than a table of positions.
+    """
+    family = decoder.family
+    if config.data.packing and not family.packs:
+        raise ConfigError(
+            f"data.packing=true needs layers in which a sample sees only itself, and those of {family.name} mix "
+            "samples; set data.packing=false."
+        )
+    if not family.counted_positions:
+        return
+    positions = decoder.text_config().max_position_embeddings
+    if config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}, but {family.name} has a table of {positions} positions; set "
+            f"data.max_length={positions}."
+        )
+
+
 def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | None = None) -> VisionLanguageModel:
     """Loads the model of a run, with new layers at random. A collective under ZeRO-3.
 
@@ -158,6 +180,7 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     folders = folders or ModelFolders.of(config)
+    _check_rows(config, folders.decoder)
     dtype = resolve_precision(config)
     sharded = ds["zero_optimization"].get("stage") == 3
     # while this object is alive, from_pretrained fills ZeRO-3 partitions directly

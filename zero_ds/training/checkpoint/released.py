@@ -27,8 +27,7 @@ import torch
 from zero_ds.config.loading import load_run, validate
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.adapter import BOUNDARY
-from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.folder import DecoderFolder, family_of_manifest
 from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError, did_you_mean
@@ -367,7 +366,7 @@ def _name_outside(name: str, checkpoint: Checkpoint) -> str:
     plan = checkpoint.manifest.get("plan")
     if part == "translator" and plan:
         number, _, inner = rest.partition(".")
-        family = FAMILIES[str(checkpoint.manifest["family"])]
+        family = family_of_manifest(checkpoint.manifest)
         return f"decoder.{family.layer_prefix}{LayerPlan.from_json(plan).translators[int(number)]}.{inner}"
     if part not in ("encoder", "adapter"):
         raise ConfigError(f"{checkpoint.folder} holds {name}, for which the released layout has no place.")
