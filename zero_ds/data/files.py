@@ -15,7 +15,7 @@ from zero_ds.config.schema import SourceConfig
 from zero_ds.data import webdataset
 from zero_ds.data.archives import split_root
 from zero_ds.data.embedded_images import read_arrow, read_parquet
-from zero_ds.data.formats import FORMATS, TWICE, DataError, named, quoted
+from zero_ds.data.formats import FORMATS, DataError, json_object, named, quoted
 from zero_ds.data.layout import check_shards, chosen
 from zero_ds.data.webdataset import read_webdataset
 from zero_ds.runtime.errors import ConfigError
@@ -291,7 +291,7 @@ class _JsonList:
         """Decoded content of the file. Bytes that are not UTF-8 become lone surrogates."""
         self._progress = progress
         self._tolerant = tolerant
-        self._decoder = json.JSONDecoder(object_pairs_hook=_object)
+        self._decoder = json.JSONDecoder(object_pairs_hook=json_object)
         self._buffer = ""
         self._place = 0
         """Index into the buffer of the next character."""
@@ -420,18 +420,9 @@ def _decoded(line: bytes, number: int, tolerant: bool) -> Any:
     """Returns the record of a line, or a BrokenLine."""
     try:
         text = line.decode("utf-8", "surrogateescape" if tolerant else "strict")
-        return json.loads(text.removeprefix("\ufeff") if number == 1 else text, object_pairs_hook=_object)
+        return json.loads(text.removeprefix("\ufeff") if number == 1 else text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
         return BrokenLine(number, str(error).splitlines()[0], _id(line))
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON; one that has a key twice says so, because its earlier value is lost."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        found[TWICE] = next(key for key in keys if keys.count(key) > 1)
-    return found
 
 
 def _id(line: bytes) -> str | None:

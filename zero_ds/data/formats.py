@@ -234,11 +234,20 @@ def _form(record: Mapping[str, Any], sample: str) -> str:
     return forms[0] if forms else FORMATS[0]
 
 
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON; one that has a key twice says so, because its earlier value is lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        found[TWICE] = next(key for key in keys if keys.count(key) > 1)
+    return found
+
+
 def _as_list(value: Any) -> Any:
     """Returns a list of turns, also from the text of JSON or the object of lists that some tables have; or None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=json_object)
         except (ValueError, RecursionError):
             return None
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from zero_ds.data.archives import STORED, Member, plain_name, tar_members
-from zero_ds.data.formats import IMAGE_KEYS, DataError, quoted
+from zero_ds.data.formats import IMAGE_KEYS, DataError, json_object, quoted
 from zero_ds.data.stored import Span
 from zero_ds.runtime.files import open_regular
 
@@ -88,7 +88,8 @@ def _record(path: Path, file: BinaryIO, key: str, members: Sequence[Member]) -> 
 
 def _json(path: Path, file: BinaryIO, member: Member) -> Any:
     try:
-        return json.loads(_read(path, file, member).decode("utf-8-sig", "surrogateescape"))
+        text = _read(path, file, member).decode("utf-8-sig", "surrogateescape")
+        return json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"data file {path} cannot be read: its member {quoted(member.name, 300)} is not JSON "
