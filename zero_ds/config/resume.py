@@ -17,6 +17,7 @@ MAY_DIFFER = (
     "log_every",
     "checkpoint",
     "preview",
+    "profile",
     "data.workers",
     "data.bad_samples",
     "data.max_bad_samples",
