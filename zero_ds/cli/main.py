@@ -27,6 +27,7 @@ from zero_ds.cli.graft import graft
 from zero_ds.cli.offered import models
 from zero_ds.cli.pipeline import pipeline
 from zero_ds.cli.plan import plan
+from zero_ds.cli.profile import profile
 from zero_ds.cli.quickstart import quickstart
 from zero_ds.cli.recipes import recipes
 from zero_ds.cli.report import report
@@ -67,6 +68,7 @@ app.command("recipes", rich_help_panel=PREPARATION)(recipes)
 app.add_typer(data, name="data", rich_help_panel=PREPARATION)
 app.command("plan", rich_help_panel=PREPARATION)(plan)
 app.command("models", rich_help_panel=PREPARATION)(models)
+app.command("profile", rich_help_panel=PREPARATION)(profile)
 app.command("doctor", rich_help_panel=PREPARATION)(doctor)
 app.command("why", rich_help_panel=PREPARATION)(why)
 app.add_typer(evaluate, name="eval", rich_help_panel=RESULTS)

@@ -20,6 +20,7 @@ MAY_DIFFER = (
     "validation.sources",
     "validation.every_steps",
     "validation.limit",
+    "profile",
     "data.workers",
     "data.prepared",
     "data.bad_samples",

@@ -281,6 +281,15 @@ class PreviewConfig(Section):
     """Longest answer in tokens, each of which costs a forward pass."""
 
 
+class ProfileConfig(Section):
+    steps: int = Field(default=0, ge=0)
+    """Number of steps that torch's profiler records on rank 0, for RUN/profile; 0: none."""
+    skip: int = Field(default=5, ge=1)
+    """Number of steps before the first recorded one, in which caches fill and code is compiled."""
+    stop: bool = False
+    """Whether the run ends after the recorded steps, without a checkpoint."""
+
+
 class RunConfig(Section):
     """Everything that a training run depends on."""
 
@@ -343,6 +352,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     preview: PreviewConfig = PreviewConfig()
     validation: ValidationConfig = ValidationConfig()
+    profile: ProfileConfig = ProfileConfig()
     log_every: int = Field(default=10, ge=1)
     """Number of steps between lines of the log."""
     out: LocalPath

@@ -27,6 +27,7 @@ from zero_ds.runtime.zero3 import (
 )
 from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 from zero_ds.training.options import compilation
+from zero_ds.training.profile import phase
 from zero_ds.training.stages import VISION, Part, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -137,13 +138,17 @@ class Engine:
         terms: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # the number of passes may vary
-            outcome = self.engine(**self._inputs(batch), text_only=self.short_backward and images == 0)
+            with phase("inputs"):
+                inputs = self._inputs(batch)
+            with phase("forward"):
+                outcome = self.engine(**inputs, text_only=self.short_backward and images == 0)
             loss = outcome.total / max(1.0, supervised_tokens)
             shares.append(loss.detach())
             tokens.append(outcome.tokens)
             if outcome.terms is not None:
                 terms.append(outcome.terms / max(1.0, supervised_tokens))
-            self.engine.backward(loss * (self.accumulation * self.world_size))
+            with phase("backward"):
+                self.engine.backward(loss * (self.accumulation * self.world_size))
             if self.engine.is_gradient_accumulation_boundary():
                 # losses are read only now: a GPU has work queued while the host waits for numbers
                 share = self._finite_sum(shares, batches, step)
@@ -151,7 +156,8 @@ class Engine:
                 self._look_for_gradients(images > 0)
                 if not math.isfinite(norm):
                     self._refuse_gradient(step)
-            self.engine.step()
+            with phase("update"):
+                self.engine.step()
         if self.stage:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
             if not math.isfinite(norm) and not self.scaled:  # DeepSpeed skips such a step silently

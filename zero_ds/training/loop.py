@@ -22,6 +22,7 @@ from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import Monitor
 from zero_ds.training.planning.flops import peak_flops, step_cost
 from zero_ds.training.preview import Preview
+from zero_ds.training.profile import Profiler, phase
 from zero_ds.training.resume import progress_after
 from zero_ds.training.setup import Run
 from zero_ds.training.skipped import SkippedSamples
@@ -45,7 +46,11 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     preview = Preview(config, loader)
     validation = Validation(config, loader, total)
     sources = loader.records.names()
-    with contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor:
+    profiler = Profiler(config.profile, run.out)
+    with (
+        contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor,
+        profiler,
+    ):
         for step, batches, started, waited in timed_steps(loader, first, total):
             counts = StepCounts.of(batches, cost).over_ranks()
             counts.check_layout(step + 1)
@@ -69,6 +74,8 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
                 scalars |= measured
                 is_best = validation.improves(measured) and config.checkpoint.best
             monitor.step(step + 1, (step + 1) * config.global_batch, scalars)
+            if profiler.step():
+                break
 
             if preview.due(step + 1):
                 preview.show(step + 1, engine.model, monitor)
@@ -87,7 +94,8 @@ def timed_steps(loader: Loader, first: int, total: int) -> Iterator[tuple[int, l
     batches = iter(loader.steps(first, total))
     for step in range(first, total):
         started = time.monotonic()
-        micro_batches = next(batches)
+        with phase("data"):
+            micro_batches = next(batches)
         yield step, micro_batches, started, time.monotonic() - started
 
 
