@@ -60,7 +60,7 @@ TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *LEARNED_KEYS}
 """Keys of a turn that are read."""
 _TOOLS, _MEDIA = "tool calls are not learned", "only images and text are learned"
 _THOUGHTS = "thoughts are not learned; write them into the text"
-_WEIGHTS = ("loss_weight", "sample_weight")
+_WEIGHTS = ("sample_weight",)
 _PAIRS = "pairs of answers are not learned; keep the better one as the answer"
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_call_id"), _TOOLS),
