@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
@@ -100,7 +99,7 @@ class Profiler:
         self._torch: profile | None = None
         if config.steps and distributed.is_rank_zero():
             activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
+            if distributed.device().type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             plan = schedule(wait=config.skip - 1, warmup=1, active=config.steps, repeat=1)
             self._torch = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
