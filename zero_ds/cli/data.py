@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zero_ds.cli.models import ChatTemplateOption
+from zero_ds.cli.options import ChatTemplateOption
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:

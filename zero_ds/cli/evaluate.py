@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zero_ds.cli.models import (
+from zero_ds.cli.options import (
     DeviceMapOption,
     DeviceOptions,
     EngineOption,

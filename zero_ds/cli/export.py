@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zero_ds.cli.models import ChatTemplateOption
+from zero_ds.cli.options import ChatTemplateOption
 from zero_ds.runtime.errors import ConfigError
 
 

@@ -24,7 +24,7 @@ from zero_ds.cli.doctor import doctor
 from zero_ds.cli.evaluate import evaluate
 from zero_ds.cli.export import export
 from zero_ds.cli.graft import graft
-from zero_ds.cli.offered import models
+from zero_ds.cli.models import models
 from zero_ds.cli.pipeline import pipeline
 from zero_ds.cli.plan import plan
 from zero_ds.cli.profile import profile
