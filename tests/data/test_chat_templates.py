@@ -221,3 +221,30 @@ def test_a_prompt_whose_end_the_tokenizer_joins_with_the_answer_is_refused() -> 
 def test_a_tokenizer_without_a_template_is_told_what_to_do() -> None:
     with pytest.raises(ConversationError, match="--chat-template FILE"):
         ChatTemplate(tiny.tokenizer(template=None))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "DeepSeek-V3"])
+@pytest.mark.parametrize("place", [1, 3])
+def test_an_answer_that_the_template_would_cut_is_refused(family: str, place: int) -> None:
+    """Training would keep the thought, while the template of an export cuts it out of the conversation."""
+    template = ChatTemplate(tokenizer_of(family))
+    texts = ["What is shown?", "A circle.", "Which colour?", "Red."]
+    turns = [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
+    template.encode(turns, **OPTIONS)
+    turns[place] = Turn("assistant", f"It is round.</think>{texts[place]}")
+    with pytest.raises(ConversationError, match=r"looks for '</think>' in the text of turns and rewrites it"):
+        template.encode(turns, **OPTIONS)
+    template.encode(turns[:-1], **OPTIONS, generate=True)
+
+
+def test_a_switch_in_a_record_s_own_system_message_is_refused() -> None:
+    source = LOOP + (
+        "{{ '<|im_start|>' + m.role + m.content + (' (short)' if m.role == 'system' and '/short' in m.content else '') "
+        "+ '<|im_end|>' }}" + ASK + "{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    template = ChatTemplate(tiny.tokenizer(), source)
+    template.check()
+    talk = [Turn("user", "Why /short?"), Turn("assistant", "So.")]
+    template.encode([Turn("system", "Be kind."), *talk], **OPTIONS)
+    with pytest.raises(ConversationError, match="'/short'"):
+        template.encode([Turn("system", "Answer /short."), *talk], **OPTIONS)

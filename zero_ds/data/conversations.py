@@ -175,6 +175,7 @@ class ChatTemplate:
         self.source = _source(tokenizer, template)
         """Text of the chat template."""
         self.words = GuardedTokenizer(tokenizer, self.source, special_tokens)
+        self._looked_for = _looked_for(self.source)
         self._stops = tuple(stops)
         self._renderings: dict[Any, _Rendering] = {}
         self._structures: dict[Any, _Structure] = {}
@@ -197,11 +198,14 @@ class ChatTemplate:
         get a label. With `generate`, the structure that opens the assistant's answer is appended.
 
         Raises:
-            ConversationError: a chat template that refuses the turns, or whose answers cannot be learned.
+            ConversationError: a chat template that refuses the turns, whose answers cannot be learned, or which
+                rewrites the text of a turn that is learned from.
         """
         structure = self._structure(tuple(turn.role for turn in turns), generate)
         if structure.fault and self.learns:
             raise ConversationError(structure.fault)
+        if self.learns and not generate:
+            self._check_contents(turns)
         spans = list(_spans(structure, turns, self.words))
         encoded = self._encode(spans)
         tokens = _Tokens()
@@ -291,10 +295,8 @@ class ChatTemplate:
     def render(self, turns: Sequence[Turn], *, generate: bool = False, ends: bool = True) -> str:
         """Returns turns as the text that `encode` reads; without `ends`, up to the end of the last turn's content."""
         structure = self._structure(tuple(turn.role for turn in turns), generate)
-        written = [structure.pieces[0]]
-        for number, turn in enumerate(turns):
-            written += [structure.trim(number, turn.text), structure.pieces[number + 1]]
-        return "".join(written if ends else written[:-1])
+        text = structure.around([turn.text for turn in turns])
+        return text if ends else text[: len(text) - len(structure.pieces[-1])]
 
     @property
     def each_as_last(self) -> bool:
@@ -379,6 +381,24 @@ class ChatTemplate:
             raise ConversationError(
                 f"the chat template changes the text of a turn, or what it writes depends on it: {own[shown]!r} in "
                 f"place of {ours[shown]!r}"
+            )
+
+    def _check_contents(self, turns: Sequence[Turn]) -> None:
+        """Compares the text of a conversation that holds a word which the template looks for, such as `</think>`.
+
+        An export asks with the template itself, which may cut such a text, or write something else around it.
+        """
+        found = next((word for word in self._looked_for for turn in turns if word in turn.text), None)
+        if found is None:
+            return
+        plain = self._rendering(tuple(turn.role for turn in turns), False)
+        ours = plain.around([turn.text for turn in turns])
+        own = self._apply([(turn.role, turn.text) for turn in turns], False)
+        if ours != own:
+            raise ConversationError(
+                f"the chat template looks for {found!r} in the text of turns and rewrites it, so an exported model "
+                "would be asked otherwise than it was trained; take it out of the text, or give another template with "
+                "data.chat_template"
             )
 
     def _check_tokens(self, turns: Sequence[Turn]) -> None:
@@ -601,6 +621,21 @@ def _source(tokenizer: Any, template: str | None) -> str:
         raise ConversationError(f"the tokenizer's chat template cannot be used: {error}") from None
 
 
+_LOOKS = re.compile(
+    r"""(?:\.(?:r?split|r?partition|r?find|count|index|replace|startswith|endswith|removeprefix|removesuffix)\(\s*"""
+    r"""|\breplace\(\s*)(?P<quote>['"])(?P<word>(?:(?!(?P=quote)).)+)(?P=quote)"""
+    r"""|(?P<mark>['"])(?P<other>(?:(?!(?P=mark)).)+)(?P=mark)\s+(?:not\s+)?in\b"""
+)
+"""Places of a chat template that look for a word in a text, or for a key in a message, which does no harm."""
+
+
+def _looked_for(source: str) -> tuple[str, ...]:
+    """Returns the words that a chat template may look for in the text of turns."""
+    words = {found["word"] or found["other"] for found in _LOOKS.finditer(source)}
+    words = {word.encode().decode("unicode_escape") if "\\" in word else word for word in words}
+    return tuple(sorted(word for word in words if word.strip()))
+
+
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     """Adds to a cache, which drops its oldest entry if it is full."""
     if len(cache) >= REMEMBERED:
@@ -635,6 +670,18 @@ class _Rendering:
     trimmed: tuple[Trimmed, ...]
     """Characters that each content loses at its beginning and at its end."""
 
+    def trim(self, turn: int, text: str) -> str:
+        """Returns the text of a turn as the template writes it."""
+        before, after = self.trimmed[turn]
+        return text.lstrip(before).rstrip(after)
+
+    def around(self, contents: Sequence[str]) -> str:
+        """Returns the template's text with these contents."""
+        written = [self.pieces[0]]
+        for number, content in enumerate(contents):
+            written += [self.trim(number, content), self.pieces[number + 1]]
+        return "".join(written)
+
 
 @dataclass(frozen=True)
 class _Structure(_Rendering):
@@ -647,11 +694,6 @@ class _Structure(_Rendering):
     fault: str | None = None
     """Reason why the answers cannot be learned."""
     each_as_last: bool = False
-
-    def trim(self, turn: int, text: str) -> str:
-        """Returns the text of a turn as the template writes it."""
-        before, after = self.trimmed[turn]
-        return text.lstrip(before).rstrip(after)
 
 
 @dataclass

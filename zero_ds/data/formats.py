@@ -59,7 +59,7 @@ _RECORD_WIDE = {*SYSTEM_KEYS, *LEARNED_KEYS}
 TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *LEARNED_KEYS}
 """Keys of a turn that are read."""
 _TOOLS, _MEDIA = "tool calls are not learned", "only images and text are learned"
-_THOUGHTS = "thoughts are not learned; write them into the text"
+_THOUGHTS = "thoughts are not learned; take the key out, and only the answer is"
 _WEIGHTS = ("sample_weight",)
 _PAIRS = "pairs of answers are not learned; keep the better one as the answer"
 REFUSED = {
