@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 
 def one_type(model_type: str, work: Path, config: Callable[..., Any], *, zero3: bool) -> dict[str, Any]:
-    """Returns what was proved of a type, and the sentence or error that ended it."""
+    """Returns the proofs that a type has passed, and the sentence or error that ended it."""
     import decoder_census
 
     from zero_ds.model.decoders.listing import verdict

@@ -203,11 +203,11 @@ def test_a_template_that_changes_contents_is_refused(content: str) -> None:
 
 
 def test_a_template_that_reads_the_system_message_is_refused_with_such_a_message() -> None:
-    """As SmolLM3's, in which `/no_think` and the like are switches."""
+    """A template like SmolLM3's, in which `/no_think` and the like are switches."""
     switch = "{% if messages[0].role == 'system' and '/brief' in messages[0].content %}{{ '<|im_start|>' }}{% endif %}"
     template = ChatTemplate(tiny.tokenizer(), switch + CHATML + "{{ '<|im_start|>assistant\n' }}{% endif %}")
     template.check(system="Be kind.")
-    with pytest.raises(ConfigError, match="what it writes depends on it"):
+    with pytest.raises(ConfigError, match="writes other text around it"):
         template.check(system="Be kind. /brief")
 
 

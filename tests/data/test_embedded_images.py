@@ -1,4 +1,4 @@
-"""The same samples give the same ids and pixels from files, archives and tables, wherever the bytes of images lie."""
+"""The same samples give the same ids and pixels from files, archives and tables, wherever the bytes of images are."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 def test_every_layout_gives_the_same_ids_and_pixels(sources: dict[str, dict[str, Any]]) -> None:
-    """And images are read where they lie: not one is copied into the cache."""
+    """Images are read in place: not one is copied into the cache."""
     expected = encoded(Records([SourceConfig.model_validate(sources["files"])]))
     assert len(expected) == len(SAMPLES)
     for name, source in sources.items():

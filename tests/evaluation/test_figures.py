@@ -30,7 +30,7 @@ MEASURED = (
     *(("cv_bench_2d", "cv_bench_acc", 100), ("cv_bench_3d", "cv_bench_acc", 100)),
     *(("gqa", "exact_match", 100), ("vizwiz_vqa_val", "exact_match", 100)),
 )
-"""Task and metric of the columns of Table 8, without the average of CV-Bench, and what a harness divides by."""
+"""Task and metric of the columns of Table 8, without the average of CV-Bench, and the divisor of its harness."""
 
 TABLE_8 = {  # method and percentage -> average, columns as printed
     ("baseline", 10): (

@@ -287,11 +287,11 @@ def test_the_list_of_types() -> None:
 
 
 def test_the_page_says_what_the_code_finds() -> None:
-    """docs/models.md is generated; a sample is compared with what is found now."""
+    """docs/models.md is generated; a sample of its rows is compared with the verdicts of today."""
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
     for model_type in ("llama", "olmo2", "qwen3_moe", "bert", "bart", "gptj"):
         row = page([verdict(model_type)]).splitlines()[-1]
-        assert row in text, f"write docs/models.md anew with `zero-ds models --page`: {row}"
+        assert row in text, f"write docs/models.md again with `zero-ds models --page`: {row}"
 
 
 def test_small_copies_draw_no_random_numbers() -> None:

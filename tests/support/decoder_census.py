@@ -58,7 +58,7 @@ def write_model(model_type: str, out: Path, *, tied: bool | None = None) -> None
 
 
 def check_surrogate(target: Path, out: Path) -> Path:
-    """Cuts three layers to one; the surrogate must compute what the target does with the other two left out."""
+    """Cuts three layers to one; the surrogate must equal the target with the other two left out."""
     folder = DecoderFolder(target)
     replaced = Replaced(folder.depth // 3, folder.depth // 3 + 2)
     build_surrogate(folder, [replaced], out)
@@ -122,7 +122,7 @@ def check_graft(run: Path, target: Path) -> None:
 
 
 STEPS = ("surrogate", "trajectory", "gradients", "graft", "export")
-"""What is proved, in this order."""
+"""Names of the proofs, in their order."""
 
 
 def prove(model_type: str, work: Path, run_config: Callable[..., RunConfig], note: Callable[[str], None]) -> None:

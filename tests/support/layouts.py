@@ -1,4 +1,4 @@
-"""The same conversations about images in every layout in which people keep them."""
+"""Writes the same conversations about images in every layout in which people keep them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from zero_ds.training.validation import Validation, held_out
 
 STEPS = 6
 RATE = {"learning_rate": 30.0, "warmup_ratio": 0.0}
-"""So high that the held-out loss rises again, and the last checkpoint is not the best one."""
+"""A rate so high that the held-out loss rises again, and the last checkpoint is not the best one."""
 
 
 def settings(data: Path, **more: Any) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def test_old_runs_may_be_resumed_with_a_validation(run_config: Callable[..., Run
 
 
 def test_a_link_that_is_missing_or_leads_nowhere(tmp_path: Path) -> None:
-    """As after a kill between the saving of a checkpoint and the link to it."""
+    """The state after a kill between the saving of a checkpoint and the link to it."""
     assert best_folder(tmp_path) is None and restore_best(tmp_path) is None
     for step, loss in ((1, 3.0), (2, 2.0), (3, None), (4, float("nan"))):
         folder = tmp_path / f"step-{step:06d}"

@@ -74,7 +74,7 @@ def run_part(command: Sequence[str], rows: Path, log: Path, seconds: float) -> l
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of a part's processes."""
+    """Ends the processes of a part that still run."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -126,7 +126,7 @@ def small_run(folder: Path, stage: str = "decoder", **changes: Any) -> RunConfig
 def run_of(stage: str, size: str, small: Path | None, settings: list[str]) -> tuple[RunConfig, list[str]]:
     """Returns the configuration of a measured run, and the ranges that its surrogate replaces.
 
-    size: a key of `SHAPES`; small: folder of `write_small`, which stands in for every size; settings: key=value.
+    size: a key of `SHAPES`; small: folder of `write_small`, which replaces every size; settings: key=value.
     """
     if small is not None:
         config = small_run(small, stage, zero="zero2", precision="auto")

@@ -1,4 +1,4 @@
-"""The parts of gpu.sh, one process each: what a part finds goes line by line into a JSON lines file.
+"""The parts of gpu.sh, one process each. A part writes its findings line by line into a JSON lines file.
 
     python tools/bench/gpu_parts.py encoder-8b --seconds 90 --out encoder-8b.jsonl
 
@@ -42,7 +42,7 @@ class Row:
     answer: str
     """Finding as text."""
     ok: bool | None = True
-    """Whether that is as it should be; None: it could not be checked here."""
+    """True if that is as it should be; None if it could not be checked here."""
     figures: dict[str, Any] = field(default_factory=dict)
     """Numbers behind the answer, for gpu.json."""
 
@@ -54,7 +54,7 @@ class Work:
     deadline: float
     """Time of time.monotonic after which nothing else begins."""
     small: Path | None = None
-    """Folder of small models, which stand in for the real shapes; None: the real shapes."""
+    """Folder of small models, which replace the real shapes; None: the real shapes."""
     settings: tuple[str, ...] = ()
     """Further settings of measured recipes, key=value."""
     configs: tuple[str, ...] = ()

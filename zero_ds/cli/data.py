@@ -194,7 +194,7 @@ def prepare(
 
 
 def _columns(column: list[str] | None) -> dict[str, str] | None:
-    """Returns columns by what they hold, from options such as `image=img`."""
+    """Returns columns by their meaning, from options such as `image=img`."""
     pairs = [word.partition("=") for word in column or []]
     for what, separator, name in pairs:
         if not (what and separator and name):

@@ -1,4 +1,4 @@
-"""`zero-ds models`: what the installed transformers offers, and whether it can be a decoder."""
+"""`zero-ds models`: the model types of the installed transformers, and whether each can be a decoder."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class SourceConfig(Section):
     revision: str | None = None
     """Branch, tag or hash of a hub data set; empty: its main branch."""
     columns: dict[Column, str] = {}
-    """Columns, or keys of records, by what they hold, such as `{image: img, question: q, answer: a}`."""
+    """Columns, or keys of records, by their meaning, such as `{image: img, question: q, answer: a}`."""
     root: str | None = None
     """Folder of the images, which no image path may leave, or a zip or tar file (or a pattern of such files) in which
     they are; empty: the data file's own folder."""
@@ -287,7 +287,7 @@ class ProfileConfig(Section):
     skip: int = Field(default=5, ge=1)
     """Number of steps before the first recorded one, in which caches fill and code is compiled."""
     stop: bool = False
-    """Whether the run ends after the recorded steps, without a checkpoint."""
+    """Ends the run after the recorded steps, without a checkpoint."""
 
 
 class RunConfig(Section):

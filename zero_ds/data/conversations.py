@@ -372,14 +372,14 @@ class ChatTemplate:
                 self._check_tokens(_example(roles, number, SYSTEM))
 
     def _check_text(self, turns: Sequence[Turn]) -> None:
-        """Compares the text of a conversation with what the template makes of its contents, which it may change."""
+        """Compares the text of a conversation with the template's own, which may change its contents."""
         if self._structure(tuple(turn.role for turn in turns), False).each_as_last:
             return
         ours, own = self.render(turns), self._apply([(turn.role, turn.text) for turn in turns], False)
         if (place := _first_difference(ours, own)) is not None:
             shown = slice(max(0, place - 20), place + 20)
             raise ConversationError(
-                f"the chat template changes the text of a turn, or what it writes depends on it: {own[shown]!r} in "
+                f"the chat template changes the text of a turn, or writes other text around it: {own[shown]!r} in "
                 f"place of {ours[shown]!r}"
             )
 

@@ -144,7 +144,7 @@ def _warn_about_copies(path: Path, places: dict[Keys, _Places]) -> None:
     for keys, found in places.items():
         if found.copied:
             logger.warning(
-                "%s: %d images of column %s are copied into the cache, because they lie in compressed pages of more "
+                "%s: %d images of column %s are copied into the cache, because they are in compressed pages of more "
                 "than 12 MB, or its encoding does not show where; write the file again to read them in place, with "
                 "smaller pages and without delta encodings",
                 path,
@@ -244,13 +244,13 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Value:
-    """A value as it lies in the file."""
+    """A value as it is in the file."""
 
     span: Span
     page: bytes | None = None
     """Decompressed bytes that hold it; None if it is not compressed."""
     shared: bool = False
-    """Whether the value is in a dictionary, to which rows refer."""
+    """True if the value is in a dictionary, to which rows refer."""
 
     def content(self, memory: mmap.mmap) -> bytes:
         """Returns its bytes."""

@@ -66,7 +66,7 @@ class DataFiles(NamedTuple):
     folder: Path
     """Folder of the data set, or of its only file."""
     fetched: bool = False
-    """Whether the folder is in the cache of the hub's client."""
+    """True if the folder is in the cache of the hub's client."""
 
 
 def data_files(source: SourceConfig) -> DataFiles:
@@ -220,7 +220,7 @@ def raw_records(
 ) -> Iterator[Any]:
     """Yields every record of a file.
 
-    In tables, a span stands in the place of an image; `columns` are names of columns with images, besides the usual
+    In tables, a span takes the place of an image; `columns` are names of columns with images, besides the usual
     ones.
 
     If `tolerant`, a broken line of JSON lines comes as a BrokenLine, and bytes that are not UTF-8 come as lone

@@ -1,7 +1,7 @@
 """Prepared data: the tokens of every sample, written once, so that a run tokenises nothing and sizes no image.
 
-A folder holds shards of SHARD samples and prepared.json, which says what the tokens depend on. The samples themselves
-stay where they are: images are still read from their own files.
+A folder holds shards of SHARD samples and prepared.json, which lists everything that the tokens depend on. The samples
+themselves stay where they are: images are still read from their own files.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _difference(path: Path, stated: dict[str, Any]) -> str | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         return next((name for name, value in stated.items() if found.get(name) != value), None)
     except (OSError, ValueError, AttributeError):
-        return "everything, for its description cannot be read"
+        return "everything, because its description cannot be read"
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -33,7 +33,7 @@ class Token:
     text: str
     """Part of the decoded text; empty inside of a character that several tokens make."""
     trained: bool
-    """Whether it carries loss."""
+    """True if it carries loss."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Records(Sequence[Sample]):
 
     @property
     def epochs_differ(self) -> bool:
-        """Whether an epoch may take other samples than the one before it."""
+        """True if an epoch may take other samples than the one before it."""
         return self._draws is not None
 
     def names(self) -> list[str]:

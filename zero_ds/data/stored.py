@@ -81,7 +81,7 @@ class StoredImage:
         """Returns the bytes of the image's own file.
 
         Raises:
-            OSError, ValueError: The file cannot be read, or does not hold what it did.
+            OSError, ValueError: The file cannot be read, or has changed.
         """
         span = self.span
         if not span.codec:

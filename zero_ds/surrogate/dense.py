@@ -61,7 +61,7 @@ def dense_entries(config: Any, numbers: Sequence[int], width: int) -> dict[str, 
 
 
 def check_dense(target: DecoderFolder, cut: Any, dense: Any, numbers: Sequence[int]) -> None:
-    """Checks on small copies that layers became dense and all others stayed what they were.
+    """Checks on small copies that layers became dense and all others stayed the same.
 
     cut, dense: configs of the surrogate with copied and with dense translators.
 

@@ -63,7 +63,7 @@ class StepResult:
     by_length: torch.Tensor
     """Sum of the rank's next-token loss and number of its tokens, by length of the response: (classes, 2)."""
     by_source: torch.Tensor
-    """The same sums by the source of the sample: (sources, 2)."""
+    """Both sums by the source of the sample: (sources, 2)."""
     terms: dict[str, float]
     """The rank's share of each term that the recipe adds to the loss, before it is weighted, by name."""
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: torch's profiler over a few steps of rank 0.
+"""Measures where the time of a step goes, with torch's profiler over a few steps of rank 0.
 
 The phases of a step follow each other, so their times add up to the step's. Kinds of operations are sorted by the time
 that each spent in itself: on the device where there is one, otherwise on the cores, whose threads run side by side.
@@ -28,7 +28,7 @@ FOLDER = "profile"
 TRACE, TABLE = "trace.json.gz", "profile.json"
 
 PHASES = ("data", "inputs", "forward", "backward", "update")
-"""Parts of a step that are marked by `phase`; what is left of the step is called other."""
+"""Parts of a step that are marked by `phase`; the rest of the step is called other."""
 
 KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "flash", "sdpa", "fmha"),
@@ -50,7 +50,7 @@ def phase(name: str) -> record_function:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of a step went, in seconds a step; the content of profile.json."""
+    """Seconds of a step by phase and by kind of operation; the content of profile.json."""
 
     steps: int
     seconds: float
@@ -60,7 +60,7 @@ class Profile:
     kinds: dict[str, float]
     """Seconds by kind of operation; on several threads or streams at once, together more than a step's."""
     device: str
-    """Where kinds were measured: cpu or cuda."""
+    """Device on which kinds were measured: cpu or cuda."""
 
     def table(self) -> str:
         """Returns both lists as text, the longest first."""

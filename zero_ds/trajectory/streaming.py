@@ -93,9 +93,9 @@ class LayerFiles:
 
     @cached_property
     def skeleton(self) -> Any:
-        """The whole model without its layers' weights: each hands on what it gets until it is given them.
+        """The whole model without its layers' weights: each returns its input until it is given them.
 
-        So every layer runs at its own place, however its class decides by its number what it computes.
+        So every layer runs at its own place, whatever its class makes of its number.
         """
         from accelerate import init_empty_weights
         from transformers import AutoModel
@@ -360,7 +360,7 @@ def _apply_layer(files: LayerFiles, layer: int, texts: _Texts, batch_size: int, 
             inputs = hidden_states.new_zeros((*mask.shape, hidden_states.shape[1]))
             span = slice(texts.starts[begin], texts.starts[begin + len(batch)])
             inputs[mask.bool()] = hidden_states[span]
-            # what a class does to embeddings before its first layer, such as scaling them, must not happen again
+            # steps of a class before its first layer, such as scaling the embeddings, must not happen again
             with fed(module, inputs.clone()) if layer else nullcontext():
                 model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
             hidden_states[span] = outputs.pop()[mask.bool()]
@@ -372,7 +372,7 @@ def _apply_layer(files: LayerFiles, layer: int, texts: _Texts, batch_size: int, 
 
 
 def _leave_out_(layer: nn.Module, family: Family) -> None:
-    """Makes a layer hand on what it gets, without weights, in the form of its class."""
+    """Makes a layer return its input, without weights, in the form of its class."""
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
         return (hidden_states, *[None] * (family.layer_outputs - 1)) if family.layer_outputs else hidden_states

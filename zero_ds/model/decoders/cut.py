@@ -2,8 +2,8 @@
 
 A class decides by a layer's number what kind of layer it makes: by a list with an entry per layer, a list of layer
 numbers, the number of first or last layers of a kind, or a period. Lists and counts can be cut; a period, or a formula
-in the layer's number, often cannot. So the cut is checked on a small copy: every layer must be what it was in the
-target, and the cut model must compute what the target computes with its other layers left out.
+in the layer's number, often cannot. So the cut is checked on a small copy: every layer must have the kind that it had
+in the target, and the cut model must equal the target with its other layers left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAST = re.compile(r"num_kv_shared_layers")
 _OTHER_LISTS = re.compile(r"architectures|\w+_token_ids?|id2label|\w+_section|suppress_tokens|\w*time_step\w*|rope_\w+")
 """Names of lists that have nothing to do with layers, whatever their length."""
 _INDEX = re.compile(r"layer_idx|layer_id|layer_number|layer_index|idx|num_calls|\w+_step|_\w+|training|\w*device\w*")
-"""Names of attributes of a layer's modules that may follow its number without changing what it computes."""
+"""Names of attributes of a layer's modules that may follow its number without changing its results."""
 
 
 def cut_config(config: Any, family: Family, sources: Sequence[int]) -> Any:
@@ -109,7 +109,7 @@ def _explicit_periods(config: Any, changed: dict[str, Any], sources: Sequence[in
 
 
 def kind_of(layer: nn.Module) -> dict[str, Any]:
-    """Returns what a layer is: the shapes of its parameters, and the settings of its modules that are plain values."""
+    """Returns the kind of a layer: the shapes of its parameters, and its modules' settings that are plain values."""
     found: dict[str, Any] = {name: tuple(value.shape) for name, value in layer.named_parameters()}
     for prefix, module in layer.named_modules():
         found[f"{prefix}()"] = type(module).__name__
@@ -174,12 +174,12 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _check_kind(where: str, wanted: dict[str, Any], found: dict[str, Any], source: int, number: int) -> None:
-    """Raises ConfigError if a layer of the cut model is not what it was in the target."""
+    """Raises ConfigError if a layer of the cut model has another kind than in the target."""
     name = next((name for name in sorted({*wanted, *found}) if not _same(wanted.get(name), found.get(name))), None)
     if name is None:
         return
     raise ConfigError(
-        f"{where} decides by a layer's number what it is: layer {source} as number {number} would have "
+        f"{where} makes another kind of layer of another number: layer {source} as number {number} would have "
         f"{name.strip('.')} {found.get(name)} instead of {wanted.get(name)}; replace other layers."
     )
 
@@ -197,7 +197,7 @@ def _copy_weights(whole: nn.Module, part: nn.Module, family: Family, sources: Se
 
 @contextmanager
 def layers_skipped(layers: nn.ModuleList, skipped: set[int]) -> Iterator[None]:
-    """Makes layers hand on what they get, as long as the block is open: the target with layers dropped by hand."""
+    """Makes layers return their input, as long as the block is open: the target with layers dropped by hand."""
     handles = [layers[number].register_forward_hook(_hand_on, with_kwargs=True) for number in skipped]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the installed transformers offers: every type with a causal language model, and whether it can be a decoder."""
+"""Lists every type of the installed transformers with a causal language model, and whether it can be a decoder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MIXED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether models of a type can be decoders here."""
+    """True if models of the type can be decoders here."""
 
     model_type: str
     class_name: str

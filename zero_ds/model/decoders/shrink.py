@@ -1,7 +1,7 @@
 """Small random copies of decoders: same class, same kinds of layers, few units, on the CPU in float32.
 
-What a class computes does not follow from its widths. So a claim about the class (where its final norm is, whether a
-cut computes what it should) is checked on a copy with a few thousand parameters before a model of any size relies on
+The computation of a class does not follow from its widths. So a claim about the class (where its final norm is, whether
+a cut is right) is checked on a copy with a few thousand parameters before a model of any size relies on
 it.
 """
 
@@ -200,7 +200,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """Makes tensors inside the block real ones in float32 on the CPU, whatever the caller's defaults are."""
+    """Makes tensors inside the block real ones in float32 on the CPU, regardless of the caller's defaults."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

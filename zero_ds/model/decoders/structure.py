@@ -1,4 +1,4 @@
-"""Finds the parts of a decoder by its structure, and verifies what was found before anything relies on it.
+"""Finds the parts of a decoder by its structure, and verifies them before anything relies on them.
 
 A small random copy of the model (`shrink`) runs once, and hooks record what goes in and out of every module. The layers
 are the one list as long as the config says, the final norm is the module between the last layer and the head, and so
@@ -82,7 +82,7 @@ def _cache_folder() -> Path:
 
 @cache
 def _versions() -> str:
-    """Returns what the verdicts follow from besides the config: installed packages and the code of this package."""
+    """Returns everything that verdicts depend on besides the config: installed packages, and this package's code."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -116,12 +116,12 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
-# -- what a small copy does --------------------------------------------------------------------------------------------
+# -- running a small copy --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Call:
-    """What a module read and returned the first and the last time that it ran."""
+    """Input and output of a module, the first and the last time that it ran."""
 
     name: str
     given: torch.Tensor | None
@@ -344,7 +344,7 @@ def _check_embeddings(copy: _Copy, family: Family) -> None:
     except Exception:  # a class that looks for the token of each embedding has no common exception type
         moved = before
     if not _close(family.hidden_states(copy.model, embeddings, None), before):
-        raise UnverifiedError("without padding, a mask changes what it computes")
+        raise UnverifiedError("without padding, a mask changes its results")
     if not _close(hidden, before) or _close(moved, before):
         raise UnverifiedError("its layers need token ids besides their embeddings, and image features have none")
 

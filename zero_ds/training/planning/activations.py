@@ -338,7 +338,7 @@ def _one_expert(
 ) -> torch.Tensor:
     """Stands for a layer's experts, which choose by numbers that meta tensors lack: one expert takes every token.
 
-    It takes each token as often as experts would, so it keeps what they keep together.
+    It takes each token as often as experts would, so it keeps as much as they do together.
     """
     chosen = top_k_index.shape[-1]
     inputs = hidden_states.repeat_interleave(chosen, dim=0)
