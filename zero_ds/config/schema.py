@@ -209,6 +209,12 @@ class CheckpointConfig(Section):
     """Longest time between checkpoints in minutes."""
     keep: int = Field(default=2, ge=1)
     """Number of checkpoints kept; older ones are deleted once a newer one is complete."""
+    writers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Largest number of ranks that write, each a file of its own. auto: as many as have 64 MiB to write. Only ranks
+    that share the run folder with rank 0 write."""
+    asynchronous: Literal["auto", True, False] = "auto"
+    """Whether files are written while training goes on, from a copy in host memory. auto: where a rank writes at least
+    64 MiB and free memory holds the copy twice."""
 
 
 class PreviewConfig(Section):

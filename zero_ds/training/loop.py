@@ -7,15 +7,17 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from zero_ds.data.batches import Batch
 from zero_ds.data.loader import Loader
 from zero_ds.model.losses import length_classes, with_token_weights
 from zero_ds.runtime import distributed
+from zero_ds.training.checkpoint.interval import SaveClock
 from zero_ds.training.checkpoint.manifest import Manifest
-from zero_ds.training.checkpoint.save import save_checkpoint
+from zero_ds.training.checkpoint.save import Saving, begin_saving
+from zero_ds.training.checkpoint.shares import agree_on_shares
 from zero_ds.training.engine import Engine, StepResult
 from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import Monitor
@@ -34,6 +36,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     A checkpoint is saved when it is due, after the last step, and when a signal asks the run to end.
 
     Raises:
+        CheckpointError: one could not be saved.
         SystemExit: a signal was received; the run can be resumed.
     """
     config, first = run.config, run.resume.first_step
@@ -41,7 +44,10 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     meter = Meter.of(engine)
     saver = Saver(run, engine, manifest, skipped)
     preview = Preview(config, loader)
-    with contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor:
+    with (
+        contextlib.closing(saver),
+        contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor,
+    ):
         for step, batches, started, waited in timed_steps(loader, first, total):
             counts = StepCounts.of(batches, cost).over_ranks()
             counts.check_layout(step + 1)
@@ -50,7 +56,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
                 batches = with_token_weights(batches, config.dynamic_loss)
 
             result = engine.step(batches, step, counts.supervised, counts.images)
-            sums = StepSums.over_ranks(result, stop=bool(run.stop.received), overdue=saver.overdue())
+            sums = StepSums.over_ranks(result, bool(run.stop.received), saver)
 
             scalars = meter.scalars(
                 step, result, sums, counts, skipped, seconds=time.monotonic() - started, waited=waited
@@ -62,8 +68,10 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
             if preview.due(step + 1):
                 preview.show(step + 1, engine.model, monitor)
 
-            if sums.stop or sums.overdue or step + 1 == total or saver.due(step + 1):
-                saver.save(step + 1)
+            saver.look_after(sums)
+            ends = sums.stop or step + 1 == total
+            if ends or sums.overdue or saver.due(step + 1):
+                saver.save(step + 1, wait=ends)
             if sums.stop:
                 sender = run.stop.received or "a signal to another rank"
                 raise SystemExit(f"stopped by {sender} after step {step + 1}; run again to resume.")
@@ -90,20 +98,25 @@ class StepSums:
     """True if any rank was asked to end."""
     overdue: bool
     """True if rank 0 wants a checkpoint because the last one is too old."""
+    writing: bool
+    """True if any rank is still writing a checkpoint."""
+    unwritten: bool
+    """True if any rank could not write its part of a checkpoint."""
     by_length: list[float]
     """Sum of the next-token loss, then number of tokens, of each class of response lengths."""
     terms: dict[str, float]
     """Each term that the recipe adds to the loss, before it is weighted, divided by the same number."""
 
     @classmethod
-    def over_ranks(cls, result: StepResult, *, stop: bool, overdue: bool) -> StepSums:
-        """Sums up the ranks' knowledge. A collective."""
+    def over_ranks(cls, result: StepResult, stop: bool, saver: Saver) -> StepSums:
+        """Sums up the ranks' knowledge. A collective. stop: whether this rank was asked to end."""
         by_length = result.by_length.flatten().tolist()
-        loss, stops, late, *others = distributed.sum_over_ranks(
-            result.share, stop, overdue, *by_length, *result.terms.values()
+        loss, stops, late, writing, unwritten, *others = distributed.sum_over_ranks(
+            result.share, stop, saver.overdue(), *saver.progress(), *by_length, *result.terms.values()
         )
         terms = dict(zip(result.terms, others[len(by_length) :], strict=True))
-        return cls(loss, bool(stops), bool(late), others[: len(by_length)], terms)
+        classes = others[: len(by_length)]
+        return cls(loss, bool(stops), bool(late), bool(writing), bool(unwritten), classes, terms)
 
 
 @dataclass(frozen=True)
@@ -151,35 +164,79 @@ class Meter:
         return scalars
 
 
-@dataclass
 class Saver:
     """Saves checkpoints, and knows when one is due."""
 
-    run: Run
-    engine: Engine
-    manifest: Manifest
-    skipped: SkippedSamples
-    saved_at: float = field(default_factory=time.monotonic)
-    newest: Path = field(init=False)
-    """Folder of the newest checkpoint."""
-
-    def __post_init__(self) -> None:
-        self.newest = self.run.out
+    def __init__(self, run: Run, engine: Engine, manifest: Manifest, skipped: SkippedSamples) -> None:
+        """Finds out which ranks can write. A collective."""
+        self.run, self.engine, self.manifest, self.skipped = run, engine, manifest, skipped
+        self.settings = run.config.checkpoint
+        self.newest = run.out
+        """Folder of the newest checkpoint."""
+        self._shares = agree_on_shares(run.out, engine.named, self.settings.writers)
+        self._clock = SaveClock(60 * (self.settings.every_minutes or math.inf))
+        self._pending: Saving | None = None
 
     def due(self, step: int) -> bool:
         """Returns whether `checkpoint.every_steps` asks for a checkpoint after this step, counted from 1."""
-        every = self.run.config.checkpoint.every_steps
+        every = self.settings.every_steps
         return every is not None and step % every == 0
 
     def overdue(self) -> bool:
         """Returns whether `checkpoint.every_minutes` have passed. Only rank 0's clock counts."""
-        minutes = (time.monotonic() - self.saved_at) / 60
-        return distributed.is_rank_zero() and minutes > (self.run.config.checkpoint.every_minutes or math.inf)
+        return distributed.is_rank_zero() and self._pending is None and self._clock.is_due()
 
-    def save(self, step: int) -> None:
-        """Saves a checkpoint after this step. A collective."""
-        progress = progress_after(step, self.skipped)
-        keep = self.run.config.checkpoint.keep
-        self.newest = save_checkpoint(self.run.out, self.engine, self.manifest, progress, keep)
-        self.saved_at = time.monotonic()
-        logger.info("saved checkpoint %s", self.newest)
+    def progress(self) -> tuple[bool, bool]:
+        """Returns whether this rank is writing beside training, and whether it could not write."""
+        pending = self._pending
+        return (False, False) if pending is None else (pending.is_writing, pending.has_failed)
+
+    def look_after(self, sums: StepSums) -> None:
+        """Publishes a checkpoint that all ranks have written beside training. A collective.
+
+        Raises:
+            CheckpointError: a rank could not write.
+        """
+        if self._pending is not None and sums.unwritten:
+            self._pending.stop_writing()
+        if self._pending is not None and (sums.unwritten or not sums.writing):
+            with self._clock.saving():
+                self._publish()
+
+    def save(self, step: int, wait: bool) -> None:
+        """Saves a checkpoint after this step, after the one before is complete. A collective.
+
+        wait: whether to return only when it is complete, as at the end of a run.
+        """
+        with self._clock.saving(new=True):
+            self._publish()
+            self._pending = begin_saving(
+                self.run.out,
+                self.engine,
+                self.manifest,
+                progress_after(step, self.skipped),
+                self._shares,
+                asynchronous=self.settings.asynchronous,
+            )
+            if wait or not self._pending.begun_beside:
+                self._publish()
+        share = self._clock.share()
+        if not wait and share is not None and distributed.is_rank_zero():
+            logger.warning(
+                "saving checkpoints took %.0f %% of the time so far; set a longer checkpoint.every_minutes or "
+                "every_steps, or checkpoint.asynchronous=true if memory holds a copy",
+                100 * share,
+            )
+
+    def close(self) -> None:
+        """Gives up a checkpoint that is not complete, because the run ends by an error."""
+        if self._pending is not None:
+            self._pending.abandon()
+
+    def _publish(self) -> None:
+        """Publishes the checkpoint that is on its way, if there is one, as soon as all ranks have written it."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self.newest = pending.publish(self.settings.keep)
+        logger.info("saved checkpoint %s: training waited for %.1f s", self.newest, self._clock.seconds())
