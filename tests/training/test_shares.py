@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write: the same bytes for any number of them, beside training or not, killed or not."""
+"""Checkpoints of several writers: the same bytes for any number of ranks, beside training or not, killed or not."""
 
 from __future__ import annotations
 

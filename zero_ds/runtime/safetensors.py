@@ -474,7 +474,7 @@ class SafetensorsStream:
         """Appends a tensor, or the next piece of one. `tensor` is on the CPU and has the declared dtype."""
         import torch
 
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        data: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
         if not data.nbytes:
             return
         assert self._next < len(self._expected), f"{name} was written after the last declared tensor"

@@ -317,7 +317,8 @@ def consolidate_shards(folder: Path, config: RunConfig, out: Path) -> Path:
     wanted = {weights: tree for tree, weights in names.items()}
     declared = [(name, checkpoint.dtype, checkpoint.shapes[tree]) for name, tree in wanted.items()]
     origin = {"layout": f"ZeRO-{checkpoint.stage}", "ranks": len(checkpoint.files), "deepspeed": checkpoint.version}
-    manifest: Manifest = {**describe_models(config, model.plan), "origin": origin}
+    # the weights are named by their content, as those that the run itself saves
+    manifest: Manifest = {**describe_models(config, model.plan), "origin": origin, "weights_files": {}}
 
     def pieces(name: str) -> Iterable[torch.Tensor]:
         return checkpoint.pieces(wanted[name])
