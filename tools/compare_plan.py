@@ -106,23 +106,25 @@ def rows(plan: RunPlan, run: Path, metrics: list[dict[str, float]]) -> list[list
     place = "memory_gib/host" if on_cpu else "memory_gib/accelerator"
     seen = [m[place] for m in metrics if place in m]
     found += [(f"{place}, peak", peak / GIB, max(seen) if seen else None)]
-    for label, planned, path in checkpoint_sizes(plan, run):
-        found.append((label, planned / MIB, path.stat().st_size / MIB if path.is_file() else None))
+    for label, planned, paths in checkpoint_sizes(plan, run):
+        size = sum(path.stat().st_size for path in paths) / MIB if all(path.is_file() for path in paths) else None
+        found.append((label, planned / MIB, size))
     lines = [[name, number(planned), number(value), difference(planned, value)] for name, planned, value in found]
     causes = [(cause, option.memory.total(cause)) for cause in CAUSES]
     return [*lines, *([f"GiB of a rank: {cause}", number(size / GIB), "", ""] for cause, size in causes if size)]
 
 
-def checkpoint_sizes(plan: RunPlan, run: Path) -> list[tuple[str, float, Path]]:
-    """Returns label, planned bytes and path of a checkpoint's files: weights, and 12 bytes per parameter to resume."""
+def checkpoint_sizes(plan: RunPlan, run: Path) -> list[tuple[str, float, list[Path]]]:
+    """Returns label, planned bytes and paths of a checkpoint's files: weights, and 12 bytes per parameter to resume."""
     try:
-        folder = find_checkpoint(run).folder
+        checkpoint = find_checkpoint(run)
+        files = checkpoint.weights_files(), checkpoint.state_files()
     except (ConfigError, ValueError, OSError):
         return []
     trained = sum(plan.size.trained)
     return [
-        ("checkpoint, weights, MiB", float(plan.size.itemsize * trained), folder / "weights.safetensors"),
-        ("checkpoint, optimizer, MiB", 12.0 * trained, folder / "resume" / "state.safetensors"),
+        ("checkpoint, weights, MiB", float(plan.size.itemsize * trained), list(files[0])),
+        ("checkpoint, optimizer, MiB", 12.0 * trained, list(files[1])),
     ]
 
 

@@ -200,7 +200,7 @@ def try_variant(variant: Variant, models: Path, folder: Path) -> dict[str, Any]:
     models: folder with tiny models and data, as `write_models` leaves it; folder: a new one, which all ranks share.
     """
     from zero_ds.runtime import distributed
-    from zero_ds.training import loop
+    from zero_ds.training.checkpoint import save
     from zero_ds.training.train import train
 
     distributed.initialize()
@@ -215,20 +215,20 @@ def try_variant(variant: Variant, models: Path, folder: Path) -> dict[str, Any]:
     except ConfigError as error:
         return {"refused": str(error)}
     differing: list[str] = []
-    save = loop.save_checkpoint
+    publish = save.Saving.publish
 
-    def save_and_compare(run: Path, engine: Any, *rest: Any) -> Path:
-        checkpoint = save(run, engine, *rest)
-        differing.extend(differs_from_live(checkpoint, engine))
+    def publish_and_compare(self: save.Saving, keep: int) -> Path:
+        checkpoint = publish(self, keep)
+        differing.extend(differs_from_live(checkpoint, self.engine))
         return checkpoint
 
-    loop.save_checkpoint = save_and_compare
+    save.Saving.publish = publish_and_compare  # type: ignore[method-assign]
     try:
         train(config)
         _take_back(folder / "run", folder / "again")
         train(config.model_copy(update={"out": str(folder / "again")}))
     finally:
-        loop.save_checkpoint = save
+        save.Saving.publish = publish  # type: ignore[method-assign]
     distributed.barrier()
     losses = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     last = f"step-{STEPS:06d}"

@@ -178,11 +178,20 @@ def alive(pid: int) -> bool:
 
 def whole_state(engine: Any, parameter: Any, key: str) -> Any:
     """Returns one whole tensor of the optimizer's state, on every rank. Every rank must call it."""
+    import torch
     import torch.distributed as dist
 
-    whole = engine.state.whole(parameter, key)
+    from zero_ds.runtime.zero3 import parameter_shape
+    from zero_ds.training.checkpoint.exchange import exchanged
+    from zero_ds.training.checkpoint.shares import Shares
+
+    named = {"": parameter}
+    whole = torch.zeros(parameter_shape(parameter).numel())
+    for piece in exchanged(engine.state, named, Shares.of_rank_zero(named)):
+        if piece.cut.key == key:
+            whole[piece.cut.start : piece.cut.stop] = piece.values
     dist.broadcast(whole, 0)
-    return whole
+    return whole.view(parameter_shape(parameter))
 
 
 def train_all(configs: list[Any]) -> list[str]:

@@ -304,7 +304,7 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
     from zero_ds.runtime import distributed
     from zero_ds.runtime.zero3 import parameter_shape
     from zero_ds.training import stages
-    from zero_ds.training.checkpoint import comparison, optimizer_state
+    from zero_ds.training.checkpoint import comparison, exchange, optimizer_state
     from zero_ds.training.checkpoint.save import save_checkpoint
     from zero_ds.training.deepspeed import ds_config
     from zero_ds.training.engine import Engine
@@ -312,7 +312,7 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
 
     distributed.initialize()
     seed_everything(0)
-    optimizer_state.PIECE = comparison.PIECE = PIECE
+    optimizer_state.PIECE = comparison.PIECE = exchange.PIECE = PIECE
     ds = ds_config(config, distributed.world_size())
     model = load_model(config, ds)
     engine = Engine(config, model, stages.freeze_(model, config), 1, ds)

@@ -42,21 +42,31 @@ def engine_after_a_step(config: RunConfig) -> Any:
 
 @contextlib.contextmanager
 def altered_on_the_way(rank: int, number: int) -> Iterator[None]:
-    """Changes one element that a rank adds to the gathered tensor `number`."""
+    """Changes one element that a rank sends in round `number`, or that rank 0 gets if it sends none."""
     from zero_ds.runtime import distributed
 
-    add, calls = distributed.add_to_rank_zero, iter(range(10**6))
+    exchange, calls = distributed.exchange, iter(range(10**6))
 
-    def altered(tensor: torch.Tensor) -> None:
-        if next(calls) == number and distributed.rank() == rank:
-            tensor[len(tensor) // 2] += 1
-        add(tensor)
+    def altered(sent: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
+        if next(calls) != number:
+            return exchange(sent, counts)
+        full = [index for index, tensor in enumerate(sent) if len(tensor)]
+        (sends,) = distributed.sum_integers([int(bool(full) and distributed.rank() == rank)])
+        if sends and distributed.rank() == rank:
+            sent = [changed(tensor) if index == full[0] else tensor for index, tensor in enumerate(sent)]
+        got = exchange(sent, counts)
+        return changed(got) if not sends and distributed.is_rank_zero() else got
 
-    distributed.add_to_rank_zero = altered
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[len(tensor) // 2] += 1
+        return tensor
+
+    distributed.exchange = altered
     try:
         yield
     finally:
-        distributed.add_to_rank_zero = add
+        distributed.exchange = exchange
 
 
 @contextlib.contextmanager

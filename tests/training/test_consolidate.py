@@ -24,7 +24,7 @@ from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
-from zero_ds.training.checkpoint.consolidate import ZeroCheckpoint, consolidate_shards, consolidate_state
+from zero_ds.training.checkpoint.consolidate import ZeroCheckpoint, consolidate_checkpoint, consolidate_shards
 from zero_ds.training.setup import Run
 
 
@@ -201,11 +201,11 @@ def test_lost_weights_come_back_from_the_resume_state(case: str, runs: Path, tmp
     manifest = json.loads((run / "step-000002" / "manifest.json").read_text())
     (run / "step-000002" / "manifest.json").write_text(json.dumps({**manifest, "weights_sha256": "0" * 64}))
     with pytest.raises(CheckpointError, match="does not give the weights that its manifest names"):
-        consolidate_state(run, tmp_path / "other")
+        consolidate_checkpoint(run, tmp_path / "other")
     state = run / "step-000002" / "resume" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="is damaged"):
-        consolidate_state(run, tmp_path / "other")
+        consolidate_checkpoint(run, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

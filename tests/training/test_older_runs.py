@@ -77,7 +77,7 @@ def test_a_stopped_run_is_resumed(older: Path) -> None:
     assert losses["4"] == pytest.approx(EXPECTED["losses"]["4"], rel=1e-5), "after an update with the restored moments"
     after = json.loads((older / "pretrain" / "step-000004" / "manifest.json").read_text())
     changing = ("step", "versions", "weights_sha256")
-    assert list(after) == list(before), "fields in the same order"
+    assert [key for key in after if key != "weights_files"] == list(before), "fields in the same order"
     after["config"] = known_before(after["config"], before["config"])
     assert all(after[key] == before[key] for key in before if key not in changing)
 

@@ -48,10 +48,10 @@ def train_on_a_full_disk(config: RunConfig, number: int) -> list[str]:
     put, opened = save.SafetensorsStream._put, save.SafetensorsStream.__init__
     streams = 0
 
-    def counting(self: Any, *arguments: Any) -> None:
+    def counting(self: Any, *arguments: Any, **options: Any) -> None:
         nonlocal streams
         streams += 1
-        opened(self, *arguments)
+        opened(self, *arguments, **options)
 
     def full(self: Any, data: Any) -> None:
         if streams >= 2 * number and getattr(self, "_next", 0) > 3:

@@ -70,7 +70,9 @@ def import_released(
 def consolidate(
     folder: Annotated[
         Path,
-        typer.Argument(help="Folder saved by DeepSpeed's save_checkpoint, or a checkpoint whose weights file is lost."),
+        typer.Argument(
+            help="Run or checkpoint, also one whose weights are lost, or a folder saved by DeepSpeed's save_checkpoint."
+        ),
     ],
     out: Out,
     recipe: Annotated[
@@ -79,13 +81,18 @@ def consolidate(
             help="Recipe or YAML file of the run that saved it. Default: config.yaml in FOLDER or next to it."
         ),
     ] = None,
+    with_state: Annotated[
+        bool, typer.Option("--with-state", help="Also write the resume state of a checkpoint as one file.")
+    ] = False,
 ) -> None:
     """Gather the sharded weights of a run into a result folder, on one machine without GPUs."""
     from zero_ds.config.loading import load_run
-    from zero_ds.training.checkpoint.consolidate import consolidate_shards, consolidate_state, holds_resume_state
+    from zero_ds.training.checkpoint.consolidate import consolidate_checkpoint, consolidate_shards, holds_resume_state
 
     if holds_resume_state(folder):
-        checkpoint = consolidate_state(folder, out)
+        checkpoint = consolidate_checkpoint(folder, out, with_state=with_state)
+    elif with_state:
+        raise ConfigError(f"--with-state needs a checkpoint of zero_ds, and {folder} is not one; leave it out.")
     else:
         saved = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
         if recipe is None and not saved:

@@ -252,6 +252,12 @@ class CheckpointConfig(Section):
     best: bool = False
     """Saves a checkpoint whenever the held-out loss is the lowest so far, and keeps it; `best` in the run folder is a
     link to it."""
+    writers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Largest number of ranks that write, each a file of its own. auto: as many as have 64 MiB to write. Only ranks
+    that share the run folder with rank 0 write."""
+    asynchronous: Literal["auto", True, False] = "auto"
+    """Whether files are written while training goes on, from a copy in host memory. auto: where a rank writes at least
+    64 MiB and free memory holds the copy twice."""
 
 
 class ValidationConfig(Section):

@@ -23,11 +23,10 @@ from zero_ds.model.encoders import EncoderFamily, encoder_of
 from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import Computed, Span, Tensor, dtype_name, spans
+from zero_ds.runtime.safetensors import Computed, Span, Tensor, dtype_name
 from zero_ds.training.checkpoint.checkpoint import (
     Checkpoint,
     CheckpointError,
-    check_hash,
     check_manifest,
     find_checkpoint,
 )
@@ -293,9 +292,8 @@ def _trained_tensors(results: list[Checkpoint], decoder: DecoderFolder) -> dict[
     """
     found: dict[str, Span] = {}
     for checkpoint in results:
-        path = checkpoint.folder / "weights.safetensors"
-        check_hash(path, str(checkpoint.manifest.get("weights_sha256")))
-        named = spans(path)
+        checkpoint.check_weights()
+        named = checkpoint.weight_spans()
         if decoder.plan is None:
             named = {name: span for name, span in named.items() if not name.startswith(SURROGATE_ONLY)}
         elif any(name.startswith(SURROGATE_ONLY) for name in named):

@@ -21,9 +21,9 @@ from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import Span, same_bytes, spans
+from zero_ds.runtime.safetensors import same_bytes
 from zero_ds.surrogate.build import kept_tensors
-from zero_ds.training.checkpoint.checkpoint import Checkpoint, CheckpointError, check_hash, find_checkpoint
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
 from zero_ds.training.checkpoint.peft_folder import is_peft_folder
 from zero_ds.training.stages import decoder_kind, trained_parts
 
@@ -107,7 +107,7 @@ def compatibility(
     alone = config.encoder is None and not {"decoder", "lora"}.isdisjoint(trained_parts(config))
     trained_width = width if alone else adapter_width(checkpoint)
     if thorough:
-        check_hash(checkpoint.folder / "weights.safetensors", str(manifest.get("weights_sha256")))
+        checkpoint.check_weights()
     recorded_hash = str(manifest.get("target_hash"))
     target_hash = target.hash(like=recorded_hash)
     relied_on = _relied_on(manifest, config, surrogate)
@@ -172,7 +172,7 @@ def adapter_width(checkpoint: Checkpoint) -> int:
     Raises:
         ConfigError: the weights hold no adapter. CheckpointError: the file is missing or damaged.
     """
-    width = output_width({name: span.shape for name, span in _trained_tensors(checkpoint).items()})
+    width = output_width({name: span.shape for name, span in checkpoint.weight_spans().items()})
     if width is None:
         raise ConfigError(
             f"{checkpoint.folder} holds no adapter, so there is nothing to graft; name a run of a later stage."
@@ -217,24 +217,9 @@ def _checkpoint_with_early_layers(checkpoint: Checkpoint, config: RunConfig) -> 
         if folder.is_dir() and not is_peft_folder(folder):
             searched.append(find_checkpoint(folder))
     for candidate in [*searched, checkpoint]:
-        if any(name.startswith("early.") for name in _trained_tensors(candidate)):
+        if any(name.startswith("early.") for name in candidate.weight_spans()):
             return candidate.folder
     return None
-
-
-def _trained_tensors(checkpoint: Checkpoint) -> dict[str, Span]:
-    """Returns the tensors of a checkpoint by name, from the header of its weights file.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or not a safetensors file.
-    """
-    path = checkpoint.folder / "weights.safetensors"
-    try:
-        return spans(path)
-    except ConfigError:
-        raise CheckpointError(
-            f"{path} is missing or damaged; use another checkpoint, or write it again with zero-ds consolidate."
-        ) from None
 
 
 def _compare_kept_layers(

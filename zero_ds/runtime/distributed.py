@@ -118,24 +118,53 @@ def device_bytes() -> float:
     return min([psutil.virtual_memory().total, *memory_limits(Path("/proc/self/cgroup"))]) / local_world_size()
 
 
+def free_host_bytes() -> float:
+    """Returns the bytes of host memory that this rank can still take: its share of what its machine has free.
+
+    In a container or a Slurm job, that is at most the room below the memory limit; cached files do not fill it.
+    """
+    rooms = [limit - used for limit, used in memory_use(Path("/proc/self/cgroup"))]
+    return max(0.0, min([psutil.virtual_memory().available, *rooms]) / local_world_size())
+
+
 def memory_limits(groups: Path, root: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Returns the memory limits, in bytes, of the control groups that a process is in and of the groups around them.
 
     groups: /proc/PID/cgroup, with a line `number:controllers:/path` per group; version 2 lists no controllers.
     """
-    found: list[int] = []
+    return [limit for limit, _ in memory_use(groups, root)]
+
+
+def memory_use(groups: Path, root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
+    """Returns limit and used bytes, without cached files, of the control groups around a process that have a limit.
+
+    groups: as in `memory_limits`. Where the use is not known, it is 0.
+    """
+    found: list[tuple[int, int]] = []
     with contextlib.suppress(OSError):
         for line in groups.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "memory" not in controllers.split(","):
                 continue
             folder = root / "memory" if controllers else root
-            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            limit = "memory.limit_in_bytes" if controllers else "memory.max"
             parts = Path(path).parts[1:]
             for depth in range(len(parts) + 1):
+                group = folder.joinpath(*parts[:depth])
                 with contextlib.suppress(OSError, ValueError):  # not visible from inside a container, or `max`
-                    found.append(int(folder.joinpath(*parts[:depth], name).read_text()))
+                    found.append((int((group / limit).read_text()), _used(group)))
     return found
+
+
+def _used(group: Path) -> int:
+    """Returns the bytes of memory in use by a control group, without cached files."""
+    try:
+        current = next(file for name in ("memory.current", "memory.usage_in_bytes") if (file := group / name).is_file())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
+        return max(0, int(current.read_text()) - cached)
+    except (OSError, ValueError, StopIteration):
+        return 0
 
 
 def sum_over_ranks(*values: float) -> list[float]:
@@ -195,10 +224,29 @@ def max_over_ranks(*values: float) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def add_to_rank_zero(tensor: torch.Tensor) -> None:
-    """Sums a tensor over all ranks in place on rank 0; on the other ranks it is undefined afterwards. A collective."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.reduce(tensor, dst=0)
+def integers_of_all_ranks(values: Sequence[int]) -> torch.Tensor:
+    """Returns the values of every rank, of which each passes equally many: (ranks, values), int64. A collective."""
+    mine = torch.tensor(values, dtype=torch.int64, device=device())
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine.cpu()[None]
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return torch.stack(found).cpu()
+
+
+def exchange(sent: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
+    """Sends a float32 tensor to every rank and returns those that arrive, one after the other. A collective.
+
+    Bits stay as they are. sent: a flat tensor for rank 0, 1, ..., on this rank's device. counts: number of elements
+    that come from rank 0, 1, ...; empty if nothing comes from any.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return sent[0]
+    outgoing, sizes = torch.cat(list(sent)), [len(tensor) for tensor in sent]
+    coming = list(counts) or [0] * len(sizes)
+    got = torch.empty(sum(coming), device=outgoing.device)
+    dist.all_to_all_single(got.view(torch.int32), outgoing.view(torch.int32), coming, sizes)
+    return got
 
 
 def memory_gib() -> dict[str, float]:
@@ -225,6 +273,22 @@ def shutdown() -> None:
 
 
 _turns = itertools.count()
+
+
+def wait_for_all() -> None:
+    """Waits until all ranks have called this, for as long as it takes. A collective.
+
+    Ranks poll the store instead of waiting in a collective, which has a time limit. If a rank fails before it gets
+    here, the watch (failure.py) ends the others.
+    """
+    if world_size() == 1 or not dist.is_initialized():
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, key = _get_default_store(), f"zero_ds/all/{attempt()}/{next(_turns)}"
+    store.add(key, 1)
+    while store.add(key, 0) < world_size():
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -261,13 +325,13 @@ def one_rank_at_a_time() -> Iterator[None]:
         return
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store, turn = _get_default_store(), next(_turns)
-    while local_rank() and not store.check([f"zero_ds/turn/{turn}/{rank() - 1}"]):
+    store, turn = _get_default_store(), f"zero_ds/machine/{attempt()}/{next(_turns)}"
+    while local_rank() and not store.check([f"{turn}/{rank() - 1}"]):
         time.sleep(0.1)
     try:
         yield
     finally:
-        store.set(f"zero_ds/turn/{turn}/{rank()}", "done")
+        store.set(f"{turn}/{rank()}", "done")
 
 
 class StopSignal:

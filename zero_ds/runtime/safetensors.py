@@ -23,6 +23,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -160,6 +161,21 @@ def spans(file: Path) -> dict[str, Span]:
     return found
 
 
+def joint_spans(files: Iterable[Path]) -> dict[str, Span]:
+    """Returns the span of every tensor in several files, file by file.
+
+    Raises:
+        ConfigError: as `spans`, or two files hold a tensor of the same name.
+    """
+    found: dict[str, Span] = {}
+    for file in files:
+        of_file = spans(file)
+        if both := sorted(found.keys() & of_file.keys()):
+            raise ConfigError(f"{found[both[0]].file} and {file} both hold {both[0]}; fetch them again.")
+        found |= of_file
+    return found
+
+
 def shard_files(folder: Path) -> dict[str, Path]:
     """Returns the safetensors file of every tensor in a Hugging Face folder.
 
@@ -199,6 +215,40 @@ def locate(tensors: Mapping[str, Stored]) -> dict[str, Span]:
         if stored.name not in files[stored.file]:
             raise ConfigError(f"shard {stored.file} lacks {stored.name}, which the index names; fetch the model again.")
     return {name: files[stored.file][stored.name] for name, stored in tensors.items()}
+
+
+class TensorFiles:
+    """Tensors of one or several files, read with the safetensors library as if all were in one; a context manager."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files = list(files)
+        self._stack = ExitStack()
+        self._holders: dict[str, Any] = {}
+
+    def __enter__(self) -> TensorFiles:
+        from safetensors import safe_open
+
+        for file in self._files:
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            self._holders |= dict.fromkeys(handle.keys(), handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._holders.clear()
+        self._stack.close()
+
+    def keys(self) -> list[str]:
+        """Returns the names of all tensors."""
+        return list(self._holders)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Reads a tensor."""
+        tensor: torch.Tensor = self._holders[name].get_tensor(name)
+        return tensor
+
+    def get_slice(self, name: str) -> Any:
+        """Returns the library's view of a tensor, which knows its dtype and shape."""
+        return self._holders[name].get_slice(name)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -397,21 +447,34 @@ class SafetensorsStream:
     the data follows in that order: a tensor as a whole, or in pieces of its flattened form.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size]]) -> None:
+    digests: dict[str, str]
+    """SHA-256 of each tensor's dtype, shape and bytes, once all of it has been written."""
+
+    def __init__(
+        self, path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size]], *, digests: bool = False
+    ) -> None:
+        """Opens the file and writes its header.
+
+        tensors: name, dtype and shape of each, in order. digests: whether each tensor is hashed by itself as well.
+        """
+        self._with_digests = digests
         declared = [(name, dtype_name(dtype), shape, shape.numel() * dtype.itemsize) for name, dtype, shape in tensors]
         self._expected = [(name, size) for name, _, _, size in declared]
         self._next = 0  # index, in `_expected`, of the tensor that is being written
         self._written = 0  # number of its bytes that have been written
         self._digest = hashlib.sha256()
+        self.digests = {}
+        self._starts = {name: f"{dtype}{list(shape)}".encode() for name, dtype, shape, _ in declared}
+        self._tensor_digest = hashlib.sha256()
         self._file = path.open("wb")
         self._put(_header(declared))
-        self._skip_empty()
+        self._begin_tensor()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Appends a tensor, or the next piece of one. `tensor` is on the CPU and has the declared dtype."""
         import torch
 
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        data: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
         if not data.nbytes:
             return
         assert self._next < len(self._expected), f"{name} was written after the last declared tensor"
@@ -419,10 +482,12 @@ class SafetensorsStream:
         written = self._written + data.nbytes
         assert name == expected and written <= size, f"{name} ({written} bytes) where {expected} ({size}) was declared"
         self._put(data)
+        if self._with_digests:
+            self._tensor_digest.update(data)
         self._written = written
         if self._written == size:
-            self._next, self._written = self._next + 1, 0
-            self._skip_empty()
+            self._end_tensor()
+            self._begin_tensor()
 
     def close(self) -> str:
         """Flushes the file to the disk, closes it and returns its SHA-256."""
@@ -432,11 +497,34 @@ class SafetensorsStream:
         self._file.close()
         return self._digest.hexdigest()
 
+    def abandon(self) -> None:
+        """Closes a file that stays incomplete."""
+        with suppress(OSError):
+            self._file.close()
+
     def _put(self, data: Any) -> None:
         self._digest.update(data)
         self._file.write(data)
 
-    def _skip_empty(self) -> None:
-        """Moves on past tensors without elements, for which no data will come."""
-        while self._next < len(self._expected) and self._expected[self._next][1] == 0:
-            self._next += 1
+    def _begin_tensor(self) -> None:
+        """Starts the next tensor; for those without elements, no data will come."""
+        while self._next < len(self._expected):
+            name, size = self._expected[self._next]
+            self._tensor_digest = hashlib.sha256(self._starts[name])
+            if size:
+                return
+            self._end_tensor()
+
+    def _end_tensor(self) -> None:
+        if self._with_digests:
+            self.digests[self._expected[self._next][0]] = self._tensor_digest.hexdigest()
+        self._next, self._written = self._next + 1, 0
+
+
+def content_sha256(digests: Mapping[str, str]) -> str:
+    """Returns a SHA-256 of named tensors, however they are spread over files.
+
+    digests: SHA-256 of each tensor (`SafetensorsStream.digests`).
+    """
+    lines = [f"{name}\0{digests[name]}\n" for name in sorted(digests)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -7,16 +7,17 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from zero_ds.data.batches import Batch
 from zero_ds.data.loader import Loader
 from zero_ds.model.losses import length_classes, with_token_weights
 from zero_ds.runtime import distributed
-from zero_ds.training.checkpoint.best import set_best
+from zero_ds.training.checkpoint.interval import SaveClock
 from zero_ds.training.checkpoint.manifest import Manifest
-from zero_ds.training.checkpoint.save import save_checkpoint
+from zero_ds.training.checkpoint.save import Saving, begin_saving
+from zero_ds.training.checkpoint.shares import agree_on_shares
 from zero_ds.training.engine import Engine, StepResult
 from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import Monitor
@@ -37,6 +38,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     A checkpoint is saved when it is due, after the last step, and when a signal asks the run to end.
 
     Raises:
+        CheckpointError: one could not be saved.
         SystemExit: a signal was received; the run can be resumed.
     """
     config, first = run.config, run.resume.first_step
@@ -48,6 +50,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     sources = loader.records.names()
     profiler = Profiler(config.profile, run.out)
     with (
+        contextlib.closing(saver),
         contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor,
         profiler,
     ):
@@ -60,7 +63,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
 
             result = engine.step(batches, step, counts.supervised, counts.images)
             skips = skipped_by_source(batches, len(sources))
-            sums = StepSums.over_ranks(result, skips, stop=bool(run.stop.received), overdue=saver.overdue())
+            sums = StepSums.over_ranks(result, skips, bool(run.stop.received), saver)
 
             scalars = meter.scalars(
                 step, result, sums, counts, skipped, seconds=time.monotonic() - started, waited=waited
@@ -80,8 +83,10 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
             if preview.due(step + 1):
                 preview.show(step + 1, engine.model, monitor)
 
-            if sums.stop or sums.overdue or step + 1 == total or saver.due(step + 1) or is_best:
-                saver.save(step + 1, validation.lowest if is_best else None)
+            saver.look_after(sums)
+            ends = sums.stop or step + 1 == total
+            if ends or sums.overdue or saver.due(step + 1) or is_best:
+                saver.save(step + 1, wait=ends, lowest=validation.lowest if is_best else None)
             if sums.stop:
                 sender = run.stop.received or "a signal to another rank"
                 raise SystemExit(f"stopped by {sender} after step {step + 1}; run again to resume.")
@@ -109,6 +114,10 @@ class StepSums:
     """True if any rank was asked to end."""
     overdue: bool
     """True if rank 0 wants a checkpoint because the last one is too old."""
+    writing: bool
+    """True if any rank is still writing a checkpoint."""
+    unwritten: bool
+    """True if any rank could not write its part of a checkpoint."""
     by_length: list[float]
     """Sum of the next-token loss, then number of tokens, of each class of response lengths."""
     terms: dict[str, float]
@@ -119,19 +128,23 @@ class StepSums:
     """Number of samples of each source that the step had to skip."""
 
     @classmethod
-    def over_ranks(cls, result: StepResult, skips: list[int], *, stop: bool, overdue: bool) -> StepSums:
-        """Sums up the ranks' knowledge; `skips` are those of this rank by source. A collective."""
+    def over_ranks(cls, result: StepResult, skips: list[int], stop: bool, saver: Saver) -> StepSums:
+        """Sums up the ranks' knowledge. A collective.
+
+        skips: this rank's skipped samples by source. stop: whether this rank was asked to end.
+        """
         parts = [
-            [result.share, stop, overdue],
+            [result.share, stop, saver.overdue(), *saver.progress()],
             result.by_length.flatten().tolist(),
             [*result.terms.values()],
             result.by_source.flatten().tolist(),
             skips,
         ]
         sums = iter(distributed.sum_over_ranks(*(value for part in parts for value in part)))
-        (loss, stops, late), by_length, terms, by_source, of_skips = ([next(sums) for _ in part] for part in parts)
+        (loss, *flags), by_length, terms, by_source, of_skips = ([next(sums) for _ in part] for part in parts)
         named = dict(zip(result.terms, terms, strict=True))
-        return cls(loss, bool(stops), bool(late), by_length, named, by_source, of_skips)
+        stops, late, writing, unwritten = map(bool, flags)
+        return cls(loss, stops, late, writing, unwritten, by_length, named, by_source, of_skips)
 
     def of_sources(self, names: list[str]) -> dict[str, float]:
         """Returns the scalars of each of several sources: loss, tokens with loss, and skipped samples of the step."""
@@ -198,42 +211,83 @@ class Meter:
         return scalars
 
 
-@dataclass
 class Saver:
     """Saves checkpoints, and knows when one is due."""
 
-    run: Run
-    engine: Engine
-    manifest: Manifest
-    skipped: SkippedSamples
-    saved_at: float = field(default_factory=time.monotonic)
-    newest: Path = field(init=False)
-    """Folder of the newest checkpoint."""
-
-    def __post_init__(self) -> None:
-        self.newest = self.run.out
+    def __init__(self, run: Run, engine: Engine, manifest: Manifest, skipped: SkippedSamples) -> None:
+        """Finds out which ranks can write. A collective."""
+        self.run, self.engine, self.manifest, self.skipped = run, engine, manifest, skipped
+        self.settings = run.config.checkpoint
+        self.newest = run.out
+        """Folder of the newest checkpoint."""
+        self._shares = agree_on_shares(run.out, engine.named, self.settings.writers)
+        self._clock = SaveClock(60 * (self.settings.every_minutes or math.inf))
+        self._pending: Saving | None = None
 
     def due(self, step: int) -> bool:
         """Returns whether `checkpoint.every_steps` asks for a checkpoint after this step, counted from 1."""
-        every = self.run.config.checkpoint.every_steps
+        every = self.settings.every_steps
         return every is not None and step % every == 0
 
     def overdue(self) -> bool:
         """Returns whether `checkpoint.every_minutes` have passed. Only rank 0's clock counts."""
-        minutes = (time.monotonic() - self.saved_at) / 60
-        return distributed.is_rank_zero() and minutes > (self.run.config.checkpoint.every_minutes or math.inf)
+        return distributed.is_rank_zero() and self._pending is None and self._clock.is_due()
 
-    def save(self, step: int, lowest: float | None = None) -> None:
-        """Saves a checkpoint after this step. A collective.
+    def progress(self) -> tuple[bool, bool]:
+        """Returns whether this rank is writing beside training, and whether it could not write."""
+        pending = self._pending
+        return (False, False) if pending is None else (pending.is_writing, pending.has_failed)
 
-        lowest: the held-out loss, if it makes this checkpoint the best one.
+    def look_after(self, sums: StepSums) -> None:
+        """Publishes a checkpoint that all ranks have written beside training. A collective.
+
+        Raises:
+            CheckpointError: a rank could not write.
+        """
+        if self._pending is not None and sums.unwritten:
+            self._pending.stop_writing()
+        if self._pending is not None and (sums.unwritten or not sums.writing):
+            with self._clock.saving():
+                self._publish()
+
+    def save(self, step: int, wait: bool, lowest: float | None = None) -> None:
+        """Saves a checkpoint after this step, after the one before is complete. A collective.
+
+        wait: whether to return only when it is complete, as at the end of a run. lowest: the held-out loss, if it makes
+        this checkpoint the best one.
         """
         progress = progress_after(step, self.skipped)
         if lowest is not None:
             progress["validation_loss"] = lowest
-        keep = self.run.config.checkpoint.keep
-        self.newest = save_checkpoint(self.run.out, self.engine, self.manifest, progress, keep)
-        self.saved_at = time.monotonic()
-        if lowest is not None and distributed.is_rank_zero():
-            set_best(self.newest)
-        logger.info("saved checkpoint %s", self.newest)
+        with self._clock.saving(new=True):
+            self._publish()
+            self._pending = begin_saving(
+                self.run.out,
+                self.engine,
+                self.manifest,
+                progress,
+                self._shares,
+                asynchronous=self.settings.asynchronous,
+            )
+            if wait or not self._pending.begun_beside:
+                self._publish()
+        share = self._clock.share()
+        if not wait and share is not None and distributed.is_rank_zero():
+            logger.warning(
+                "saving checkpoints took %.0f %% of the time so far; set a longer checkpoint.every_minutes or "
+                "every_steps, or checkpoint.asynchronous=true if memory holds a copy",
+                100 * share,
+            )
+
+    def close(self) -> None:
+        """Gives up a checkpoint that is not complete, because the run ends by an error."""
+        if self._pending is not None:
+            self._pending.abandon()
+
+    def _publish(self) -> None:
+        """Publishes the checkpoint that is on its way, if there is one, as soon as all ranks have written it."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self.newest = pending.publish(self.settings.keep)
+        logger.info("saved checkpoint %s: training waited for %.1f s", self.newest, self._clock.seconds())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +86,7 @@ def step_seconds(run: Path) -> float | None:
 
 def _checkpoint_bytes(checkpoint: Checkpoint) -> dict[str, int | None]:
     return {
-        "weights": _size(checkpoint.folder / "weights.safetensors"),
+        "weights": sum(size for path in checkpoint.weights_files() if (size := _size(path))) or None,
         "resume": _size(checkpoint.folder / "resume"),
     }
 
@@ -105,21 +104,10 @@ def _parameters(surrogate: SurrogateInfo | None, checkpoints: Mapping[str, Check
         "full": surrogate.target_parameters if surrogate else None,
         "surrogate": surrogate.kept_parameters if surrogate else None,
         "trained": {
-            stage: _stored_parameters(checkpoint.folder / "weights.safetensors")
+            stage: sum(span.parameters for span in checkpoint.weight_spans().values())
             for stage, checkpoint in checkpoints.items()
         },
     }
-
-
-def _stored_parameters(path: Path) -> int:
-    """Counts the parameters in a safetensors file."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be read ({error}); use another checkpoint.") from None
 
 
 def _seeds(inputs: ReportInputs, checkpoints: Mapping[str, Checkpoint], grafted: Evaluation) -> dict[str, Any]:

@@ -166,13 +166,9 @@ def _decoder_is_in_folder(named: NamedModel) -> bool:
         return False
     if named.checkpoint is None:
         return True
-    from safetensors import safe_open
-
     starts = [path for path in run_config(named.checkpoint).starts if (Path(path) / "latest").is_file()]
     for checkpoint in [*(find_checkpoint(path) for path in starts), named.checkpoint]:
-        with safe_open(checkpoint.folder / "weights.safetensors", framework="pt") as file:
-            names = list(file.keys())
-        if any(name.startswith(CHANGES_DECODER) for name in names):
+        if any(name.startswith(CHANGES_DECODER) for name in checkpoint.weight_spans()):
             return False
     return True
 

@@ -7,6 +7,9 @@
     RUN/step-000200/resume/state.safetensors   fp32 master copy and both Adam moments of each trainable parameter
     RUN/step-000200/resume/progress.json       step, counts and loss scale (`Progress`)
 
+Where several ranks write (shares.py), each has files of its own: weights-00001-of-00004.safetensors, ..., and the
+same in resume/. Manifest and progress list the files. All code that reads weights or state asks `Checkpoint` for them.
+
 Results of other programs (foreign.py) have the same layout without `resume/`.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -25,6 +28,8 @@ import torch
 from zero_ds.model.loading import HASH_VERSION
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
+from zero_ds.runtime.safetensors import Span, TensorFiles, joint_spans, spans
+from zero_ds.training.checkpoint.shares import file_names
 
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 """Name of a checkpoint's folder, with its step."""
@@ -52,8 +57,10 @@ class Progress(TypedDict, total=False):
     """State of fp16's dynamic loss scale; empty in other precisions."""
     validation_loss: float
     """Held-out loss after these steps, where it was measured."""
+    state_files: dict[str, str]
+    """SHA-256 of each file of state, by its name."""
     state_sha256: str
-    """SHA-256 of state.safetensors."""
+    """SHA-256 of state.safetensors, in checkpoints of older versions, which had this one file."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +78,49 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     @property
-    def weights_file(self) -> Path:
-        """Path of the trained weights."""
-        return self.folder / "weights.safetensors"
-
-    @property
     def weights_sha256(self) -> str:
-        """SHA-256 that the weights had when they were saved."""
+        """SHA-256 that identifies the weights (`Manifest`)."""
         return str(self.manifest.get("weights_sha256"))
 
-    @property
-    def state_file(self) -> Path:
-        """Path of the master copies and moments."""
-        return self.folder / "resume" / "state.safetensors"
+    def weights_files(self) -> dict[Path, str]:
+        """Returns the files of the trained weights, in order, each with the SHA-256 that it had when it was saved.
+
+        Raises:
+            CheckpointError: the manifest is damaged.
+        """
+        return _files(self.folder, "weights", self.manifest, self.folder / "manifest.json")
+
+    def state_files(self) -> dict[Path, str]:
+        """Returns the files of master copies and moments, in order, each with its SHA-256.
+
+        Raises:
+            CheckpointError: resume/progress.json is missing or damaged.
+        """
+        resume = self.folder / "resume"
+        return _files(resume, "state", self.progress(), resume / "progress.json")
+
+    def weight_spans(self) -> dict[str, Span]:
+        """Returns the places of the weights by name, from the headers of their files.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or not a safetensors file.
+        """
+        for path in (files := self.weights_files()):
+            try:
+                spans(path)
+            except ConfigError:
+                raise CheckpointError(
+                    f"{path} is missing or damaged; use another checkpoint, or write it again with zero-ds consolidate."
+                ) from None
+        return joint_spans(files)
+
+    def open_weights(self) -> TensorFiles:
+        """Returns the weights, to be opened with `with`; they are not compared with their hashes.
+
+        Raises:
+            CheckpointError: as `weights_files`.
+        """
+        return TensorFiles(self.weights_files())
 
     def progress(self) -> Progress:
         """Returns the content of resume/progress.json.
@@ -105,12 +142,13 @@ class Checkpoint:
         return content
 
     def check_weights(self) -> None:
-        """Compares the weights file with the manifest's hash.
+        """Compares the weights with the manifest's hashes.
 
         Raises:
-            CheckpointError: the file is missing or damaged.
+            CheckpointError: a file is missing or damaged.
         """
-        check_hash(self.weights_file, self.weights_sha256)
+        for path, expected in self.weights_files().items():
+            check_hash(path, expected)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Loads all trained weights, after comparing them with the manifest's hash.
@@ -121,7 +159,7 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         self.check_weights()
-        return dict(load_file(self.weights_file))
+        return {name: tensor for path in self.weights_files() for name, tensor in load_file(path).items()}
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Loads the weights whose names start with `prefix`; the names in the result do not."""
@@ -173,6 +211,24 @@ def _where_else(path: Path) -> str:
     if (path / "latest").is_file():
         return f"{path / 'latest'} names another than {newest.folder.name}, the newest there: write that into it."
     return f"{path / 'latest'} is lost: write {newest.folder.name} into it, the newest there."
+
+
+def _files(folder: Path, kind: str, content: Mapping[str, Any], described: Path) -> dict[Path, str]:
+    """Returns the files of weights or of state, in order, with their hashes.
+
+    kind: `weights` or `state`. content: content of the file `described`. Names follow from the number of files, so that
+    a manifest cannot lead anywhere else.
+
+    Raises:
+        CheckpointError: the content lists other names.
+    """
+    listed = content.get(f"{kind}_files")
+    if listed is None:
+        return {folder / f"{kind}.safetensors": str(content.get(f"{kind}_sha256"))}
+    names = file_names(kind, len(listed)) if isinstance(listed, dict) else []
+    if not names or set(listed) != set(names):
+        raise CheckpointError(f"{described} is damaged: its {kind}_files are {listed!r}; use another checkpoint.")
+    return {folder / name: str(listed[name]) for name in names}
 
 
 def check_hash(path: Path, expected: str) -> None:

@@ -3,8 +3,8 @@
 Between the two are DeepSpeed's map from parameters to its shards, and a gather. A fault in either does not show: losses
 of the run stay right, and hashes of its checkpoints match. So each rank compares the master copies that it
 holds, rounded, with the weights that it computes with; the bits that the ranks hold are summed up and compared with
-those that rank 0 has gathered; and the weights of all ranks are compared with each other. All of it reads memory once
-and moves a few numbers.
+those that have arrived where they are written; and the weights of all ranks are compared with each other. All of it
+reads memory once and moves a few numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from zero_ds.runtime import distributed
 from zero_ds.runtime.zero3 import is_partitioned, parameter_shape
 from zero_ds.training.checkpoint import KEYS, PIECE
+from zero_ds.training.checkpoint.exchange import Piece
 from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 
 _FIELDS = (*KEYS, "elements", "unlike")
@@ -25,25 +26,26 @@ class Comparison:
 
     def __init__(self, state: OptimizerState) -> None:
         self._state = state
-        self._names: list[str] = []
+        self._places: dict[str, int] = {}
+        """Index of each parameter's first number in `_sums`."""
         self._sums: list[torch.Tensor | int] = []
         self._live: list[torch.Tensor | int] = []
         self._surplus: dict[int, list[torch.Tensor]] = {}
-        """Sums of the bits of the pieces that rank 0 has gathered, by index in `_sums`."""
+        """Sums of the bits of the pieces that this rank writes, by index in `_sums`."""
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Takes account of this rank's part of a parameter, before it is gathered."""
-        self._names.append(name)
+        self._places[name] = len(self._sums)
         self._sums += [_bits(self._state.held(parameter, key)) for key in KEYS]
         count, size = self._state.span(parameter)[1], parameter_shape(parameter).numel()
         self._sums.append(count - size if distributed.is_rank_zero() else count)
         self._sums.append(0 if self._state.equals_live(parameter) else 1)
         self._live.append(0 if is_partitioned(parameter) else _bits(parameter.detach()))
 
-    def add_piece(self, key: str, piece: torch.Tensor) -> None:
-        """Takes account of a piece of the last parameter's tensor `key`, as rank 0 has gathered and will write it."""
-        index = len(self._sums) - len(_FIELDS) + KEYS.index(key)
-        self._surplus.setdefault(index, []).append(_bits(piece))
+    def add_piece(self, piece: Piece) -> None:
+        """Takes account of a piece as it has arrived on this rank, which will write it."""
+        index = self._places[piece.cut.name] + KEYS.index(piece.cut.key)
+        self._surplus.setdefault(index, []).append(_bits(piece.values))
 
     def verdict(self) -> str | None:
         """Returns a sentence about the first tensor that differs; None if all are equal. A collective."""
@@ -53,9 +55,8 @@ class Comparison:
         found = distributed.sum_integers(sums)
         live = _numbers(self._live)
         extremes = distributed.max_integers([*live, *(~value for value in live)])
-        for number, name in enumerate(self._names):
-            largest, smallest = extremes[number], ~extremes[number + len(self._names)]
-            start = number * len(_FIELDS)
+        for number, (name, start) in enumerate(self._places.items()):
+            largest, smallest = extremes[number], ~extremes[number + len(self._places)]
             if (reason := _reason(name, found[start : start + len(_FIELDS)], largest != smallest)) is not None:
                 return reason
         return None
@@ -76,7 +77,7 @@ def _reason(name: str, found: list[int], apart: bool) -> str | None:
         )
     for key in KEYS:
         if of[key]:
-            return f"{name} ({key}) was changed on its way to rank 0"
+            return f"{name} ({key}) was changed on its way to the rank that writes it"
     return f"the ranks compute with different weights of {name}" if apart else None
 
 

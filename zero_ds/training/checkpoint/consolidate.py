@@ -1,4 +1,4 @@
-"""Weights of a run whose machines are gone, gathered on one CPU from DeepSpeed's own shards or from resume state.
+"""Weights in one file, on one CPU: from the files of several ranks, from resume state, or from DeepSpeed's own shards.
 
 DeepSpeed's `engine.save_checkpoint` writes each rank's share of the fp32 master copies, flattened. ZeRO-3 splits every
 parameter over the ranks; ZeRO-1 and 2 lay each group of parameters end to end and split the whole. Names and shapes are
@@ -8,10 +8,11 @@ files in the same way, but unpickles anything they hold.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ import torch
 from zero_ds.config.loading import validate
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.files import check_vacant
-from zero_ds.runtime.safetensors import spans
+from zero_ds.runtime.files import check_vacant, write_atomically
+from zero_ds.runtime.safetensors import SafetensorsStream, Span, joint_spans, torch_dtype
 from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training import stages
 from zero_ds.training.blueprint import blueprint, weights_names
 from zero_ds.training.checkpoint import PIECE
-from zero_ds.training.checkpoint.checkpoint import CheckpointError, check_hash, find_checkpoint
-from zero_ds.training.checkpoint.foreign import WeightsDifferError, write_result
+from zero_ds.training.checkpoint.checkpoint import Checkpoint, CheckpointError, check_hash, find_checkpoint
+from zero_ds.training.checkpoint.foreign import Declared, WeightsDifferError, write_result
 from zero_ds.training.checkpoint.manifest import Manifest, describe_models
+from zero_ds.training.checkpoint.save import sync_folder
 from zero_ds.training.deepspeed import resolve_precision
 
 logger = logging.getLogger(__name__)
@@ -315,7 +317,8 @@ def consolidate_shards(folder: Path, config: RunConfig, out: Path) -> Path:
     wanted = {weights: tree for tree, weights in names.items()}
     declared = [(name, checkpoint.dtype, checkpoint.shapes[tree]) for name, tree in wanted.items()]
     origin = {"layout": f"ZeRO-{checkpoint.stage}", "ranks": len(checkpoint.files), "deepspeed": checkpoint.version}
-    manifest: Manifest = {**describe_models(config, model.plan), "origin": origin}
+    # the weights are named by their content, as those that the run itself saves
+    manifest: Manifest = {**describe_models(config, model.plan), "origin": origin, "weights_files": {}}
 
     def pieces(name: str) -> Iterable[torch.Tensor]:
         return checkpoint.pieces(wanted[name])
@@ -328,10 +331,13 @@ def holds_resume_state(folder: Path) -> bool:
     return (folder / "manifest.json").is_file() or any(folder.glob("step-*/manifest.json"))
 
 
-def consolidate_state(folder: Path, out: Path) -> Path:
-    """Writes the weights of one of our checkpoints from its resume state, if the weights file is lost or damaged.
+def consolidate_checkpoint(folder: Path, out: Path, *, with_state: bool = False) -> Path:
+    """Writes the weights of one of our checkpoints as a single file; returns the checkpoint's folder.
 
-    The manifest's hash of the weights proves that every byte is restored.
+    If files of weights are lost or damaged, they are computed from the resume state. In either case, the manifest's
+    hash proves that every byte is as it was saved. The result does not depend on how many ranks saved the checkpoint.
+
+    with_state: whether the result also has the resume state, in a single file, so that a run can go on from it.
 
     Raises:
         CheckpointError: the run has no checkpoint, its state is damaged, or the state does not give those weights.
@@ -339,25 +345,10 @@ def consolidate_state(folder: Path, out: Path) -> Path:
     """
     check_vacant(out)
     checkpoint = find_checkpoint(folder)
-    path = checkpoint.state_file
-    check_hash(path, str(checkpoint.progress().get("state_sha256")))
     config = validate(RunConfig, checkpoint.manifest.get("config"), what=f"manifest of {checkpoint.folder}")
-    held = {name.removeprefix("master/"): span for name, span in spans(path).items() if name.startswith("master/")}
-    dtypes = [torch.bfloat16, torch.float32, torch.float16]
-    if config.precision != "auto":  # with auto, another machine than this one decided
-        dtypes = [resolve_precision(config)]
-
-    def pieces(name: str) -> Iterator[torch.Tensor]:
-        with path.open("rb") as file:
-            file.seek(held[name].start)
-            left = held[name].size
-            while left:
-                block = bytearray(file.read(min(left, 4 * PIECE)))
-                yield torch.frombuffer(block, dtype=torch.float32)
-                left -= len(block)
-
-    for dtype in dtypes:
-        declared = [(name, dtype, torch.Size(span.shape)) for name, span in held.items()]
+    if with_state:
+        _check_state(checkpoint)
+    for declared, pieces in _sources(checkpoint, config):
         try:
             return write_result(
                 out,
@@ -367,9 +358,77 @@ def consolidate_state(folder: Path, out: Path) -> Path:
                 declared,
                 pieces,
                 expected_sha256=checkpoint.weights_sha256,
+                write_more=(lambda target: _write_state(checkpoint, target)) if with_state else None,
             )
         except WeightsDifferError:
             continue
     raise CheckpointError(
         f"the state in {checkpoint.folder} does not give the weights that its manifest names; use another checkpoint."
     )
+
+
+def _sources(
+    checkpoint: Checkpoint, config: RunConfig
+) -> Iterator[tuple[list[Declared], Callable[[str], Iterable[torch.Tensor]]]]:
+    """Yields what the weights may be written from: their files if these are whole, and then the resume state.
+
+    Each time: names, dtypes and shapes of the weights, and the function that maps a name to pieces of the tensor.
+
+    Raises:
+        CheckpointError: the state is needed and damaged.
+    """
+    try:
+        checkpoint.check_weights()
+    except CheckpointError as error:
+        logger.warning("%s The weights are computed from the resume state.", error)
+    else:
+        held = checkpoint.weight_spans()
+        yield (
+            [(name, torch_dtype(span.dtype), torch.Size(span.shape)) for name, span in held.items()],
+            lambda name: _stored_pieces(held[name]),
+        )
+        return
+    _check_state(checkpoint)
+    state = joint_spans(checkpoint.state_files())
+    masters = {name.removeprefix("master/"): span for name, span in state.items() if name.startswith("master/")}
+    dtypes = [torch.bfloat16, torch.float32, torch.float16]
+    if config.precision != "auto":  # with auto, another machine than this one decided
+        dtypes = [resolve_precision(config)]
+    for dtype in dtypes:
+        yield (
+            [(name, dtype, torch.Size(span.shape)) for name, span in masters.items()],
+            lambda name: _stored_pieces(masters[name]),
+        )
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    for path, expected in checkpoint.state_files().items():
+        check_hash(path, expected)
+
+
+def _write_state(checkpoint: Checkpoint, target: Path) -> None:
+    """Writes the resume state of a checkpoint, which has been checked, as one file into another checkpoint's folder."""
+    state = joint_spans(checkpoint.state_files())
+    (target / "resume").mkdir()
+    path = target / "resume" / "state.safetensors"
+    stream = SafetensorsStream(path, [(name, torch.float32, torch.Size(span.shape)) for name, span in state.items()])
+    for name, span in state.items():
+        for piece in _stored_pieces(span):
+            stream.write(name, piece)
+    progress = {
+        key: value for key, value in checkpoint.progress().items() if key not in ("state_sha256", "state_files")
+    }
+    described = json.dumps({**progress, "state_files": {path.name: stream.close()}}, indent=2)
+    write_atomically(target / "resume" / "progress.json", described + "\n")
+    sync_folder(target / "resume")
+
+
+def _stored_pieces(span: Span) -> Iterator[torch.Tensor]:
+    """Yields the elements of a stored tensor, as pieces of the flattened tensor."""
+    with span.file.open("rb") as file:
+        file.seek(span.start)
+        left = span.size
+        while left:
+            block = bytearray(file.read(min(left, 4 * PIECE)))
+            yield torch.frombuffer(block, dtype=torch_dtype(span.dtype))
+            left -= len(block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from zero_ds.runtime import distributed
-from zero_ds.runtime.safetensors import spans
+from zero_ds.runtime.safetensors import joint_spans
 from zero_ds.runtime.zero3 import gathered, is_partitioned, parameter_shape
 from zero_ds.training.checkpoint import KEYS
 from zero_ds.training.checkpoint.checkpoint import Checkpoint, CheckpointError, Progress, check_hash
@@ -30,12 +30,10 @@ def load_weights_(
     Raises:
         CheckpointError: a damaged file, a name that the model does not have, or another shape.
     """
-    from safetensors import safe_open
-
     copied = set()
-    _check_on_rank_zero(checkpoint.weights_file, checkpoint.weights_sha256)
-    with safe_open(checkpoint.weights_file, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+    _check_together(checkpoint.weights_files())
+    with checkpoint.open_weights() as file:
+        for name in file.keys():  # noqa: SIM118 - it is not a mapping
             parameter = targets.get(name)
             if parameter is None:
                 if skip(name):
@@ -110,12 +108,12 @@ def carry_over_(engine: Engine, checkpoint: Checkpoint) -> list[str]:
     return carried
 
 
-class _StateFile:
-    """The state file on disk, mapped into memory."""
+class _StateFiles:
+    """The files of state on disk, mapped into memory."""
 
-    def __init__(self, path: Path) -> None:
-        self._spans = spans(path)
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._spans = joint_spans(paths)
+        self._bytes: dict[Path, np.memmap[Any, np.dtype[np.uint8]]] = {}
         self.names = {name.split("/", 1)[1] for name in self._spans}
         """Names of the parameters whose state it holds."""
 
@@ -123,24 +121,31 @@ class _StateFile:
         """Copies this rank's share of a parameter's master copy and moments into the engine."""
         start, count = engine.state.span_to_set(parameter)
         for key in KEYS:
-            begin = self._spans[f"{key}/{name}"].start + 4 * start
-            values = np.array(self._bytes[begin : begin + 4 * count]).view(np.float32)
+            span = self._spans[f"{key}/{name}"]
+            if span.file not in self._bytes:
+                self._bytes[span.file] = np.memmap(span.file, dtype=np.uint8, mode="r")
+            begin = span.start + 4 * start
+            values = np.array(self._bytes[span.file][begin : begin + 4 * count]).view(np.float32)
             engine.state.set_held(parameter, key, torch.from_numpy(values))
 
 
-def _resume_state(checkpoint: Checkpoint) -> tuple[Progress, _StateFile]:
-    """Opens a checkpoint's resume state, after comparing it with its hash.
+def _resume_state(checkpoint: Checkpoint) -> tuple[Progress, _StateFiles]:
+    """Opens a checkpoint's resume state, after comparing it with its hashes. A collective.
 
     Raises:
         CheckpointError: the state is missing or damaged.
     """
-    progress = checkpoint.progress()
-    _check_on_rank_zero(checkpoint.state_file, str(progress.get("state_sha256")))
-    return progress, _StateFile(checkpoint.state_file)
+    progress, files = checkpoint.progress(), checkpoint.state_files()
+    _check_together(files)
+    return progress, _StateFiles(files)
 
 
-def _check_on_rank_zero(path: Path, expected: str) -> None:
-    """Checks the hash of a file that all ranks are about to read: rank 0 reads it, the others wait."""
-    with distributed.rank_zero_first():
-        if distributed.is_rank_zero():
-            check_hash(path, expected)
+def _check_together(files: Mapping[Path, str]) -> None:
+    """Checks the hashes of files that all ranks are about to read: each rank reads some of them. A collective.
+
+    Raises:
+        CheckpointError: one of this rank's files is missing or damaged; the watch ends the other ranks.
+    """
+    for path, expected in list(files.items())[distributed.rank() :: distributed.world_size()]:
+        check_hash(path, expected)
+    distributed.wait_for_all()

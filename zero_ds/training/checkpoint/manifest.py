@@ -62,7 +62,10 @@ class Manifest(TypedDict, total=False):
     versions: dict[str, str]
     """Versions of Python, zero_ds and the libraries that wrote the checkpoint."""
     weights_sha256: str
-    """SHA-256 of weights.safetensors."""
+    """SHA-256 of the names and tensors of the weights, however they are spread over files (`content_sha256`). Where
+    `weights_files` is missing, in results of older versions and of other programs: SHA-256 of weights.safetensors."""
+    weights_files: dict[str, str]
+    """SHA-256 of each file of weights, by its name."""
 
 
 COMPARED = (

@@ -1,13 +1,14 @@
 """Master copies, moments and step counts of DeepSpeed's optimizers, independent of world size and ZeRO stage.
 
 DeepSpeed (0.19) flattens trained parameters into buffers and shards these over ranks, each ZeRO stage in its own way.
-Here the state of each parameter is written whole, piece by piece, and read as the elements that a rank holds. So any
-number of ranks under any stage can restore the state that any other has saved.
+Here it is known which elements of each parameter a rank holds. A checkpoint has every parameter's state whole
+(exchange.py), and a rank reads the elements that it holds. So any number of ranks under any stage can restore the state
+that any other has saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -136,28 +137,6 @@ class OptimizerState:
     def span_to_set(self, parameter: torch.nn.Parameter) -> tuple[int, int]:
         """Returns the first element and the number of elements that `set_held` needs on this rank."""
         return (0, parameter.numel()) if parameter in self._masters else self.span(parameter)
-
-    # -- whole tensors, piece by piece ---------------------------------------------------------------------------------
-
-    def pieces(self, parameter: torch.nn.Parameter, key: str) -> Iterator[torch.Tensor]:
-        """Yields the whole flattened tensor `key` in pieces of at most `PIECE` elements, float32, on rank 0's CPU.
-
-        A collective: all ranks call it in the same order and exhaust it, and only rank 0 uses the pieces. No rank holds
-        more than a piece besides its own share.
-        """
-        first, held = self.span(parameter)[0], self.held(parameter, key)
-        total = parameter_shape(parameter).numel()
-        for start in range(0, total, PIECE):
-            piece = torch.zeros(min(PIECE, total - start), device=distributed.device())
-            low, high = max(start, first), min(start + len(piece), first + len(held))
-            if low < high:
-                piece[low - start : high - start] = held[low - first : high - first]
-            distributed.add_to_rank_zero(piece.view(torch.int32))  # as bits: nothing is rounded, and -0.0 stays
-            yield piece.cpu()
-
-    def whole(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """Returns the whole tensor on rank 0, in the parameter's shape; only for small ones. A collective."""
-        return torch.cat(list(self.pieces(parameter, key))).view(parameter_shape(parameter))
 
     # -- counts --------------------------------------------------------------------------------------------------------
 

@@ -100,13 +100,11 @@ def write_peft_folder(weights: Path, out: Path, target: str | None = None) -> Lo
         ConfigError: the run was trained without LoRA; `out` exists; a target that is needed does not exist.
         CheckpointError: the run has no checkpoint, or a damaged one.
     """
-    from safetensors import safe_open
-
     check_vacant(out)
     checkpoint = find_checkpoint(weights)
     config = validate(RunConfig, checkpoint.manifest.get("config"), what=f"manifest of {checkpoint.folder}")
     checkpoint.check_weights()
-    with safe_open(checkpoint.weights_file, framework="pt") as held:
+    with checkpoint.open_weights() as held:
         names = [name for name in held.keys() if name.startswith(OURS)]  # noqa: SIM118 - not a mapping
         if config.lora is None or not names:
             raise ConfigError(

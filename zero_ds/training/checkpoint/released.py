@@ -327,8 +327,6 @@ def to_released(weights: Path, out: Path) -> int:
         ConfigError: the model lacks parts of the layout, or has parts that it has no name for; `out` exists.
         CheckpointError: the checkpoint does not exist or is damaged.
     """
-    from safetensors import safe_open
-
     if out.exists():
         raise ConfigError(f"{out} already exists; choose another --out or remove it.")
     checkpoint = find_checkpoint(weights)
@@ -341,8 +339,8 @@ def to_released(weights: Path, out: Path) -> int:
     checkpoint.check_weights()
     shape = checkpoint.manifest.get("origin", {}).get("boundary_shape", [-1])
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(checkpoint.weights_file, framework="pt") as held:
-        for name in held.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+    with checkpoint.open_weights() as held:
+        for name in held.keys():  # noqa: SIM118 - it is not a mapping
             if name == BOUNDARY:
                 start, end = held.get_tensor(name)
                 # as copies; two views of one storage would each be saved with all of it
