@@ -28,8 +28,8 @@ from random_faults import ROOT, Job, Story, make_recipe, undisturbed, write_reci
 
 from zero_ds.training.checkpoint.checkpoint import FOLDER_NAME, Checkpoint, CheckpointError, check_hash, find_checkpoint
 
-STEPS = 15
-"""Steps of the run for each kill."""
+TRAINING = 6.0
+"""Seconds of training, at an undisturbed pace, for each kill."""
 WAIT = 300.0
 """Seconds within which a job has to make a step after a kill."""
 
@@ -76,10 +76,7 @@ def kill(job: Job, chance: random.Random) -> str:
 
 
 def wait_for_instant(jobs: list[Job], chance: random.Random, steps: int) -> Job | None:
-    """Waits until a job has made a step and then for a random instant, or until it saves; returns the job at work.
-
-    None: the run is complete, or no job gets on.
-    """
+    """Waits until a job has made a step and then for a random instant, or until it saves; returns the job at work."""
     run, since = jobs[0].run, jobs[0].step()
     deadline = time.monotonic() + WAIT
     while jobs[0].step() <= since and time.monotonic() < deadline:
@@ -99,18 +96,18 @@ def wait_for_instant(jobs: list[Job], chance: random.Random, steps: int) -> Job 
     return next((job for job in jobs if job.ranks()), None)
 
 
-def fight(jobs: list[Job], chance: random.Random, kills: int, story: Story) -> None:
+def fight(jobs: list[Job], chance: random.Random, kills: int, steps: int, story: Story) -> None:
     """Starts and kills the jobs, and lets one of them finish in the end."""
-    steps = STEPS * kills
     try:
         for number in range(kills):
             for job in jobs:
                 if job.status() is not None or job.process is None:
                     job.start()
             job_at_work = wait_for_instant(jobs, chance, steps)
-            if job_at_work is None:
-                story.problems += [] if jobs[0].finished(steps) else ["no job gets on"]
+            if jobs[0].finished(steps):
                 break
+            if job_at_work is None:  # it ended by itself
+                continue
             try:
                 what = kill(job_at_work, chance)
             except IndexError:  # it ended by itself
@@ -127,6 +124,8 @@ def fight(jobs: list[Job], chance: random.Random, kills: int, story: Story) -> N
                 if job.status() is not None or job.process is None:
                     job.start()
             time.sleep(1.0)
+        if not jobs[0].finished(steps):
+            story.problems.append("the jobs do not get on")
         for job in jobs:
             if job.process is not None:
                 job.process.wait(timeout=WAIT)
@@ -164,7 +163,9 @@ def main(
     usual["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings, story, chance = make_recipe(folder), Story(), random.Random(seed)
     settings["checkpoint"] = {"every_steps": 2, "keep": 2, "writers": 2, "asynchronous": asynchronous}
-    steps = STEPS * kills
+    probe = Job(folder, "probe", folder, usual, restarts=0)
+    write_recipe(probe, settings, 20, zero)
+    steps = max(15 * kills, round(TRAINING * kills / undisturbed(probe)))
     reference = Job(folder, "undisturbed", folder, usual, restarts=0)
     write_recipe(reference, settings, steps, zero)
     undisturbed(reference)
@@ -172,7 +173,7 @@ def main(
     for job in jobs:
         job.run = folder / "shared"
         write_recipe(job, settings, steps, zero)
-    fight(jobs, chance, kills, story)
+    fight(jobs, chance, kills, steps, story)
     compare(jobs[0].run, reference.run, story)
     refused = Counter(
         "is in use by" in line for job in jobs for line in job.log.read_text(errors="replace").splitlines()

@@ -53,6 +53,7 @@ def _train(config: RunConfig) -> Path:
     total = total_steps(config, samples=len(loader.records))
     if run.resume.checkpoint and run.resume.first_step >= total:
         logger.info("%s is complete: step %d of %d", run.out, run.resume.first_step, total)
+        distributed.barrier()  # rank 0 holds the store on which slower ranks may still be waiting
         return run.resume.checkpoint.folder
 
     manifest = describe(run, model, loader)
