@@ -77,6 +77,8 @@ def test_devices_of_a_run(visible: str | None, ranks: int | None, expected: Devi
         ("GPU-aaa", None, "names GPU-aaa, and nvidia-smi lists"),
         ("gpu0", None, "names gpu0"),
         ("1,1", None, "names 1 twice"),
+        ("0,GPU-aaaa", None, "names GPU 0 twice, as 0 and GPU-aaaa"),
+        ("GPU-bbbb-2,02", None, "names GPU 2 twice, as GPU-bbbb-2 and 02"),
         ("2,3", 3, "3 ranks need as many GPUs, and CUDA_VISIBLE_DEVICES=2,3 shows 2; lower --ranks"),
         (None, 5, "5 ranks need as many GPUs, and this machine has 4"),
     ],

@@ -34,7 +34,7 @@ ODD = [
 
 # -- hostfile ----------------------------------------------------------------------------------------------------------
 
-HOSTS = "# a comment\n\nnode1 slots=4 \r\n  # another\n\tnode2   slots=2\t# two\n10.0.0.3\tslots=8"
+HOSTS = "# a comment\n\nnode1 slots=4 \r\n  # another\n\tnode2   slots=2\t# two\x0cnode9 slots=1\n10.0.0.3\tslots=8"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,10 @@ def test_machines_are_those_that_deepspeed_takes(tmp_path: Path, include: str, e
         ("node1 slots=2\n", "node1:", "", "'node1:' names no devices"),
         ("node1 slots=2\n", "node1@", "", "has no machine ''"),
         ("a slots=1\na slots=1\n", "", "", "line 2: a is listed twice"),
+        ("Node1 slots=1\nnode1 slots=1\n", "", "", "line 2: node1 and Node1 are the same machine; give it one line"),
+        ("localhost slots=1\n127.0.0.1 slots=1\n", "", "", "line 2: 127.0.0.1 and localhost are the same machine"),
+        (f"node1 slots={'9' * 5000}\n", "", "", "is not a machine"),
+        ("node1 slots=\uff12\n", "", "", "is not a machine"),
         ("a slots=0\n", "", "", "is not a machine"),
         ("-oProxyCommand=id slots=1\n", "", "", "is not a machine"),
         ("-v slots=1\n", "", "", "is not a machine"),

@@ -103,10 +103,18 @@ def test_wrong_value_is_one_sentence(recipe: str, override: str, complaint: str)
         ("optimizer.eps=1.5e-8", 1.5e-8),
         ("data.system_prompt=Answer # briefly", "Answer # briefly"),
         ("data.chat_template=null", None),
+        ("data.image_prompt=off", "off"),
+        ("data.grouping=off", "off"),
+        ("data.system_prompt=yes", "yes"),
+        ("data.packing=on", True),
+        ("data.packing=No", False),
+        ("activation_checkpointing=off", False),
+        ("activation_checkpointing=Yes", True),
+        ("activation_checkpointing=true", True),
     ],
 )
 def test_an_override_is_read_as_it_is_meant(recipe: str, override: str, value: object) -> None:
-    """YAML 1.1 knows octal numbers, dates and numbers to the base 60, and takes ` #` for a comment."""
+    """YAML 1.1 knows octal numbers, dates, numbers to the base 60 and `off`, and takes ` #` for a comment."""
     found: object = load_run(recipe, [override])
     for name in override.partition("=")[0].split("."):
         found = getattr(found, name)
@@ -119,7 +127,14 @@ def test_an_override_is_read_as_it_is_meant(recipe: str, override: str, value: o
         ("zero=2", "zero=2: it is the name of a file in ds_configs/ or the path of one; did you mean zero2?"),
         ("out=5", "out=5 is not a text; if you mean the text 5, write out='\"5\"'."),
         ("out=#2", "out=None"),
-        ("data.system_prompt=yes", "data.system_prompt=True is not a text; if you mean the text"),
+        ("data.system_prompt=true", "data.system_prompt=True is not a text; if you mean the text"),
+        ("max_steps=true", "max_steps=True: it is a number"),
+        ("optimizer.learning_rate=false", "optimizer.learning_rate=False: it is a number"),
+        ("out=~nobody_here/run", "out='~nobody_here/run': ~nobody_here is not the home folder of a user here"),
+        ("zero=~nobody_here/z.json", "~nobody_here is not the home folder of a user here"),
+        ("init_from=[~nobody_here/a]", "~nobody_here is not the home folder of a user here"),
+        ("continue_from=~nobody_here/a", "~nobody_here is not the home folder of a user here"),
+        (f"data.sources={'[' * 2000}", "the value of data.sources cannot be read"),
         ("init_from=[a, 1.5]", "init_from.1=1.5 is not a text; if you mean the text 1.5, write"),
         ("out='a' # b", "the value of out ends before '# b', which would be lost"),
         ("init_from=[a] # b", "the value of init_from ends before '# b'"),
@@ -151,6 +166,15 @@ def test_anchors_and_a_byte_order_mark_in_a_recipe(tmp_path: Path) -> None:
     assert (config.optimizer.eps, config.preview.samples, config.preview.tokens) == (1e-7, 2, 3)
 
 
+def test_a_merged_key_that_is_replaced_does_not_appear_twice(tmp_path: Path) -> None:
+    """PyYAML writes merged entries into a mapping that it has yet to build, where the mapping replaces them."""
+    path = tmp_path / "recipe.yaml"
+    rates = "optimizer: {learning_rates: &b {<<: {adapter: 1.0e-4}, adapter: 2.0e-4}}\nlosses: {<<: *b}\n"
+    path.write_text(yaml.safe_dump(BASE) + rates)
+    config = load_run(str(path))
+    assert config.optimizer.learning_rates == config.losses == {"adapter": 2e-4}
+
+
 def test_the_home_folder_in_paths(recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A shell leaves `~` as it is after `key=`, and a folder of that name would be made."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -162,7 +186,7 @@ def test_the_home_folder_in_paths(recipe: str, monkeypatch: pytest.MonkeyPatch, 
     assert config.init_from == ("~/a", "b"), "a part of the fingerprint, which is the same for everybody"
 
 
-@pytest.mark.parametrize("key", ["2.limit", "first.limit", "-1", "limit"])
+@pytest.mark.parametrize("key", ["2.limit", "first.limit", "-1", "limit", "\u00b2.limit", "\u0661.limit"])
 def test_an_entry_that_a_list_does_not_have(recipe: str, key: str) -> None:
     two = "data.sources=[{path: a.json}, {path: b.json}]"
     with pytest.raises(ConfigError, match=r"data\.sources has entries 0 to 1, and none called"):

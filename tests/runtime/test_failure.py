@@ -399,6 +399,11 @@ def test_earlier_reasons_stay_on_record(tmp_path: Path) -> None:
         failure.record(tmp_path, reason)
     assert failure.read(tmp_path) == "third"
     assert [line.split(" ", 1)[1] for line in failure.earlier(tmp_path)] == ["second", "first"]
+    failure.clear(tmp_path)
+    (tmp_path / failure.EARLIER / "0001.txt").unlink()
+    failure.record(tmp_path, "fourth")
+    failure.clear(tmp_path)
+    assert [line.split(" ", 1)[1] for line in failure.earlier(tmp_path)] == ["fourth", "third", "second"]
 
 
 def test_why(run_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

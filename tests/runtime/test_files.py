@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from zero_ds.runtime import files
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.files import new_folder, write_atomically
+from zero_ds.runtime.files import disk_sentence, new_folder, write_atomically
 
 
 def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +68,21 @@ def test_what_cannot_be_made_is_said_before_anything_is_computed(tmp_path: Path)
     with pytest.raises(ConfigError, match="MB free that run needs"), new_folder(tmp_path / "run", need=1 << 60):
         raise AssertionError("never entered")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("words", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_disk_is_known_by_the_words_of_other_writers(words: str) -> None:
+    """safetensors and Arrow write without Python, and raise types of their own."""
+    assert (
+        disk_sentence(RuntimeError(f"I/O error: {words} (os error 28)")) == f"{words}; free some space and run again."
+    )
+    assert disk_sentence(OSError(errno.EDQUOT, "Disk quota exceeded", "a")) == (
+        "Disk quota exceeded: a; free some space and run again."
+    )
+
+
+def test_the_home_folder_is_found_in_one_place() -> None:
+    """Python raises a RuntimeError for a user that does not exist, and a folder named `~` must never be made."""
+    sources = Path(files.__file__).parents[1].rglob("*.py")
+    others = [path.name for path in sources if ".expanduser(" in path.read_text(encoding="utf-8")]
+    assert sorted(others) == ["files.py", "probe.py"], "the latter runs on other machines, without the package"

@@ -125,6 +125,18 @@ def test_a_lock_that_another_has_taken_over_is_lost_and_left_to_it(tmp_path: Pat
     again.release()
 
 
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server may answer with an error (ESTALE, EIO), which says nothing about another job."""
+    with FolderLock(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "_read", lambda path: {})
+            assert lock.lost(tmp_path) is None
+        answers = iter([{}])
+        read = lock._read
+        monkeypatch.setattr(lock, "_read", lambda path: next(answers, None) or read(path))
+        assert lock.lost(tmp_path) is None
+
+
 def test_the_holder_gives_signs_of_life(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         before = (tmp_path / lock.FILE).stat().st_mtime_ns

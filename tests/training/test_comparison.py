@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.training.checkpoint import KEYS
+from zero_ds.training.checkpoint.comparison import STRIDE, Comparison, _bits
+from zero_ds.training.checkpoint.exchange import Cut, Piece
 
 
 def engine_after_a_step(config: RunConfig) -> Any:
@@ -84,6 +86,24 @@ def altered_in_memory(rank: int, tensor: torch.Tensor) -> Iterator[None]:
     bits[len(bits) // 2] -= 1
 
 
+@contextlib.contextmanager
+def moved_on_the_way(number: int) -> Iterator[None]:
+    """Moves all elements that rank 0 gets in round `number` by one, as a wrong order of the ranks' parts would."""
+    from zero_ds.runtime import distributed
+
+    exchange, calls = distributed.exchange, iter(range(10**6))
+
+    def moved(sent: list[torch.Tensor], counts: list[int]) -> torch.Tensor:
+        got = exchange(sent, counts)
+        return got.roll(1) if next(calls) == number and distributed.is_rank_zero() else got
+
+    distributed.exchange = moved
+    try:
+        yield
+    finally:
+        distributed.exchange = exchange
+
+
 def saves(configs: list[RunConfig]) -> list[dict[str, str]]:
     """For each configuration: fault -> the end of a save with that fault, and of one after it without."""
     from zero_ds.runtime import distributed
@@ -107,6 +127,7 @@ def saves_of(config: RunConfig) -> dict[str, str]:
         for number, key in enumerate(KEYS):
             faults[f"{key} from rank {rank}"] = altered_on_the_way(rank, first + number)
         faults[f"weights of rank {rank}"] = altered_in_memory(rank, held_part(parameter))
+    faults |= {f"{key} in another order": moved_on_the_way(first + number) for number, key in enumerate(KEYS)}
     run, steps = Path(config.out), iter(range(1, 100))
     ends = {"chosen": chosen, "none": end_of(lambda: save_checkpoint(run, engine, {}, {"step": next(steps)}, 1))}
     for fault, context in faults.items():
@@ -165,6 +186,58 @@ def test_a_single_altered_element_is_never_published(run_config: Callable[..., R
             published += 2
             assert ends[f"after {fault}"] == f"step-{published:06d}"
             assert ends[f"left by {fault}"] == f"step-{published:06d}", "nothing half-written"
+
+
+class Held:
+    """A state of which one rank holds everything."""
+
+    def __init__(self, size: int) -> None:
+        self.tensors = {key: torch.randn(size) for key in KEYS}
+
+    def span(self, parameter: torch.Tensor) -> tuple[int, int]:
+        return 0, parameter.numel()
+
+    def held(self, parameter: torch.Tensor, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    def equals_live(self, parameter: torch.Tensor) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_elements_in_another_order_are_another_tensor(key: str) -> None:
+    """Parts in the wrong order, as a wrong map from parameters to shards gathers them, have the right sum."""
+    torch.manual_seed(0)
+    parameter, state = torch.nn.Parameter(torch.zeros(40, 5)), Held(200)
+
+    def verdict(pieces: Callable[[torch.Tensor], list[torch.Tensor]]) -> str | None:
+        comparison = Comparison(state)  # type: ignore[arg-type]
+        comparison.add("a.weight", parameter)
+        for name in KEYS:
+            start = 0
+            for values in pieces(state.tensors[name]) if name == key else [state.tensors[name]]:
+                comparison.add_piece(Piece(Cut("a.weight", name, start, start + len(values)), values))
+                start += len(values)
+        return comparison.verdict()
+
+    changed = f"a.weight ({key}) was changed on its way to the rank that writes it"
+    assert verdict(lambda whole: list(whole.split(60))) is None
+    assert verdict(lambda whole: [whole[100:], whole[:100]]) == changed
+    assert verdict(lambda whole: [whole.roll(1)]) == changed
+    assert verdict(lambda whole: [whole.flip(0)]) == changed
+    swapped = state.tensors[key].clone()
+    swapped[[3, 150]] = swapped[[150, 3]]
+    assert verdict(lambda whole: [swapped]) == changed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_parts_add_up_to_that_of_the_whole(dtype: torch.dtype) -> None:
+    whole, width = torch.randn(3 * STRIDE + 5).to(dtype), STRIDE // 2 + 1
+    parts = [_bits(part, number * width) for number, part in enumerate(whole.split(width))]
+    assert int(sum(parts)) == int(_bits(whole))
+    kind = torch.int32 if dtype == torch.float32 else torch.int16
+    bits = whole.view(kind).tolist()
+    assert int(_bits(whole)) == (sum(bit * place for place, bit in enumerate(bits, 1)) + 2**63) % 2**64 - 2**63
 
 
 # -- a setting that DeepSpeed maps wrongly -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.deepspeed import ds_config
-from zero_ds.training.deepspeed_keys import FILLED, KEYS, REFUSED, read_json
+from zero_ds.training.deepspeed_keys import DECIDED, FILLED, KEYS, REFUSED, read_json
 
 BATCHES: dict[str, Any] = {
     "train_batch_size": "auto",
@@ -85,6 +85,10 @@ def test_values_that_were_tried_are_read_and_no_others(key: str) -> None:
 
 @pytest.mark.parametrize("key", list(KEYS))
 def test_auto_is_deepspeeds_default(key: str) -> None:
+    if key in DECIDED:
+        with pytest.raises(ConfigError, match="='auto'; choose"):
+            read_json(nested(key, "auto"), "mine.json")
+        return
     assert list(leaves(read_json(nested(key, "auto"), "mine.json"))) == (["auto"] if key in FILLED else [])
 
 
@@ -139,7 +143,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (stage(2, reduce_bucket_size=True), {}, "reduce_bucket_size=True; write a whole number"),
     ({**stage(2), "prescale_gradients": "false"}, {}, "prescale_gradients='false'; write true or false"),
     ({**stage(2), "steps_per_print": 0}, {}, "steps_per_print=0; write a whole number from 1 on"),
-    ({**stage(2), "fp16": {"loss_scale": float("inf")}}, {}, "loss_scale=inf; write a number from 0 on"),
+    ({**stage(2), "fp16": {"loss_scale": float("inf")}}, {}, "loss_scale=inf; write a number from 0 to"),
     (stage(True), {}, "stage=True; choose 0, 1, 2 or 3"),
     (stage(2, offload_optimizer="cpu"), {}, "offload_optimizer='cpu' must be an object of settings"),
     (stage(2, cpu_offload=True), {}, 'cpu_offload is old; write "offload_optimizer": {"device": "cpu"}'),
@@ -151,6 +155,31 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (stage(3, prefetch_bucket_size=5, stage3_prefetch_bucket_size=6), {}, "are the same key; keep one of them"),
     ({**stage(2), "optimizer": {"type": "AdamW"}}, {}, "optimizer follows from the recipe: remove it, and set"),
     ({**stage(2), "comet": {"api_key": "x"}}, {}, "api_key is a secret"),
+    (
+        {"zero_optimization.stage": 3},
+        {},
+        'unknown key \'zero_optimization.stage\'; write {"zero_optimization": {"stage"',
+    ),
+    ({**stage(2), "bf16.enabled": True}, {}, 'write {"bf16": {"enabled": ...}}'),
+    (stage(3, **{"offload_param.device": "cpu"}), {}, 'write {"offload_param": {"device": ...}}'),
+    ({"zero_optimization.offload_param": {"device": "cpu"}}, {}, "unknown key 'zero_optimization.offload_param'"),
+    (stage("auto"), {}, "stage='auto'; choose 0, 1, 2 or 3"),
+    (stage(None), {}, "stage=None; choose 0, 1, 2 or 3"),
+    (stage(3, offload_param={"device": "auto"}), {}, "device='auto'; choose none, cpu or nvme"),
+    ({**stage(1), "gradient_predivide_factor": 0}, {}, "gradient_predivide_factor=0; write a number above 0"),
+    (
+        {**stage(2), "fp16": {"initial_scale_power": 5000}},
+        {},
+        "initial_scale_power=5000; write a whole number from 0 to 32",
+    ),
+    ({**stage(2), "fp16": {"loss_scale": 1e300}}, {}, "loss_scale=1e+300; write a number from 0 to 4294967296"),
+    ({**stage(2), "train_batch_size": 10**400}, {}, "write a whole number from 1 on"),
+    ({**stage(2), "aio": {"block_size": 1000}}, {}, "block_size=1000; write a multiple of 512"),
+    (
+        {**stage(2), "csv_monitor": {"enabled": True, "output_path": "~nobody_here/x"}},
+        {},
+        "~nobody_here is not the home folder of a user here",
+    ),
 ]
 
 
@@ -206,3 +235,23 @@ def test_home_in_paths_of_the_json(
 
 def test_a_byte_order_mark_is_no_part_of_the_json(resolve: Callable[..., Any]) -> None:
     assert resolve("\ufeff" + json.dumps(stage(1)))["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "// a comment\n{}", '{"a": 1,}'])
+def test_what_is_no_json_is_refused_in_one_sentence(resolve: Callable[..., Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=r"mine\.json cannot be read: [^\n]*\.$"):
+        resolve(text)
+
+
+@pytest.mark.parametrize(("library", "ninja"), [(False, True), (True, False)])
+def test_a_disk_needs_what_compiles_async_io(
+    resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: bool, ninja: bool
+) -> None:
+    """DeepSpeed looks for libaio, and finds out about ninja when the models are loaded."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: library)
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: ninja)
+    with pytest.raises(ConfigError, match="install a C\\+\\+ compiler, ninja and libaio"):
+        resolve(stage(3, offload_optimizer={"device": "nvme"}), nvme_path=str(tmp_path))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 
 Out = Annotated[Path, typer.Option(help="New folder for the result.")]
 
@@ -62,7 +63,7 @@ def import_released(
     if target is None or out is None:
         raise ConfigError(f"{file} is a file: name its language model with --target, and a new folder with --out.")
     check_vacant(out)  # before anything is downloaded
-    path = Path(file).expanduser() if named is None else fetch(named)
+    path = home_path(file) if named is None else fetch(named)
     checkpoint = run(path, target, out, surrogate=surrogate, encoder=encoder, init_from=init_from or ())
     print(f"{file} -> {checkpoint}")
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.runtime.files import home_path
+
 logger = logging.getLogger(__name__)
 
 LLM = Path("~/.cache/zero_ds/smollm2-135m-instruct")
@@ -27,7 +29,7 @@ def demo(
     """
     from zero_ds.data.demo.folder import make_demo
 
-    make_llm(LLM.expanduser())
+    make_llm(home_path(LLM))
     make_demo(out, seed=seed, steps=steps)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 
 if TYPE_CHECKING:
     from zero_ds.cluster.checks import Check
@@ -92,7 +93,7 @@ def doctor(
         cluster = _this_machine(hostfile, include, exclude, ranks, master_port, forward or (), files)
     place = shared or (Path(run.out) if run else Path("runs"))
     wanted = Wanted(
-        shared=str(place.expanduser().absolute()),
+        shared=str(home_path(place).absolute()),
         token=f".zero_ds-doctor-{uuid.uuid4().hex[:12]}",
         paths=tuple(examination.read_by(run)) if run else (),
         disk=min_disk,

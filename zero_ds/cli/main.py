@@ -11,7 +11,6 @@ import gc
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 
 import typer
@@ -39,7 +38,7 @@ from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.environment import may_have_gpu, take_devices
 from zero_ds.runtime.errors import may_pass
 from zero_ds.runtime.failure import WATCH, peer_ended
-from zero_ds.runtime.files import disk_sentence
+from zero_ds.runtime.files import disk_sentence, home_path
 
 app = typer.Typer(
     name="zero-ds",
@@ -129,7 +128,7 @@ def _with_home(word: str) -> str:
     """Returns `--option=~/path` with the home folder in place of `~`, which a shell leaves there."""
     option, equals, value = word.partition("=")
     is_path = word.startswith("--") and equals and (value == "~" or value.startswith("~/"))
-    return f"{option}={Path(value).expanduser()}" if is_path else word
+    return f"{option}={home_path(value)}" if is_path else word
 
 
 def _leave_garbage() -> None:

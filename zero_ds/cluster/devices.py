@@ -59,20 +59,23 @@ def visible_names(environment: Mapping[str, str], found: Sequence[dict[str, Any]
     """
     if VISIBLE not in environment:
         return [str(device["index"]) for device in found]
-    names: list[str] = []
+    taken: dict[Any, str] = {}
     for word in environment[VISIBLE].split(","):
         name = word.strip()
         if not name or name.startswith("-") or name == "NoDevFiles":  # CUDA ignores the rest
             break
-        if device_of(name, found) is None and not name.startswith("MIG-"):
+        device = device_of(name, found)
+        if device is None and not name.startswith("MIG-"):
             raise ConfigError(
                 f"{VISIBLE}={environment[VISIBLE]} names {name}, and nvidia-smi lists {_listed(found)}; name GPUs that "
                 "exist."
             )
-        if name in names:
-            raise ConfigError(f"{VISIBLE}={environment[VISIBLE]} names {name} twice; name each GPU once.")
-        names.append(name)
-    return names
+        key = name if device is None else device["index"]
+        if key in taken:
+            twice = f"{name} twice" if taken[key] == name else f"GPU {key} twice, as {taken[key]} and {name}"
+            raise ConfigError(f"{VISIBLE}={environment[VISIBLE]} names {twice}; name each GPU once.")
+        taken[key] = name
+    return list(taken.values())
 
 
 def device_of(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

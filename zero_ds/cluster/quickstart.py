@@ -9,6 +9,7 @@ from pathlib import Path
 from zero_ds.cluster.pipeline import Step, zero_ds_command
 from zero_ds.config.loading import load_run
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 
 RECIPES = "smollm2-135m"
 
@@ -204,7 +205,7 @@ class Quickstart:
         from zero_ds.model.layer_plan import LayerPlan, Replaced
 
         replaced = Replaced.parse(self.replace, self.translators)
-        folder = Path(self.target).expanduser()
+        folder = home_path(self.target)
         if folder.is_dir():  # else the first step says that it is missing
             LayerPlan(DecoderFolder(folder).depth, (replaced,))
 

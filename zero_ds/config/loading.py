@@ -102,7 +102,7 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     for depth, key in enumerate(keys):
         place: Any = key
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(node):
                 name = ".".join(keys[:depth])
                 raise ConfigError(f"{name} has entries 0 to {len(node) - 1}, and none called '{key}'.")
             place = int(key)

@@ -5,20 +5,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from zero_ds.config.datasets import registered_datasets
 from zero_ds.config.resume import fingerprint
 from zero_ds.runtime.errors import did_you_mean
+from zero_ds.runtime.files import home_path
 
 
 def _with_home(path: str) -> str:
     """Returns a path with `~` replaced by the home folder, which a shell does not do after `key=`."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(home_path(path)) if path.startswith("~") else path
 
 
 def _name_of_zero(value: Any) -> Any:
@@ -28,7 +37,20 @@ def _name_of_zero(value: Any) -> Any:
     return value
 
 
+def _as_switch(value: Any) -> Any:
+    """Reads the words that pydantic reads as true or false where a key is nothing but that."""
+    words = {"on": True, "yes": True, "off": False, "no": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _of_a_user(path: str) -> str:
+    """Rejects the home folder of a user who does not exist, and leaves the path as it is written."""
+    _with_home(path)
+    return path
+
+
 LocalPath = Annotated[str, AfterValidator(_with_home)]
+WrittenPath = Annotated[str, AfterValidator(_of_a_user)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -41,6 +63,22 @@ class Section(BaseModel):
     """Base of every part of the configuration: unknown keys are errors, and values are frozen once checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Rejects true and false for a number, which pydantic reads as 1 and 0."""
+        if isinstance(value, bool) and _is_number(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("it is a number, and neither true nor false")
+        return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Returns whether a field holds a number, or nothing."""
+    if get_origin(annotation) in (dict, tuple, Literal):
+        return False
+    inner = get_args(annotation)
+    return any(map(_is_number, inner)) if inner else annotation in (int, float)
 
 
 class EncoderConfig(Section):
@@ -302,18 +340,18 @@ class RunConfig(Section):
     stage: str
     """Row of the stage table (training/stages.py): translator, pretrain, pretrain-early, adapter, encoder, align or
     decoder."""
-    target: str
+    target: WrittenPath
     """Folder or hub id of the full language model."""
-    surrogate: str | None = None
+    surrogate: WrittenPath | None = None
     """Folder of the surrogate that `zero-ds surrogate` has built."""
     decoder: Literal["auto", "surrogate", "target"] = "auto"
     """Decoder that is trained against; auto follows the stage table (Table A.2)."""
     encoder: EncoderConfig | None = None
     """Vision encoder. Empty: the language model trains alone, on text (stages translator and decoder)."""
     adapter: AdapterConfig = AdapterConfig()
-    init_from: tuple[str, ...] = ()
+    init_from: tuple[WrittenPath, ...] = ()
     """Results of earlier stages, or adapters in PEFT's format, that this run starts from; later ones win."""
-    continue_from: str | None = None
+    continue_from: WrittenPath | None = None
     """Run that this one continues with more (or less) to train, as a decoder run continues an encoder run. Its weights
     are loaded last, and what trains in both runs keeps its optimizer state. The learning-rate schedule starts over."""
     data: DataConfig = DataConfig()
@@ -344,7 +382,7 @@ class RunConfig(Section):
     """Number format of frozen decoder layers. int8: linear layers in 8 bits, half of bf16's memory; ZeRO 0 to 2."""
     compile: bool = False
     """Compiles the decoder's layers with torch; needs a C++ compiler and parameters that are whole on each rank."""
-    activation_checkpointing: Literal["auto", True, False] = "auto"
+    activation_checkpointing: Annotated[Literal["auto", True, False], BeforeValidator(_as_switch)] = "auto"
     """Decoder layers that are recomputed in the backward pass: all, none, or (auto) as few as `zero-ds plan` finds."""
     short_backward: bool = True
     """Ends the backward pass of a global batch without images at the first trained layer; same numbers."""

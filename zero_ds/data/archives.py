@@ -21,7 +21,7 @@ import numpy as np
 
 from zero_ds.data.formats import DataError, named, quoted
 from zero_ds.data.stored import Span, StoredImage
-from zero_ds.runtime.files import open_regular
+from zero_ds.runtime.files import home_path, open_regular
 
 LAYOUT = 1
 """Version of the index; a new one keeps old indices from being read."""
@@ -61,7 +61,7 @@ def split_root(root: str) -> tuple[str, str] | None:
 
     `images.zip/train` is the folder `train` inside of `images.zip`.
     """
-    parts = Path(root).expanduser().parts
+    parts = home_path(root).parts
     for number, part in enumerate(parts, 1):
         if part.endswith((*ENDINGS, *COMPRESSED)):
             archive = Path(*parts[:number])

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from zero_ds.config.loading import TEMPLATE_ROOT
 from zero_ds.data.tokens import ConversationError, GuardedTokenizer, Segment
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 
 IGNORE = -100
 """Label of a position without loss."""
@@ -125,7 +126,7 @@ def read_template(path: str | None) -> str | None:
     if not path:
         return None
     packaged = TEMPLATE_ROOT / f"{path}.jinja"
-    file = Path(path).expanduser()
+    file = home_path(path)
     is_name = Path(path).name == path and not file.exists() and packaged.is_file()
     try:
         return (packaged if is_name else file).read_text(encoding="utf-8")

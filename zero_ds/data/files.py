@@ -19,7 +19,7 @@ from zero_ds.data.formats import FORMATS, DataError, json_object, named, quoted
 from zero_ds.data.layout import check_shards, chosen
 from zero_ds.data.webdataset import read_webdataset
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.files import open_regular
+from zero_ds.runtime.files import home_path, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def data_files(source: SourceConfig) -> DataFiles:
     path, pattern = source.path, source.files
     if pattern and (Path(pattern).is_absolute() or ".." in Path(pattern).parts):
         raise ConfigError(f"files={quoted(pattern)} must stay below {named(path, 1000)}; write it relative to that.")
-    local = Path(path).expanduser()
+    local = home_path(path)
     try:
         if local.is_file():
             return DataFiles([local], [], local.parent)

@@ -26,6 +26,7 @@ from zero_ds.data.read_image import is_embedded
 from zero_ds.data.shares import Draws, counts_of
 from zero_ds.data.stored import ImageFile, Span, StoredImage, is_span
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 
 logger = logging.getLogger(__name__)
 
@@ -278,8 +279,8 @@ class _Source:
 def _roots(config: SourceConfig, found: DataFiles) -> tuple[Path, tuple[Path, ...]]:
     """Returns the folder (or archive) of a source's images, and further folders into which their paths may lead."""
     own_folder = found.files[0].parent if len(found.files) == 1 else found.folder
-    allowed = [Path(folder).expanduser().resolve() for folder in config.allowed_roots]
-    root = Path(config.root or own_folder).expanduser()
+    allowed = [home_path(folder).resolve() for folder in config.allowed_roots]
+    root = home_path(config.root or own_folder)
     if found.fetched:
         if config.root and not root.is_absolute() and not root.exists():
             root = found.folder / config.root

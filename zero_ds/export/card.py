@@ -13,6 +13,7 @@ from zero_ds.evaluation.heldout.results import CONDITIONS, Evaluation, read_eval
 from zero_ds.export.formats import ExportFormat
 from zero_ds.export.source import Source
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 """Folder of a model in the hub's cache."""
@@ -80,7 +81,7 @@ def model_name(path: str) -> str:
         return f"{match[1]}/{match[2]}"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists():
         return path
-    return Path(path).expanduser().resolve().name
+    return home_path(path).resolve().name
 
 
 def read_evaluations(paths: list[Path]) -> list[Evaluation]:

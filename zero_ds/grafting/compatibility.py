@@ -20,6 +20,7 @@ from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.loading import model_hash
 from zero_ds.runtime.errors import ConfigError, did_you_mean
+from zero_ds.runtime.files import home_path
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import same_bytes
 from zero_ds.surrogate.build import kept_tensors
@@ -201,7 +202,7 @@ def _surrogate_folder(config: RunConfig, surrogate: str | None) -> DecoderFolder
         if not folder.is_surrogate:
             raise ConfigError(f"--surrogate {surrogate} is not a surrogate, because it holds no surrogate.json.")
         return folder
-    if config.surrogate is None or not DecoderFolder(Path(config.surrogate).expanduser()).is_surrogate:
+    if config.surrogate is None or not DecoderFolder(home_path(config.surrogate)).is_surrogate:
         return None
     return DecoderFolder(local_folder(config.surrogate))
 

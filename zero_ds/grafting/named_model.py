@@ -24,6 +24,7 @@ from zero_ds.model.encoders import ENCODERS
 from zero_ds.model.loading import load_complete, model_hash
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 from zero_ds.runtime.hub import local_folder
 from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
 from zero_ds.training.stages import decoder_folder
@@ -109,7 +110,7 @@ def find_model(name: str, target: str | None = None, chat_template: str | None =
             not a run.
     """
     read_template(chat_template)
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     if (folder / "latest").is_file() or (folder / "manifest.json").is_file():
         checkpoint = find_checkpoint(folder)
         decoder = DecoderFolder(local_folder(target or decoder_folder(run_config(checkpoint))))

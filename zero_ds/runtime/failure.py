@@ -325,7 +325,8 @@ def clear(folder: Path) -> None:
     if read(folder):
         with contextlib.suppress(OSError):
             (folder / EARLIER).mkdir(exist_ok=True)
-            path.rename(folder / EARLIER / f"{len(_earlier_files(folder)) + 1:04d}.txt")
+            last = max(map(_number_of, _earlier_files(folder)), default=0)
+            path.rename(folder / EARLIER / f"{last + 1:04d}.txt")  # which replaces nothing, if some were removed
     path.unlink(missing_ok=True)
 
 
@@ -345,7 +346,11 @@ def earlier(folder: Path) -> list[str]:
 
 
 def _earlier_files(folder: Path) -> list[Path]:
-    return sorted((folder / EARLIER).glob("*.txt"))
+    return sorted((file for file in (folder / EARLIER).glob("*.txt") if file.stem.isdecimal()), key=_number_of)
+
+
+def _number_of(file: Path) -> int:
+    return int(file.stem)
 
 
 def is_final(folder: Path) -> bool:

@@ -17,6 +17,8 @@ from zero_ds.runtime.errors import ConfigError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk that has no room left for this user or this file."""
+FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded")
+"""Words of the same errors, for writers that are not Python (safetensors, Arrow) and raise types of their own."""
 CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 """Errors of a place that cannot be written."""
 
@@ -27,9 +29,24 @@ def disk_sentence(error: BaseException) -> str | None:
         return f"{error.strerror}: {error.filename or 'while writing'}; free some space and run again."
     if isinstance(error, OSError) and error.errno in CLOSED:
         return f"{error.strerror}: {error.filename or 'while writing'}; choose another place."
-    if "No space left on device" in str(error):  # from writers that are not Python: safetensors, Arrow
-        return "No space left on device; free some space and run again."
+    for words in FULL_IN_WORDS:
+        if words in str(error):
+            return f"{words}; free some space and run again."
     return None
+
+
+def home_path(text: str | Path) -> Path:
+    """Returns a path with `~` or `~user` at its beginning replaced by that home folder.
+
+    Raises:
+        ConfigError: there is no such user. A shell would take the name as it is, and a folder `~user` would be made.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{Path(text).parts[0]} is not the home folder of a user here; write the whole path."
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.files import new_folder
+from zero_ds.runtime.files import home_path, new_folder
 from zero_ds.runtime.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def local_folder(name: str) -> Path:
         ConfigError: the folder does not exist, and no model of that id can be downloaded (no network, unknown, not
             permitted).
     """
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     if name and folder.is_dir():
         return folder.resolve()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):

@@ -87,8 +87,11 @@ class FolderLock:
 
     def is_ours(self) -> bool:
         """Returns whether this process has the lock, as far as the file tells."""
-        found = _read(self.path)
-        return found is not None and found.get("id") == self._content["id"]
+        return self.made(_read(self.path) or {})
+
+    def made(self, found: dict[str, Any]) -> bool:
+        """Returns whether this process wrote the content of a lock."""
+        return bool(found.get("id") == self._content["id"])
 
     def _create(self) -> bool:
         """Writes the file unless there is one; returns whether it did."""
@@ -139,12 +142,18 @@ _held: dict[Path, FolderLock] = {}
 
 
 def lost(folder: Path) -> str | None:
-    """Returns a sentence if this process had locked the folder, and another job has taken the lock over; else None."""
+    """Returns a sentence if this process had locked the folder, and another job has taken the lock over; else None.
+
+    A lock that cannot be read is not lost: a file server may fail for a moment, and a job that takes a lock over writes
+    it whole.
+    """
     lock = _held.get(folder.resolve())
-    if lock is None or lock.is_ours():
+    if lock is None:
         return None
     found = _read(lock.path)
-    return _in_use(folder, found) if found else f"{lock.path} was removed while this job was using the folder."
+    if found is None:
+        return f"{lock.path} was removed while this job was using the folder."
+    return _in_use(folder, found) if found and not lock.made(found) else None
 
 
 def refuse_if_in_use(folder: Path) -> None:

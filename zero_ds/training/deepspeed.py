@@ -142,7 +142,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     """Parses the text of a JSON file, which must hold an object."""
     try:
         content = json.loads(text, object_pairs_hook=_refuse_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object.")
@@ -308,12 +308,15 @@ def _device(zero: dict[str, Any], key: str) -> str | None:
 def _check_compiler(zero: dict[str, Any], path: Path) -> None:
     """Refuses swapping to a disk where DeepSpeed cannot compile what that needs."""
     if "nvme" in (_device(zero, "offload_param"), _device(zero, "offload_optimizer")):
+        from deepspeed.git_version_info import installed_ops
         from deepspeed.ops.op_builder import AsyncIOBuilder
+        from torch.utils import cpp_extension
 
-        if not AsyncIOBuilder().is_compatible():
+        is_built = bool(installed_ops.get(AsyncIOBuilder.NAME))
+        if not is_built and not (AsyncIOBuilder().is_compatible() and cpp_extension.is_ninja_available()):
             raise ConfigError(
-                f"{path.name} swaps to a disk, for which DeepSpeed compiles async_io; install a C++ compiler and "
-                "libaio (libaio-dev), or choose zero=zero3_offload_params."
+                f"{path.name} swaps to a disk, for which DeepSpeed compiles async_io; install a C++ compiler, ninja "
+                "and libaio (libaio-dev), or choose zero=zero3_offload_params."
             )
 
 

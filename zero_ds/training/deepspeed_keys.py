@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from zero_ds.runtime.errors import ConfigError, did_you_mean
+from zero_ds.runtime.files import home_path
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,32 @@ class Rule:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _is_whole(value: Any) -> bool:
     return _is_number(value) and float(value).is_integer()
 
 
-def _whole(*tried: int, least: int = 0) -> Rule:
-    words = f"write a whole number from {least} on, without quotes"
-    return Rule(words, lambda value: _is_whole(value) and value >= least, tried, read=int)
+def _whole(*tried: int, least: int = 0, most: float = math.inf) -> Rule:
+    words = f"write a whole number from {least} {_end(most)}, without quotes"
+    return Rule(words, lambda value: _is_whole(value) and least <= value <= most, tried, read=int)
 
 
-def _number(*tried: float) -> Rule:
-    return Rule("write a number from 0 on, without quotes", lambda value: _is_number(value) and value >= 0, tried)
+def _number(*tried: float, most: float = math.inf) -> Rule:
+    words = f"write a number from 0 {_end(most)}, without quotes"
+    return Rule(words, lambda value: _is_number(value) and 0 <= value <= most, tried)
+
+
+def _end(most: float) -> str:
+    return "on" if most == math.inf else f"to {most:.0f}"
+
+
+def _positive(*tried: float) -> Rule:
+    return Rule("write a number above 0, without quotes", lambda value: _is_number(value) and value > 0, tried)
 
 
 def _share(*tried: float) -> Rule:
@@ -72,7 +84,12 @@ def _only(value: Any, *refused: Any, why: str) -> Rule:
 BOOLEAN = Rule("write true or false, without quotes", lambda value: isinstance(value, bool), (True, False))
 TEXT = Rule("write a text", lambda value: isinstance(value, str), ("a", "b"))
 PATH = replace(
-    TEXT, tried=("csv", "other/csv"), read=lambda value: str(Path(value).expanduser()), words="write the path of a file"
+    TEXT, tried=("csv", "other/csv"), read=lambda value: str(home_path(value)), words="write the path of a file"
+)
+BLOCK = replace(
+    _whole(131_072, 1_048_576),
+    accepts=lambda value: _is_whole(value) and value > 0 and value % 512 == 0,
+    words="write a multiple of 512, as a disk reads and writes",
 )
 DTYPE = _one_of("fp32", "bf16", "fp16")
 
@@ -89,7 +106,7 @@ KEYS: dict[str, Rule] = {
     "memory_breakdown": BOOLEAN,
     "dump_state": BOOLEAN,
     "prescale_gradients": BOOLEAN,
-    "gradient_predivide_factor": _number(1.0, 2.0),
+    "gradient_predivide_factor": _positive(1.0, 2.0),
     "gradient_allreduce_op": _only("mean", "sum", why="a sum would count the ranks into the learning rate"),
     "communication_data_type": DTYPE,
     "managed_gradient_accumulation": _only(True, False, why="the training loop leaves the counting to DeepSpeed"),
@@ -104,8 +121,8 @@ KEYS: dict[str, Rule] = {
     "bf16.bf16_optimizer_states": _only(False, True, why=_FOREIGN),
     "fp16.enabled": BOOLEAN,
     "fp16.auto_cast": BOOLEAN,
-    "fp16.loss_scale": _number(0.0, 128.0),
-    "fp16.initial_scale_power": _whole(8, 16),
+    "fp16.loss_scale": _number(0.0, 128.0, most=2**32),
+    "fp16.initial_scale_power": _whole(8, 16, most=32),
     "fp16.loss_scale_window": _whole(2, 1000, least=1),
     "fp16.hysteresis": _whole(1, 2, least=1),
     "fp16.consecutive_hysteresis": BOOLEAN,
@@ -166,7 +183,7 @@ KEYS: dict[str, Rule] = {
     "zero_optimization.offload_optimizer.super_offload": _only(False, True, why=_FOREIGN),
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": _share(0.5, 0.8),
     # -- disks, logs, profiles -----------------------------------------------------------------------------------------
-    "aio.block_size": _whole(131_072, 1_048_576, least=1),
+    "aio.block_size": BLOCK,
     "aio.queue_depth": _whole(8, 32, least=1),
     "aio.intra_op_parallelism": _whole(1, 2, least=1),
     "aio.single_submit": BOOLEAN,
@@ -269,6 +286,14 @@ FILLED = (
 )
 """Keys whose "auto" depends on the recipe or the machine, and stays for the caller to fill in."""
 
+DECIDED = (
+    "zero_optimization.stage",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.offload_optimizer.device",
+)
+"""Keys that may be neither "auto" nor null, although they may be missing: DeepSpeed's default would quietly switch off
+what the JSON asks for."""
+
 OPTIONAL = ("zero_optimization.offload_param", "zero_optimization.offload_optimizer")
 """Sections that may be null, which means the same as leaving them out."""
 
@@ -279,8 +304,8 @@ _SHORT = {key.rpartition(".")[2].removeprefix("stage3_"): key.rpartition(".")[2]
 def read_json(content: dict[str, Any], file: str) -> dict[str, Any]:
     """Returns a DeepSpeed JSON with checked values, without entries that are "auto" or null: DeepSpeed's defaults hold.
 
-    Keys in `FILLED` may stay "auto". Whole numbers become integers (5e8), `~` in a path becomes the home folder, and
-    keys have one name each.
+    Keys in `FILLED` may stay "auto", and those in `DECIDED` may be neither. Whole numbers become integers (5e8), `~` in
+    a path becomes the home folder, and keys have one name each.
 
     Raises:
         ConfigError: a key that is not in `KEYS` or a value that it does not accept; one sentence that names `file`.
@@ -292,6 +317,12 @@ def _read_section(content: dict[str, Any], section: str, file: str) -> dict[str,
     """Reads the entries of one object; `section` is its name, empty for the whole JSON."""
     found: dict[str, Any] = {}
     for given, value in content.items():
+        if "." in given:
+            outer, _, inner = given.rpartition(".")
+            raise ConfigError(
+                f"{_where(f'{section}.' if section else '', file)}: unknown key '{given}'; write "
+                f'{{"{outer}": {{"{inner}": ...}}}}, because DeepSpeed looks only into nested objects.'
+            )
         name = _SHORT.get(given, given) if section == "zero_optimization" else given
         key = f"{section}.{name}" if section else name
         if name in found or (name != given and name in content):
@@ -305,7 +336,7 @@ def _read_section(content: dict[str, Any], section: str, file: str) -> dict[str,
             raise ConfigError(_unknown(key, file))
         elif value == "auto" and key in FILLED:
             found[name] = value
-        elif value is not None and value != "auto":
+        elif (value is not None and value != "auto") or key in DECIDED:
             found[name] = _checked(key, value, file)
     return found
 
@@ -315,7 +346,10 @@ def _checked(key: str, value: Any, file: str) -> Any:
     rule = KEYS[key]
     if not rule.accepts(value):
         raise ConfigError(f"{_where(key, file)}: {_inside(key)}={value!r}; {rule.words}.")
-    return rule.read(value)
+    try:
+        return rule.read(value)
+    except ConfigError as error:
+        raise ConfigError(f"{_where(key, file)}: {_inside(key)}={value!r}: {error}") from None
 
 
 def _unknown(key: str, file: str) -> str:

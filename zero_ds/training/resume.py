@@ -22,6 +22,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.meeting import require_agreement
 from zero_ds.training.checkpoint.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -119,6 +120,9 @@ def checkpoint_to_resume(out: Path, config: RunConfig) -> Checkpoint | None:
             f"the ranks see different checkpoints in {out} (steps {-negative:.0f} and {largest:.0f}); out= must be a "
             "folder that all machines share."
         )
+    if found is not None:
+        weights = {f"the content of {found.folder} (its hash)": found.weights_sha256}
+        require_agreement(weights, "out= must be a folder that all machines share.")
     return found
 
 

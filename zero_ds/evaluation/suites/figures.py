@@ -11,6 +11,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.evaluation.suites.average import Average, average
 from zero_ds.evaluation.suites.results import read_results
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 from zero_ds.training.monitor import read_metrics
 
 
@@ -52,7 +53,7 @@ def read_point(text: str) -> Point:
         percent = -1.0
     if not (equals and colon and method and path and 0 <= percent <= 100):
         raise ConfigError(f"--score {text} is not METHOD:PERCENT=RESULTS, such as ours:10=results/ours-10.")
-    return Point(method, percent, average(read_results(Path(path).expanduser())))
+    return Point(method, percent, average(read_results(home_path(path))))
 
 
 def read_bar(text: str) -> Bar:
@@ -62,7 +63,7 @@ def read_bar(text: str) -> Bar:
         ConfigError: the text has another form, or a folder is not one of a run.
     """
     method, equals, paths = text.partition("=")
-    folders = [Path(path).expanduser() for path in paths.split(",") if path]
+    folders = [home_path(path) for path in paths.split(",") if path]
     if not (equals and method and folders):
         raise ConfigError(f"--hours {text} is not METHOD=RUN,RUN; name the run folders of the method.")
     hours: dict[str, float] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -245,9 +246,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        int(settings["r"])  # raises unless it is a number, and so does the next line
-        float(settings["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for key in ("r", "lora_alpha"):
+            if type(settings[key]) not in (int, float) or not math.isfinite(settings[key]):
+                raise ValueError(f"{key}={settings[key]!r} is not a number")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {error}); save the adapters again."
         ) from None

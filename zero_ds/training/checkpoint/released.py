@@ -31,7 +31,7 @@ from zero_ds.model.decoders.folder import DecoderFolder, family_of_manifest
 from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError, did_you_mean
-from zero_ds.runtime.files import check_vacant
+from zero_ds.runtime.files import check_vacant, home_path
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.torch_files import read_torch_file
 from zero_ds.training.blueprint import blueprint, weights_names
@@ -97,7 +97,7 @@ def find_named(text: str) -> Named | None:
     Raises:
         ConfigError: it is neither.
     """
-    if Path(text).expanduser().exists():
+    if home_path(text).exists():
         return None
     if text in NAMED:
         return NAMED[text]

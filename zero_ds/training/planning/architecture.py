@@ -14,6 +14,7 @@ from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 from zero_ds.training import stages
 from zero_ds.training.gathering import Units
 from zero_ds.training.options.int8 import quantize_
@@ -57,7 +58,7 @@ def layer_plan(
     if replace:
         ranges = tuple(Replaced.parse(text, translators) for text in replace)
         return LayerPlan(target.depth, ranges), "as --replace says"
-    surrogate = DecoderFolder(Path(name).expanduser())
+    surrogate = DecoderFolder(home_path(name))
     if surrogate.plan is not None:
         return surrogate.plan, f"from {name}"
     if match := NAMED_CUT.fullmatch(surrogate.path.name):

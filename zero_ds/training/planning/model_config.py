@@ -13,6 +13,7 @@ from pathlib import Path
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.files import home_path
 
 SHIPPED = Path(__file__).parent / "architectures"
 """Folder with the config.json of every model whose architecture comes with zero-ds."""
@@ -33,7 +34,7 @@ def find_config(name: str) -> ConfigSource:
     Raises:
         ConfigError: there is none, here or on the hub.
     """
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     if (folder / "config.json").is_file():
         return ConfigSource(folder.resolve(), "from its folder")
     import huggingface_hub
@@ -71,6 +72,6 @@ def config_texts(config: RunConfig) -> list[str]:
         folder = found.folder.name if found.folder.parent == SHIPPED else str(found.folder)
         texts += [found.origin, folder, (found.folder / "config.json").read_text(encoding="utf-8")]
     if config.surrogate is not None:
-        plan = Path(config.surrogate).expanduser() / "surrogate.json"
+        plan = home_path(config.surrogate) / "surrogate.json"
         texts.append(plan.read_text(encoding="utf-8") if plan.is_file() else "")
     return texts
