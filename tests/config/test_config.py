@@ -331,16 +331,17 @@ words = st.text(
         "nan",
     ]
 )
+paths = words.filter(lambda text: not text.startswith("~"))  # the home folder of a user who may not exist
 configs = st.builds(
     dict,
     stage=st.just("encoder"),
-    target=words,
-    surrogate=words | st.none(),
-    encoder=st.none() | st.fixed_dictionaries({"path": words, "train_last_layers": st.none() | st.integers(1, 9)}),
+    target=paths,
+    surrogate=paths | st.none(),
+    encoder=st.none() | st.fixed_dictionaries({"path": paths, "train_last_layers": st.none() | st.integers(1, 9)}),
     data=st.fixed_dictionaries(
         {
             "sources": st.lists(
-                st.fixed_dictionaries({"path": words, "limit": st.none() | st.integers(1, 9)}), max_size=3
+                st.fixed_dictionaries({"path": paths, "limit": st.none() | st.integers(1, 9)}), max_size=3
             ),
             "system_prompt": st.none() | words | st.just(""),
         }
@@ -351,10 +352,10 @@ configs = st.builds(
             "learning_rates": st.dictionaries(st.sampled_from(["encoder", "adapter"]), st.floats(1e-12, 1.0)),
         }
     ),
-    init_from=st.lists(words, max_size=2),
+    init_from=st.lists(paths, max_size=2),
     activation_checkpointing=st.sampled_from(["auto", True, False]),
     seed=st.integers(0, 2**31 - 1),
-    out=words,
+    out=paths,
 )
 
 
