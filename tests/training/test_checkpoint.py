@@ -312,7 +312,8 @@ def extra_while_saving(config: Any) -> tuple[int, int, int]:
 
     distributed.initialize()
     seed_everything(0)
-    optimizer_state.PIECE = comparison.PIECE = exchange.PIECE = PIECE
+    optimizer_state.PIECE = exchange.PIECE = PIECE
+    comparison.STRIDE = PIECE // 2  # of integers with twice the bytes of fp32
     ds = ds_config(config, distributed.world_size())
     model = load_model(config, ds)
     engine = Engine(config, model, stages.freeze_(model, config), 1, ds)
