@@ -61,8 +61,16 @@ def test_a_command_that_computes_nothing_loads_no_large_library(words: tuple[str
 def test_a_second_plan_of_the_same_model_loads_no_large_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first plan builds the models of a 70B stage and its routes; the second reads their numbers."""
+    """The first plan builds the models of a stage and its routes; the second reads their numbers."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    words = ("plan", "llama-3.1-70b/encoder")
+    words = ("plan", "llama-3.1-70b/encoder", "data.max_length=1536")
     assert "torch" in loaded_by(*words)
     assert not loaded_by(*words) & set(LARGE)
+
+
+def test_a_first_plan_of_the_paper_s_models_loads_no_large_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their numbers come with the package."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not loaded_by("plan", "llama-3.1-70b/encoder", "out=elsewhere", "log_every=3") & set(LARGE)

@@ -43,10 +43,10 @@ def test_verdict(family: str) -> None:
     assert template.each_as_last == (published.verdict == "each as last")
     assert template.tokenizer.convert_ids_to_tokens(template.end_of_turn()) == published.end
     if published.system:
-        template.check(system=True)
+        template.check(system="Answer in English.")
     else:
         with pytest.raises(ConfigError, match=r"refuses the roles system|does not keep every turn's text"):
-            template.check(system=True)
+            template.check(system="Answer in English.")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
@@ -183,6 +183,34 @@ def test_templates_of_ones_own(source: str, reason: str | None) -> None:
             template.check()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "m.content | replace('\n', ' ')",
+        "m.content | tojson",
+        "m.content.rstrip('\n ')",
+        "(m.content | truncate(15))",
+        "m.content + (' (numbers)' if '2.5' in m.content else '')",
+    ],
+)
+def test_a_template_that_changes_contents_is_refused(content: str) -> None:
+    """An export's template would ask other text than training had."""
+    template = ChatTemplate(
+        tiny.tokenizer(), CHATML.replace("m.content", content) + "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(ConfigError, match=r"changes the text of a turn|closes an answer without"):
+        template.check()
+
+
+def test_a_template_that_reads_the_system_message_is_refused_with_such_a_message() -> None:
+    """A template like SmolLM3's, in which `/no_think` and the like are switches."""
+    switch = "{% if messages[0].role == 'system' and '/brief' in messages[0].content %}{{ '<|im_start|>' }}{% endif %}"
+    template = ChatTemplate(tiny.tokenizer(), switch + CHATML + "{{ '<|im_start|>assistant\n' }}{% endif %}")
+    template.check(system="Be kind.")
+    with pytest.raises(ConfigError, match="writes other text around it"):
+        template.check(system="Be kind. /brief")
+
+
 def test_a_prompt_whose_end_the_tokenizer_joins_with_the_answer_is_refused() -> None:
     tokenizer = tokenizer_of("Vicuna")
     source = PUBLISHED["Vicuna"].template.replace("{{ ' ASSISTANT:' }}", "{{ ' ASSISTANT: ' }}")
@@ -193,3 +221,30 @@ def test_a_prompt_whose_end_the_tokenizer_joins_with_the_answer_is_refused() -> 
 def test_a_tokenizer_without_a_template_is_told_what_to_do() -> None:
     with pytest.raises(ConversationError, match="--chat-template FILE"):
         ChatTemplate(tiny.tokenizer(template=None))
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "DeepSeek-V3"])
+@pytest.mark.parametrize("place", [1, 3])
+def test_an_answer_that_the_template_would_cut_is_refused(family: str, place: int) -> None:
+    """Training would keep the thought, while the template of an export cuts it out of the conversation."""
+    template = ChatTemplate(tokenizer_of(family))
+    texts = ["What is shown?", "A circle.", "Which colour?", "Red."]
+    turns = [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
+    template.encode(turns, **OPTIONS)
+    turns[place] = Turn("assistant", f"It is round.</think>{texts[place]}")
+    with pytest.raises(ConversationError, match=r"looks for '</think>' in the text of turns and rewrites it"):
+        template.encode(turns, **OPTIONS)
+    template.encode(turns[:-1], **OPTIONS, generate=True)
+
+
+def test_a_switch_in_a_record_s_own_system_message_is_refused() -> None:
+    source = LOOP + (
+        "{{ '<|im_start|>' + m.role + m.content + (' (short)' if m.role == 'system' and '/short' in m.content else '') "
+        "+ '<|im_end|>' }}" + ASK + "{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    template = ChatTemplate(tiny.tokenizer(), source)
+    template.check()
+    talk = [Turn("user", "Why /short?"), Turn("assistant", "So.")]
+    template.encode([Turn("system", "Be kind."), *talk], **OPTIONS)
+    with pytest.raises(ConversationError, match="'/short'"):
+        template.encode([Turn("system", "Answer /short."), *talk], **OPTIONS)

@@ -519,3 +519,35 @@ def test_a_batch_is_pinned_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.ids == ["5"] and found.skipped == ("bad",)
     assert {id(tensor) for tensor in found.tensors().values()} == {id(tensor) for tensor in pinned}
     assert found.tensors().keys() == batch.tensors().keys()
+
+
+# -- images without the image processor --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_raw_images(data: Path, packing: bool, workers: int) -> None:
+    """The loader gives images as they are in their files, with the tokens and labels of processed ones."""
+    records = Records([SourceConfig(path=str(data))])
+    options: dict[str, Any] = {"pad_id": 0, "seed": 0, "workers": workers, "packing": packing}
+    plain, raw = (
+        Loader(records, encoder(max_length=512), 4, 2, 0, 1, raw_images=raw, **options) for raw in (False, True)
+    )
+    seen = []
+    for expected, found in zip(plain.steps(0, 2), raw.steps(0, 2), strict=True):
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.labels, other.labels)
+            assert other.pixel_values is None and one.images == ()
+            assert int(image_positions(other.input_ids).sum()) == tiny.TOKENS_PER_IMAGE * len(other.images)
+            seen += [image.tobytes() for image in other.images]
+    files = [Image.open(path).convert("RGB") for path in sorted((data.parent / "images").glob("*.png"))]
+    assert sorted(seen) == sorted(image.tobytes() for image in files)
+
+
+def test_a_raw_image_that_cannot_be_read(data: Path, tmp_path: Path) -> None:
+    record = {**json.loads(data.read_text())[0], "image": "gone.png"}
+    (tmp_path / "data.json").write_text(json.dumps([{**record, "id": "a"}]))
+    records = Records([SourceConfig(path=str(tmp_path / "data.json"))])
+    broken = Loader(records, encoder(), 1, 1, 0, 1, pad_id=0, seed=0, raw_images=True)
+    with pytest.raises(DataError, match=r"sample .*a.*gone\.png"):
+        next(iter(broken.steps(0, 1)))

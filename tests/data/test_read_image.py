@@ -254,6 +254,28 @@ def test_twelve_bits_that_a_file_states_are_scaled(tmp_path: Path) -> None:
     assert np.abs(seen(tmp_path / "a.pgm")[..., 0] - RAMP * 255).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "form", "most"), [("<u2", 1, 65535), ("<i2", 2, 32767), ("<f4", 3, 1), ("<f4", 3, 255)]
+)
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_what_a_tiff_says_of_its_gray(kind: str, form: int, most: int, white_is_zero: bool, tmp_path: Path) -> None:
+    """Values with and without a sign, and files in which 0 is white, as in scans and X-ray images."""
+    if kind == "<i2" and white_is_zero:
+        return  # Pillow reads no such file
+    pixels = (RAMP * most).astype(kind)
+    bits, dark = 8 * pixels.itemsize, 0 if white_is_zero else 1
+    tags = [(256, 64), (257, 64), (258, bits), (259, 1), (262, dark), (273, 134), (277, 1), (278, 64)]
+    tags += [(279, pixels.nbytes), (339, form)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    path = tmp_path / "a.tiff"
+    path.write_bytes(head + pixels.tobytes())
+    wanted = 255 * (1 - RAMP if white_is_zero else RAMP)
+    assert len(head) == 134 and np.abs(seen(path)[..., 0] - wanted).max() <= 1
+    with Image.open(path) as opened:
+        assert np.array_equal(np.asarray(open_image(opened)), seen(path))
+
+
 def test_twelve_bits_of_color_are_refused_as_well(tmp_path: Path) -> None:
     """Pillow has dropped the lower eight bits, in which nearly all of the image was."""
     rows = np.zeros((8, 8, 3), ">u2")
@@ -272,6 +294,8 @@ def test_an_image_in_memory_has_the_limits_of_files(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(ImageError, match="image in memory has 20 x 20 pixels"):
         open_image(Image.new("RGB", (20, 20)))
+    with pytest.raises(ImageError, match="it has 0 x 5 pixels"):
+        open_image(Image.new("RGB", (0, 5)))
     noise = Image.effect_noise((9, 9), 90).convert("RGB")
     noise.save(tmp_path / "a.jpg")
     content = (tmp_path / "a.jpg").read_bytes()

@@ -316,6 +316,24 @@ def test_a_key_with_a_meaning_takes_effect() -> None:
     assert row.images == ("a.png",) and row.texts[0] == "<image>\nWhich color?"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"image": "a.png"', '"image": "a.png", "image": "b.png"', "image"),
+        ('"from": "gpt"', '"from": "human", "from": "gpt"', "from"),
+        ('"value": "red"', '"value": "blue", "value": "red"', "value"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_key_that_appears_twice_is_refused(old: str, new: str, key: str, name: str, tmp_path: Path) -> None:
+    """Readers of JSON take the last value, and the other one would be lost without a word."""
+    turns = [{"from": "human", "value": "Which color?"}, {"from": "gpt", "value": "red"}]
+    text = json.dumps({"id": "x", "image": "a.png", "conversations": turns})
+    (tmp_path / name).write_text(f"[{text.replace(old, new)}]" if name == "a.json" else text.replace(old, new))
+    with pytest.raises(DataError, match=f"sample x.* has the key '{key}' twice"):
+        records(tmp_path / name)
+
+
 @pytest.mark.parametrize("key", [*REFUSED, "weight", "train", "loss"])
 def test_keys_are_strict_in_records_and_turns(key: str) -> None:
     """Such a key is refused if its value says something; otherwise it counts as absent."""
@@ -324,6 +342,10 @@ def test_keys_are_strict_in_records_and_turns(key: str) -> None:
     for record in (good(**{key: value}), {"id": "x", "messages": turns}):
         with pytest.raises(DataError, match=rf"\b{key}\b"):
             parse(record, "here")
+        spelled = {"-" + key.title() if each == key else each: content for each, content in record.items()}
+        if key in record:
+            with pytest.raises(DataError, match=rf"key '-{key.title()}' is not read; write it '{key}'"):
+                parse(spelled, "here")
     assert parse(good(**{key: None}), "here") == parse(good(), "here")
     assert parse({"id": "x", "messages": [CHAT[0], {**CHAT[1], key: None}]}, "here").learned == (True, True)
 
@@ -332,6 +354,12 @@ def test_keys_are_strict_in_records_and_turns(key: str) -> None:
     ("record", "complaint"),
     [
         (good(weight=0), "'weight', 'train' or 'loss' leaves it out"),
+        (good(Image="a.png"), "key 'Image' is not read; write it 'image'"),
+        (good(imageUrl="a.png"), "key 'imageUrl' is not read; write it 'image_url'"),
+        (good(System="Be brief."), "key 'System' is not read; write it 'system'"),
+        ({"id": "x", "messages": [CHAT[0], {**CHAT[1], "Train": False}]}, "key 'Train' is not read; write it 'train'"),
+        ({"id": "x", "messages": [CHAT[0], {**CHAT[1], "loss_mask": 0}]}, "key 'loss_mask' is not supported"),
+        (good(sample_weight=0), "key 'sample_weight' is not supported: call it 'weight'"),
         ({"id": "x", "messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "no answer to learn from; 'weight', 'train'"),
         ({"id": "x", "messages": [{**CHAT[0], "train": True}, CHAT[1]]}, "'train' of role 'user' is not supported"),
         ({"id": "x", "messages": [{**CHAT[0], "image": "a.png"}, CHAT[1]]}, "turn 0: key 'image' is not supported"),

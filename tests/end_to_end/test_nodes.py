@@ -304,6 +304,13 @@ def one_machine(config: Callable[..., RunConfig]) -> Iterator[Callable[[str], li
         yield lambda stage: first.result() if stage == "pretrain" else pool.submit(train, stage).result()
 
 
+def first_stage_is_there(config: Callable[..., RunConfig], machines: Machines) -> None:
+    """Trains the first stage on two machines, unless the test of a killed rank has done it."""
+    if not (Path(config("pretrain", "two").out) / "latest").exists():
+        run = Run(config("pretrain", "two"), machines)
+        assert run.end() == 0, run.said
+
+
 def same(config: Callable[..., RunConfig], stage: str, one_machine: Callable[[str], list[list[str]]]) -> None:
     """Checks that weights and loss curves on two machines equal those on one."""
     assert one_machine(stage) == [[f"step-{STEPS:06d}"]] * 2
@@ -350,6 +357,7 @@ def test_a_lost_machine_is_named_and_ctrl_c_ends_all_ranks(
 ) -> None:
     """Everything on a machine stands still, its ssh connection as well: the run restarts. Ctrl-C then saves a
     checkpoint, and a second one ends all at once."""
+    first_stage_is_there(config, machines)
     run = Run(config("encoder", "two"), machines, "--max-restarts", "2")
     run.until("saved checkpoint")
     options = " ".join(left_of(run.out))
@@ -391,6 +399,7 @@ def test_the_run_goes_on_to_the_same_weights(
 ) -> None:
     """Continues the run of the test before, after its fault and its stops."""
     one_machine("pretrain")
+    first_stage_is_there(config, machines)
     run = Run(config("encoder", "two"), machines)
     assert run.end() == 0, run.said
     nothing_is_left(run)

@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 from zero_ds.cli.demo import LLM, make_llm
 from zero_ds.cli.main import app
 from zero_ds.data.demo.dataset import TEXT_FILE
-from zero_ds.model.decoders import family_of
-from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.folder import DecoderFolder, family_of
 from zero_ds.trajectory.metrics import METRICS
 from zero_ds.trajectory.resident import measure_resident
 from zero_ds.trajectory.streaming import measure_streamed

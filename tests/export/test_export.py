@@ -17,6 +17,7 @@ import export_helper
 import pytest
 import tiny
 import torch
+from distributed_helper import run_ranks, train_all
 from places import ROOT
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
@@ -133,6 +134,70 @@ def test_a_tokenizer_that_adds_a_token(run: Callable[..., Path], made: Callable[
     assert ours("a").input_ids == words("a").input_ids, "text suites see the tokens of the target"
     asked = [{"role": "user", "content": "a"}]
     assert read.apply_chat_template(asked) == words.apply_chat_template(asked), "the template writes the same end"
+
+
+def test_a_language_model_trained_alone(
+    run_config: Callable[..., RunConfig], data: Path, made: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Stage decoder without an encoder: training on text, its checkpoint, a resume to the same bits, the export."""
+    texts = [record for record in json.loads(data.read_text()) if "image" not in record]
+    (tmp_path / "run-texts.json").write_text(json.dumps(texts))
+
+    def config(name: str, **more: Any) -> RunConfig:
+        of_text = {
+            "sources": [{"path": str(tmp_path / "run-texts.json")}],
+            "max_length": 512,
+            "system_prompt": "Short.",
+        }
+        settings = {"encoder": None, "surrogate": None, "data": of_text, "global_batch": 2, "max_steps": 3, **more}
+        return run_config("decoder", tmp_path / name, **settings)
+
+    two, one = (
+        config("run-a", checkpoint={"every_steps": 2, "keep": 3}),
+        config("run-lora", lora={"rank": 2}, max_steps=1),
+    )
+    assert run_ranks(train_all, 1, [two, one])[0] == ["step-000003", "step-000001"]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run-a/metrics.jsonl").read_text().splitlines()]
+    assert losses[2] < losses[0]
+    end = (tmp_path / "run-a/step-000003/weights.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run-a/step-000003")
+    (tmp_path / "run-a/latest").write_text("step-000002")
+    assert run_ranks(train_all, 1, [two]) == [["step-000003"]]
+    assert (tmp_path / "run-a/step-000003/weights.safetensors").read_bytes() == end
+    weights = load_file(tmp_path / "run-a/step-000003/weights.safetensors")
+    assert all(name.startswith("decoder.") for name in weights)
+
+    proof = export_model(tmp_path / "run-a", None, tmp_path / "out")
+    assert proof["format"] == "causal-lm" and proof["loaded_by_transformers"] == "LlamaForCausalLM"
+    assert {line["picture"] for line in proof["prompts"]} == {False} and proof["largest_logit_difference"] <= 1e-5
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(weights[f"decoder.{name}"], tensor) for name, tensor in stored.items())
+    card = (tmp_path / "out/README.md").read_text()
+    assert "text-generation" in card and "trained on text in the stage `decoder`" in card and "image" not in card
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    asked = words.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert "system\nShort.<|im_end|>" in asked
+    assert find_model(str(tmp_path / "out"), None).sees is False
+    assert export_model(tmp_path / "run-lora", None, tmp_path / "merged")["format"] == "causal-lm"
+    with pytest.raises(ConfigError, match="has no vision encoder; use --format causal-lm"):
+        export_model(tmp_path / "run-a", None, tmp_path / "none", form="llava")
+
+
+def test_a_surrogate_trained_on_text(run: Callable[..., Path], small: Path, tmp_path: Path) -> None:
+    """A run of stage translator is exported on its surrogate; its full model has no place for the translators."""
+    folder = run("translator", decoder=small, encoder=None)
+    with pytest.raises(
+        ConfigError, match="has no place for its translators; name a run of an encoder stage, or the run"
+    ):
+        export_model(folder, None, tmp_path / "none")
+    proof = export_model(folder, str(small), tmp_path / "out")
+    weights = load_file(folder / "step-000001/weights.safetensors")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert proof["format"] == "causal-lm" and proof["tensors_equal"] == len(stored)
+    trained = [name for name, tensor in stored.items() if any(torch.equal(tensor, other) for other in weights.values())]
+    assert len(trained) == len(weights)
+    with pytest.raises(ConfigError, match="this run has a vision encoder; use --format llava"):
+        export_model(run("encoder"), None, tmp_path / "none", form="causal-lm")
 
 
 @pytest.mark.parametrize("form", ["llava", "remote-code"])

@@ -127,7 +127,7 @@ def three_layers(self: nn.Sequential, vision_width: int, width: int) -> None:
 
 
 def change_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Does to model/adapter.py what a change to three layers would do."""
+    """Changes model/adapter.py as an adapter of three layers would."""
     monkeypatch.setattr(adapter.Adapter, "__init__", three_layers)
     monkeypatch.setattr(adapter, "LINEARS", ("adapter.0", "adapter.2", "adapter.4"))
     monkeypatch.setattr("zero_ds.export.llava.LINEARS", adapter.LINEARS)

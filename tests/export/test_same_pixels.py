@@ -46,7 +46,7 @@ def folders(
 
 
 class Seen:
-    """A loaded model whose vision encoder notes what it is shown."""
+    """A loaded model whose vision encoder notes its inputs."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -75,7 +75,7 @@ def opened_export(folders: Path) -> Seen:
 
 
 def snippet(folders: Path, form: str) -> Callable[[Path], torch.Tensor]:
-    """Returns what the model card's code makes of an image file: everything of it but the model."""
+    """Runs the model card's code on an image file, all of it but the model."""
     card = (folders / form / "README.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]
     lines = [line for line in code.splitlines() if not line.startswith(("model =", "output_ids =", "print("))]

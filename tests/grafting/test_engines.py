@@ -24,6 +24,7 @@ from zero_ds.data.conversations import Turn
 from zero_ds.data.formats import DataError
 from zero_ds.evaluation.suites.results import read_result
 from zero_ds.grafting.chat import Conversation
+from zero_ds.grafting.engines import offload
 from zero_ds.grafting.engines import vllm as vllm_engine
 from zero_ds.grafting.engines.vllm import answerer, conversation, fitting_length, load_served
 from zero_ds.grafting.generate import Answerer, Query
@@ -82,6 +83,51 @@ def test_a_device_map_changes_no_answer(
     talk, plain = Conversation(loaded, max_new_tokens=TOKENS), Conversation(load_model(graft), max_new_tokens=TOKENS)
     assert "".join(talk.ask("why?")) == "".join(plain.ask("why?"))
     assert (talk.trajectory().divergences == plain.trajectory().divergences).all()
+
+
+def test_layers_are_shared_over_devices() -> None:
+    """Devices are filled in their order, layers that fit nowhere stay in host memory, and none is passed over."""
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert offload.place([4.0] * 5, [(first, 9.0), (second, 8.5)]) == [first, first, second, second, None]
+    assert offload.place([4.0] * 3, [(first, 100.0), (second, 100.0)]) == [first] * 3
+    assert offload.place([4.0, 4.0], [(first, 3.0), (second, 9.0)]) == [second, second]
+    assert offload.place([4.0, 2.0], [(first, 3.0)]) == [None, None], "the order of the layers is that of the devices"
+    assert offload.place([1.0], []) == [None]
+    told = offload.describe([first, first, second, None])
+    assert told == "decoder layers: 2 on cuda:0, 1 on cuda:1, 1 in host memory"
+
+
+def test_a_model_on_several_devices_gives_the_same_logits(
+    graft: NamedModel, images: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins of GPUs: layers beyond the first device get their inputs moved there, keep their cache there, and
+    return their outputs.
+    """
+    here, there = torch.device("cpu"), torch.device("cpu", 1)
+    whole = load_model(graft)
+    layers = whole.model.family.layers(whole.model.decoder)
+    size = offload._bytes(layers[0])
+    monkeypatch.setattr(offload, "_room", lambda device: [(device, 2.5 * size), (there, 100.0 * size)])
+    shared = load_model(graft, device_map="auto")
+    moved = []
+    hooked = [getattr(layer, "_hf_hook", None) for layer in shared.model.family.layers(shared.model.decoder)]
+    assert [hook is None for hook in hooked] == [True] * 2 + [False] * (len(hooked) - 2)
+    for hook in hooked[2:]:
+        assert hook is not None and hook.execution_device == there
+        send = hook.pre_forward
+
+        def noting(module: Any, *arguments: Any, send: Any = send, **options: Any) -> Any:
+            sent = send(module, *arguments, **options)
+            moved.append(sent[1].get("past_key_values") is options.get("past_key_values"))
+            return sent
+
+        hook.pre_forward = noting
+    assert answers(shared, images) == expected
+    assert moved and all(moved), "the cache is not copied"
+    ids = torch.tensor([[5, 9, 11, 60]])
+    with torch.no_grad():
+        one, other = (m.logits(m.hidden_states(ids, torch.ones_like(ids))) for m in (whole.model, shared.model))
+    assert torch.equal(one, other) and other.device == here
 
 
 def test_eval_with_layers_on_disk(target: str, tmp_path: Path) -> None:

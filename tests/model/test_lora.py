@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from zero_ds.config.schema import LoraConfig, RunConfig
 from zero_ds.model import lora
 from zero_ds.model.build import ModelSpec, build_model
-from zero_ds.model.decoders import FAMILIES, family_of
+from zero_ds.model.decoders import FAMILIES
+from zero_ds.model.decoders.folder import family_of
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.build import ModelSpec, build_model
-from zero_ds.model.decoders import family_of
+from zero_ds.model.decoders.folder import family_of
 from zero_ds.model.loading import model_hash
 from zero_ds.training.checkpoint.manifest import describe_run
 from zero_ds.training.stages import trained_parts
@@ -26,8 +26,7 @@ from zero_ds.training.stages import trained_parts
 
 def write_run(config: RunConfig, decoder: Path, noise: float = 0.05) -> Path:
     """Writes `config.out` as a finished run of one step on `decoder`, in which every trained tensor has changed."""
-    assert config.encoder is not None
-    encoder, target = Path(config.encoder.path), Path(config.target)
+    encoder, target = Path(config.encoder.path) if config.encoder else None, Path(config.target)
     model = build_model(
         ModelSpec(decoder, encoder, config.encoder, config.adapter, torch.float32, seed=1, lora=config.lora)
     )
@@ -44,7 +43,7 @@ def write_run(config: RunConfig, decoder: Path, noise: float = 0.05) -> Path:
         "family": family_of(target).name,
         "target": config.target,
         "target_hash": model_hash(target),
-        "encoder_hash": model_hash(encoder),
+        "encoder_hash": model_hash(encoder) if encoder else None,
         "plan": model.plan.to_json() if model.plan else None,
         "step": 1,
         "versions": {},

@@ -17,6 +17,7 @@ from places import ROOT
 sys.path[:0] = [str(ROOT / "tools" / "bench")]
 
 import checkpoints  # noqa: E402
+import image_table  # noqa: E402
 import report  # noqa: E402
 import rounding  # noqa: E402
 import scaling  # noqa: E402
@@ -43,6 +44,19 @@ def runs(made: Callable[..., Path], data: Path, trained: Path, tmp_path_factory:
     shutil.copytree(trained / "encoder", root / "quickstart/encoder")
     export_model(trained / "encoder", None, root / "quickstart/export", proof="tensors")
     return root
+
+
+@pytest.mark.parametrize("webdataset", [False, True])
+def test_tables_with_images_are_written_and_read(tmp_path: Path, webdataset: bool) -> None:
+    from zero_ds.config.schema import SourceConfig
+    from zero_ds.data.images import open_image
+    from zero_ds.data.sources import Records
+
+    image_table.write(tmp_path / "set", samples=7, shard=3, webdataset=webdataset)
+    records = Records([SourceConfig(path=str(tmp_path / "set"))])
+    assert len(records) == 7 and len({sample.images[0].read() for sample in records}) == 7  # type: ignore[union-attr]
+    assert open_image(records[6].images[0]).size == (640, 480)
+    assert image_table.random_rate(lambda index: records[index], 7, 10) > 0
 
 
 class Over(BaseException):
@@ -220,21 +234,85 @@ def test_obvious_scripts_do_the_same(runs: Path, made: Callable[..., Path], tmp_
     assert seconds > 0 and peak > 0  # no bound: a child of a large process starts with its peak
 
 
-def gpu_part(recipe: str, settings: list[str], peers: bool, out: str) -> None:
+def gpu_rows(parts: list[str], folder: str, configs: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of parts of gpu.sh with small models."""
+    import gpu_models
+    import gpu_parts
+
+    small = Path(folder)
+    if not small.exists():
+        gpu_models.write_small(small)
+    found = {}
+    for name in parts:
+        part, rows = gpu_parts.part_named(name), small / f"{name}.jsonl"
+        assert part is not None
+        work = gpu_parts.Work(time.monotonic() + 1e6, small, configs=configs)
+        gpu_parts.write_rows(part, work, rows)
+        found[name] = [json.loads(line) for line in rows.read_text().splitlines()]
+    return found
+
+
+def test_the_parts_of_the_gpu_script_run_on_a_cpu(tmp_path: Path) -> None:
+    """All parts in one rank, with two DeepSpeed configs: nothing fails, and what needs a GPU says so."""
+    parts = ["nccl", "kernels", "memory", "encoder-8b", "configs"]
+    (found,) = run_ranks(gpu_rows, 1, parts, str(tmp_path / "small"), ("zero2", "zero3"))
+    failed = [(part, row) for part, rows in found.items() for row in rows if row["ok"] is False]
+    assert not failed
+    assert [row["check"] for row in found["configs"] if row["ok"]] == ["zero2", "zero3"]
+    kernels = {row["check"]: row for row in found["kernels"]}
+    assert kernels["attention=sdpa"]["ok"] and kernels["frozen_weights=int8"]["ok"]
+    assert kernels["attention=flash_attention_2"]["ok"] is None
+    assert {row["check"] for row in found["memory"] if row["ok"]} == {"frozen", "trained", "gradients", "optimizer"}
+    trained = next(row["figures"] for row in found["memory"] if row["check"] == "trained")
+    assert trained["bytes"] == trained["planned"], "tied weights stay tied"
+    (ours,) = found["encoder-8b"]
+    assert len(ours["figures"]["seconds"]) == 5 and ours["figures"]["mfu"] > 0 and ours["figures"]["peak_gib"] > 0
+
+
+def test_the_peer_of_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
+    (found,) = run_ranks(gpu_rows, 1, ["peer-encoder-8b"], str(tmp_path / "small"), ())
+    (theirs,) = found["peer-encoder-8b"]
+    assert theirs["ok"] and len(theirs["figures"]["seconds"]) == 5 and theirs["figures"]["tokens_per_second"] > 0
+
+
+PART = """
+import json, sys, time
+name, rows = sys.argv[1:]
+with open(rows, "w") as file:
+    file.write(json.dumps({"check": "first", "answer": "well", "ok": True, "figures": {}}) + "\\n")
+    if name == "fails":
+        file.write(json.dumps({"check": "second", "answer": "badly", "ok": False, "figures": {}}) + "\\n")
+    file.write('{"half a li')
+    file.flush()
+    time.sleep(600 if name == "hangs" else 0)
+sys.exit(name != "works")
+"""
+
+
+def test_parts_of_the_gpu_script_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that hangs is ended and one that fails or crashes is reported; the next one starts until time is over."""
     import gpu
 
-    gpu.main(
-        recipe, settings, "2:4", "zero2", peers=peers, rows=2, batch=4, packed=True, steps=2, warm_up=1, out=Path(out)
+    script = tmp_path / "part.py"
+    script.write_text(PART)
+    monkeypatch.setattr(gpu, "BUDGETS", {"hangs": gpu.Budget(0, 2)})
+    now = iter([0.0, *[1.0, 1.0, 2.0] * 4, *[590.0] * 3])
+    table = gpu.run_parts(
+        ["works", "fails", "crashes", "hangs", "late"],
+        tmp_path,
+        10.0,
+        lambda part, rows, seconds: [sys.executable, str(script), part, str(rows)],
+        clock=lambda: next(now),
     )
-
-
-@pytest.mark.parametrize("peers", [False, True], ids=["ours", "peer"])
-def test_the_gpu_bench_runs_on_a_cpu(settings: Any, tmp_path: Path, peers: bool) -> None:
-    common, _ = settings
-    given = [setting for setting in common if setting.startswith(("target=", "encoder.", "data.max", "precision="))]
-    run_ranks(gpu_part, 1, "smollm2-135m/encoder", given, peers, str(tmp_path / "part.json"))
-    found = json.loads((tmp_path / "part.json").read_text())
-    assert len(found["seconds"]) == 2 and found["tokens_per_second"] > 0 and found["peak_gib"] > 0
+    told = {
+        part: [(row["check"], row["ok"]) for row in table if row["part"] == part] for part in {r["part"] for r in table}
+    }
+    assert told["works"] == [("first", True)]
+    assert told["fails"] == [("first", True), ("second", False)]
+    assert told["crashes"] == [("first", True), ("process", False)]
+    assert told["hangs"] == [("first", True), ("time", False)]
+    assert told["late"] == [("-", None)]
+    assert "skipped" in table[-1]["answer"]
 
 
 def pauses(turn: turns.Turn, fail: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from zero_ds.model import losses
 from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import read_metrics
 from zero_ds.training.planning.flops import peak_flops, step_cost
+from zero_ds.training.profile import ELEMENTWISE, PHASES, kind_of, read_profile
 
 STEPS = 4
 
@@ -30,10 +32,17 @@ def runs(run_config: Callable[..., RunConfig], trained: Path, tmp_path_factory: 
     options = {"zero": GATHERED, "max_steps": STEPS, "log_every": 2, "losses": {"squared_logits": 1e-3}}
     options["init_from"] = [str(trained / "pretrain")]
     configs = [
-        run_config("encoder", root / "looking", preview={"every_steps": 2, "samples": 3, "tokens": 5}, **options),
+        run_config(
+            "encoder",
+            root / "looking",
+            preview={"every_steps": 2, "samples": 3, "tokens": 5},
+            profile={"steps": 2, "skip": 1},
+            **options,
+        ),
         run_config("encoder", root / "not looking", **options),
+        run_config("encoder", root / "profiled", profile={"steps": 1, "skip": 1, "stop": True}, **options),
     ]
-    assert run_ranks(train_with_a_term, 2, configs) == [[f"step-{STEPS:06d}"] * 2] * 2
+    assert run_ranks(train_with_a_term, 2, configs) == [[f"step-{STEPS:06d}"] * 2 + ["profiled"]] * 2
     return root
 
 
@@ -165,3 +174,40 @@ def test_a_line_that_is_cut_off_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n7')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_profile_says_where_the_time_of_a_step_goes(runs: Path) -> None:
+    profile = read_profile(runs / "looking")
+    assert profile.steps == 2 and profile.device == "cpu"
+    assert set(profile.phases) == {*PHASES, "other"}
+    assert all(profile.phases[name] > 0 for name in PHASES)
+    assert sum(profile.phases.values()) == pytest.approx(profile.seconds, rel=1e-6)
+    assert {"matrix products", "attention", "communication", "optimizer"} <= set(profile.kinds)
+    assert "matrix products" in profile.table() and "backward" in profile.table()
+    trace = json.loads(gzip.decompress((runs / "looking" / "profile" / "trace.json.gz").read_bytes()))
+    assert {"zero_ds::forward", "zero_ds::update"} <= {event["name"] for event in trace["traceEvents"]}
+
+
+def test_profile_may_end_the_run_without_a_checkpoint(runs: Path) -> None:
+    assert read_profile(runs / "profiled").steps == 1
+    assert len(read_metrics(runs / "profiled")) == 2
+    assert not list((runs / "profiled").glob("step-*"))
+    assert not (runs / "not looking" / "profile").exists()
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("nccl:_all_gather_base", "communication"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("ampere_bf16_s16816gemm_bf16_128x64_ldg8_f2f_stages_64x3_tn", "matrix products"),
+        ("aten::copy_", "copies"),
+        ("cudaStreamSynchronize", "waiting for the device"),
+        ("aten::mul", ELEMENTWISE),
+        ("aten::native_layer_norm", ELEMENTWISE),
+    ],
+)
+def test_kinds_of_operations(operation: str, kind: str) -> None:
+    assert kind_of(operation) == kind

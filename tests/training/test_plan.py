@@ -34,11 +34,22 @@ from zero_ds.training.planning.json_output import as_json
 from zero_ds.training.planning.plan import RecipePlan, plan
 from zero_ds.training.planning.recipe import RunPlan, plan_run
 from zero_ds.training.planning.route import fitted, shard_groups
+from zero_ds.training.planning.tables import route_table
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 
 """ZeRO-3 that keeps nothing whole; the same with hpZ in groups of two."""
 CAUSES = ("frozen", "trained", "gradients", "optimizer")
+
+
+def test_a_language_model_alone_is_planned() -> None:
+    """Its stage has no vision encoder, so it belongs to no route, and every sample is text."""
+    overrides = ["encoder=null", "init_from=[]", "data.sources=[{name: genqa-500k}]"]
+    found = plan("llama-3.2-3b/decoder", overrides, Cluster(8))
+    assert found.routes == [] and found.run.size.groups.keys() == {"decoder"} and found.run.sample.images == 0
+    assert found.run.steps == 3907
+    assert "because a language model trains alone" in route_table(found)
+
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 

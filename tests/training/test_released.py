@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from zero_ds.model.layer_plan import Replaced
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.surrogate.build import build_surrogate
+from zero_ds.training.checkpoint import released as released_module
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
 from zero_ds.training.checkpoint.released import import_released, to_released
 
@@ -396,3 +398,82 @@ def test_the_weights_are_hashed(good: Path, made: Callable[..., Path], tmp_path:
     digest = hashlib.sha256((checkpoint / "weights.safetensors").read_bytes()).hexdigest()
     assert find_checkpoint(tmp_path / "out").manifest["weights_sha256"] == digest
     assert torch.equal(held["boundary.embeddings.weight"][1], torch.load(good)["embd_eoi"])
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the folder that the hub's client finds in its cache; it stands for the authors' repository."""
+    import huggingface_hub
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        assert name == "tomg-group-umd/zero-model-checkpoints"
+        if not (tmp_path / "hub").is_dir():
+            raise OSError("Cannot reach https://huggingface.co: offline mode is enabled.\nMore about it.")
+        fetched = tmp_path / "fetched"
+        for file in (path for path in (tmp_path / "hub").rglob("*") if path.is_file()):
+            inside = file.relative_to(tmp_path / "hub")
+            if any(fnmatch(str(inside), pattern) for pattern in allow_patterns):
+                (fetched / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, fetched / inside)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("place", ["{}.pth", "{}/checkpoint.pth"])
+def test_a_released_checkpoint_is_fetched_by_name(
+    hub: Path, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """The command takes target and folder from the name; other checkpoints of the repository are not fetched."""
+    target, clip = made("llama", tied=True, layers=32), made("clip", layers=CLIP_LAYERS)
+    for stem in ("llama3.1-8b_adapter_translator", "llama3.1-8b_surrogate-trained-encoder", "llama3.1-70b_other"):
+        (hub / place.format(stem)).parent.mkdir(parents=True, exist_ok=True)
+    file = hub / place.format("llama3.1-8b_surrogate-trained-encoder")
+    released(file, target, clip, "encoder", layers=[])
+    released(hub / place.format("llama3.1-8b_adapter_translator"), target, clip, "translator", layers=[17])
+    monkeypatch.chdir(tmp_path)
+    named = released_module.NAMED["llama-3.1-8b/encoder"]
+    assert (named.target, str(named.out)) == ("meta-llama/Llama-3.1-8B-Instruct", "runs/llama-3.1-8b/released-encoder")
+    arguments = ["import-released", named.name, "--target", str(target), "--encoder", str(clip)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (tmp_path / "fetched").rglob("*.pth")) == [file.name]
+    stored = torch.load(file)["adapter.0.weight"]
+    assert torch.equal(find_checkpoint(named.out).weights()["adapter.0.weight"], stored)
+    with pytest.raises(ConfigError, match="already exists"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        (
+            "llama-3.1-8b/encoder",
+            r"could not be fetched from .* on the hub: Cannot reach .*; check the network and your",
+        ),
+        ("llama-3.1-8b/encodr", "neither a file nor the name of a released checkpoint; did you mean 'llama-3.1-8b/enc"),
+        ("zzz", "neither a file nor the name of a released checkpoint; known: llama-3.1-70b/encoder, llama-3.1-70b/tr"),
+        ("gone.pth", "gone.pth is a file: name its language model with --target, and a new folder with --out"),
+    ],
+)
+def test_what_cannot_be_fetched(
+    hub: Path, name: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=complaint):
+        CliRunner().invoke(app, ["import-released", name], catch_exceptions=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_repository_of_another_layout(hub: Path) -> None:
+    named = released_module.NAMED["llama-3.1-8b/encoder"]
+    for number in (1, 2):
+        path = hub / f"{named.stem}-{number}.pth"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"encoder-1.pth, .*encoder-2.pth for llama-3.1-8b/encoder, where one file"):
+        released_module.fetch(named)

@@ -49,6 +49,15 @@ def test_the_baselines_of_the_paper() -> None:
     assert stages.trained_parts(encoder) == ("encoder", "adapter") and stages.decoder_folder(encoder) == "llm"
 
 
+def test_a_language_model_alone() -> None:
+    """Stage decoder without a vision encoder trains the language model on text, also by low-rank adapters."""
+    run = config("decoder", encoder=None)
+    assert stages.stage_of(run).name == "decoder" and not stages.has_vision(run)
+    assert stages.trained_parts(run) == ("decoder",) and stages.decoder_folder(run) == "llm"
+    assert stages.trained_parts(config("decoder", encoder=None, lora={})) == ("lora",)
+    assert stages.has_vision(config("decoder")) and not stages.has_vision(config("translator"))
+
+
 def test_distilled_translators_train_in_every_stage_on_a_surrogate() -> None:
     run = config("encoder", distill={"logits": 1.0, "next_token": 0.0})
     assert stages.trained_parts(run) == ("encoder", "adapter", "translator")
@@ -72,6 +81,16 @@ def test_supervision_and_rates_can_be_set() -> None:
         ),
         ("encodr", {}, "unknown stage 'encodr'; did you mean 'encoder'"),
         ("encoder", {"encoder": None}, "needs a vision encoder; set encoder.path=FOLDER"),
+        (
+            "decoder",
+            {"encoder": None, "adapter": {"width": 8}},
+            r"stage decoder has no vision encoder here, so adapter.width=8 has no place in it; leave it out",
+        ),
+        (
+            "decoder",
+            {"encoder": None, "data": {"sources": [{"path": "a.json", "images_only": True}]}},
+            r"no vision encoder here, and a.json is used for its images only; name a data set of texts",
+        ),
         ("pretrain", {"surrogate": None}, "trains against a surrogate; set surrogate=FOLDER or decoder=target"),
         ("translator", {"decoder": "target"}, "stage translator has nothing to train against the target"),
     ],

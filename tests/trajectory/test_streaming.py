@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from zero_ds.cli.main import app
-from zero_ds.model.decoders import FAMILIES, family_of
-from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders import FAMILIES
+from zero_ds.model.decoders.folder import DecoderFolder, family_of
 from zero_ds.model.loading import load_tokenizer
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory import lens, streaming

@@ -20,7 +20,8 @@ from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import ChatTemplate
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records
-from zero_ds.model.decoders import Family, family_of
+from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.folder import family_of
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory import lens, texts
 from zero_ds.trajectory import measure as measuring

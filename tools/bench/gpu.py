@@ -1,255 +1,169 @@
-"""Runs one part of gpu.sh: steps of a recipe with random weights of the real shapes on one GPU, ours or the peer's.
+"""Runs the parts of gpu.sh one after another, each in a process of its own, and prints one table.
 
-    python tools/bench/gpu.py --recipe llama-3.1-8b/encoder --zero zero2 --out part.json
-
-It reads only config.json files; those of the paper's models come with zero_ds. The samples are random: an image and
-text of log-normal length, a third of it with loss. The peer is Llava with the full model, masked labels, padded batches
-and logits at every position, under the same DeepSpeed JSON; `--peer` measures it. Without a GPU everything runs on the
-CPU, which is enough for a trial with small shapes.
+Loads no torch, so that all of the GPU's memory belongs to the part that runs.
 """
 
 from __future__ import annotations
 
-import random
+import json
+import os
+import re
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import report
 import typer
 
-from zero_ds.data.conversations import IMAGE_TOKEN
-
-PADDING = 0
+MARKS = {True: "ok", False: "FAILED", None: "-"}
 
 
-def fill_(model: Any, device: Any) -> None:
-    """Gives a module of meta tensors memory on the device and random weights, and recomputes its computed buffers."""
-    import torch
+@dataclass(frozen=True)
+class Budget:
+    """Seconds of a part."""
 
-    model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2:
-                parameter.fill_(1.0)  # norms; a bias of one does not change the measured time
-            else:
-                parameter.normal_(std=0.02, generator=generator)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if hasattr(child, "inv_freq"):
-                with torch.device(device):
-                    setattr(module, name, type(child)(child.config))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if name == "position_ids":
-                module.register_buffer(name, torch.arange(buffer.numel(), device=device).view(buffer.shape), False)
+    least: float
+    """Seconds without which it is not started."""
+    most: float
+    """Seconds after which it is ended."""
 
 
-def samples(count: int, image_tokens: int, vocabulary: int, size: int, limit: int) -> list[Any]:
-    """Returns random samples of the kind that a SampleEncoder makes, of at most `limit` positions each."""
-    import torch
-
-    from zero_ds.data.samples import EncodedSample
-
-    rng = random.Random(0)
-    drawn = []
-    for number in range(count):
-        length = max(16, min(limit - image_tokens, int(rng.lognormvariate(5.3, 0.6))))
-        supervised = max(1, length // 3)
-        text = [rng.randrange(1, vocabulary) for _ in range(length)]
-        blind = [-100] * (image_tokens + length - supervised)
-        drawn.append(
-            EncodedSample(
-                input_ids=[IMAGE_TOKEN] * image_tokens + text,
-                labels=blind + text[-supervised:],
-                responses=[-1] * len(blind) + [0] * supervised,
-                pixels=torch.zeros(1, 3, size, size),
-                id=str(number),
-            )
-        )
-    return drawn
+BUDGETS = {
+    "nccl": Budget(10, 40),
+    "configs": Budget(40, 150),
+    "kernels": Budget(30, 110),
+    "memory": Budget(30, 70),
+    "encoder-8b": Budget(35, 75),
+    "peer-encoder-8b": Budget(35, 75),
+    "encoder-70b": Budget(50, 110),
+    "peer-encoder-70b": Budget(15, 30),
+}
+"""Parts that run by default, in this order. The most of all of them together is about the whole time, because most
+parts end early."""
+OTHER = Budget(35, 110)
+"""Seconds of a part that is asked for by name."""
+NAME = re.compile(r"(peer-)?(encoder|pretrain|decoder)-(3b|8b|70b)")
+"""Names of parts that are not in `BUDGETS`."""
+GRACE = 8.0
+"""Seconds between the time at which a part begins nothing else and its end by force."""
 
 
-def micro_batches(drawn: list[Any], rows: int, packed: bool, limit: int, size: int) -> list[Any]:
-    """Returns the samples in micro-batches of `rows` rows, packed or padded."""
-    from zero_ds.data.batches import collate, collate_rows, pack_rows
-
-    if not packed:
-        return [collate(drawn[start : start + rows], PADDING, size) for start in range(0, len(drawn), rows)]
-    plan = pack_rows([len(sample.input_ids) for sample in drawn], limit, rows)
-    filled = [[drawn[number] for number in row] for row in plan]
-    return [collate_rows(filled[start : start + rows], PADDING, size) for start in range(0, len(filled), rows)]
-
-
-def ours(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
-    """Makes steps with this package's engine; yields before each."""
-    from zero_ds.model.losses import count_supervised
-    from zero_ds.training import stages
-    from zero_ds.training.engine import Engine
-    from zero_ds.training.options import liger as kernels
-    from zero_ds.training.options.recompute import checkpoint_activations_
-
-    fill_(model, device)
-    groups = stages.freeze_(model, config)
-    if config.kernels == "liger":
-        kernels.fuse_(model.decoder)
-    checkpoint_activations_(model, config, ds)
-    model.train()
-    engine = Engine(config, model, groups, 1000, ds)
-    engine.accumulation = len(batches)
-    supervised = sum(count_supervised(batch.labels) for batch in batches)
-    step = 0
-    while True:
-        yield
-        engine.step(batches, step, supervised)
-        step += 1
+def run_part(command: Sequence[str], rows: Path, log: Path, seconds: float) -> list[dict[str, Any]]:
+    """Runs a part in a process group of its own, and ends it after `seconds`; returns the rows that it has written."""
+    rows.unlink(missing_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+    found = _read(rows)
+    failed = any(row["ok"] is False for row in found)
+    if status is None:
+        found.append(_row("time", f"ended after {seconds:.0f} s", False))
+    elif status and not failed:
+        found.append(_row("process", f"ended with status {status}; see {log}", False))
+    return found
 
 
-def peer(config: Any, ds: dict[str, Any], batches: list[Any], model: Any, device: Any) -> Iterator[None]:
-    """Makes steps of Llava under DeepSpeed as Trainer does; yields before each. model: ours, which has the shapes."""
-    import deepspeed
-    import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    from zero_ds.model.decoders.folder import DecoderFolder
-    from zero_ds.training import stages
-    from zero_ds.training.planning.model_config import find_config
-
-    # the full model, even if ours has a surrogate
-    text = DecoderFolder(find_config(config.target).folder).text_config()
-    image_token = text.vocab_size - 1
-    settings = LlavaConfig(
-        vision_config=model.encoder_family.vision_config(model.encoder).to_dict(),
-        text_config=text.to_dict(),
-        image_token_index=image_token,
-        vision_feature_layer=config.encoder.feature_layer,
-    )
-    with torch.device("meta"):
-        build: Any = LlavaForConditionalGeneration._from_config
-        whole = build(settings, dtype=model_dtype(config), attn_implementation="sdpa")
-    fill_(whole, device)
-    trained = stages.trained_parts(config)
-    parts = {"encoder": "vision_tower", "adapter": "multi_modal_projector", "decoder": "language_model"}
-    names = [parts[part] for part in trained if part in parts]
-    for name, parameter in whole.named_parameters():
-        parameter.requires_grad_(any(part in name for part in names))
-    if config.activation_checkpointing is not False:  # like Trainer: all layers or none
-        whole.gradient_checkpointing_enable({"use_reentrant": False})
-    whole.train()
-    learning = [p for p in whole.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)  # like Trainer
-    engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=ds)
-    while True:
-        yield
-        for number, batch in enumerate(batches):
-            engine.set_gradient_accumulation_boundary(number + 1 == len(batches))
-            ids = batch.input_ids.to(device)
-            output = engine(
-                input_ids=ids.masked_fill(ids == IMAGE_TOKEN, image_token),
-                attention_mask=batch.attention_mask.to(device),
-                labels=batch.labels.to(device),
-                pixel_values=batch.pixel_values.to(device, model_dtype(config)),
-            )
-            engine.backward(output.loss)
-            engine.step()
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the processes of a part that still run."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            continue
+        if number == signal.SIGTERM:
+            time.sleep(0.1)
+    process.wait()
 
 
-def model_dtype(config: Any) -> Any:
-    """Returns the dtype in which the run computes."""
-    from zero_ds.training.deepspeed import resolve_precision
+def _read(rows: Path) -> list[dict[str, Any]]:
+    """Returns the complete lines of a file, or nothing if there is none."""
+    if not rows.is_file():
+        return []
+    lines = rows.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
-    return resolve_precision(config)
+
+def _row(check: str, answer: str, ok: bool | None) -> dict[str, Any]:
+    return {"check": check, "answer": answer, "ok": ok, "figures": {}}
 
 
-def timed_steps(stepping: Iterator[None], device: Any, steps: int, warm_up: int, deadline: float) -> Iterator[float]:
-    """Yields the seconds of each of `steps` steps, after `warm_up` others; no step begins after the deadline.
+def run_parts(
+    parts: Sequence[str],
+    out: Path,
+    minutes: float,
+    command: Callable[[str, Path, float], Sequence[str]],
+    clock: Callable[[], float] = time.monotonic,
+) -> list[dict[str, Any]]:
+    """Runs parts while there is time; returns their rows, each with the name of its part.
 
-    deadline: a time of time.monotonic.
+    command: returns the command of a part from its name, the file for its rows, and the seconds in which it may begin
+    something.
     """
-    import torch
-
-    next(stepping)
-    for number in range(warm_up + steps):
-        if time.monotonic() > deadline:
-            return
-        started = time.perf_counter()
-        next(stepping)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= warm_up:
-            yield time.perf_counter() - started
+    deadline = clock() + 60 * minutes
+    table: list[dict[str, Any]] = []
+    for part in parts:
+        budget, left = BUDGETS.get(part, OTHER), deadline - clock()
+        started = clock()
+        if left < budget.least:
+            found = [_row("-", f"skipped: needs {budget.least:.0f} s, and {max(0.0, left):.0f} s are left", None)]
+        else:
+            seconds = min(budget.most, left)
+            rows = out / f"{part}.jsonl"
+            print(f"{part}: up to {seconds:.0f} s ...", file=sys.stderr, flush=True)
+            found = run_part(command(part, rows, max(1.0, seconds - GRACE)), rows, out / f"{part}.log", seconds)
+        spent = clock() - started
+        for row in found:
+            table.append({"part": part, **row})
+            print(f"{part}: {MARKS[row['ok']]}: {row['check']}: {row['answer']}", file=sys.stderr, flush=True)
+        print(f"{part}: {spent:.0f} s", file=sys.stderr, flush=True)
+    return table
 
 
 def main(
-    recipe: Annotated[str, typer.Option(help="Recipe such as llama-3.1-8b/encoder.")],
-    setting: Annotated[list[str] | None, typer.Option(help="key=value of the recipe.")] = None,
-    replace: Annotated[str | None, typer.Option(help="Layers that one translator replaces, first:last.")] = None,
-    zero: Annotated[str, typer.Option(help="DeepSpeed config.")] = "zero2",
-    peers: Annotated[bool, typer.Option("--peer", help="Measure the peer instead of ours.")] = False,
-    rows: Annotated[int, typer.Option(help="Rows of a micro-batch.")] = 4,
-    batch: Annotated[int, typer.Option(help="Samples of a step.")] = 32,
-    packed: Annotated[bool, typer.Option(help="Put several samples into a row (ours only).")] = True,
-    steps: int = 8,
-    warm_up: int = 2,
-    minutes: Annotated[float, typer.Option(help="No step begins after this many minutes.")] = 8.0,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder for results and logs.")],
+    parts: Annotated[list[str] | None, typer.Argument(help="Parts to run; default: all.")] = None,
+    minutes: Annotated[float, typer.Option(help="Time for all parts.")] = 10.0,
+    small: Annotated[
+        bool, typer.Option("--small", help="Tiny models in place of the real shapes, also on a CPU.")
+    ] = False,
+    setting: Annotated[list[str] | None, typer.Option(help="key=value of measured recipes; repeatable.")] = None,
 ) -> None:
-    """Measure one part."""
-    import torch
+    """Check and measure one GPU."""
+    for part in parts or ():
+        if part not in BUDGETS and not NAME.fullmatch(part):
+            raise typer.BadParameter(f"unknown part {part}; use {', '.join(BUDGETS)}, or a name like decoder-3b")
+    out.mkdir(parents=True, exist_ok=True)
+    worker = Path(__file__).parent / "gpu_parts.py"
+    words = [word for text in setting or [] for word in ("--setting", text)]
+    words += ["--small", str((out / "models").resolve())] if small else []
 
-    from zero_ds.config.loading import load_run
-    from zero_ds.runtime import distributed
-    from zero_ds.training.deepspeed import ds_config
-    from zero_ds.training.metrics import StepCounts
-    from zero_ds.training.options import compilation
-    from zero_ds.training.options import liger as kernels
-    from zero_ds.training.planning.architecture import architecture
-    from zero_ds.training.planning.flops import peak_flops, step_cost
+    def command(part: str, rows: Path, seconds: float) -> list[str]:
+        return [sys.executable, str(worker), part, "--out", str(rows), "--seconds", f"{seconds:.0f}", *words]
 
-    deadline = time.monotonic() + 60 * minutes
-    config = load_run(recipe, [*(setting or []), f"zero={zero}", f"global_batch={batch}", f"micro_batch={rows}"])
-    compilation.check(config)
-    kernels.check(config)
-    distributed.initialize()
-    device = distributed.device()
-    model = architecture(config, dtype=model_dtype(config), replace=[replace] if replace else None).model
-    model.decoder.set_attn_implementation(config.attention)
-    model.encoder.set_attn_implementation("sdpa")
-    cost = step_cost(model)
-    size, limit = model.encoder_family.vision_config(model.encoder).image_size, config.data.max_length
-    vocabulary = model.decoder.config.vocab_size - 1
-    drawn = samples(batch, model.tokens_per_image(), vocabulary, size, limit)
-    batches = micro_batches(drawn, rows, packed and not peers, limit, size)
-    counts = StepCounts.of(batches, cost)
-    ds = ds_config(config, 1)
-    ds["tensorboard"]["enabled"] = False
-    ds["gradient_accumulation_steps"] = len(batches)
-    ds["train_batch_size"] = ds["train_micro_batch_size_per_gpu"] * len(batches)
-    found: dict[str, Any] = {"recipe": recipe, "who": "peer" if peers else "ours", "zero": zero, "settings": setting}
-    seconds: list[float] = []
-    try:
-        stepping = (peer if peers else ours)(config, ds, batches, model, device)
-        for value in timed_steps(stepping, device, steps, warm_up, deadline):
-            seconds.append(value)  # one by one, so that those before an error are kept
-    except torch.cuda.OutOfMemoryError as error:
-        found["does_not_fit"] = str(error).splitlines()[0]
-    if seconds:
-        middle = report.median(seconds)
-        found |= {
-            "seconds": seconds,
-            "tokens_per_second": counts.tokens / middle,
-            "supervised_per_second": counts.supervised / middle,
-            "samples_per_second": batch / middle,
-            "mfu": None if peers else counts.flops / middle / peak_flops(device, model_dtype(config)),
-            "positions_used": counts.tokens / counts.positions,
-        }
-    memory = torch.cuda.max_memory_allocated() / report.GIB if device.type == "cuda" else report.resident()
-    found["peak_gib"] = memory
-    print(report.table(["figure", "value"], [[k, v] for k, v in found.items() if k != "seconds"]))
-    report.write(out, found, limits=False)
-    sys.stdout.flush()
+    table = run_parts(parts or list(BUDGETS), out, minutes, command)
+    text = report.table(
+        ["part", "", "check", "finding"],
+        [[row["part"], MARKS[row["ok"]], row["check"], row["answer"]] for row in table],
+    )
+    print(text)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    (out / "gpu.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    if any(row["ok"] is False for row in table):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,25 @@
 #!/usr/bin/env bash
-# Training steps on one large GPU with random weights of the real shapes: tokens/s, MFU and peak memory of ours and the peer.
+# Checks and measures one large GPU in ten minutes, with random weights and without a network, and prints one table.
 #
-#   tools/bench/gpu.sh OUT_FOLDER [PART ...]
+#   tools/bench/gpu.sh OUT_FOLDER [PART ...] [--minutes M] [--small] [--setting key=value]
 #
-# Parts: encoder-5b pretrain-5b (Llama-8B, T(17,30)), encoder-37b pretrain-37b (Llama-70B, T(40,78)), decoder-3b
-# (Llama-3.2-3B, everything trains). Ours and the peer of each part may take ten minutes each; if one does not fit or
-# fails, that is reported and the next one starts. The peer of the 37b parts is the full Llama-70B, which fits no single
-# GPU. WAYS names the measurements of each part, "ours peer" by default; ours:key=value is ours with another setting:
+#   nccl          collectives of every type with one rank
+#   configs       every file of ds_configs/: three steps with falling loss, and the third again from a checkpoint, bit
+#                 for bit
+#   kernels       gradients of eager, sdpa and flash attention, kernels=liger, compile=true and int8 against float32
+#   memory        memory of Llama-3B's decoder stage, by cause and at its peak, against the plan
+#   encoder-8b    encoder stage on Llama-8B's T(17,30): s a step, tokens/s, MFU, peak memory
+#   encoder-70b   the same on Llama-70B's T(40,78), 37B parameters
+#   peer-encoder-8b, peer-encoder-70b   transformers' Trainer on Llava with the full model, on the same samples
 #
-#   WAYS="ours ours:kernels=liger ours:compile=true peer" tools/bench/gpu.sh OUT_FOLDER encoder-5b
-set -u
+# More parts by name: STAGE-SIZE and peer-STAGE-SIZE with pretrain, encoder or decoder and 3b, 8b or 70b. A part ends at its
+# first failure, and the next one starts; each has a time limit, and one that no longer fits is skipped. --small takes
+# tiny models, also without a GPU. OUT_FOLDER gets table.md, gpu.json and a log of each part. The exit status is 1 if a
+# check failed.
+set -eu
 
 case "${1:-}" in "" | -h | --help)
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
   exit 0 ;;
 esac
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-out="$1"
-shift
-mkdir -p "$out"
-[ $# -gt 0 ] || set -- encoder-5b pretrain-5b decoder-3b encoder-37b pretrain-37b
-
-failed=0
-for part in "$@"; do
-  case "$part" in
-    *-5b) recipe="llama-3.1-8b/${part%-5b}" replace=(--replace 17:30) ;;
-    *-37b) recipe="llama-3.1-70b/${part%-37b}" replace=(--replace 40:78) ;;
-    decoder-3b) recipe="llama-3.2-3b/decoder" replace=() ;;
-    *)
-      echo "unknown part $part; see --help" >&2
-      exit 2 ;;
-  esac
-  for who in ${WAYS:-ours peer}; do
-    case "$who" in
-      ours) words=() ;;
-      ours:*) words=(--setting "${who#ours:}") ;;
-      peer) words=(--peer) ;;
-      *)
-        echo "WAYS contains $who; use ours, ours:key=value or peer" >&2
-        exit 2 ;;
-    esac
-    echo "== $part, $who"
-    timeout 600 "${PYTHON:-python}" "$here/gpu.py" --recipe "$recipe" "${replace[@]}" "${words[@]}" \
-      --out "$out/$part-$who.json" || {
-      echo "$part, $who: failed or took more than ten minutes (exit status $?)" >&2
-      failed=1
-    }
-  done
-done
-exit "$failed"
+exec "${PYTHON:-python}" "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/gpu.py" "$@"

@@ -28,6 +28,7 @@ class Decoder:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from zero_ds.model.decoders.cut import cut_config
         from zero_ds.model.decoders.folder import DecoderFolder
         from zero_ds.model.layer_plan import LayerPlan, Replaced
 
@@ -36,7 +37,7 @@ class Decoder:
         self.depth = config.num_hidden_layers
         self.family = folder.family
         if cut is not None:
-            LayerPlan(self.depth, (Replaced.parse(cut),)).cut_(config, self.family.per_layer_config)
+            config = cut_config(config, self.family, LayerPlan(self.depth, (Replaced.parse(cut),)).sources)
         self.layers = config.num_hidden_layers
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

@@ -94,6 +94,7 @@ class LlavaOptions:
             bf16=self.precision == "bf16",
             deepspeed=ds,
             gradient_checkpointing=self.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if self.checkpointing else None,
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             report_to="none",
@@ -210,28 +211,45 @@ def llava(turn: Turn, options: LlavaOptions, after_step: Callable[[Any], None] |
 
     after_step: called with the trainer after each step, instead of waiting for a turn.
     """
+    records = json.loads(Path(options.data).read_text(encoding="utf-8"))
+
+    def collator() -> Any:
+        return LlavaCollator(options, turn)
+
+    def wait(_: Any) -> None:
+        turn.step()
+
+    run_trainer(options, options.load_model, records, collator, after_step or wait, None if after_step else turn.step)
+
+
+def run_trainer(
+    options: LlavaOptions,
+    load_model: Callable[[], Any],
+    records: list[Any],
+    make_collator: Callable[[], Any],
+    after_step: Callable[[Any], None],
+    at_start: Callable[[], None] | None = None,
+) -> None:
+    """Runs Trainer with the arguments of `options`, until `after_step` raises.
+
+    load_model: called under the DeepSpeed config; make_collator: returns a function from records to a batch;
+    after_step: called with the trainer after each step; at_start: called before the first one.
+    """
     from transformers import Trainer, TrainerCallback
 
     _set_up_process()
     arguments = options.training_arguments()
-    model = options.load_model()
+    model = load_model()
 
-    class InTurns(TrainerCallback):
+    class Calls(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            if after_step is None:
-                turn.step()
+            if at_start is not None:
+                at_start()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if after_step is None:
-                turn.step()
-            else:
-                after_step(trainer)
+            after_step(trainer)
 
     trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=json.loads(Path(options.data).read_text(encoding="utf-8")),
-        data_collator=LlavaCollator(options, turn),
-        callbacks=[InTurns()],
+        model=model, args=arguments, train_dataset=records, data_collator=make_collator(), callbacks=[Calls()]
     )
     trainer.train()

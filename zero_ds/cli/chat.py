@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zero_ds.cli.models import (
+from zero_ds.cli.options import (
     ChatTemplateOption,
     DeviceMapOption,
     DeviceOptions,

@@ -13,9 +13,22 @@ Out = Annotated[Path, typer.Option(help="New folder for the result.")]
 
 
 def import_released(
-    file: Annotated[Path, typer.Argument(help="Checkpoint of the paper's authors (.pth).")],
-    target: Annotated[str, typer.Option(help="Folder or hub id of the full language model that it belongs to.")],
-    out: Out,
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint of the paper's authors: a file (.pth), or MODEL/translator or MODEL/encoder from the hub, "
+            "with the models llama-3.2-3b, llama-3.1-8b and llama-3.1-70b."
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of the full language model that it belongs to. Default for a name: that model's."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the result. Default for a name: runs/MODEL/released-*.")
+    ] = None,
     surrogate: Annotated[
         str | None,
         typer.Option(
@@ -35,10 +48,22 @@ def import_released(
         ),
     ] = None,
 ) -> None:
-    """Turn a released checkpoint (adapter and translator, or surrogate-trained encoder) into a result folder."""
+    """Turn a released checkpoint (adapter and translator, or surrogate-trained encoder) into a result folder.
+
+    Example: zero-ds import-released llama-3.1-8b/encoder
+    """
+    from zero_ds.runtime.files import check_vacant
+    from zero_ds.training.checkpoint.released import fetch, find_named
     from zero_ds.training.checkpoint.released import import_released as run
 
-    checkpoint = run(file, target, out, surrogate=surrogate, encoder=encoder, init_from=init_from or ())
+    named = find_named(file)
+    if named is not None:
+        target, out = target or named.target, out or named.out
+    if target is None or out is None:
+        raise ConfigError(f"{file} is a file: name its language model with --target, and a new folder with --out.")
+    check_vacant(out)  # before anything is downloaded
+    path = Path(file).expanduser() if named is None else fetch(named)
+    checkpoint = run(path, target, out, surrogate=surrogate, encoder=encoder, init_from=init_from or ())
     print(f"{file} -> {checkpoint}")
 
 

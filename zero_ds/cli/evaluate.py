@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from zero_ds.cli.models import (
+from zero_ds.cli.options import (
     DeviceMapOption,
     DeviceOptions,
     EngineOption,
@@ -48,7 +48,7 @@ def _is_template(word: str) -> bool:
 evaluate = typer.Typer(
     cls=SuiteFirst,
     no_args_is_help=True,
-    help="Evaluate models: MODEL --suite SUITE (short for: run MODEL ...), records, compare.",
+    help="Evaluate models: MODEL --suite SUITE (short for: run MODEL ...), records, compare, figure.",
 )
 
 
@@ -130,6 +130,35 @@ def compare(
             write_atomically(out, text)
         except (FileExistsError, NotADirectoryError, IsADirectoryError):
             raise ConfigError(f"--out {out} cannot be written as a file; name a file in a folder.") from None
+    sys.stdout.write(text)
+
+
+@evaluate.command()
+def figure(
+    out: Annotated[Path, typer.Option(help="Name of the figure without ending: OUT.png, OUT.pdf and OUT.md.")],
+    score: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD:PERCENT=RESULTS of paper-vision, 0 percent for a graft; repeatable."),
+    ] = None,
+    hours: Annotated[
+        list[str] | None, typer.Option(help="METHOD=RUN,RUN with the run folders of a method; repeatable.")
+    ] = None,
+) -> None:
+    """Draw the paper's Figures 2 and A.2: average score by share of the data, and hours of training by stage.
+
+    Example: zero-ds eval figure --out figure-2 --score ours:10=results/ours-10 --hours ours=runs/encoder,runs/decoder
+    """
+    if not score and not hours:
+        raise ConfigError("there is nothing to draw; name results with --score, or runs with --hours.")
+    from zero_ds.evaluation.suites import figures
+    from zero_ds.runtime.files import write_atomically
+
+    points, bars = [figures.read_point(text) for text in score or ()], [figures.read_bar(text) for text in hours or ()]
+    figures.check_columns(points)
+    for path in figures.draw(points, bars, out):
+        print(path)
+    text = figures.table(points, bars)
+    write_atomically(out.with_name(f"{out.name}.md"), text)
     sys.stdout.write(text)
 
 

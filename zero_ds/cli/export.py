@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
-from zero_ds.cli.models import ChatTemplateOption
+from zero_ds.cli.options import ChatTemplateOption
 from zero_ds.runtime.errors import ConfigError
 
 
 def export(
     out: Annotated[Path, typer.Option(help="New folder for the export.")],
-    run: Annotated[Path | None, typer.Argument(help="Run or checkpoint folder with a trained vision encoder.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="Run or checkpoint folder with a trained vision encoder, or of a language model."),
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="The same as RUN, given as an option.")] = None,
     target: Annotated[
         str | None, typer.Option(help="Folder or hub id of the language model. Default: the run's full model.")
@@ -23,7 +26,7 @@ def export(
         typer.Option(
             "--format",
             help="llava: a class of transformers; remote-code: Python code next to the weights; "
-            "auto: llava if it can express the model, otherwise remote-code.",
+            "causal-lm: a language model alone; auto: the first of these that can express the model.",
         ),
     ] = "auto",
     dtype: Annotated[

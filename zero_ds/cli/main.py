@@ -24,8 +24,10 @@ from zero_ds.cli.doctor import doctor
 from zero_ds.cli.evaluate import evaluate
 from zero_ds.cli.export import export
 from zero_ds.cli.graft import graft
+from zero_ds.cli.models import models
 from zero_ds.cli.pipeline import pipeline
 from zero_ds.cli.plan import plan
+from zero_ds.cli.profile import profile
 from zero_ds.cli.quickstart import quickstart
 from zero_ds.cli.recipes import recipes
 from zero_ds.cli.report import report
@@ -65,6 +67,8 @@ app.command("pipeline", rich_help_panel=CHAINS)(pipeline)
 app.command("recipes", rich_help_panel=PREPARATION)(recipes)
 app.add_typer(data, name="data", rich_help_panel=PREPARATION)
 app.command("plan", rich_help_panel=PREPARATION)(plan)
+app.command("models", rich_help_panel=PREPARATION)(models)
+app.command("profile", rich_help_panel=PREPARATION)(profile)
 app.command("doctor", rich_help_panel=PREPARATION)(doctor)
 app.command("why", rich_help_panel=PREPARATION)(why)
 app.add_typer(evaluate, name="eval", rich_help_panel=RESULTS)

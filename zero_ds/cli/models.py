@@ -1,46 +1,36 @@
-"""Options that commands with a MODEL share."""
+"""`zero-ds models`: the model types of the installed transformers, and whether each can be a decoder."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from zero_ds.grafting.engines.options import DeviceOptions, load, precision
 
-__all__ = [
-    "ChatTemplateOption",
-    "DeviceMapOption",
-    "DeviceOptions",
-    "EngineOption",
-    "MaxModelLenOption",
-    "MemoryShareOption",
-    "OffloadOption",
-    "TensorParallelOption",
-    "load",
-    "precision",
-]
+def models(
+    types: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values of model_type in config.json. Default: all of transformers."),
+    ] = None,
+    page: Annotated[bool, typer.Option("--page", help="Print docs/models.md, the table of all types.")] = False,
+) -> None:
+    """List the decoders of the installed transformers: registered, verified by their structure, or refused, and why.
 
-ChatTemplateOption = Annotated[
-    str | None, typer.Option("--chat-template", help="File with a chat template that replaces the model's own.")
-]
-EngineOption = Annotated[str, typer.Option("--engine", help="Engine that runs the model: transformers or vllm.")]
-TensorParallelOption = Annotated[
-    int, typer.Option("--tensor-parallel", help="Number of GPUs that share the model, with vllm.")
-]
-DeviceMapOption = Annotated[
-    str | None,
-    typer.Option("--device-map", help="Place of the decoder layers: auto (as many on the device as fit), cpu or disk."),
-]
-OffloadOption = Annotated[
-    Path | None, typer.Option("--offload-folder", help="Folder for the layers, with --device-map disk.")
-]
-MaxModelLenOption = Annotated[
-    int | None,
-    typer.Option("--max-model-len", help="Longest prompt with its answer in tokens, with vllm. Default: all that fit."),
-]
-MemoryShareOption = Annotated[
-    float | None,
-    typer.Option("--gpu-memory-share", help="Share of each GPU's memory for vllm, besides the encoder. Default: 0.85."),
-]
+    Verdicts are kept in ~/.cache/zero_ds; the first list of all types takes some minutes.
+
+    Example: zero-ds models qwen3_moe gpt_oss
+    """
+    from tqdm import tqdm
+
+    from zero_ds.model.decoders import listing
+
+    listing.check_types(types or [])
+    chosen = types or list(listing.offered_types())
+    verdicts = [listing.verdict(one) for one in tqdm(chosen, desc="verifying", disable=len(chosen) < 5, leave=False)]
+    if page:
+        print(listing.page(verdicts), end="")
+        return
+    for one in verdicts:
+        print(f"{one.model_type:28} {one.how:10}  {one.note}".rstrip())
+    if len(verdicts) > 1:
+        print(f"{sum(one.how != 'refused' for one in verdicts)} of {len(verdicts)} types can be decoders.")

@@ -28,7 +28,7 @@ def records(
     ] = None,
 ) -> None:
     """Ask about held-out images, with the correct image and with another one: free answers and forced choice."""
-    from zero_ds.cli.models import precision
+    from zero_ds.cli.options import precision
     from zero_ds.evaluation.heldout.evaluate import RecordOptions, evaluate_records
     from zero_ds.evaluation.heldout.results import CONDITIONS
 

@@ -26,6 +26,12 @@ def surrogate(
     translators: Annotated[
         int, typer.Option(help="Number of trainable layers that take the place of each range.", min=1)
     ] = 1,
+    translator: Annotated[
+        str, typer.Option(help="Translators: copy (of the layer), or dense (its experts replaced by one network).")
+    ] = "copy",
+    translator_width: Annotated[
+        int | None, typer.Option(help="With --translator dense: number of units of that network.", min=1)
+    ] = None,
     report: Annotated[
         bool,
         typer.Option(
@@ -51,6 +57,7 @@ def surrogate(
     from zero_ds.model.layer_plan import Replaced
     from zero_ds.runtime.hub import local_folder
     from zero_ds.surrogate.build import build_surrogate
+    from zero_ds.surrogate.dense import KINDS
     from zero_ds.surrogate.report import Comparison, lines, write_report
     from zero_ds.trajectory.curves import proposed_range
 
@@ -58,6 +65,10 @@ def surrogate(
         raise ConfigError("--kl is part of the report; add --report.")
     if weights is not None and kl is None:
         raise ConfigError("--weights are compared on text; add --kl FILE.")
+    if translator not in KINDS:
+        raise ConfigError(f"--translator {translator} is not known; choose {' or '.join(KINDS)}.")
+    if (translator == "dense") != (translator_width is not None):
+        raise ConfigError("--translator dense and --translator-width N belong together; give both or neither.")
     existing = DecoderFolder(out).surrogate
     builds = bool(replace or from_trajectory) or not report or existing is None
     if builds and bool(replace) == bool(from_trajectory):
@@ -69,7 +80,8 @@ def surrogate(
     comparison = Comparison.read(whole, kl, count=samples, weights=weights) if kl is not None else None
     if builds:
         ranges = [proposed_range(from_trajectory, whole.path)] if from_trajectory else list(replace or ())
-        info = build_surrogate(whole, [Replaced.parse(text, translators) for text in ranges], out)
+        replaced = [Replaced.parse(text, translators) for text in ranges]
+        info = build_surrogate(whole, replaced, out, dense_width=translator_width)
         if existing is not None:
             print(f"{out} holds the surrogate {info.plan} already.")
         else:

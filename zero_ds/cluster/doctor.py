@@ -23,6 +23,7 @@ from zero_ds.cluster.environment import forwarded
 from zero_ds.cluster.machines import Cluster, deepspeed_command
 from zero_ds.cluster.probe import gpus
 from zero_ds.config.schema import RunConfig
+from zero_ds.data.archives import split_root
 from zero_ds.runtime.environment import DEVICES
 from zero_ds.runtime.errors import ConfigError
 
@@ -33,11 +34,15 @@ TOO_LATE = f"no result in {RANKS_TIMEOUT:.0f} s; are all ports open between the 
 
 def read_by(run: RunConfig) -> list[str]:
     """Returns the local files and folders that a run reads, without names that may be ids of the hub."""
-    names = [run.target, run.surrogate, *run.starts, run.data.chat_template]
+    names = [run.target, run.surrogate, *run.starts, run.data.chat_template, run.data.prepared]
     if run.encoder is not None:
         names.append(run.encoder.path)
-    for source in run.data.sources:
-        names += [source.path, source.root]
+    for source in (*run.data.sources, *run.validation.sources):
+        root = source.root
+        archive = split_root(root) if root else None
+        if archive:  # the folder, because several archives have a pattern
+            root = str(Path(archive[0]).parent)
+        names += [source.path, root]
     distinct = dict.fromkeys(name for name in names if name)
     return [name for name in distinct if _is_local(name)]
 

@@ -17,7 +17,12 @@ MAY_DIFFER = (
     "log_every",
     "checkpoint",
     "preview",
+    "validation.sources",
+    "validation.every_steps",
+    "validation.limit",
+    "profile",
     "data.workers",
+    "data.prepared",
     "data.bad_samples",
     "data.max_bad_samples",
     "data.packing",
@@ -42,6 +47,16 @@ OLD_BEHAVIOUR: dict[str, Any] = {
     "data.special_tokens": [],
     "data.image_background": "white",
     "data.sources.*.allowed_roots": [],
+    "data.sources.*.subset": None,
+    "data.sources.*.split": None,
+    "data.sources.*.revision": None,
+    "data.sources.*.columns": {},
+    "data.sources.*.weight": None,
+    "data.sources.*.repeat": 1.0,
+    "data.sources.*.count": None,
+    "data.caption_prompt": "Describe the image.",
+    "validation.share": 0.0,
+    "validation": {},
 }
 """Dotted keys that old checkpoints lack, with the value that stands for what runs did before the key existed.
 
@@ -61,7 +76,7 @@ def fingerprint(content: dict[str, Any]) -> str:
     for name, value in OLD_BEHAVIOUR.items():
         for section, key in _entries(content, name.split(".")):
             if section.get(key) == value:
-                del section[key]
+                section.pop(key, None)  # None may stand for a key that is not there
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

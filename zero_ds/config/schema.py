@@ -32,6 +32,9 @@ LocalPath = Annotated[str, AfterValidator(_with_home)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Column = Literal["id", "image", "question", "answer", "caption", "conversations", "system"]
+CAPTION_PROMPT = "Describe the image."
+"""Question before the caption of an image, unless a recipe has another."""
 
 
 class Section(BaseModel):
@@ -62,11 +65,20 @@ class AdapterConfig(Section):
 
 class SourceConfig(Section):
     path: str
-    """Data file (JSON, JSON lines or Parquet), folder of such files, or hub id of a data set."""
+    """Data file (JSON, JSON lines, Parquet, Arrow, WebDataset shard), folder of such files, or hub id of a data set."""
     files: str | None = None
     """Pattern of the files to take from a folder or hub data set, such as `data/math-*`; empty: all of them."""
+    subset: str | None = None
+    """Subset of a folder or hub data set, which the hub calls config or `name`; empty: all of them."""
+    split: str | None = None
+    """Split of a folder or hub data set, such as train; empty: all of them."""
+    revision: str | None = None
+    """Branch, tag or hash of a hub data set; empty: its main branch."""
+    columns: dict[Column, str] = {}
+    """Columns, or keys of records, by their meaning, such as `{image: img, question: q, answer: a}`."""
     root: str | None = None
-    """Folder of the images, which no image path may leave; empty: the data file's own folder."""
+    """Folder of the images, which no image path may leave, or a zip or tar file (or a pattern of such files) in which
+    they are; empty: the data file's own folder."""
     allowed_roots: tuple[str, ...] = ()
     """Further folders into which image paths may lead, such as those that links in `root` join."""
     full_path: bool = False
@@ -75,6 +87,18 @@ class SourceConfig(Section):
     """Number of samples to use, from the first one on; empty: all of them."""
     images_only: bool = False
     """Skips samples without an image, such as the 40K of LLaVA-1.5-665K."""
+    weight: Rate | None = None
+    """Share of the samples of an epoch, relative to the other sources', which then need a weight as well."""
+    repeat: Rate = 1.0
+    """Number of times that an epoch of the run goes over the source; a fraction takes a part of it each time."""
+    count: int | None = Field(default=None, ge=1)
+    """Number of samples that an epoch of the run takes from the source."""
+
+    @model_validator(mode="after")
+    def _one_share(self) -> SourceConfig:
+        if (self.weight is not None) + (self.repeat != 1) + (self.count is not None) > 1:
+            raise ValueError("weight, repeat and count exclude each other; keep one of them")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -82,13 +106,15 @@ class SourceConfig(Section):
         """Looks up registered data sets.
 
         A string is the name of one, or else a path. A mapping with `name` starts from that one's entries, which its
-        other keys replace.
+        other keys replace. Beside a `path`, another `name` is the subset, as the hub calls it.
         """
         known = registered_datasets()
         if isinstance(value, str):
             return known.get(value, {"path": value})
         if isinstance(value, dict) and "name" in value:
             name = value["name"]
+            if isinstance(name, str) and name not in known and "path" in value and "subset" not in value:
+                return {**{key: entry for key, entry in value.items() if key != "name"}, "subset": name}
             if not isinstance(name, str) or name not in known:
                 raise ValueError(f"unknown data set '{name}'{did_you_mean(str(name), list(known))}")
             own = {key: entry for key, entry in value.items() if key != "name"}
@@ -109,6 +135,8 @@ class DataConfig(Section):
     """Longest sample in tokens, including image tokens; a longer one loses whole turns from its end."""
     image_prompt: Literal["fixed", "random", "off"] = "fixed"
     """Sentence around the image placeholder: the paper's, a random wording of it, or none."""
+    caption_prompt: str = Field(default=CAPTION_PROMPT, min_length=1)
+    """Question that is asked about an image whose sample is a caption."""
     image_grid: tuple[tuple[Annotated[int, Field(ge=1, le=6)], Annotated[int, Field(ge=1, le=6)]], ...] = ()
     """Tilings (rows, columns) in which large images are shown in addition; empty: every image once, as a whole."""
     image_background: str = "white"
@@ -127,8 +155,20 @@ class DataConfig(Section):
     """Groups samples of similar length into batches, within windows of a few batches; modality: images apart also."""
     packing: bool = False
     """Puts several samples into a row of at most max_length: hardly any padding, the same losses and gradients."""
+    prepared: LocalPath | None = None
+    """Folder with the tokens of the samples, which `zero-ds data prepare` has written; empty: tokenise on the fly."""
     workers: int = Field(default=0, ge=0)
     """Number of worker processes of the loader on each rank."""
+
+    @field_validator("sources")
+    @classmethod
+    def _weights_of_all(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        """Rejects weights of some sources only."""
+        weighted = [source.path for source in value if source.weight is not None]
+        if weighted and len(weighted) < len(value):
+            other = next(source.path for source in value if source.weight is None)
+            raise ValueError(f"{weighted[0]} has a weight and {other} has none; give every source one")
+        return value
 
     @field_validator("image_background")
     @classmethod
@@ -209,12 +249,32 @@ class CheckpointConfig(Section):
     """Longest time between checkpoints in minutes."""
     keep: int = Field(default=2, ge=1)
     """Number of checkpoints kept; older ones are deleted once a newer one is complete."""
+    best: bool = False
+    """Saves a checkpoint whenever the held-out loss is the lowest so far, and keeps it; `best` in the run folder is a
+    link to it."""
     writers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Largest number of ranks that write, each a file of its own. auto: as many as have 64 MiB to write. Only ranks
     that share the run folder with rank 0 write."""
     asynchronous: Literal["auto", True, False] = "auto"
     """Whether files are written while training goes on, from a copy in host memory. auto: where a rank writes at least
     64 MiB and free memory holds the copy twice."""
+
+
+class ValidationConfig(Section):
+    """The loss on samples that the run does not train on."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Data sets whose loss is measured, as data.sources."""
+    share: Share = 0.0
+    """Share of data.sources that is held out of training, at even distances, and measured as well."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Number of steps between measurements; empty: only after the last step."""
+    limit: int | None = Field(default=None, ge=1)
+    """Number of samples that are measured, at even distances; empty: all of them."""
+
+    @property
+    def active(self) -> bool:
+        return bool(self.sources or self.share)
 
 
 class PreviewConfig(Section):
@@ -225,6 +285,15 @@ class PreviewConfig(Section):
     """Number of samples to answer."""
     tokens: int = Field(default=24, ge=1)
     """Longest answer in tokens, each of which costs a forward pass."""
+
+
+class ProfileConfig(Section):
+    steps: int = Field(default=0, ge=0)
+    """Number of steps that torch's profiler records on rank 0, for RUN/profile; 0: none."""
+    skip: int = Field(default=5, ge=1)
+    """Number of steps before the first recorded one, in which caches fill and code is compiled."""
+    stop: bool = False
+    """Ends the run after the recorded steps, without a checkpoint."""
 
 
 class RunConfig(Section):
@@ -240,6 +309,7 @@ class RunConfig(Section):
     decoder: Literal["auto", "surrogate", "target"] = "auto"
     """Decoder that is trained against; auto follows the stage table (Table A.2)."""
     encoder: EncoderConfig | None = None
+    """Vision encoder. Empty: the language model trains alone, on text (stages translator and decoder)."""
     adapter: AdapterConfig = AdapterConfig()
     init_from: tuple[str, ...] = ()
     """Results of earlier stages, or adapters in PEFT's format, that this run starts from; later ones win."""
@@ -287,6 +357,8 @@ class RunConfig(Section):
     """Folder on a fast local disk, for DeepSpeed configs that offload to one."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     preview: PreviewConfig = PreviewConfig()
+    validation: ValidationConfig = ValidationConfig()
+    profile: ProfileConfig = ProfileConfig()
     log_every: int = Field(default=10, ge=1)
     """Number of steps between lines of the log."""
     out: LocalPath
@@ -296,6 +368,10 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if self.decoder == "surrogate" and not self.surrogate:
             raise ValueError("decoder is 'surrogate' but no surrogate is given; set surrogate=FOLDER")
+        if self.checkpoint.best and not self.validation.active:
+            raise ValueError("checkpoint.best needs a held-out loss; set validation.sources or validation.share")
+        if self.validation.every_steps and not self.validation.active:
+            raise ValueError("validation.every_steps needs samples; set validation.sources or validation.share")
         return self
 
     @property

@@ -26,14 +26,15 @@ import numpy as np
 
 from zero_ds.data.conversations import Role
 from zero_ds.data.files import BrokenLine, raw_records
-from zero_ds.data.formats import DataError, Row, parse
+from zero_ds.data.formats import DataError, Row
+from zero_ds.data.forms import Reading, read_record
 from zero_ds.runtime.files import open_regular, write_atomically
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the names of conversions. Checkpoints keep them, so a run cannot be resumed after a change."""
-LAYOUT = 3
+LAYOUT = 4
 """Version of the converted records; a new one keeps old conversions from being read."""
 ROWS = 4096
 """Number of records that are converted at a time, at most."""
@@ -159,19 +160,28 @@ class _StringLists:
         return int(self._bytes[first + self._starts[row + 1]] - self._bytes[first + self._starts[row]])
 
 
-def load_table(path: Path) -> Table:
+def cache_folder() -> Path:
+    """Returns the folder of conversions and indices."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "zero_ds"
+
+
+def load_table(path: Path, reading: Reading | None = None) -> Table:
     """Returns the records of a data file, converting them unless an earlier run did. One process per machine does it.
+
+    `reading` holds the choices on which the turns depend besides the file.
 
     Raises:
         DataError: A file that cannot be read, or whose records cannot be written.
     """
-    import datasets
     from filelock import FileLock
 
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "zero_ds"
+    reading = reading or Reading()
+    cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        digest = _digest(path, cache)
+        digest = _digest(path, cache) + reading.mark()
         folder = cache / f"{digest}-{LAYOUT}"
         if (table := _existing(folder)) is not None:
             return table
@@ -181,7 +191,7 @@ def load_table(path: Path) -> Table:
                 return table
             for leftover in (folder, *cache.glob(f".{folder.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
-            _convert(path, folder)
+            _convert(path, folder, reading)
             return Table(folder)
     except OSError as error:
         raise DataError(
@@ -253,7 +263,7 @@ def _digest_of_open(path: Path, file: BinaryIO, cache: Path) -> str:
     return digest.hexdigest()
 
 
-def _convert(path: Path, folder: Path) -> None:
+def _convert(path: Path, folder: Path, reading: Reading) -> None:
     """Converts the records of `path` into `folder`, which appears when it is complete."""
     import pyarrow
     from tqdm import tqdm
@@ -279,7 +289,7 @@ def _convert(path: Path, folder: Path) -> None:
             pyarrow.OSFile(str(temporary / "records.arrow"), "wb") as sink,
             pyarrow.ipc.new_stream(sink, schema) as writer,
         ):
-            for chunk in _chunks(_parsed(path, bar.update, unread)):
+            for chunk in _chunks(_parsed(path, bar.update, unread, reading)):
                 rows = [row for row in chunk if isinstance(row, Row)]
                 complaints = [row for row in chunk if isinstance(row, str)]
                 good += len(rows)
@@ -312,14 +322,15 @@ def _letters(row: Row) -> str:
     return "".join(_LETTERS[role] if learned else _NOT_LEARNED for role, learned in pairs)
 
 
-def _parsed(path: Path, progress: Any, unread: Counter[str]) -> Iterator[Row | str]:
+def _parsed(path: Path, progress: Any, unread: Counter[str], reading: Reading) -> Iterator[Row | str]:
     """Yields each record, or the complaint about it."""
-    for number, record in enumerate(raw_records(path, progress, tolerant=True)):
+    columns = [column for name, column in reading.columns if name == "image"]
+    for number, record in enumerate(raw_records(path, progress, tolerant=True, columns=columns)):
         if isinstance(record, BrokenLine):
             yield f"#{number}: {record}"
             continue
         try:
-            yield parse(record, f"#{number}", unread)
+            yield read_record(record, f"#{number}", unread, reading)
         except DataError as error:
             yield str(error)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from zero_ds.data.conversations import IGNORE
 from zero_ds.data.samples import EncodedSample
@@ -59,8 +60,14 @@ class Batch:
     """Reason for each sample that is missing because no answer of it fits within the length limit."""
     layout: int | None = None
     """Checksum of how the step's samples are distributed over rows, which ranks compare. None outside of a loader."""
+    sources: torch.Tensor | None = None
+    """Number of the source of each token's sample: (rows, seq) int16. None if all are of the first source."""
+    skipped_sources: tuple[int, ...] = ()
+    """Number of the source of each sample in `skipped`, and then of those in `too_long`."""
     token_weights: torch.Tensor | None = None
     """Factor for the loss of each label: (rows, seq) float32. None if every token has the same weight."""
+    images: tuple[Image.Image, ...] = ()
+    """All images as they were read, in the order of their tokens in the batch, from a loader with `raw_images`."""
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Returns the tensors that the model's forward pass takes, by the names of its parameters."""
@@ -132,6 +139,7 @@ def collate_rows(
     attention_mask = np.zeros(shape, np.int64)
     attention_mask[:, 0] = 1  # in an empty row as well: no position may attend to nothing
     position_ids = np.zeros(shape, np.int64)
+    sources = np.zeros(shape, np.int16) if any(sample.source for row in rows for sample in row) else None
     responses_so_far = 0
     for number, row in enumerate(rows):
         start = 0
@@ -142,6 +150,8 @@ def collate_rows(
             labels[number, start] = IGNORE
             attention_mask[number, start:end] = 1
             position_ids[number, start:end] = np.arange(end - start)
+            if sources is not None:
+                sources[number, start:end] = sample.source
             of_sample = np.array(sample.responses)
             responses[number, start:end] = np.where(of_sample >= 0, of_sample + responses_so_far, of_sample)
             responses_so_far += int(of_sample.max()) + 1
@@ -160,6 +170,8 @@ def collate_rows(
         skipped=tuple(skipped),
         too_long=tuple(too_long),
         layout=layout,
+        images=tuple(image for sample in samples for image in sample.images),
+        sources=None if sources is None else torch.from_numpy(sources),
     )
 
 

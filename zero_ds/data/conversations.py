@@ -175,6 +175,7 @@ class ChatTemplate:
         self.source = _source(tokenizer, template)
         """Text of the chat template."""
         self.words = GuardedTokenizer(tokenizer, self.source, special_tokens)
+        self._looked_for = _looked_for(self.source)
         self._stops = tuple(stops)
         self._renderings: dict[Any, _Rendering] = {}
         self._structures: dict[Any, _Structure] = {}
@@ -197,11 +198,14 @@ class ChatTemplate:
         get a label. With `generate`, the structure that opens the assistant's answer is appended.
 
         Raises:
-            ConversationError: a chat template that refuses the turns, or whose answers cannot be learned.
+            ConversationError: a chat template that refuses the turns, whose answers cannot be learned, or which
+                rewrites the text of a turn that is learned from.
         """
         structure = self._structure(tuple(turn.role for turn in turns), generate)
         if structure.fault and self.learns:
             raise ConversationError(structure.fault)
+        if self.learns and not generate:
+            self._check_contents(turns)
         spans = list(_spans(structure, turns, self.words))
         encoded = self._encode(spans)
         tokens = _Tokens()
@@ -291,10 +295,8 @@ class ChatTemplate:
     def render(self, turns: Sequence[Turn], *, generate: bool = False, ends: bool = True) -> str:
         """Returns turns as the text that `encode` reads; without `ends`, up to the end of the last turn's content."""
         structure = self._structure(tuple(turn.role for turn in turns), generate)
-        written = [structure.pieces[0]]
-        for number, turn in enumerate(turns):
-            written += [structure.trim(number, turn.text), structure.pieces[number + 1]]
-        return "".join(written if ends else written[:-1])
+        text = structure.around([turn.text for turn in turns])
+        return text if ends else text[: len(text) - len(structure.pieces[-1])]
 
     @property
     def each_as_last(self) -> bool:
@@ -337,10 +339,10 @@ class ChatTemplate:
         said = list(itertools.takewhile(lambda token: token not in ends, tokens))
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
 
-    def check(self, *, system: bool = False) -> None:
+    def check(self, *, system: str | None = None) -> None:
         """Checks for conversations of every kind that prompts equal training, as this module's docstring explains.
 
-        `system` says that the conversations begin with a system message, which some templates refuse.
+        `system` is the message with which all conversations begin; some templates refuse one, or read it.
 
         Raises:
             ConfigError: the chat template cannot be used, with the reason.
@@ -352,27 +354,55 @@ class ChatTemplate:
                 f"{error}; give another template with data.chat_template=FILE or --chat-template FILE."
             ) from None
 
-    def _check(self, system: bool) -> None:
+    def _check(self, system: str | None) -> None:
         self.end_of_turn()
         for roles in KINDS:
-            if system and roles[0] != "system":
+            if system is not None and roles[0] != "system":
                 continue
             try:
                 structure = self._structure(roles, False)
             except ConversationError:
-                if roles[0] == "system" and not system:
+                if roles[0] == "system" and system is None:
                     continue  # a sample with a system message is refused by its id
                 raise
             if structure.fault:
                 raise ConversationError(structure.fault)
             for number in range(len(QUESTIONS)):
-                self._check_tokens(roles, number)
+                self._check_text(_example(roles, number, SYSTEM if system is None else system))
+                self._check_tokens(_example(roles, number, SYSTEM))
 
-    def _check_tokens(self, roles: tuple[Role, ...], number: int) -> None:
+    def _check_text(self, turns: Sequence[Turn]) -> None:
+        """Compares the text of a conversation with the template's own, which may change its contents."""
+        if self._structure(tuple(turn.role for turn in turns), False).each_as_last:
+            return
+        ours, own = self.render(turns), self._apply([(turn.role, turn.text) for turn in turns], False)
+        if (place := _first_difference(ours, own)) is not None:
+            shown = slice(max(0, place - 20), place + 20)
+            raise ConversationError(
+                f"the chat template changes the text of a turn, or writes other text around it: {own[shown]!r} in "
+                f"place of {ours[shown]!r}"
+            )
+
+    def _check_contents(self, turns: Sequence[Turn]) -> None:
+        """Compares the text of a conversation that holds a word which the template looks for, such as `</think>`.
+
+        An export asks with the template itself, which may cut such a text, or write something else around it.
+        """
+        found = next((word for word in self._looked_for for turn in turns if word in turn.text), None)
+        if found is None:
+            return
+        plain = self._rendering(tuple(turn.role for turn in turns), False)
+        ours = plain.around([turn.text for turn in turns])
+        own = self._apply([(turn.role, turn.text) for turn in turns], False)
+        if ours != own:
+            raise ConversationError(
+                f"the chat template looks for {found!r} in the text of turns and rewrites it, so an exported model "
+                "would be asked otherwise than it was trained; take it out of the text, or give another template with "
+                "data.chat_template"
+            )
+
+    def _check_tokens(self, turns: Sequence[Turn]) -> None:
         """Compares the tokens of a conversation with the tokenizer's own, and its prompts with those of training."""
-        question, answer = QUESTIONS[number]
-        text_of = {"user": question, "assistant": answer, "system": "Answer in English."}
-        turns = [Turn(role, text_of[role]) for role in roles]
         encoded = self.encode(turns, tokens_per_image=0, supervise="response")
         own = list(self.tokenizer(self.render(turns), add_special_tokens=False).input_ids)
         if (difference := _first_difference(encoded.input_ids, own)) is not None:
@@ -381,7 +411,7 @@ class ChatTemplate:
                 f"token {difference} of a conversation is {ours!r} in training and {theirs!r} for the tokenizer, which "
                 "joins the end of a prompt and the beginning of an answer"
             )
-        answers = [place for place, role in enumerate(roles) if role == "assistant"]
+        answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
         for response, place in enumerate(answers):
             prompt = self.encode(turns[:place], tokens_per_image=0, supervise="response", generate=True).input_ids
             span = [at for at, each in enumerate(encoded.responses) if each == response]
@@ -566,6 +596,16 @@ QUESTIONS = (
 )
 """Questions and answers, with white space that tokenizers join with the characters around it."""
 
+SYSTEM = "Answer in English."
+"""System message of the conversations that a chat template is checked with."""
+
+
+def _example(roles: Sequence[Role], number: int, system: str) -> list[Turn]:
+    """Returns a conversation with one of the questions and its answer."""
+    question, answer = QUESTIONS[number]
+    text_of: dict[Role, str] = {"user": question, "assistant": answer, "system": system}
+    return [Turn(role, text_of[role]) for role in roles]
+
 
 def _source(tokenizer: Any, template: str | None) -> str:
     """Returns the text of a tokenizer's chat template: `template`, or the tokenizer's own.
@@ -581,6 +621,21 @@ def _source(tokenizer: Any, template: str | None) -> str:
         raise ConversationError(f"the tokenizer's chat template cannot be used: {error}") from None
 
 
+_LOOKS = re.compile(
+    r"""(?:\.(?:r?split|r?partition|r?find|count|index|replace|startswith|endswith|removeprefix|removesuffix)\(\s*"""
+    r"""|\breplace\(\s*)(?P<quote>['"])(?P<word>(?:(?!(?P=quote)).)+)(?P=quote)"""
+    r"""|(?P<mark>['"])(?P<other>(?:(?!(?P=mark)).)+)(?P=mark)\s+(?:not\s+)?in\b"""
+)
+"""Places of a chat template that look for a word in a text, or for a key in a message, which does no harm."""
+
+
+def _looked_for(source: str) -> tuple[str, ...]:
+    """Returns the words that a chat template may look for in the text of turns."""
+    words = {found["word"] or found["other"] for found in _LOOKS.finditer(source)}
+    words = {word.encode().decode("unicode_escape") if "\\" in word else word for word in words}
+    return tuple(sorted(word for word in words if word.strip()))
+
+
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     """Adds to a cache, which drops its oldest entry if it is full."""
     if len(cache) >= REMEMBERED:
@@ -588,7 +643,7 @@ def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     cache[key] = value
 
 
-def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+def _first_difference(first: Sequence[Any], second: Sequence[Any]) -> int | None:
     """Returns the first place at which two sequences differ; None if they are equal."""
     pairs = itertools.zip_longest(first, second)
     return next((place for place, (one, other) in enumerate(pairs) if one != other), None)
@@ -615,6 +670,18 @@ class _Rendering:
     trimmed: tuple[Trimmed, ...]
     """Characters that each content loses at its beginning and at its end."""
 
+    def trim(self, turn: int, text: str) -> str:
+        """Returns the text of a turn as the template writes it."""
+        before, after = self.trimmed[turn]
+        return text.lstrip(before).rstrip(after)
+
+    def around(self, contents: Sequence[str]) -> str:
+        """Returns the template's text with these contents."""
+        written = [self.pieces[0]]
+        for number, content in enumerate(contents):
+            written += [self.trim(number, content), self.pieces[number + 1]]
+        return "".join(written)
+
 
 @dataclass(frozen=True)
 class _Structure(_Rendering):
@@ -627,11 +694,6 @@ class _Structure(_Rendering):
     fault: str | None = None
     """Reason why the answers cannot be learned."""
     each_as_last: bool = False
-
-    def trim(self, turn: int, text: str) -> str:
-        """Returns the text of a turn as the template writes it."""
-        before, after = self.trimmed[turn]
-        return text.lstrip(before).rstrip(after)
 
 
 @dataclass

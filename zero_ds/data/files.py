@@ -1,22 +1,29 @@
-"""Finds data files (JSON lists, JSON lines, Parquet) and reads their raw records one at a time, at any size of file."""
+"""Finds data files (JSON lists, JSON lines, Parquet, Arrow) and reads their raw records one at a time, at any size."""
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from zero_ds.data.formats import FORMATS, DataError, named, quoted
+from zero_ds.config.schema import SourceConfig
+from zero_ds.data import webdataset
+from zero_ds.data.archives import split_root
+from zero_ds.data.embedded_images import read_arrow, read_parquet
+from zero_ds.data.formats import FORMATS, DataError, json_object, named, quoted
+from zero_ds.data.layout import check_shards, chosen
+from zero_ds.data.webdataset import read_webdataset
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 """Endings of the names of data files."""
 BLOCK = 1 << 22
 """Characters of a JSON list that are read at a time."""
@@ -24,8 +31,10 @@ LONGEST = 1 << 26
 """Characters that a single record has at most: a file whose first string is never closed must not fill the memory."""
 LONGEST_ESCAPE = 16
 """A parse error this close to the end of the buffer may only mean that more input is needed."""
-ROWS = 16
-"""Rows of Parquet that are unpacked at a time: a few bytes of a file can stand for a long text in every row."""
+SHARD = ".tar"
+"""Ending of the names of WebDataset shards, which are data files where there are no others."""
+IMAGES = tuple(f".{ending}" for ending in webdataset.IMAGES)
+"""Endings of the names of images, which are fetched with the data files of a hub data set."""
 
 Progress = Callable[[int], object]
 """Called with the number of further bytes that have been read."""
@@ -54,24 +63,29 @@ class DataFiles(NamedTuple):
     files: list[Path]
     companions: list[Path]
     """Files of the same folder that hold no samples, such as dataset_info.json."""
+    folder: Path
+    """Folder of the data set, or of its only file."""
+    fetched: bool = False
+    """True if the folder is in the cache of the hub's client."""
 
 
-def data_files(path: str, pattern: str | None = None) -> DataFiles:
+def data_files(source: SourceConfig) -> DataFiles:
     """Returns the files that a source's `path` stands for: itself, those of a folder, or those of a hub data set.
 
-    `pattern` selects files of a folder or hub data set, such as `data/math-*`; without one, all of them are taken, but
-    for hidden files and those that describe the others.
+    `files` selects files of a folder or hub data set, such as `data/math-*`, and so do `subset` and `split`; without
+    them, all files are taken, but for hidden files and those that describe the others.
 
     Raises:
-        DataError: Nothing is there.
+        DataError: Nothing is there, or a shard is missing.
         ConfigError: A hub id that cannot be fetched, or a pattern that leaves the folder.
     """
+    path, pattern = source.path, source.files
     if pattern and (Path(pattern).is_absolute() or ".." in Path(pattern).parts):
         raise ConfigError(f"files={quoted(pattern)} must stay below {named(path, 1000)}; write it relative to that.")
     local = Path(path).expanduser()
     try:
         if local.is_file():
-            return DataFiles([local], [])
+            return DataFiles([local], [], local.parent)
         folder = local.is_dir()
     except (OSError, ValueError) as error:
         raise DataError(
@@ -82,24 +96,38 @@ def data_files(path: str, pattern: str | None = None) -> DataFiles:
             raise DataError(f"{path} is an address; fetch it first, for example with `curl -LO {path}`")
         if local.exists():
             raise DataError(f"data file {path} is not a regular file")
-        if local.suffix in SUFFIXES or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        if local.suffix in (*SUFFIXES, SHARD) or path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise DataError(f"data file {path} does not exist")
-        local = _fetched(path, pattern)
+        local = _fetched(source)
     try:
-        found = sorted(file for file in local.glob(pattern or "**/*") if file.suffix in SUFFIXES and file.is_file())
+        inside = sorted(file for file in local.glob(pattern or "**/*") if file.is_file())
+        found = [file for file in inside if file.suffix in SUFFIXES] or [f for f in inside if f.suffix == SHARD]
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"files={quoted(pattern)} is not a valid pattern ({error}); write one such as data/math-*."
         ) from None
+    if found and (source.subset or source.split):
+        found = _chosen(source, local, found)
     if not found:
-        what = f"file that matches {pattern!r}" if pattern else f"file that ends in {', '.join(SUFFIXES)}"
+        what = f"file that matches {pattern!r}" if pattern else f"file that ends in {', '.join((*SUFFIXES, SHARD))}"
         raise DataError(f"{path} holds no {what}")
     companions = {file: None for file in found if _is_companion(file, local)}  # in the order of the files
     if len(companions) == len(found):
         raise DataError(f"{path} holds no samples: {named(found[0].name)} holds one object, not a list of samples")
     for file in companions:
         logger.warning("%s is skipped: it is hidden or describes other files, and holds no samples", file)
-    return DataFiles([file for file in found if file not in companions], [*companions])
+    files = [file for file in found if file not in companions]
+    if pattern is None:
+        check_shards(path, [file.relative_to(local).as_posix() for file in files])
+    return DataFiles(files, [*companions], local, fetched=not folder)
+
+
+def _chosen(source: SourceConfig, folder: Path, files: list[Path]) -> list[Path]:
+    """Returns the files of the source's subset and split."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return [folder / name for name in chosen(source.path, text, names, source.subset, source.split)]
 
 
 def _is_companion(file: Path, folder: Path) -> bool:
@@ -109,6 +137,8 @@ def _is_companion(file: Path, folder: Path) -> bool:
         DataError: A file that cannot be read.
     """
     if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return True
+    if file.suffix == ".arrow" and file.name.startswith("cache-"):  # as `datasets` leaves behind
         return True
     return file.suffix == ".json" and file.stat().st_size <= LONGEST and _single_object(file) is not None
 
@@ -143,13 +173,26 @@ def _first_character(path: Path) -> str:
     return ""
 
 
-def _fetched(name: str, pattern: str | None) -> Path:
-    """Returns the folder of a hub data set, fetched if it is not in the cache."""
+def _fetched(source: SourceConfig) -> Path:
+    """Returns the folder of a hub data set, fetched as far as it is not in the cache."""
     import huggingface_hub
 
-    wanted = [pattern] if pattern else [f"**{suffix}" for suffix in SUFFIXES] + [f"*{suffix}" for suffix in SUFFIXES]
+    name = source.path
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": source.revision}
     try:
-        return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
+        if source.files:
+            wanted = [source.files]
+        elif source.subset or source.split:
+            wanted = _fetched_part(source, options)
+        else:
+            endings = SUFFIXES if source.root else SUFFIXES + IMAGES
+            wanted = [f"**{suffix}" for suffix in endings] + [f"*{suffix}" for suffix in endings]
+        if source.root and not Path(source.root).is_absolute():  # it may be in the data set
+            archive = split_root(source.root)
+            wanted += [archive[0] if archive else source.root, f"{source.root.rstrip('/')}/**"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **options))
+    except DataError:
+        raise
     except Exception as error:  # the hub client raises many kinds; each means that the data cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -158,8 +201,27 @@ def _fetched(name: str, pattern: str | None) -> Path:
         ) from None
 
 
-def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool = False) -> Iterator[Any]:
+def _fetched_part(source: SourceConfig, options: dict[str, Any]) -> list[str]:
+    """Returns patterns of the files of a subset and split, so that no others are fetched."""
+    import huggingface_hub
+
+    folder = Path(huggingface_hub.snapshot_download(source.path, allow_patterns=["README.md"], **options))
+    try:
+        names = huggingface_hub.list_repo_files(source.path, **options)
+    except Exception:  # without the network, the cache has what there is
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    files = sorted(name for name in names if name.endswith(SUFFIXES))
+    found = _chosen(source, folder, [folder / name for name in files])
+    return ["README.md", *(glob.escape(file.relative_to(folder).as_posix()) for file in found)]
+
+
+def raw_records(
+    path: Path, progress: Progress = lambda _: None, tolerant: bool = False, columns: Sequence[str] = ()
+) -> Iterator[Any]:
     """Yields every record of a file.
+
+    In tables, a span takes the place of an image; `columns` are names of columns with images, besides the usual
+    ones.
 
     If `tolerant`, a broken line of JSON lines comes as a BrokenLine, and bytes that are not UTF-8 come as lone
     surrogates in the texts, which `formats.parse` rejects sample by sample.
@@ -167,11 +229,15 @@ def raw_records(path: Path, progress: Progress = lambda _: None, tolerant: bool 
     Raises:
         DataError: A missing or unreadable file, invalid JSON or Parquet, or no record at all.
     """
-    read = _reader(path)
+    tables = {".parquet": read_parquet, ".arrow": read_arrow, SHARD: read_webdataset}
     name = f"data file {path} cannot be read"
     empty = True
     try:
-        for record in read(path, progress, tolerant):
+        if path.suffix in tables:
+            records = tables[path.suffix](path, progress, columns)
+        else:
+            records = _reader(path)(path, progress, tolerant)
+        for record in records:
             empty = False
             if isinstance(record, BrokenLine) and not tolerant:
                 raise DataError(f"{name}: {record}")
@@ -190,8 +256,6 @@ def _reader(path: Path) -> Callable[[Path, Progress, bool], Iterator[Any]]:
     Raises:
         DataError: A file that cannot be read, or one with a single object that is not a sample.
     """
-    if path.suffix == ".parquet":
-        return _parquet
     first = _first_character(path)
     if path.suffix == ".jsonl":
         return _json_list if first == "[" else _json_lines
@@ -227,7 +291,7 @@ class _JsonList:
         """Decoded content of the file. Bytes that are not UTF-8 become lone surrogates."""
         self._progress = progress
         self._tolerant = tolerant
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=json_object)
         self._buffer = ""
         self._place = 0
         """Index into the buffer of the next character."""
@@ -356,7 +420,7 @@ def _decoded(line: bytes, number: int, tolerant: bool) -> Any:
     """Returns the record of a line, or a BrokenLine."""
     try:
         text = line.decode("utf-8", "surrogateescape" if tolerant else "strict")
-        return json.loads(text.removeprefix("\ufeff") if number == 1 else text)
+        return json.loads(text.removeprefix("\ufeff") if number == 1 else text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
         return BrokenLine(number, str(error).splitlines()[0], _id(line))
 
@@ -365,19 +429,3 @@ def _id(line: bytes) -> str | None:
     """Returns what looks like the id of a sample in a line that is not JSON."""
     found = _ID.search(line.decode("utf-8", "surrogateescape"))
     return (found.group(1) or found.group(2)) if found else None
-
-
-def _parquet(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    with open_regular(path):
-        pass
-    try:
-        with parquet.ParquetFile(path) as file:
-            bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=ROWS):
-                yield from batch.to_pylist()
-                progress(int(bytes_per_row * len(batch)))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"data file {path} cannot be read: {str(error).splitlines()[0]}") from None

@@ -12,6 +12,7 @@ other keys that are not read are counted.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import re
 import reprlib
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from zero_ds.data.conversations import PLACEHOLDER, Role
+from zero_ds.data.stored import Span
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -33,7 +35,7 @@ FORMATS = ("conversations", "messages", "text")
 """Keys of the turns, by which the formats are told apart."""
 ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content")
 """Keys of a turn's role and text."""
-LEARNED_KEYS = ("weight", "train", "loss")
+LEARNED_KEYS = ("weight", "train", "loss", "loss_weight")
 """Keys of a turn that say whether an answer is learned: false or 0, true or 1."""
 IMAGE_KEYS = (
     "image",
@@ -57,30 +59,48 @@ _RECORD_WIDE = {*SYSTEM_KEYS, *LEARNED_KEYS}
 TURN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *LEARNED_KEYS}
 """Keys of a turn that are read."""
 _TOOLS, _MEDIA = "tool calls are not learned", "only images and text are learned"
-_THOUGHTS = "thoughts are not learned; write them into the text"
+_THOUGHTS = "thoughts are not learned; take the key out, and only the answer is"
+_WEIGHTS = ("sample_weight",)
 _PAIRS = "pairs of answers are not learned; keep the better one as the answer"
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_call_id"), _TOOLS),
-    **dict.fromkeys(("video", "videos", "video_path", "audio", "audios", "audio_path"), _MEDIA),
+    **dict.fromkeys(("video", "videos", "video_path", "video_url", "video_file"), _MEDIA),
+    **dict.fromkeys(("audio", "audios", "audio_path", "audio_url", "audio_file", "input_audio"), _MEDIA),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHTS),
     **dict.fromkeys(("rejected", "chosen", "rejected_response", "rejected_images", "kto_tag"), _PAIRS),
     **dict.fromkeys(("mask", "loss_mask"), "say train: false in the turns that are not to be learned"),
+    **dict.fromkeys(_WEIGHTS, "call it 'weight'"),
+    "system_message": "call it 'system'",
+    **dict.fromkeys(("image_base64", "image_b64"), "call it 'image'"),
     **dict.fromkeys(("objects", "bbox", "bboxes"), "write places into the text"),
     "history": "write all turns into one list",
 }
 """Keys whose meaning is not supported, and the remedy for each."""
 _REFUSED_IN_TURNS = {**REFUSED, **dict.fromkeys(IMAGE_KEYS, "name images in the record, or in parts of the content")}
+TWICE = "\0twice"
+"""Key, which no data has, under which an object names a key that it has twice."""
+_ALSO_WHEN_FALSE = {*LEARNED_KEYS, "mask", "loss_mask", *_WEIGHTS}
+"""Keys that say something when they hold false or 0."""
+_SPELLINGS = {re.sub(r"[\W_]", "", key): key for key in (*IMAGE_KEYS, *SYSTEM_KEYS, *LEARNED_KEYS, *REFUSED)}
+"""Keys with a meaning by their letters."""
 ADDRESSES = ("http://", "https://", "ftp://", "s3://", "gs://", "hf://")
 """Beginnings of names that are not files."""
 
 
 LONGEST_PATH = 4096
 """Number of characters from which a name in base64 is the image itself."""
+SHORTEST_IMAGE = 64
+"""Number of characters of an image in base64, at least."""
+_BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
+"""First characters of JPEG, PNG, GIF, WebP and TIFF files in base64."""
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 
 
 class DataError(ValueError):
     """A data file or a sample that cannot be used; the message names file and sample."""
+
+    source: int = 0
+    """Number of the sample's source, where a loader has met the error."""
 
 
 class TooLongError(DataError):
@@ -113,7 +133,7 @@ class Row(NamedTuple):
     roles: tuple[Role, ...]
     texts: tuple[str, ...]
     images: tuple[str, ...]
-    """Paths as in the file, relative to the root or absolute if `full_path`; or `data:` addresses."""
+    """Paths as in the file, relative to the root or absolute if `full_path`; or `data:` addresses, or spans as text."""
     full_path: bool
     learned: tuple[bool, ...]
     """Whether each turn, if it is an answer, is learned."""
@@ -177,10 +197,33 @@ def _holds(value: Any) -> bool:
     return _present(value) and value not in (False, [], {}, ())
 
 
+def holds(value: Any) -> bool:
+    """Returns whether a record's value says anything."""
+    return _holds(value)
+
+
+def as_turns(value: Any) -> Any:
+    """Returns a list of turns from a list or from another shape that tables have; None if it is neither."""
+    return _as_list(value)
+
+
 def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
+    if TWICE in content:
+        raise DataError(f"{where} has the key {quoted(content[TWICE])} twice; keep one of them")
     for key, value in content.items():
-        if key in refused and _holds(value):
+        meant = _meant(key)
+        if meant is None or not (_holds(value) or (meant in _ALSO_WHEN_FALSE and value in (0, 1))):
+            continue
+        if meant != key and key not in refused:
+            raise DataError(f"{where}: key {quoted(key)} is not read; write it '{meant}', or give it another name")
+        if key in refused and not (key in _WEIGHTS and value == 1):
             raise DataError(f"{where}: key '{key}' is not supported: {refused[key]}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _meant(key: str) -> str | None:
+    """Returns the key with a meaning that has the same letters, such as `image` for `Image`; None if there is none."""
+    return _SPELLINGS.get(re.sub(r"[\W_]", "", key).lower())
 
 
 def _form(record: Mapping[str, Any], sample: str) -> str:
@@ -191,11 +234,20 @@ def _form(record: Mapping[str, Any], sample: str) -> str:
     return forms[0] if forms else FORMATS[0]
 
 
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON; one that has a key twice says so, because its earlier value is lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        found[TWICE] = next(key for key in keys if keys.count(key) > 1)
+    return found
+
+
 def _as_list(value: Any) -> Any:
     """Returns a list of turns, also from the text of JSON or the object of lists that some tables have; or None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=json_object)
         except (ValueError, RecursionError):
             return None
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
@@ -224,7 +276,10 @@ def _learned(content: Mapping[str, Any], where: str) -> bool:
 def _turns(value: Any, sample: str, ignored: set[str]) -> _Turns:
     turns = _as_list(value)
     if not turns:
-        what = "turns are read from 'conversations', 'messages' or 'text'"
+        what = (
+            "turns are read from 'conversations', 'messages' or 'text', from pairs of keys such as 'question' and "
+            "'answer', and from a caption beside an image; name other columns in columns of the source"
+        )
         if _holds(value):
             what = f"it is {quoted(value)}, not a list of turns"
         raise DataError(f"{sample} has no 'conversations'; {what}")
@@ -260,7 +315,7 @@ def _checked_keys(content: Mapping[str, Any], role: Role, where: str, ignored: s
     if role == "assistant":
         return learned
     for key in ("train", "loss"):
-        if content.get(key):
+        if _present(content.get(key)) and content[key]:
             raise DataError(f"{where}: '{key}' of role '{role}' is not supported: only answers are learned")
     return True
 
@@ -298,9 +353,10 @@ def _joined(parts: list[Any], role: Role, images: list[str], where: str, ignored
     texts = []
     for part in parts:
         kind = _kind(part)
-        if kind == "text" and _is_text(part.get("text")):
-            texts.append(str(part["text"]))
-            read = {"type", "text"}
+        said = _one_of(part, ("text", "value"), where) if kind == "text" else None
+        if kind == "text" and _is_text(said):
+            texts.append(str(said))
+            read = {"type", "text", "value"}
         elif kind in ("image", "image_url") and not _holds(part.get("text")):
             if role != "user":
                 raise DataError(f"{where}: role {role!r} shows an image; only a user's turn can, so move it there")
@@ -404,14 +460,29 @@ def _name(value: Any) -> str | None:
     """Returns the name of an image; None for a value that names none."""
     if isinstance(value, Mapping):
         content = value.get("bytes")
-        if isinstance(content, bytes) and content:  # as tables of the library `datasets` have images
-            return f"data:;base64,{base64.b64encode(content).decode()}"
+        if isinstance(content, bytes | Span) and content:  # as tables of the library `datasets` have images
+            return _name(content)
         value = next((value[key] for key in ("path", "url") if _holds(value.get(key))), None)
+    if isinstance(value, Span):
+        return value.text()
+    if isinstance(value, bytes) and value:
+        return f"data:;base64,{base64.b64encode(value).decode()}"
     if not isinstance(value, str) or not value or "\0" in value or not _writable(value):
         return None
-    if len(value) > LONGEST_PATH and _BASE64.fullmatch(value):
+    if is_base64(value):
         return f"data:;base64,{value}"
     return value.removeprefix("file://")
+
+
+def is_base64(text: str) -> bool:
+    """Returns whether a text is an image in base64: one that is too long for a path, or begins like an image."""
+    long = len(text) > LONGEST_PATH or (len(text) >= SHORTEST_IMAGE and text.startswith(_BEGINNINGS))
+    return long and _BASE64.fullmatch(text) is not None
+
+
+def is_image_key(key: str) -> bool:
+    """Returns whether a key of a record, or of a part of its turns, names images."""
+    return key in IMAGE_KEYS
 
 
 def _place_images(turns: _Turns, images: int, sample: str) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from zero_ds.data.formats import named
 from zero_ds.data.read_image import WHITE, embedded, is_embedded, to_rgb, upright_size
+from zero_ds.data.stored import StoredImage
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
 
@@ -33,8 +34,8 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names the file."""
 
 
-def open_image(image: str | Path | Image.Image, background: str = WHITE) -> Image.Image:
-    """Reads an image, given as a file, a `data:` address or a Pillow image, as upright RGB.
+def open_image(image: str | Path | StoredImage | Image.Image, background: str = WHITE) -> Image.Image:
+    """Reads an image, given as a file, a `data:` address, a part of a file or a Pillow image, as upright RGB.
 
     `background` is the colour on which transparent parts are laid, as a name or #rrggbb. Images for a
     model are read by `ImageProcessor.open` instead, which knows the model's background.
@@ -50,7 +51,7 @@ def open_image(image: str | Path | Image.Image, background: str = WHITE) -> Imag
         return to_rgb(file, background)
 
 
-def image_name(image: str | Path | Image.Image) -> str:
+def image_name(image: str | Path | StoredImage | Image.Image) -> str:
     """Returns an image's name in messages: its path, or a phrase for an image without one."""
     if isinstance(image, Image.Image):
         image = str(getattr(image, "filename", "")) or "in memory"
@@ -119,7 +120,7 @@ def converted_as_in_training(background: str) -> Iterator[None]:
         Image.Image.convert = convert  # type: ignore[method-assign]
 
 
-def check_header(path: str | Path) -> None:
+def check_header(path: str | Path | StoredImage) -> None:
     """Checks the format and the size of an image without decoding it.
 
     Raises:
@@ -129,7 +130,7 @@ def check_header(path: str | Path) -> None:
         pass
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: str | Path | StoredImage) -> tuple[int, int]:
     """Returns width and height of an image as `open_image` reads it, from the header. PNG files are read as a whole.
 
     Raises:
@@ -140,15 +141,17 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path | StoredImage) -> Iterator[Image.Image]:
     """Opens an image; everything that goes wrong here or in the block becomes an ImageError."""
     with _errors_name(image_name(path)), _bytes(path) as raw, Image.open(raw, formats=FORMATS) as file:
         _check_size(file)
         yield file
 
 
-def _bytes(path: str | Path) -> BinaryIO:
+def _bytes(path: str | Path | StoredImage) -> BinaryIO:
     """Returns an open file with the bytes of an image."""
+    if isinstance(path, StoredImage):
+        return io.BytesIO(path.read())
     return io.BytesIO(embedded(str(path))) if is_embedded(str(path)) else open_regular(path)
 
 
@@ -157,6 +160,8 @@ class _TooLargeError(ValueError):
 
 
 def _check_size(image: Image.Image) -> None:
+    if not image.width * image.height:  # only an image in memory can have this size
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise _TooLargeError(
             f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read, and {MAX_SIDE:,} on a side"
@@ -227,7 +232,7 @@ class ImageProcessor:
                 "encoder again."
             ) from None
 
-    def open(self, image: str | Path | Image.Image) -> Image.Image:
+    def open(self, image: str | Path | StoredImage | Image.Image) -> Image.Image:
         """Reads an image as the model is shown it, before it is padded: upright RGB, on the background.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from zero_ds.data.batches import Batch, collate, collate_rows, layout_checksum, pack_rows
 from zero_ds.data.conversations import EncodedConversation
 from zero_ds.data.formats import DataError, TooLongError
+from zero_ds.data.prepared import Prepared
 from zero_ds.data.samples import EncodedSample, SampleEncoder
 from zero_ds.data.sources import Records
 from zero_ds.data.workers import stream_steps, without_traceback
@@ -75,6 +76,8 @@ class Loader:
     seed: int
     workers: int = 0
     """Number of worker processes."""
+    prepared: Prepared | None = None
+    """Tokens of the samples, where they have been prepared."""
     grouping: Literal["off", "length", "modality"] = "off"
     skip_bad: bool = False
     """Skip samples that cannot be used instead of ending the run."""
@@ -84,6 +87,8 @@ class Loader:
     Every rank then reads the texts of the whole step, and the number of micro-batches differs from step to step, though
     not from rank to rank.
     """
+    raw_images: bool = False
+    """Give images as they were read (`Batch.images`) in place of pixel values, which then are None."""
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of step `first`, `first + 1`, ..., `last - 1`.
@@ -91,15 +96,15 @@ class Loader:
         Raises:
             DataError: A sample that cannot be used, unless such samples are skipped.
         """
-        yield from stream_steps(_Steps(self), first, last, self.workers, self.sample_encoder.processor)
+        yield from stream_steps(Steps(self), first, last, self.workers, self.sample_encoder.processor)
 
     def image_size(self) -> int | None:
-        """Returns the side of the vision encoder's input in pixels; None without a vision encoder."""
+        """Returns the side of the pixel values; None without a vision encoder, and if images stay raw."""
         processor = self.sample_encoder.processor
-        return processor.size if processor else None
+        return processor.size if processor and not self.raw_images else None
 
 
-class _Steps(Dataset[Iterator[Batch]]):
+class Steps(Dataset[Iterator[Batch]]):
     """Maps the number of a step to the rank's micro-batches, made one by one.
 
     It keeps no position, only caches, so any step can be the first.
@@ -119,6 +124,14 @@ class _Steps(Dataset[Iterator[Batch]]):
         checksum = layout_checksum(layout)
         for rows in micro_batches:
             yield self._collated(rows, checksum)
+
+    def padded_batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the samples with these indices as a micro-batch of padded rows.
+
+        Raises:
+            DataError: A sample that cannot be used, unless such samples are skipped.
+        """
+        return self._collated([[self._encoded(index)] for index in indices], 0)
 
     def _padded(self, indices: list[int]) -> tuple[Any, Iterator[Rows]]:
         """Returns the layout that all ranks should agree on, and the rows of each micro-batch, of one sample each.
@@ -162,19 +175,38 @@ class _Steps(Dataset[Iterator[Batch]]):
 
     def _text(self, index: int) -> EncodedConversation | DataError:
         try:
-            return self.loader.sample_encoder.tokens(self.loader.records[index])
+            return self._tokens(index)
         except DataError as error:
-            return without_traceback(error)
+            return without_traceback(error, self._source(index))
+
+    def _tokens(self, index: int) -> EncodedConversation:
+        loader = self.loader
+        if loader.prepared is not None:
+            return loader.prepared.tokens(index)
+        return loader.sample_encoder.tokens(loader.records[index])
 
     def _encoded(self, index: int, text: EncodedConversation | DataError | None = None) -> EncodedSample | DataError:
         """Encodes a sample, whose text may have been encoded before."""
+        source = self._source(index)
         try:
-            sample = self.loader.records[index]
-            if isinstance(text, EncodedConversation):
-                return self.loader.sample_encoder.with_pixels(sample, text)
-            return self.loader.sample_encoder(sample)
+            sample, encoder = self.loader.records[index], self.loader.sample_encoder
+            if self.loader.prepared is not None and text is None:
+                text = self.loader.prepared.tokens(index)
+            if self.loader.raw_images:
+                read = text if isinstance(text, EncodedConversation) else encoder.tokens(sample)
+                encoded = encoder.with_raw_images(sample, read)
+            elif isinstance(text, EncodedConversation):
+                encoded = encoder.with_pixels(sample, text)
+            else:
+                encoded = encoder(sample)
+            return replace(encoded, source=source) if source else encoded
         except DataError as error:
-            return without_traceback(error)
+            return without_traceback(error, source)
+
+    def _source(self, index: int) -> int:
+        """Returns the number of a sample's source."""
+        records = self.loader.records
+        return records.source(index) if isinstance(records, Records) else 0
 
     def _collated(self, rows: Rows, layout: int) -> Batch:
         """Collates the samples that can be used.
@@ -188,16 +220,28 @@ class _Steps(Dataset[Iterator[Batch]]):
             raise bad[0]
         skipped = [str(error) for error in bad]
         too_long = [str(error) for error in errors if isinstance(error, TooLongError)]
+        sources = [error.source for error in bad]
+        sources += [error.source for error in errors if isinstance(error, TooLongError)]
         usable = [[sample for sample in row if isinstance(sample, EncodedSample)] for row in rows]
         pad_id, image_size = self.loader.pad_id, self.loader.image_size()
         if self.loader.packing:
             filled = [row for row in usable if row]
-            return collate_rows(filled, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
-        samples = [sample for row in usable for sample in row]
-        return collate(samples, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
+            batch = collate_rows(filled, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
+        else:
+            samples = [sample for row in usable for sample in row]
+            batch = collate(samples, pad_id, image_size, skipped=skipped, too_long=too_long, layout=layout)
+        return replace(batch, skipped_sources=tuple(sources)) if sources else batch
 
     def index(self, position: int) -> int:
         """Returns the index of the sample at a position of the run."""
+        records = self.loader.records
+        place = self._place(position)
+        if not getattr(records, "epochs_differ", False):
+            return place
+        return position // len(records) * len(records) + place
+
+    def _place(self, position: int) -> int:
+        """Returns the index within its epoch of the sample at a position of the run."""
         records, seed = self.loader.records, self.loader.seed
         epoch, place = divmod(position, len(records))
         if self._order[0] != epoch:
@@ -214,7 +258,12 @@ class _Steps(Dataset[Iterator[Batch]]):
             samples = self._order[1][first - epoch_start : last - epoch_start]
             window_seed = ((seed * 1_000_003 + epoch) * 1_000_003 + window) % 2**63
             begun = min(-first % batch, last - first)
-            self._window = ((epoch, window), group_similar(samples, self._measure, batch, window_seed, begun))
+            of_epoch = epoch_start if getattr(records, "epochs_differ", False) else 0
+
+            def measure(place: int) -> tuple[bool, int]:
+                return self._measure(of_epoch + place)
+
+            self._window = ((epoch, window), group_similar(samples, measure, batch, window_seed, begun))
         return int(self._window[1][position - first])
 
     def _measure(self, index: int) -> tuple[bool, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import uuid
@@ -13,9 +14,10 @@ from tqdm import tqdm
 
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data.conversations import Role
-from zero_ds.data.formats import named
+from zero_ds.data.formats import DataError, named
 from zero_ds.data.read_image import is_embedded
 from zero_ds.data.sources import Records, Sample
+from zero_ds.data.stored import StoredImage
 from zero_ds.runtime.errors import ConfigError
 
 _FROM: dict[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -75,16 +77,25 @@ def llava_record(sample: Sample, folder: Path) -> dict[str, Any]:
     """
     record: dict[str, Any] = {"id": sample.id}
     if sample.images:
-        for image in sample.images:
+        images = [_address(image) if isinstance(image, StoredImage) else image for image in sample.images]
+        for image in images:
             if not is_embedded(image) and not Path(image).is_relative_to(folder):
                 raise ConfigError(
                     f"sample {named(sample.id)} has its image in {Path(image).parent}, outside of {folder}; write "
                     "--out into a folder that holds the images of all sources."
                 )
-        names = [image if is_embedded(image) else os.path.relpath(image, folder) for image in sample.images]
+        names = [image if is_embedded(image) else os.path.relpath(image, folder) for image in images]
         record["image"] = names[0] if len(names) == 1 else names
     record["conversations"] = [
         {"from": _FROM[turn.role], "value": turn.text, **({} if turn.learned else {"weight": 0})}
         for turn in sample.turns
     ]
     return record
+
+
+def _address(image: StoredImage) -> str:
+    """Returns an image as a `data:` address."""
+    try:
+        return f"data:;base64,{base64.b64encode(image.read()).decode()}"
+    except (OSError, ValueError) as error:
+        raise DataError(f"image {image} cannot be read: {error}") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, TiffImagePlugin, TiffTags
+from PIL import ExifTags, Image, ImageColor, ImageOps, TiffImagePlugin, TiffTags
 
 WHITE = "white"
 """Background of transparent images unless another is chosen."""
@@ -139,9 +139,9 @@ def _eight_bits(image: Image.Image, raw_mode: str) -> Image.Image:
     """Returns an image with 8 bits a channel, and with an alpha channel where a gray value means transparent."""
     transparent = image.info.get("transparency")
     if image.mode == "F":
-        return _scaled_floats(image)
+        return _dark_as_low(image, _scaled_floats(image))
     if image.mode.startswith("I"):
-        gray = _scaled_integers(image)
+        gray = _dark_as_low(image, _scaled_integers(image))
         if not isinstance(transparent, int):
             return gray
         alpha = np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)
@@ -173,17 +173,28 @@ def _with_key_of_eight_bits(image: Image.Image, raw_mode: str) -> Image.Image:
     return image
 
 
+def _dark_as_low(image: Image.Image, gray: Image.Image) -> Image.Image:
+    """Returns gray in 8 bits with 0 as black. Pillow turns it round for TIFF files of up to 8 bits alone."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return gray
+    white_is_zero = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return ImageOps.invert(gray) if white_is_zero else gray
+
+
 def _scaled_integers(image: Image.Image) -> Image.Image:
     """Returns gray in 8 bits for an image of 16-bit or 32-bit integers."""
     values = np.asarray(image)
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
     white = 65535
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode.startswith("I;16"):
-        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
-        white = (1 << int(bits[0])) - 1  # the file says so, as those with 12 bits do
+    stated = image.format == "PPM"  # Pillow scales PPM by the largest value that the file states
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = int(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+        if image.mode.startswith("I;16"):
+            white, stated = (1 << bits) - 1, bits < 16  # the file says so, as those with 12 bits do
+        elif bits == 16:  # with a sign
+            white = 32767
     if low < 0 or high > white:
         raise ValueError(f"its values go from {low:,} to {high:,}; scale them to 0 to {white:,}")
-    stated = white < 65535 or image.format == "PPM"  # Pillow scales PPM by the largest value that the file states
     if 0 < high <= white // SHARE and not stated:
         raise ValueError(_too_dark(f"{high:,}", white))
     gray = np.empty(values.shape, np.uint8)

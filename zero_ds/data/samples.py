@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from PIL import Image
 
 from zero_ds.data.conversations import (
     IGNORE,
@@ -20,7 +21,7 @@ from zero_ds.data.conversations import (
     image_prompt,
 )
 from zero_ds.data.formats import DataError, TooLongError, named
-from zero_ds.data.images import ImageError, ImageProcessor, image_size
+from zero_ds.data.images import ImageError, ImageProcessor, image_size, open_image
 from zero_ds.data.sources import Sample
 from zero_ds.data.tokens import ConversationError
 
@@ -38,6 +39,10 @@ class EncodedSample:
     """Number of the response that a token belongs to, or -1: (seq,)."""
     pixels: torch.Tensor
     """Views of its images: (views, 3, size, size), uint8 as the sample encoder makes them."""
+    images: tuple[Image.Image, ...] = ()
+    """Its images as they were read, where they are not processed (`SampleEncoder.with_raw_images`)."""
+    source: int = 0
+    """Number of its source among those of the run."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,23 @@ class SampleEncoder:
                 f"{self.tokens_per_image} each; its images changed while they were read, or their headers are wrong"
             )
         return EncodedSample(sample.id, conversation.input_ids, conversation.labels, conversation.responses, pixels)
+
+    def with_raw_images(self, sample: Sample, conversation: EncodedConversation) -> EncodedSample:
+        """Adds the images of a sample as they were read, upright and in RGB, in place of pixel values.
+
+        For vision encoders with a preprocessing of their own. The tokens are the same as with pixel values.
+
+        Raises:
+            DataError: An image that cannot be read.
+        """
+        try:
+            read = open_image if self.processor is None else self.processor.open
+            images = tuple(read(path) for path in sample.images[: conversation.images])
+        except ImageError as error:
+            raise DataError(f"sample {named(sample.id)}: {error}") from None
+        nothing = torch.zeros(0, 3, 0, 0, dtype=torch.uint8)
+        labels, responses = conversation.labels, conversation.responses
+        return EncodedSample(sample.id, conversation.input_ids, labels, responses, nothing, images)
 
 
 def _without_loss(encoded: EncodedConversation, turns: Sequence[Turn]) -> EncodedConversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -14,12 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from zero_ds.config.schema import SourceConfig
-from zero_ds.data.arrow import Table, load_table
+from zero_ds.config.schema import CAPTION_PROMPT, SourceConfig
+from zero_ds.data.archives import Archives, split_root
+from zero_ds.data.arrow import Table, cache_folder, load_table
 from zero_ds.data.conversations import Turn
-from zero_ds.data.files import data_files
+from zero_ds.data.files import DataFiles, data_files
 from zero_ds.data.formats import DataError, Row, named, quoted
+from zero_ds.data.forms import Reading
 from zero_ds.data.read_image import is_embedded
+from zero_ds.data.shares import Draws, counts_of
+from zero_ds.data.stored import ImageFile, Span, StoredImage, is_span
 from zero_ds.runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -36,12 +41,17 @@ class Sample:
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]
-    """Paths below the source's root, or absolute ones that the source allows. The files may not exist."""
+    images: tuple[ImageFile, ...]
+    """Paths below the source's root, or absolute ones that the source allows, whose files may not exist; or images
+    inside of other files."""
 
 
 class Records(Sequence[Sample]):
-    """All samples of the sources, mixed by evenly spaced insertion. Indexing reads one memory-mapped row."""
+    """All samples of the sources, mixed by evenly spaced insertion. Indexing reads one memory-mapped row.
+
+    Where sources have shares of their own (`weight`, `repeat` or `count`), an epoch does not take each sample once, and
+    the next epoch goes on where this one ends: indices from `len(self)` on are those of later epochs.
+    """
 
     def __init__(
         self,
@@ -50,12 +60,15 @@ class Records(Sequence[Sample]):
         skip_bad: bool = False,
         permute: int | None = None,
         remedy: str = "data.bad_samples=skip skips them",
+        caption_prompt: str = CAPTION_PROMPT,
+        share: float = 0.0,
     ) -> None:
         """Opens the data files, converting new ones.
 
         With `skip_bad`, records that cannot be used are skipped instead of being an error. `permute` is the seed of a
         random order within each source, of which `limit` then takes the first samples. `remedy` is
-        the advice in messages about records that cannot be used.
+        the advice in messages about records that cannot be used, and `caption_prompt` the question before captions. A
+        `share` of each source is left out at even distances, and is what `held_out` returns.
 
         Raises:
             ConfigError: No source.
@@ -66,8 +79,40 @@ class Records(Sequence[Sample]):
         self._sources = []
         for number, config in enumerate(sources):
             seed = None if permute is None else [permute, number]
-            self._sources.append(_Source(config, seed, skip_bad, remedy))
-        self._order = evenly_spaced([len(source) for source in self._sources])
+            self._sources.append(_Source(config, seed, skip_bad, remedy, caption_prompt))
+        self._held_out = [source.hold_out(share) for source in self._sources]
+        self._mix(sources)
+
+    def _mix(self, sources: Sequence[SourceConfig]) -> None:
+        lengths = [len(source) for source in self._sources]
+        counts = counts_of(sources, lengths)
+        self._draws = None if counts == lengths else [Draws(*pair) for pair in zip(lengths, counts, strict=True)]
+        self._order = evenly_spaced(counts)
+
+    def held_out(self) -> Records | None:
+        """Returns the samples that `share` leaves out, each once; None if there are none."""
+        pairs = [(source, rows) for source, rows in zip(self._sources, self._held_out, strict=True) if len(rows)]
+        if not pairs:
+            return None
+        rest = copy.copy(self)
+        rest._sources = [source.with_rows(rows) for source, rows in pairs]
+        rest._held_out = [rows[:0] for _, rows in pairs]
+        rest._mix([SourceConfig(path=source.config.path) for source, _ in pairs])
+        return rest
+
+    @property
+    def epochs_differ(self) -> bool:
+        """True if an epoch may take other samples than the one before it."""
+        return self._draws is not None
+
+    def names(self) -> list[str]:
+        """Returns a name for each source, by its path."""
+        stems = [Path(source.config.path).stem or source.config.path for source in self._sources]
+        return [stem if stems.count(stem) == 1 else f"{stem}-{number}" for number, stem in enumerate(stems)]
+
+    def source(self, index: int) -> int:
+        """Returns the number of a sample's source."""
+        return int(self._order[index % len(self)][0])
 
     def complaints(self) -> Iterator[tuple[list[str], int]]:
         """Yields, for each data file, the reasons why records were skipped and the number of such records.
@@ -92,49 +137,71 @@ class Records(Sequence[Sample]):
 
     def content(self) -> str:
         """Returns a hash of the samples' texts and image paths, which follows from the content of their files."""
-        names = [[table.name for table in source.tables] for source in self._sources]
+        names: list[Any] = [[table.name for table in source.tables] for source in self._sources]
         return hashlib.sha256(json.dumps([names, len(self)]).encode()).hexdigest()[:16]
+
+    def order(self) -> str:
+        """Returns a hash of the order of the samples, with the rows of each source that are used."""
+        digest = hashlib.sha256(np.ascontiguousarray(self._order).tobytes())
+        for source in self._sources:
+            digest.update(np.ascontiguousarray(source.rows, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._order)
 
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        source, table, row = self._locate(index)
+        source, number, row = self._locate(index)
+        table = source.tables[number]
         record = table[row]
         parts = zip(record.roles, record.texts, record.learned, strict=True)
         turns = tuple(Turn(role, text, learned) for role, text, learned in parts)
-        return Sample(record.id, turns, source.paths(record))
+        return Sample(record.id, turns, source.paths(record, number))
 
     def images(self, index: int) -> int:
         """Returns the number of images of a sample."""
-        _, table, row = self._locate(index)
-        return table.images(row)
+        source, number, row = self._locate(index)
+        return source.tables[number].images(row)
 
     def size(self, index: int) -> int:
         """Returns the number of bytes of a sample's texts."""
-        _, table, row = self._locate(index)
-        return table.size(row)
+        source, number, row = self._locate(index)
+        return source.tables[number].size(row)
 
-    def _locate(self, index: int) -> tuple[_Source, Table, int]:
-        """Returns the source of a sample, its table there and its row in the table."""
+    def _locate(self, index: int) -> tuple[_Source, int, int]:
+        """Returns the source of a sample, the number of its table there and its row in the table."""
+        epoch = 0
+        if self._draws is not None and index >= len(self):
+            epoch, index = divmod(index, len(self))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        number, row = self._order[index]
+        number, row = (int(each) for each in self._order[index])
+        if self._draws is not None:
+            row = self._draws[number].row(epoch, row)
         source = self._sources[number]
-        table, row_of_table = source.locate(int(row))
+        table, row_of_table = source.locate(row)
         return source, table, row_of_table
 
 
 class _Source:
     """The files of one source, one after the other, and the rows of them that are used."""
 
-    def __init__(self, config: SourceConfig, seed: list[int] | None, skip_bad: bool, remedy: str) -> None:
+    def __init__(
+        self, config: SourceConfig, seed: list[int] | None, skip_bad: bool, remedy: str, caption_prompt: str
+    ) -> None:
         self.config = config
-        self.files, self.companions = data_files(config.path, config.files)
-        own_folder = self.files[0].parent if len(self.files) == 1 else config.path
-        self.root = Path(config.root or own_folder).expanduser().resolve()
-        self.allowed = tuple(Path(folder).expanduser().resolve() for folder in config.allowed_roots)
-        self.tables = [load_table(file) for file in self.files]
+        found = data_files(config)
+        self.files, self.companions = found.files, found.companions
+        root, self.allowed = _roots(config, found)
+        self.root = root.resolve()
+        # links of the hub's cache lead to names without an ending, so the archive is known by the link's own name
+        archive = split_root(str(root))
+        self.archives = Archives(archive[0], cache_folder(), archive[1]) if archive else None
+        reading = Reading(tuple(config.columns.items()), caption_prompt)
+        self.tables = [load_table(file, reading) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):
             if table.complaints.count:
                 _report_unusable(file, table, skip_bad, remedy)
@@ -153,34 +220,71 @@ class _Source:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def locate(self, row: int) -> tuple[Table, int]:
-        """Returns the table of one of the used rows, and its row there."""
+    @property
+    def rows(self) -> Any:
+        """The rows that are used, in their order: (n,)."""
+        return self._rows
+
+    def hold_out(self, share: float) -> Any:
+        """Removes a share of the rows, at even distances, and returns them."""
+        number = np.arange(len(self._rows) + 1)
+        taken = np.diff(np.floor(number * share)) > 0
+        rows = self._rows[taken]
+        self._rows = self._rows[~taken]
+        return rows
+
+    def with_rows(self, rows: Any) -> _Source:
+        """Returns the source with other rows."""
+        other = copy.copy(self)
+        other._rows = rows
+        return other
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Returns the number of the table of one of the used rows, and its row there."""
         row_of_source = self._rows[row]
         number = int(np.searchsorted(self._starts, row_of_source, side="right")) - 1
-        return self.tables[number], int(row_of_source - self._starts[number])
+        return number, int(row_of_source - self._starts[number])
 
-    def paths(self, record: Row) -> tuple[str, ...]:
-        """Returns the paths of a record's images, which may be opened.
+    def paths(self, record: Row, number: int) -> tuple[ImageFile, ...]:
+        """Returns the images of a record of one of the tables, which may be opened.
 
         Raises:
             DataError: A path that leaves the root, unless record and source both allow it.
         """
         if not record.full_path:
-            return tuple(
-                name if is_embedded(name) else str(inside(self.root, name, record.id, self.allowed, LINKS))
-                for name in record.images
-            )
+            return tuple(self._image(name, record, number) for name in record.images)
         if not self.config.full_path:
             raise DataError(
                 f"sample {named(record.id)} names images by full_path, outside of the data root; allow that for this "
                 "source with full_path: true"
             )
         for name in record.images:
-            if not (is_embedded(name) or Path(name).is_absolute()):
+            if not (is_embedded(name) or is_span(name) or Path(name).is_absolute()):
                 raise DataError(
                     f"sample {named(record.id)}: full_path {quoted(name, PATH_SHOWN)} is not an absolute path"
                 )
-        return record.images
+        return tuple(self._image(n, record, number) if is_span(n) else n for n in record.images)
+
+    def _image(self, name: str, record: Row, number: int) -> ImageFile:
+        if is_embedded(name):
+            return name
+        if is_span(name):
+            return StoredImage(str(self.files[number]), Span.parse(name))
+        if self.archives is not None:
+            return self.archives.find(name, record.id)
+        return str(inside(self.root, name, record.id, self.allowed, LINKS))
+
+
+def _roots(config: SourceConfig, found: DataFiles) -> tuple[Path, tuple[Path, ...]]:
+    """Returns the folder (or archive) of a source's images, and further folders into which their paths may lead."""
+    own_folder = found.files[0].parent if len(found.files) == 1 else found.folder
+    allowed = [Path(folder).expanduser().resolve() for folder in config.allowed_roots]
+    root = Path(config.root or own_folder).expanduser()
+    if found.fetched:
+        if config.root and not root.is_absolute() and not root.exists():
+            root = found.folder / config.root
+        allowed.append((found.folder.parent.parent / "blobs").resolve())  # where the cache has the files themselves
+    return root, tuple(allowed)
 
 
 def _report_unusable(file: Path, table: Table, skip_bad: bool, remedy: str) -> None:

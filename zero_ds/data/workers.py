@@ -31,13 +31,15 @@ ALIGNMENT = 64
 """Alignment of tensors in bytes: offsets are rounded up to a multiple of it."""
 
 
-def without_traceback(error: DataError) -> DataError:
-    """Returns the error without its traceback.
+def without_traceback(error: DataError, source: int | None = None) -> DataError:
+    """Returns the error without its traceback, as one about a sample of `source` if that is given.
 
     Its frames hold the whole step. Kept with the error, they would form a cycle that only the garbage collector ends,
     and a worker rarely allocates enough objects to start that.
     """
-    return type(error)(*error.args)
+    bare = type(error)(*error.args)
+    bare.source = error.source if source is None else source
+    return bare
 
 
 def stream_steps(

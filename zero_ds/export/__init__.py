@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from zero_ds.export.alone import LanguageModelFormat
 from zero_ds.export.card import model_card, read_evaluations
 from zero_ds.export.formats import ExportFormat
 from zero_ds.export.llava import LlavaFormat
@@ -26,7 +27,9 @@ from zero_ds.runtime.safetensors import SHARD_BYTES, write_shards
 logger = logging.getLogger(__name__)
 
 FORMATS: dict[str, ExportFormat] = {layout.name: layout for layout in (LlavaFormat(), RemoteCodeFormat())}
-"""Formats of exported folders, by their names on the command line."""
+"""Formats of exported folders with a vision encoder, by their names on the command line."""
+LANGUAGE_MODEL: ExportFormat = LanguageModelFormat()
+"""Format of a run without one."""
 
 
 def export_model(
@@ -43,17 +46,18 @@ def export_model(
     """Writes a run on a decoder into the new folder `out`; returns the proof, which is also in its proof.json.
 
     run: run or checkpoint folder; target: folder or hub id of the decoder, None means the full model that the run was
-    trained for; form: a name in FORMATS, or auto for the first that can express the model; shard_bytes: largest size of
-    a weights file; proof: `full` or `tensors`, see `proof.prove`; evaluations: results of `zero-ds eval` for the model
-    card; reading: `dtype` and `chat_template`, as `open_source` takes them.
+    trained for; form: a name in FORMATS, that of LANGUAGE_MODEL, or auto for the first that can express the model;
+    shard_bytes: largest size of a weights file; proof: `full` or `tensors`, see `proof.prove`; evaluations: results of
+    `zero-ds eval` for the model card; reading: `dtype` and `chat_template`, as `open_source` takes them.
 
     Raises:
         ConfigError, CheckpointError: `out` exists, the run or the decoder is damaged, the two do not fit, the format
             cannot express the model, or the written folder differs from its source. No folder is left then.
     """
     check_vacant(out)
-    if form not in (*FORMATS, "auto"):
-        raise ConfigError(f"--format {form} is not known{did_you_mean(form, [*FORMATS, 'auto'])}")
+    known = [*FORMATS, LANGUAGE_MODEL.name, "auto"]
+    if form not in known:
+        raise ConfigError(f"--format {form} is not known{did_you_mean(form, known)}")
     if proof not in PROOFS:
         raise ConfigError(f"--proof {proof} is not known; choose {' or '.join(PROOFS)}.")
     measured = read_evaluations(evaluations or [])
@@ -81,8 +85,14 @@ def _choose_format(form: str, source: Source) -> ExportFormat:
     Raises:
         ConfigError: the format cannot express the model; names one that can.
     """
+    if not source.sees:
+        if form not in (LANGUAGE_MODEL.name, "auto"):
+            raise ConfigError(f"this run has no vision encoder; use --format {LANGUAGE_MODEL.name}.")
+        return LANGUAGE_MODEL
     reasons = {name: layout.lacks(source) for name, layout in FORMATS.items()}
     fitting = next(name for name, reason in reasons.items() if reason is None)  # remote-code always does
+    if form == LANGUAGE_MODEL.name:
+        raise ConfigError(f"this run has a vision encoder; use --format {fitting}.")
     if form == "auto":
         for name, reason in reasons.items():
             if reason is not None:

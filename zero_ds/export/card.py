@@ -26,14 +26,16 @@ def model_card(
 
     name: name of the exported folder; proof: content of proof.json.
     """
-    base = [model_name(source.config.target), model_name(source.encoder_config.path)]
+    base = [model_name(source.config.target)]
+    if source.sees:
+        base.append(model_name(source.encoder_config.path))
     licence, licensor = _licence(source, base)
     front_matter: dict[str, Any] = {
         "base_model": base,
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
+        "pipeline_tag": "image-text-to-text" if source.sees else "text-generation",
         "license": licence or "other",
-        "tags": ["zero-shot-vision-encoder-grafting", layout.tag],
+        "tags": ["zero-shot-vision-encoder-grafting", layout.tag] if source.sees else [layout.tag],
     }
     if evaluations:
         front_matter["model-index"] = [{"name": name, "results": [_result(one) for one in evaluations]}]
@@ -63,11 +65,12 @@ def proof_sentence(proof: dict[str, Any]) -> str:
             f"All {proof['tensors_equal']} tensors were read again and are those of the source. The model was NOT "
             "loaded and no answers were compared (`--proof tensors`)."
         )
+    seen = " with and without an image" if any(line["picture"] for line in proof["prompts"]) else ""
     return (
         f"All {proof['tensors_equal']} tensors are those of the source. Loaded afresh by transformers alone "
         f"(`{proof['loaded_by_transformers']}`, {proof['dtype']}), logits are within "
-        f"{proof['largest_logit_difference']:.1e} of the source on {len(proof['prompts'])} prompts with and without an "
-        "image, and greedy answers are equal."
+        f"{proof['largest_logit_difference']:.1e} of the source on {len(proof['prompts'])} prompts{seen}, and "
+        "greedy answers are equal."
     )
 
 
@@ -94,7 +97,8 @@ def read_evaluations(paths: list[Path]) -> list[Evaluation]:
 
 def _licence(source: Source, base: list[str]) -> tuple[str | None, str | None]:
     """Returns the licence that the decoder's or the vision encoder's own card names, and the name of that model."""
-    for name, folder in zip(base, (source.decoder.path, source.encoder_folder), strict=True):
+    folders = [source.decoder.path, *([source.encoder_folder] if source.sees else [])]
+    for name, folder in zip(base, folders, strict=True):
         licence = _read_licence(folder)
         if licence is not None:
             return licence, name
@@ -119,6 +123,9 @@ def _read_licence(folder: Path) -> str | None:
 
 def _description(source: Source, base: list[str]) -> str:
     plan = source.decoder.plan
+    if not source.sees:
+        of = base[0] if plan is None else f"A surrogate {plan} of {base[0]}"
+        return f"{of}, trained on text in the stage `{source.config.stage}`."
     if plan is not None:
         model = f"A surrogate {plan} of {base[0]} with the vision encoder that was trained against it"
     else:

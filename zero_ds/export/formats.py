@@ -39,7 +39,10 @@ class ExportFormat(Protocol):
 
     @property
     def usage(self) -> str:
-        """Python code for the model card that loads the folder `{name}` and asks about an image on `{background}`."""
+        """Python code for the model card that loads the folder `{name}` and asks it.
+
+        A model that sees is asked about an image on `{background}`.
+        """
 
     @property
     def remote_code(self) -> bool:

@@ -100,17 +100,23 @@ def until_stop(tokens: list[int], stops: list[int]) -> list[int]:
 class Export:
     """An exported folder, opened with transformers' Auto classes."""
 
-    def __init__(self, folder: str, remote_code: bool) -> None:
+    def __init__(self, folder: str, remote_code: bool, sees: bool) -> None:
         import transformers
 
         self.folder = folder
+        self.sees = sees
         self.auto_class: Any = transformers.AutoModelForImageTextToText
         self.trust: dict[str, Any] = {}
         if remote_code:
             self.auto_class = transformers.AutoModelForCausalLM
             self.trust = {"trust_remote_code": True}
-        self.processor: Any = transformers.AutoProcessor.from_pretrained(folder, **self.trust)
         self.model: Any = None
+        self.processor: Any = None
+        if not sees:
+            self.auto_class = transformers.AutoModelForCausalLM
+            self.processor = transformers.AutoTokenizer.from_pretrained(folder)
+            return
+        self.processor = transformers.AutoProcessor.from_pretrained(folder, **self.trust)
         self.open_image: Callable[[str], Any] = self._opener(remote_code)
 
     def _opener(self, remote_code: bool) -> Callable[[str], Any]:
@@ -132,6 +138,11 @@ class Export:
 
     def prompt(self, question: str, image: str | None) -> Inputs:
         """Returns the inputs that the folder's processor makes of a question, with an image file or without."""
+        if not self.sees:
+            asked = [{"role": "user", "content": question}]
+            text = self.processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+            made = self.processor(text, return_tensors="pt")
+            return {name: made[name] for name in ("input_ids", "attention_mask")}
         content = [{"type": "text", "text": question}]
         if image is not None:
             content.insert(0, {"type": "image"})
@@ -182,7 +193,7 @@ def main(scratch: Path) -> None:
 
     asked = json.loads((scratch / "asked.json").read_text(encoding="utf-8"))
     torch.set_num_threads(asked["threads"])
-    export = Export(asked["folder"], asked["remote_code"])
+    export = Export(asked["folder"], asked["remote_code"], asked.get("sees", True))
     prompts = [export.prompt(question, image) for question, image in asked["prompts"]]
     looked_at = {name: export.look(path) for name, path in asked["looked_at"].items()}
     with_image = [number for number, (_, image) in enumerate(asked["prompts"]) if image]

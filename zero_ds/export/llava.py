@@ -91,8 +91,8 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         for name, tensor in projector.items():
             yield LoadedTensor(name, tensor, exact=not source.has_aligner)
         merged = source.merged_weights()
-        for name, parameter in lora.without(model.decoder):
-            yield LoadedTensor(f"{DECODER}{name}", parameter.detach(), exact=name not in merged)
+        for name, tensor in lora.stored_tensors(model.decoder):
+            yield LoadedTensor(f"{DECODER}{name}", tensor, exact=name not in merged)
 
     def expected_shapes(self, source: Source, texts: TextSettings) -> dict[str, tuple[int, ...]]:
         from transformers import LlavaForConditionalGeneration
@@ -145,6 +145,14 @@ def _what_llava_lacks(source: Source) -> str | None:
             f"({text.hidden_size})"
         )
     family = source.decoder.family
+    if family.head_bias:
+        return f"Llava's output head has no bias, which {family.name} needs"
+    if family.score_factor:
+        return f"Llava has no {family.score_factor} for scores, which {family.name} needs"
+    if family.wrong_attentions and not source.decoder.is_registered:
+        return f"Llava would compute the attention of {family.name} with sdpa, which it cannot"
+    if any(group.sources != (*group.targets,) for group in source.decoder.class_tensors):
+        return f"published Llava folders have no names for the experts of {family.name}"
     if (family.backbone, family.head) != ("model", "lm_head.weight"):
         return f"published Llava folders have no names for the tensors of {family.name}"
     if encoder.llava_prefix is None:

@@ -29,6 +29,7 @@ from zero_ds.export.tensors import read, values
 from zero_ds.export.text import TextSettings
 from zero_ds.grafting.load import load_trained
 from zero_ds.model.build import sample_encoder
+from zero_ds.model.decoding import generate_from
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Span, Tensor, shard_files, spans
@@ -80,9 +81,11 @@ def prove(kind: str, source: Source, texts: TextSettings, layout: ExportFormat, 
         return proof
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        size = _image_size(source, layout)
-        image = draw_image(size, scratch / "image.png")
-        kinds = draw_kinds(size, scratch)
+        image, kinds = None, dict[str, Path]()
+        if source.sees:
+            size = _image_size(source, layout)
+            image = draw_image(size, scratch / "image.png")
+            kinds = draw_kinds(size, scratch)
         with start_fresh(folder, layout.remote_code, image, scratch, kinds) as finish:
             model = load_trained(source.checkpoint.folder, source.decoder, dtype=source.dtype)
             proof["tensors_equal"] = compare_loaded(folder, layout.loaded_tensors(source, model))
@@ -210,22 +213,28 @@ class SourceAnswer:
     """Token ids of the greedy answer."""
 
 
-def ask_source(source: Source, texts: TextSettings, model: VisionLanguageModel, image: Path) -> list[SourceAnswer]:
-    """Asks every question with the image and without, with the code of training.
+def ask_source(
+    source: Source, texts: TextSettings, model: VisionLanguageModel, image: Path | None
+) -> list[SourceAnswer]:
+    """Asks every question with the image, if the model sees, and without, with the code of training.
 
     The questions with the image are one batch, and those without it another. Logits are collected while the answers are
     generated.
     """
     encoder = _encoder(source, model)
-    with_image = _ask_batch(texts, model, encoder, str(image))
-    without_image = _ask_batch(texts, model, encoder, None)
-    return [answer for pair in zip(with_image, without_image, strict=True) for answer in pair]
+    batches = [_ask_batch(texts, model, encoder, shown) for shown in _shown(image)]
+    return [answer for answers in zip(*batches, strict=True) for answer in answers]
+
+
+def _shown(image: Path | None) -> list[str | None]:
+    """Returns what each question is asked with: an image, and nothing."""
+    return [None] if image is None else [str(image), None]
 
 
 def _encoder(source: Source, model: VisionLanguageModel) -> SampleEncoder:
     image_prompt = "off" if source.config.data.image_prompt == "off" else "fixed"
     data = source.config.data.model_copy(update={"image_prompt": image_prompt})
-    return sample_encoder(model, source.decoder, source.encoder_folder, data)
+    return sample_encoder(model, source.decoder, source.encoder_folder if source.sees else None, data)
 
 
 def look_at(source: Source, model: VisionLanguageModel, images: dict[str, Path]) -> dict[str, torch.Tensor]:
@@ -243,8 +252,9 @@ def _ask_batch(
     decoder = cast(Any, model.decoder)
 
     def generate() -> torch.Tensor:
-        output: torch.Tensor = decoder.generate(
-            inputs_embeds=model.embed(inputs["input_ids"], inputs.get("pixel_values")),
+        output: torch.Tensor = generate_from(
+            decoder,
+            model.embed(inputs["input_ids"], inputs.get("pixel_values")),
             attention_mask=inputs["attention_mask"],
             max_new_tokens=TOKENS,
             do_sample=False,
@@ -257,7 +267,7 @@ def _ask_batch(
 
     answers, logits = fresh.answer(
         generate,
-        watched=getattr(decoder, model.family.backbone),
+        watched=model.family.inner(decoder),
         scores=lambda output: model.logits(output.last_hidden_state[:, -POSITIONS:]),
         lengths=[prompt["input_ids"].shape[1] for prompt in prompts],
         stops=list(texts.stops),
@@ -317,7 +327,7 @@ def draw_kinds(size: tuple[int, int], folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def start_fresh(
-    folder: Path, remote_code: bool, image: Path, scratch: Path, kinds: dict[str, Path] | None = None
+    folder: Path, remote_code: bool, image: Path | None, scratch: Path, kinds: dict[str, Path] | None = None
 ) -> Iterator[Finish]:
     """Starts a process in which the folder answers the same questions, without this package (fresh.py).
 
@@ -332,7 +342,8 @@ def start_fresh(
         "positions": POSITIONS,
         "tokens": TOKENS,
         "looked_at": {kind: str(path) for kind, path in (kinds or {}).items()},
-        "prompts": [[question, shown] for question in QUESTIONS for shown in (str(image), None)],
+        "prompts": [[question, shown] for question in QUESTIONS for shown in _shown(image)],
+        "sees": image is not None,
     }
     (scratch / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     with run_fresh(scratch) as finish:

@@ -71,8 +71,8 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         for name, parameter in adapter_parameters(model).items():
             yield LoadedTensor(name, parameter.detach(), exact=True)
         merged = source.merged_weights()
-        for name, parameter in lora.without(model.decoder):
-            yield LoadedTensor(f"decoder.{name}", parameter.detach(), exact=name not in merged)
+        for name, tensor in lora.stored_tensors(model.decoder):
+            yield LoadedTensor(f"decoder.{name}", tensor, exact=name not in merged)
 
     def expected_shapes(self, source: Source, texts: TextSettings) -> dict[str, tuple[int, ...]]:
         # the code that write_files copies into the folder
@@ -107,7 +107,10 @@ def _config(source: Source, texts: TextSettings) -> dict[str, Any]:
     """Returns config.json: the arguments of remote/configuration_grafted.py and what transformers needs to find it."""
     text, vision = source.plain_configs()
     adapter = source.config.adapter
+    attention = source.decoder.family.attention("sdpa")
+    other = {} if source.decoder.is_registered or attention == "sdpa" else {"decoder_attention": attention}
     return {
+        **other,
         "architectures": ["GraftedForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_grafted.GraftedConfig",

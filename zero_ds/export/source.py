@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,16 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import EncoderConfig, LoraConfig, RunConfig
-from zero_ds.export.tensors import as_dtype, in_memory, merged
+from zero_ds.export.tensors import as_dtype, buffer, in_memory, merged
 from zero_ds.grafting.compatibility import compatibility, run_config
 from zero_ds.model.adapter import adapter_shapes
+from zero_ds.model.decoders.conversion import Group
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.encoders import EncoderFamily, encoder_of
 from zero_ds.model.loading import load_complete
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
-from zero_ds.runtime.safetensors import Span, Tensor, dtype_name
+from zero_ds.runtime.safetensors import Computed, Span, Tensor, dtype_name
 from zero_ds.training.checkpoint.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -57,6 +60,11 @@ class Source:
     def text(self) -> Any:
         """transformers' config of the decoder."""
         return self.decoder.text_config()
+
+    @property
+    def sees(self) -> bool:
+        """True if the model has a vision encoder."""
+        return self.config.encoder is not None
 
     @property
     def encoder_config(self) -> EncoderConfig:
@@ -118,9 +126,8 @@ class Source:
         Raises:
             ConfigError, CheckpointError: damaged files of the decoder, weights that do not fit it.
         """
-        files = self.decoder.spans
         # tied models have no head among their expected tensors, although some files contain one
-        bases = {name: files[name] for name in self.decoder.expected_shapes}
+        bases: dict[str, Tensor] = dict(self._class_tensors())
         for name, span in self.weights.items():
             place = self._place_in_decoder(name)
             if place is None:
@@ -134,16 +141,33 @@ class Source:
                     f"{name} in {span.file} has shape {span.shape}, in {self.target} {bases[place].shape}."
                 )
             bases[place] = span
-        tensors: dict[str, Tensor] = {name: as_dtype(span, self.dtype) for name, span in bases.items()}
+        tensors: dict[str, Tensor] = {
+            name: as_dtype(base, self.dtype) if isinstance(base, Span) else base for name, base in bases.items()
+        }
         lora = self.config.lora
         for module, sides in self.lora().items():
             name = f"{module}.weight"
-            if lora is None or name not in bases or set(sides) != {"A", "B"}:
+            base = bases.get(name)
+            if lora is None or not isinstance(base, Span) or set(sides) != {"A", "B"}:
                 raise CheckpointError(
                     f"{self.checkpoint.folder} holds LoRA of {module}, which does not fit {self.target}."
                 )
-            tensors[name] = merged(bases[name], sides["A"], sides["B"], scaling(lora), self.dtype)
+            tensors[name] = merged(base, sides["A"], sides["B"], scaling(lora), self.dtype)
         return tensors
+
+    def _class_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every tensor of the decoder's class; those that its files hold in parts are put together later."""
+        files = self.decoder.spans
+        for group in self.decoder.class_tensors:
+            for name, shape in group.targets.items():
+                if group.sources == (name,):
+                    yield name, files[name]
+                else:
+                    size = math.prod(shape) * self.dtype.itemsize
+                    yield name, Computed(dtype_name(self.dtype), shape, size, partial(self._fused, group, name))
+
+    def _fused(self, group: Group, name: str) -> Iterator[Any]:
+        yield buffer(self.decoder.fused(group)[name].to(self.dtype))
 
     def lora(self) -> dict[str, dict[str, Span]]:
         """Returns the LoRA weights by module of the decoder and by side: A (rank, in) and B (out, rank)."""
@@ -226,8 +250,6 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto", chat_t
     """
     checkpoint = find_checkpoint(run)
     config = run_config(checkpoint)
-    if config.encoder is None:
-        raise ConfigError(f"{run} has no vision encoder to export; name a run of an encoder stage.")
     if chat_template is not None:
         data = config.data.model_copy(update={"chat_template": chat_template})
         config = config.model_copy(update={"data": data})
@@ -238,6 +260,11 @@ def open_source(run: str | Path, target: str | None, dtype: str = "auto", chat_t
     _ = decoder.surrogate  # a damaged surrogate.json is an error before the weights are hashed
     results = [*(find_checkpoint(path) for path in config.starts), checkpoint]
     weights = _trained_tensors(results, decoder)
+    if config.encoder is None and not weights:
+        raise ConfigError(
+            f"{run} has no vision encoder to export, and {target} has no place for its translators; name a run of an "
+            "encoder stage, or the run's surrogate with --target."
+        )
     _check_fit(checkpoint, config, target, decoder)
     return Source(checkpoint, config, target, decoder, KINDS.get(dtype) or _stored_dtype(decoder), weights)
 

@@ -22,8 +22,8 @@ class TextSettings:
 
     tokenizer: Any
     """Tokenizer, with the image token among its special tokens."""
-    image_token: str
-    """Token that stands for an image in a prompt."""
+    image_token: str | None
+    """Token that stands for an image in a prompt; None if the model does not see."""
     template: str | dict[str, str]
     """Chat template of the export, or several by name, of which `default` is the run's."""
     stops: tuple[int, ...]
@@ -34,6 +34,7 @@ class TextSettings:
     @property
     def image_token_id(self) -> int:
         """Id of the image token."""
+        assert self.image_token is not None
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
 
 
@@ -46,8 +47,9 @@ def text_settings(source: Source) -> TextSettings:
     data = source.config.data
     template = load_template(source.decoder, data, config=source.text)
     tokenizer = template.tokenizer
-    image_token = find_image_token(source.decoder.family, tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    image_token = find_image_token(source.decoder.family, tokenizer) if source.sees else None
+    if image_token is not None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     named = dict(tokenizer.chat_template) if isinstance(tokenizer.chat_template, dict) else {}
     named["default"] = template.source
     for name, own in named.items():
@@ -82,10 +84,22 @@ def find_image_token(family: Family, tokenizer: Any) -> str:
     for token in (PLACEHOLDER, *family.image_tokens):
         if token in vocabulary:
             return token
+    spare = [token for token in _special_tokens(tokenizer) if token in vocabulary and _SPARE.search(token)]
+    if spare and family.per_layer_config is None:  # of a registered family the tokens are known
+        return min(spare, key=lambda token: (not re.search("ima?ge?", token), vocabulary[token]))
     raise ConfigError(
         f"the vocabulary has none of the {family.name} family's spare tokens "
         f"({', '.join(family.image_tokens) or 'it names none'}); name one in zero_ds/model/decoders/."
     )
+
+
+_SPARE = re.compile(r"image|unused|reserved|reponame|control_\d|extra_\d|SPECIAL_\d|place.?holder|vision_pad|\bdummy")
+"""Names that vocabularies give to special tokens of images, and to those without a use."""
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Returns every token that the tokenizer's own file marks as special."""
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def image_prompt(data: DataConfig) -> tuple[str, str]:
@@ -184,18 +198,28 @@ def _each_as_last(own: str, closing: str) -> str:
     return macro + _one_line(_EACH_AS_LAST).replace("CLOSING_LENGTH", str(len(closing)))
 
 
-def chat_template(own: str, image_token: str, data: DataConfig, closing: str | None = None) -> str:
+# The same where no message has images: only the system message is added.
+_ADD_SYSTEM = """
+{%- set ns = namespace(messages=[]) -%}
+SET_SYSTEM
+{%- set messages = ns.messages + messages -%}
+"""
+
+
+def chat_template(own: str, image_token: str | None, data: DataConfig, closing: str | None = None) -> str:
     """Returns the decoder's template `own` after a few lines that convert messages with images to those of training.
 
     A message's content is a list of images and text, which keep their order, or a string with `<image>`, as training's
-    data and lmms-eval have them. closing: if every answer is rendered as the last one, what `own` writes after it.
+    data and lmms-eval have them. image_token: None for a model that does not see, whose messages stay as they are.
+    closing: if every answer is rendered as the last one, what `own` writes after it.
 
     In the first user's message, one image before or after the text gets the fixed image prompt around it; other
     images stay where they are, and so do strings without an image. The system prompt is that of training, and so is the
     date in templates that write one.
     """
     before, between = image_prompt(data)
-    template = _CONVERT_MESSAGES.replace("JOIN_CONTENTS", _JOIN_CONTENTS)
+    template = _CONVERT_MESSAGES if image_token is not None else _ADD_SYSTEM
+    template = template.replace("JOIN_CONTENTS", _JOIN_CONTENTS)
     template = template.replace("WRAP_IMAGE", "" if data.image_prompt == "off" else _WRAP_IMAGE)
     template = template.replace("SET_SYSTEM", "" if data.system_prompt is None else _SET_SYSTEM)
     one_line = _one_line(template)

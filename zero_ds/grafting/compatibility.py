@@ -102,7 +102,10 @@ def compatibility(
     """
     target = DecoderFolder.of(target)
     manifest, config = checkpoint.manifest, run_config(checkpoint)
-    trained_width, width = adapter_width(checkpoint), target.hidden_size
+    width = target.hidden_size
+    # a language model that trained alone has no adapter, and fits its own target
+    alone = config.encoder is None and not {"decoder", "lora"}.isdisjoint(trained_parts(config))
+    trained_width = width if alone else adapter_width(checkpoint)
     if thorough:
         checkpoint.check_weights()
     recorded_hash = str(manifest.get("target_hash"))

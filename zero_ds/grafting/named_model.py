@@ -18,7 +18,7 @@ from zero_ds.grafting.load import load_graft, load_trained
 from zero_ds.grafting.tokenizers import for_texts_
 from zero_ds.model.adapter import Adapter
 from zero_ds.model.build import ModelSpec, Modules, build_model, sample_encoder
-from zero_ds.model.decoders import FAMILIES
+from zero_ds.model.decoders import family_of_config
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.encoders import ENCODERS
 from zero_ds.model.loading import load_complete, model_hash
@@ -191,9 +191,9 @@ def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple
     )
     config = llava.config
     text, vision = config.text_config, config.vision_config
-    family = next((known for known in FAMILIES.values() if text.model_type in known.model_types), None)
+    family = family_of_config(text, folder)
     encoder_family = next((known for known in ENCODERS.values() if vision.model_type in known.model_types), None)
-    if family is None or encoder_family is None:
+    if encoder_family is None:
         raise ConfigError(
             f"{folder} holds a {text.model_type} with a {vision.model_type}, which zero_ds does not "
             "support; open it with transformers."

@@ -130,7 +130,7 @@ def linear_layers(tensors: Mapping[str, T]) -> list[tuple[T, T]]:
 def output_width(shapes: Mapping[str, Any]) -> int | None:
     """Returns the width of the adapter's output, from the shapes of a result's tensors; None if it holds no adapter.
 
-    An adapter that lacks its last layers has the width of the last one that is there. Loading it names what is missing.
+    An adapter that lacks its last layers has the width of the last one that is there. Loading it names missing tensors.
     """
     for layer in (ALIGNER, *reversed(LINEARS)):
         for name in (f"{layer}.weight", f"{layer}.bias"):

@@ -15,6 +15,7 @@ from zero_ds.data.images import ImageProcessor
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.model import lora
 from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.cut import cut_config
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
 from zero_ds.model.layer_plan import LayerPlan
@@ -108,7 +109,7 @@ def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
 
     config = folder.text_config()
     if folder.plan is None and spec.plan is not None:
-        spec.plan.cut_(config, folder.family.per_layer_config)
+        config = cut_config(config, folder.family, spec.plan.sources)
     # nothing attends on the meta device, and packages that a GPU needs may be missing here
     options: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": "eager"}
     encoder = encoder_family = None
@@ -142,16 +143,16 @@ def _put_together(
 
 
 def without_dropout_(model: nn.Module) -> None:
-    """Switches off the dropout that some models' configs ask for.
+    """Switches off the dropout, and the noise on the input of routers, that some models' configs ask for.
 
-    The method uses no dropout. Besides, checkpoints do not store the state of random generators, so a run with dropout
+    The method uses neither. Besides, checkpoints do not store the state of random generators, so a run with dropout
     would not continue in the same way after it is resumed.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

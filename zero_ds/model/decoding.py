@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
@@ -36,7 +37,8 @@ class Context:
         chosen.filled = self.filled[numbers, :columns]
         for number, layer in enumerate(self.cache.layers):
             keys, values = cast(Any, layer).keys[:, :, :columns], cast(Any, layer).values[:, :, :columns]
-            chosen.cache.update(keys.index_select(0, numbers), values.index_select(0, numbers), number)
+            chosen_rows = numbers.to(keys.device)  # a layer on another GPU keeps its part of the cache there
+            chosen.cache.update(keys.index_select(0, chosen_rows), values.index_select(0, chosen_rows), number)
         return chosen
 
 
@@ -65,7 +67,7 @@ class Reader:
             return embeddings
         positions = context.filled.sum(1, keepdim=True) + filled.cumsum(1) - 1
         context.filled = torch.cat([context.filled, filled], dim=1)
-        backbone = getattr(self.model.decoder, self.model.family.backbone)
+        backbone = cast(Any, self.model.family.inner(self.model.decoder))
         output = backbone(
             inputs_embeds=embeddings,
             attention_mask=context.filled,
@@ -128,3 +130,25 @@ class Reader:
             return self.model.logits(hidden.float())
         finally:
             decoder.set_output_embeddings(head)
+
+
+def generate_from(decoder: Any, embeddings: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Returns the tokens that a decoder generates after embeddings (rows, seq, hidden): (rows, new tokens).
+
+    settings: arguments of transformers' `generate`. Classes whose `generate` takes no embeddings get token ids, and
+    their first lookup finds the embeddings.
+    """
+    accepted = inspect.signature(decoder.prepare_inputs_for_generation).parameters
+    if "inputs_embeds" in accepted:
+        output: torch.Tensor = decoder.generate(inputs_embeds=embeddings, **settings)
+        return output
+    ids = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    pending = [embeddings]
+    handle = decoder.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, looked_up: pending.pop() if pending else looked_up
+    )
+    try:
+        whole: torch.Tensor = decoder.generate(input_ids=ids, **settings)
+        return whole[:, ids.shape[1] :]
+    finally:
+        handle.remove()

@@ -82,9 +82,8 @@ class Teacher(nn.Module):
         self._layers: dict[int, nn.Module] = {
             layer: own[layer] if layer in own else shared[layer] for layer in self.plan.target_late
         }
-        listed = getattr(target.text_config(), "layer_types", None)
-        self._target_types = list(listed or ["full_attention"] * self.plan.depth)
-        self._surrogate_types = self.plan.cut_list(self._target_types)
+        self._target_types = _layer_types(target.text_config(), self.plan.depth)
+        self._surrogate_types = [self._target_types[source] for source in self.plan.sources]
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -188,6 +187,15 @@ class Teacher(nn.Module):
         return outputs, model.logits(self.family.norm(model.decoder)(hidden[rows]))
 
 
+def _layer_types(config: Any, depth: int) -> list[str]:
+    """Returns the type of every layer, by which its class chooses the mask and the positions that it passes on."""
+    for name in ("layer_types", "layers_block_type", "layer_block_types"):
+        listed = getattr(config, name, None)
+        if isinstance(listed, list) and len(listed) == depth:
+            return list(listed)
+    return ["full_attention"] * depth
+
+
 def _run(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
     return _hidden(layer(hidden, **arguments))
 
@@ -201,24 +209,23 @@ def _load_layers(
     model: VisionLanguageModel, target: DecoderFolder, numbers: Iterable[int], dtype: torch.dtype
 ) -> dict[int, nn.Module]:
     """Loads layers of the target, tensor by tensor, into new modules, which are partitioned under ZeRO-3."""
-    from safetensors import safe_open
-
     config = target.text_config()
-    config._attn_implementation = cast(Any, model.decoder).config._attn_implementation
-    kind = type(model.family.layers(model.decoder)[0])
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if hasattr(own := cast(Any, model.decoder).config, name):
+            setattr(config, name, getattr(own, name))
+    if target.is_registered:
+        kinds = [type(model.family.layers(model.decoder)[0])] * target.depth
+    else:
+        kinds = [type(layer) for layer in target.family.layers(target.on_meta())]
     layers: dict[int, nn.Module] = {}
     for number in numbers:
         with zero_init():
-            layer = cast(Any, kind)(config, number)
+            layer = cast(Any, kinds[number])(config, number)
         if not any(is_partitioned(p) for p in layer.parameters()):
             layer.to(dtype)
         for name, parameter in layer.named_parameters():
-            stored = target.stored[f"{model.family.layer_prefix}{number}.{name}"]
-            with (
-                safe_open(stored.file, framework="pt") as file,
-                gathered([parameter], modifier_rank=0),
-                torch.no_grad(),
-            ):
-                parameter.copy_(file.get_tensor(stored.name).to(dtype))
+            value = target.class_tensor(f"{model.family.layer_prefix}{number}.{name}")
+            with gathered([parameter], modifier_rank=0), torch.no_grad():
+                parameter.copy_(value.to(dtype))
         layers[number] = layer
     return layers

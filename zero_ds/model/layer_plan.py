@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -144,20 +143,10 @@ class LayerPlan:
             spans += [(first, after - 1) for first, after in pairwise(starts)]
         return spans[translator]
 
-    def cut_(self, config: Any, per_layer: Iterable[str]) -> None:
-        """Changes a target's text config into its surrogate's: the number of layers, and lists with an entry per layer.
-
-        per_layer: names of those lists (`Family.per_layer_config`).
-        """
-        config.num_hidden_layers = self.surrogate_depth
-        for key in per_layer:
-            values = getattr(config, key, None)
-            if isinstance(values, list):
-                setattr(config, key, self.cut_list(values))
-
-    def cut_list(self, values: Sequence[Any]) -> list[Any]:
-        """Returns the surrogate's list from the target's; both have one entry per layer."""
-        return [values[source] for source, _ in self.layers]
+    @property
+    def sources(self) -> list[int]:
+        """Target layer that each layer of the surrogate is copied from."""
+        return [source for source, _ in self.layers]
 
     def __str__(self) -> str:
         """Returns the paper's name of the surrogate, e.g. `T(16,26)`, or `T(1,3)x2+T(5,6)` with several translators."""
@@ -200,10 +189,15 @@ class SurrogateInfo:
     """Number of parameters of the target."""
     hashes: dict[str, str] = field(default_factory=dict)
     """Hashes of the parts that vision encoder and translators rely on: `tokenizer`, `template`, `embeddings`."""
+    dense_width: int | None = None
+    """Units of the dense network of every translator; None for translators that are copies of layers."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of surrogate.json."""
-        return {**self.__dict__, "plan": self.plan.to_json()}
+        content = {**self.__dict__, "plan": self.plan.to_json()}
+        if self.dense_width is None:
+            del content["dense_width"]
+        return content
 
 
 def read_surrogate(folder: str | Path) -> SurrogateInfo:

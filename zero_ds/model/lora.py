@@ -66,6 +66,13 @@ def without(decoder: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
+def stored_tensors(decoder: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Returns what files of the decoder hold without adapters: its own parameters, and the buffers that are stored."""
+    stored = decoder.state_dict()
+    buffers = [(name, buffer) for name, buffer in decoder.named_buffers() if name in stored]
+    return [*((name, parameter.detach()) for name, parameter in without(decoder)), *buffers]
+
+
 @torch.no_grad()
 def merge_(decoder: nn.Module) -> None:
     """Adds the adapters to the weights that they adapt and removes them, which leaves an ordinary decoder."""

@@ -204,6 +204,19 @@ def sums_by_length(losses: torch.Tensor, labels: torch.Tensor, responses: torch.
     return sums.index_add_(0, kind, both)
 
 
+def sums_by_source(losses: torch.Tensor, batch: Batch, sources: int) -> torch.Tensor:
+    """Returns the sum of the losses and the number of tokens of each source: (n,) -> (sources, 2), float64.
+
+    losses: (n,), of the supervised tokens of the batch.
+    """
+    rows = supervised_rows(batch.labels)
+    number = torch.zeros(len(losses), dtype=torch.long)
+    if batch.sources is not None:
+        number = supervised(batch.sources, rows).long()
+    both = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)], dim=1)
+    return torch.zeros(sources, 2, dtype=torch.float64).index_add_(0, number, both)
+
+
 def response_lengths(labels: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
     """Returns the number of supervised tokens of each response: (batch, seq), (batch, seq) -> (responses,), int64.
 

@@ -39,7 +39,7 @@ def load_template(
         return NoChatTemplate(tokenizer, stops)
     template = ChatTemplate(tokenizer, own, special_tokens=data.special_tokens, stops=stops, learns=learns)
     if learns:
-        template.check(system=data.system_prompt is not None)
+        template.check(system=data.system_prompt)
     return template
 
 

@@ -122,19 +122,42 @@ def allow_two_models_under_hpz() -> None:
     groups._create_zero_param_parallel_group = create_once
 
 
-def layers_as_leaves_(model: nn.Module, layers: Sequence[nn.Module], *, trained: bool) -> list[nn.Module]:
+def without_leaf_classes(ds: dict[str, Any]) -> dict[str, Any]:
+    """Returns a DeepSpeed configuration without the classes that DeepSpeed treats as one unit of its own accord.
+
+    They are blocks of experts of three model types. A unit that trains may run only once in a forward pass: after each
+    run DeepSpeed reduces the gradients of all its parameters, and the second time it finds them in its bucket already.
+    """
+    leaves: dict[str, list[str]] = {"classes": [], "names": [], "name_suffixes": []}
+    return {**ds, "zero_optimization": {**ds["zero_optimization"], "leaf_module": leaves}}
+
+
+def layers_as_leaves_(
+    model: nn.Module, layers: Sequence[nn.Module], *, trained: bool, run_twice: bool = False
+) -> list[nn.Module]:
     """Makes ZeRO-3 treat each decoder layer as one unit, with hooks around the layer and not around each of its parts.
 
-    Applies to every module in `model` of the layers' type, so it includes the layers of a teacher in distillation.
+    Applies to every module in `model` of the layers' types, so it includes the layers of a teacher in distillation.
     Layers that train become units only if `trained` is set: when the input of a leaf module has no gradient, DeepSpeed
-    releases the module before the gradients of its weights exist. Returns those of `layers` that are now units.
+    releases the module before the gradients of its weights exist. Inside a layer that trains, experts and their router
+    become a unit, as DeepSpeed asks for: ranks choose different experts, and would wait for each other. Experts in one
+    tensor need no unit, and get none in layers that run twice in a forward pass (`run_twice`). Returns those of
+    `layers` that are now units.
     """
     from deepspeed.utils import set_z3_leaf_modules_by_name
 
-    units = {name: module for name, module in model.named_modules() if isinstance(module, type(layers[0]))}
+    kinds = tuple({type(layer) for layer in layers})
+    units = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not trained:
         units = {n: layer for n, layer in units.items() if not any(p.requires_grad for p in layer.parameters())}
-    set_z3_leaf_modules_by_name(model, list(units))
+    whole = tuple(f"{name}." for name in units)
+    experts = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "experts", None), nn.ModuleList if run_twice else nn.Module)
+        and not f"{name}.".startswith(whole)
+    ]
+    set_z3_leaf_modules_by_name(model, [*units, *experts])
     return [layer for layer in layers if layer in units.values()]
 
 

@@ -5,6 +5,7 @@ Source: section 1.2 and Figure 4 of the paper. All arithmetic on layer numbers i
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -13,11 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from zero_ds.model.decoders.cut import check_cut, cut_config, cut_entries
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.shrink import active_share, causal_class
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo
-from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.errors import ConfigError, one_line
 from zero_ds.runtime.files import check_vacant, new_folder
-from zero_ds.runtime.safetensors import Span, content_hash, write_shards
+from zero_ds.runtime.safetensors import Span, Tensor, content_hash, write_shards
+from zero_ds.surrogate.dense import check_dense, dense_entries, dense_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +33,17 @@ NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of the chat templates that a tokenizer has besides its default one; copied as well."""
 
 
-def build_surrogate(target: DecoderFolder | Path, replaced: Iterable[Replaced], out: Path) -> SurrogateInfo:
+def build_surrogate(
+    target: DecoderFolder | Path, replaced: Iterable[Replaced], out: Path, *, dense_width: int | None = None
+) -> SurrogateInfo:
     """Writes the surrogate of `target` to the folder `out`: an ordinary Hugging Face folder plus surrogate.json.
 
     Bytes are copied from file to file; neither model is ever held in memory. Of a multimodal model only the decoder is
     cut, into a folder of its causal LM's class. If `out` already holds this very surrogate, its files are checked and
     nothing is written.
+
+    dense_width: units of a dense network in place of every translator's experts; None means that translators are copies
+    of layers.
 
     Raises:
         ConfigError: ranges that do not fit, an `out` that holds something else, missing or damaged weights, or not
@@ -42,13 +51,17 @@ def build_surrogate(target: DecoderFolder | Path, replaced: Iterable[Replaced], 
     """
     target, existing = DecoderFolder.of(target), DecoderFolder(out)
     if existing.surrogate is not None:
-        return _check_same(existing, target, LayerPlan(existing.surrogate.plan.depth, tuple(replaced)))
+        return _check_same(existing, target, LayerPlan(existing.surrogate.plan.depth, tuple(replaced)), dense_width)
     family = target.family
     plan = LayerPlan(target.depth, tuple(replaced))
     check_vacant(out)
     tensors = target.spans
-    written = [(name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)]
+    written: list[tuple[str, Tensor]] = [
+        (name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)
+    ]
     config, hashes = _cut_config(target, plan), target.text_hashes
+    if dense_width is not None:
+        config, written = _with_dense(target, plan, config, written, dense_width)
     copied = [file for file in target.path.iterdir() if COPIED.fullmatch(file.name) and file.is_file()]
     copied += sorted((target.path / NAMED_TEMPLATES).glob("*.jinja"))
     needed = sum(span.size for _, span in written)
@@ -67,13 +80,16 @@ def build_surrogate(target: DecoderFolder | Path, replaced: Iterable[Replaced], 
             plan=plan,
             kept_parameters=sum(span.parameters for _, span in written),
             target_parameters=sum(span.parameters for span in tensors.values()),
+            dense_width=dense_width,
             hashes={**hashes, "embeddings": embeddings.result()},
         )
         (folder / "surrogate.json").write_text(json.dumps(info.to_json(), indent=2) + "\n", encoding="utf-8")
     return info
 
 
-def _check_same(existing: DecoderFolder, target: DecoderFolder, plan: LayerPlan) -> SurrogateInfo:
+def _check_same(
+    existing: DecoderFolder, target: DecoderFolder, plan: LayerPlan, dense_width: int | None
+) -> SurrogateInfo:
     """Returns the content of an existing surrogate.json, after checking that it is this plan of this target.
 
     Raises:
@@ -81,7 +97,8 @@ def _check_same(existing: DecoderFolder, target: DecoderFolder, plan: LayerPlan)
     """
     info = existing.surrogate
     assert info is not None
-    if target.hash(like=info.target_hash) != info.target_hash or info.plan != plan:
+    same = info.plan == plan and info.dense_width == dense_width
+    if target.hash(like=info.target_hash) != info.target_hash or not same:
         raise ConfigError(f"{existing} holds another surrogate, {info.plan} of {info.target}; choose another --out.")
     _ = existing.spans  # raises if the weights are incomplete
     return info
@@ -95,21 +112,77 @@ def _cut_config(target: DecoderFolder, plan: LayerPlan) -> dict[str, Any]:
     """
     config = dict(target.raw_config)
     text = target.text_config()
+    if not target.is_registered:
+        return _cut_verified(target, plan)
     if target.is_multimodal:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         config = text.to_dict()
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
     config["num_hidden_layers"] = plan.surrogate_depth
-    for key in target.family.per_layer_config:
+    for key in target.family.per_layer_config or ():
         values = config.get(key) or getattr(text, key, None)
         if isinstance(values, list):
             if len(values) != plan.depth:
                 raise ConfigError(
                     f"{target.config_file} lists {len(values)} {key} for {plan.depth} layers; fetch it again."
                 )
-            config[key] = plan.cut_list(values)
+            config[key] = [values[source] for source in plan.sources]
     return config
+
+
+def _cut_verified(target: DecoderFolder, plan: LayerPlan) -> dict[str, Any]:
+    """Returns the surrogate's config.json for a class that no family describes, after the cut was checked.
+
+    Raises:
+        ConfigError: as `check_cut`; the class reads an entry of config.json otherwise than its own config has it.
+    """
+    text = target.text_config()
+    check_cut(text, target.family, plan.sources)
+    config = text.to_dict() if target.is_multimodal else dict(target.raw_config)
+    if target.is_multimodal:
+        config["architectures"] = [causal_class(text).__name__]
+    entries = cut_entries(text, target.family, plan.sources)
+    config |= {text.attribute_map.get(name, name): value for name, value in entries.items()}
+    try:
+        read = type(text).from_dict(json.loads(json.dumps(config), object_hook=_special_floats))
+    except Exception as error:  # transformers raises many exception types for entries that it does not accept
+        raise ConfigError(
+            f"{type(text).__name__} does not accept a surrogate {plan} ({one_line(error)}); replace other layers."
+        ) from None
+    for name, value in entries.items():
+        if name != "per_layer_config" and vars(read).get(text.attribute_map.get(name, name), value) != value:
+            raise ConfigError(
+                f"{type(text).__name__} cannot state {name} for {plan.surrogate_depth} layers; replace other layers."
+            )
+    return config
+
+
+def _with_dense(
+    target: DecoderFolder, plan: LayerPlan, config: dict[str, Any], copied: list[tuple[str, Tensor]], width: int
+) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
+    """Returns config.json and tensors of a surrogate with dense translators, from those with copied ones.
+
+    Raises:
+        ConfigError: the target has no experts, or its class no dense layers there.
+    """
+    text = target.text_config()
+    if target.is_registered or active_share(text) == 1:
+        raise ConfigError(f"{target} has no experts that a dense translator could replace; keep --translator copy.")
+    cut = cut_config(text, target.family, plan.sources)
+    entries = dense_entries(cut, plan.translators, width)
+    dense = copy.deepcopy(cut)
+    for name, value in entries.items():
+        setattr(dense, name, value)
+    check_dense(target, cut, dense, plan.translators)
+    stored = target.spans[target.family.embeddings].dtype
+    written = dense_tensors(target, dense, copied, plan.translators, stored)
+    return {**config, **{text.attribute_map.get(name, name): value for name, value in entries.items()}}, written
+
+
+def _special_floats(entry: dict[str, Any]) -> Any:
+    """Returns the number that transformers writes as an object in JSON, which has no infinity."""
+    return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
 
 
 def kept_tensors(

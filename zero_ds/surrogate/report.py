@@ -14,6 +14,7 @@ from torch import nn
 
 from zero_ds.model.build import ModelSpec, Modules, build_model
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.shrink import active_share, is_expert
 from zero_ds.model.layer_plan import SurrogateInfo, read_surrogate
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
@@ -126,6 +127,7 @@ def audit(surrogate: DecoderFolder | Path, target: DecoderFolder | Path) -> dict
             "target": info.target_parameters,
             "dropped": _parameters(theirs, family.layer_prefix, info.plan.dropped),
             "trained": _parameters(mine, family.layer_prefix, info.plan.translators),
+            **_active(surrogate, target),
         },
         "bytes": {
             "kept": sum(span.size for span in mine.values()),
@@ -138,6 +140,18 @@ def audit(surrogate: DecoderFolder | Path, target: DecoderFolder | Path) -> dict
         "hashes": hashes,
         "same": {name: pair["surrogate"] == pair["target"] for name, pair in hashes.items()},
     }
+
+
+def _active(surrogate: DecoderFolder, target: DecoderFolder) -> dict[str, int]:
+    """Returns the numbers of parameters that compute a token; empty for decoders without experts."""
+    share = active_share(target.text_config())
+    if share == 1:
+        return {}
+    counts = {}
+    for name, folder in (("active_kept", surrogate), ("active_target", target)):
+        spans = folder.spans.items()
+        counts[name] = round(sum(span.parameters * (share if is_expert(key) else 1) for key, span in spans))
+    return counts
 
 
 def _info(surrogate: DecoderFolder) -> SurrogateInfo:
@@ -239,10 +253,14 @@ def lines(content: dict[str, Any]) -> list[str]:
     parameters, size, layers = content["parameters"], content["bytes"], content["layers"]
     ratios = content["step_flops_ratio"]
     share = parameters["kept"] / parameters["target"]
+    active = []
+    if "active_target" in parameters:
+        active = [f"of a token   {parameters['active_kept']:,} of {parameters['active_target']:,} parameters"]
     found = [
         f"{content['plan']} of {content['target']}: {layers['surrogate']} of {layers['target']} layers",
         f"parameters  {parameters['kept']:,} of {parameters['target']:,} ({share:.0%}),"
         f" {parameters['trained']:,} in translators at {content['translators']}",
+        *active,
         f"bytes       {size['kept'] / 1e9:.2f} of {size['target'] / 1e9:.2f} GB",
         f"step        {ratios['encoder']:.2f} of the target's FLOPs in the encoder stage"
         f" ({ratios['encoder_distilled']:.2f} with distillation)",

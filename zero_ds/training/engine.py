@@ -14,14 +14,21 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.batches import Batch
 from zero_ds.data.samples import image_positions
 from zero_ds.model.attention import Sequences, is_flash
-from zero_ds.model.losses import length_classes, sums_by_length, supervised_rows
+from zero_ds.model.losses import length_classes, sums_by_length, sums_by_source, supervised_rows
 from zero_ds.model.vlm import Known, VisionLanguageModel
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.zero3 import is_always_whole, keep_frozen_whole_, layers_as_leaves_, parameter_shape
+from zero_ds.runtime.zero3 import (
+    is_always_whole,
+    keep_frozen_whole_,
+    layers_as_leaves_,
+    parameter_shape,
+    without_leaf_classes,
+)
 from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 from zero_ds.training.options import compilation
-from zero_ds.training.stages import Part, learning_rate
+from zero_ds.training.profile import phase
+from zero_ds.training.stages import VISION, Part, learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +50,6 @@ def schedule(config: RunConfig, total_steps: int) -> Callable[[int], float]:
 
 PATIENCE = 20
 """Number of steps within which every trained part must have had a gradient; for `VISION`, steps with an image."""
-VISION: tuple[Part, ...] = ("encoder", "adapter", "aligner")
-"""Parts that get a gradient from images only."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class StepResult:
     """2-norm of the whole gradient before clipping."""
     by_length: torch.Tensor
     """Sum of the rank's next-token loss and number of its tokens, by length of the response: (classes, 2)."""
+    by_source: torch.Tensor
+    """Both sums by the source of the sample: (sources, 2)."""
     terms: dict[str, float]
     """The rank's share of each term that the recipe adds to the loss, before it is weighted, by name."""
 
@@ -92,7 +99,9 @@ class Engine:
         if ds["zero_optimization"]["stage"] == 3:
             # a trained layer can be a unit only where its input has a gradient, that is, where the embeddings train
             embeddings_train = cast(Any, model.decoder).get_input_embeddings().weight.requires_grad
-            layers = layers_as_leaves_(model, layers, trained=config.compile and embeddings_train)
+            run_twice = model.teacher is not None
+            layers = layers_as_leaves_(model, layers, trained=config.compile and embeddings_train, run_twice=run_twice)
+            ds = without_leaf_classes(ds) if run_twice else ds
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]
@@ -129,13 +138,17 @@ class Engine:
         terms: list[torch.Tensor] = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(batches))  # the number of passes may vary
-            outcome = self.engine(**self._inputs(batch), text_only=self.short_backward and images == 0)
+            with phase("inputs"):
+                inputs = self._inputs(batch)
+            with phase("forward"):
+                outcome = self.engine(**inputs, text_only=self.short_backward and images == 0)
             loss = outcome.total / max(1.0, supervised_tokens)
             shares.append(loss.detach())
             tokens.append(outcome.tokens)
             if outcome.terms is not None:
                 terms.append(outcome.terms / max(1.0, supervised_tokens))
-            self.engine.backward(loss * (self.accumulation * self.world_size))
+            with phase("backward"):
+                self.engine.backward(loss * (self.accumulation * self.world_size))
             if self.engine.is_gradient_accumulation_boundary():
                 # losses are read only now: a GPU has work queued while the host waits for numbers
                 share = self._finite_sum(shares, batches, step)
@@ -143,16 +156,21 @@ class Engine:
                 self._look_for_gradients(images > 0)
                 if not math.isfinite(norm):
                     self._refuse_gradient(step)
-            self.engine.step()
+            with phase("update"):
+                self.engine.step()
         if self.stage:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
             if not math.isfinite(norm) and not self.scaled:  # DeepSpeed skips such a step silently
                 self._refuse_gradient(step)
         by_length = torch.zeros(len(length_classes()), 2, dtype=torch.float64)
+        by_source = torch.zeros(len(self.config.data.sources), 2, dtype=torch.float64)
         for of_batch, batch in zip(tokens, batches, strict=True):
-            by_length += sums_by_length(of_batch.cpu(), batch.labels, batch.responses)
+            losses = of_batch.cpu()
+            by_length += sums_by_length(losses, batch.labels, batch.responses)
+            if len(by_source) > 1:
+                by_source += sums_by_source(losses, batch, len(by_source))
         values = torch.stack(terms).sum(0).tolist() if terms else []
-        return StepResult(share, norm, by_length, dict(zip(self.config.losses, values, strict=True)))
+        return StepResult(share, norm, by_length, by_source, dict(zip(self.config.losses, values, strict=True)))
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Returns the arguments of the forward pass on the device, with positions that it would have to ask it for."""

@@ -33,6 +33,6 @@ class ModelFolders:
         decoder = target
         if stages.decoder_kind(config) == "surrogate" and config.surrogate:
             decoder = DecoderFolder(local_folder(config.surrogate))
-        has_vision = config.encoder is not None and stages.STAGES[config.stage].vision
+        has_vision = config.encoder is not None and stages.has_vision(config)
         encoder = local_folder(config.encoder.path) if config.encoder is not None and has_vision else None
         return cls(target, decoder, encoder)

@@ -23,9 +23,11 @@ from zero_ds.training.metrics import StepCounts
 from zero_ds.training.monitor import Monitor
 from zero_ds.training.planning.flops import peak_flops, step_cost
 from zero_ds.training.preview import Preview
+from zero_ds.training.profile import Profiler, phase
 from zero_ds.training.resume import progress_after
 from zero_ds.training.setup import Run
 from zero_ds.training.skipped import SkippedSamples
+from zero_ds.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +46,13 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     meter = Meter.of(engine)
     saver = Saver(run, engine, manifest, skipped)
     preview = Preview(config, loader)
+    validation = Validation(config, loader, total)
+    sources = loader.records.names()
+    profiler = Profiler(config.profile, run.out)
     with (
         contextlib.closing(saver),
         contextlib.closing(Monitor(run.out, engine.engine.monitor, config.log_every, first, total)) as monitor,
+        profiler,
     ):
         for step, batches, started, waited in timed_steps(loader, first, total):
             counts = StepCounts.of(batches, cost).over_ranks()
@@ -56,22 +62,31 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
                 batches = with_token_weights(batches, config.dynamic_loss)
 
             result = engine.step(batches, step, counts.supervised, counts.images)
-            sums = StepSums.over_ranks(result, bool(run.stop.received), saver)
+            skips = skipped_by_source(batches, len(sources))
+            sums = StepSums.over_ranks(result, skips, bool(run.stop.received), saver)
 
             scalars = meter.scalars(
                 step, result, sums, counts, skipped, seconds=time.monotonic() - started, waited=waited
             )
+            scalars |= sums.of_sources(sources)
             if monitor.shows(step + 1):
                 scalars |= distributed.memory_gib()
+            is_best = False
+            if validation.due(step + 1):
+                measured = validation.measure(engine.model)
+                scalars |= measured
+                is_best = validation.improves(measured) and config.checkpoint.best
             monitor.step(step + 1, (step + 1) * config.global_batch, scalars)
+            if profiler.step():
+                break
 
             if preview.due(step + 1):
                 preview.show(step + 1, engine.model, monitor)
 
             saver.look_after(sums)
             ends = sums.stop or step + 1 == total
-            if ends or sums.overdue or saver.due(step + 1):
-                saver.save(step + 1, wait=ends)
+            if ends or sums.overdue or saver.due(step + 1) or is_best:
+                saver.save(step + 1, wait=ends, lowest=validation.lowest if is_best else None)
             if sums.stop:
                 sender = run.stop.received or "a signal to another rank"
                 raise SystemExit(f"stopped by {sender} after step {step + 1}; run again to resume.")
@@ -84,7 +99,8 @@ def timed_steps(loader: Loader, first: int, total: int) -> Iterator[tuple[int, l
     batches = iter(loader.steps(first, total))
     for step in range(first, total):
         started = time.monotonic()
-        micro_batches = next(batches)
+        with phase("data"):
+            micro_batches = next(batches)
         yield step, micro_batches, started, time.monotonic() - started
 
 
@@ -106,17 +122,48 @@ class StepSums:
     """Sum of the next-token loss, then number of tokens, of each class of response lengths."""
     terms: dict[str, float]
     """Each term that the recipe adds to the loss, before it is weighted, divided by the same number."""
+    by_source: list[float]
+    """Sum of the next-token loss, then number of tokens, of each source."""
+    skips: list[float]
+    """Number of samples of each source that the step had to skip."""
 
     @classmethod
-    def over_ranks(cls, result: StepResult, stop: bool, saver: Saver) -> StepSums:
-        """Sums up the ranks' knowledge. A collective. stop: whether this rank was asked to end."""
-        by_length = result.by_length.flatten().tolist()
-        loss, stops, late, writing, unwritten, *others = distributed.sum_over_ranks(
-            result.share, stop, saver.overdue(), *saver.progress(), *by_length, *result.terms.values()
-        )
-        terms = dict(zip(result.terms, others[len(by_length) :], strict=True))
-        classes = others[: len(by_length)]
-        return cls(loss, bool(stops), bool(late), bool(writing), bool(unwritten), classes, terms)
+    def over_ranks(cls, result: StepResult, skips: list[int], stop: bool, saver: Saver) -> StepSums:
+        """Sums up the ranks' knowledge. A collective.
+
+        skips: this rank's skipped samples by source. stop: whether this rank was asked to end.
+        """
+        parts = [
+            [result.share, stop, saver.overdue(), *saver.progress()],
+            result.by_length.flatten().tolist(),
+            [*result.terms.values()],
+            result.by_source.flatten().tolist(),
+            skips,
+        ]
+        sums = iter(distributed.sum_over_ranks(*(value for part in parts for value in part)))
+        (loss, *flags), by_length, terms, by_source, of_skips = ([next(sums) for _ in part] for part in parts)
+        named = dict(zip(result.terms, terms, strict=True))
+        stops, late, writing, unwritten = map(bool, flags)
+        return cls(loss, stops, late, writing, unwritten, by_length, named, by_source, of_skips)
+
+    def of_sources(self, names: list[str]) -> dict[str, float]:
+        """Returns the scalars of each of several sources: loss, tokens with loss, and skipped samples of the step."""
+        scalars: dict[str, float] = {}
+        if len(names) < 2:
+            return scalars
+        pairs = zip(names, self.by_source[::2], self.by_source[1::2], self.skips, strict=True)
+        for name, loss, tokens, skips in pairs:
+            if tokens:
+                scalars[f"loss_by_source/{name}"] = loss / tokens
+            scalars[f"tokens_by_source/{name}"] = tokens
+            scalars[f"skipped_by_source/{name}"] = skips
+        return scalars
+
+
+def skipped_by_source(batches: list[Batch], sources: int) -> list[int]:
+    """Returns the number of samples of each source that a rank's micro-batches lack."""
+    found = [number for batch in batches for number in batch.skipped_sources]
+    return [found.count(number) for number in range(sources)]
 
 
 @dataclass(frozen=True)
@@ -203,18 +250,22 @@ class Saver:
             with self._clock.saving():
                 self._publish()
 
-    def save(self, step: int, wait: bool) -> None:
+    def save(self, step: int, wait: bool, lowest: float | None = None) -> None:
         """Saves a checkpoint after this step, after the one before is complete. A collective.
 
-        wait: whether to return only when it is complete, as at the end of a run.
+        wait: whether to return only when it is complete, as at the end of a run. lowest: the held-out loss, if it makes
+        this checkpoint the best one.
         """
+        progress = progress_after(step, self.skipped)
+        if lowest is not None:
+            progress["validation_loss"] = lowest
         with self._clock.saving(new=True):
             self._publish()
             self._pending = begin_saving(
                 self.run.out,
                 self.engine,
                 self.manifest,
-                progress_after(step, self.skipped),
+                progress,
                 self._shares,
                 asynchronous=self.settings.asynchronous,
             )

@@ -59,12 +59,15 @@ class Monitor:
         record = {"step": step, "samples": samples, **{name: float(value) for name, value in scalars.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        events = [(f"train/{name}", value, step) for name, value in scalars.items()]
+        events = []
+        for name, value in scalars.items():
+            events.append((name if name.startswith("validation/") else f"train/{name}", value, step))
         if self.engine_monitor is not None and self.engine_monitor.enabled:
             self.engine_monitor.write_events(events)
         if self.shows(step):
             rates = [name for name in scalars if name.startswith("learning_rate/")]
             names = ("loss", *rates, "grad_norm", "tokens_per_second")
+            names += tuple(name for name in scalars if name == "validation/loss")
             shown = "  ".join(f"{name} {scalars[name]:.4g}" for name in names)
             logger.info("%s  %s", self.clock.line(step), shown)
 

@@ -18,6 +18,7 @@ from zero_ds.data.images import image_name, open_image
 from zero_ds.data.loader import Loader
 from zero_ds.data.samples import EncodedSample
 from zero_ds.data.sources import Sample
+from zero_ds.data.stored import ImageFile
 from zero_ds.data.tokens import ConversationError
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
@@ -33,8 +34,8 @@ class Answer:
 
     sample: str
     """Id of the sample."""
-    image: str | None
-    """Path of its first image."""
+    image: ImageFile | None
+    """Its first image."""
     question: str
     answer: str
     """Answer of the model."""

@@ -19,6 +19,7 @@ from zero_ds.config.batches import describe_batches, fit_to_ranks
 from zero_ds.config.schema import RunConfig
 from zero_ds.data.formats import DataError
 from zero_ds.data.loader import Loader
+from zero_ds.data.prepared import Prepared
 from zero_ds.data.sources import Records
 from zero_ds.model.adapter import belongs_to, match_embeddings_, missing_tensors
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
@@ -146,6 +147,28 @@ def seed_everything(seed: int) -> None:
 # -- model and data ----------------------------------------------------------------------------------------------------
 
 
+def _check_rows(config: RunConfig, decoder: DecoderFolder) -> None:
+    """Checks that the decoder can read rows of samples as the run makes them.
+
+    Raises:
+        ConfigError: samples are packed, and the layers would mix them; or samples are longer than a table of positions.
+    """
+    family = decoder.family
+    if config.data.packing and not family.packs:
+        raise ConfigError(
+            f"data.packing=true needs layers in which a sample sees only itself, and those of {family.name} mix "
+            "samples; set data.packing=false."
+        )
+    if not family.counted_positions:
+        return
+    positions = decoder.text_config().max_position_embeddings
+    if config.data.max_length > positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length}, but {family.name} has a table of {positions} positions; set "
+            f"data.max_length={positions}."
+        )
+
+
 def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | None = None) -> VisionLanguageModel:
     """Loads the model of a run, with new layers at random. A collective under ZeRO-3.
 
@@ -157,6 +180,7 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     folders = folders or ModelFolders.of(config)
+    _check_rows(config, folders.decoder)
     dtype = resolve_precision(config)
     sharded = ds["zero_optimization"].get("stage") == 3
     # while this object is alive, from_pretrained fills ZeRO-3 partitions directly
@@ -190,11 +214,17 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
 
 
 def make_loader(
-    config: RunConfig, model: VisionLanguageModel, world_size: int | None = None, folders: ModelFolders | None = None
+    config: RunConfig,
+    model: VisionLanguageModel,
+    world_size: int | None = None,
+    folders: ModelFolders | None = None,
+    *,
+    raw_images: bool = False,
 ) -> Loader:
     """Opens the data of a run for this rank. A collective.
 
     world_size: number of ranks that share a global batch; all of them if None. folders: as for `load_model`.
+    raw_images: give images as they were read, without the image processor (`Batch.images`).
 
     Raises:
         DataError: a data file that cannot be used.
@@ -211,7 +241,13 @@ def make_loader(
     skip_bad = config.data.bad_samples == "skip"
     with distributed.rank_zero_first():
         permute = config.seed if config.data.shuffle else None
-        records = Records(config.data.sources, skip_bad=skip_bad, permute=permute)
+        records = Records(
+            config.data.sources,
+            skip_bad=skip_bad,
+            permute=permute,
+            caption_prompt=config.data.caption_prompt,
+            share=config.validation.share,
+        )
     return Loader(
         records=records,
         sample_encoder=encode,
@@ -222,9 +258,11 @@ def make_loader(
         pad_id=encode.template.tokenizer.pad_token_id or 0,
         seed=config.seed,
         workers=config.data.workers,
+        prepared=Prepared(Path(config.data.prepared), records, encode) if config.data.prepared else None,
         grouping=config.data.grouping,
         skip_bad=skip_bad,
         packing=config.data.packing,
+        raw_images=raw_images,
     )
 
 

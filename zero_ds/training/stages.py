@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # the stage table is read by commands that compute nothing, w
 
 Part = Literal["encoder", "adapter", "aligner", "translator", "early", "decoder", "lora"]
 
+VISION: tuple[Part, ...] = ("encoder", "adapter", "aligner")
+"""Parts that only a model with a vision encoder has; they get a gradient from images only."""
+
 SURROGATE_ONLY = ("translator.", "early.")
 """Prefixes of the names of weights that belong to a surrogate and have no place in its target."""
 
@@ -40,6 +43,8 @@ class Stage:
     supervise: Supervision
     vision: bool = True
     """True if the model has a vision encoder."""
+    without_vision: bool = False
+    """True if the stage also trains a language model alone, in a run without `encoder`."""
 
 
 STAGES = {
@@ -57,7 +62,11 @@ STAGES = {
         Stage(name="encoder", trains=("encoder", "adapter"), decoder="surrogate", supervise="special_tokens"),
         Stage(name="align", trains=("aligner",), decoder="target", supervise="special_tokens"),
         Stage(
-            name="decoder", trains=("encoder", "adapter", "aligner", "decoder"), decoder="target", supervise="response"
+            name="decoder",
+            trains=("encoder", "adapter", "aligner", "decoder"),
+            decoder="target",
+            supervise="response",
+            without_vision=True,
         ),
     )
 }
@@ -76,8 +85,10 @@ def stage_of(config: RunConfig) -> Stage:
         from zero_ds.model.losses import check_terms
 
         check_terms(config.losses)
-    if stage.vision and config.encoder is None:
+    if stage.vision and config.encoder is None and not stage.without_vision:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")
+    if trains_alone(config):
+        _check_text_alone(config)
     if decoder_kind(config) == "surrogate" and not config.surrogate:
         raise ConfigError(f"stage {stage.name} trains against a surrogate; set surrogate=FOLDER or decoder=target.")
     if stage.trains == ("aligner",) and config.adapter.width is None:
@@ -91,6 +102,30 @@ def stage_of(config: RunConfig) -> Stage:
     if not trained_parts(config):
         raise ConfigError(f"stage {stage.name} has nothing to train against the target; leave out decoder=target.")
     return stage
+
+
+def has_vision(config: RunConfig) -> bool:
+    """Returns whether the run's model has a vision encoder."""
+    return STAGES[config.stage].vision and config.encoder is not None
+
+
+def trains_alone(config: RunConfig) -> bool:
+    """Returns whether the run trains a language model alone in a stage that usually has a vision encoder."""
+    return STAGES[config.stage].without_vision and config.encoder is None
+
+
+def _check_text_alone(config: RunConfig) -> None:
+    """Refuses settings of images in a run without a vision encoder.
+
+    Raises:
+        ConfigError: an adapter, or a data set of which only samples with an image would be used.
+    """
+    without = f"stage {config.stage} has no vision encoder here"
+    if config.adapter.width is not None:
+        raise ConfigError(f"{without}, so adapter.width={config.adapter.width} has no place in it; leave it out.")
+    for source in config.data.sources:
+        if source.images_only:
+            raise ConfigError(f"{without}, and {source.path} is used for its images only; name a data set of texts.")
 
 
 def decoder_kind(config: RunConfig) -> Literal["surrogate", "target"]:
@@ -111,10 +146,13 @@ def supervision(config: RunConfig) -> Supervision:
 def trained_parts(config: RunConfig) -> tuple[Part, ...]:
     """Returns the parts that train: those of the stage that the model has.
 
-    A run against the target has no translators, one without `adapter.width` no aligner. Distilled translators train in
+    A run against the target has no translators, one without `adapter.width` no aligner, one without `encoder` nothing
+    that sees. Distilled translators train in
     every stage. With `lora`, low-rank adapters train in place of the decoder.
     """
     parts = tuple(p for p in STAGES[config.stage].trains if p != "aligner" or config.adapter.width is not None)
+    if not has_vision(config):
+        parts = tuple(part for part in parts if part not in VISION)
     if config.lora:
         parts = tuple("lora" if part == "decoder" else part for part in parts)
     if decoder_kind(config) == "target":

@@ -37,10 +37,14 @@ class Lens:
     """
 
     def __init__(self, family: Family, config: Any, norm: nn.Module) -> None:
-        self.family, self.config, self.norm = family, config, norm
+        self.family, self.config = family, config
+        self.norm = _WithOne(norm) if family.head_bias else norm
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields the head, (vocabulary, hidden), in one or more parts: the first token id and the rows of each."""
+        """Yields the head, (vocabulary, hidden), in one or more parts: the first token id and the rows of each.
+
+        Of a head with a bias, the bias is the last column, (vocabulary, hidden + 1), since `norm` ends in a one.
+        """
         raise NotImplementedError
 
     def pieces(self, rows: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -70,11 +74,29 @@ class ResidentLens(Lens):
         super().__init__(family, cast(Any, decoder).config, family.norm(decoder))
         self.decoder = decoder
         self.head = cast(Any, decoder).get_output_embeddings()
-        assert getattr(self.head, "bias", None) is None, "no registered family has a bias in its head"
+        assert family.head_bias or getattr(self.head, "bias", None) is None, "the description knows of no bias"
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields the whole head."""
-        yield 0, self.head.weight
+        yield 0, with_bias(self.head.weight, self.head.bias) if self.family.head_bias else self.head.weight
+
+
+class _WithOne(nn.Module):
+    """A norm with a one after its units, which meets the bias of the head."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Norms states: (..., hidden) -> (..., hidden + 1)."""
+        normed = self.norm(hidden_states)
+        return torch.cat([normed, torch.ones_like(normed[..., :1])], dim=-1)
+
+
+def with_bias(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Returns rows of a head with their bias as the last column: (rows, hidden), (rows,) -> (rows, hidden + 1)."""
+    return torch.cat([weight, bias.to(weight.dtype)[:, None]], dim=1)
 
 
 @dataclass(frozen=True)

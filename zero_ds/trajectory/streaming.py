@@ -7,13 +7,13 @@ of the same class, whose final norm is taken out.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,12 +21,14 @@ import torch
 from torch import nn
 
 from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.conversion import Group
+from zero_ds.model.decoders.cut import cut_config, fed
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.safetensors import Stored
 from zero_ds.trajectory.batching import batches, padded, progress, readings
 from zero_ds.trajectory.curves import check_finite
-from zero_ds.trajectory.lens import FinalLayer, Lens
+from zero_ds.trajectory.lens import FinalLayer, Lens, tapped, with_bias
 from zero_ds.trajectory.metrics import Metric
 from zero_ds.trajectory.texts import TokenSample
 from zero_ds.trajectory.transition import Floats
@@ -76,8 +78,55 @@ class LayerFiles:
     def fill_(self, module: nn.Module, prefix: str) -> None:
         """Gives a module that was made without memory its weights from the files."""
         names = [name for name, _ in module.named_parameters()]
-        values = {name: self.read(f"{prefix}{name}") for name in names}
+        names += [name for name in dict(module.named_buffers()) if f"{prefix}{name}" in self.groups]
+        values: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name not in values:
+                made = self.made(f"{prefix}{name}").items()
+                values |= {other.removeprefix(prefix): value for other, value in made if other.startswith(prefix)}
         module.load_state_dict(values, strict=False, assign=True)
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """Tensors of the files that become a tensor of the class, by its name."""
+        return {name: group for group in self.folder.class_tensors for name in group.targets}
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The whole model without its layers' weights: each returns its input until it is given them.
+
+        So every layer runs at its own place, whatever its class makes of its number.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoModel
+
+        attention = self.family.attention("sdpa")
+        with init_empty_weights(include_buffers=False):
+            model = AutoModel.from_config(self.config, dtype=self.dtype, attn_implementation=attention).eval()
+        model.set_input_embeddings(nn.Identity())
+        layers = f"{self.family.layer_list}."
+        for name, module in self.family.inner(model).named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if not name.startswith(layers) and any(value.is_meta for value in own.values()):
+                self.fill_(module, f"{self.family.backbone}.{name}." if name else f"{self.family.backbone}.")
+        held = self.family.layers(model)
+        self.family.replace_layers_(model, nn.ModuleList())
+        model.to(self.device)  # the layers have no memory, and no place
+        self.family.replace_layers_(model, held)
+        for layer in held:
+            _leave_out_(layer, self.family)
+        return model
+
+    def made(self, name: str) -> dict[str, torch.Tensor]:
+        """Returns a tensor of the class by its name, and those that are made from the same tensors of the files.
+
+        Raises:
+            ConfigError: as `read`.
+        """
+        group = self.groups.get(name)
+        if group is None or group.sources == (name,):
+            return {name: self.read(name)}
+        return self.folder.conversion.fuse(group, {source: self.read(source) for source in group.sources})
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Returns a tensor, or some of its rows.
@@ -119,12 +168,15 @@ class FileLens(Lens):
         super().__init__(files.family, files.config, norm)
         self.files = files
         self.name = files.head()
+        self.bias = files.family.head.removesuffix("weight") + "bias"
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields the head in blocks of HEAD_BYTES."""
         rows = max(1, HEAD_BYTES // (self.config.hidden_size * self.files.dtype.itemsize))
         for start in range(0, self.config.vocab_size, rows):
-            yield start, self.files.read(self.name, slice(start, min(start + rows, self.config.vocab_size)))
+            part = slice(start, min(start + rows, self.config.vocab_size))
+            head = self.files.read(self.name, part)
+            yield start, with_bias(head, self.files.read(self.bias, part)) if self.family.head_bias else head
 
 
 @dataclass(frozen=True)
@@ -200,6 +252,7 @@ def measure_streamed(
     order = [row for rows in batches([len(sample.input_ids) for sample in samples], batch_size) for row in rows]
     texts = _Texts.of([samples[row].input_ids for row in order], device)
     hidden = files.config.hidden_size
+    width = hidden + files.family.head_bias
     applied = 2 * depth - 1 if metric.needs_final_layer else depth
     with torch.inference_mode(), ExitStack() as stack:
         hidden_states = stack.enter_context(_hidden_states((len(texts.tokens), hidden), dtype, device, scratch))
@@ -209,7 +262,7 @@ def measure_streamed(
         files.fill_(norm, files.family.final_norm)
         lens = FileLens(files, norm)
         if metric.needs_final_layer:
-            normed = stack.enter_context(_hidden_states((texts.read, hidden), dtype, device, scratch))
+            normed = stack.enter_context(_hidden_states((texts.read, width), dtype, device, scratch))
             final = _final_layer(decoder, depth, lens, normed)
             numbers = _read_layers(decoder, depth - 1, lens, metric, final)
             numbers.append(torch.zeros(texts.read, device=device))
@@ -225,7 +278,7 @@ def measure_streamed(
 def _final_layer(decoder: _StreamedDecoder, depth: int, lens: Lens, normed: torch.Tensor) -> list[FinalLayer]:
     """Runs all layers; returns the last one's prediction for every group of positions.
 
-    normed: (positions that are read, hidden), which is filled with the final-normed states.
+    normed: (positions that are read, width of `lens.norm`), which is filled with the final-normed states.
     """
     for _ in decoder.run(depth):
         pass
@@ -261,12 +314,7 @@ def _one_layer(files: LayerFiles, layer: int) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModel
 
-    config = copy.deepcopy(files.config)
-    config.num_hidden_layers = 1
-    for key in files.family.per_layer_config:
-        values = getattr(files.config, key, None)
-        if isinstance(values, list):
-            setattr(config, key, [values[layer]])
+    config = cut_config(files.config, files.family, [layer])
     attention = files.family.attention("sdpa")
     with init_empty_weights(include_buffers=False):
         return AutoModel.from_config(config, dtype=files.dtype, attn_implementation=attention).eval()
@@ -278,6 +326,14 @@ def _embed(files: LayerFiles, tokens: torch.Tensor, hidden_states: torch.Tensor)
     module = _one_layer(files, 0).get_input_embeddings()
     module.padding_idx = None
     module.weight = nn.Parameter(files.read_rows(files.family.embeddings, used.tolist()), requires_grad=False)
+    for name, value in list(module.named_parameters()):
+        if value.is_meta:  # some classes have a norm in their table
+            part, _, own = name.rpartition(".")
+            setattr(
+                module.get_submodule(part),
+                own,
+                nn.Parameter(files.read(files.family.embeddings.removesuffix("weight") + name), requires_grad=False),
+            )
     module.to(files.device)
     for rows in torch.arange(len(tokens), device=tokens.device).split(POSITIONS):
         hidden_states[rows] = module(compact[rows])
@@ -285,19 +341,43 @@ def _embed(files: LayerFiles, tokens: torch.Tensor, hidden_states: torch.Tensor)
 
 def _apply_layer(files: LayerFiles, layer: int, texts: _Texts, batch_size: int, hidden_states: torch.Tensor) -> None:
     """Replaces the hidden states of all texts by the layer's output."""
-    model = _one_layer(files, layer)
-    files.fill_(files.family.layers(model)[0], f"{files.family.layer_prefix}{layer}.")
-    files.family.replace_norm_(model, nn.Identity())
-    model.set_input_embeddings(nn.Identity())
-    model.to(files.device)
-    for begin in range(0, len(texts.ids), batch_size):
-        batch = texts.ids[begin : begin + batch_size]
-        _, mask = padded(batch, files.device)
-        inputs = hidden_states.new_zeros((*mask.shape, hidden_states.shape[1]))
-        span = slice(texts.starts[begin], texts.starts[begin + len(batch)])
-        inputs[mask.bool()] = hidden_states[span]
-        output = model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden_states[span] = output[mask.bool()]
+    if files.folder.is_registered:
+        model = _one_layer(files, layer)
+        module = files.family.layers(model)[0]
+        files.family.replace_norm_(model, nn.Identity())
+        model.set_input_embeddings(nn.Identity())
+    else:
+        model = files.skeleton
+        module = files.family.layers(model)[layer]
+        vars(module).pop("forward")
+    files.fill_(module, f"{files.family.layer_prefix}{layer}.")
+    (model if files.folder.is_registered else module).to(files.device)
+    outputs: list[torch.Tensor] = []
+    with tapped(nn.ModuleList([module]), lambda _, output: outputs.append(output)):
+        for begin in range(0, len(texts.ids), batch_size):
+            batch = texts.ids[begin : begin + batch_size]
+            _, mask = padded(batch, files.device)
+            inputs = hidden_states.new_zeros((*mask.shape, hidden_states.shape[1]))
+            span = slice(texts.starts[begin], texts.starts[begin + len(batch)])
+            inputs[mask.bool()] = hidden_states[span]
+            # steps of a class before its first layer, such as scaling the embeddings, must not happen again
+            with fed(module, inputs.clone()) if layer else nullcontext():
+                model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+            hidden_states[span] = outputs.pop()[mask.bool()]
+    if not files.folder.is_registered:
+        _leave_out_(module, files.family)
+        for part in module.modules():  # buffers stay: they are small, and many are not in the files
+            for name, value in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
+
+
+def _leave_out_(layer: nn.Module, family: Family) -> None:
+    """Makes a layer return its input, without weights, in the form of its class."""
+
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, *[None] * (family.layer_outputs - 1)) if family.layer_outputs else hidden_states
+
+    cast(Any, layer).forward = forward
 
 
 @contextmanager

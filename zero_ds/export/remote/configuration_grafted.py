@@ -21,6 +21,7 @@ class GraftedConfig(PretrainedConfig):
     boundary_tokens: whether every view of an image has a learned embedding before and one after its tokens.
     adapter_width: hidden size of the adapter; 0 means the decoder's.
     aligner: whether another linear layer brings the adapter's output to the decoder's hidden size.
+    decoder_attention: implementation of attention in the decoder where sdpa cannot compute it, or None.
     """
 
     model_type = "grafted_vlm"
@@ -37,6 +38,7 @@ class GraftedConfig(PretrainedConfig):
         boundary_tokens: bool = False,
         adapter_width: int = 0,
         aligner: bool = False,
+        decoder_attention: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _to_config(text_config, "llama")
@@ -48,6 +50,7 @@ class GraftedConfig(PretrainedConfig):
         self.boundary_tokens = boundary_tokens
         self.adapter_width = adapter_width or self.text_config.hidden_size
         self.aligner = aligner
+        self.decoder_attention = decoder_attention
         super().__init__(**kwargs)
 
 

@@ -45,6 +45,8 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         options: dict[str, Any] = {}
         if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
             options["attn_implementation"] = "eager"  # sdpa does not soft-cap attention scores
+        elif config.decoder_attention and text._attn_implementation == "sdpa":
+            options["attn_implementation"] = config.decoder_attention
         self.encoder = AutoModel.from_config(config.vision_config)
         self.adapter = nn.Sequential(
             nn.Linear(config.vision_config.hidden_size, width),
@@ -54,6 +56,7 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         self.boundary = Boundary(width) if config.boundary_tokens else None
         self.aligner = nn.Linear(width, text.hidden_size) if config.aligner else None
         self.decoder = AutoModelForCausalLM.from_config(text, **options)
+        self._is_stateful = getattr(self.decoder, "_is_stateful", False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -130,6 +133,14 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         pixel_values = kwargs.pop("pixel_values", None)
         cache = kwargs.get("past_key_values")
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
-        if cache is None or cache.get_seq_length() == 0:
+        if _is_empty(cache):
             inputs["pixel_values"] = pixel_values
         return inputs
+
+
+def _is_empty(cache: Any) -> bool:
+    """Returns whether nothing has been read into a cache. One without keys and values exists only once it is filled."""
+    try:
+        return cache is None or cache.get_seq_length() == 0
+    except ValueError:
+        return False

@@ -1,12 +1,16 @@
-"""Decoder families, one module per family. To add one, write its module and list it in `FAMILIES`."""
+"""Decoders: found by their structure and verified (`structure`), or registered here, one module per family.
+
+A registered family corrects or completes what structure cannot tell. To add one, write its module and list it in
+`FAMILIES`.
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
 from zero_ds.model.decoders import gemma, llama, qwen
 from zero_ds.model.decoders.base import Family
+from zero_ds.model.decoders.structure import UnverifiedError, describe
 from zero_ds.runtime.errors import ConfigError
 
 FAMILIES: dict[str, Family] = {
@@ -14,33 +18,29 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(folder: str | Path) -> Family:
-    """Returns the family of the model in a Hugging Face folder, from its config.json.
+def registered(model_type: str) -> Family | None:
+    """Returns the registered family that a `model_type` belongs to; None if there is none."""
+    return next((family for family in FAMILIES.values() if model_type in family.model_types), None)
+
+
+def family_of_config(config: Any, folder: object) -> Family:
+    """Returns the family of a text config: a registered one, or the description of its structure.
+
+    folder: only appears in the error message.
 
     Raises:
-        ConfigError: the folder or a readable config.json is missing, or no family has its model type.
+        ConfigError: no family is registered, and the structure cannot be verified.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is not a Hugging Face model folder: it holds no config.json.")
+    known = registered(config.model_type)
+    if known is not None:
+        return known
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} names no model_type.") from None
-    return family_of_type(model_type, folder)
+        return describe(config)
+    except UnverifiedError as error:
+        raise ConfigError(
+            f"the model in {folder} ({config.model_type}) cannot be used as a decoder: {str(error).rstrip('.')}; "
+            "`zero-ds models` lists those that can."
+        ) from None
 
 
-def family_of_type(model_type: str, folder: str | Path) -> Family:
-    """Returns the family that a `model_type` belongs to. `folder` only appears in the error message.
-
-    Raises:
-        ConfigError: no family has this model type.
-    """
-    for family in FAMILIES.values():
-        if model_type in family.model_types:
-            return family
-    registered = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
-    raise ConfigError(f"no family is registered for model_type '{model_type}' of {folder}; registered: {registered}.")
-
-
-__all__ = ["FAMILIES", "Family", "family_of", "family_of_type"]
+__all__ = ["FAMILIES", "Family", "family_of_config", "registered"]

@@ -19,11 +19,11 @@ class Family:
     model_types: tuple[str, ...]
     """Values of `model_type` in config.json."""
     backbone: str = "model"
-    """Attribute of the causal LM that holds embeddings, layers and final norm."""
+    """Path of the causal LM's module that holds embeddings, layers and final norm."""
     layer_list: str = "layers"
-    """Attribute of the backbone that holds the layers."""
+    """Path of the layers in the backbone."""
     last_norm: str = "norm"
-    """Attribute of the backbone that holds the final norm."""
+    """Path of the final norm in the backbone."""
     layer_prefix: str = "model.layers."
     """Prefix of the layers' tensors; the layer's number follows."""
     embeddings: str = "model.embed_tokens.weight"
@@ -44,8 +44,22 @@ class Family:
     the same change when it loads a folder."""
     image_tokens: tuple[str, ...] = ()
     """Unused special tokens of the family's vocabularies. An export uses one of them as its image placeholder."""
-    per_layer_config: tuple[str, ...] = ("layer_types",)
-    """Config entries with one item per layer, which are cut like the layers."""
+    per_layer_config: tuple[str, ...] | None = ("layer_types",)
+    """Config entries with one item per layer, which are cut like the layers; None where `cut` finds them."""
+    head_bias: bool = False
+    """True if the output head has a bias."""
+    score_factor: str = ""
+    """Config entry that the head's scores are multiplied with; empty without one."""
+    score_cap: str = "final_logit_softcapping"
+    """Config entry with the bound of soft-capped scores; a config may lack it."""
+    score_divides: bool = False
+    """True if the scores are divided by that entry."""
+    layer_outputs: int = 0
+    """Number of items in the tuple that a layer returns; 0 for a layer that returns its hidden states alone."""
+    counted_positions: bool = False
+    """True if there is a table of positions, so that no sample can be longer than the config says."""
+    packs: bool = True
+    """True if rows can hold several samples, each of which sees only itself."""
     wrong_attentions: tuple[str, ...] = ()
     """Implementations of attention that do not compute the family's attention; eager takes their place."""
 
@@ -55,23 +69,29 @@ class Family:
 
     def inner(self, decoder: nn.Module) -> nn.Module:
         """Returns the backbone of a causal LM, or the module itself if it is a backbone already."""
-        return cast(nn.Module, getattr(decoder, self.backbone, decoder))
+        whole = self.backbone.split(".")
+        for start in range(len(whole)):  # the library's base model is the first part of a longer path
+            try:
+                return decoder.get_submodule(".".join(whole[start:]))
+            except AttributeError:
+                continue
+        return decoder
 
     def layers(self, decoder: nn.Module) -> nn.ModuleList:
         """Returns the decoder layers of a causal LM or a backbone."""
-        return cast(nn.ModuleList, getattr(self.inner(decoder), self.layer_list))
+        return cast(nn.ModuleList, self.inner(decoder).get_submodule(self.layer_list))
 
     def replace_layers_(self, decoder: nn.Module, layers: nn.ModuleList) -> None:
         """Puts other layers in the place of the decoder's own."""
-        setattr(self.inner(decoder), self.layer_list, layers)
+        self.inner(decoder).set_submodule(self.layer_list, layers)
 
     def norm(self, decoder: nn.Module) -> nn.Module:
         """Returns the final norm of a causal LM or a backbone."""
-        return cast(nn.Module, getattr(self.inner(decoder), self.last_norm))
+        return self.inner(decoder).get_submodule(self.last_norm)
 
     def replace_norm_(self, decoder: nn.Module, norm: nn.Module) -> None:
         """Puts another module in the place of the final norm."""
-        setattr(self.inner(decoder), self.last_norm, norm)
+        self.inner(decoder).set_submodule(self.last_norm, norm)
 
     def hidden_states(
         self,
@@ -89,7 +109,7 @@ class Family:
         Attention then stays inside the samples, and attention_mask is ignored.
         sequences: those of the batch, for flash attention, which without them asks the device in every layer.
         """
-        backbone = getattr(decoder, self.backbone)
+        backbone = cast(Any, self.inner(decoder))
         options: dict[str, Any] = {"use_cache": False}
         flash = is_flash(backbone.config._attn_implementation)
         if flash and sequences is not None:
@@ -111,8 +131,11 @@ class Family:
         return self.capped(cast(Any, decoder).config, scores)
 
     def capped(self, config: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Applies soft-capping to the output head's scores, element by element, if the config asks for it."""
-        cap = getattr(config, "final_logit_softcapping", None)
+        """Scales and soft-caps the output head's scores, element by element, if the config asks for it."""
+        if self.score_factor:
+            factor = getattr(config, self.score_factor)
+            scores = scores / factor if self.score_divides else scores * factor
+        cap = getattr(config, self.score_cap, None)
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
     def embedding_scale(self, decoder: nn.Module) -> float:

@@ -13,13 +13,16 @@ import logging
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from zero_ds.model.attention import check_attention
-from zero_ds.model.decoders import Family, family_of_type
+from zero_ds.model.decoders import FAMILIES, Family, family_of_config, registered
+from zero_ds.model.decoders.conversion import Conversion, Group
+from zero_ds.model.decoders.shrink import causal_class
 from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
 from zero_ds.model.loading import load_complete, load_tokenizer, model_hash
 from zero_ds.runtime.errors import ConfigError, one_line
+from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import DTYPES, Span, Stored, content_hash, locate, shard_files
 
 if TYPE_CHECKING:
@@ -86,12 +89,26 @@ class DecoderFolder:
 
     @cached_property
     def family(self) -> Family:
-        """The decoder family of the folder's model type.
+        """The description of the folder's decoder: that of a registered family, or of its verified structure.
 
         Raises:
-            ConfigError: as `raw_config`; the model type belongs to no family.
+            ConfigError: as `raw_config`; a config.json that transformers does not accept, a structure that cannot be
+                verified.
         """
-        return family_of_type(self.raw_config["model_type"], self.path)
+        known = registered(self.raw_config["model_type"])
+        if known is not None:
+            return known
+        self._check_quantization()
+        try:
+            text = self._library_config.get_text_config(decoder=True)
+        except ValueError as error:  # several text configs, none of them a decoder's
+            raise self._unusable(error) from None
+        return family_of_config(text, self.path)
+
+    @property
+    def is_registered(self) -> bool:
+        """True if the description is that of a registered family."""
+        return self.family.per_layer_config is not None
 
     @cached_property
     def depth(self) -> int:
@@ -105,6 +122,8 @@ class DecoderFolder:
             depth = content.get("text_config", content).get("num_hidden_layers")
         except (OSError, ValueError, AttributeError):
             raise ConfigError(f"{self.config_file} is missing or damaged; fetch the model again.") from None
+        if depth is None and "model_type" in content and registered(content["model_type"]) is None:
+            depth = getattr(self._library_config.get_text_config(decoder=True), "num_hidden_layers", None)
         if not isinstance(depth, int) or depth < 1:
             raise ConfigError(
                 f"{self.config_file} does not say how many layers there are (num_hidden_layers={depth!r})."
@@ -123,12 +142,21 @@ class DecoderFolder:
         Raises:
             ConfigError: an unregistered family, a config.json that transformers does not take.
         """
+        self._check_family_and_depth()
+        return self._library_config
+
+    @cached_property
+    def _library_config(self) -> Any:
         from transformers import AutoConfig
 
-        self._check_family_and_depth()
         try:
-            return AutoConfig.from_pretrained(self.path)
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers raises many exception types for files edited by hand
+            if "auto_map" in self.raw_config:
+                raise ConfigError(
+                    f"the model in {self.path} ({self.raw_config['model_type']}) needs code of its own, which is not "
+                    "run; use a version of transformers that knows this type."
+                ) from None
             raise self._unusable(error) from None
 
     @cached_property
@@ -137,12 +165,17 @@ class DecoderFolder:
         try:
             config = copy.deepcopy(whole.get_text_config(decoder=True))
             assert config.hidden_size and config.vocab_size
-            config.tie_word_embeddings = whole.tie_word_embeddings  # the outer class decides, where there is one
+            config.tie_word_embeddings = getattr(
+                whole, "tie_word_embeddings", False
+            )  # the outer class decides, where there is one
         except Exception as error:  # transformers raises many exception types for files edited by hand
             raise self._unusable(error) from None
-        if getattr(whole, "quantization_config", None):
-            raise ConfigError(f"{self.path} is quantized; give the model in bfloat16, float16 or float32.")
+        self._check_quantization()
         return config
+
+    def _check_quantization(self) -> None:
+        if getattr(self._library_config, "quantization_config", None):
+            raise ConfigError(f"{self.path} is quantized; give the model in bfloat16, float16 or float32.")
 
     def _check_family_and_depth(self) -> None:
         """Reads both, because their errors are more specific than the library's."""
@@ -195,8 +228,8 @@ class DecoderFolder:
             ConfigError: as `shard_files`; a multimodal folder without a known text tower.
         """
         files = shard_files(self.path)
-        prefixes = self.family.towers if self.is_multimodal else self.family.renamed
-        tensors = {}
+        prefixes = self.towers if self.is_multimodal else self.family.renamed
+        tensors: dict[str, Stored] = {}
         for name, file in files.items():
             prefix = next(((old, new) for old, new in prefixes if name.startswith(old)), None)
             if prefix is not None:
@@ -204,12 +237,46 @@ class DecoderFolder:
             elif not self.is_multimodal:
                 tensors[name] = Stored(file, name)
         if not tensors and self.is_multimodal:
-            known = ", ".join(old for old, _ in self.family.towers)
+            known = ", ".join(old for old, _ in self.towers)
             raise ConfigError(
                 f"no tensor in {self.path} has a name of a text tower ({known}); "
                 f"name its prefix in model/decoders/ ({self.family.name})."
             )
-        return tensors
+        if self.is_registered:
+            return tensors
+        return {self.conversion.key(name): stored for name, stored in tensors.items()}
+
+    @cached_property
+    def towers(self) -> tuple[tuple[str, str], ...]:
+        """Prefixes of the text tower's tensors in a multimodal folder, each with that of the causal LM.
+
+        A tower that no family names is where the tensor of its word embeddings is.
+        """
+        if self.family.towers:
+            return self.family.towers
+        inner = self.family.embeddings.removeprefix(f"{self.family.backbone}.")
+        ends = [name.removesuffix(inner) for name in shard_files(self.path) if name.endswith(f".{inner}")]
+        text = [end for end in ends if not re.search(r"vision|visual|audio|speech|image", end)]
+        found = [(end, f"{self.family.backbone}.") for end in sorted(text, key=len)[:1]]
+        heads = [name.removesuffix("weight") for name in shard_files(self.path) if name.endswith(self.family.head)]
+        return tuple(found + [(end, self.family.head.removesuffix("weight")) for end in sorted(heads, key=len)[:1]])
+
+    @cached_property
+    def conversion(self) -> Conversion:
+        """The changes that transformers makes to the tensors of the files when it loads them.
+
+        Raises:
+            ConfigError: no model can be built from config.json.
+        """
+        return Conversion(self.on_meta())
+
+    @cached_property
+    def class_tensors(self) -> list[Group]:
+        """Tensors of the files with the tensors of the class that they become."""
+        shapes = {name: self.spans[name].shape for name in self.expected_shapes}
+        if self.is_registered:
+            return [Group((name,), {name: shape}) for name, shape in shapes.items()]
+        return self.conversion.groups(shapes)
 
     @cached_property
     def located(self) -> dict[str, Span]:
@@ -227,19 +294,34 @@ class DecoderFolder:
         Raises:
             ConfigError: no model can be built from config.json.
         """
+        if self.is_registered:
+            shapes = {name: tuple(value.shape) for name, value in self.on_meta().state_dict().items()}
+        else:
+            own = {name: tuple(value.shape) for name, value in self.conversion.state.items()}
+            shapes = self.conversion.published()
+            if any(name in self.stored for name in own.keys() - shapes.keys()):
+                shapes = own  # files that hold the class's own tensors already
+        if self._config.tie_word_embeddings:
+            shapes.pop(self.family.head, None)
+        return shapes
+
+    def on_meta(self) -> nn.Module:
+        """Builds the causal LM that config.json describes on the meta device.
+
+        Raises:
+            ConfigError: no model can be built from config.json.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         config = self.text_config()
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                if not self.is_registered:  # called directly, since `from_config` partitions where ZeRO-3 is active
+                    return cast("nn.Module", causal_class(config)(config))
+                return cast("nn.Module", AutoModelForCausalLM.from_config(config))
         except Exception as error:  # transformers raises many exception types for files edited by hand
             raise self._unusable(error) from None
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        if config.tie_word_embeddings:
-            shapes.pop(self.family.head, None)
-        return shapes
 
     @cached_property
     def spans(self) -> dict[str, Span]:
@@ -264,11 +346,34 @@ class DecoderFolder:
             name for name in tensors if name.startswith(self.family.layer_prefix) and name not in self.expected_shapes
         ]
         layers = {name for name in unknown if not name.endswith(".inv_freq")}  # old versions stored these; unused
+        layers = {name for name in layers if not self._is_ignored(name)}
         if layers:
             raise ConfigError(
                 f"the weights in {self.path} hold {min(layers)}, which config.json does not know; fetch it again."
             )
         return {name: span for name, span in tensors.items() if name not in unknown}
+
+    def fused(self, group: Group) -> dict[str, torch.Tensor]:
+        """Reads the tensors of a group; returns those of the class that they become, by name."""
+        from safetensors import safe_open
+
+        read = {}
+        for key in group.sources:
+            stored = self.stored[key]
+            with safe_open(stored.file, framework="pt") as file:
+                read[key] = file.get_tensor(stored.name)
+        return read if self.is_registered else self.conversion.fuse(group, read)
+
+    def class_tensor(self, name: str) -> torch.Tensor:
+        """Reads a tensor of the causal LM's class, which may be made from several of the files."""
+        if self.is_registered:
+            return self.fused(Group((name,), {name: ()}))[name]
+        return self.fused(next(group for group in self.class_tensors if name in group.targets))[name]
+
+    def _is_ignored(self, name: str) -> bool:
+        """Returns whether the class ignores a tensor of the files, such as a layer that predicts further tokens."""
+        patterns = () if self.is_registered else self.conversion.model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, name) for pattern in patterns)
 
     # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -345,7 +450,31 @@ class DecoderFolder:
         check_attention(attention)
         more: dict[str, Any] = {"config": self.text_config()}  # or the library would read config.json once more
         if self.is_multimodal:
-            more["key_mapping"] = {f"^{re.escape(old)}": new for old, new in family.towers}
+            more["key_mapping"] = {f"^{re.escape(old)}": new for old, new in self.towers}
         return load_complete(
             AutoModelForCausalLM.from_pretrained, self.path, dtype=dtype, attn_implementation=attention, **more
         )
+
+
+def family_of(folder: str | Path) -> Family:
+    """Returns the description of the decoder in a folder.
+
+    Raises:
+        ConfigError: as `DecoderFolder.family`.
+    """
+    return DecoderFolder(folder).family
+
+
+def family_of_manifest(manifest: dict[str, Any], target: str | None = None) -> Family:
+    """Returns the description of the decoder that a run was made for.
+
+    manifest: content of a checkpoint's manifest.json. target: folder or hub id of the run's target, if it is not where
+    the run found it; registered families need none.
+
+    Raises:
+        ConfigError: no family has the recorded name, and the target cannot be found or verified.
+    """
+    known = FAMILIES.get(str(manifest["family"]))
+    if known is not None:
+        return known
+    return family_of(local_folder(target or str(manifest.get("config", {}).get("target"))))

@@ -55,6 +55,8 @@ class Progress(TypedDict, total=False):
     """Adam's step count of each trained part; larger or smaller than `step` where a run continued another."""
     loss_scale: dict[str, float]
     """State of fp16's dynamic loss scale; empty in other precisions."""
+    validation_loss: float
+    """Held-out loss after these steps, where it was measured."""
     state_files: dict[str, str]
     """SHA-256 of each file of state, by its name."""
     state_sha256: str

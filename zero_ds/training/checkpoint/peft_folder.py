@@ -15,8 +15,8 @@ import torch
 
 from zero_ds.config.loading import validate
 from zero_ds.config.schema import LoraConfig, RunConfig
-from zero_ds.model.decoders import FAMILIES, Family
-from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.folder import DecoderFolder, family_of_manifest
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import check_vacant, new_folder
@@ -110,7 +110,7 @@ def write_peft_folder(weights: Path, out: Path, target: str | None = None) -> Lo
             raise ConfigError(
                 f"{checkpoint.folder} holds no low-rank adapters; name a run that was trained with lora.rank."
             )
-        tower = _tower(FAMILIES[checkpoint.manifest["family"]], target or config.target)
+        tower = _tower(family_of_manifest(checkpoint.manifest, target), target or config.target)
         with new_folder(out) as folder:
             _peft_config(config.lora, target or config.target, tower).save_pretrained(str(folder))
             theirs = {name: _their_name(name, tower) for name in names}
@@ -133,6 +133,11 @@ def _tower(family: Family, target: str) -> tuple[str, str] | None:
         ConfigError: the family has multimodal classes, and the target is missing, which would show its class.
     """
     if not family.tower_in_class:
+        if family.per_layer_config is None and DecoderFolder(local_folder(target)).is_multimodal:
+            raise ConfigError(
+                f"{target} is a multimodal class that no family describes, so the names of its text tower in memory "
+                "are not known; add a family with tower_in_class in zero_ds/model/decoders/."
+            )
         return None
     try:
         is_multimodal = DecoderFolder(local_folder(target)).is_multimodal

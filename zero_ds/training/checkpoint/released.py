@@ -14,9 +14,11 @@ Stage 1 makes the first kind, stage 2 the second (Table A.2). Nothing of the aut
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,10 @@ import torch
 from zero_ds.config.loading import load_run, validate
 from zero_ds.config.schema import RunConfig
 from zero_ds.model.adapter import BOUNDARY
-from zero_ds.model.decoders import FAMILIES
-from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.folder import DecoderFolder, family_of_manifest
 from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.model.vlm import VisionLanguageModel
-from zero_ds.runtime.errors import ConfigError
+from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.files import check_vacant
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.torch_files import read_torch_file
@@ -48,6 +49,91 @@ START, END = "embd_soi", "embd_eoi"
 VISION = "encoder.vision_model."
 LAYER = re.compile(r"encoder\.vision_model\.encoder\.layers\.(\d+)\..+")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = "tomg-group-umd/zero-model-checkpoints"
+"""Repository on the hub with the authors' checkpoints, whose licence is CC BY-NC 4.0."""
+SUFFIXES = (".pth", ".pt", ".bin")
+"""Endings of files of torch.save."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A released checkpoint that can be fetched by name."""
+
+    name: str
+    """Name on our command line."""
+    stem: str
+    """Name in the repository, without an ending."""
+    target: str
+    """Hub id of the language model that it was trained for."""
+
+    @property
+    def out(self) -> Path:
+        """Folder into which it is imported unless another is named."""
+        model, _, kind = self.name.partition("/")
+        return Path("runs") / model / f"released-{kind}"
+
+
+NAMED = {
+    f"{model}/{kind}": Named(f"{model}/{kind}", f"{theirs}_{content}", f"meta-llama/{target}-Instruct")
+    for model, theirs, target in (
+        ("llama-3.2-3b", "llama3.2-3b", "Llama-3.2-3B"),
+        ("llama-3.1-8b", "llama3.1-8b", "Llama-3.1-8B"),
+        ("llama-3.1-70b", "llama3.1-70b", "Llama-3.1-70B"),
+    )
+    for kind, content in (("translator", "adapter_translator"), ("encoder", "surrogate-trained-encoder"))
+}
+"""Released checkpoints by their names here."""
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+def find_named(text: str) -> Named | None:
+    """Returns the released checkpoint that a text names; None if it is the path of a file.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if Path(text).expanduser().exists():
+        return None
+    if text in NAMED:
+        return NAMED[text]
+    if Path(text).suffix in SUFFIXES:
+        return None  # reading it will say that it does not exist
+    raise ConfigError(
+        f"{text} is neither a file nor the name of a released checkpoint{did_you_mean(text, list(NAMED))}"
+    )
+
+
+def fetch(named: Named) -> Path:
+    """Returns the file of a released checkpoint, downloaded into the hub library's cache if it is not there.
+
+    Raises:
+        ConfigError: it cannot be had, or the repository does not hold exactly one file of this name.
+    """
+    import huggingface_hub
+
+    remedy = f"check the network and your access token, or give the path of {named.stem}.pth from another machine"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=[f"*{named.stem}*"]))
+    except Exception as error:  # the hub client raises many types; each means that the file cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{named.name} could not be fetched from {REPOSITORY} on the hub: {reason[:200].rstrip('. ')}; {remedy}."
+        ) from None
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and path.is_file()]
+    found = [path for path in files if named.stem in {Path(part).stem for part in path.relative_to(folder).parts}]
+    found = found or [path for path in files if named.stem in str(path.relative_to(folder))]
+    if len(found) != 1:
+        held = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise ConfigError(
+            f"{REPOSITORY} holds {held} for {named.name}, where one file of torch.save is expected; {remedy}."
+        )
+    logger.info("%s is %s of %s; its licence is CC BY-NC 4.0", named.name, found[0].name, REPOSITORY)
+    return found[0]
 
 
 # -- from the released layout ------------------------------------------------------------------------------------------
@@ -278,7 +364,7 @@ def _name_outside(name: str, checkpoint: Checkpoint) -> str:
     plan = checkpoint.manifest.get("plan")
     if part == "translator" and plan:
         number, _, inner = rest.partition(".")
-        family = FAMILIES[str(checkpoint.manifest["family"])]
+        family = family_of_manifest(checkpoint.manifest)
         return f"decoder.{family.layer_prefix}{LayerPlan.from_json(plan).translators[int(number)]}.{inner}"
     if part not in ("encoder", "adapter"):
         raise ConfigError(f"{checkpoint.folder} holds {name}, for which the released layout has no place.")

@@ -26,6 +26,7 @@ from zero_ds.runtime.files import disk_sentence, write_atomically
 from zero_ds.runtime.safetensors import SafetensorsStream, content_sha256
 from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.checkpoint import KEYS, PIECE, STATE_BYTES
+from zero_ds.training.checkpoint.best import best_folder, set_best
 from zero_ds.training.checkpoint.checkpoint import FOLDER_NAME, CheckpointError, Progress
 from zero_ds.training.checkpoint.comparison import Comparison
 from zero_ds.training.checkpoint.exchange import Cut, Piece, exchanged
@@ -158,6 +159,8 @@ class Saving:
         final = self.run / f"step-{self.step:06d}"
         self._stop_all_on_error(_error_of(lambda: self._publish(sealed, final), rank=0))
         if distributed.is_rank_zero():
+            if "validation_loss" in self._progress:
+                set_best(final)
             _delete_old(self.run, self.step, keep)
         distributed.barrier()
         return final
@@ -292,10 +295,13 @@ def _beside(asynchronous: Asynchronous, size: int) -> bool:
 
 
 def _delete_old(run: Path, step: int, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints up to `step`."""
+    """Deletes all but the newest `keep` checkpoints up to `step`, and the best one."""
     folders = {int(path.name.removeprefix("step-")): path for path in run.iterdir() if FOLDER_NAME.fullmatch(path.name)}
     up_to_now = [folders[number] for number in sorted(folders) if number <= step]
+    best = best_folder(run)
     for folder in up_to_now[:-keep]:
+        if folder == best:
+            continue
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -70,12 +70,13 @@ def quantize_(model: VisionLanguageModel) -> int:
 
     Every rank converts its own whole weights. Parameters keep their names. Returns the number of such decoder layers.
     """
-    kind = type(model.family.layers(model.decoder)[0])
-    layers = [module for module in model.modules() if isinstance(module, kind)]
+    kinds = tuple({type(layer) for layer in model.family.layers(model.decoder)})
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     frozen = [layer for layer in layers if not any(p.requires_grad for p in layer.parameters())]
     for layer in frozen:
         for module in list(layer.modules()):
             for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
+                routes = name in ("gate", "router") and hasattr(module, "experts")  # which experts, must not change
+                if type(child) is nn.Linear and not routes:
                     setattr(module, name, FrozenLinear(child))
     return len(frozen)

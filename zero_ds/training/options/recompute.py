@@ -18,6 +18,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed
+from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import resolve_precision
 from zero_ds.training.options.fallback import recomputes_all
@@ -87,11 +88,19 @@ def recompute_(model: VisionLanguageModel, layers: Collection[int]) -> None:
 
     transformers' own switch takes all layers or every n-th, and makes the word embeddings need a gradient, so that
     every backward pass would go down to them, whatever trains.
+
+    Raises:
+        ConfigError: layers that the library cannot recompute.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for number, layer in enumerate(model.family.layers(model.decoder)):
-        assert isinstance(layer, GradientCheckpointingLayer), "layers of another kind would ignore these attributes"
+        if not isinstance(layer, GradientCheckpointingLayer):  # would ignore these attributes
+            if layers:
+                raise ConfigError(
+                    f"layers of {model.family.name} cannot be recomputed; set activation_checkpointing=false."
+                )
+            continue
         layer.gradient_checkpointing = number in layers
         # nothing is drawn at random in a layer, and keeping the generator's state would wait for the device in each
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

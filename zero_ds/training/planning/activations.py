@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from zero_ds.config.schema import RunConfig
+from zero_ds.model.decoders.shrink import active_share, is_expert
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.training.planning.model_size import COPIES, SLICE, ActivationBytes
 
@@ -62,7 +63,12 @@ def activation_bytes(
     stacks = [decoder_layers]
     if model.encoder is not None and model.encoder_family is not None:
         stacks.append(list(model.encoder_family.layers(model.encoder)))
-    with _attention_as_kernels(model, attention) as masks, _repeats_skipped(stacks, saved), saved.noting():
+    with (
+        _attention_as_kernels(model, attention) as masks,
+        _experts_by_number(model),
+        _repeats_skipped(stacks, saved),
+        saved.noting(),
+    ):
         learns = False
         if images and model.encoder is not None and model.encoder_family is not None:
             size = model.encoder_family.image_size(model.encoder_family.vision_config(model.encoder))
@@ -73,7 +79,14 @@ def activation_bytes(
         embedding = cast(Any, model.decoder).get_input_embeddings().weight
         embeddings.requires_grad_(learns or embedding.requires_grad)
         mask = torch.ones(1, length, dtype=torch.long, device="meta")
-        hidden = model.family.hidden_states(model.decoder, embeddings, mask)
+        before = saved.total
+        try:
+            hidden = model.family.hidden_states(model.decoder, embeddings, mask)
+        except Exception:  # some classes look at numbers, which meta tensors lack, each with errors of its own
+            if model.family.per_layer_config is not None:
+                raise
+            hidden, layers.sizes = _KeepNothing.apply(embeddings), _sizes_by_formula(model, length, dtype)
+            saved.total = before + int(sum(layers.sizes))
         layers.remove_hooks()
         logits = model.logits(hidden[:, :supervised])
     outside = saved.total - sum(layers.sizes)
@@ -93,6 +106,21 @@ def activation_bytes(
         loss_slice=float(COPIES * min(SLICE, logits.numel() * 4)),
         mask=max(masks, default=0.0),
     )
+
+
+def _sizes_by_formula(model: VisionLanguageModel, length: int, dtype: torch.dtype) -> list[float]:
+    """Returns about the bytes of every layer: the inputs and outputs of all matrices that compute a token."""
+    share = active_share(cast(Any, model.decoder).config)
+    sizes = []
+    for layer in model.family.layers(model.decoder):
+        units = 0.0
+        for name, weight in layer.named_parameters():
+            if weight.dim() == 3 and is_expert(name):
+                units += (weight.shape[1] + weight.shape[2]) * weight.shape[0] * share
+            elif weight.dim() == 2:
+                units += sum(weight.shape) * (share if is_expert(name) else 1)
+        sizes.append(float(round(units * length * dtype.itemsize)))
+    return sizes
 
 
 class _SavedTensors:
@@ -248,7 +276,7 @@ KERNEL = "zero_ds_planned"
 class _KernelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = query.new_empty(query.shape)
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, rows)
         return output
@@ -300,3 +328,49 @@ def _attention_as_kernels(model: VisionLanguageModel, attention: str) -> Iterato
     finally:
         for config, name in before:
             config._attn_implementation = name
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+def _one_expert(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Stands for a layer's experts, which choose by numbers that meta tensors lack: one expert takes every token.
+
+    It takes each token as often as experts would, so it keeps as much as they do together.
+    """
+    chosen = top_k_index.shape[-1]
+    inputs = hidden_states.repeat_interleave(chosen, dim=0)
+
+    def product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return values @ (weight[0] if module.is_transposed else weight[0].T)
+
+    if module.has_gate:
+        inner = module._apply_gate(product(inputs, module.gate_up_proj))
+    else:
+        inner = module.act_fn(product(inputs, module.up_proj))
+    weighted = product(inner, module.down_proj) * top_k_weights.reshape(-1, 1)
+    return weighted.view(len(hidden_states), chosen, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+@contextmanager
+def _experts_by_number(model: VisionLanguageModel) -> Iterator[None]:
+    """Lets one expert stand for those of every layer."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # versions of the library without one
+        yield
+        return
+    ALL_EXPERTS_FUNCTIONS.register(KERNEL, _one_expert)
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.decoder.modules() if hasattr(module, "has_gate")
+    }
+    before = [(config, config._experts_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._experts_implementation = KERNEL
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._experts_implementation = name

@@ -87,7 +87,7 @@ def architecture(
     Raises:
         ConfigError: as `find_config`, `layer_plan` and `stages.stage_of`.
     """
-    stage = stages.stage_of(config)
+    stages.stage_of(config)
     found = find_config(config.target)
     target = DecoderFolder(found.folder)
     sources = [f"target {Path(config.target).name}: {found.origin}"]
@@ -95,7 +95,7 @@ def architecture(
         plan, how = (plan, "as it is") if plan else layer_plan(config, target, replace or [], translators)
         sources.append(f"surrogate {plan}, {plan.surrogate_depth} of {plan.depth} layers: {how}")
     encoder = None
-    if stage.vision and config.encoder is not None:
+    if config.encoder is not None and stages.has_vision(config):
         found = find_config(config.encoder.path)
         encoder = found.folder
         sources.append(f"encoder {Path(config.encoder.path).name}: {found.origin}")

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from zero_ds.model.decoders import Family
+from zero_ds.model.decoders.cut import cut_config
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.shrink import active_share, is_expert
 from zero_ds.model.layer_plan import read_surrogate
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.hub import local_folder
@@ -85,14 +88,13 @@ def step_flops(
     family = folder.family
     config = folder.text_config()
     if layers is not None:
-        config.num_hidden_layers = layers
-        for key in family.per_layer_config:
-            if isinstance(values := getattr(config, key, None), list):
-                setattr(config, key, values[-layers:])
+        config = cut_config(config, family, range(config.num_hidden_layers - layers, config.num_hidden_layers))
     with torch.device("meta"):
         decoder = cast(Any, AutoModelForCausalLM).from_config(config, attn_implementation="eager").requires_grad_(False)
         for layer in family.layers(decoder)[:trained]:
             layer.requires_grad_(True)
+        if not folder.is_registered:  # not every class runs on the meta device: a router chooses by numbers
+            return _by_formula(decoder, family, length, supervised, backward=backward) * batch
         embeddings = torch.zeros(batch, length, config.hidden_size, requires_grad=backward)
         mask = torch.ones(batch, length, dtype=torch.long)
         counter = FlopCounterMode(display=False)
@@ -102,6 +104,17 @@ def step_flops(
             if backward:
                 logits.sum().backward()
     return int(counter.get_total_flops())
+
+
+def _by_formula(decoder: Any, family: Family, length: int, supervised: int, *, backward: bool) -> int:
+    """Returns the FLOPs of a step on one sequence by the formula of `step_cost`."""
+    width, heads = _heads(decoder.config)
+    share = active_share(decoder.config)
+    tower = _count_layers(family.layers(decoder), width * heads, input_learns=backward, active=share)
+    head = _count_layers([decoder.get_output_embeddings()], 0, input_learns=backward)
+    if backward:
+        return int(tower.per_token * length + tower.per_pair * length**2 + head.per_token * supervised)
+    return int(tower.forward_token * length + tower.forward_pair * length**2 + head.forward_token * supervised)
 
 
 # -- a model in training by formula ------------------------------------------------------------------------------------
@@ -127,19 +140,22 @@ def step_cost(model: VisionLanguageModel) -> StepCost:
     )
 
 
-def _count_layers(layers: Iterable[Any], attention_width: int, *, input_learns: bool) -> Tower:
+def _count_layers(layers: Iterable[Any], attention_width: int, *, input_learns: bool, active: float = 1.0) -> Tower:
     """Counts a stack of layers.
 
     Args:
         layers: the layers in their order.
         attention_width: number of heads times head size; 0 without attention.
         input_learns: whether something before the first layer trains.
+        active: share of a layer's experts that compute a token.
     """
     token = pair = forward_token = forward_pair = 0.0
     for layer in layers:
-        weights = [p for p in layer.parameters() if len(parameter_shape(p)) > 1]
-        size = sum(parameter_shape(p).numel() for p in weights)
-        trained = sum(parameter_shape(p).numel() for p in weights if p.requires_grad)
+        named = [(name, p) for name, p in layer.named_parameters() if len(parameter_shape(p)) > 1]
+        weights = [p for _, p in named]
+        sizes = [parameter_shape(p).numel() * (active if is_expert(name) else 1) for name, p in named]
+        size = sum(sizes)
+        trained = sum(one for one, p in zip(sizes, weights, strict=True) if p.requires_grad)
         learns = input_learns or trained > 0
         # a layer of several matrices begins with a norm; if that trains, the input of the first matrices learns
         passed_on = input_learns or (trained > 0 and len(weights) > 1)
@@ -195,11 +211,21 @@ def _count_decoder(model: VisionLanguageModel, *, input_learns: bool) -> tuple[T
     """Returns the decoder's layers, and the FLOPs of the output head for a token with loss."""
     decoder = cast(Any, model.decoder)
     config = decoder.config.get_text_config()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size, heads = _heads(config)
     layers = list(model.family.layers(model.decoder))
     learns = input_learns or any(p.requires_grad for layer in layers for p in layer.parameters())
     head = _count_layers([decoder.get_output_embeddings()], 0, input_learns=learns)
-    return _count_layers(layers, head_size * config.num_attention_heads, input_learns=input_learns), head.per_token
+    width = head_size * heads
+    share = active_share(config)
+    return _count_layers(layers, width, input_learns=input_learns, active=share), head.per_token
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Returns the width of a head and the number of heads; zeros for a decoder without attention."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if not heads:
+        return 0, 0
+    return vars(config).get("head_dim") or config.hidden_size // heads, heads
 
 
 # -- the device --------------------------------------------------------------------------------------------------------

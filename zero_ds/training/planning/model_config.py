@@ -68,7 +68,8 @@ def config_texts(config: RunConfig) -> list[str]:
     texts = []
     for name in names:
         found = find_config(name)
-        texts += [found.origin, str(found.folder), (found.folder / "config.json").read_text(encoding="utf-8")]
+        folder = found.folder.name if found.folder.parent == SHIPPED else str(found.folder)
+        texts += [found.origin, folder, (found.folder / "config.json").read_text(encoding="utf-8")]
     if config.surrogate is not None:
         plan = Path(config.surrogate).expanduser() / "surrogate.json"
         texts.append(plan.read_text(encoding="utf-8") if plan.is_file() else "")

@@ -9,6 +9,7 @@ from zero_ds.config.loading import load_run
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import DECODER_SHARE, DataOverrides
+from zero_ds.training.stages import trains_alone
 
 if TYPE_CHECKING:
     from zero_ds.training.planning.recipe import RunPlan
@@ -22,7 +23,7 @@ class RecipePlan:
     recipe: str
     run: RunPlan
     routes: list[Route]
-    """The surrogate's route and the baseline's; empty if a recipe of theirs is missing."""
+    """The surrogate's route and the baseline's; empty if a recipe of theirs is missing, or no image is seen."""
     decoder_share: float = DECODER_SHARE
     """Share of the data that the surrogate's route trains its decoder on."""
 
@@ -66,6 +67,8 @@ def plan(
     run = plan_run(config, cluster, replace=replace, translators=translators, data=data)
     if not run.fitting:
         raise _nothing_fits(run)
+    if trains_alone(config):
+        return RecipePlan(recipe, run, [], decoder_share)
     found = routes(
         recipe,
         overrides or [],

@@ -117,7 +117,7 @@ def plan_run(
         )
     of_rank = config.global_batch // cluster.gpus
     size, activations = _numbers(_same_model(config), tuple(replace or ()), translators)
-    vision = stages.STAGES[config.stage].vision
+    vision = stages.has_vision(config)
     found = data_size(config, vision, data.samples, images_only)
     kind = found or DataSize(float(vision), float(not vision))
     sample = kind.average(size.image_tokens, config.data.max_length, data)
@@ -162,6 +162,11 @@ WITHOUT_EFFECT = (
     "optimizer",
     "checkpoint",
     "activation_checkpointing",
+    "preview",
+    "profile",
+    "validation",
+    "log_every",
+    "seed",
 )
 """Entries of a run that change neither its model nor the bytes that a sample keeps."""
 
@@ -169,7 +174,8 @@ WITHOUT_EFFECT = (
 def _same_model(config: RunConfig) -> str:
     """Returns the run's configuration as text that is equal for runs with the same model and longest sample."""
     some = RunConfig(stage=config.stage, target=config.target, out="")
-    return config.model_copy(update={name: getattr(some, name) for name in WITHOUT_EFFECT}).model_dump_json()
+    plain = config.model_copy(update={name: getattr(some, name) for name in WITHOUT_EFFECT})
+    return plain.model_dump_json(exclude_defaults=True)  # so that a new key changes no text
 
 
 @lru_cache(maxsize=8)

@@ -20,6 +20,7 @@ from zero_ds.training.planning.route import (
     shard_groups,
     total,
 )
+from zero_ds.training.stages import trains_alone
 
 HEADINGS = {"activations": "activat."}
 """Headings of the causes whose name is too long."""
@@ -214,6 +215,8 @@ def _group_row(group: ShardGroups) -> list[str]:
 
 def route_table(plan: RecipePlan) -> str:
     """Returns the hours of every stage on both routes and the saving, next to the paper's hours where it has them."""
+    if trains_alone(plan.run.config):
+        return "The route: none, because a language model trains alone."
     if not plan.routes:
         return "The route: the recipes `pretrain`, `encoder` and `decoder` are missing next to this one."
     cluster = plan.run.cluster

@@ -1,0 +1,49 @@
+"""Options that commands with a MODEL share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zero_ds.grafting.engines.options import DeviceOptions, load, precision
+
+__all__ = [
+    "ChatTemplateOption",
+    "DeviceMapOption",
+    "DeviceOptions",
+    "EngineOption",
+    "MaxModelLenOption",
+    "MemoryShareOption",
+    "OffloadOption",
+    "TensorParallelOption",
+    "load",
+    "precision",
+]
+
+ChatTemplateOption = Annotated[
+    str | None, typer.Option("--chat-template", help="File with a chat template that replaces the model's own.")
+]
+EngineOption = Annotated[str, typer.Option("--engine", help="Engine that runs the model: transformers or vllm.")]
+TensorParallelOption = Annotated[
+    int, typer.Option("--tensor-parallel", help="Number of GPUs that share the model, with vllm.")
+]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Place of the decoder layers: auto (all GPUs, then host memory), cpu (host memory) or disk.",
+    ),
+]
+OffloadOption = Annotated[
+    Path | None, typer.Option("--offload-folder", help="Folder for the layers, with --device-map disk.")
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option("--max-model-len", help="Longest prompt with its answer in tokens, with vllm. Default: all that fit."),
+]
+MemoryShareOption = Annotated[
+    float | None,
+    typer.Option("--gpu-memory-share", help="Share of each GPU's memory for vllm, besides the encoder. Default: 0.85."),
+]
