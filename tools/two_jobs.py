@@ -28,8 +28,8 @@ from random_faults import ROOT, Job, Story, make_recipe, undisturbed, write_reci
 
 from zero_ds.training.checkpoint.checkpoint import FOLDER_NAME, Checkpoint, CheckpointError, check_hash, find_checkpoint
 
-TRAINING = 6.0
-"""Seconds of training, at an undisturbed pace, for each kill."""
+TRAINING = 2.0
+"""Seconds of training for each kill, at an undisturbed pace and without the saves, which take several times as long."""
 WAIT = 300.0
 """Seconds within which a job has to make a step after a kill."""
 

@@ -137,6 +137,25 @@ def test_a_folder_in_use_is_refused_before_anything_starts(
     assert failure.read(tmp_path) == "of the other job"
 
 
+def test_a_job_that_has_lost_its_folder_leaves_no_reason_there(tmp_path: Path) -> None:
+    """Two jobs that are started again and again on one folder would otherwise end each other for ever."""
+    other = lock.FolderLock(tmp_path)
+    other.take()
+    content = other.path.read_text()
+    other.release()
+    taken = f"import pathlib; pathlib.Path({str(other.path)!r}).write_text({content!r}); raise SystemExit(247)"
+    command = [sys.executable, "-c", taken, "--hostfile", "/dev/null", "--module", "x"]
+    assert launcher.main(["smollm2-135m/encoder", f"out={tmp_path}", "--", *command]) == 247
+    assert failure.read(tmp_path) is None
+    watch = Watch()
+    watch.folder, watch.holder = tmp_path, "the lock before"
+    watch.record("a rank of the job before has ended")
+    assert failure.read(tmp_path) is None
+    watch.holder = lock.holder(tmp_path)
+    watch.record("a rank of this job has ended")
+    assert failure.read(tmp_path) == "a rank of this job has ended"
+
+
 def test_what_a_killed_launcher_left_is_ended_before_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "PAUSE", 0.0)
     pids = tmp_path / "pids"

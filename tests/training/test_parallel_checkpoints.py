@@ -205,10 +205,9 @@ def test_a_manifest_cannot_lead_elsewhere(one: Path, tmp_path: Path, listed: Any
 @contextlib.contextmanager
 def disk_full_on(rank: int, file: int) -> Any:
     """Lets a rank's disk be full from its `file`-th file on."""
-    from zero_ds.runtime import distributed
-    from zero_ds.training.checkpoint import save
+    from zero_ds.runtime import distributed, safetensors
 
-    put, opened, files = save.SafetensorsStream._put, save.SafetensorsStream.__init__, 0
+    put, opened, files = safetensors.SafetensorsStream._put, safetensors.SafetensorsStream.__init__, 0
 
     def counting(self: Any, *arguments: Any, **options: Any) -> None:
         nonlocal files
@@ -220,13 +219,13 @@ def disk_full_on(rank: int, file: int) -> Any:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         put(self, data)
 
-    save.SafetensorsStream.__init__ = counting  # type: ignore[method-assign]
-    save.SafetensorsStream._put = full  # type: ignore[method-assign]
+    safetensors.SafetensorsStream.__init__ = counting  # type: ignore[method-assign]
+    safetensors.SafetensorsStream._put = full  # type: ignore[method-assign]
     try:
         yield
     finally:
-        save.SafetensorsStream.__init__ = opened  # type: ignore[method-assign]
-        save.SafetensorsStream._put = put  # type: ignore[method-assign]
+        safetensors.SafetensorsStream.__init__ = opened  # type: ignore[method-assign]
+        safetensors.SafetensorsStream._put = put  # type: ignore[method-assign]
 
 
 def train_and_fail(whole: list[RunConfig], failing: list[RunConfig]) -> list[str]:
@@ -269,10 +268,9 @@ def test_runs_that_save_beside_training_and_runs_whose_disks_fill_up(
 
 def train_until_killed(config: RunConfig, rank: int, write: int) -> list[str]:
     """Trains; one rank kills itself in the middle of write number `write` to its files."""
-    from zero_ds.runtime import distributed
-    from zero_ds.training.checkpoint import save
+    from zero_ds.runtime import distributed, safetensors
 
-    put, writes = save.SafetensorsStream._put, 0
+    put, writes = safetensors.SafetensorsStream._put, 0
 
     def counted(self: Any, data: Any) -> None:
         nonlocal writes
@@ -283,7 +281,7 @@ def train_until_killed(config: RunConfig, rank: int, write: int) -> list[str]:
             os.kill(os.getpid(), signal.SIGKILL)
         put(self, data)
 
-    save.SafetensorsStream._put = counted  # type: ignore[method-assign]
+    safetensors.SafetensorsStream._put = counted  # type: ignore[method-assign]
     return train_all([config])
 
 

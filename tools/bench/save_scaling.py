@@ -107,7 +107,7 @@ def main(
     for count in ranks or [1, 2, 4]:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             (Path(name) / "run").mkdir()
-            arguments = {"parameters": parameters, "tensors": tensors, "out": f"{name}/run"}
+            arguments: dict[str, Any] = {"parameters": parameters, "tensors": tensors, "out": f"{name}/run"}
             found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
             with Group(f"{count} ranks", saves, count, Path(name), **arguments) as group:
                 for _ in range(rounds):

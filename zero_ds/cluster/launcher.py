@@ -215,7 +215,7 @@ class Launch:
             job = Job(self.command if "/dev/null" in self.options else self._on_this_machine())
             status = job.wait(self.out)
             job.sweep()
-            if (self.out / lock.FILE).exists():
+            if (self.out / lock.FILE).exists() and not lock.is_held(self.out):
                 status = self._abandoned(status, job)
         else:
             more, environment, sent = self.cluster.prepare(wait=COMING_BACK if attempt else 0.0)
@@ -249,7 +249,7 @@ class Launch:
         elif status in STOPPED_OR_REFUSED:
             say(f"the run ended with exit status {status}; the ranks say why in the lines above.")
         else:
-            failure.record(self.out, f"{failure.UNKNOWN} (exit status {status})")
+            self._record(f"{failure.UNKNOWN} (exit status {status})")
             say(f"the run failed: {failure.UNKNOWN} (exit status {status})")
 
     def _failed_at(self) -> tuple[str, str] | None:
@@ -272,8 +272,13 @@ class Launch:
         DeepSpeed's launcher returns 0 also when it was killed.
         """
         if status == 0 and not job.asked:
-            failure.record(self.out, failure.LAUNCHER_GONE)
+            self._record(failure.LAUNCHER_GONE)
         return status or 1
+
+    def _record(self, reason: str) -> None:
+        """Records why this job failed, unless another job has the folder by now, which would take it for its own."""
+        if not lock.is_held(self.out):
+            failure.record(self.out, reason)
 
     def _on_this_machine(self) -> list[str]:
         """Returns the command for a hostfile that names this machine alone, and prints it."""

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zero_ds.runtime import lock
+
 if TYPE_CHECKING:  # programs that only start others read reasons as well, and should not load torch for that
     from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -76,6 +78,8 @@ class Watch:
     def __init__(self) -> None:
         self.folder: Path | None = None
         """Run folder; None until it is known."""
+        self.holder: str | None = None
+        """Id of this job's lock on the run folder, if known."""
         self.silence = SILENCE
         self._store: Store | None = None
         self._join: Callable[[], Store]
@@ -145,8 +149,11 @@ class Watch:
         return self._heard or (read(self.folder) if self.folder else None) or UNKNOWN
 
     def record(self, reason: str, final: bool = False) -> None:
-        """Writes the reason into the run folder unless another rank has written one."""
-        if self.folder is not None:
+        """Writes the reason into the run folder, unless another rank has written one or another job has the folder.
+
+        The launcher of the other job would take the reason for its own, and end its ranks.
+        """
+        if self.folder is not None and (self.holder is None or lock.holder(self.folder) in (None, self.holder)):
             record(self.folder, reason, final)
 
     def _run(self) -> None:

@@ -185,6 +185,18 @@ def is_free(folder: Path) -> bool:
     return found is None or _lives_here(found) is False
 
 
+def is_held(folder: Path) -> bool:
+    """Returns whether it is certain that a living process has locked the folder."""
+    found = _read(folder / FILE)
+    return found is not None and _lives_here(found) is True
+
+
+def holder(folder: Path) -> str | None:
+    """Returns the id of the lock on a folder; None if there is none."""
+    identity = (_read(folder / FILE) or {}).get("id")
+    return None if identity is None else str(identity)
+
+
 def _this_process() -> dict[str, Any]:
     process = psutil.Process()
     return {

@@ -30,6 +30,7 @@ def use_folder(out: Path) -> Iterator[None]:
         ConfigError: a file is in its place, it cannot be made or written, or another job uses it.
     """
     make_folder(out)
+    failure.WATCH.holder = None  # of an earlier run of this process
     if os.environ.get("RANK", "0") != "0":
         failure.WATCH.folder = None  # it learns the folder when it agrees with rank 0 on it
         yield

@@ -26,7 +26,7 @@ from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.distillation import Teacher
 from zero_ds.model.vlm import VisionLanguageModel
-from zero_ds.runtime import distributed, failure
+from zero_ds.runtime import distributed, failure, lock
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.meeting import require_agreement
@@ -90,7 +90,7 @@ def start_run(config: RunConfig) -> Run:
     ds = ds_config(config, world_size)
     check_options(config)
     compare_settings(config, ds)
-    failure.WATCH.folder = out
+    failure.WATCH.folder, failure.WATCH.holder = out, lock.holder(out)
     determinism.apply(config)
     resume = Resume.find(out, config)
     seed_everything(config.seed)
