@@ -1,7 +1,7 @@
 """Measures a data set with its images inside: first start, later starts, samples a second, and memory of each worker.
 
-python tools/bench/image_table.py write /tmp/fine --samples 200000
-python tools/bench/image_table.py measure /tmp/fine --model MODEL
+python tools/bench/image_table.py write runs/fine --samples 200000
+python tools/bench/image_table.py measure runs/fine --model MODEL
 
 The set is like FineVision's: Parquet shards with columns `images` (lists of bytes) and `texts` (pairs), written as the
 library `datasets` writes them; `--webdataset` writes tar files instead, which are measured with `--no-plain`. Each
