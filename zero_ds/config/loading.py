@@ -127,7 +127,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key '{name}'{did_you_mean(location[-1], _keys(model, location[:-1]))}"
     if first["type"] == "missing":
         return f"'{name}' is missing; set it in the recipe or with {name}=VALUE."
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
     if not location:
         return f"{message}."
     if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):

@@ -43,14 +43,7 @@ def _as_switch(value: Any) -> Any:
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _of_a_user(path: str) -> str:
-    """Rejects the home folder of a user who does not exist, and leaves the path as it is written."""
-    _with_home(path)
-    return path
-
-
 LocalPath = Annotated[str, AfterValidator(_with_home)]
-WrittenPath = Annotated[str, AfterValidator(_of_a_user)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -340,18 +333,18 @@ class RunConfig(Section):
     stage: str
     """Row of the stage table (training/stages.py): translator, pretrain, pretrain-early, adapter, encoder, align or
     decoder."""
-    target: WrittenPath
+    target: str
     """Folder or hub id of the full language model."""
-    surrogate: WrittenPath | None = None
+    surrogate: str | None = None
     """Folder of the surrogate that `zero-ds surrogate` has built."""
     decoder: Literal["auto", "surrogate", "target"] = "auto"
     """Decoder that is trained against; auto follows the stage table (Table A.2)."""
     encoder: EncoderConfig | None = None
     """Vision encoder. Empty: the language model trains alone, on text (stages translator and decoder)."""
     adapter: AdapterConfig = AdapterConfig()
-    init_from: tuple[WrittenPath, ...] = ()
+    init_from: tuple[str, ...] = ()
     """Results of earlier stages, or adapters in PEFT's format, that this run starts from; later ones win."""
-    continue_from: WrittenPath | None = None
+    continue_from: str | None = None
     """Run that this one continues with more (or less) to train, as a decoder run continues an encoder run. Its weights
     are loaded last, and what trains in both runs keeps its optimizer state. The learning-rate schedule starts over."""
     data: DataConfig = DataConfig()
