@@ -31,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import psutil
 import typer
@@ -355,6 +355,14 @@ class Story:
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.began:7.1f} s  {text}", flush=True)
 
+    def end(self, folder: Path | None) -> NoReturn:
+        """Prints the problems and ends the tool; removes `folder` if there was none."""
+        for problem in self.problems:
+            self.say(f"PROBLEM: {problem}")
+        if folder is not None and not self.problems:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise SystemExit(1 if self.problems else 0)
+
 
 def disturbed(job: Job, faults: Faults, steps: int, until: float, story: Story) -> None:
     """Runs a job to its end under faults, which stop at the time `until`."""
@@ -497,11 +505,7 @@ def main(
     story.say(f"{runs} runs, {sum(story.faults.values())} faults: {counts}")
     if faults.impossible:
         story.say(f"not possible here: {', '.join(faults.impossible)}")
-    for problem in story.problems:
-        story.say(f"PROBLEM: {problem}")
-    if work is None and not story.problems:
-        shutil.rmtree(folder, ignore_errors=True)
-    raise SystemExit(1 if story.problems else 0)
+    story.end(None if work else folder)
 
 
 if __name__ == "__main__":

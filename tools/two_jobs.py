@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -179,11 +178,7 @@ def main(
         "is in use by" in line for job in jobs for line in job.log.read_text(errors="replace").splitlines()
     )
     story.say(f"{sum(story.faults.values())} kills ({dict(story.faults)}), {refused[True]} refusals of the second job")
-    for problem in story.problems:
-        story.say(f"PROBLEM: {problem}")
-    if work is None and not story.problems:
-        shutil.rmtree(folder, ignore_errors=True)
-    raise SystemExit(1 if story.problems else 0)
+    story.end(None if work else folder)
 
 
 if __name__ == "__main__":

@@ -581,7 +581,7 @@ def _llava(bench: Bench, weights: Path, image_token: int) -> Any:
 
 def memory(work: Work) -> Iterator[Row]:
     """Compares the memory of a step of Llama-3B's decoder stage, by cause and at its peak, with the plan."""
-    from held_memory import CAUSES, held
+    from held_memory import CAUSES, watched
 
     from zero_ds.training.options.recompute import recomputed_layers
     from zero_ds.training.planning.activations import longest_sample_bytes
@@ -592,15 +592,7 @@ def memory(work: Work) -> Iterator[Row]:
     activations = longest_sample_bytes(bench.model, config).times(config.micro_batch)
     whole = planned_memory(bench.size, bench.ds, 1, activations, accumulation=len(bench.batches))
     engine = bench.engine()
-    seen: dict[str, int] = {}
-    update = engine.engine.step
-
-    def step() -> None:
-        for cause, size in held(engine, False).items():
-            seen[cause] = max(size, seen.get(cause, 0))
-        update()
-
-    engine.engine.step = step
+    seen = watched(engine, False)
     for number in range(2):
         engine.step(bench.batches, number, 1000.0)
     count, _ = recomputed_layers(bench.model)

@@ -44,6 +44,14 @@ def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
     checkpoint_activations_(model, config, ds)
     model.train()
     engine = Engine(config, model, groups, 2, ds)
+    seen = watched(engine, rest)
+    for number, micro in enumerate(loader.steps(0, 2)):  # ZeRO-3 gathers persistent parameters after the first update
+        engine.step(micro, number, 10)
+    return seen
+
+
+def watched(engine: Any, rest: bool) -> dict[str, int]:
+    """Returns a dictionary in which each update of an `Engine` notes the most bytes so far, by cause (`held`)."""
     seen: dict[str, int] = {}
     update = engine.engine.step
 
@@ -53,8 +61,6 @@ def measure(config: RunConfig, *, rest: bool = False) -> dict[str, int]:
         update()
 
     engine.engine.step = step
-    for number, micro in enumerate(loader.steps(0, 2)):  # ZeRO-3 gathers persistent parameters after the first update
-        engine.step(micro, number, 10)
     return seen
 
 

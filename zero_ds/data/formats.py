@@ -176,7 +176,7 @@ def parse(record: Any, where: str, unread: Counter[str] | None = None) -> Row:
     images, full_path = _images(record, turns.images, sample, ignored)
     _place_images(turns, len(images), sample)
     if unread is not None:
-        ignored.update(key for key in record if key not in RECORD_KEYS and key != form and _holds(record[key]))
+        ignored.update(key for key in record if key not in RECORD_KEYS and key != form and holds(record[key]))
         unread.update(ignored)
     row_id = where if name is None else str(name)
     return Row(row_id, tuple(turns.roles), tuple(turns.texts), tuple(images), full_path, tuple(turns.learned))
@@ -190,21 +190,11 @@ def _present(value: Any) -> bool:
     return value is not None and value == value
 
 
-def _holds(value: Any) -> bool:
+def holds(value: Any) -> bool:
     """Returns whether a value says anything. Some tables have lists and objects as a text of JSON."""
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
     return _present(value) and value not in (False, [], {}, ())
-
-
-def holds(value: Any) -> bool:
-    """Returns whether a record's value says anything."""
-    return _holds(value)
-
-
-def as_turns(value: Any) -> Any:
-    """Returns a list of turns from a list or from another shape that tables have; None if it is neither."""
-    return _as_list(value)
 
 
 def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) -> None:
@@ -212,7 +202,7 @@ def _refuse(content: Mapping[str, Any], refused: Mapping[str, str], where: str) 
         raise DataError(f"{where} has the key {quoted(content[TWICE])} twice; keep one of them")
     for key, value in content.items():
         meant = _meant(key)
-        if meant is None or not (_holds(value) or (meant in _ALSO_WHEN_FALSE and value in (0, 1))):
+        if meant is None or not (holds(value) or (meant in _ALSO_WHEN_FALSE and value in (0, 1))):
             continue
         if meant != key and key not in refused:
             raise DataError(f"{where}: key {quoted(key)} is not read; write it '{meant}', or give it another name")
@@ -228,7 +218,7 @@ def _meant(key: str) -> str | None:
 
 def _form(record: Mapping[str, Any], sample: str) -> str:
     """Returns the key of the turns."""
-    forms = [key for key in FORMATS if _as_list(record.get(key))]
+    forms = [key for key in FORMATS if as_turns(record.get(key))]
     if len(forms) > 1:
         raise DataError(f"{sample} has turns in '{forms[0]}' and in '{forms[1]}'; keep one of them")
     return forms[0] if forms else FORMATS[0]
@@ -243,7 +233,7 @@ def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _as_list(value: Any) -> Any:
+def as_turns(value: Any) -> Any:
     """Returns a list of turns, also from the text of JSON or the object of lists that some tables have; or None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -274,13 +264,13 @@ def _learned(content: Mapping[str, Any], where: str) -> bool:
 
 
 def _turns(value: Any, sample: str, ignored: set[str]) -> _Turns:
-    turns = _as_list(value)
+    turns = as_turns(value)
     if not turns:
         what = (
             "turns are read from 'conversations', 'messages' or 'text', from pairs of keys such as 'question' and "
             "'answer', and from a caption beside an image; name other columns in columns of the source"
         )
-        if _holds(value):
+        if holds(value):
             what = f"it is {quoted(value)}, not a list of turns"
         raise DataError(f"{sample} has no 'conversations'; {what}")
     found = _Turns()
@@ -311,7 +301,7 @@ def _checked_keys(content: Mapping[str, Any], role: Role, where: str, ignored: s
     """Checks the keys of a turn in addition to its role and text; returns whether it is learned if it is an answer."""
     _refuse(content, _REFUSED_IN_TURNS, where)
     learned = _learned(content, where)
-    ignored.update(f"{key} (of a turn)" for key in content if key not in TURN_KEYS and _holds(content[key]))
+    ignored.update(f"{key} (of a turn)" for key in content if key not in TURN_KEYS and holds(content[key]))
     if role == "assistant":
         return learned
     for key in ("train", "loss"):
@@ -357,7 +347,7 @@ def _joined(parts: list[Any], role: Role, images: list[str], where: str, ignored
         if kind == "text" and _is_text(said):
             texts.append(str(said))
             read = {"type", "text", "value"}
-        elif kind in ("image", "image_url") and not _holds(part.get("text")):
+        elif kind in ("image", "image_url") and not holds(part.get("text")):
             if role != "user":
                 raise DataError(f"{where}: role {role!r} shows an image; only a user's turn can, so move it there")
             texts.append(PLACEHOLDER)
@@ -366,7 +356,7 @@ def _joined(parts: list[Any], role: Role, images: list[str], where: str, ignored
         else:
             raise DataError(f"{where}: a part of the content is neither text nor image: {quoted(part)}")
         _refuse({key: value for key, value in part.items() if key not in read}, _REFUSED_IN_TURNS, where)
-        ignored.update(f"{key} (of a part)" for key in part.keys() - read if _holds(part[key]))
+        ignored.update(f"{key} (of a part)" for key in part.keys() - read if holds(part[key]))
     return "".join(texts)
 
 
@@ -376,13 +366,13 @@ def _kind(part: Any) -> str | None:
         return None
     if _present(part.get("type")):
         return part["type"] if isinstance(part["type"], str) else None
-    kinds = [kind for kind in ("text", "image", "image_url") if _holds(part.get(kind))]
+    kinds = [kind for kind in ("text", "image", "image_url") if holds(part.get(kind))]
     return kinds[0] if len(kinds) == 1 else None
 
 
 def _part_images(part: Mapping[str, Any], where: str) -> list[str]:
     """Returns the image that a part names; none if the record names it."""
-    values = [part[key] for key in ("image", "path", "url", "image_url") if _holds(part.get(key))]
+    values = [part[key] for key in ("image", "path", "url", "image_url") if holds(part.get(key))]
     named_images = [_names(value, where) for value in values]
     if any(names != named_images[0] for names in named_images):
         raise DataError(f"{where}: a part names different images: {quoted(part)}")
@@ -391,7 +381,7 @@ def _part_images(part: Mapping[str, Any], where: str) -> list[str]:
 
 def _add_system(record: Mapping[str, Any], turns: _Turns, sample: str) -> None:
     """Makes a system turn of the record's own system message."""
-    text = _one_of({key: record[key] for key in SYSTEM_KEYS if _holds(record.get(key))}, SYSTEM_KEYS, sample)
+    text = _one_of({key: record[key] for key in SYSTEM_KEYS if holds(record.get(key))}, SYSTEM_KEYS, sample)
     if text is None or (isinstance(text, str) and not text.strip()):
         return
     text = _text(text, f"{sample}, 'system'")
@@ -422,12 +412,12 @@ def _images(record: Mapping[str, Any], of_parts: list[str], sample: str, ignored
 
     `full_path` is the path or the paths themselves, or true if `image` holds them.
     """
-    full_path = record.get("full_path") if _holds(record.get("full_path")) else False
+    full_path = record.get("full_path") if holds(record.get("full_path")) else False
     if full_path and full_path is not True:
         return _names(full_path, sample), True
     if record.get("image") == "":
         raise DataError(f"{sample}: 'image' must be a path or a list of paths")
-    found = {key: _names(record[key], sample, key) for key in IMAGE_KEYS if key in record and _holds(record[key])}
+    found = {key: _names(record[key], sample, key) for key in IMAGE_KEYS if key in record and holds(record[key])}
     for key in [key for key in found if key.startswith("image_url")]:
         if len(found) > 1 and all(name.startswith(ADDRESSES) for name in found[key]):
             del found[key]  # it says where the file of the other key is from
@@ -462,7 +452,7 @@ def _name(value: Any) -> str | None:
         content = value.get("bytes")
         if isinstance(content, bytes | Span) and content:  # as tables of the library `datasets` have images
             return _name(content)
-        value = next((value[key] for key in ("path", "url") if _holds(value.get(key))), None)
+        value = next((value[key] for key in ("path", "url") if holds(value.get(key))), None)
     if isinstance(value, Span):
         return value.text()
     if isinstance(value, bytes) and value:

@@ -349,6 +349,7 @@ class _Writer:
         self._state_path = folder / "resume" / file_names("state", count)[number]
         self._streams: tuple[SafetensorsStream, SafetensorsStream] | None = None
         self._hashes: tuple[str, str] | None = None
+        self._sizes = (0, 0)
 
     def add(self, piece: Piece) -> None:
         """Appends a piece of one of a parameter's tensors (`KEYS`); the master copy also becomes the weight."""
@@ -382,8 +383,8 @@ class _Writer:
         assert self._hashes is not None and self._streams is not None, "the files are complete"
         weights, state = self._hashes
         return {
-            ("weights", self._number): [*_words(weights), self._weights_path.stat().st_size],
-            ("state", self._number): [*_words(state), self._state_path.stat().st_size],
+            ("weights", self._number): [*_words(weights), self._sizes[0]],
+            ("state", self._number): [*_words(state), self._sizes[1]],
             **{name: [*_words(digest), 0] for name, digest in self._streams[0].digests.items()},
         }
 
@@ -412,7 +413,9 @@ class _Writer:
 
     def _finish(self) -> None:
         weights, state = self._opened()
-        self._hashes = (weights.close(), state.close())
+        hashes = (weights.close(), state.close())
+        self._sizes = (self._weights_path.stat().st_size, self._state_path.stat().st_size)
+        self._hashes = hashes
 
 
 def _words(digest: str) -> list[int]:
