@@ -186,6 +186,28 @@ def test_a_cut_that_the_class_cannot_express_is_refused_by_name() -> None:
         check_cut(config, family, [0, 5])
 
 
+def test_an_entry_that_repeats_the_depth_is_cut_with_it() -> None:
+    """A class may read the number of its layers from an entry of another name."""
+    config = default_config("olmo2")
+    family = structure.describe(config)
+    config.num_blocks = config.num_hidden_layers
+    cut = cut_config(config, family, [0, 2, 5])
+    assert cut.num_blocks == cut.num_hidden_layers == 3
+
+
+def test_a_type_whose_results_depend_on_training_is_refused() -> None:
+    """Switching off what is called noise changes the experts that these routers choose."""
+    with pytest.raises(structure.UnverifiedError, match="in training, without dropout and noise"):
+        structure.describe(default_config("phimoe"))
+
+
+def test_a_class_that_changes_weights_after_loading_is_refused() -> None:
+    config = default_config("youtu")
+    config.pad_token_id = 0
+    with pytest.raises(structure.UnverifiedError, match=r"changes model\.embed_tokens\.weight after loading"):
+        structure.describe(config)
+
+
 def test_shared_keys_and_values_are_not_cut_in_two() -> None:
     """The last layers read keys and values of an earlier one, which has to stay."""
     from transformers import CONFIG_MAPPING

@@ -17,6 +17,7 @@ from zero_ds.model import lora
 from zero_ds.model.decoders import Family
 from zero_ds.model.decoders.cut import cut_config
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.shrink import without_dropout_
 from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
 from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.loading import load_complete
@@ -140,20 +141,6 @@ def _put_together(
         if spec.lora is not None:
             lora.inject_(modules.decoder, modules.family, spec.lora, dtype)
     return model
-
-
-def without_dropout_(model: nn.Module) -> None:
-    """Switches off the dropout, and the noise on the input of routers, that some models' configs ask for.
-
-    The method uses neither. Besides, checkpoints do not store the state of random generators, so a run with dropout
-    would not continue in the same way after it is resumed.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
-                setattr(module, name, 0.0)
 
 
 def sample_encoder(

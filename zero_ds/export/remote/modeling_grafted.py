@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -127,6 +128,12 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates; a decoder that takes no `past_key_values` reads the whole text again for every token."""
+        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Passes images with the prompt only; for later tokens their keys and values are in the cache."""

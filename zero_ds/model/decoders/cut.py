@@ -34,6 +34,8 @@ _FIRST = re.compile(
     r"|first_k_dense_layers|num_first_dense_layers|n_hash_layers|dense_layers"
 )
 """Names of numbers of layers at the beginning that are of another kind."""
+_DEPTH = re.compile(r"num_blocks|num_layers|n_layers?")
+"""Names of entries that repeat the number of layers, which some classes read in place of num_hidden_layers."""
 _LAST = re.compile(r"num_kv_shared_layers")
 """Names of numbers of layers at the end that are of another kind."""
 _OTHER_LISTS = re.compile(r"architectures|\w+_token_ids?|id2label|\w+_section|suppress_tokens|\w*time_step\w*|rope_\w+")
@@ -78,7 +80,9 @@ def cut_entries(config: Any, family: Family, sources: Sequence[int]) -> dict[str
         elif name == "scale_depth" and value:  # is divided by the root of the number of layers
             changed[name] = value * math.sqrt(len(sources) / depth)
         elif isinstance(value, int) and not isinstance(value, bool):
-            if _FIRST.fullmatch(name):
+            if _DEPTH.fullmatch(name) and value == depth:
+                changed[name] = len(sources)
+            elif _FIRST.fullmatch(name):
                 changed[name] = sum(source < value for source in sources)
             elif _LAST.fullmatch(name):
                 changed[name] = sum(source >= depth - value for source in sources)

@@ -222,3 +222,17 @@ def small_model(config: Any, *, attention: str = "eager", seed: int = 0) -> nn.M
         for parameter in model.parameters():  # norms and gates that start at a constant would hide a wrong order
             parameter.data.add_(torch.randn_like(parameter) * 0.02)
     return model.requires_grad_(False)
+
+
+def without_dropout_(model: nn.Module) -> None:
+    """Switches off the dropout, and the noise on the input of routers, that some models' configs ask for.
+
+    The method uses neither. Besides, checkpoints do not store the state of random generators, so a run with dropout
+    would not continue in the same way after it is resumed.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
+                setattr(module, name, 0.0)

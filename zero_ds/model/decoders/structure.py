@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -23,7 +24,14 @@ from torch import nn
 
 from zero_ds.model.decoders.base import Family
 from zero_ds.model.decoders.cut import layers_skipped
-from zero_ds.model.decoders.shrink import POSITIONS, causal_class, on_the_cpu, shrunk, small_model
+from zero_ds.model.decoders.shrink import (
+    POSITIONS,
+    causal_class,
+    on_the_cpu,
+    shrunk,
+    small_model,
+    without_dropout_,
+)
 from zero_ds.runtime.errors import ConfigError, one_line
 from zero_ds.runtime.files import write_atomically
 
@@ -216,6 +224,9 @@ def _inspect(config: Any, small: Any) -> Family:
             raise
         except Exception as error:
             raise UnverifiedError(f"a small copy of it does not run with image features ({one_line(error)})") from None
+    for verify in (_check_training, _check_initialization, _check_longer_text):
+        with torch.random.fork_rng(devices=[]):
+            verify(copy)
     family = _with_attention(copy, family)
     return replace(family, packs=_packs(copy, family), counted_positions=_is_limited(copy, family))
 
@@ -381,6 +392,48 @@ def _check_layers(copy: _Copy, family: Family) -> None:
         raise UnverifiedError("its layers do not take hidden states of its hidden size")
     with layers_skipped(family.layers(copy.model), {depth - 1}):
         copy.model(input_ids=copy.ids, use_cache=False)
+
+
+def _check_training(copy: _Copy) -> None:
+    """In training, without dropout and noise, the model must compute what it computes otherwise."""
+    model = cast(Any, small_model(copy.config))
+    without_dropout_(model)
+    try:
+        with torch.no_grad():
+            logits = model.train()(input_ids=copy.ids, use_cache=False).logits
+    except Exception as error:  # the classes raise many exception types
+        raise UnverifiedError(f"a small copy of it does not run in training ({one_line(error)})") from None
+    if not _close(logits, copy.logits):
+        raise UnverifiedError("in training, without dropout and noise, it computes something else than otherwise")
+
+
+def _check_initialization(copy: _Copy) -> None:
+    """The class's initialization must leave weights alone that are there already, since it runs after loading."""
+    from transformers.initialization import guard_torch_init_functions
+
+    model = cast(Any, small_model(copy.config))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for value in (*model.parameters(), *model.buffers()):
+        value._is_hf_initialized = True
+    with torch.no_grad(), guard_torch_init_functions():
+        for module in model.modules():
+            with suppress(Exception):  # some classes look for modules that only their backbone has
+                model._init_weights(module)
+    changed = next((n for n, value in model.state_dict().items() if not torch.equal(value, before[n])), None)
+    if changed is not None:
+        raise UnverifiedError(f"its class changes {changed} after loading it")
+
+
+def _check_longer_text(copy: _Copy) -> None:
+    """A text longer than a chunk of a recurrent layer must run."""
+    longest = getattr(copy.config, "max_position_embeddings", None) or POSITIONS
+    length = min(97, longest)
+    ids = torch.arange(length).remainder(copy.config.vocab_size - 4).add(4).view(1, -1)
+    try:
+        with torch.no_grad():
+            copy.model(input_ids=ids, use_cache=False)
+    except Exception as error:  # the classes raise many exception types
+        raise UnverifiedError(f"a text of {length} tokens does not run ({one_line(error)})") from None
 
 
 def _is_limited(copy: _Copy, family: Family) -> bool:
