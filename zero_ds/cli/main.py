@@ -30,6 +30,7 @@ from zero_ds.cli.profile import profile
 from zero_ds.cli.quickstart import quickstart
 from zero_ds.cli.recipes import recipes
 from zero_ds.cli.report import report
+from zero_ds.cli.status import status
 from zero_ds.cli.surrogate import surrogate
 from zero_ds.cli.train import train
 from zero_ds.cli.trajectory import trajectory
@@ -69,6 +70,7 @@ app.command("plan", rich_help_panel=PREPARATION)(plan)
 app.command("models", rich_help_panel=PREPARATION)(models)
 app.command("profile", rich_help_panel=PREPARATION)(profile)
 app.command("doctor", rich_help_panel=PREPARATION)(doctor)
+app.command("status", rich_help_panel=PREPARATION)(status)
 app.command("why", rich_help_panel=PREPARATION)(why)
 app.add_typer(evaluate, name="eval", rich_help_panel=RESULTS)
 app.command("chat", rich_help_panel=RESULTS)(chat)
