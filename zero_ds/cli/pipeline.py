@@ -12,7 +12,10 @@ from zero_ds.runtime.errors import ConfigError
 
 
 def pipeline(
-    model: Annotated[str, typer.Argument(help="Folder of recipes, such as smollm2-135m or llama-3.1-8b.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of recipes: smollm2-135m, llama-3.1-8b, or the path of your own (zero-ds init)."),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of every training stage as key=value, such as zero=zero2.")
     ] = None,
@@ -80,7 +83,7 @@ def pipeline(
     launch_options = [word for name, value in options.items() if value is not None for word in (name, str(value))]
     for name in forward or ():
         launch_options += ["--forward", name]
-    folder = out or Path("runs") / model
+    folder = out or Path("runs") / Path(model).name
     route = Route(model, folder, tuple(overrides or ()), tuple(launch_options), replace, texts, samples)
     steps = route.steps()
     if dry_run:

@@ -27,7 +27,7 @@ class Route:
     """Choices that decide the steps for one model."""
 
     model: str
-    """Name of the model's folder of recipes, such as llama-3.1-8b."""
+    """Name of the model's folder of recipes, such as llama-3.1-8b, or path of a folder of one's own recipes."""
     out: Path
     """Folder of all results."""
     overrides: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ class Route:
         settings = [f"out={self.out / name}", f"init_from=[{starts}]", *self.overrides]
         if run.surrogate:
             settings.append(f"surrogate={surrogate}")
-        command = ("bash", "launch/train.sh", f"{self.model}/{name}", *settings)
+        command = ("bash", "launch/train.sh", stage_recipes(self.model)[name], *settings)
         return Step(
             name,
             ((*command, *self.launch_options),),
@@ -127,15 +127,14 @@ def training_runs(model: str, overrides: Sequence[str] = ()) -> dict[str, RunCon
     Raises:
         ConfigError: the model has no recipes.
     """
-    names = recipe_names()
-    models = {name.partition("/")[0] for name in names}
-    if model not in models:
-        raise ConfigError(f"no recipes exist for model '{model}'{did_you_mean(model, sorted(models))}")
-    stage_of_out = {load_run(name).out: name.partition("/")[2] for name in names if name.startswith(f"{model}/")}
+    recipes = stage_recipes(model)
+    if "decoder" not in recipes:
+        raise ConfigError(f"{model} has no recipe `decoder`, the last stage, from which the others are found.")
+    stage_of_out = {load_run(recipe).out: stage for stage, recipe in recipes.items()}
     runs: dict[str, RunConfig] = {}
 
     def add(stage: str) -> None:
-        run = load_run(f"{model}/{stage}", list(overrides))
+        run = load_run(recipes[stage], list(overrides))
         for start in run.init_from:
             earlier = stage_of_out.get(start)
             if earlier is not None and earlier not in runs:
@@ -144,6 +143,22 @@ def training_runs(model: str, overrides: Sequence[str] = ()) -> dict[str, RunCon
 
     add("decoder")
     return runs
+
+
+def stage_recipes(model: str) -> dict[str, str]:
+    """Returns the recipes of a model by their stage's name: those of the package, or the YAML files of a folder.
+
+    Raises:
+        ConfigError: the model has no recipes.
+    """
+    names = [name for name in recipe_names() if name.startswith(f"{model}/")]
+    if names:
+        return {name.partition("/")[2]: name for name in names}
+    files = [path for path in sorted(Path(model).glob("*.yaml")) if path.stem != "common"]
+    if not files:
+        models = sorted({name.partition("/")[0] for name in recipe_names()})
+        raise ConfigError(f"no recipes exist for model '{model}'{did_you_mean(model, models)}")
+    return {path.stem: str(path) for path in files}
 
 
 def _layers_in_name(surrogate: str) -> str | None:
