@@ -7,7 +7,7 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,15 +16,22 @@ from zero_ds.runtime.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of the folder in runs/, which also appears in the recipes."""
-STAGES = ("pretrain", "encoder", "decoder")
 STEPS = 100
 """Smallest number of optimizer steps for which a global batch is chosen."""
 
-PURPOSE = {
-    "pretrain": "Stage 1: adapter and translator, against the surrogate. Text without images helps the translator.",
-    "encoder": "Stage 2: vision encoder and adapter, against the frozen surrogate. What it trains is grafted.",
-    "decoder": "Stage 3, optional: the full language model, from the grafted encoder on.",
+
+class _Purpose(NamedTuple):
+    text: str
+    uses_surrogate: bool
+
+
+_PURPOSES = {
+    "pretrain": _Purpose("Stage 1: adapter and translator, against the surrogate. Text helps the translator.", True),
+    "encoder": _Purpose("Stage 2: vision encoder and adapter, against the frozen surrogate, before the graft.", True),
+    "decoder": _Purpose("Stage 3, optional: the full language model, from the grafted encoder on.", False),
 }
+STAGES = tuple(_PURPOSES)
+"""Stages of the paper, in their order."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,13 @@ class Starter:
     def _stage(self, stage: str) -> str:
         before = STAGES[: STAGES.index(stage)]
         settings: dict[str, Any] = {}
-        if stage != "decoder":
+        if _PURPOSES[stage].uses_surrogate:
             settings["surrogate"] = self.surrogate
         if before:
             settings["init_from"] = [f"runs/{self.name}/{one}" for one in before]
         settings["global_batch"] = self.global_batch(stage)
         settings["out"] = f"runs/{self.name}/{stage}"
-        lines = [f"# {PURPOSE[stage]}", f"extends: [stages/{stage}, common.yaml]", _yaml(settings)]
+        lines = [f"# {_PURPOSES[stage].text}", f"extends: [stages/{stage}, common.yaml]", _yaml(settings)]
         return "\n".join([*lines, "# epochs: 1", "# optimizer: {learning_rate: 1e-4}", ""])
 
 
