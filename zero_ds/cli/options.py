@@ -18,6 +18,7 @@ __all__ = [
     "MemoryShareOption",
     "OffloadOption",
     "TensorParallelOption",
+    "VerboseOption",
     "complete_recipe",
     "load",
     "precision",
@@ -25,6 +26,9 @@ __all__ = [
 
 ChatTemplateOption = Annotated[
     str | None, typer.Option("--chat-template", help="File with a chat template that replaces the model's own.")
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", help="Show the commands and all that they print, which else goes to OUT/logs.")
 ]
 EngineOption = Annotated[str, typer.Option("--engine", help="Engine that runs the model: transformers or vllm.")]
 TensorParallelOption = Annotated[

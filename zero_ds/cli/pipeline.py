@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.cli.options import VerboseOption
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -59,6 +60,7 @@ def pipeline(
     dry_run: Annotated[
         bool, typer.Option("-n", "--dry-run", help="Print the commands that would run, and stop.")
     ] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run the whole method for one model: trajectory, surrogate, training stages, export.
 
@@ -99,5 +101,5 @@ def pipeline(
         read_hostfile(hostfile, include or "", exclude or "")  # refuses a faulty one now instead of hours later
     if fresh:
         start_fresh(folder)
-    Pipeline(folder, steps).run()
+    Pipeline(folder, steps, verbose=verbose).run()
     print(f"Model: {folder / 'export'}   TensorBoard: launch/tensorboard.sh {folder}")

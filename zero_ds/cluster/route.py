@@ -5,9 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from zero_ds.cluster.pipeline import Step, zero_ds_command
+from zero_ds.cluster.story import (
+    PURPOSES,
+    outcome_of_export,
+    outcome_of_surrogate,
+    outcome_of_training,
+    outcome_of_trajectory,
+)
 from zero_ds.config.loading import load_run, recipe_names
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError, did_you_mean
@@ -83,7 +91,14 @@ class Route:
             *("trajectory", "--model", first.target, "--data", texts),
             *("--samples", str(self.samples), "--out", str(out)),
         )
-        return Step("trajectory", (command,), 60.0, (out / "trajectory.json",))
+        return Step(
+            "trajectory",
+            (command,),
+            60.0,
+            (out / "trajectory.json",),
+            purpose=PURPOSES["trajectory"],
+            outcome=partial(outcome_of_trajectory, out),
+        )
 
     def _surrogate_step(self, target: str, layers: str, surrogate: Path) -> Step:
         if layers == FROM_TRAJECTORY:
@@ -91,7 +106,14 @@ class Route:
         else:
             cut = ("--replace", layers)
         command = zero_ds_command("surrogate", "--target", target, *cut, "--out", str(surrogate))
-        return Step("surrogate", (command,), 60.0, (surrogate / "surrogate.json",))
+        return Step(
+            "surrogate",
+            (command,),
+            60.0,
+            (surrogate / "surrogate.json",),
+            purpose=PURPOSES["surrogate"],
+            outcome=partial(outcome_of_surrogate, surrogate),
+        )
 
     def _training_step(self, name: str, runs: dict[str, RunConfig], surrogate: Path) -> Step:
         run = runs[name]
@@ -108,6 +130,8 @@ class Route:
             (self.out / name / "latest",),
             same=(command,),  # the same run may go on with other machines
             patience=CHECKPOINT_SECONDS if "--hostfile" in self.launch_options else None,
+            purpose=PURPOSES.get(name, ""),
+            outcome=partial(outcome_of_training, self.out / name),
         )
 
     def _export_step(self, target: str, last_stage: str, precision: str) -> Step:
@@ -116,7 +140,14 @@ class Route:
             *("export", "--weights", str(self.out / last_stage), "--target", target, "--out", str(out)),
             *("--dtype", "bfloat16" if precision == "bf16" else "float32"),
         )
-        return Step("export", (command,), 60.0, (out / "proof.json",))
+        return Step(
+            "export",
+            (command,),
+            60.0,
+            (out / "proof.json",),
+            purpose=PURPOSES["export"],
+            outcome=partial(outcome_of_export, out),
+        )
 
 
 def training_runs(model: str, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:

@@ -79,7 +79,7 @@ def statuses(folders: Sequence[Path]) -> list[Status]:
 
 def status(run: Path) -> Status:
     """Returns the status of the run in a folder."""
-    records = _last_records(run / "metrics.jsonl")
+    records = recorded_steps(run, TAIL)
     last = records[-1] if records else {}
     step, steps = int(last.get("step", 0)), last.get("steps")
     reason = failure.read(run)
@@ -121,11 +121,15 @@ def _state(run: Path, step: int, steps: Any, reason: str | None) -> State:
     return "stopped" if step else "not started"
 
 
-def _last_records(path: Path) -> list[dict[str, float]]:
-    """Returns the last records of metrics.jsonl. Lines that are cut off are left out."""
+def recorded_steps(run: Path, tail: int | None = None) -> list[dict[str, float]]:
+    """Returns the records in a run's metrics.jsonl, one for each step; an empty list without that file.
+
+    Lines that are cut off, and values that are not numbers, are left out. tail: bytes at the end to read; None: all.
+    """
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        with (run / "metrics.jsonl").open("rb") as file:
+            if tail is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
