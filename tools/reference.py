@@ -61,8 +61,8 @@ def api() -> str:
     """Returns the page of the public functions."""
     lines = [
         "# Python API",
-        "The work of the commands can be called from Python: `from zero_ds import train`. torch is loaded when the first",
-        "function is used. `tools/reference.py --write` writes this page from the docstrings.",
+        "The work of the commands can be called from Python: `from zero_ds import train`. torch is loaded when the",
+        "first function is used. `tools/reference.py --write` writes this page from the docstrings.",
         "",
     ]
     for name in zero_ds.PUBLIC:
@@ -88,16 +88,10 @@ def _of_command(name: str, command: Any) -> list[str]:
         if getattr(parameter, "hidden", False) or parameter.name == "help":
             continue
         is_option = any(word.startswith("-") for word in parameter.opts)
-        words = (
-            [*parameter.opts, *parameter.secondary_opts] if is_option else [parameter.metavar or parameter.name.upper()]
-        )
-        default = parameter.default() if callable(parameter.default) else parameter.default
-        known = (
-            default not in (None, (), [], False)
-            and not parameter.required
-            and isinstance(default, str | int | float | Path)
-        )
-        shown = f"`{default}`" if known else ""
+        name_of_argument = parameter.metavar or parameter.name.upper()
+        words = [*parameter.opts, *parameter.secondary_opts] if is_option else [name_of_argument]
+        default = None if callable(parameter.default) or parameter.required else parameter.default
+        shown = f"`{default}`" if isinstance(default, str | int | float | Path) and default is not False else ""
         rows.append(f"| {', '.join(f'`{word}`' for word in words)} | {shown} | {_cell(parameter.help or '')} |")
     if rows:
         lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows, ""]
