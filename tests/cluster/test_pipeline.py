@@ -18,7 +18,7 @@ from distributed_helper import alive
 from pace import scaled
 from places import ROOT
 
-from zero_ds.cluster import pipeline
+from zero_ds.cluster import output, pipeline, story
 from zero_ds.cluster.pipeline import Pipeline, Step, StepError
 from zero_ds.runtime.errors import ConfigError
 
@@ -223,7 +223,7 @@ class Route:
         self.process = subprocess.Popen(
             [
                 *(ROOT / "launch/pipeline.sh", "llama-3.1-70b", "--out", out),
-                *("--replace", "1:2", "--samples", "2", "--ranks", "1", *settings),
+                *("--replace", "1:2", "--samples", "2", "--ranks", "1", "--verbose", *settings),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -288,3 +288,66 @@ def test_the_time_left_follows_the_machine(tmp_path: Path) -> None:
     pipeline.run()
     taken = pipeline.seconds()["one"]
     assert taken >= 0.5 and pipeline.seconds_left(1) == pytest.approx(taken)
+
+
+def test_output_goes_to_a_file_and_progress_to_the_console(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of progress is shown at once, then every PAUSE seconds; noise is not."""
+    monkeypatch.setattr(output, "PAUSE", 0.0)
+    line = "04:27:59 [rank 0] step 3/9  0:02 < 0:04 left  loss 1.5  learning_rate 0.1"
+    code = f"import time; print('noise', flush=True); print({line!r}, flush=True); time.sleep(0.6)"
+    told = Step("one", ((sys.executable, "-c", code),), 1.0, purpose="does it", outcome=lambda: "it is done")
+    Pipeline(tmp_path, [told]).run()
+    shown = capfd.readouterr().out
+    assert "step 3 of 9, 0:04 left, loss 1.5" in shown and "it is done; 0:0" in shown and "noise" not in shown
+    assert "noise\n" in (tmp_path / "logs/one.log").read_text()
+    Pipeline(tmp_path / "verbose", [told], verbose=True).run()
+    assert "noise" in capfd.readouterr().out and not (tmp_path / "verbose/logs").exists()
+
+
+@pytest.mark.parametrize("said", ["zero-ds: the disk is full.", "Traceback\nKeyError: 'x'"])
+def test_a_failure_is_shown_with_its_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str], said: str) -> None:
+    code = f"import sys; print({said!r}, file=sys.stderr); sys.exit(3)"
+    with pytest.raises(StepError, match=r"one\.log") as failed:
+        Pipeline(tmp_path, [step("one", code)]).run()
+    shown = capfd.readouterr().err
+    assert ("the disk is full;" in str(failed.value)) if "disk" in said else ("KeyError: 'x'" in shown)
+
+
+def test_the_reason_is_that_of_this_attempt(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="the first reason"):
+        Pipeline(tmp_path, [step("one", "import sys; sys.exit('zero-ds: the first reason')")]).run()
+    with pytest.raises(StepError) as failed:
+        Pipeline(tmp_path, [step("one", "import sys; sys.exit(3)")]).run()
+    assert "first reason" not in str(failed.value)
+
+
+def test_results_are_told_in_a_line(tmp_path: Path) -> None:
+    def write(name: str, content: object) -> None:
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+
+    write("trajectory.json", {"layers": 30, "transition": {"layer": 19}, "proposed": {"name": "T(19,28)"}})
+    assert story.outcome_of_trajectory(tmp_path).startswith("language converges from layer 19 of 30 on")
+    write(
+        "surrogate.json",
+        {
+            "plan": {"depth": 30, "replaced": [[24, 28, 1]]},
+            "kept_parameters": 120354624,
+            "target_parameters": 134515008,
+        },
+    )
+    assert "26 of 30 layers, 120 of 135 million parameters" in story.outcome_of_surrogate(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n, "loss": 10 - n}) + "\n" for n in range(1, 5))
+    )
+    assert story.outcome_of_training(tmp_path) == "4 steps; loss 9.00 at first, 6.00 at last"
+    words = [{"free_correct": True}, {"free_correct": False}]
+    write("e.json", {"items": [{"condition": "own", "words": words}, {"condition": "shuffled", "words": words[1:]}]})
+    found = story.outcome_of_evaluation({"grafted": tmp_path / "e.json"})
+    assert found == "grafted 50 % of words right (0 % with another image)"
+    write("proof.json", {"tensors_equal": 7, "loaded_by_transformers": "Llava"})
+    assert "all 7 tensors" in story.outcome_of_export(tmp_path)
+    for name in ("trajectory.json", "proof.json"):
+        (tmp_path / name).write_text("[]")
+    assert story.told(lambda: story.outcome_of_trajectory(tmp_path)) == ""

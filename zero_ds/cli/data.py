@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zero_ds.cli.options import ChatTemplateOption
+from zero_ds.cli.options import ChatTemplateOption, complete_recipe
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def show(
 
 @data.command()
 def prepare(
-    recipe: Annotated[str, typer.Argument(help="Recipe of the run.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe of the run.", autocompletion=complete_recipe)],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value, as for `train`.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write the tokens into; data.prepared of the run.")] = Path(
         "prepared"

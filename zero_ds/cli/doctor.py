@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zero_ds.cli.options import complete_recipe
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import home_path
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(help="Recipe of the run: its folder, the files it reads, its ZeRO config.")
+        str | None,
+        typer.Argument(
+            help="Recipe of the run: its folder, the files it reads, its ZeRO config.", autocompletion=complete_recipe
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of the run as key=value, such as zero=zero2.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 Weights = Annotated[Path, typer.Option(help="Run or checkpoint folder with a trained vision encoder.")]
 Target = Annotated[str, typer.Option(help="Folder or hub id of the full language model.")]
+
+
+HASH = re.compile(r"(\d+-)?[0-9a-f]{32,}")
 
 
 def graft(
@@ -45,12 +49,16 @@ def graft(
 
 
 def _print(checks: Sequence[Check], accept: Iterable[str]) -> None:
-    """Prints a line for every check: the verdict, the name, and the value here, with that of training if it differs."""
+    """Prints a line for every check: the verdict, the name, and the value here, with that of training if it differs.
+
+    Of a hash that fits nobody needs the digits.
+    """
     for check in checks:
         verdict = {True: "fits", False: "DIFFERS", None: "unknown"}[check.fits]
         if _is_accepted(check, accept):
             verdict = "accepted"
-        line = f"{verdict:<10}{check.name:<13}{check.here}"
+        here = "the same as in training" if check.fits and HASH.fullmatch(check.here) else check.here
+        line = f"{verdict:<10}{check.name:<13}{here}"
         if check.fits is False or (check.fits is None and check.trained_with != check.here):
             line += f" (trained with: {check.trained_with})"
         print(line)

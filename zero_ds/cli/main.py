@@ -23,6 +23,7 @@ from zero_ds.cli.doctor import doctor
 from zero_ds.cli.evaluate import evaluate
 from zero_ds.cli.export import export
 from zero_ds.cli.graft import graft
+from zero_ds.cli.init import init
 from zero_ds.cli.models import models
 from zero_ds.cli.pipeline import pipeline
 from zero_ds.cli.plan import plan
@@ -30,6 +31,7 @@ from zero_ds.cli.profile import profile
 from zero_ds.cli.quickstart import quickstart
 from zero_ds.cli.recipes import recipes
 from zero_ds.cli.report import report
+from zero_ds.cli.status import status
 from zero_ds.cli.surrogate import surrogate
 from zero_ds.cli.train import train
 from zero_ds.cli.trajectory import trajectory
@@ -43,7 +45,6 @@ from zero_ds.runtime.files import disk_sentence, home_path
 app = typer.Typer(
     name="zero-ds",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Find where a language model's early phase ends, cut a small surrogate there, train a vision encoder against "
     "it with DeepSpeed, and graft the encoder into the full model.",
@@ -63,12 +64,14 @@ app.command("export", rich_help_panel=METHOD)(export)
 app.command("demo", rich_help_panel=CHAINS)(demo)
 app.command("quickstart", rich_help_panel=CHAINS)(quickstart)
 app.command("pipeline", rich_help_panel=CHAINS)(pipeline)
+app.command("init", rich_help_panel=PREPARATION)(init)
 app.command("recipes", rich_help_panel=PREPARATION)(recipes)
 app.add_typer(data, name="data", rich_help_panel=PREPARATION)
 app.command("plan", rich_help_panel=PREPARATION)(plan)
 app.command("models", rich_help_panel=PREPARATION)(models)
 app.command("profile", rich_help_panel=PREPARATION)(profile)
 app.command("doctor", rich_help_panel=PREPARATION)(doctor)
+app.command("status", rich_help_panel=PREPARATION)(status)
 app.command("why", rich_help_panel=PREPARATION)(why)
 app.add_typer(evaluate, name="eval", rich_help_panel=RESULTS)
 app.command("chat", rich_help_panel=RESULTS)(chat)

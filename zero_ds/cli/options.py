@@ -1,4 +1,4 @@
-"""Options that commands with a MODEL share."""
+"""Options that commands with a MODEL share, and completion of the names of recipes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ __all__ = [
     "MemoryShareOption",
     "OffloadOption",
     "TensorParallelOption",
+    "VerboseOption",
+    "complete_recipe",
     "load",
     "precision",
 ]
 
 ChatTemplateOption = Annotated[
     str | None, typer.Option("--chat-template", help="File with a chat template that replaces the model's own.")
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", help="Show the commands and all that they print, which else goes to OUT/logs.")
 ]
 EngineOption = Annotated[str, typer.Option("--engine", help="Engine that runs the model: transformers or vllm.")]
 TensorParallelOption = Annotated[
@@ -47,3 +52,14 @@ MemoryShareOption = Annotated[
     float | None,
     typer.Option("--gpu-memory-share", help="Share of each GPU's memory for vllm, besides the encoder. Default: 0.85."),
 ]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Returns the recipes of the package, and the YAML files of the folder, that begin with what has been typed."""
+    from zero_ds.config.loading import recipe_names
+
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    files = [
+        str(path) + "/" * path.is_dir() for path in sorted(folder.glob("*")) if path.is_dir() or path.suffix == ".yaml"
+    ]
+    return [name for name in [*recipe_names(), *files] if name.startswith(incomplete)]

@@ -8,11 +8,15 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.cli.options import VerboseOption
 from zero_ds.runtime.errors import ConfigError
 
 
 def pipeline(
-    model: Annotated[str, typer.Argument(help="Folder of recipes, such as smollm2-135m or llama-3.1-8b.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of recipes: smollm2-135m, llama-3.1-8b, or the path of your own (zero-ds init)."),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of every training stage as key=value, such as zero=zero2.")
     ] = None,
@@ -56,6 +60,7 @@ def pipeline(
     dry_run: Annotated[
         bool, typer.Option("-n", "--dry-run", help="Print the commands that would run, and stop.")
     ] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run the whole method for one model: trajectory, surrogate, training stages, export.
 
@@ -80,7 +85,7 @@ def pipeline(
     launch_options = [word for name, value in options.items() if value is not None for word in (name, str(value))]
     for name in forward or ():
         launch_options += ["--forward", name]
-    folder = out or Path("runs") / model
+    folder = out or Path("runs") / Path(model).name
     route = Route(model, folder, tuple(overrides or ()), tuple(launch_options), replace, texts, samples)
     steps = route.steps()
     if dry_run:
@@ -96,5 +101,5 @@ def pipeline(
         read_hostfile(hostfile, include or "", exclude or "")  # refuses a faulty one now instead of hours later
     if fresh:
         start_fresh(folder)
-    Pipeline(folder, steps).run()
+    Pipeline(folder, steps, verbose=verbose).run()
     print(f"Model: {folder / 'export'}   TensorBoard: launch/tensorboard.sh {folder}")

@@ -10,13 +10,17 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.cli.options import complete_recipe
 from zero_ds.runtime.errors import ConfigError
 
 HIDDEN_COST = "CUDA's context, NCCL's buffers, fragmentation"
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Recipe such as llama-3.1-70b/decoder, or a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="Recipe such as llama-3.1-70b/decoder, or a YAML file.", autocompletion=complete_recipe),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as key=value, such as micro_batch=2 data.max_length=4096.")
     ] = None,

@@ -7,9 +7,16 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.cli.options import complete_recipe
+
 
 def profile(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `zero-ds recipes`); or a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a recipe (see `zero-ds recipes`); or a YAML file.", autocompletion=complete_recipe
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that replace the recipe's, such as zero=zero2 compile=true.")
     ] = None,

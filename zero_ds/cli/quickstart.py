@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from zero_ds.cli.demo import LLM
+from zero_ds.cli.options import VerboseOption
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -33,6 +36,7 @@ def quickstart(
         typer.Option("--set", help="Setting key=value of every training run, such as zero=zero2; repeatable."),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="First remove an earlier run in --out.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run the whole method on a model of 135M parameters, from trajectory to report, on a CPU or a GPU.
 
@@ -51,7 +55,7 @@ def quickstart(
     if controls:
         steps += run.control_steps()
     steps.append(run.report_step(controls))
-    Pipeline(out, steps).run()
-    headline = (out / "report.md").read_text(encoding="utf-8").split("## ")[0].strip()
-    print(f"\n{headline}\n")
+    Pipeline(out, steps, verbose=verbose).run()
+    found = json.loads((out / "report.json").read_text(encoding="utf-8"))["findings"]
+    print("\n" + "\n".join(textwrap.fill(sentence, 100) for sentence in found) + "\n")
     print(f"Report: {out / 'report.html'}   TensorBoard: launch/tensorboard.sh {out}   Model: {out / 'export'}")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zero_ds.cli.options import complete_recipe
+
 if TYPE_CHECKING:
     from zero_ds.config.schema import RunConfig
 
@@ -13,7 +15,10 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(help="Name of a recipe (see `zero-ds recipes`), such as smollm2-135m/encoder; or a YAML file."),
+        typer.Argument(
+            help="Name of a recipe (see `zero-ds recipes`), such as smollm2-135m/encoder; or a YAML file.",
+            autocompletion=complete_recipe,
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.cli.options import complete_recipe
+
 
 def why(
-    recipe: Annotated[str, typer.Argument(help="Recipe or YAML file of the run.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe or YAML file of the run.", autocompletion=complete_recipe)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that the run was started with, such as out=FOLDER.")
     ] = None,

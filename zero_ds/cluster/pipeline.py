@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil
 
+from zero_ds.cluster.output import Output
+from zero_ds.cluster.story import Outcome, told
 from zero_ds.runtime.console import duration
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
@@ -59,6 +61,10 @@ class Step:
     """Commands without the options that may differ from one attempt to the next, such as machines. None: `commands`."""
     patience: float | None = None
     """Seconds that the commands get to end by themselves. None: PATIENCE."""
+    purpose: str = ""
+    """What the step does, in words that follow its name on the console."""
+    outcome: Outcome | None = None
+    """Function that says in a line what the step found."""
 
     def fingerprint(self) -> str:
         """Returns the text by which a finished step recognises its commands, whichever Python runs them."""
@@ -95,14 +101,15 @@ class StepRecord:
 
 
 class StepError(ConfigError):
-    """A command of a step failed, and has printed why."""
+    """A command of a step failed."""
 
 
 class Pipeline:
     """Runs steps in order and records the finished ones in `out`/steps."""
 
-    def __init__(self, out: Path, steps: Sequence[Step]) -> None:
-        self.out = out
+    def __init__(self, out: Path, steps: Sequence[Step], *, verbose: bool = False) -> None:
+        """Reads nothing yet. verbose: whether the commands write to the console, and not into files in `out`/logs."""
+        self.out, self.verbose = out, verbose
         self.steps = list(steps)
         self._records = out / "steps"
 
@@ -126,8 +133,11 @@ class Pipeline:
                 logger.info("%s: done before, in %s", head, duration(record.seconds))
                 continue
             _interrupts.wait(0.0)
-            logger.info("%s  (about %s left)", head, duration(self.seconds_left(index)))
-            self._run_and_record(step)
+            purpose = f" {step.purpose}" if step.purpose else ""
+            logger.info("%s%s  (about %s left)", head, purpose, duration(self.seconds_left(index)))
+            seconds = self._run_and_record(step)
+            if not self.verbose:
+                print(f"       {'; '.join(filter(None, (told(step.outcome), duration(seconds))))}", flush=True)
 
     def seconds_left(self, done: int) -> float:
         """Estimates the seconds that all steps after the first `done` take.
@@ -167,19 +177,25 @@ class Pipeline:
         records = {step.name: self.record(step) for step in self.steps}
         return {name: record.seconds for name, record in records.items() if record is not None}
 
-    def _run_and_record(self, step: Step) -> None:
+    def _run_and_record(self, step: Step) -> float:
+        """Runs a step, records that it is finished, and returns the seconds that it took."""
         started = time.monotonic()
-        _run(step)
+        output = None if self.verbose else Output(self.out / "logs" / f"{step.name}.log")
+        _run(step, output)
         seconds = time.monotonic() - started
         missing = [path for path in step.produces if not path.exists()]
         if missing:
-            raise StepError(f"step {step.name} ended without {missing[0]}; see its output above.")
+            raise StepError(f"step {step.name} ended without {missing[0]}; see its output {_where(output)}.")
         content = {"seconds": seconds, "fingerprint": step.fingerprint()}
         write_atomically(self._records / f"{step.name}.json", json.dumps(content) + "\n")
+        return seconds
 
 
-def _run(step: Step) -> None:
-    """Runs the commands of a step at the same time, and ends all of them as soon as one fails."""
+def _run(step: Step, output: Output | None) -> None:
+    """Runs the commands of a step at the same time, and ends all of them as soon as one fails.
+
+    output: where they write to; None: the console.
+    """
     processes: list[subprocess.Popen[bytes]] = []
     environment = dict(os.environ)
     if len(step.commands) > 1:
@@ -187,20 +203,42 @@ def _run(step: Step) -> None:
         environment["OMP_NUM_THREADS"] = str(max(1, cores // len(step.commands)))
     try:
         for command in step.commands:
-            print(f"+ {shlex.join(command)}", flush=True)
-            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            processes.append(_started(command, environment, output))
         while any(process.poll() is None for process in processes):
             if any(process.poll() not in (None, 0) for process in processes):
                 break
             _interrupts.wait(0.2)
+            if output is not None:
+                output.follow()
     finally:
         _end(processes, step.patience or PATIENCE)
+        if output is not None:
+            output.clear()
     for command, process in zip(step.commands, processes, strict=True):
         if process.returncode != 0:
+            reason = None if output is None else output.reason()
+            if output is not None and reason is None:
+                print(output.last_lines(), file=sys.stderr)
             raise StepError(
-                f"step {step.name} failed (exit status {process.returncode}): {shlex.join(command)}; "
-                "finished steps are kept, run the same command again to continue."
+                f"step {step.name} failed (exit status {process.returncode}): {reason or shlex.join(command)}; "
+                f"its output is {_where(output)}. Finished steps are kept, run the same command again to continue."
             )
+
+
+def _started(command: Command, environment: dict[str, str], output: Output | None) -> subprocess.Popen[bytes]:
+    """Starts a command, whose own text goes before its output."""
+    said = f"+ {shlex.join(command)}"
+    if output is None:
+        print(said, flush=True)
+        return subprocess.Popen(command, env=environment, start_new_session=True)
+    with output.open() as file:
+        file.write(f"{said}\n".encode())
+        file.flush()
+        return subprocess.Popen(command, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _where(output: Output | None) -> str:
+    return "above" if output is None else f"in {output.path}"
 
 
 class _Interrupts:

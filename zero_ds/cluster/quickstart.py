@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from zero_ds.cluster.pipeline import Step, zero_ds_command
+from zero_ds.cluster.pipeline import Command, Step, zero_ds_command
+from zero_ds.cluster.story import (
+    PURPOSES,
+    Outcome,
+    outcome_of_evaluation,
+    outcome_of_export,
+    outcome_of_surrogate,
+    outcome_of_training,
+    outcome_of_trajectory,
+)
 from zero_ds.config.loading import load_run
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import home_path
@@ -65,6 +75,7 @@ class Quickstart:
                     *("export", "--weights", str(encoder), "--target", self.target, "--out", str(export)),
                 ),
                 export / "proof.json",
+                partial(outcome_of_export, export),
             ),
         ]
 
@@ -114,7 +125,7 @@ class Quickstart:
             *("trajectory", "--model", self.target, "--data", str(self.demo / "data/trajectory.json")),
             *("--samples", "32", "--out", str(out)),
         )
-        return _step("trajectory", 18, command, out / "trajectory.json")
+        return _step("trajectory", 18, command, out / "trajectory.json", partial(outcome_of_trajectory, out))
 
     def _cut(self) -> tuple[str, ...]:
         if self.replace == FROM_TRAJECTORY:
@@ -126,7 +137,7 @@ class Quickstart:
             *("surrogate", "--target", self.target, *cut, "--translators", str(self.translators)),
             *("--out", str(out)),
         )
-        return _step(name, seconds, command, out / "surrogate.json")
+        return _step(name, seconds, command, out / "surrogate.json", partial(outcome_of_surrogate, out))
 
     def _training(
         self,
@@ -165,7 +176,7 @@ class Quickstart:
             *self.overrides,
             *overrides,
         )
-        return _step(name, seconds, command, out / "latest")
+        return _step(name, seconds, command, out / "latest", partial(outcome_of_training, out))
 
     def _early_stages(self, surrogate: Path) -> list[Step]:
         """Returns the training stages against the surrogate that lacks early layers, each starting from all before."""
@@ -185,7 +196,8 @@ class Quickstart:
         """
         records = str(self.demo / "data/heldout.json")
         options = () if self.images is None else ("--pictures", str(self.images))
-        commands, results = [], []
+        commands: list[Command] = []
+        results: dict[str, Path] = {}
         for label, (weights, decoder) in models.items():
             result = self.out / f"evaluation/{label}.json"
             commands.append(
@@ -194,8 +206,11 @@ class Quickstart:
                     *("--records", records, "--out", str(result), *options),
                 )
             )
-            results.append(result)
-        return Step(name, tuple(commands), 60.0 * len(models), tuple(results))
+            results[label] = result
+        seconds, outcome = 60.0 * len(models), partial(outcome_of_evaluation, results)
+        return Step(
+            name, tuple(commands), seconds, tuple(results.values()), purpose=PURPOSES.get(name, ""), outcome=outcome
+        )
 
     # -- ranges of layers ----------------------------------------------------------------------------------------------
 
@@ -226,5 +241,8 @@ class Quickstart:
         return f"1:{sum(replaced.last - replaced.first + 1 for replaced in ranges)}"
 
 
-def _step(name: str, seconds: float, command: tuple[str, ...], produces: Path | None = None) -> Step:
-    return Step(name, (command,), seconds, () if produces is None else (produces,))
+def _step(
+    name: str, seconds: float, command: Command, produces: Path | None = None, outcome: Outcome | None = None
+) -> Step:
+    files = () if produces is None else (produces,)
+    return Step(name, (command,), seconds, files, purpose=PURPOSES.get(name, ""), outcome=outcome)

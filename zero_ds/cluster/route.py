@@ -5,9 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from zero_ds.cluster.pipeline import Step, zero_ds_command
+from zero_ds.cluster.story import (
+    PURPOSES,
+    outcome_of_export,
+    outcome_of_surrogate,
+    outcome_of_training,
+    outcome_of_trajectory,
+)
 from zero_ds.config.loading import load_run, recipe_names
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime.errors import ConfigError, did_you_mean
@@ -27,7 +35,7 @@ class Route:
     """Choices that decide the steps for one model."""
 
     model: str
-    """Name of the model's folder of recipes, such as llama-3.1-8b."""
+    """Name of the model's folder of recipes, such as llama-3.1-8b, or path of a folder of one's own recipes."""
     out: Path
     """Folder of all results."""
     overrides: tuple[str, ...] = ()
@@ -83,7 +91,14 @@ class Route:
             *("trajectory", "--model", first.target, "--data", texts),
             *("--samples", str(self.samples), "--out", str(out)),
         )
-        return Step("trajectory", (command,), 60.0, (out / "trajectory.json",))
+        return Step(
+            "trajectory",
+            (command,),
+            60.0,
+            (out / "trajectory.json",),
+            purpose=PURPOSES["trajectory"],
+            outcome=partial(outcome_of_trajectory, out),
+        )
 
     def _surrogate_step(self, target: str, layers: str, surrogate: Path) -> Step:
         if layers == FROM_TRAJECTORY:
@@ -91,7 +106,14 @@ class Route:
         else:
             cut = ("--replace", layers)
         command = zero_ds_command("surrogate", "--target", target, *cut, "--out", str(surrogate))
-        return Step("surrogate", (command,), 60.0, (surrogate / "surrogate.json",))
+        return Step(
+            "surrogate",
+            (command,),
+            60.0,
+            (surrogate / "surrogate.json",),
+            purpose=PURPOSES["surrogate"],
+            outcome=partial(outcome_of_surrogate, surrogate),
+        )
 
     def _training_step(self, name: str, runs: dict[str, RunConfig], surrogate: Path) -> Step:
         run = runs[name]
@@ -100,7 +122,7 @@ class Route:
         settings = [f"out={self.out / name}", f"init_from=[{starts}]", *self.overrides]
         if run.surrogate:
             settings.append(f"surrogate={surrogate}")
-        command = ("bash", "launch/train.sh", f"{self.model}/{name}", *settings)
+        command = ("bash", "launch/train.sh", stage_recipes(self.model)[name], *settings)
         return Step(
             name,
             ((*command, *self.launch_options),),
@@ -108,6 +130,8 @@ class Route:
             (self.out / name / "latest",),
             same=(command,),  # the same run may go on with other machines
             patience=CHECKPOINT_SECONDS if "--hostfile" in self.launch_options else None,
+            purpose=PURPOSES.get(name, ""),
+            outcome=partial(outcome_of_training, self.out / name),
         )
 
     def _export_step(self, target: str, last_stage: str, precision: str) -> Step:
@@ -116,7 +140,14 @@ class Route:
             *("export", "--weights", str(self.out / last_stage), "--target", target, "--out", str(out)),
             *("--dtype", "bfloat16" if precision == "bf16" else "float32"),
         )
-        return Step("export", (command,), 60.0, (out / "proof.json",))
+        return Step(
+            "export",
+            (command,),
+            60.0,
+            (out / "proof.json",),
+            purpose=PURPOSES["export"],
+            outcome=partial(outcome_of_export, out),
+        )
 
 
 def training_runs(model: str, overrides: Sequence[str] = ()) -> dict[str, RunConfig]:
@@ -127,15 +158,14 @@ def training_runs(model: str, overrides: Sequence[str] = ()) -> dict[str, RunCon
     Raises:
         ConfigError: the model has no recipes.
     """
-    names = recipe_names()
-    models = {name.partition("/")[0] for name in names}
-    if model not in models:
-        raise ConfigError(f"no recipes exist for model '{model}'{did_you_mean(model, sorted(models))}")
-    stage_of_out = {load_run(name).out: name.partition("/")[2] for name in names if name.startswith(f"{model}/")}
+    recipes = stage_recipes(model)
+    if "decoder" not in recipes:
+        raise ConfigError(f"{model} has no recipe `decoder`, the last stage, from which the others are found.")
+    stage_of_out = {load_run(recipe).out: stage for stage, recipe in recipes.items()}
     runs: dict[str, RunConfig] = {}
 
     def add(stage: str) -> None:
-        run = load_run(f"{model}/{stage}", list(overrides))
+        run = load_run(recipes[stage], list(overrides))
         for start in run.init_from:
             earlier = stage_of_out.get(start)
             if earlier is not None and earlier not in runs:
@@ -144,6 +174,22 @@ def training_runs(model: str, overrides: Sequence[str] = ()) -> dict[str, RunCon
 
     add("decoder")
     return runs
+
+
+def stage_recipes(model: str) -> dict[str, str]:
+    """Returns the recipes of a model by their stage's name: those of the package, or the YAML files of a folder.
+
+    Raises:
+        ConfigError: the model has no recipes.
+    """
+    names = [name for name in recipe_names() if name.startswith(f"{model}/")]
+    if names:
+        return {name.partition("/")[2]: name for name in names}
+    files = [path for path in sorted(Path(model).glob("*.yaml")) if path.stem != "common"]
+    if not files:
+        models = sorted({name.partition("/")[0] for name in recipe_names()})
+        raise ConfigError(f"no recipes exist for model '{model}'{did_you_mean(model, models)}")
+    return {path.stem: str(path) for path in files}
 
 
 def _layers_in_name(surrogate: str) -> str | None:

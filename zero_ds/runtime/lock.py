@@ -33,6 +33,8 @@ LOOK = 20.0
 """Seconds after which an untouched file of a holder on another machine counts as abandoned."""
 GOING = 5.0
 """Seconds that a holder on this machine gets to end, if it was killed just now."""
+FRESH = 60.0
+"""Seconds since its last touch in which another machine's lock seems to be in use, for those who only want to know."""
 SETTLE = 1.0
 """Seconds after which two jobs that take over an abandoned lock at the same time see which of them has it."""
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBEFLOW_JOB_NAME")
@@ -189,6 +191,21 @@ def is_held(folder: Path) -> bool:
     """Returns whether it is certain that a living process has locked the folder."""
     found = _read(folder / FILE)
     return found is not None and _lives_here(found) is True
+
+
+def seems_held(folder: Path) -> bool:
+    """Returns whether a job seems to be using a folder, without looking for long.
+
+    A lock of another machine counts if it was touched within the last minute, by the clocks of both.
+    """
+    found = _read(folder / FILE)
+    if found is None:
+        return False
+    alive = _lives_here(found)
+    if alive is None:
+        with contextlib.suppress(OSError):
+            return abs(time.time() - (folder / FILE).stat().st_mtime) < FRESH
+    return alive is True
 
 
 def holder(folder: Path) -> str | None:

@@ -56,7 +56,8 @@ class Monitor:
         """Records one optimizer step, counted from 1; `samples` is the number of samples so far."""
         if self._file is None:
             return
-        record = {"step": step, "samples": samples, **{name: float(value) for name, value in scalars.items()}}
+        counts = {"step": step, "steps": self.clock.total, "samples": samples}
+        record = {**counts, **{name: float(value) for name, value in scalars.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         events = []

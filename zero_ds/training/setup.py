@@ -339,7 +339,8 @@ def _load_result(model: VisionLanguageModel, config: RunConfig, manifest: Manife
         check_manifest(checkpoint, {"plan": manifest["plan"]})
     if any(belongs_to(name, "aligner") for name in names):  # the encoder before an aligner had another decoder (A.8)
         check_manifest(checkpoint, target)
-    logger.info("loaded %d tensors from %s", len(names), checkpoint.folder)
+    if names:  # what an earlier stage trained may not be part of this one, such as a translator of a full model
+        logger.info("loaded %d tensors from %s", len(names), checkpoint.folder)
     return names
 
 
