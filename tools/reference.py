@@ -156,7 +156,9 @@ def _shown(signature: inspect.Signature) -> Iterator[str]:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             yield "*"
-        yield str(parameter).replace("'", "") if isinstance(parameter.annotation, str) else str(parameter)
+        if callable(parameter.default) and parameter.default is not parameter.empty:
+            parameter = parameter.replace(default=...)
+        yield str(parameter).replace("'", "").replace("Ellipsis", "...")
 
 
 def main(write: Annotated[bool, typer.Option("--write", help="Write the pages.")] = False) -> None:
