@@ -379,6 +379,27 @@ def test_shipped_architectures_have_as_many_parameters_as_published(recipe: str,
     assert sum(p.numel() for p in parts.model.encoder.parameters()) == 303_507_456, "CLIP's vision tower"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "parameters"),
+    [
+        ("qwen3-8b", 8_190_735_360),
+        ("mistral-small", 23_572_403_200),
+        ("qwen3-32b", 32_762_123_264),
+        ("llama-3.3-70b", 70_553_706_496),
+        ("gpt-oss-120b", 116_829_156_672),
+        ("qwen3-235b-a22b", 235_093_634_560),
+    ],
+)
+def test_shipped_architectures_beside_the_papers_have_as_many_parameters(recipe: str, parameters: int) -> None:
+    model = architecture(load_run(f"{recipe}/encoder")).model
+    whole = architecture(load_run(f"{recipe}/baseline-adapter")).model
+    assert sum(p.numel() for p in whole.decoder.parameters()) == parameters
+    assert model.tokens_per_image() == 576
+    assert model.encoder is not None
+    assert sum(p.numel() for p in model.encoder.parameters()) == 413_018_352, "SigLIP's vision tower without its head"
+    assert model.plan is not None and str(model.plan).startswith("T(")
+
+
 def test_kept_numbers_are_used_for_the_same_model_only(
     run_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
