@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
 from zero_ds.config.schema import AdapterConfig, EncoderConfig
 from zero_ds.data.conversations import IGNORE, IMAGE_TOKEN
@@ -109,6 +109,19 @@ def test_features_are_the_encoders_patches_through_the_adapter(
         normed = build(feature_layer=-2, patch_norm=True)
         layer = next(module for n, module in plain.named_modules() if n.endswith("post_layernorm"))
         torch.testing.assert_close(normed.image_features(pixels), normed.adapter(layer(patches)))  # type: ignore[misc]
+
+
+def test_siglip_trains_no_pooling_head(made: Callable[..., Path], build: Callable[..., VisionLanguageModel]) -> None:
+    """The head pools patches into one vector, which no image token passes; every patch token is one of the image's."""
+    model = build(encoder="siglip", feature_layer=-2)
+    inputs = batch(model)
+    plain = SiglipVisionModel.from_pretrained(made("siglip")).eval()
+    patches = plain(pixel_values=inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(model.image_features(inputs["pixel_values"]), model.adapter(patches))  # type: ignore[misc]
+    trained = dict(model.parameters_of("encoder"))
+    assert trained and not any(".head." in name for name in trained)
+    model(**inputs).total.backward()
+    assert all(parameter.grad is not None for parameter in trained.values())
 
 
 def test_features_stand_where_the_image_tokens_stood(build: Callable[..., VisionLanguageModel]) -> None:

@@ -255,6 +255,29 @@ def test_a_dense_translator(moe: Path, tmp_path: Path) -> None:
         assert torch.isfinite(decoder(input_ids=torch.arange(5, 15)[None]).logits).all()
 
 
+def test_the_plan_of_a_dense_translator_has_its_parameters(
+    moe: Path, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Planned from the target, a surrogate has the sizes of its files, whether it is built or not."""
+    from zero_ds.training.planning.architecture import architecture
+
+    build_surrogate(moe, [Replaced(2, 4)], tmp_path / "dense", dense_width=40)
+    config = run_config("pretrain", target=str(moe), surrogate=str(tmp_path / "dense"))
+    spans = DecoderFolder(tmp_path / "dense").spans
+    decoder = sum(span.parameters for span in spans.values())
+    translator = sum(span.parameters for name, span in spans.items() if name.startswith("model.layers.2."))
+    unbuilt = config.model_copy(update={"surrogate": "runs/T2-4"})
+    for found in (
+        architecture(config),
+        architecture(unbuilt, dense_width=40),
+        architecture(config, plan=DecoderFolder(tmp_path / "dense").plan),
+    ):
+        assert sum(found.size.groups["translator"]) == translator
+        assert found.size.decoder.parameters == decoder and found.size.decoder.active is not None
+    with pytest.raises(ConfigError, match=r"are dense networks of 40 units; to plan others, say with --replace"):
+        architecture(config, dense_width=48)
+
+
 def test_experts_train_under_zero3(moe: Path, run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Two ranks train through frozen experts, into copied ones that follow the target, and into dense translators."""
     from distributed_helper import run_ranks, train_all

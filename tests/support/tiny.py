@@ -189,6 +189,22 @@ def clip(out: Path, *, layers: int = 3, seed: int = 0) -> None:
     ).save_pretrained(out)
 
 
+def siglip(out: Path, *, layers: int = 3, seed: int = 0) -> None:
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(seed)
+    config = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
+    )
+    SiglipVisionModel(config).save_pretrained(out)
+    SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(out)
+
+
 FAMILIES: dict[str, Callable[..., None]] = {
     "llama": llama,
     "qwen2": qwen2,
@@ -201,7 +217,7 @@ FAMILIES: dict[str, Callable[..., None]] = {
 VARIANTS: dict[str, Callable[..., None]] = {"gemma3-multimodal": gemma3_multimodal}
 """Builders, with the same arguments, of other classes that a registered family reads."""
 
-ENCODERS: dict[str, Callable[..., None]] = {"clip": clip}
+ENCODERS: dict[str, Callable[..., None]] = {"clip": clip, "siglip": siglip}
 """Builder of each vision encoder: builder(out, *, layers, seed) writes a folder with an image processor."""
 
 

@@ -329,6 +329,17 @@ def sentence(*arguments: str) -> str:
         (["llama-3.2-3b/pretrain", "--mfu", "40"], "--mfu 40 is not a share"),
         (["llama-3.2-3b/pretrain", "--reserve", "90"], "--reserve 90 is not a part of 80 GiB"),
         (["llama-3.2-3b/pretrain", "--decoder-share", "0"], "--decoder-share 0 is not a share"),
+        (["llama-3.2-3b/pretrain", "--price", "0"], "--price 0 is not a price; give more than 0 for an hour of a GPU."),
+        (["llama-3.2-3b/pretrain", "--translator", "dense"], "--translator dense and --translator-width N belong"),
+        (["llama-3.2-3b/pretrain", "--translator", "thin"], "--translator thin is not known; choose copy or dense."),
+        (
+            ["llama-3.2-3b/pretrain", "--translator", "dense", "--translator-width", "64"],
+            "has no experts that a dense translator could replace; keep --translator copy.",
+        ),
+        (
+            ["gpt-oss-120b/pretrain", "--translator", "dense", "--translator-width", "64"],
+            "GptOss has no dense layers at [18]; keep --translator copy.",
+        ),
         (["llama-3.2-3b/pretrain", "--replace", "16:40"], "layers 16:40 are not inside the model's layers 0:27"),
         (["llama-3.2-3b/pretrain", "--out", "/nowhere/plan.json"], "--out /nowhere/plan.json cannot be written"),
         (["llama-3.2-3b/pretrain", "target=./runs/none"], "./runs/none holds no config.json; give a folder"),
@@ -377,6 +388,87 @@ def test_shipped_architectures_have_as_many_parameters_as_published(recipe: str,
     assert sum(p.numel() for p in parts.model.decoder.parameters()) == parameters
     assert parts.model.encoder is not None
     assert sum(p.numel() for p in parts.model.encoder.parameters()) == 303_507_456, "CLIP's vision tower"
+
+
+BESIDE_THE_PAPER = {  # parameters, and in billions those published: all, and those that compute a token
+    "qwen3-8b": (8_190_735_360, 8.2, None),
+    "mistral-small": (23_572_403_200, 24, None),
+    "qwen3-32b": (32_762_123_264, 32.8, None),
+    "llama-3.3-70b": (70_553_706_496, 70.6, None),
+    "gpt-oss-120b": (116_829_156_672, 117, 5.1),
+    "qwen3-235b-a22b": (235_093_634_560, 235, 22),
+}
+
+
+@pytest.mark.parametrize("recipe", BESIDE_THE_PAPER)
+def test_shipped_architectures_beside_the_papers_have_as_many_parameters(recipe: str) -> None:
+    """Published numbers are rounded, some to two digits, so they are met to 2 %; the FLOPs follow active parameters."""
+    parameters, published, active = BESIDE_THE_PAPER[recipe]
+    model = architecture(load_run(f"{recipe}/encoder")).model
+    parts = architecture(load_run(f"{recipe}/baseline-adapter"))
+    whole: Any = parts.model
+    assert sum(p.numel() for p in whole.decoder.parameters()) == parameters
+    assert parameters == pytest.approx(published * 1e9, rel=0.02)
+    found = parts.size.decoder
+    assert found.parameters == parameters and (found.active is None) == (active is None)
+    computing = parts.size.cost.decoder.forward_token / 2 + whole.decoder.get_output_embeddings().weight.numel()
+    if found.active is not None and active is not None:
+        assert found.active == pytest.approx(active * 1e9, rel=0.02)
+        assert computing == pytest.approx(found.active, rel=0.002), "norms and biases are not counted"
+    else:
+        table = whole.decoder.get_input_embeddings().weight.numel()
+        assert computing == pytest.approx(parameters - table, rel=0.002)
+    assert model.tokens_per_image() == 576
+    assert model.encoder is not None
+    assert sum(p.numel() for p in model.encoder.parameters()) == 413_018_352, "SigLIP's vision tower without its head"
+    assert model.plan is not None and str(model.plan).startswith("T(")
+
+
+def planned_text(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_dense_translators_are_planned_before_they_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of a layer with 128 experts trains 2.5 B parameters; a dense one as many as a token passes, 0.22 B."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "plan.json"
+    command = ["qwen3-235b-a22b/pretrain", "--gpus", "128", "--out", str(out)]
+    copied = planned_text(*command)
+    assert "surrogate T(47,92), 49 of 94 layers: by the name of" in copied
+    assert "decoder 123.1 B parameters, of which 11.54 B compute a token" in copied
+    trained = json.loads(out.read_text())["parameters"]
+    assert trained["trained"]["translator"] == 2_487_755_008 and trained["active"] == pytest.approx(11.5e9, rel=0.01)
+    dense = planned_text(*command, "--translator", "dense", "--translator-width", "12288")
+    assert "49 of 94 layers, translators with dense networks of 12288 units: by the name of" in dense
+    width = json.loads(out.read_text())["parameters"]["trained"]["translator"]
+    attention, norms = 2 * 4096 * 8192 + 2 * 4096 * 512 + 2 * 128, 2 * 4096
+    assert width == attention + norms + 3 * 4096 * 12288
+
+
+def test_the_price_of_both_routes(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    text = planned_text("llama-3.1-70b/decoder", "--gpus", "128", "--price", "2.5", "--out", str(out))
+    plan = json.loads(out.read_text())
+    ours, full = ([leg["hours"] for leg in plan["routes"][name].values()] for name in ("surrogate", "baseline"))
+    saved = 128 * (sum(full) - sum(ours))
+    assert f"saves {saved / 128:.1f} hours, {saved:,.0f} GPU-hours, and saves {2.5 * saved:,.0f} at 2.5" in text
+    decoder = plan["routes"]["baseline"]["baseline-decoder"]
+    assert decoder["cost"] == pytest.approx(128 * 2.5 * decoder["hours"])
+    assert "GPU-hours." in planned_text("llama-3.1-70b/decoder", "--gpus", "128"), "without a price, hours alone"
+
+
+def test_published_step_times() -> None:
+    """The planner's errors are those that docs/planning.md states."""
+    import compare_published
+
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    for row in compare_published.rows():
+        assert f"| {row.what} |" in page
+        stated = page.split(f"| {row.what} |")[1].split("|")
+        assert float(stated[1]) == pytest.approx(row.planned, rel=0.02)
+        assert float(stated[2].strip(" %")) == pytest.approx(100 * row.error, abs=2)
 
 
 def test_kept_numbers_are_used_for_the_same_model_only(

@@ -472,6 +472,29 @@ def test_measuring_from_python(tmp_path: Path, folder: Path, data: Path) -> None
     assert not (tmp_path / "other").exists()
 
 
+def test_a_base_model_gets_a_chat_template_from_a_file(tmp_path: Path, folder: Path, data: Path) -> None:
+    """Curves are those of a model that has this template itself; another template is another setting."""
+    import shutil
+
+    base, template = tmp_path / "base", tmp_path / "template.jinja"
+    shutil.copytree(folder, base)
+    (base / "chat_template.jinja").rename(template)
+    command = ["--data", data, "--samples", 8, "--dtype", "float32", "--out"]
+    refused = run("--model", base, *command, tmp_path / "out")
+    assert "has no chat template; give one with --chat-template FILE" in str(refused.exception)
+    content = []
+    for model, name, options in ((folder, "own", []), (base, "given", ["--chat-template", template])):
+        result = run("--model", model, *command, tmp_path / name, *options)
+        assert result.exception is None, result.exception
+        content.append(json.loads((tmp_path / name / "trajectory.json").read_text()))
+    assert content[0]["curves"] == content[1]["curves"]
+    template.write_text(template.read_text() + "{# another #}", encoding="utf-8")
+    other = run("--model", base, *command, tmp_path / "given", "--chat-template", template)
+    assert "a trajectory of another setting" in str(other.exception)
+    missing = run("--model", base, *command, tmp_path / "out", "--chat-template", tmp_path / "none.jinja")
+    assert "none.jinja cannot be read" in str(missing.exception) and not (tmp_path / "out").exists()
+
+
 def test_too_few_samples_say_so(tmp_path: Path, folder: Path) -> None:
     data = data_file(tmp_path / "data.json", [record(i) for i in range(3)])
     result = run("--model", folder, "--data", data, "--out", tmp_path / "out")

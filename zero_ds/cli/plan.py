@@ -46,6 +46,12 @@ def plan(
         typer.Option(help="Plan for a surrogate with these layers replaced, first:last; repeatable."),
     ] = None,
     translators: Annotated[int, typer.Option(help="With --replace: number of translators per range.", min=1)] = 1,
+    translator: Annotated[
+        str, typer.Option(help="Translators: copy (of the layer), or dense (its experts replaced by one network).")
+    ] = "copy",
+    translator_width: Annotated[
+        int | None, typer.Option(help="With --translator dense: number of units of that network.", min=1)
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Number of samples in the data, if it is not known yet.", min=1)
     ] = None,
@@ -54,12 +60,15 @@ def plan(
     decoder_share: Annotated[
         float, typer.Option(help="Share of the data on which the surrogate's route trains the full decoder.")
     ] = 0.2,
+    price: Annotated[
+        float | None, typer.Option(help="Price of an hour of a GPU, in any currency, for the cost of both routes.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the whole plan into.")] = None,
 ) -> None:
     """Plan a run before money is spent: memory by cause, configs that fit, the fastest one, hours, cost of both routes.
 
-    No weights are loaded: config.json and tensors without data are enough. The config.json files of Llama-3.2-3B,
-    3.1-8B and 3.1-70B and of CLIP ViT-L/14 with 336 pixels come with zero-ds, and the surrogate need not be built yet.
+    No weights are loaded: config.json and tensors without data are enough. The config.json files of all models that
+    have recipes come with zero-ds, and the surrogate need not be built yet.
     Memory is that of one rank under every file of ds_configs/. Times come from a simple model (docs/planning.md) and
     are best cases; its assumptions are printed last.
 
@@ -67,6 +76,7 @@ def plan(
     """
     import json
 
+    from zero_ds.model.layer_plan import dense_width
     from zero_ds.runtime.files import write_atomically
     from zero_ds.training.planning.cluster import Cluster, bandwidths, find_gpu
     from zero_ds.training.planning.data import DataOverrides
@@ -74,15 +84,19 @@ def plan(
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--out {out} cannot be written; name a file in a folder that exists.")
+    width = dense_width(translator, translator_width)
     name, peak, link = find_gpu(gpu)
     inside, between = bandwidths(bandwidth, link)
     with _without_garbage_collection():
         found = plan(
             recipe,
             overrides,
-            Cluster(gpus, gpus_per_node, gpu_memory, name, peak, mfu, inside, between, reserve, host_memory),
+            Cluster(
+                gpus, gpus_per_node, gpu_memory, name, peak, mfu, inside, between, reserve, host_memory, price=price
+            ),
             replace=replace,
             translators=translators,
+            dense_width=width,
             data=DataOverrides(samples, tokens, supervised),
             decoder_share=decoder_share,
         )

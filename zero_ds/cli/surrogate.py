@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from zero_ds.cli.options import ChatTemplateOption
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -46,6 +47,7 @@ def surrogate(
         Path | None, typer.Option(help="With --kl: also compare with the translators of this run.")
     ] = None,
     samples: Annotated[int, typer.Option(help="With --kl: number of samples, chosen at random.", min=1)] = 64,
+    chat_template: ChatTemplateOption = None,
 ) -> None:
     """Cut a surrogate: keep early and last layers, replace the range between them by trainable translators.
 
@@ -54,10 +56,9 @@ def surrogate(
     Example: zero-ds surrogate --target meta-llama/Llama-3.1-8B-Instruct --replace 17:30 --out runs/T17-30
     """
     from zero_ds.model.decoders.folder import DecoderFolder
-    from zero_ds.model.layer_plan import Replaced
+    from zero_ds.model.layer_plan import Replaced, dense_width
     from zero_ds.runtime.hub import local_folder
     from zero_ds.surrogate.build import build_surrogate
-    from zero_ds.surrogate.dense import KINDS
     from zero_ds.surrogate.report import Comparison, lines, write_report
     from zero_ds.trajectory.curves import proposed_range
 
@@ -65,10 +66,9 @@ def surrogate(
         raise ConfigError("--kl is part of the report; add --report.")
     if weights is not None and kl is None:
         raise ConfigError("--weights are compared on text; add --kl FILE.")
-    if translator not in KINDS:
-        raise ConfigError(f"--translator {translator} is not known; choose {' or '.join(KINDS)}.")
-    if (translator == "dense") != (translator_width is not None):
-        raise ConfigError("--translator dense and --translator-width N belong together; give both or neither.")
+    if chat_template is not None and kl is None:
+        raise ConfigError("--chat-template belongs to the text of a comparison; add --kl FILE.")
+    units = dense_width(translator, translator_width)
     existing = DecoderFolder(out).surrogate
     builds = bool(replace or from_trajectory) or not report or existing is None
     if builds and bool(replace) == bool(from_trajectory):
@@ -77,11 +77,13 @@ def surrogate(
         raise ConfigError("say which model to cut: --target FOLDER_OR_ID.")
     whole = DecoderFolder(local_folder(target or (existing.target if existing else "")))
     # the text is read before the surrogate is cut, so that nothing is written if it cannot be used
-    comparison = Comparison.read(whole, kl, count=samples, weights=weights) if kl is not None else None
+    comparison = None
+    if kl is not None:
+        comparison = Comparison.read(whole, kl, count=samples, weights=weights, chat_template=chat_template)
     if builds:
         ranges = [proposed_range(from_trajectory, whole.path)] if from_trajectory else list(replace or ())
         replaced = [Replaced.parse(text, translators) for text in ranges]
-        info = build_surrogate(whole, replaced, out, dense_width=translator_width)
+        info = build_surrogate(whole, replaced, out, dense_width=units)
         if existing is not None:
             print(f"{out} holds the surrogate {info.plan} already.")
         else:

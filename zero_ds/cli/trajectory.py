@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from zero_ds.cli.options import ChatTemplateOption
 from zero_ds.trajectory.metrics import METRICS
 
 METRIC_HELP = "; ".join(f"{name}: {metric.description}" for name, metric in METRICS.items()) + "."
@@ -38,6 +39,7 @@ def trajectory(
     system_prompt: Annotated[
         str | None, typer.Option(help="System message of every conversation. Default: the chat template's own.")
     ] = None,
+    chat_template: ChatTemplateOption = None,
 ) -> None:
     """Find the layer where a language model's early phase ends, and the surrogate T(k, e) that follows from it.
 
@@ -48,7 +50,9 @@ def trajectory(
     """
     from zero_ds.trajectory.options import TrajectoryOptions
 
-    options = TrajectoryOptions(samples, metric, greedy, stream_layers, dtype, batch, seed, system_prompt)
+    options = TrajectoryOptions(
+        samples, metric, greedy, stream_layers, dtype, batch, seed, system_prompt, chat_template
+    )
     options.check()  # before torch is loaded
     from zero_ds.trajectory.measure import measure_trajectory
 

@@ -193,7 +193,8 @@ def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple
     config = llava.config
     text, vision = config.text_config, config.vision_config
     family = family_of_config(text, folder)
-    encoder_family = next((known for known in ENCODERS.values() if vision.model_type in known.model_types), None)
+    expressible = [known for known in ENCODERS.values() if known.llava_prefix is not None]
+    encoder_family = next((known for known in expressible if vision.model_type in known.model_types), None)
     if encoder_family is None:
         raise ConfigError(
             f"{folder} holds a {text.model_type} with a {vision.model_type}, which zero_ds does not "

@@ -16,6 +16,7 @@ from zero_ds.data.samples import SampleEncoder
 from zero_ds.model import lora
 from zero_ds.model.decoders import Family
 from zero_ds.model.decoders.cut import cut_config
+from zero_ds.model.decoders.dense import dense_config
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.decoders.shrink import without_dropout_
 from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
@@ -55,6 +56,8 @@ class ModelSpec:
     plan: LayerPlan | None = None
     """Plan of a surrogate that is to be cut out of `decoder` and has no folder yet. Used with loaded modules and with
     `on_meta`; a folder's own plan wins."""
+    dense_width: int | None = None
+    """With such a `plan` and `on_meta`: units of the dense network of every translator; None for copies of layers."""
     on_meta: bool = False
     """If set, the model is built on the meta device from config.json files alone: names and shapes, no weights."""
 
@@ -111,6 +114,8 @@ def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
     config = folder.text_config()
     if folder.plan is None and spec.plan is not None:
         config = cut_config(config, folder.family, spec.plan.sources)
+        if spec.dense_width is not None:
+            config, _ = dense_config(folder, config, spec.plan.translators, spec.dense_width)
     # nothing attends on the meta device, and packages that a GPU needs may be missing here
     options: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": "eager"}
     encoder = encoder_family = None

@@ -173,6 +173,23 @@ class LayerPlan:
             raise ConfigError(f"a layer plan is damaged ({type(error).__name__}: {error}).") from None
 
 
+TRANSLATORS = ("copy", "dense")
+"""Kinds of translators: a copy of the target's layer, or its attention with a dense network in place of its experts."""
+
+
+def dense_width(translator: str, width: int | None) -> int | None:
+    """Returns the units of the dense network of every translator, as two options say; None for copies of layers.
+
+    Raises:
+        ConfigError: an unknown kind of translator, or a width where none belongs or none where one does.
+    """
+    if translator not in TRANSLATORS:
+        raise ConfigError(f"--translator {translator} is not known; choose {' or '.join(TRANSLATORS)}.")
+    if (translator == "dense") != (width is not None):
+        raise ConfigError("--translator dense and --translator-width N belong together; give both or neither.")
+    return width
+
+
 @dataclass(frozen=True)
 class SurrogateInfo:
     """Content of surrogate.json."""

@@ -5,7 +5,6 @@ Source: section 1.2 and Figure 4 of the paper. All arithmetic on layer numbers i
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import re
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from zero_ds.model.decoders.cut import check_cut, cut_config, cut_entries
+from zero_ds.model.decoders.dense import dense_config
 from zero_ds.model.decoders.folder import DecoderFolder
-from zero_ds.model.decoders.shrink import active_share, causal_class
+from zero_ds.model.decoders.shrink import causal_class
 from zero_ds.model.layer_plan import LayerPlan, Replaced, SurrogateInfo
 from zero_ds.runtime.errors import ConfigError, one_line
 from zero_ds.runtime.files import check_vacant, new_folder
 from zero_ds.runtime.safetensors import Span, Tensor, content_hash, write_shards
-from zero_ds.surrogate.dense import check_dense, dense_entries, dense_tensors
+from zero_ds.surrogate.dense import dense_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -167,14 +167,8 @@ def _with_dense(
         ConfigError: the target has no experts, or its class no dense layers there.
     """
     text = target.text_config()
-    if target.is_registered or active_share(text) == 1:
-        raise ConfigError(f"{target} has no experts that a dense translator could replace; keep --translator copy.")
     cut = cut_config(text, target.family, plan.sources)
-    entries = dense_entries(cut, plan.translators, width)
-    dense = copy.deepcopy(cut)
-    for name, value in entries.items():
-        setattr(dense, name, value)
-    check_dense(target, cut, dense, plan.translators)
+    dense, entries = dense_config(target, cut, plan.translators, width)
     stored = target.spans[target.family.embeddings].dtype
     written = dense_tensors(target, dense, copied, plan.translators, stored)
     return {**config, **{text.attribute_map.get(name, name): value for name, value in entries.items()}}, written

@@ -41,14 +41,23 @@ class Comparison:
 
     @classmethod
     def read(
-        cls, target: DecoderFolder | Path, text: Path, *, count: int = 64, weights: Path | None = None
+        cls,
+        target: DecoderFolder | Path,
+        text: Path,
+        *,
+        count: int = 64,
+        weights: Path | None = None,
+        chat_template: str | None = None,
     ) -> Comparison:
         """Reads `count` samples, chosen at random, from a file of text data.
+
+        chat_template: file with a template in place of the target's own.
 
         Raises:
             ConfigError, DataError: as `read_samples`.
         """
-        samples, _ = read_samples(DecoderFolder.of(target).path, text, count=count, seed=0)
+        folder = DecoderFolder.of(target).path
+        samples, _ = read_samples(folder, text, count=count, seed=0, chat_template=chat_template)
         return cls(samples, weights)
 
 

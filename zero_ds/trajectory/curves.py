@@ -42,11 +42,13 @@ class Setting:
     """Number of samples asked for; the data may hold fewer."""
     system_prompt: str | None
     """System message of every conversation; None for the chat template's own."""
+    template_hash: str | None = None
+    """Hash of a chat template in place of the model's own; None for that."""
 
     def same(self, content: dict[str, Any]) -> bool:
         """Returns whether a trajectory.json was measured with this setting, wherever model and data were then."""
-        names = [field.name for field in fields(self) if field.name not in ("model", "data")]
-        return all(name in content and content[name] == getattr(self, name) for name in names)
+        compared = [field for field in fields(self) if field.name not in ("model", "data")]
+        return all(content.get(field.name, field.default) == getattr(self, field.name) for field in compared)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zero_ds.data.conversations import read_template
 from zero_ds.data.formats import DataError
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.runtime import distributed
@@ -62,6 +63,7 @@ def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOpt
         seed=options.seed,
         requested_samples=options.samples,
         system_prompt=options.system_prompt,
+        template_hash=_text_hash(read_template(options.chat_template)),
     )
     earlier = read_earlier(out, setting)
     if earlier is not None:
@@ -85,6 +87,10 @@ def _file_hash(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()[:32]
+
+
+def _text_hash(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def read_earlier(out: Path, setting: Setting) -> dict[str, Any] | None:
@@ -123,6 +129,7 @@ def _measure(folder: DecoderFolder, setting: Setting, options: TrajectoryOptions
         seed=options.seed,
         greedy=options.greedy,
         system_prompt=options.system_prompt,
+        chat_template=options.chat_template,
     )
     dtype = dtype_of(options)
     device = distributed.device()

@@ -31,6 +31,8 @@ class TrajectoryOptions:
     """Seed of the choice of samples and of the bootstrap."""
     system_prompt: str | None = None
     """System message of every conversation; None for the chat template's own."""
+    chat_template: str | None = None
+    """File with a chat template; None for the model's own."""
 
     def check(self) -> None:
         """Checks everything that can be checked without reading a file.

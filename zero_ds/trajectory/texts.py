@@ -48,10 +48,12 @@ def read_samples(
     seed: int,
     greedy: bool = False,
     system_prompt: str | None = None,
+    chat_template: str | None = None,
 ) -> tuple[list[TokenSample], ChatTemplate]:
     """Returns text samples of a data file, tokenized for the model, and the model's chat template.
 
-    See `choose_samples` for which samples these are; `greedy` asks for questions only.
+    See `choose_samples` for which samples these are; `greedy` asks for questions only. chat_template: file with a
+    template in place of the model's own.
 
     Raises:
         ConfigError: no tokenizer, no chat template, token ids that the model does not have, no usable sample.
@@ -60,9 +62,12 @@ def read_samples(
     folder = DecoderFolder.of(model)
     config = folder.text_config()
     longest = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
-    template = load_template(folder, DataConfig(), config=config, learns=False)
+    template = load_template(folder, DataConfig(chat_template=chat_template), config=config, learns=False)
     if isinstance(template, NoChatTemplate):
-        raise ConfigError(f"the tokenizer in {folder} has no chat template; give an instruction-tuned model.")
+        raise ConfigError(
+            f"the tokenizer in {folder} has no chat template; give one with --chat-template FILE, or an "
+            "instruction-tuned model."
+        )
     encoder = SampleEncoder(template, "response", max_length=longest, system_prompt=system_prompt)
     records = Records([SourceConfig(path=str(data))], remedy="repair or remove them")
     chosen = choose_samples(records, encoder, count=count, seed=seed, questions_only=greedy)

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zero_ds.model.encoders import clip
+from zero_ds.model.encoders import clip, siglip
 from zero_ds.model.encoders.base import EncoderFamily
 from zero_ds.runtime.errors import ConfigError
 
-ENCODERS: dict[str, EncoderFamily] = {clip.FAMILY.name: clip.FAMILY}
+ENCODERS: dict[str, EncoderFamily] = {family.name: family for family in (clip.FAMILY, siglip.FAMILY)}
 
 
 def encoder_of(folder: str | Path) -> EncoderFamily:

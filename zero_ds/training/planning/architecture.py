@@ -18,7 +18,7 @@ from zero_ds.runtime.files import home_path
 from zero_ds.training import stages
 from zero_ds.training.gathering import Units
 from zero_ds.training.options.int8 import quantize_
-from zero_ds.training.planning.flops import step_cost
+from zero_ds.training.planning.flops import decoder_size, step_cost
 from zero_ds.training.planning.model_config import find_config
 from zero_ds.training.planning.model_size import ModelSize
 
@@ -34,6 +34,22 @@ NAMED_CUT = re.compile(r"T(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
+class PlannedCut:
+    """How a run's surrogate is cut."""
+
+    plan: LayerPlan
+    how: str
+    """How that is known."""
+    dense_width: int | None = None
+    """Units of the dense network of every translator; None for translators that are copies of layers."""
+
+    def __str__(self) -> str:
+        """Returns the sentence that the output prints."""
+        kind = "" if self.dense_width is None else f", translators with dense networks of {self.dense_width} units"
+        return f"surrogate {self.plan}, {self.plan.surrogate_depth} of {self.plan.depth} layers{kind}: {self.how}"
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The run's model, without weights."""
 
@@ -41,33 +57,45 @@ class Architecture:
     size: ModelSize
 
 
-def layer_plan(
-    config: RunConfig, target: DecoderFolder, replace: list[str], translators: int = 1
-) -> tuple[LayerPlan, str]:
-    """Returns how the run's surrogate is cut, and how that is known.
+def planned_cut(
+    config: RunConfig,
+    target: DecoderFolder,
+    replace: list[str],
+    translators: int = 1,
+    dense_width: int | None = None,
+) -> PlannedCut:
+    """Returns how the run's surrogate is cut.
 
     Args:
         target: folder of the full model.
         replace: ranges `first:last` in place of those of the surrogate that the recipe names.
         translators: number of translators for each of these ranges.
+        dense_width: units of dense translators, unless the recipe's surrogate is built and nothing is replaced.
 
     Raises:
-        ConfigError: the surrogate is not built yet, and nothing says how it will be cut.
+        ConfigError: the surrogate is not built yet, and nothing says how it will be cut; or it is built with other
+            translators.
     """
     name = str(config.surrogate)
     if replace:
         ranges = tuple(Replaced.parse(text, translators) for text in replace)
-        return LayerPlan(target.depth, ranges), "as --replace says"
+        return PlannedCut(LayerPlan(target.depth, ranges), "as --replace says", dense_width)
     surrogate = DecoderFolder(home_path(name))
-    if surrogate.plan is not None:
-        return surrogate.plan, f"from {name}"
+    if surrogate.surrogate is not None:
+        info = surrogate.surrogate
+        if dense_width not in (None, info.dense_width):
+            kind = "copies of layers" if info.dense_width is None else f"dense networks of {info.dense_width} units"
+            raise ConfigError(
+                f"the translators of {name} are {kind}; to plan others, say with --replace which layers they replace."
+            )
+        return PlannedCut(info.plan, f"from {name}", info.dense_width)
     if match := NAMED_CUT.fullmatch(surrogate.path.name):
-        cut = Replaced(int(match[1]), int(match[2]))
-        return LayerPlan(target.depth, (cut,)), f"by the name of {name}, not built yet"
-    if target.path.name in PAPER_CUTS:
-        cut = Replaced.parse(PAPER_CUTS[target.path.name])
-        return LayerPlan(target.depth, (cut,)), f"the paper's; {name} is not built yet"
-    raise ConfigError(f"the surrogate {name} is not built yet; say how it will be cut with --replace first:last.")
+        cut, how = Replaced(int(match[1]), int(match[2])), f"by the name of {name}, not built yet"
+    elif target.path.name in PAPER_CUTS:
+        cut, how = Replaced.parse(PAPER_CUTS[target.path.name]), f"the paper's; {name} is not built yet"
+    else:
+        raise ConfigError(f"the surrogate {name} is not built yet; say how it will be cut with --replace first:last.")
+    return PlannedCut(LayerPlan(target.depth, (cut,)), how, dense_width)
 
 
 def architecture(
@@ -76,25 +104,32 @@ def architecture(
     dtype: torch.dtype = torch.bfloat16,
     replace: list[str] | None = None,
     translators: int = 1,
+    dense_width: int | None = None,
     plan: LayerPlan | None = None,
 ) -> Architecture:
     """Builds the run's model on meta tensors.
 
     Args:
         dtype: type that the run computes in.
-        replace, translators: as for `layer_plan`.
-        plan: how the surrogate is cut; by default as `layer_plan` finds.
+        replace, translators, dense_width: as for `planned_cut`.
+        plan: layers of the surrogate, which is built; by default `planned_cut` finds them.
 
     Raises:
-        ConfigError: as `find_config`, `layer_plan` and `stages.stage_of`.
+        ConfigError: as `find_config`, `planned_cut` and `stages.stage_of`; the target has no dense translators.
     """
     stages.stage_of(config)
     found = find_config(config.target)
     target = DecoderFolder(found.folder)
     sources = [f"target {Path(config.target).name}: {found.origin}"]
+    cut = None
     if stages.decoder_kind(config) == "surrogate":
-        plan, how = (plan, "as it is") if plan else layer_plan(config, target, replace or [], translators)
-        sources.append(f"surrogate {plan}, {plan.surrogate_depth} of {plan.depth} layers: {how}")
+        if plan is not None:
+            info = DecoderFolder(home_path(str(config.surrogate))).surrogate
+            cut = PlannedCut(plan, "as it is", info.dense_width if info is not None and info.plan == plan else None)
+        else:
+            cut = planned_cut(config, target, replace or [], translators, dense_width)
+        plan = cut.plan
+        sources.append(str(cut))
     encoder = None
     if config.encoder is not None and stages.has_vision(config):
         found = find_config(config.encoder.path)
@@ -110,6 +145,7 @@ def architecture(
             attention="eager",
             lora=config.lora,
             plan=plan,
+            dense_width=cut.dense_width if cut is not None else None,
             on_meta=True,
         )
     )
@@ -131,6 +167,7 @@ def architecture(
         largest_unit=_largest_unit(model),
         units=Units.of_sizes({n: p.numel() for n, p in model.decoder.named_parameters()}, model.family.layer_prefix),
         frozen_layers=_frozen_layers(model),
+        decoder=decoder_size(model),
         image_tokens=model.tokens_per_image(),
         cost=step_cost(model),
         sources=tuple(sources),

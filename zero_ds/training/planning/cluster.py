@@ -64,6 +64,8 @@ class Cluster:
     """Host memory of a node."""
     process_gib: float = PROCESS_GIB
     """Host memory that each rank's process takes for itself."""
+    price: float | None = None
+    """Price of an hour of a GPU, in the user's currency; None where costs are not wanted."""
 
     def check(self) -> None:
         """Checks that such machines can exist.
@@ -79,6 +81,8 @@ class Cluster:
         ):
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{option} {value:g} is not a size; give more than 0.")
+        if self.price is not None and not 0 < self.price < float("inf"):
+            raise ConfigError(f"--price {self.price:g} is not a price; give more than 0 for an hour of a GPU.")
         if not 0 < self.mfu <= 1:
             raise ConfigError(f"--mfu {self.mfu:g} is not a share; give more than 0 and at most 1, such as 0.4.")
         if not 0 <= self.reserve_gib < self.memory_gib:
@@ -98,6 +102,10 @@ class Cluster:
     def nodes(self, ranks: int) -> int:
         """Returns the number of nodes that a group of `ranks` neighbouring ranks occupies."""
         return -(-ranks // self.gpus_per_node)
+
+    def cost(self, hours: float | None) -> float | None:
+        """Returns the price of so many hours of all GPUs; None where the price or the hours are not known."""
+        return None if self.price is None or hours is None else self.gpus * hours * self.price
 
     def collective(self, size: float, ranks: int) -> float:
         """Returns the seconds of an all-gather or reduce-scatter in all groups of `ranks` neighbours at once.

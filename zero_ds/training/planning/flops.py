@@ -25,7 +25,7 @@ from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.planning.cluster import PEAK
-from zero_ds.training.planning.model_size import NO_TOWER, StepCost, Tower
+from zero_ds.training.planning.model_size import NO_TOWER, DecoderSize, StepCost, Tower
 
 LENGTH = 64
 """Number of tokens of a sequence of the demo; the ratios hardly depend on it."""
@@ -115,6 +115,19 @@ def _by_formula(decoder: Any, family: Family, length: int, supervised: int, *, b
     if backward:
         return int(tower.per_token * length + tower.per_pair * length**2 + head.per_token * supervised)
     return int(tower.forward_token * length + tower.forward_pair * length**2 + head.forward_token * supervised)
+
+
+def decoder_size(model: VisionLanguageModel) -> DecoderSize:
+    """Returns the number of the decoder's parameters, and of those of a mixture of experts that compute a token."""
+    decoder = cast(Any, model.decoder)
+    share = active_share(decoder.config.get_text_config())
+    sizes = {name: parameter_shape(p).numel() for name, p in decoder.named_parameters()}
+    resting = sum((1 - share) * size for name, size in sizes.items() if is_expert(name))
+    if not resting:
+        return DecoderSize(sum(sizes.values()))
+    inputs, head = decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight
+    looked_up = 0 if inputs is head else parameter_shape(inputs).numel()
+    return DecoderSize(sum(sizes.values()), round(sum(sizes.values()) - resting - looked_up))
 
 
 # -- a model in training by formula ------------------------------------------------------------------------------------

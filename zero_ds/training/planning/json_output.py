@@ -7,7 +7,7 @@ from typing import Any
 from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import AverageSample
 from zero_ds.training.planning.memory import PLACES
-from zero_ds.training.planning.model_size import ActivationBytes
+from zero_ds.training.planning.model_size import ActivationBytes, DecoderSize
 from zero_ds.training.planning.plan import RecipePlan
 from zero_ds.training.planning.recipe import Option, RunPlan
 from zero_ds.training.planning.route import PAPER_GROUP, PAPER_HOURS, Leg, group_sizes, paper_cluster, shard_groups
@@ -23,13 +23,13 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
     trained = {part: sum(group) for part, group in run.size.groups.items()}
     routes = {}
     for route in plan.routes:
-        routes[route.name] = {leg.name: _leg(leg, comparison) for leg in route.legs}
+        routes[route.name] = {leg.name: _leg(leg, comparison, run.cluster) for leg in route.legs}
     return {
         "recipe": plan.recipe,
         "config": run.config.model_dump(mode="json"),
         "cluster": dict(vars(run.cluster)),
         "sources": list(run.size.sources),
-        "parameters": {"frozen": sum(run.size.frozen), "trained": trained},
+        "parameters": {"frozen": sum(run.size.frozen), "trained": trained, **_decoder(run.size.decoder)},
         "average_sample": _sample(run.sample),
         "longest_sample": run.longest,
         "kept_of_one_sample": _activations(run.activations),
@@ -44,6 +44,11 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
         "paper_hours": PAPER_HOURS.get(plan.target),
         "assumptions": assumptions(plan),
     }
+
+
+def _decoder(size: DecoderSize) -> dict[str, int]:
+    active = {} if size.active is None else {"active": size.active}
+    return {"decoder": size.parameters, **active}
 
 
 def _sample(sample: AverageSample) -> dict[str, float]:
@@ -89,10 +94,11 @@ def _step(step: Step) -> dict[str, float]:
     return {**vars(step), "seconds": step.seconds, "mfu": step.mfu}
 
 
-def _leg(leg: Leg, comparison: Cluster | None) -> dict[str, Any]:
+def _leg(leg: Leg, comparison: Cluster | None, cluster: Cluster) -> dict[str, Any]:
     return {
         "zero": leg.plan.fitting[0].zero if leg.plan.fitting else None,
         "steps": leg.plan.steps,
         "hours": leg.hours(),
+        "cost": cluster.cost(leg.hours()),
         "hours_in_groups_fitted": leg.hours_in_groups(comparison, PAPER_GROUP) if comparison else None,
     }

@@ -176,6 +176,17 @@ class StepCost:
 
 
 @dataclass(frozen=True)
+class DecoderSize:
+    """Parameters of a decoder: the full model, or a surrogate."""
+
+    parameters: int
+    """Number of all parameters."""
+    active: int | None = None
+    """Number of those that compute a token in a mixture of experts: of experts only the chosen ones, of embeddings only
+    the output head. None for a decoder without experts."""
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """Sizes and cost of a run's model."""
 
@@ -195,6 +206,7 @@ class ModelSize:
     """Sizes of the decoder's units, by which ZeRO-3 gathers ahead."""
     frozen_layers: list[list[int]]
     """Elements of the parameters of every frozen decoder layer, each of which ZeRO-3 gathers as one unit."""
+    decoder: DecoderSize
     image_tokens: int
     """Number of positions that an image takes in the decoder; 0 without a vision encoder."""
     cost: StepCost
@@ -234,7 +246,7 @@ def shipped_numbers() -> dict[str, Any]:
 
 def as_values(numbers: Numbers) -> Any:
     """Returns a model's numbers as JSON values."""
-    return _NUMBERS.dump_python(numbers, mode="json")
+    return _NUMBERS.dump_python(numbers, mode="json", exclude_none=True)
 
 
 def cached_numbers(facts: Sequence[str], count: Callable[[], Numbers]) -> Numbers:

@@ -40,6 +40,7 @@ def plan(
     *,
     replace: list[str] | None = None,
     translators: int = 1,
+    dense_width: int | None = None,
     data: DataOverrides | None = None,
     decoder_share: float = DECODER_SHARE,
 ) -> RecipePlan:
@@ -50,6 +51,7 @@ def plan(
         overrides: settings as `key=value`.
         replace: ranges `first:last` that the surrogate replaces; by default those that the recipe's surrogate has.
         translators: number of translators for each of these ranges.
+        dense_width: units of a dense network in place of every translator's experts; None for copies of layers.
         data: facts about the data, which replace assumptions.
         decoder_share: share of the data that the surrogate's route trains its decoder on.
 
@@ -64,7 +66,7 @@ def plan(
     from zero_ds.training.planning.recipe import plan_run
     from zero_ds.training.planning.route import routes
 
-    run = plan_run(config, cluster, replace=replace, translators=translators, data=data)
+    run = plan_run(config, cluster, replace=replace, translators=translators, dense_width=dense_width, data=data)
     if not run.fitting:
         raise _nothing_fits(run)
     if trains_alone(config):
@@ -75,6 +77,7 @@ def plan(
         cluster,
         replace=replace,
         translators=translators,
+        dense_width=dense_width,
         data=data,
         decoder_share=decoder_share,
     )

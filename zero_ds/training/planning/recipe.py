@@ -95,6 +95,7 @@ def plan_run(
     *,
     replace: list[str] | None = None,
     translators: int = 1,
+    dense_width: int | None = None,
     data: DataOverrides | None = None,
     share: float = 1.0,
     images_only: bool = False,
@@ -102,7 +103,7 @@ def plan_run(
     """Plans one run.
 
     Args:
-        replace, translators: how the surrogate is cut, as for `architecture.layer_plan`.
+        replace, translators, dense_width: how the surrogate is cut, as for `architecture.planned_cut`.
         data: facts about the data, which replace assumptions.
         share: part of its data that the run sees.
         images_only: whether text-only sources are excluded.
@@ -116,7 +117,7 @@ def plan_run(
             f"global_batch={config.global_batch} is not a multiple of {cluster.gpus} GPUs; give --gpus a divisor of it."
         )
     of_rank = config.global_batch // cluster.gpus
-    size, activations = _numbers(_same_model(config), tuple(replace or ()), translators)
+    size, activations = _numbers(_same_model(config), tuple(replace or ()), translators, dense_width)
     vision = stages.has_vision(config)
     found = data_size(config, vision, data.samples, images_only)
     kind = found or DataSize(float(vision), float(not vision))
@@ -179,7 +180,7 @@ def _same_model(config: RunConfig) -> str:
 
 
 @lru_cache(maxsize=8)
-def _numbers(text: str, replace: tuple[str, ...], translators: int) -> Numbers:
+def _numbers(text: str, replace: tuple[str, ...], translators: int, dense_width: int | None) -> Numbers:
     """Returns the size of the run's model, and the bytes that one sample of the greatest length keeps."""
     config = RunConfig.model_validate_json(text)
 
@@ -190,10 +191,13 @@ def _numbers(text: str, replace: tuple[str, ...], translators: int) -> Numbers:
         from zero_ds.training.planning.architecture import architecture
 
         dtype = getattr(torch, DTYPE_NAMES[config.precision])
-        built = architecture(config, dtype=dtype, replace=list(replace), translators=translators)
+        built = architecture(
+            config, dtype=dtype, replace=list(replace), translators=translators, dense_width=dense_width
+        )
         return built.size, longest_sample_bytes(built.model, config)
 
-    return cached_numbers([text, *replace, str(translators), *config_texts(config)], count)
+    dense = [] if dense_width is None else [f"dense {dense_width}"]
+    return cached_numbers([text, *replace, str(translators), *dense, *config_texts(config)], count)
 
 
 def zero_names(config: RunConfig) -> list[str]:

@@ -74,6 +74,7 @@ def routes(
     *,
     replace: list[str] | None = None,
     translators: int = 1,
+    dense_width: int | None = None,
     data: DataOverrides | None = None,
     decoder_share: float = DECODER_SHARE,
 ) -> list[Route]:
@@ -100,6 +101,7 @@ def routes(
             cluster,
             replace=replace,
             translators=translators,
+            dense_width=dense_width,
             data=data,
             share=share,
             images_only=name == "baseline-adapter",

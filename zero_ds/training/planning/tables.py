@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from zero_ds.training.planning import data
 from zero_ds.training.planning.cluster import ASSUMED, PCIE, Cluster
 from zero_ds.training.planning.memory import CAUSES, GIB
+from zero_ds.training.planning.model_size import DecoderSize
 from zero_ds.training.planning.plan import RecipePlan
 from zero_ds.training.planning.recipe import Option, RunPlan
 from zero_ds.training.planning.route import (
@@ -101,11 +102,24 @@ def heading(recipe: str, plan: RunPlan) -> str:
     ]
     lines += [f"  {sentence}" for sentence in size.sources]
     lines.append(f"  trains {trained}; frozen {count(sum(size.frozen))}; {size.dtype}")
+    flops = plan.options[0].step.flops / plan.config.global_batch
+    lines.append(f"  {_decoder_sentence(size.decoder)}; an average sample needs {flops / 1e12:.3g} TFLOP")
     lines.append(
         f"  global batch {plan.config.global_batch}, longest sample {plan.longest} tokens; average sample "
         f"{plan.sample.length:.0f} tokens, {plan.sample.supervised:.0f} of them with loss (assumed)"
     )
     return "\n".join(lines)
+
+
+def _decoder_sentence(size: DecoderSize) -> str:
+    """Returns the parameters of the run's decoder, and of a mixture of experts those that compute a token."""
+    sentence = f"decoder {count(size.parameters)} parameters"
+    if size.active is None:
+        return sentence
+    return (
+        f"{sentence}, of which {count(size.active)} compute a token (experts that are not chosen do not, nor does the "
+        "table of embeddings)"
+    )
 
 
 def gpu_table(plan: RunPlan) -> str:
@@ -227,6 +241,8 @@ def route_table(plan: RecipePlan) -> str:
         header.append(f"{PAPER_GROUP}-way, fitted")
     if paper:
         header.append("paper")
+    if cluster.price is not None:
+        header.append("cost")
     rows: list[list[str]] = []
     sums: dict[str, list[float | None]] = {}
     for route in plan.routes:
@@ -235,6 +251,8 @@ def route_table(plan: RecipePlan) -> str:
             columns.append([leg.hours_in_groups(comparison, PAPER_GROUP) for leg in route.legs])
         if paper:
             columns.append([paper[route.name][leg.name] for leg in route.legs])
+        if cluster.price is not None:
+            columns.append([cluster.cost(hours) for hours in columns[0]])
         for position, leg in enumerate(route.legs):
             rows.append(_leg_row(leg, [column[position] for column in columns]))
         sums[route.name] = [total(column) for column in columns]
@@ -242,6 +260,8 @@ def route_table(plan: RecipePlan) -> str:
     saved = [_saved(ours, full) for ours, full in zip(sums["surrogate"], sums["baseline"], strict=True)]
     rows.append(["saved", "", "", "", "", *saved])
     lines = ["Surrogate's route and baseline (Table 9), hours without loading and saving", table(header, rows)]
+    if (sentence := _saving_sentence(cluster, sums["surrogate"][0], sums["baseline"][0])) is not None:
+        lines.append(sentence)
     if comparison:
         lines.append(_fit_sentence(cluster, comparison))
     return "\n".join(lines)
@@ -260,6 +280,18 @@ def _leg_row(leg: Leg, hours: list[float | None]) -> list[str]:
 def _saved(ours: float | None, full: float | None) -> str:
     """Returns the share of the baseline's hours that the surrogate's route saves."""
     return f"{100 * (1 - ours / full):.0f} %" if ours is not None and full else "?"
+
+
+def _saving_sentence(cluster: Cluster, ours: float | None, full: float | None) -> str | None:
+    """Returns what the surrogate's route saves in hours and at the given price; None where hours are not known."""
+    if ours is None or full is None:
+        return None
+    saved = full - ours
+    verb = "saves" if saved >= 0 else "takes longer by"
+    sentence = f"The surrogate's route {verb} {abs(saved):.1f} hours, {abs(saved) * cluster.gpus:,.0f} GPU-hours"
+    if (cost := cluster.cost(saved)) is not None:
+        sentence += f", and {'saves' if saved >= 0 else 'adds'} {abs(cost):,.0f} at {cluster.price:g} for a GPU-hour"
+    return sentence + "."
 
 
 def _fit_sentence(cluster: Cluster, comparison: Cluster) -> str:
