@@ -154,6 +154,7 @@ class Saving:
             self._thread.join()
             self._thread = None
         error = self._writer.finish() if self._writer is not None else None
+        distributed.wait_for_all()  # a disk may take longer than a collective waits
         self._stop_all_on_error(error)
         sealed = self._sealed()
         final = self.run / f"step-{self.step:06d}"
