@@ -46,7 +46,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     meter = Meter.of(engine)
     saver = Saver(run, engine, manifest, skipped)
     preview = Preview(config, loader)
-    validation = Validation(config, loader, total)
+    validation = Validation(config, loader, total, first)
     sources = loader.records.names()
     profiler = Profiler(config.profile, run.out)
     with (
