@@ -107,6 +107,9 @@ def test_figure_2(tmp_path: Path) -> None:
     assert "| baseline | 7.01 | 27.88 |  |  | 34.89 |" in done.stdout
     for ending in ("png", "pdf", "md"):
         assert (tmp_path / f"figures/figure-2.{ending}").stat().st_size > 100
+    words[3] = str(tmp_path / "figures/figure-2.md/below")
+    with pytest.raises(ConfigError, match=r"--out .*below cannot be written as files; name a file in a folder"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,31 @@ def elsewhere(configs: list[RunConfig], other: str) -> list[tuple[int, ...]]:
     return [agree_on_shares(run, named, 9).writers for run in (own, shared)]
 
 
-def everything(configs: list[RunConfig], start: str, other: str) -> tuple[list[list[str]], list[tuple[int, ...]]]:
-    return save_again(configs, start), elsewhere(configs, other)
+def hopes(errors: list[list[int]], folder: str) -> list[bool]:
+    """Returns whether the next attempt may succeed, where the first ranks fail with these errors."""
+    from zero_ds.runtime import distributed
+    from zero_ds.training.checkpoint.save import Saving
+
+    saving = Saving.__new__(Saving)
+    saving.run, saving.step, saving._writer, saving._temporary = Path(folder), 1, None, Path(folder) / "none"
+    found = []
+    for numbers in errors:
+        mine = dict(enumerate(numbers)).get(distributed.rank(), 0)
+        try:
+            saving._stop_all_on_error(OSError(mine, os.strerror(mine)) if mine else None)
+        except CheckpointError as error:
+            found.append(error.may_pass)
+    return found
+
+
+FAULTS = {(errno.EIO,): True, (0, errno.ENOSPC): False, (errno.EIO, errno.ENOSPC): False, (errno.EIO,) * 2: True}
+"""Errors of the first ranks -> whether the next attempt may succeed."""
+
+
+def everything(
+    configs: list[RunConfig], start: str, other: str
+) -> tuple[list[list[str]], list[tuple[int, ...]], list[bool]]:
+    return save_again(configs, start), elsewhere(configs, other), hopes([list(numbers) for numbers in FAULTS], other)
 
 
 @pytest.fixture(scope="module")
@@ -192,11 +215,12 @@ def test_a_checkpoint_is_the_same_however_many_ranks_save_it(
     ended = run_ranks(everything, ranks, configs, str(one), str(tmp_path / "other"))
     files = {"manifest.json", "resume/progress.json"}
     files |= set(file_names("weights", ranks)) | {f"resume/{name}" for name in file_names("state", ranks)}
-    for found, writers in ended:
+    for found, writers, hope in ended:
         assert found == [sorted(files)] * len(cases)
         assert writers == [tuple(range(min(ranks, 2))), tuple(range(ranks))], (
             "who does not share the disk does not write"
         )
+        assert hope == list(FAULTS.values()), "a full disk of one rank stays full, whatever else fails"
     expected = find_checkpoint(one)
     for number in range(len(cases)):
         saved = find_checkpoint(tmp_path / str(number))

@@ -261,14 +261,15 @@ class Saving:
             if not taken:
                 WATCH.record(sentence, not may_pass)  # before the other ranks know
         failed = distributed.world_size() - distributed.rank() if error is not None else 0
-        first, passing, takeovers = distributed.max_over_ranks(failed, may_pass, taken)
+        stays = error is not None and not may_pass
+        first, stay, takeovers = distributed.max_over_ranks(failed, stays, taken)
         if takeovers:
             WATCH.folder = None  # the launcher of the other job would take this reason for its own
         if first:
             self._remove()
             rank = distributed.world_size() - int(first)
             raised = CheckpointError(sentence or f"step {self.step} could not be saved by rank {rank}.")
-            raised.may_pass = bool(passing)
+            raised.may_pass = not stay
             raise raised
 
 
