@@ -68,7 +68,7 @@ def initialize() -> None:
     backend = "nccl" if has_cuda() else "gloo"
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    met = meeting.meet(number, count, host, port)
+    met = meeting.meet(number, count, host, port, accelerator())
     WATCH.start(number, count, host, port)  # first, because joining waits for a rank that dies now
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
