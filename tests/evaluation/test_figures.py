@@ -15,6 +15,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.evaluation.suites import figures
 from zero_ds.evaluation.suites.average import COLUMNS, average
 from zero_ds.evaluation.suites.results import Result, Score
+from zero_ds.evaluation.suites.tasks import SUITES
 from zero_ds.runtime.errors import ConfigError
 
 sys.path[:0] = [str(ROOT / "tools")]
@@ -66,6 +67,11 @@ def test_the_average_of_table_8(method: str, share: int) -> None:
     found = average([result(method, values)])
     assert found.value == pytest.approx(published, abs=3e-4) and found.missing == []
     assert list(found.columns) == list(COLUMNS)
+
+
+def test_the_suite_has_every_column_of_table_8() -> None:
+    tasks = {task.label for task in SUITES["paper-vision"].tasks}
+    assert tasks == {task for task, _, _ in MEASURED}
 
 
 def test_columns_that_were_not_evaluated() -> None:
