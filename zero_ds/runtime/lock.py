@@ -52,6 +52,8 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / FILE
+        self.taken: str | None = None
+        """Sentence about another job that has the folder, if the last touch found one."""
         self._content = _this_process()
         self._stopped = threading.Event()
 
@@ -134,10 +136,22 @@ class FolderLock:
             raise
         return path
 
+    def lost_to(self, found: dict[str, Any] | None) -> str | None:
+        """Returns a sentence if the content of the file is another job's, or the file is gone; else None.
+
+        A lock that cannot be read is not lost: a file server may fail for a moment, and a job that takes a lock over
+        writes it whole.
+        """
+        if found is None:
+            return f"{self.path} was removed while this job was using the folder."
+        return _in_use(self.folder, found) if found and not self.made(found) else None
+
     def _touch(self) -> None:
         while not self._stopped.wait(BEAT):
             with contextlib.suppress(OSError):
-                if self.is_ours():
+                found = _read(self.path)
+                self.taken = self.lost_to(found)
+                if found and self.taken is None:
                     os.utime(self.path)
 
 
@@ -146,18 +160,14 @@ _held: dict[Path, FolderLock] = {}
 
 
 def lost(folder: Path) -> str | None:
-    """Returns a sentence if this process had locked the folder, and another job has taken the lock over; else None.
-
-    A lock that cannot be read is not lost: a file server may fail for a moment, and a job that takes a lock over writes
-    it whole.
-    """
+    """Returns a sentence if this process had locked the folder, and another job has taken the lock over; else None."""
     lock = _held.get(folder.resolve())
-    if lock is None:
-        return None
-    found = _read(lock.path)
-    if found is None:
-        return f"{lock.path} was removed while this job was using the folder."
-    return _in_use(folder, found) if found and not lock.made(found) else None
+    return lock.lost_to(_read(lock.path)) if lock is not None else None
+
+
+def seen_lost(folder: Path) -> str | None:
+    """Returns what `lost` would have returned a few seconds ago, without asking a file server."""
+    return next((lock.taken for lock in _held.values() if lock.folder == folder), None)
 
 
 def refuse_if_in_use(folder: Path) -> None:

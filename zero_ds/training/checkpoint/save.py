@@ -50,6 +50,12 @@ class TakenError(CheckpointError):
     """Another job has taken over the run folder."""
 
 
+def end_without_folder(run: Path) -> TakenError:
+    """Returns the error with which a rank ends after another job has taken over the run folder."""
+    WATCH.folder = None  # the launcher of the other job would take this reason for its own
+    return TakenError(lock.seen_lost(run) or f"another job has taken over {run}; this one ends.")
+
+
 def save_checkpoint(
     run: Path, engine: Engine, manifest: Manifest, progress: Progress, keep: int, shares: Shares | None = None
 ) -> Path:
