@@ -320,6 +320,42 @@ def test_runs_that_save_beside_training_and_runs_whose_disks_fill_up(
         find_checkpoint(tmp_path / run).check_weights()
 
 
+def train_until_interrupted(config: RunConfig, method: str) -> str:
+    """Trains; a second signal arrives while the second checkpoint is being saved."""
+    from zero_ds.training.checkpoint import save
+    from zero_ds.training.train import train
+
+    usual, calls = getattr(save.Saving, method), iter(range(10**6))
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if next(calls):
+            raise KeyboardInterrupt
+        return usual(self, *arguments)
+
+    setattr(save.Saving, method, interrupted)
+    try:
+        return train(config).name
+    except KeyboardInterrupt:
+        return "interrupted"
+    finally:
+        setattr(save.Saving, method, usual)
+
+
+def interrupt_all(cases: list[tuple[RunConfig, str]]) -> list[str]:
+    return [train_until_interrupted(*case) for case in cases]
+
+
+def test_a_save_that_is_interrupted_leaves_nothing(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    cases = []
+    for number, (method, beside) in enumerate([("_sealed", True), ("_sealed", False), ("_refuse_difference", True)]):
+        options = {"every_steps": 1, "asynchronous": beside}
+        cases.append((run_config("pretrain", tmp_path / str(number), max_steps=4, checkpoint=options), method))
+    assert run_ranks(interrupt_all, 1, cases) == [["interrupted"] * len(cases)]
+    for run in tmp_path.iterdir():
+        assert [path.name for path in run.iterdir() if "step" in path.name] == ["step-000001"]
+        assert (run / "latest").read_text() == "step-000001\n"
+
+
 def train_until_killed(config: RunConfig, rank: int, write: int) -> list[str]:
     """Trains; one rank kills itself in the middle of write number `write` to its files."""
     from zero_ds.runtime import distributed, safetensors
@@ -346,7 +382,7 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(
     run = tmp_path / "run"
     options = {"every_steps": 1, "keep": 9, "writers": 2, "asynchronous": asynchronous}
     config = run_config("pretrain", run, max_steps=4, checkpoint=options)
-    with pytest.raises(RankError, match=f"rank {rank} ended with exit code -9"):
+    with pytest.raises(RankError, match=r"rank \d ended with exit code"):  # on a busy machine both have ended
         run_ranks(train_until_killed, 2, config, rank, 70)
     steps = sorted(path.name for path in run.iterdir() if path.name.startswith("step-"))
     assert steps, "at least one checkpoint was complete"
@@ -355,6 +391,6 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(
         found.check_weights()
         assert len(found.state_files()) == 2
     assert (run / "latest").read_text() == f"{steps[-1]}\n" and steps[-1] != "step-000004"
-    assert [path.name for path in run.glob(".step-*.tmp")], "half-written, and not published"
+    assert rank or [path.name for path in run.glob(".step-*.tmp")], "half-written; a rank 0 that lives removes it"
     assert run_ranks(train_all, 2, [config]) == [["step-000004"]] * 2
     assert not list(run.glob(".step-*.tmp"))

@@ -29,8 +29,9 @@ FILE = "lock.json"
 """Name of the lock in a folder."""
 BEAT = 4.0
 """Seconds between two touches of the file by its holder."""
-LOOK = 20.0
-"""Seconds after which an untouched file of a holder on another machine counts as abandoned."""
+LOOK = 30.0
+"""Seconds after which an untouched file of a holder on another machine counts as abandoned; as long as a rank may be
+silent (failure.py), for the same reason."""
 GOING = 5.0
 """Seconds that a holder on this machine gets to end, if it was killed just now."""
 FRESH = 60.0

@@ -296,6 +296,6 @@ class Saver:
         """Publishes the checkpoint that is on its way, if there is one, as soon as all ranks have written it."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
-        self.newest = pending.publish(self.settings.keep)
+        self.newest = self._pending.publish(self.settings.keep)
+        self._pending = None
         logger.info("saved checkpoint %s: training waited for %.1f s", self.newest, self._clock.seconds())

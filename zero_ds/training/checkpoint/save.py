@@ -8,6 +8,7 @@ does `latest` move.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -87,7 +88,11 @@ def begin_saving(
         CheckpointError: as `save_checkpoint`.
     """
     saving = Saving(run, engine, {**manifest, "step": progress["step"], "versions": versions()}, progress, shares)
-    saving.begin(_beside(asynchronous, saving.copy_bytes))
+    try:
+        saving.begin(_beside(asynchronous, saving.copy_bytes))
+    except BaseException:  # a second signal ends a run at once
+        saving.abandon()
+        raise
     return saving
 
 
@@ -224,12 +229,14 @@ class Saving:
         sync_folder(self._temporary)
         if (taken := lock.lost(self.run)) is not None:
             raise TakenError(taken)
-        if final.is_dir():  # newer than `latest`: left by a kill before `latest` moved, or by a run that was set back
-            shutil.rmtree(final)
+        # newer than `latest`: left by a kill before `latest` moved, or by a run that was set back
+        before = _hide(final) if final.is_dir() else None
         self._temporary.rename(final)
         sync_folder(self.run)
         write_atomically(self.run / "latest", final.name + "\n")
         sync_folder(self.run)
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
@@ -308,9 +315,17 @@ def _delete_old(run: Path, step: int, keep: int) -> None:
     up_to_now = [folders[number] for number in sorted(folders) if number <= step]
     best = best_folder(run)
     for folder in up_to_now[:-keep]:
-        if folder == best:
+        if folder == best or folder.is_symlink():
             continue
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(_hide(folder), ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    """Renames a checkpoint that will be deleted, so that a kill leaves no half of one; the next run removes it."""
+    hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    folder.rename(hidden)
+    return hidden
 
 
 _WORDS = 4
