@@ -258,6 +258,27 @@ def targets() -> dict[str, torch.nn.Parameter]:
     return {"a": torch.nn.Parameter(torch.zeros(2, 3)), "b": torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))}
 
 
+def test_files_of_other_machines_may_be_seen_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zero_ds.training.checkpoint import save
+
+    path, looks = tmp_path / "weights.safetensors", iter(range(10**6))
+    size = save._size_of
+
+    def seen(path: Path) -> int | None:
+        look = next(looks)
+        if look == 1:
+            path.write_bytes(b"1")  # the rest of it is not there yet
+        if look == 2:
+            path.write_bytes(b"12")
+        return size(path)
+
+    monkeypatch.setattr(save, "_size_of", seen)
+    save._await_files({path: 2}, tmp_path)
+    monkeypatch.setattr(save, "ARRIVES", 0.0)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors has not arrived; do all machines share .*\?"):
+        save._await_files({path: 3}, tmp_path)
+
+
 def test_a_kill_while_old_checkpoints_are_deleted_leaves_no_half_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

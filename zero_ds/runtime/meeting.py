@@ -65,7 +65,8 @@ def meet(rank: int, world: int, host: str, port: int, device: str = "cpu") -> St
     store = _open(rank, world, host, port, deadline)
     key = f"zero_ds/meeting/{attempt()}"
     try:
-        store.set(f"{key}/{rank}", json.dumps([socket.gethostname(), world, device]))
+        store.set(f"{key}/{rank}/device", device)  # by itself, so that another version of this code is named later on
+        store.set(f"{key}/{rank}", json.dumps([socket.gethostname(), world]))
         if store.add(f"{key}/{rank}/times", 1) > 1:
             raise MeetingError(
                 f"the ranks cannot meet at {host}:{port}: more than one process is rank {rank} of {world}; start each "
@@ -166,13 +167,15 @@ def _count(store: Store, key: str, world: int, address: str, deadline: float) ->
 def _difference_of_ranks(store: Store, key: str, world: int, address: str, device: str) -> str:
     """Returns on rank 0 a sentence about a rank that was started otherwise; an empty text if there is none."""
     for rank in range(world):
-        name, stated, other = json.loads(store.get(f"{key}/{rank}"))
+        name, stated = json.loads(store.get(f"{key}/{rank}"))
         if stated != world:
             return (
                 f"the ranks cannot meet at {address}: rank {rank} on {name} was started as one of {stated} ranks, and "
                 f"rank 0 as one of {world}."
             )
-        if other != device:
+        if not store.check([f"{key}/{rank}/device"]):
+            continue
+        if (other := store.get(f"{key}/{rank}/device").decode()) != device:
             return (
                 f"the ranks cannot meet at {address}: rank {rank} on {name} computes on {other}, and rank 0 on "
                 f"{device}; see what torch finds there (nvidia-smi, CUDA_VISIBLE_DEVICES), or set DS_ACCELERATOR=cpu "

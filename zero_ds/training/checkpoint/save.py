@@ -14,8 +14,9 @@ import logging
 import os
 import shutil
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,9 @@ from zero_ds.training.checkpoint.shares import SMALLEST, Shares, file_names
 from zero_ds.training.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+ARRIVES = 30.0
+"""Seconds within which rank 0 has to see the files of the other ranks. Network file systems may show them late."""
 
 Asynchronous = Literal["auto", True, False]
 """Setting `checkpoint.asynchronous`."""
@@ -216,10 +220,9 @@ class Saving:
     def _publish(self, sealed: dict[str, Any], final: Path) -> None:
         """Describes the files and moves the folder to its place."""
         resume = self._temporary / "resume"
-        for kind, folder in (("weights", self._temporary), ("state", resume)):
-            for name in sealed[f"{kind}_files"]:
-                if not (folder / name).is_file() or (folder / name).stat().st_size != sealed["sizes"][name]:
-                    raise CheckpointError(f"{folder / name} has not arrived; do all machines share {self.run}?")
+        files = {self._temporary / name for name in sealed["weights_files"]}
+        files |= {resume / name for name in sealed["state_files"]}
+        _await_files({path: sealed["sizes"][path.name] for path in sorted(files)}, self.run)
         self._manifest["weights_sha256"] = sealed["weights_sha256"]
         self._manifest["weights_files"] = sealed["weights_files"]
         write_manifest(self._temporary, self._manifest)
@@ -294,6 +297,29 @@ def _error_of(action: Callable[[], object], rank: int) -> OSError | CheckpointEr
         except (OSError, CheckpointError) as error:
             return error
     return None
+
+
+def _await_files(sizes: Mapping[Path, int], run: Path) -> None:
+    """Waits until all files, which the ranks have closed, are seen here with their sizes.
+
+    Raises:
+        CheckpointError: one is not within `ARRIVES` seconds.
+    """
+    deadline = time.monotonic() + ARRIVES
+    for path, size in sizes.items():
+        while _size_of(path) != size:
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{path} has not arrived; do all machines share {run}?")
+            time.sleep(0.1)
+
+
+def _size_of(path: Path) -> int | None:
+    """Returns the size of a file; None if it is not there."""
+    try:
+        with path.open("rb") as file:  # opened, because network file systems then ask their server
+            return os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
 
 
 def _beside(asynchronous: Asynchronous, size: int) -> bool:
