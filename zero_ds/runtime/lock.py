@@ -39,7 +39,7 @@ FRESH = 60.0
 SETTLE = 1.0
 """Seconds after which two jobs that take over an abandoned lock at the same time see which of them has it."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-"""File with a number that is drawn anew whenever the machine starts."""
+"""File with a number that is drawn whenever the machine starts."""
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBEFLOW_JOB_NAME")
 """Variables in which schedulers give the id of a job."""
 
