@@ -6,10 +6,12 @@ import copy
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from places import ROOT
 from typer.testing import CliRunner
@@ -134,6 +136,36 @@ def test_the_page_on_the_paper_and_the_recipes_name_each_other() -> None:
         named = {figure for figure, recipes in rows.items() if recipe in recipes}
         assert named == figures_in(head), f"{recipe} says {head!r}; docs/paper.md has it in {sorted(named)}"
     assert set().union(*rows.values()) <= set(recipe_names())
+
+
+PLACEHOLDERS = {"MODEL": "llama-3.2-3b", "NAME": "encoder", "RECIPE": "llama-3.2-3b/encoder", "$share": "0.2"}
+COMMANDS = re.findall(
+    r"^    *((?:zero-ds|launch/train\.sh|python) (?:.*\\\n)*.*)$|`((?:zero-ds|launch/train\.sh|python) [^`]+)`",
+    PAGE,
+    re.M,
+)
+
+
+@pytest.mark.parametrize("command", sorted({block or inline for block, inline in COMMANDS}))
+def test_commands_of_the_page_on_the_paper_exist(command: str) -> None:
+    """Options of `zero-ds` are known, recipes resolve with their overrides, and scripts are there."""
+    for placeholder, value in PLACEHOLDERS.items():
+        command = command.replace(placeholder, value)
+    program, *words = shlex.split(command.replace("\\\n", " "))
+    if program == "python":
+        assert (ROOT / words[0]).is_file()
+        return
+    if program == "zero-ds":
+        found: Any = typer.main.get_command(app)
+        while hasattr(found, "commands"):
+            if words[0] not in found.commands:  # `zero-ds eval MODEL` is short for `zero-ds eval run MODEL`
+                words = ["run", *words]
+            found = found.commands[words.pop(0)]
+        if words:  # otherwise the command alone is named
+            found.make_context(found.name, words)
+        return
+    recipe, *overrides = [word for word in words if not word.startswith("--") and word != "hostfile"]
+    assert stages.trained_parts(load_run(recipe, overrides)) and stages.stage_of(load_run(recipe, overrides))
 
 
 def figures_in(head: str) -> set[str]:

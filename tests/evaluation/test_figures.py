@@ -15,6 +15,7 @@ from zero_ds.data.formats import DataError
 from zero_ds.evaluation.suites import figures
 from zero_ds.evaluation.suites.average import COLUMNS, average
 from zero_ds.evaluation.suites.results import Result, Score
+from zero_ds.evaluation.suites.tasks import SUITES
 from zero_ds.runtime.errors import ConfigError
 
 sys.path[:0] = [str(ROOT / "tools")]
@@ -68,6 +69,11 @@ def test_the_average_of_table_8(method: str, share: int) -> None:
     assert list(found.columns) == list(COLUMNS)
 
 
+def test_the_suite_has_every_column_of_table_8() -> None:
+    tasks = {task.label for task in SUITES["paper-vision"].tasks}
+    assert tasks == {task for task, _, _ in MEASURED}
+
+
 def test_columns_that_were_not_evaluated() -> None:
     whole = result("a", TABLE_8["ours", 10][1])
     part = Result("b", "vision", whole.harness, {}, {}, {}, (*whole.scores[:4], Score("cv_bench", "cv_bench_acc", 0.7)))
@@ -107,6 +113,9 @@ def test_figure_2(tmp_path: Path) -> None:
     assert "| baseline | 7.01 | 27.88 |  |  | 34.89 |" in done.stdout
     for ending in ("png", "pdf", "md"):
         assert (tmp_path / f"figures/figure-2.{ending}").stat().st_size > 100
+    words[3] = str(tmp_path / "figures/figure-2.md/below")
+    with pytest.raises(ConfigError, match=r"--out .*below cannot be written as files; name a file in a folder"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

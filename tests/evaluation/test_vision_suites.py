@@ -391,7 +391,7 @@ def test_the_suites_of_the_paper_are_in_the_harness(tasks: Path, tmp_path: Path)
     labels = [task.label for task in selected.suite.tasks]
     assert labels == [
         *("mme", "mme:binary", "pope", "pope:binary", "seedbench", "mmbench_en_dev_static", "gqa"),
-        *("vizwiz_vqa_val", "cv_bench", "mmvet", "llava_in_the_wild"),
+        *("vizwiz_vqa_val", "cv_bench_2d", "cv_bench_3d", "mmvet", "llava_in_the_wild"),
     ]
     import tempfile
 

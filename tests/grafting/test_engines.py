@@ -97,6 +97,14 @@ def test_layers_are_shared_over_devices() -> None:
     assert told == "decoder layers: 2 on cuda:0, 1 on cuda:1, 1 in host memory"
 
 
+def test_a_gpu_without_a_number_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"device_count": 2, "current_device": 1, "mem_get_info": (100, 100)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    found = offload._room(offload.with_number(torch.device("cuda")))
+    assert found == [(torch.device("cuda", 1), 80.0), (torch.device("cuda", 0), 80.0)]
+    assert offload.with_number(torch.device("cpu")) == torch.device("cpu")
+
+
 def test_a_model_on_several_devices_gives_the_same_logits(
     graft: NamedModel, images: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

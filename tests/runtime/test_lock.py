@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -10,7 +11,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from zero_ds.runtime import lock
@@ -52,7 +55,7 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path, monkeypatch
 
 def test_what_a_killed_job_left_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pid = dead_process()
-    for changes in ({"pid": pid}, {"started": 1.0}):  # gone, or its id given to another process since
+    for changes in ({"pid": pid}, {"ticks": 1}):  # gone, or its id given to another process since
         left_by(tmp_path, **changes)
         with caplog.at_level(logging.WARNING), FolderLock(tmp_path) as mine:
             assert mine.is_ours()
@@ -78,6 +81,57 @@ def test_a_job_on_another_machine_is_looked_at(tmp_path: Path) -> None:
         thread.join()
     with FolderLock(tmp_path) as mine:  # now nobody touches it
         assert mine.is_ours()
+
+
+def test_a_clock_that_was_set_does_not_make_the_holder_look_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = psutil.Process.create_time
+    with FolderLock(tmp_path) as mine:
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: started(process) + 3600.0)
+        assert not lock.is_free(tmp_path) and lock.is_held(tmp_path)
+        with pytest.raises(InUseError):
+            lock.refuse_if_in_use(tmp_path)
+        assert mine.is_ours()
+    left_by(tmp_path, ticks=1)  # its id was given to another process
+    assert lock.is_free(tmp_path)
+    left_by(tmp_path, ticks=None, started=started(psutil.Process()))  # written by an older version
+    assert lock.is_free(tmp_path), "by a clock that was set"
+    monkeypatch.undo()
+    assert lock.is_held(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "in_use"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False), (errno.ENOENT, False)]
+)
+def test_a_lock_that_cannot_be_looked_at_is_not_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, in_use: bool
+) -> None:
+    """A file that only another user may read can still be looked at from outside."""
+    left_by(tmp_path, machine="another")
+    opened = Path.open
+
+    def fails(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if path.name == lock.FILE and mode == "rb":
+            raise OSError(error, os.strerror(error))
+        return opened(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fails)
+    if in_use:
+        with pytest.raises(InUseError):
+            lock.refuse_if_in_use(tmp_path)
+    else:
+        lock.refuse_if_in_use(tmp_path)
+
+
+def test_machines_are_not_the_same_because_their_names_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers may have the same name and not show what tells machines apart; process ids then say nothing."""
+    monkeypatch.setattr(lock, "BOOT", tmp_path / "missing")
+    monkeypatch.setattr("uuid.getnode", lambda: 1)
+    left_by(tmp_path, pid=dead_process())
+    assert lock.is_free(tmp_path)
+    monkeypatch.setattr("uuid.getnode", lambda: 2)
+    assert not lock.is_free(tmp_path) and not lock.is_held(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "{}", '{"pid": "x"}'])

@@ -58,13 +58,16 @@ def test_rank_zero_at_an_address_that_is_not_its_own(monkeypatch: pytest.MonkeyP
         meet(0, 2, "192.0.2.1", free_port())
 
 
-def together(*ranks: tuple[int, int]) -> list[str]:
-    """Lets ranks, given with the number of ranks that each believes in, meet in threads; returns their ends."""
+def together(*ranks: tuple[Any, ...]) -> list[str]:
+    """Lets ranks meet in threads; returns their ends.
+
+    ranks: number of each, the number of ranks that it believes in, and its device.
+    """
     port, ends = free_port(), [""] * len(ranks)
 
-    def one(index: int, rank: int, world: int) -> None:
+    def one(index: int, rank: int, world: int, device: str = "cpu") -> None:
         try:
-            held.append(meet(rank, world, "127.0.0.1", port))
+            held.append(meet(rank, world, "127.0.0.1", port, device))
         except MeetingError as error:
             ends[index] = str(error)
 
@@ -85,6 +88,12 @@ def test_those_that_come_meet_and_all_hear_of_the_one_that_does_not(monkeypatch:
     assert missed[0] == missed[1] and "rank 2 of 3 did not come" in missed[0]
     other = together((0, 2), (1, 4))
     assert "rank 1 on" in other[0] and "was started as one of 4 ranks, and rank 0 as one of 2" in other[0]
+
+
+def test_ranks_on_different_devices_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "PATIENCE", scaled(5))
+    first, second = together((0, 2, "cuda"), (1, 2, "cpu"))
+    assert first == second and "rank 1 on" in first and "computes on cpu, and rank 0 on cuda; see what" in first
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

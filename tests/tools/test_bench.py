@@ -20,6 +20,7 @@ import checkpoints  # noqa: E402
 import image_table  # noqa: E402
 import report  # noqa: E402
 import rounding  # noqa: E402
+import save_scaling  # noqa: E402
 import scaling  # noqa: E402
 import scripts  # noqa: E402
 import step  # noqa: E402
@@ -232,6 +233,14 @@ def test_obvious_scripts_do_the_same(runs: Path, made: Callable[..., Path], tmp_
     assert all((made_by[0][name] == made_by[1][name]).all() for name in made_by[0])
     seconds, peak = scripts.run([sys.executable, "-c", "print(1)"], tmp_path)
     assert seconds > 0 and peak > 0  # no bound: a child of a large process starts with its peak
+
+
+def test_saves_are_measured_in_a_folder_that_is_made(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "saves.json"
+    save_scaling.main([1], parameters=1 << 16, tensors=4, rounds=1, folder=tmp_path / "not" / "there", out=out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["way"] for row in rows] == list(save_scaling.WAYS)
+    assert all(row["ranks"] == 1 and row["complete"][0] > 0 for row in rows)
 
 
 def gpu_rows(parts: list[str], folder: str, configs: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:

@@ -258,6 +258,55 @@ def targets() -> dict[str, torch.nn.Parameter]:
     return {"a": torch.nn.Parameter(torch.zeros(2, 3)), "b": torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))}
 
 
+def test_files_of_other_machines_may_be_seen_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zero_ds.training.checkpoint import save
+
+    path, looks = tmp_path / "weights.safetensors", iter(range(10**6))
+    size = save._size_of
+
+    def seen(path: Path) -> int | None:
+        look = next(looks)
+        if look == 1:
+            path.write_bytes(b"1")  # the rest of it is not there yet
+        if look == 2:
+            path.write_bytes(b"12")
+        return size(path)
+
+    monkeypatch.setattr(save, "_size_of", seen)
+    save._await_files({path: 2}, tmp_path)
+    monkeypatch.setattr(save, "ARRIVES", 0.0)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors has not arrived; do all machines share .*\?"):
+        save._await_files({path: 3}, tmp_path)
+
+
+def test_a_kill_while_old_checkpoints_are_deleted_leaves_no_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zero_ds.training.checkpoint import save
+    from zero_ds.training.run_folder import use_folder
+
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        (run / f"step-{step:06d}").mkdir(parents=True)
+        (run / f"step-{step:06d}" / "manifest.json").write_text("{}")
+        (run / f"step-{step:06d}" / "weights.safetensors").write_bytes(b"x")
+
+    def killed(path: Path, **options: Any) -> None:
+        (Path(path) / "weights.safetensors").unlink()
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(save.shutil, "rmtree", killed)
+    with pytest.raises(SystemExit, match="killed"):
+        save._delete_old(run, 3, keep=1)
+    monkeypatch.undo()
+    for folder in run.glob("step-*"):
+        assert {path.name for path in folder.iterdir()} == {"manifest.json", "weights.safetensors"}
+    with use_folder(run):  # the next run
+        assert {path.name for path in run.glob(".*.tmp")} == set()
+    save._delete_old(run, 3, keep=1)
+    assert [path.name for path in run.iterdir()] == ["step-000003"]
+
+
 def test_load_weights(tmp_path: Path) -> None:
     into = targets()
     assert set(load_weights_(into, written(tmp_path), skip=lambda name: False)) == {"a", "b"}

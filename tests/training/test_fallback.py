@@ -81,6 +81,9 @@ def test_where_no_more_can_be_recomputed_the_remedy_is_named(
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), True),
         (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("unable to mmap 1024 bytes from file <memory>: Cannot allocate memory (12)"), True),
         (RuntimeError("The size of tensor a (3) must match"), False),
     ],
 )

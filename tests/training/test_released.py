@@ -438,6 +438,7 @@ def test_a_released_checkpoint_is_fetched_by_name(
     monkeypatch.chdir(tmp_path)
     named = released_module.NAMED["llama-3.1-8b/encoder"]
     assert (named.target, str(named.out)) == ("meta-llama/Llama-3.1-8B-Instruct", "runs/llama-3.1-8b/released-encoder")
+    Path(named.name).mkdir(parents=True)  # a folder of the same name is not a file
     arguments = ["import-released", named.name, "--target", str(target), "--encoder", str(clip)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -429,6 +430,38 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(runs: Path, run_config: Callab
     assert sorted(p.name for p in run.iterdir() if "step" in p.name) == ["step-000002"], "nothing half-written stays"
     assert run_ranks(train_all, 1, [config]) == [["step-000006"]]
     assert losses(run) == pytest.approx(losses(runs / "zero2"), rel=1e-5)
+
+
+def train_until_taken_over(config: RunConfig, step: int) -> list[str]:
+    """Trains; after `step` steps another job takes the folder over, as after a long suspension of this one."""
+    from zero_ds.runtime import distributed, lock
+    from zero_ds.training.engine import Engine
+
+    lock.BEAT = 0.02
+    make, out = Engine.step, Path(config.out)
+
+    def taken(self: Engine, batches: Any, number: int, *rest: Any) -> Any:
+        if number == step and distributed.is_rank_zero():
+            (out / lock.FILE).write_text(json.dumps({"id": "other", "host": "elsewhere", "pid": 7}))
+            while lock.seen_lost(out) is None:
+                time.sleep(0.01)
+        return make(self, batches, number, *rest)
+
+    Engine.step = taken  # type: ignore[method-assign]
+    return train_all([config])
+
+
+def test_a_job_that_has_lost_its_folder_ends_before_it_writes_there(
+    run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = run_config("pretrain", tmp_path / "run", max_steps=40)
+    [first], [second] = run_ranks(train_until_taken_over, 2, config, 2)
+    assert first.startswith("TakenError: ") and "is in use by process 7 on elsewhere" in first
+    assert second == f"TakenError: another job has taken over {tmp_path / 'run'}; this one ends."
+    records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(records) == 2, "the records of the other job are not mixed with those of this one"
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "lock.json" in names and not names & {"failure.txt", "latest"}
 
 
 # -- errors that a user can fix ----------------------------------------------------------------------------------------

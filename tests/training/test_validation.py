@@ -176,6 +176,23 @@ def test_a_link_that_is_missing_or_leads_nowhere(tmp_path: Path) -> None:
     set_best(tmp_path / "step-000009")
     assert best_folder(tmp_path) is None
     assert restore_best(tmp_path) == 2.0 and best_folder(tmp_path) == tmp_path / "step-000002"
+    assert restore_best(tmp_path, 1) == 3.0 and best_folder(tmp_path) == tmp_path / "step-000001"
+
+
+def test_checkpoints_that_will_be_replaced_are_not_the_best(
+    run_config: Callable[..., RunConfig], data: Path, tmp_path: Path
+) -> None:
+    """After a kill between the best checkpoint and `latest`, that step is made and saved again, and is the best."""
+    saving = {"keep": 9, "best": True, "every_steps": 1}
+    gentle = {"optimizer": {"learning_rate": 1e-3}, "max_steps": 2, "zero": "zero2"}
+    config = run_config("pretrain", tmp_path / "run", **settings(data, checkpoint=saving, **gentle))
+    assert run_ranks(train_all, 1, [config]) == [["step-000002"]]
+    best, lowest = best_folder(tmp_path / "run"), restore_best(tmp_path / "run")
+    assert best is not None and best.name == "step-000002" and lowest is not None
+    (tmp_path / "run" / "latest").write_text("step-000001\n")
+    assert run_ranks(train_all, 1, [config]) == [["step-000002"]]
+    again = best_folder(tmp_path / "run")
+    assert again is not None and again.name == "step-000002" and restore_best(tmp_path / "run") == lowest
 
 
 def test_a_run_that_holds_out_a_share(run_config: Callable[..., RunConfig], data: Path, tmp_path: Path) -> None:

@@ -107,6 +107,26 @@ def collectives(work: Work) -> Iterator[Row]:
         )
         kind = str(dtype).removeprefix("torch.")
         yield Row(f"{backend}, {count} rank, {kind}", "all collectives right" if right else "wrong sums", right)
+    yield _exchanged(backend, device, count)
+
+
+def _exchanged(backend: str, device: Any, count: int) -> Row:
+    """Exchanges parts of different sizes as a checkpoint does, where a rank may send and get nothing.
+
+    Some bits are no number, and have to stay as they are.
+    """
+    import torch
+    import torch.distributed as dist
+
+    bits = torch.tensor([0x7FC00001, 0x7F800001, 1, -1, 0], dtype=torch.int32, device=device)
+    right = True
+    for sizes in ([len(bits)] * count, [0] * count):
+        sent = torch.cat([bits[:size] for size in sizes]).view(torch.float32)
+        got = torch.empty(sum(sizes), device=device)
+        dist.all_to_all_single(got.view(torch.int32), sent.view(torch.int32), sizes, sizes)
+        right = right and torch.equal(got.view(torch.int32), sent.view(torch.int32))
+    answer = "the same bits arrive" if right else "OTHER bits arrive"
+    return Row(f"{backend}, {count} rank, exchange of a checkpoint", answer, right)
 
 
 # -- DeepSpeed configs -------------------------------------------------------------------------------------------------

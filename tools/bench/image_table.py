@@ -197,6 +197,7 @@ def measure(
     for key, value in found.items():
         print(f"{key:40} {value if isinstance(value, list | int) else round(value, 3)}")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 

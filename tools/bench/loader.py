@@ -107,6 +107,7 @@ def main(
         spread = f"{min(rates):.0f} to {max(rates):.0f}"
         print(f"{name:<16} {median:7.1f} samples/s ({spread}), {median / base:.2f} times")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"size": size, "workers": workers, "samples_per_second": found}, indent=1) + "\n")
 
 

@@ -83,6 +83,7 @@ def main(
             f"{row['passes']:.1f} passes a step"
         )
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(
             json.dumps({"data": str(data), "ranks": ranks, "global_batch": global_batch, "rows": rows}, indent=1)
         )

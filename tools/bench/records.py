@@ -103,6 +103,7 @@ def main(
     print(f"random access  {statistics.median(rates):8,.0f} records/s ({min(rates):,.0f} to {max(rates):,.0f})")
     print(f"a worker's own {max(own):8.1f} MB at most, of {workers}")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 

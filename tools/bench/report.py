@@ -110,6 +110,7 @@ def write(out: Path | None, found: dict[str, Any], *, limits: bool = True) -> No
     """Writes results as JSON, with a description of the machine. Does nothing if `out` is None."""
     if out is not None:
         content = {"machine": machine(limits=limits), **found}
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 

@@ -98,13 +98,16 @@ def main(
     tensors: Annotated[int, typer.Option(help="Number of tensors.")] = 32,
     rounds: int = 3,
     folder: Annotated[
-        Path | None, typer.Option(help="Folder on the disk to write to (default: a temporary one).")
+        Path | None,
+        typer.Option(help="Folder on the disk to write to, made if it is missing (default: a temporary one)."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measure saves with several numbers of ranks."""
     rows: list[dict[str, Any]] = []
     for count in ranks or [1, 2, 4]:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as name:
             (Path(name) / "run").mkdir()
             arguments: dict[str, Any] = {"parameters": parameters, "tensors": tensors, "out": f"{name}/run"}

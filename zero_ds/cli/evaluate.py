@@ -155,10 +155,14 @@ def figure(
 
     points, bars = [figures.read_point(text) for text in score or ()], [figures.read_bar(text) for text in hours or ()]
     figures.check_columns(points)
-    for path in figures.draw(points, bars, out):
-        print(path)
     text = figures.table(points, bars)
-    write_atomically(out.with_name(f"{out.name}.md"), text)
+    try:
+        paths = figures.draw(points, bars, out)
+        write_atomically(out.with_name(f"{out.name}.md"), text)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        raise ConfigError(f"--out {out} cannot be written as files; name a file in a folder, without ending.") from None
+    for path in paths:
+        print(path)
     sys.stdout.write(text)
 
 

@@ -122,12 +122,17 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """Returns the first error of a validation as one sentence."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
+    others: list[str] = []
+    if location and location[-1].startswith("literal["):  # a word or something else: an error for each of them
+        location = location[:-1]
+        same = [one["msg"] for one in error.errors() if [str(part) for part in one["loc"][:-1]] == location]
+        others = [message.removeprefix("Input should be ") for message in same[1:]]
     name = ".".join(location)
     if first["type"] == "extra_forbidden":
         return f"unknown key '{name}'{did_you_mean(location[-1], _keys(model, location[:-1]))}"
     if first["type"] == "missing":
         return f"'{name}' is missing; set it in the recipe or with {name}=VALUE."
-    message = first["msg"].removeprefix("Value error, ").removesuffix(".")
+    message = ", or ".join([first["msg"].removeprefix("Value error, ").removesuffix("."), *others])
     if not location:
         return f"{message}."
     if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -68,7 +68,7 @@ def initialize() -> None:
     backend = "nccl" if has_cuda() else "gloo"
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    met = meeting.meet(number, count, host, port)
+    met = meeting.meet(number, count, host, port, accelerator())
     WATCH.start(number, count, host, port)  # first, because joining waits for a rank that dies now
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
@@ -287,8 +287,15 @@ def wait_for_all() -> None:
 
     store, key = _get_default_store(), f"zero_ds/all/{attempt()}/{next(_turns)}"
     store.add(key, 1)
-    while store.add(key, 0) < world_size():
-        time.sleep(0.1)
+    _poll(lambda: store.add(key, 0) >= world_size())
+
+
+def _poll(is_ready: Callable[[], bool]) -> None:
+    """Waits until a question to the store is answered with yes: soon in short waits, and rarely asked in long ones."""
+    pause = 0.002
+    while not is_ready():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
 
 
 @contextlib.contextmanager
@@ -304,8 +311,8 @@ def rank_zero_first() -> Iterator[None]:
     from torch.distributed.distributed_c10d import _get_default_store
 
     store, key = _get_default_store(), f"zero_ds/turn/{attempt()}/{next(_turns)}"
-    while not is_rank_zero() and not store.check([key]):
-        time.sleep(0.1)
+    if not is_rank_zero():
+        _poll(lambda: store.check([key]))
     try:
         yield
     finally:
@@ -317,8 +324,8 @@ def rank_zero_first() -> Iterator[None]:
 def one_rank_at_a_time() -> Iterator[None]:
     """Runs the block on the ranks of each machine one after another, for work that needs much memory or disk on each.
 
-    Ranks that wait poll the store, as in `rank_zero_first`. A rank that fails lets the next one go on, and the watch
-    ends them all.
+    All ranks leave it together, because together their turns may take longer than a collective waits. Ranks that wait
+    poll the store, as in `rank_zero_first`. A rank that fails lets the next one go on, and the watch ends them all.
     """
     if world_size() == 1 or not dist.is_initialized():
         yield
@@ -326,12 +333,13 @@ def one_rank_at_a_time() -> Iterator[None]:
     from torch.distributed.distributed_c10d import _get_default_store
 
     store, turn = _get_default_store(), f"zero_ds/machine/{attempt()}/{next(_turns)}"
-    while local_rank() and not store.check([f"{turn}/{rank() - 1}"]):
-        time.sleep(0.1)
+    if local_rank():
+        _poll(lambda: store.check([f"{turn}/{rank() - 1}"]))
     try:
         yield
     finally:
         store.set(f"{turn}/{rank()}", "done")
+    wait_for_all()
 
 
 class StopSignal:

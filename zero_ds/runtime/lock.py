@@ -29,14 +29,17 @@ FILE = "lock.json"
 """Name of the lock in a folder."""
 BEAT = 4.0
 """Seconds between two touches of the file by its holder."""
-LOOK = 20.0
-"""Seconds after which an untouched file of a holder on another machine counts as abandoned."""
+LOOK = 30.0
+"""Seconds after which an untouched file of a holder on another machine counts as abandoned; as long as a rank may be
+silent (failure.py), for the same reason."""
 GOING = 5.0
 """Seconds that a holder on this machine gets to end, if it was killed just now."""
 FRESH = 60.0
 """Seconds since its last touch in which another machine's lock seems to be in use, for those who only want to know."""
 SETTLE = 1.0
 """Seconds after which two jobs that take over an abandoned lock at the same time see which of them has it."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""File with a number that is drawn whenever the machine starts."""
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBEFLOW_JOB_NAME")
 """Variables in which schedulers give the id of a job."""
 
@@ -50,6 +53,8 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / FILE
+        self.taken: str | None = None
+        """Sentence about another job that has the folder, if the last touch found one."""
         self._content = _this_process()
         self._stopped = threading.Event()
 
@@ -132,10 +137,22 @@ class FolderLock:
             raise
         return path
 
+    def lost_to(self, found: dict[str, Any] | None) -> str | None:
+        """Returns a sentence if the content of the file is another job's, or the file is gone; else None.
+
+        A lock that cannot be read is not lost: a file server may fail for a moment, and a job that takes a lock over
+        writes it whole.
+        """
+        if found is None:
+            return f"{self.path} was removed while this job was using the folder."
+        return _in_use(self.folder, found) if found and not self.made(found) else None
+
     def _touch(self) -> None:
         while not self._stopped.wait(BEAT):
             with contextlib.suppress(OSError):
-                if self.is_ours():
+                found = _read(self.path)
+                self.taken = self.lost_to(found)
+                if found and self.taken is None:
                     os.utime(self.path)
 
 
@@ -144,18 +161,14 @@ _held: dict[Path, FolderLock] = {}
 
 
 def lost(folder: Path) -> str | None:
-    """Returns a sentence if this process had locked the folder, and another job has taken the lock over; else None.
-
-    A lock that cannot be read is not lost: a file server may fail for a moment, and a job that takes a lock over writes
-    it whole.
-    """
+    """Returns a sentence if this process had locked the folder, and another job has taken the lock over; else None."""
     lock = _held.get(folder.resolve())
-    if lock is None:
-        return None
-    found = _read(lock.path)
-    if found is None:
-        return f"{lock.path} was removed while this job was using the folder."
-    return _in_use(folder, found) if found and not lock.made(found) else None
+    return lock.lost_to(_read(lock.path)) if lock is not None else None
+
+
+def seen_lost(folder: Path) -> str | None:
+    """Returns what `lost` would have returned a few seconds ago, without asking a file server."""
+    return next((lock.taken for lock in _held.values() if lock.folder == folder), None)
 
 
 def refuse_if_in_use(folder: Path) -> None:
@@ -223,6 +236,7 @@ def _this_process() -> dict[str, Any]:
         "job": next((f"{name}={os.environ[name]}" for name in JOB_VARIABLES if name in os.environ), None),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
         "started": process.create_time(),
+        "ticks": _ticks(process.pid),
         "machine": _machine(),
     }
 
@@ -230,9 +244,20 @@ def _this_process() -> dict[str, Any]:
 def _machine() -> str:
     """Returns a name of this machine since its start; where names are equal, process ids can be compared."""
     with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = BOOT.read_text(encoding="ascii").strip()
         return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    return socket.gethostname()
+    return f"{socket.gethostname()} {uuid.getnode()}"  # containers may share the name, but not the network address
+
+
+def _ticks(pid: int) -> int | None:
+    """Returns when a process started, in ticks since the machine did; None if unknown.
+
+    Clocks may be set while a process runs, and then its start by the clock changes.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # the second field is the program's name in brackets, which may hold anything
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    return None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -252,7 +277,11 @@ def _lives_here(found: dict[str, Any]) -> bool | None:
         return None
     try:
         process = psutil.Process(int(found["pid"]))
-        same = abs(process.create_time() - float(found["started"])) < 2.0
+        ticks = _ticks(process.pid)
+        if ticks is not None and found.get("ticks") is not None:
+            same = ticks == found["ticks"]
+        else:  # locks of older versions have none
+            same = abs(process.create_time() - float(found["started"])) < 2.0
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.AccessDenied:
         return True
@@ -261,25 +290,39 @@ def _lives_here(found: dict[str, Any]) -> bool | None:
 
 
 def _is_touched(path: Path) -> bool:
-    """Looks at a lock of another machine until it is touched, or has not been for LOOK seconds."""
-    before, deadline = _stamp(path), time.monotonic() + LOOK
+    """Looks at a lock of another machine until it is touched, or has not been for LOOK seconds.
+
+    A lock that cannot be looked at in the end says nothing about its holder, so it counts as touched.
+    """
+    stamps: set[int] = set()
+    deadline = time.monotonic() + LOOK
     logger.warning("%s belongs to another machine; looking for %.0f s whether its job is alive", path, LOOK)
-    while time.monotonic() < deadline:
-        time.sleep(0.2)
-        now = _stamp(path)
-        if now is None:
+    while True:
+        try:
+            stamps.add(_stamp(path))
+            seen = True
+        except FileNotFoundError:
             return False
-        if now != before:
+        except OSError:  # its server does not answer
+            seen = False
+        if len(stamps) > 1:
             return True
-    return False
+        if time.monotonic() > deadline:
+            return not seen
+        time.sleep(0.2)
 
 
-def _stamp(path: Path) -> int | None:
+def _stamp(path: Path) -> int:
+    """Returns when a file was touched last, by the clock of whoever did.
+
+    Raises:
+        OSError: it is gone, or its server does not answer.
+    """
     try:
         with path.open("rb") as file:  # opened, because network file systems then ask their server
             return os.fstat(file.fileno()).st_mtime_ns
-    except OSError:
-        return None
+    except PermissionError:  # a file that only another user may read
+        return path.stat().st_mtime_ns
 
 
 def _name(found: dict[str, Any]) -> str:

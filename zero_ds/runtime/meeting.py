@@ -44,10 +44,13 @@ class MeetingError(ConfigError):
     may_pass = True  # a machine may be late, or come back
 
 
-def meet(rank: int, world: int, host: str, port: int) -> Store | None:
+def meet(rank: int, world: int, host: str, port: int, device: str = "cpu") -> Store | None:
     """Waits until every rank is there, and returns the store at which they met; None for a single rank.
 
     The caller must hold the store until it has joined the process group.
+
+    device: kind of device that the rank computes on, as `environment.accelerator` returns it. Ranks on different kinds
+    would wait for each other without end, each with communication of its own.
 
     Raises:
         MeetingError: on every rank; names the address that cannot be reached or the ranks that did not come.
@@ -62,6 +65,7 @@ def meet(rank: int, world: int, host: str, port: int) -> Store | None:
     store = _open(rank, world, host, port, deadline)
     key = f"zero_ds/meeting/{attempt()}"
     try:
+        store.set(f"{key}/{rank}/device", device)  # by itself, so that another version of this code is named later on
         store.set(f"{key}/{rank}", json.dumps([socket.gethostname(), world]))
         if store.add(f"{key}/{rank}/times", 1) > 1:
             raise MeetingError(
@@ -70,6 +74,7 @@ def meet(rank: int, world: int, host: str, port: int) -> Store | None:
             )
         if rank == 0:
             verdict = _count(store, key, world, f"{host}:{port}", deadline)
+            verdict = verdict or _difference_of_ranks(store, key, world, f"{host}:{port}", device)
             store.set(f"{key}/verdict", verdict)
             if verdict:
                 time.sleep(LINGER)
@@ -156,12 +161,25 @@ def _count(store: Store, key: str, world: int, address: str, deadline: float) ->
             logger.warning("waiting for %s of %d at %s", _names(missing), world, address)
             spoken = now + FIRST_WORD
         time.sleep(0.05)
+    return ""
+
+
+def _difference_of_ranks(store: Store, key: str, world: int, address: str, device: str) -> str:
+    """Returns on rank 0 a sentence about a rank that was started otherwise; an empty text if there is none."""
     for rank in range(world):
         name, stated = json.loads(store.get(f"{key}/{rank}"))
         if stated != world:
             return (
                 f"the ranks cannot meet at {address}: rank {rank} on {name} was started as one of {stated} ranks, and "
                 f"rank 0 as one of {world}."
+            )
+        if not store.check([f"{key}/{rank}/device"]):
+            continue
+        if (other := store.get(f"{key}/{rank}/device").decode()) != device:
+            return (
+                f"the ranks cannot meet at {address}: rank {rank} on {name} computes on {other}, and rank 0 on "
+                f"{device}; see what torch finds there (nvidia-smi, CUDA_VISIBLE_DEVICES), or set DS_ACCELERATOR=cpu "
+                "for all of them."
             )
     return ""
 

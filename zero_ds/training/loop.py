@@ -13,10 +13,10 @@ from pathlib import Path
 from zero_ds.data.batches import Batch
 from zero_ds.data.loader import Loader
 from zero_ds.model.losses import length_classes, with_token_weights
-from zero_ds.runtime import distributed
+from zero_ds.runtime import distributed, lock
 from zero_ds.training.checkpoint.interval import SaveClock
 from zero_ds.training.checkpoint.manifest import Manifest
-from zero_ds.training.checkpoint.save import Saving, begin_saving
+from zero_ds.training.checkpoint.save import Saving, begin_saving, end_without_folder
 from zero_ds.training.checkpoint.shares import agree_on_shares
 from zero_ds.training.engine import Engine, StepResult
 from zero_ds.training.metrics import StepCounts
@@ -38,7 +38,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     A checkpoint is saved when it is due, after the last step, and when a signal asks the run to end.
 
     Raises:
-        CheckpointError: one could not be saved.
+        CheckpointError: one could not be saved, or another job has taken over the run folder.
         SystemExit: a signal was received; the run can be resumed.
     """
     config, first = run.config, run.resume.first_step
@@ -46,7 +46,7 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
     meter = Meter.of(engine)
     saver = Saver(run, engine, manifest, skipped)
     preview = Preview(config, loader)
-    validation = Validation(config, loader, total)
+    validation = Validation(config, loader, total, first)
     sources = loader.records.names()
     profiler = Profiler(config.profile, run.out)
     with (
@@ -64,6 +64,8 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
             result = engine.step(batches, step, counts.supervised, counts.images)
             skips = skipped_by_source(batches, len(sources))
             sums = StepSums.over_ranks(result, skips, bool(run.stop.received), saver)
+            if sums.taken:
+                raise end_without_folder(run.out)
 
             scalars = meter.scalars(
                 step, result, sums, counts, skipped, seconds=time.monotonic() - started, waited=waited
@@ -118,6 +120,8 @@ class StepSums:
     """True if any rank is still writing a checkpoint."""
     unwritten: bool
     """True if any rank could not write its part of a checkpoint."""
+    taken: bool
+    """True if another job has taken over the run folder."""
     by_length: list[float]
     """Sum of the next-token loss, then number of tokens, of each class of response lengths."""
     terms: dict[str, float]
@@ -134,7 +138,7 @@ class StepSums:
         skips: this rank's skipped samples by source. stop: whether this rank was asked to end.
         """
         parts = [
-            [result.share, stop, saver.overdue(), *saver.progress()],
+            [result.share, stop, saver.overdue(), *saver.progress(), saver.has_lost_folder()],
             result.by_length.flatten().tolist(),
             [*result.terms.values()],
             result.by_source.flatten().tolist(),
@@ -143,8 +147,8 @@ class StepSums:
         sums = iter(distributed.sum_over_ranks(*(value for part in parts for value in part)))
         (loss, *flags), by_length, terms, by_source, of_skips = ([next(sums) for _ in part] for part in parts)
         named = dict(zip(result.terms, terms, strict=True))
-        stops, late, writing, unwritten = map(bool, flags)
-        return cls(loss, stops, late, writing, unwritten, by_length, named, by_source, of_skips)
+        stops, late, writing, unwritten, taken = map(bool, flags)
+        return cls(loss, stops, late, writing, unwritten, taken, by_length, named, by_source, of_skips)
 
     def of_sources(self, names: list[str]) -> dict[str, float]:
         """Returns the scalars of each of several sources: loss, tokens with loss, and skipped samples of the step."""
@@ -238,6 +242,10 @@ class Saver:
         pending = self._pending
         return (False, False) if pending is None else (pending.is_writing, pending.has_failed)
 
+    def has_lost_folder(self) -> bool:
+        """Returns whether another job has taken over the run folder, as far as rank 0 has noticed."""
+        return distributed.is_rank_zero() and lock.seen_lost(self.run.out) is not None
+
     def look_after(self, sums: StepSums) -> None:
         """Publishes a checkpoint that all ranks have written beside training. A collective.
 
@@ -288,6 +296,6 @@ class Saver:
         """Publishes the checkpoint that is on its way, if there is one, as soon as all ranks have written it."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
-        self.newest = pending.publish(self.settings.keep)
+        self.newest = self._pending.publish(self.settings.keep)
+        self._pending = None
         logger.info("saved checkpoint %s: training waited for %.1f s", self.newest, self._clock.seconds())

@@ -95,6 +95,7 @@ def start_run(config: RunConfig) -> Run:
     resume = Resume.find(out, config)
     seed_everything(config.seed)
     folders = ModelFolders.of(config)
+    distributed.wait_for_all()  # machines may fetch the models, each for itself
     follow_layers_(ds, Units.of_folder(folders.decoder))
     return Run(config, out, ds, folders, resume, stop)
 

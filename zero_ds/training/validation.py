@@ -35,8 +35,10 @@ PREFIX = "validation/"
 class Validation:
     """The held-out samples of a run, and the lowest loss on them so far."""
 
-    def __init__(self, config: RunConfig, loader: Loader, total: int) -> None:
-        """Opens the held-out samples. `total` is the number of the run's last step. A collective.
+    def __init__(self, config: RunConfig, loader: Loader, total: int, first: int = 0) -> None:
+        """Opens the held-out samples. A collective.
+
+        total: number of the run's last step. first: number of steps made before.
 
         Raises:
             ConfigError: `validation.share` is so small that no sample is held out, or the ranks see different samples.
@@ -48,15 +50,15 @@ class Validation:
         content = hashlib.sha256("".join(part.records.content() for part in self.parts).encode())
         if not distributed.same_on_all_ranks(int.from_bytes(content.digest()[:8], "big")):
             raise ConfigError("the ranks see different held-out samples; give every machine the same files.")
-        self.lowest = self._lowest_so_far(config) if self.parts else math.inf
+        self.lowest = self._lowest_so_far(config, first) if self.parts else math.inf
         if self.parts:
             samples = sum(len(part.indices()) for part in self.parts)
             logger.info("the loss is measured on %d held-out samples", samples)
 
     @staticmethod
-    def _lowest_so_far(config: RunConfig) -> float:
-        """Returns the loss of the best checkpoint in the run folder, as rank 0 reads it."""
-        found = restore_best(Path(config.out)) if distributed.is_rank_zero() else None
+    def _lowest_so_far(config: RunConfig, first: int) -> float:
+        """Returns the loss of the best checkpoint up to step `first` in the run folder, as rank 0 reads it."""
+        found = restore_best(Path(config.out), first) if distributed.is_rank_zero() else None
         (lowest,) = distributed.max_over_ranks(-math.inf if found is None else found)
         return math.inf if lowest == -math.inf else lowest
 

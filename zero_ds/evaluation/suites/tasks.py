@@ -88,7 +88,8 @@ WITHOUT_JUDGE = (
     Task("mmbench_en_dev_static"),
     Task("gqa"),
     Task("vizwiz_vqa_val"),
-    Task("cv_bench"),
+    Task("cv_bench_2d"),  # the paper's two parts, whose mean is its average; cv_bench has both, weighted by questions
+    Task("cv_bench_3d"),
 )
 JUDGED = (Task("mmvet"), Task("llava_in_the_wild"))
 """Tasks whose answers another model judges; they need an API key."""

@@ -54,6 +54,7 @@ def spread_(
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     check_device_map(device_map, folder)
+    device = with_number(device)
     layers = model.family.layers(model.decoder)
     model.family.replace_layers_(model.decoder, torch.nn.ModuleList())
     model.to(device)
@@ -95,6 +96,13 @@ def place(sizes: Sequence[float], room: Sequence[tuple[torch.device, float]]) ->
         left -= size
         places.append(devices[0][0] if devices else None)
     return places
+
+
+def with_number(device: torch.device) -> torch.device:
+    """Returns a device with its number: `cuda` alone is not equal to the GPU that it stands for."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def describe(places: Sequence[torch.device | None]) -> str:

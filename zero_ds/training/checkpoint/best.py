@@ -26,14 +26,18 @@ def best_folder(run: Path) -> Path | None:
     return None
 
 
-def restore_best(run: Path) -> float | None:
+def restore_best(run: Path, last: int | None = None) -> float | None:
     """Returns the lowest held-out loss that a checkpoint of the run was saved for; None if there is none.
 
     The link is set again if it does not lead there: a run may have ended between saving and setting it.
+
+    last: step from which the run goes on. Later checkpoints will be replaced: the run may have ended before `latest`
+    named them, or was set back, or they are another run's.
     """
     losses = {}
     for folder in run.glob("step-*"):
-        if FOLDER_NAME.fullmatch(folder.name) and (loss := _loss(folder)) is not None:
+        found = FOLDER_NAME.fullmatch(folder.name)
+        if found and (last is None or int(found[1]) <= last) and (loss := _loss(folder)) is not None:
             losses[folder] = loss
     if not losses:
         return None

@@ -64,16 +64,16 @@ class _Held:
     def __init__(self, state: OptimizerState, named: Mapping[str, torch.nn.Parameter]) -> None:
         self._state, self._named = state, named
         self._open: dict[str, tuple[str, torch.Tensor]] = {}
+        self._nothing = torch.zeros(0, device=distributed.device())
 
     def within(self, cut: Cut | None) -> torch.Tensor:
         """Returns the elements of a cut that this rank holds, where the ranks' processors can send them."""
-        empty = torch.zeros(0, device=distributed.device())
         if cut is None:
-            return empty
+            return self._nothing
         first, count = self._state.span(self._named[cut.name])
         start, stop = _overlap(cut, (first, count))
         if start == stop:
-            return empty
+            return self._nothing
         if self._open.get(cut.name, ("",))[0] != cut.key:
             self._open = {n: k for n, k in self._open.items() if n != cut.name}
             self._open[cut.name] = (cut.key, self._state.held(self._named[cut.name], cut.key))

@@ -8,13 +8,15 @@ does `latest` move.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,9 @@ from zero_ds.training.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+ARRIVES = 30.0
+"""Seconds within which rank 0 has to see the files of the other ranks. Network file systems may show them late."""
+
 Asynchronous = Literal["auto", True, False]
 """Setting `checkpoint.asynchronous`."""
 
@@ -48,6 +53,12 @@ class UnlikeLiveError(CheckpointError):
 
 class TakenError(CheckpointError):
     """Another job has taken over the run folder."""
+
+
+def end_without_folder(run: Path) -> TakenError:
+    """Returns the error with which a rank ends after another job has taken over the run folder."""
+    WATCH.folder = None  # the launcher of the other job would take this reason for its own
+    return TakenError(lock.seen_lost(run) or f"another job has taken over {run}; this one ends.")
 
 
 def save_checkpoint(
@@ -81,7 +92,11 @@ def begin_saving(
         CheckpointError: as `save_checkpoint`.
     """
     saving = Saving(run, engine, {**manifest, "step": progress["step"], "versions": versions()}, progress, shares)
-    saving.begin(_beside(asynchronous, saving.copy_bytes))
+    try:
+        saving.begin(_beside(asynchronous, saving.copy_bytes))
+    except BaseException:  # a second signal ends a run at once
+        saving.abandon()
+        raise
     return saving
 
 
@@ -154,6 +169,7 @@ class Saving:
             self._thread.join()
             self._thread = None
         error = self._writer.finish() if self._writer is not None else None
+        distributed.wait_for_all()  # a disk may take longer than a collective waits
         self._stop_all_on_error(error)
         sealed = self._sealed()
         final = self.run / f"step-{self.step:06d}"
@@ -204,10 +220,9 @@ class Saving:
     def _publish(self, sealed: dict[str, Any], final: Path) -> None:
         """Describes the files and moves the folder to its place."""
         resume = self._temporary / "resume"
-        for kind, folder in (("weights", self._temporary), ("state", resume)):
-            for name in sealed[f"{kind}_files"]:
-                if not (folder / name).is_file() or (folder / name).stat().st_size != sealed["sizes"][name]:
-                    raise CheckpointError(f"{folder / name} has not arrived; do all machines share {self.run}?")
+        files = {self._temporary / name for name in sealed["weights_files"]}
+        files |= {resume / name for name in sealed["state_files"]}
+        _await_files({path: sealed["sizes"][path.name] for path in sorted(files)}, self.run)
         self._manifest["weights_sha256"] = sealed["weights_sha256"]
         self._manifest["weights_files"] = sealed["weights_files"]
         write_manifest(self._temporary, self._manifest)
@@ -217,12 +232,14 @@ class Saving:
         sync_folder(self._temporary)
         if (taken := lock.lost(self.run)) is not None:
             raise TakenError(taken)
-        if final.is_dir():  # newer than `latest`: left by a kill before `latest` moved, or by a run that was set back
-            shutil.rmtree(final)
+        # newer than `latest`: left by a kill before `latest` moved, or by a run that was set back
+        before = _hide(final) if final.is_dir() else None
         self._temporary.rename(final)
         sync_folder(self.run)
         write_atomically(self.run / "latest", final.name + "\n")
         sync_folder(self.run)
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
@@ -260,14 +277,15 @@ class Saving:
             if not taken:
                 WATCH.record(sentence, not may_pass)  # before the other ranks know
         failed = distributed.world_size() - distributed.rank() if error is not None else 0
-        first, passing, takeovers = distributed.max_over_ranks(failed, may_pass, taken)
+        stays = error is not None and not may_pass
+        first, stay, takeovers = distributed.max_over_ranks(failed, stays, taken)
         if takeovers:
             WATCH.folder = None  # the launcher of the other job would take this reason for its own
         if first:
             self._remove()
             rank = distributed.world_size() - int(first)
             raised = CheckpointError(sentence or f"step {self.step} could not be saved by rank {rank}.")
-            raised.may_pass = bool(passing)
+            raised.may_pass = not stay
             raise raised
 
 
@@ -279,6 +297,29 @@ def _error_of(action: Callable[[], object], rank: int) -> OSError | CheckpointEr
         except (OSError, CheckpointError) as error:
             return error
     return None
+
+
+def _await_files(sizes: Mapping[Path, int], run: Path) -> None:
+    """Waits until all files, which the ranks have closed, are seen here with their sizes.
+
+    Raises:
+        CheckpointError: one is not within `ARRIVES` seconds.
+    """
+    deadline = time.monotonic() + ARRIVES
+    for path, size in sizes.items():
+        while _size_of(path) != size:
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{path} has not arrived; do all machines share {run}?")
+            time.sleep(0.1)
+
+
+def _size_of(path: Path) -> int | None:
+    """Returns the size of a file; None if it is not there."""
+    try:
+        with path.open("rb") as file:  # opened, because network file systems then ask their server
+            return os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
 
 
 def _beside(asynchronous: Asynchronous, size: int) -> bool:
@@ -300,9 +341,17 @@ def _delete_old(run: Path, step: int, keep: int) -> None:
     up_to_now = [folders[number] for number in sorted(folders) if number <= step]
     best = best_folder(run)
     for folder in up_to_now[:-keep]:
-        if folder == best:
+        if folder == best or folder.is_symlink():
             continue
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(_hide(folder), ignore_errors=True)
+
+
+def _hide(folder: Path) -> Path:
+    """Renames a checkpoint that will be deleted, so that a kill leaves no half of one; the next run removes it."""
+    hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    folder.rename(hidden)
+    return hidden
 
 
 _WORDS = 4

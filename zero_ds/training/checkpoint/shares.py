@@ -137,7 +137,7 @@ def _ranks_that_share(run: Path) -> list[int]:
         first = shared.index(0)
         logger.warning(
             "%d of %d ranks do not share %s with rank 0 (the first: rank %d); the others write their part of the "
-            "checkpoints as well",
+            "checkpoints as well, and to go on from one all machines need that folder",
             world - len(able),
             world,
             run,

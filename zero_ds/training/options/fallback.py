@@ -18,6 +18,9 @@ from zero_ds.runtime.files import write_atomically
 
 FILE = "out_of_memory.json"
 """Note in the run folder."""
+NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "STATUS_ALLOC_FAILED")
+"""Words of torch, CUDA and the system about memory. The last are those of libraries that allocate outside of torch,
+such as cuBLAS and cuDNN."""
 
 
 class NoMemoryError(ValueError):
@@ -81,8 +84,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "out of memory" in text
-        or "can't allocate memory" in text
+        or any(words in text for words in NO_MEMORY)
     )
 
 
