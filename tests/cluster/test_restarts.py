@@ -41,6 +41,17 @@ KILLED = "a rank ended without a word"
 WRONG = f"the rate is negative\n{failure.FINAL}\n"
 
 
+@pytest.mark.parametrize("restarts", ["-1", "-100"])
+def test_fewer_restarts_than_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], restarts: str
+) -> None:
+    """Such a number was never reached, so that a run that could not succeed was restarted without end."""
+    words = ["--max-restarts", restarts, "smollm2-135m/encoder", f"out={tmp_path / 'run'}", "--", "false"]
+    assert launcher.main(words) == 2
+    assert f"--max-restarts {restarts}: write how often to restart at most, 0 or more." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("attempts", "restarts", "made", "status"),
     [

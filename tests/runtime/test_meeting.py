@@ -166,7 +166,9 @@ def train_each_with_its_own(scenarios: list[list[RunConfig]], folder: Path) -> l
     rank = distributed.rank()
     os.chdir(folder / str(rank))
     ends = [train_all([configs[rank]])[0] for configs in scenarios]
-    setup.code_hash = lambda: f"hash {rank}"
+    versions, setup.versions = setup.versions, lambda: {**versions(), "torch": f"2.{rank}"}
+    ends += train_all([scenarios[-1][rank]])
+    setup.versions, setup.code_hash = versions, lambda: f"hash {rank}"
     return ends + train_all([scenarios[-1][rank]])
 
 
@@ -222,6 +224,7 @@ def test_ranks_that_would_train_different_things_name_the_first_difference(
         "the content of the data files (its hash) is ": both("data", source="other"),
         "the chat template (its hash) is ": both("template", template="other"),
         "step-000001": both("same"),
+        'the version of torch is "2.0" on rank 0 and "2.1" on rank 1': [],
         'the code of zero_ds (its hash) is "hash 0" on rank 0 and "hash 1" on rank 1': [],
     }
     ends = run_ranks(train_each_with_its_own, 2, [pair for pair in scenarios.values() if pair], tmp_path)

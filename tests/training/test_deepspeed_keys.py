@@ -166,6 +166,32 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (stage("auto"), {}, "stage='auto'; choose 0, 1, 2 or 3"),
     (stage(None), {}, "stage=None; choose 0, 1, 2 or 3"),
     (stage(3, offload_param={"device": "auto"}), {}, "device='auto'; choose none, cpu or nvme"),
+    (stage(2, offload_optimizer={"pin_memory": True}), {}, "offload_optimizer names no device, and DeepSpeed would"),
+    (stage(3, offload_param={"buffer_count": 5}), {}, "offload_param names no device, and DeepSpeed would offload"),
+    ({**stage(2), "aio": {"block_size": -512}}, {}, "block_size=-512; write a multiple of 512"),
+    ({**stage(2), "aio": {"block_size": "1MB"}}, {}, "block_size='1MB'; write a multiple of 512"),
+    ({**stage(2), "aio": {"block_size": 0}}, {}, "block_size=0; write a multiple of 512"),
+    ({**stage(2), "aio": {"queue_depth": 0}}, {}, "queue_depth=0; write a whole number from 1"),
+    ({**stage(2), "aio": {"queue_depth": "8"}}, {}, "queue_depth='8'; write a whole number from 1"),
+    ({**stage(2), "aio": {"intra_op_parallelism": -1}}, {}, "intra_op_parallelism=-1; write a whole number from 1"),
+    ({**stage(2), "aio": {"single_submit": "false"}}, {}, "single_submit='false'; write true or false"),
+    ({**stage(2), "aio": {"use_gds": True}}, {}, "use_gds=True; only false works here"),
+    (
+        stage(3, offload_param={"device": "nvme", "buffer_size": 0}),
+        {},
+        "offload_param.buffer_size=0; write a whole number from 1",
+    ),
+    (stage(3, offload_param={"device": "nvme", "nvme_path": 5}), {}, "nvme_path=5; write the path of a"),
+    (
+        stage(3, offload_optimizer={"device": "nvme", "nvme_path": "~nobody_here/x"}),
+        {},
+        "~nobody_here is not the home folder of a user here",
+    ),
+    (
+        stage(3, offload_optimizer={"device": "nvme", "buffer_count": 3}),
+        {},
+        "offload_optimizer.buffer_count=3; write a whole number from 4",
+    ),
     ({**stage(1), "gradient_predivide_factor": 0}, {}, "gradient_predivide_factor=0; write a number above 0"),
     (
         {**stage(2), "fp16": {"initial_scale_power": 5000}},
@@ -241,6 +267,40 @@ def test_a_byte_order_mark_is_no_part_of_the_json(resolve: Callable[..., Any]) -
 def test_what_is_no_json_is_refused_in_one_sentence(resolve: Callable[..., Any], text: str) -> None:
     with pytest.raises(ConfigError, match=r"mine\.json cannot be read: [^\n]*\.$"):
         resolve(text)
+
+
+def test_parameters_on_a_disk_do_not_wait_for_their_next_use(
+    resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each would keep a buffer, and DeepSpeed fails in the second step when there is none left."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    disk = {"offload_param": {"device": "nvme"}}
+    for given in ({}, {"stage3_max_reuse_distance": "auto"}, {"max_reuse_distance": 0}):
+        ds = resolve(stage(3, **disk, **given), nvme_path=str(tmp_path))
+        assert ds["zero_optimization"]["stage3_max_reuse_distance"] == 0
+    with pytest.raises(ConfigError, match='stage3_max_reuse_distance=5 with parameters on a disk; write 0 or "auto"'):
+        resolve(stage(3, **disk, stage3_max_reuse_distance=5), nvme_path=str(tmp_path))
+
+
+def test_pipelines_to_a_disk_have_buffers_for_all_that_is_under_way(
+    resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    for pipelines, least in (((), 4), (("read",), 8), (("write",), 8), (("read", "write"), 12)):
+        section = {"device": "nvme", "nvme_path": str(tmp_path), **{f"pipeline_{name}": True for name in pipelines}}
+        ds = resolve(stage(3, offload_optimizer=section))
+        assert ds["zero_optimization"]["offload_optimizer"]["buffer_count"] == least
+        if pipelines:
+            with pytest.raises(ConfigError, match=f"buffer_count={least - 1} with pipeline_.*; write {least} or more"):
+                resolve(stage(3, offload_optimizer={**section, "buffer_count": least - 1}))
 
 
 @pytest.mark.parametrize(("library", "ninja"), [(False, True), (True, False)])

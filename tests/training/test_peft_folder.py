@@ -22,10 +22,11 @@ from zero_ds.config.schema import LoraConfig as Ours
 from zero_ds.config.schema import RunConfig
 from zero_ds.grafting.load import load_graft
 from zero_ds.model.build import ModelSpec, build_model
+from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.checkpoint import CheckpointError
-from zero_ds.training.checkpoint.peft_folder import KNOWN, load_peft_, write_peft_folder
+from zero_ds.training.checkpoint.peft_folder import KNOWN, load_peft_, other_base, write_peft_folder
 
 IDS = torch.arange(5, 25).view(2, 10)
 LORA = {"rank": 4, "alpha": 8, "modules": ["q_proj", "up_proj"], "layers": [1, 4]}
@@ -117,6 +118,23 @@ def _says(**settings: Any) -> Callable[[Path], None]:
         path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
     return write
+
+
+def test_adapters_of_another_model_are_named(made: Callable[..., Path], from_peft: Path, tmp_path: Path) -> None:
+    """Content decides, so a model may have moved; what is not here, and has no id of the hub, is not judged."""
+    target, moved = made("llama", tied=True), tmp_path / "moved"
+    hashed = DecoderFolder(target).hash()
+    folder = tmp_path / "peft"
+    shutil.copytree(from_peft, folder)
+    shutil.copytree(target, moved)
+    for base in (str(target), str(moved), str(tmp_path / "gone"), "owner/model", None, "", str(tmp_path)):
+        _says(base_model_name_or_path=base)(folder)
+        assert other_base(folder, str(target), hashed) is None, base
+    for base, named in ((str(made("llama", tied=False)), str(target)), ("owner/other", "owner/model")):
+        _says(base_model_name_or_path=base)(folder)
+        sentence = other_base(folder, named, hashed)
+        assert sentence and f"names {base} as the model of the adapters, and the run's target is {named}" in sentence
+        assert "\n" not in sentence
 
 
 def _without_a_tensor(folder: Path) -> None:

@@ -317,6 +317,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[:split])
     before = {number: signal.signal(number, _interrupted) for number in SIGNALS}
     try:
+        if options.max_restarts < 0:
+            raise ConfigError(f"--max-restarts {options.max_restarts}: write how often to restart at most, 0 or more.")
         recipe, *overrides = options.run
         run = load_run(recipe, overrides)
         command = arguments[split + 1 :]

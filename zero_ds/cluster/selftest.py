@@ -125,9 +125,10 @@ def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from zero_ds.model.losses import count_supervised
-    from zero_ds.runtime.zero3 import partition_
-    from zero_ds.training.deepspeed import ds_config
+    from zero_ds.runtime.zero3 import begin_swapping, partition_
+    from zero_ds.training.deepspeed import ds_config, release_disks, take_disks
     from zero_ds.training.engine import Engine
+    from zero_ds.training.gathering import Units, follow_layers_
     from zero_ds.training.setup import seed_everything
 
     world = distributed.world_size()
@@ -147,9 +148,12 @@ def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
             }
         )
         ds = ds_config(config, world)
+        follow_layers_(ds, Units(0, 0))
+        take_disks(ds)
         for monitor in ("tensorboard", "wandb", "comet", "csv_monitor"):
             ds[monitor] = {"enabled": False}
         keep_alive = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
+        begin_swapping()
         seed_everything(0)
         model = _model({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
         partition_(model)
@@ -165,6 +169,7 @@ def _steps(zero: str, precision: str, nvme_path: str | None = None) -> dict[str,
             labelled = distributed.sum_over_ranks(sum(count_supervised(batch.labels) for batch in micro))[0]
             losses.append(distributed.sum_over_ranks(engine.step(micro, step, labelled).share)[0])
         engine.engine.destroy()
+        release_disks()
     return {"losses": losses, "gradients": caught}
 
 

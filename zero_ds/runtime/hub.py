@@ -16,6 +16,19 @@ PICKLED = "pytorch_model.bin"
 """Weights file of older repositories, which is a pickle."""
 
 
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name has the form of a model's id on the hub, `owner/model`."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(("./", "../"))
+
+
+def cached_folder(name: str) -> Path | None:
+    """Returns the folder in the hub's cache of a model that has been downloaded, by its id; None if it has not been."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def local_folder(name: str) -> Path:
     """Returns the folder of a model that is given by path or hub id, and downloads it if necessary.
 
@@ -26,7 +39,7 @@ def local_folder(name: str) -> Path:
     folder = home_path(name)
     if name and folder.is_dir():
         return folder.resolve()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
+    if not is_hub_id(name):
         raise ConfigError(f"model folder {name} does not exist.")
     import huggingface_hub
 

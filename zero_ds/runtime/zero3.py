@@ -11,6 +11,7 @@ of its flattened elements, the last of them padded.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -120,6 +121,57 @@ def allow_two_models_under_hpz() -> None:
             created.add(group_size)
 
     groups._create_zero_param_parallel_group = create_once
+
+
+def begin_swapping() -> None:
+    """Prepares DeepSpeed (0.19) for a run that may swap to a disk, before its first model is loaded.
+
+    DeepSpeed makes a swapper of parameters for each model, and each begins with deleting the folder in which those
+    before it have put theirs. This package loads several models, the decoder, the vision encoder, a teacher: they get
+    one swapper, a new one for each run.
+    """
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+    from deepspeed.runtime.zero import partition_parameters
+
+    made: dict[torch.dtype, Any] = {}
+
+    def the_one(ds: Any, dtype: torch.dtype) -> Any:
+        if dtype not in made:
+            made[dtype] = AsyncPartitionedParameterSwapper(ds, dtype)
+        return made[dtype]
+
+    partition_parameters.AsyncPartitionedParameterSwapper = the_one
+    OptimizerSwapper._adjust_for_misaligned_lengths = _aligned_pieces
+
+
+def _aligned_pieces(
+    swapper: Any, tensors: Sequence[torch.Tensor], offsets: Sequence[int]
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Returns gradients, and their offsets in a sub-group's buffer, in pieces that can be read back from a disk.
+
+    A disk is read into addresses that are multiples of its blocks. DeepSpeed looks at the lengths of gradients alone;
+    where one begins at another address, reading it back fails without an error, and the update uses what was in the
+    buffer before. Pieces shorter than what is swapped stay in memory.
+    """
+    pieces: list[tuple[torch.Tensor, int]] = []
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        begin = min(-offset % swapper.numel_alignment, tensor.numel())
+        end = tensor.numel() - (tensor.numel() - begin) % swapper.numel_alignment
+        ends = (0, begin, end, tensor.numel())
+        pieces += [(tensor[a:b], offset + a) for a, b in itertools.pairwise(ends) if a < b]
+    return [piece for piece, _ in pieces], [offset for _, offset in pieces]
+
+
+def without_prefetch_from_disk_(optimizer: Any) -> None:
+    """Makes ZeRO-3 read parameters from a disk when they are needed, and none ahead of time.
+
+    DeepSpeed (0.19) does not release the buffers of parameters that it has read and not used by the time that the
+    optimizer changes them: the next step fails, because they have a buffer already.
+    """
+    if hasattr(optimizer, "parameter_offload"):
+        coordinator = optimizer.parameter_offload.get_param_coordinator()
+        coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
 
 
 def without_leaf_classes(ds: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,12 @@ that names both values.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
+import mmap
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +115,7 @@ RELEASED = {
     "zero2_offload": "34f16a5c0360cb11",
     "zero3": "70ee5988f6bfedb3",
     "zero3_hpz": "b74fab0b9b794deb",
-    "zero3_nvme": "521f4077b2b63214",
+    "zero3_nvme": "5ddb8bd39d55082d",
     "zero3_offload": "2ba0e3711eeab08a",
     "zero3_offload_params": "f97e4d47ba615413",
     "zero3_resident": "f0a2c57d61a35723",
@@ -206,6 +209,11 @@ def _fill_from_machine(zero: dict[str, Any], config: RunConfig, path: Path, rank
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = ranks_per_node or launched_ranks_here()
     for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name) and "device" not in zero[name]:
+            raise ConfigError(
+                f"{path.name}: {name} names no device, and DeepSpeed would offload nothing; write "
+                f'"device": "cpu" or "nvme" into it, or remove it.'
+            )
         if _device(zero, name) is None:
             zero.pop(name, None)  # a section whose device is "none" is as good as none
             continue
@@ -285,6 +293,13 @@ def _check_combinations(content: dict[str, Any], world_size: int, path: Path) ->
         )
     if stage < 3 and (parameters or optimizer == "nvme"):
         raise ConfigError(f"{path.name}: offload_param and offload to nvme need ZeRO stage 3, and this is {stage}.")
+    if parameters == "nvme" and zero.setdefault("stage3_max_reuse_distance", 0):
+        raise ConfigError(
+            f"{path.name}: stage3_max_reuse_distance={zero['stage3_max_reuse_distance']} with parameters on a disk; "
+            'write 0 or "auto", because parameters that wait for their next use would fill the buffers.'
+        )
+    if optimizer == "nvme":
+        _fill_swap_buffers(zero["offload_optimizer"], path)
     if stage == 0 and (optimizer or content["fp16"]["enabled"]):
         raise ConfigError(f"{path.name}: ZeRO stage 0 has neither offload nor fp16 here; choose zero1 or zero2.")
     for key, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
@@ -296,6 +311,21 @@ def _check_combinations(content: dict[str, Any], world_size: int, path: Path) ->
         raise ConfigError(
             f"{path.name}: zero_force_ds_cpu_optimizer=True with offload_optimizer needs DeepSpeed's own optimizer, "
             "but a run brings its AdamW; write false."
+        )
+
+
+def _fill_swap_buffers(section: dict[str, Any], path: Path) -> None:
+    """Fills in the number of buffers for the optimizer state on a disk, and refuses one that is too small.
+
+    A sub-group needs four: master copy, two moments and gradients. While it is updated, the next one may be read and
+    the one before it written.
+    """
+    pipelines = [name for name in ("pipeline_read", "pipeline_write") if section.get(name)]
+    least = 4 * (1 + len(pipelines))
+    if section.setdefault("buffer_count", least) < least:
+        raise ConfigError(
+            f"{path.name}: offload_optimizer.buffer_count={section['buffer_count']} with {' and '.join(pipelines)}; "
+            f'write {least} or more, or "auto".'
         )
 
 
@@ -318,6 +348,59 @@ def _check_compiler(zero: dict[str, Any], path: Path) -> None:
                 f"{path.name} swaps to a disk, for which DeepSpeed compiles async_io; install a C++ compiler, ninja "
                 "and libaio (libaio-dev), or choose zero=zero3_offload_params."
             )
+
+
+_disks: dict[Path, int] = {}
+"""Open files by which this process has the folders on disks that its run swaps to."""
+
+
+def take_disks(ds: dict[str, Any]) -> None:
+    """Makes the folders that a resolved configuration swaps to, tries to write there, and keeps them for this run.
+
+    Two runs must not have one folder: DeepSpeed names the files after the rank alone. `release_disks` gives them back,
+    as does the end of the process.
+
+    Raises:
+        ConfigError: a folder that cannot be made or written, that another run uses, or whose file system has no direct
+            access to a disk.
+    """
+    zero = ds["zero_optimization"]
+    for name in ("offload_optimizer", "offload_param"):
+        if _device(zero, name) == "nvme":
+            _take_disk(Path(zero[name]["nvme_path"]))
+
+
+def release_disks() -> None:
+    """Gives back what `take_disks` has taken."""
+    while _disks:
+        os.close(_disks.popitem()[1])
+
+
+def _take_disk(folder: Path) -> None:
+    """Takes this rank's share of a folder, with a file that is written as DeepSpeed writes."""
+    import fcntl  # not on Windows, where runs can be planned
+
+    path = folder.absolute() / f".zero_ds-rank-{os.environ.get('RANK', '0')}"
+    if path in _disks:
+        return
+    advice = "choose another nvme_path=FOLDER, on a local disk."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0), 0o600)
+    except OSError as error:
+        direct = " (DeepSpeed needs direct access, O_DIRECT)" if error.errno == errno.EINVAL else ""
+        raise ConfigError(f"nvme_path={folder} cannot be used: {error.strerror}{direct}; {advice}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with mmap.mmap(-1, mmap.PAGESIZE) as block:  # begins at a page, as direct access needs it
+            os.write(file, block)
+    except OSError as error:
+        os.close(file)
+        wrong = f"cannot be written: {error.strerror}"
+        if isinstance(error, BlockingIOError):
+            wrong = "is in use by another run on this machine"
+        raise ConfigError(f"nvme_path={folder} {wrong}; {advice}") from None
+    _disks[path] = file
 
 
 def _check_monitors(content: dict[str, Any], path: Path) -> None:

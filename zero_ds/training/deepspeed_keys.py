@@ -86,6 +86,9 @@ TEXT = Rule("write a text", lambda value: isinstance(value, str), ("a", "b"))
 PATH = replace(
     TEXT, tried=("csv", "other/csv"), read=lambda value: str(home_path(value)), words="write the path of a file"
 )
+FOLDER = replace(
+    PATH, accepts=lambda value: isinstance(value, str) and bool(value.strip()), words="write the path of a folder"
+)
 BLOCK = replace(
     _whole(131_072, 1_048_576),
     accepts=lambda value: _is_whole(value) and value > 0 and value % 512 == 0,
@@ -167,18 +170,20 @@ KEYS: dict[str, Rule] = {
     "zero_optimization.enable_sanity_checks": BOOLEAN,
     "zero_optimization.save_muon_momentum_buffer_in_memory": _only(False, True, why=_FOREIGN),
     "zero_optimization.offload_param.device": _one_of("none", "cpu", "nvme"),
-    "zero_optimization.offload_param.nvme_path": PATH,
+    "zero_optimization.offload_param.nvme_path": FOLDER,
     "zero_optimization.offload_param.buffer_count": _whole(4, 5, least=1),
     "zero_optimization.offload_param.buffer_size": _whole(1_000_000, 100_000_000, least=1),
     "zero_optimization.offload_param.max_in_cpu": _whole(0, 1_000_000_000),
     "zero_optimization.offload_param.pin_memory": BOOLEAN,
     "zero_optimization.offload_optimizer.device": _one_of("none", "cpu", "nvme"),
-    "zero_optimization.offload_optimizer.nvme_path": PATH,
+    "zero_optimization.offload_optimizer.nvme_path": FOLDER,
     "zero_optimization.offload_optimizer.buffer_count": _whole(4, 5, least=4),
     "zero_optimization.offload_optimizer.pin_memory": BOOLEAN,
     "zero_optimization.offload_optimizer.pipeline_read": BOOLEAN,
     "zero_optimization.offload_optimizer.pipeline_write": BOOLEAN,
-    "zero_optimization.offload_optimizer.fast_init": BOOLEAN,
+    "zero_optimization.offload_optimizer.fast_init": _only(
+        False, True, why="a run with parameters on a disk would start from wrong weights, and others ignore it"
+    ),
     "zero_optimization.offload_optimizer.ratio": _only(1.0, 0.5, why=_FOREIGN),
     "zero_optimization.offload_optimizer.super_offload": _only(False, True, why=_FOREIGN),
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": _share(0.5, 0.8),

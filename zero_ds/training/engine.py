@@ -24,6 +24,7 @@ from zero_ds.runtime.zero3 import (
     layers_as_leaves_,
     parameter_shape,
     without_leaf_classes,
+    without_prefetch_from_disk_,
 )
 from zero_ds.training.checkpoint.optimizer_state import OptimizerState
 from zero_ds.training.options import compilation
@@ -103,11 +104,16 @@ class Engine:
             layers = layers_as_leaves_(model, layers, trained=config.compile and embeddings_train, run_twice=run_twice)
             ds = without_leaf_classes(ds) if run_twice else ds
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
+        without_prefetch_from_disk_(self.optimizer)
         self.model = model
         self.stage = ds["zero_optimization"]["stage"]
         self.scaled = bool(ds["fp16"]["enabled"])
         self.accumulation = ds["gradient_accumulation_steps"]
-        self.short_backward = config.short_backward and model.teacher is None and self._gathers_nothing()
+        # of parameters without a gradient, DeepSpeed would read from a disk what an earlier step has left there
+        on_disk = bool(getattr(self.optimizer, "swap_optimizer", False))
+        self.short_backward = (
+            config.short_backward and model.teacher is None and self._gathers_nothing() and not on_disk
+        )
         self._unseen: dict[Part, int] = dict.fromkeys(groups, 0)
         keep_frozen_whole_(self.optimizer, model)
         if config.compile:

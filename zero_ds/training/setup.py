@@ -31,13 +31,13 @@ from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.meeting import require_agreement
 from zero_ds.runtime.safetensors import Span, torch_dtype
-from zero_ds.runtime.zero3 import held_part, is_partitioned
+from zero_ds.runtime.zero3 import begin_swapping, held_part, is_partitioned
 from zero_ds.training import stages
 from zero_ds.training.checkpoint.checkpoint import check_manifest, find_checkpoint
 from zero_ds.training.checkpoint.load import load_weights_
 from zero_ds.training.checkpoint.manifest import Manifest, code_hash, describe_models, describe_run, versions
-from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_, weights_hash
-from zero_ds.training.deepspeed import ds_config, resolve_precision
+from zero_ds.training.checkpoint.peft_folder import is_peft_folder, load_peft_, other_base, weights_hash
+from zero_ds.training.deepspeed import ds_config, resolve_precision, take_disks
 from zero_ds.training.folders import ModelFolders
 from zero_ds.training.gathering import Units, follow_layers_
 from zero_ds.training.options import determinism
@@ -89,6 +89,7 @@ def start_run(config: RunConfig) -> Run:
         logger.warning(remark)
     ds = ds_config(config, world_size)
     check_options(config)
+    take_disks(ds)
     compare_settings(config, ds)
     failure.WATCH.folder, failure.WATCH.holder = out, lock.holder(out)
     determinism.apply(config)
@@ -186,6 +187,8 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
     sharded = ds["zero_optimization"].get("stage") == 3
     # while this object is alive, from_pretrained fills ZeRO-3 partitions directly
     keep_alive = HfDeepSpeedConfig(ds) if sharded else None
+    if sharded:
+        begin_swapping()
     # without ZeRO-3 every rank reads all of the model: the next one of a machine begins when this one's is on its GPU
     with contextlib.nullcontext() if sharded else distributed.one_rank_at_a_time():
         model = build_model(
@@ -316,6 +319,8 @@ def load_initial_weights(model: VisionLanguageModel, config: RunConfig, manifest
     for folder in stages.check_start(config):
         if is_peft_folder(folder):
             loaded |= load_peft_(model, folder, config.lora)
+            if remark := other_base(folder, config.target, manifest["target_hash"]):
+                logger.warning("%s", remark)
             logger.info("loaded the low-rank adapters in %s", folder)
         else:
             loaded |= _load_result(model, config, manifest, folder)

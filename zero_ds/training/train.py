@@ -9,6 +9,7 @@ from pathlib import Path
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime import distributed
 from zero_ds.training import stages
+from zero_ds.training.deepspeed import release_disks
 from zero_ds.training.engine import Engine
 from zero_ds.training.loop import loop
 from zero_ds.training.options.apply import apply_options_
@@ -39,7 +40,10 @@ def train(config: RunConfig) -> Path:
     """
     with use_folder(Path(config.out)):
         distributed.initialize()
-        return _train(config)
+        try:
+            return _train(config)
+        finally:
+            release_disks()
 
 
 def _train(config: RunConfig) -> Path:

@@ -8,14 +8,14 @@ that any other has saved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 
 from zero_ds.runtime import distributed
-from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.zero3 import held_part, is_partitioned, live_elements, parameter_shape, part_size
+from zero_ds.runtime.zero3 import is_partitioned, live_elements, parameter_shape, part_size
 from zero_ds.training.checkpoint import KEYS, PIECE
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -34,9 +34,10 @@ class OptimizerState:
         self.optimizer = optimizer
         self.inner = getattr(optimizer, "optimizer", optimizer)
         self._masters = self._unsharded(parameters) if stage == 0 else {}
+        self._swapped = _Swapped(optimizer)
         for flats in self._flats().values():
             for flat in flats:
-                if flat.numel():  # otherwise it is swapped out to a disk
+                with self._swapped.in_memory(flat):
                     moments = {key: torch.zeros_like(flat.data) for key in KEYS[1:]}
                     self.inner.state[flat] = {"step": _step_count(flat, 0), **moments}
         _map_round_robin_(optimizer)
@@ -88,6 +89,7 @@ class OptimizerState:
         elif is_partitioned(parameter):
             of = ds.safe_get_local_fp32_param if key == "master" else ds.safe_get_local_optimizer_state
             value = of(parameter) if key == "master" else of(parameter, key)
+            value = self._swapped.kept(value)
         else:
             mapping = cast(Any, parameter)._hp_mapping
             value = None if mapping is None else mapping.get_hp_fragment(None if key == "master" else key)
@@ -96,8 +98,6 @@ class OptimizerState:
 
     def set_held(self, parameter: torch.nn.Parameter, key: str, values: torch.Tensor) -> None:
         """Replaces what `held` returns by values, (elements,); without ZeRO by the whole tensor, on every rank."""
-        from deepspeed import utils as ds
-
         if parameter in self._masters:
             master = self._masters[parameter]
             with torch.no_grad():
@@ -105,16 +105,8 @@ class OptimizerState:
                 if key == "master":
                     parameter.copy_(master)
         elif is_partitioned(parameter):
-            if held_part(parameter).numel() != part_size(parameter):
-                raise ConfigError(
-                    "optimizer state cannot be restored while parameters are swapped out to a disk (DeepSpeed 0.19); "
-                    "resume with zero=zero3_offload_params."
-                )
             padded = torch.nn.functional.pad(values, (0, part_size(parameter) - values.numel()))
-            if key == "master":
-                ds.safe_set_local_fp32_param(parameter, padded)
-            else:
-                ds.safe_set_local_optimizer_state(parameter, padded, key)
+            self._swapped.set_(parameter, key, padded)
         elif values.numel():
             self.held(parameter, key).copy_(values)
 
@@ -173,6 +165,49 @@ class OptimizerState:
         for key, value in values.items():
             if key in _SCALER and hasattr(scaler, key):
                 setattr(scaler, key, type(getattr(scaler, key))(value))
+
+
+class _Swapped:
+    """Sub-groups of ZeRO-3's optimizer whose master copies and moments are on a disk; there may be none.
+
+    DeepSpeed reads a sub-group as a whole into buffers, which it uses again for the next one.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._swaps = bool(getattr(optimizer, "swap_optimizer", False))
+
+    @contextlib.contextmanager
+    def in_memory(self, flat: torch.Tensor) -> Iterator[None]:
+        """Reads the sub-group with this master copy while the block runs, and writes it back, with new moments."""
+        numbers = enumerate(self._optimizer.fp32_partitioned_groups_flat) if self._swaps else ()
+        swapped = [n for n, one in numbers if one is flat and self._optimizer._swappable_optimizer_subgroup(n)]
+        for number in swapped:
+            self._optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        for number in swapped:
+            self._write_back(number)
+
+    def kept(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor that stays as it is when the buffer is used again."""
+        return value.clone() if self._swaps else value
+
+    def set_(self, parameter: torch.nn.Parameter, key: str, values: torch.Tensor) -> None:
+        """Replaces this rank's part of `key` (one of `KEYS`) of a partitioned parameter.
+
+        DeepSpeed's public functions do this only for parameters that are not on a disk themselves.
+        """
+        held, number = self._optimizer._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=None if key == "master" else key
+        )
+        held.data.copy_(values)
+        if self._optimizer._swappable_optimizer_subgroup(number):
+            self._write_back(number)
+
+    def _write_back(self, number: int) -> None:
+        """Writes a sub-group back to the disk, and waits for it: DeepSpeed might read it again before it is there."""
+        flat = self._optimizer.fp32_partitioned_groups_flat[number]
+        self._optimizer.optimizer_swapper.swap_out_optimizer_state(parameter=flat, async_swap=False)
 
 
 def _step_count(flat: torch.Tensor, count: int) -> torch.Tensor:

@@ -20,8 +20,8 @@ from zero_ds.model.decoders import Family
 from zero_ds.model.decoders.folder import DecoderFolder, family_of_manifest
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
-from zero_ds.runtime.files import check_vacant, new_folder
-from zero_ds.runtime.hub import local_folder
+from zero_ds.runtime.files import check_vacant, home_path, new_folder
+from zero_ds.runtime.hub import cached_folder, is_hub_id, local_folder
 from zero_ds.runtime.safetensors import SafetensorsStream, torch_dtype
 from zero_ds.runtime.zero3 import parameter_shape
 from zero_ds.training.checkpoint.checkpoint import CheckpointError, find_checkpoint
@@ -234,6 +234,44 @@ def load_peft_(model: VisionLanguageModel, folder: Path, config: LoraConfig | No
     except Exception as error:  # the safetensors library raises exception types of its own
         raise CheckpointError(f"{path} cannot be read ({error}); save the adapters again, as safetensors.") from None
     return set(wanted)
+
+
+def other_base(folder: Path, target: str, target_hash: str) -> str | None:
+    """Returns a sentence if the adapters in a folder were trained on another model than a run's target; else None.
+
+    Content decides where both models are on this machine, so that a folder may have moved. Nothing is downloaded: of a
+    model that is not here, only the ids of the hub are compared, and a folder that is gone could be any.
+
+    target, target_hash: as in the run's manifest.
+    """
+    base = _settings(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or base == target:
+        return None
+    here = _known_folder(base)
+    if here is not None:
+        try:
+            same = DecoderFolder(here).hash(like=target_hash) == target_hash
+        except (ConfigError, OSError, ValueError):
+            return None  # not a model that can be compared
+    else:
+        same = not (is_hub_id(base) and is_hub_id(target)) or Path(target).is_dir()
+    if same:
+        return None
+    return (
+        f"{folder / CONFIG} names {base} as the model of the adapters, and the run's target is {target}, another one: "
+        "what they add was trained for other weights."
+    )
+
+
+def _known_folder(name: str) -> Path | None:
+    """Returns the folder of a model that is on this machine, also in the hub's cache; None if it is not."""
+    try:
+        folder = home_path(name)
+    except ConfigError:
+        return None
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    return cached_folder(name) if is_hub_id(name) else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
