@@ -5,7 +5,7 @@ trajectory curves equal in memory and streamed; gradients that reach the adapter
 proof holds; with --zero3, a step under ZeRO-3 on two ranks. Each type runs in a process of its own with a time limit.
 Results go to a file with one JSON object a line; types that it holds already are not run again.
 
-Example: python tools/census.py --out census.jsonl --table census.md
+Example: python tools/census.py --zero3 --out census.jsonl --page docs/models.md
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +30,32 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 
-def one_type(model_type: str, work: Path, config: Callable[..., Any], *, zero3: bool) -> dict[str, Any]:
+def one_type(model_type: str, work: Path, config: Callable[..., Any]) -> dict[str, Any]:
     """Returns the proofs that a type has passed, and the sentence or error that ended it."""
     import decoder_census
 
     from zero_ds.model.decoders.listing import verdict
 
-    done: list[str] = []
-    found: dict[str, Any] = {"type": model_type, "done": done}
-    try:
+    found: dict[str, Any] = {"type": model_type, "done": []}
+
+    def prove() -> None:
         told = verdict(model_type)
-        found |= {"class": told.class_name, "verdict": told.how, "note": told.note}
+        found.update({"class": told.class_name, "verdict": told.how, "note": told.note})
         if told.how != "refused":
-            decoder_census.prove(model_type, work, config, done.append)
-            if zero3:
-                decoder_census.step_under_zero3(model_type, work, config)
-                done.append("zero3")
-    except ValueError as error:
-        own = type(error).__module__.startswith("zero_ds")
-        found |= {"error" if own else "traceback": str(error) if own else traceback.format_exc()}
-    except Exception:
-        found["traceback"] = traceback.format_exc()
-    return found
+            decoder_census.prove(model_type, work, config, found["done"].append)
+
+    return found | failure(prove)
+
+
+def failure(prove: Callable[[], None]) -> dict[str, str]:
+    """Returns what a proof fails with: a sentence of this package as `error`, anything else as `traceback`."""
+    try:
+        prove()
+    except Exception as error:
+        if isinstance(error, ValueError) and type(error).__module__.startswith("zero_ds"):
+            return {"error": str(error)}
+        return {"traceback": traceback.format_exc()}
+    return {}
 
 
 def in_a_process(limit: int, call: Callable[[], dict[str, Any]], model_type: str) -> dict[str, Any]:
@@ -100,18 +106,13 @@ def run_configs(root: Path) -> Callable[..., Any]:
     return make
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the results as a table in Markdown."""
-    import decoder_census
+def proofs_of(row: dict[str, Any]) -> Any:
+    """Returns the proofs of a type as the page shows them."""
+    from zero_ds.model.decoders.listing import Proofs
 
-    steps = (*decoder_census.STEPS, "zero3")
-    lines = [f"| type | verdict | {' | '.join(steps)} | note |", "|---" * (len(steps) + 3) + "|"]
-    for row in sorted(rows, key=lambda row: row["type"]):
-        marks = " | ".join("yes" if step in row["done"] else "" for step in steps)
-        note = row.get("error") or row.get("traceback", "").strip().split("\n")[-1] or row.get("note", "")
-        lines.append(f"| {row['type']} | {row.get('verdict', '')} | {marks} | {note} |")
-    whole = sum(set(decoder_census.STEPS) <= set(row["done"]) for row in rows)
-    return "\n".join([*lines, "", f"{whole} of {len(rows)} types whole."])
+    refused = row.get("verdict") == "refused"
+    error = row.get("error") or row.get("traceback", "").strip().split("\n")[-1]
+    return Proofs(frozenset(row["done"]), "" if refused else error)
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; default: all that transformers has")
     parser.add_argument("--out", type=Path, default=Path("census.jsonl"), help="results, one JSON object a line")
-    parser.add_argument("--table", type=Path, help="file for the table")
+    parser.add_argument("--page", type=Path, help="file for the page, such as docs/models.md, if every type was run")
     parser.add_argument("--limit", type=int, default=180, help="seconds for each type")
     parser.add_argument("--seconds", type=int, default=0, help="seconds after which no further type begins")
     parser.add_argument("--zero3", action="store_true", help="also a step under ZeRO-3 on two ranks")
@@ -131,7 +132,7 @@ def main() -> None:
     import decoder_census
     import torch
 
-    from zero_ds.model.decoders.listing import offered_types
+    from zero_ds.model.decoders.listing import Verdict, offered_types, page
 
     torch.set_num_threads(1)
     decoder_census.quick_proofs()
@@ -148,17 +149,23 @@ def main() -> None:
             started = time.monotonic()
 
             def call(model_type: str = model_type, work: Path = work) -> dict[str, Any]:
-                return one_type(model_type, work, config, zero3=arguments.zero3)
+                return one_type(model_type, work, config)
 
             row = in_a_process(arguments.limit, call, model_type)
+            if arguments.zero3 and decoder_census.STEPS[-1] in row["done"]:  # here, so that one server starts all ranks
+                row |= failure(partial(decoder_census.step_under_zero3, work, config))
+                row["done"] += ["ZeRO-3"] if row.keys().isdisjoint({"error", "traceback"}) else []
+            shutil.rmtree(work, ignore_errors=True)
             known[model_type] = {**row, "seconds": round(time.monotonic() - started, 1)}
             out.write(json.dumps(known[model_type]) + "\n")
             out.flush()
             print(model_type, row.get("verdict"), ",".join(row["done"]), row.get("error", ""), flush=True)
-    text = table(list(known.values()))
-    if arguments.table:
-        arguments.table.write_text(text + "\n", encoding="utf-8")
-    print(text.splitlines()[-1])
+    rows = [known[model_type] for model_type in offered_types() if model_type in known]
+    proofs = {row["type"]: proofs_of(row) for row in rows}
+    print(f"{sum(one.whole for one in proofs.values())} of {len(rows)} types whole.")
+    if arguments.page and proofs.keys() == offered_types().keys():
+        verdicts = [Verdict(row["type"], row["class"], row["verdict"], row["note"]) for row in rows]
+        arguments.page.write_text(page(verdicts, proofs), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.model.decoders import structure
 from zero_ds.model.decoders.cut import check_cut, cut_config
 from zero_ds.model.decoders.folder import DecoderFolder
-from zero_ds.model.decoders.listing import default_config, page, verdict
+from zero_ds.model.decoders.listing import STEPS, Proofs, Verdict, default_config, page, verdict
 from zero_ds.model.decoders.shrink import active_share, causal_class, is_expert, seeded, shrunk, small_model
 from zero_ds.model.layer_plan import Replaced
 from zero_ds.runtime.errors import ConfigError
@@ -44,6 +44,7 @@ UNLIKE = (
     "gptj",  # head with a bias, parallel attention
     "opt",  # table of positions, tied, layers deep inside
     "falcon_h1",  # attention and state space side by side
+    "recurrent_gemma",  # recurrent layers, a cap under another name, no cache in its output
 )
 
 
@@ -81,9 +82,15 @@ def changed(folder: Path, **entries: Any) -> DecoderFolder:
         ({"model_type": "bart"}, "encoder-decoder"),
         ({"model_type": "clip_vision_model"}, "no causal language model"),
         ({"model_type": "siglip"}, "no causal language model"),
+        ({"model_type": "clip"}, "no causal language model for 'clip_text_model'"),
+        ({"model_type": "vit"}, "a vision encoder is given as encoder.path"),
+        ({"model_type": "dinov2"}, "a vision encoder is given as encoder.path"),
+        ({"model_type": "longcat_flash", "num_layers": 2}, "no list of"),
         ({"model_type": "bert"}, "see later tokens"),
         ({"model_type": "deepseek_v4"}, "states of 4 dimensions"),
         ({"model_type": "not-a-type"}, "cannot be used .*not-a-type"),
+        ({"model_type": "olmo2", "num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"model_type": "olmo2", "quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized"),
     ],
 )
 def test_what_is_not_a_decoder_is_refused_in_one_sentence(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
@@ -117,6 +124,75 @@ def test_damaged_folders(moe: Path) -> None:
         _ = changed(moe, quantization_config={"quant_method": "fp8"}).family
 
 
+def test_a_number_of_layers_without_weights_is_refused_before_they_are_built(moe: Path) -> None:
+    with pytest.raises(ConfigError, match="counts 1000000 layers, but the names of the weights end with number 5"):
+        _ = changed(moe, num_hidden_layers=1000000).family
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "llama"])
+def test_weights_of_more_layers_than_the_config_says_are_not_loaded(model_type: str, tmp_path: Path) -> None:
+    """The library would ignore them, and compute with the first layers alone."""
+    decoder_census.write_model(model_type, tmp_path)
+    with pytest.raises(ConfigError, match=r"hold model\.layers\.4.*, which config\.json does not know"):
+        changed(tmp_path, num_hidden_layers=4).load(dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "dtype", "reason"),
+    [
+        ("weight", torch.float8_e4m3fn, r"q_proj\.weight .* is quantized \(F8_E4M3\)"),
+        ("weight", torch.int8, r"q_proj\.weight .* is quantized \(I8\)"),
+        ("qweight", torch.int32, r"is quantized \(model\.layers\.0\.self_attn\.q_proj\.qweight\)"),
+        ("weight_packed", torch.int32, r"is quantized \(model\.layers\.0\.self_attn\.q_proj\.weight_packed\)"),
+    ],
+)
+def test_quantized_weights_that_the_config_does_not_mention(
+    moe: Path, stored_as: str, dtype: torch.dtype, reason: str
+) -> None:
+    stored = load_file(moe / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    stored[f"{name}.{stored_as}"] = stored.pop(f"{name}.weight")[:, ::2].to(dtype).contiguous()
+    save_file(stored, moe / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=reason):
+        _ = DecoderFolder(moe).spans
+
+
+def test_files_must_give_the_tensors_of_the_class(moe: Path, tmp_path: Path) -> None:
+    folder = DecoderFolder(moe)
+    folder.check_class_tensors()
+    group = next(group for group in folder.class_tensors if "model.layers.2.mlp.experts.down_proj" in group.targets)
+    folder.class_tensors.remove(group)
+    with pytest.raises(ConfigError, match=r"give model\.layers\.2\.mlp\.experts\.down_proj the shape None, its class"):
+        build_surrogate(folder, [Replaced(2, 4)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_and_an_uncut_copy_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files must give the class's tensors, and a surrogate with nothing replaced must equal its target."""
+    from zero_ds.model.decoders import conversion, cut
+
+    small = shrunk(default_config("qwen3_moe"))
+    reread = conversion.Conversion.reread
+    swapped = {"model.layers.0.mlp.experts.down_proj": "model.layers.1.mlp.experts.down_proj"}
+
+    def other(self: Any) -> Any:
+        read = reread(self)
+        return {name: read[swapped.get(name, name)] for name in read}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion.Conversion, "reread", other)
+        with pytest.raises(structure.UnverifiedError, match=r"do not become those of its class \(model\.layers\.0"):
+            structure._inspect(small, small)
+
+    def sparser(config: Any) -> Any:
+        config.num_experts_per_tok = 1
+        return config
+
+    monkeypatch.setattr(cut, "read_again", sparser)
+    with pytest.raises(structure.UnverifiedError, match="a surrogate with nothing replaced is not equal to it"):
+        structure._inspect(small, small)
+
+
 def test_a_claim_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that does something between its norm and its head is not described by them."""
     config = shrunk(default_config("qwen3_moe"))
@@ -147,6 +223,7 @@ def test_verdicts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("qwen3_next", {"packing": True}, "those of qwen3_next mix samples"),
         ("opt", {"max_length": 2000}, "1024 positions"),
+        ("mpt", {"max_length": 2000}, "1024 positions"),
     ],
 )
 def test_rows_that_a_decoder_cannot_read(
@@ -159,6 +236,14 @@ def test_rows_that_a_decoder_cannot_read(
     config = config.model_copy(update={"data": config.data.model_copy(update=change)})
     with pytest.raises(ConfigError, match=message):
         load_model(config, {"zero_optimization": {"stage": 0}})
+
+
+def test_a_decoder_that_states_no_number_of_positions_answers_prompts_of_any_length(tmp_path: Path) -> None:
+    from zero_ds.grafting.named_model import ANY_LENGTH, find_model
+    from zero_ds.grafting.named_model import load_model as load_named
+
+    decoder_census.write_model("mamba", tmp_path)
+    assert load_named(find_model(str(tmp_path))).encoder.max_length == ANY_LENGTH
 
 
 # -- cuts --------------------------------------------------------------------------------------------------------------
@@ -290,7 +375,14 @@ def test_experts_train_under_zero3(moe: Path, run_config: Callable[..., RunConfi
         run_config("encoder", tmp_path / "one", **follows, **common),
         run_config("pretrain", tmp_path / "two", surrogate=str(tmp_path / "dense"), **common),
     ]
-    assert run_ranks(train_all, 2, configs) == [["step-000001"] * 2] * 2
+    # experts in an attention that is called by name; other names in files; weights initialized by their shapes
+    for model_type in ("jetmoe", "axk1", "xlstm"):
+        target, cut = tmp_path / model_type, tmp_path / f"{model_type}-cut"
+        decoder_census.write_model(model_type, target)
+        build_surrogate(target, [Replaced(2, 4)], cut)
+        models = {**common, "target": str(target), "surrogate": str(cut)}
+        configs.append(run_config("pretrain", tmp_path / f"{model_type}-run", **models))
+    assert run_ranks(train_all, 2, configs) == [["step-000001"] * 5] * 2
 
 
 def test_a_class_without_dense_layers(tmp_path: Path) -> None:
@@ -334,9 +426,26 @@ def test_the_list_of_types() -> None:
 def test_the_page_says_what_the_code_finds() -> None:
     """docs/models.md is generated; a sample of its rows is compared with the verdicts of today."""
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = {row.split(" | ")[0]: row for row in text.splitlines() if row.startswith("| ")}
     for model_type in ("llama", "olmo2", "qwen3_moe", "bert", "bart", "gptj"):
-        row = page([verdict(model_type)]).splitlines()[-1]
-        assert row in text, f"write docs/models.md again with `zero-ds models --page`: {row}"
+        told = verdict(model_type)
+        cells = rows[f"| {model_type}"].removesuffix(" |").split(" | ")
+        assert [*cells[1:3], cells[-1]] == [told.class_name, told.how, told.note], "run tools/census.py --page again"
+
+
+def test_the_page_of_a_census() -> None:
+    verdicts = [Verdict("one", "OneForCausalLM", "verified", "eager attention"), Verdict("two", "Two", "refused", "no")]
+    proofs = {"one": Proofs(frozenset(STEPS)), "two": Proofs(frozenset())}
+    text = page(verdicts, proofs)
+    assert "1 of them can be decoders" in text and "1 types passed every proof" in text
+    assert text.endswith(
+        "| type | class | verdict | surrogate | trajectory | gradients | graft | export | ZeRO-3 | note |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| one | OneForCausalLM | verified | yes | yes | yes | yes | yes | yes | eager attention |\n"
+        "| two | Two | refused |  |  |  |  |  |  | no |\n"
+    )
+    failed = {"one": Proofs(frozenset({"surrogate"}), "it failed a|b.")}
+    assert "| yes |  |  |  |  |  | eager attention; it failed a/b |" in page(verdicts[:1], failed)
 
 
 def test_small_copies_draw_no_random_numbers() -> None:

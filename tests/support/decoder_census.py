@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from zero_ds.config.schema import RunConfig
 from zero_ds.data.conversations import IMAGE_TOKEN
 from zero_ds.grafting.load import load_graft
 from zero_ds.model.build import ModelSpec, build_model
+from zero_ds.model.decoders import listing, registered
 from zero_ds.model.decoders.cut import layers_skipped
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.decoders.listing import ONLY_WITH, default_config
@@ -35,16 +35,18 @@ from zero_ds.trajectory.texts import TokenSample
 
 def write_model(model_type: str, out: Path, *, tied: bool | None = None) -> None:
     """Writes a tiny random model of a type with the defaults of its class, and a tokenizer."""
-    words = tiny.tokenizer()
     config = default_config(model_type)
+    known = registered(config.model_type)
+    words = tiny.tokenizer(known.image_tokens[:1]) if known and known.image_tokens else tiny.tokenizer()
     for name, value in ONLY_WITH.get(model_type, {}).items():
         setattr(config, name, value)
     config = shrunk(config, words=len(words))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(words, name))
     config.use_cache = True
-    if hasattr(config, "max_position_embeddings"):
-        config.max_position_embeddings = 1024  # more than any sample has
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if hasattr(config, name):
+            setattr(config, name, 1024)  # more than any sample has
     if hasattr(config, "initializer_range"):
         config.initializer_range = 0.1  # larger logits would lose digits
     if tied is not None:
@@ -121,8 +123,8 @@ def check_graft(run: Path, target: Path) -> None:
     assert torch.isfinite(seen[0]).all() and (seen[0] - seen[1])[:, -1].abs().max() > 1e-6
 
 
-STEPS = ("surrogate", "trajectory", "gradients", "graft", "export")
-"""Names of the proofs, in their order."""
+STEPS = tuple(listing.STEPS)[:-1]
+"""Names of the proofs on one rank, in their order."""
 
 
 def prove(model_type: str, work: Path, run_config: Callable[..., RunConfig], note: Callable[[str], None]) -> None:
@@ -151,18 +153,13 @@ def prove(model_type: str, work: Path, run_config: Callable[..., RunConfig], not
     proof: dict[str, Any] = export_model(run, None, work / "export")
     assert proof["largest_logit_difference"] <= 1e-5
     note("export")
-    shutil.rmtree(work)
 
 
-def step_under_zero3(model_type: str, work: Path, run_config: Callable[..., RunConfig]) -> None:
-    """Trains a step of the encoder and of the pretrain stage on the surrogate, on two ranks under ZeRO-3."""
+def step_under_zero3(work: Path, run_config: Callable[..., RunConfig]) -> None:
+    """Trains a step of the encoder and of the pretrain stage on the surrogate of `prove`, on two ranks under ZeRO-3."""
     from distributed_helper import run_ranks, train_all
 
-    target = work / "zero3-target"
-    write_model(model_type, target)
-    folder = DecoderFolder(target)
-    build_surrogate(folder, [Replaced(folder.depth // 3, folder.depth // 3 + 2)], work / "zero3-surrogate")
-    models = {"target": str(target), "surrogate": str(work / "zero3-surrogate")}
+    models = {"target": str(work / "target"), "surrogate": str(work / "surrogate")}
     stages = ("encoder", "pretrain")
     configs = [run_config(stage, work / f"zero3-{stage}", max_steps=1, zero="zero3", **models) for stage in stages]
     ends = run_ranks(train_all, 2, configs)

@@ -17,6 +17,7 @@ from zero_ds.cli.options import (
     MemoryShareOption,
     OffloadOption,
     TensorParallelOption,
+    TrustRemoteCodeOption,
     load,
 )
 from zero_ds.runtime.errors import ConfigError
@@ -54,6 +55,7 @@ def chat(
         str, typer.Option(help="With --page: address to listen on. Any other address opens the page to other machines.")
     ] = LOCAL,
     port: Annotated[int, typer.Option(help="With --page: port to listen on; 0 takes a free one.")] = PORT,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Talk with a model in the terminal or on a web page, about any number of images.
 

@@ -17,6 +17,7 @@ from zero_ds.cli.options import (
     MemoryShareOption,
     OffloadOption,
     TensorParallelOption,
+    TrustRemoteCodeOption,
     load,
     precision,
 )
@@ -86,6 +87,7 @@ def run(
     offload_folder: OffloadOption = None,
     max_model_len: MaxModelLenOption = None,
     gpu_memory_share: MemoryShareOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Run a suite of lm-evaluation-harness or lmms-eval on a model, on as many ranks as the launcher started."""
     from zero_ds.evaluation.suites.evaluate import check_options, evaluate_suites

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zero_ds.cli.options import TrustRemoteCodeOption
+
 if TYPE_CHECKING:
     from zero_ds.grafting.compatibility import Check
 
@@ -27,6 +29,7 @@ def graft(
         list[str] | None,
         typer.Option(help="Name of a difference in the report to accept, such as tokenizer; repeatable."),
     ] = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Check that a trained vision encoder fits a full language model. The graft itself needs no training and no copy.
 

@@ -41,6 +41,7 @@ from zero_ds.runtime.environment import may_have_gpu, take_devices
 from zero_ds.runtime.errors import may_pass
 from zero_ds.runtime.failure import WATCH, peer_ended
 from zero_ds.runtime.files import disk_sentence, home_path
+from zero_ds.runtime.trust import allow_code
 
 app = typer.Typer(
     name="zero-ds",
@@ -90,6 +91,7 @@ def _before_every_command(context: typer.Context) -> None:
     if context.invoked_subcommand not in LAUNCHING and not may_have_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where a GPU may be, DeepSpeed finds out if torch can use it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    allow_code(False)  # one command's permission is not the next one's
     set_up_logging()
 
 

@@ -12,7 +12,9 @@ def models(
         list[str] | None,
         typer.Argument(help="Values of model_type in config.json. Default: all of transformers."),
     ] = None,
-    page: Annotated[bool, typer.Option("--page", help="Print docs/models.md, the table of all types.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Print a page like docs/models.md, with the verdicts alone.")
+    ] = False,
 ) -> None:
     """List the decoders of the installed transformers: registered, verified by their structure, or refused, and why.
 

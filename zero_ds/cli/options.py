@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from zero_ds.grafting.engines.options import DeviceOptions, load, precision
+from zero_ds.runtime.trust import allow_code
 
 __all__ = [
     "ChatTemplateOption",
@@ -18,12 +19,29 @@ __all__ = [
     "MemoryShareOption",
     "OffloadOption",
     "TensorParallelOption",
+    "TrustRemoteCodeOption",
     "VerboseOption",
     "complete_recipe",
     "load",
     "precision",
 ]
 
+
+def _trust(given: bool) -> bool:
+    if given:
+        allow_code(True)
+    return given
+
+
+TrustRemoteCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        callback=_trust,
+        help="Run the code that a model's folder brings, for a type that transformers does not know. Such code can do "
+        "anything that you can do.",
+    ),
+]
 ChatTemplateOption = Annotated[
     str | None, typer.Option("--chat-template", help="File with a chat template that replaces the model's own.")
 ]

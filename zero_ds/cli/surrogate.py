@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zero_ds.cli.options import ChatTemplateOption
+from zero_ds.cli.options import ChatTemplateOption, TrustRemoteCodeOption
 from zero_ds.runtime.errors import ConfigError
 
 
@@ -48,6 +48,7 @@ def surrogate(
     ] = None,
     samples: Annotated[int, typer.Option(help="With --kl: number of samples, chosen at random.", min=1)] = 64,
     chat_template: ChatTemplateOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Cut a surrogate: keep early and last layers, replace the range between them by trainable translators.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zero_ds.cli.options import ChatTemplateOption
+from zero_ds.cli.options import ChatTemplateOption, TrustRemoteCodeOption
 from zero_ds.trajectory.metrics import METRICS
 
 METRIC_HELP = "; ".join(f"{name}: {metric.description}" for name, metric in METRICS.items()) + "."
@@ -40,6 +40,7 @@ def trajectory(
         str | None, typer.Option(help="System message of every conversation. Default: the chat template's own.")
     ] = None,
     chat_template: ChatTemplateOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
 ) -> None:
     """Find the layer where a language model's early phase ends, and the surrogate T(k, e) that follows from it.
 

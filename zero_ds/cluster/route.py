@@ -61,6 +61,11 @@ class Route:
             if key in SET_BY_PIPELINE:
                 raise ConfigError(f"the pipeline sets {key} itself; choose the folder of all results with --out.")
         runs = training_runs(self.model, self.overrides)
+        if any(run.trust_remote_code for run in runs.values()):
+            raise ConfigError(
+                "the pipeline ends with an export, which cannot take along a model's own code (trust_remote_code); "
+                "give the commands one by one."
+            )
         layers = self._layers(runs)
         surrogate = self.out / ("surrogate" if layers == FROM_TRAJECTORY else f"T{layers.replace(':', '-')}")
         target = next(iter(runs.values())).target

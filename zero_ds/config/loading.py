@@ -15,6 +15,7 @@ from zero_ds.config.datasets import registered_datasets
 from zero_ds.config.schema import RunConfig
 from zero_ds.config.yaml_files import read_value, read_yaml
 from zero_ds.runtime.errors import ConfigError, did_you_mean
+from zero_ds.runtime.trust import allow_code
 
 RECIPE_ROOT = Path(__file__).parent / "recipes"
 TEMPLATE_ROOT = RECIPE_ROOT / "templates"
@@ -33,6 +34,8 @@ def recipe_names() -> list[str]:
 def load_run(recipe: str, overrides: list[str] | None = None) -> RunConfig:
     """Resolves a recipe, which is a name in the package or the path of a YAML file, and `key=value` overrides.
 
+    With trust_remote_code in it, this process may run code of model folders from then on.
+
     Raises:
         ConfigError: An unknown recipe or key, a value of the wrong kind, or YAML that cannot be read.
     """
@@ -42,7 +45,10 @@ def load_run(recipe: str, overrides: list[str] | None = None) -> RunConfig:
         if not separator or not key:
             raise ConfigError(f"'{override}' is not an override; write key=value, e.g. optimizer.learning_rate=1e-4.")
         _set(tree, key.split("."), read_value(key, text))
-    return validate(RunConfig, tree, what=f"recipe {recipe}")
+    config = validate(RunConfig, tree, what=f"recipe {recipe}")
+    if config.trust_remote_code:
+        allow_code(True)
+    return config
 
 
 def validate(model: type[Model], tree: Any, what: str) -> Model:

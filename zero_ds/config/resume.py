@@ -34,6 +34,7 @@ MAY_DIFFER = (
     "kernels",
     "compile",
     "deterministic",
+    "trust_remote_code",
 )
 """Dotted keys of a run that change its numbers by no more than rounding, so that they may differ on a resume.
 

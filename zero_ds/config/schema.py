@@ -335,6 +335,9 @@ class RunConfig(Section):
     decoder."""
     target: str
     """Folder or hub id of the full language model."""
+    trust_remote_code: bool = False
+    """Permission to run code that the target's folder brings, for a type that transformers does not know. Such code
+    can do anything that you can do."""
     surrogate: str | None = None
     """Folder of the surrogate that `zero-ds surrogate` has built."""
     decoder: Literal["auto", "surrogate", "target"] = "auto"

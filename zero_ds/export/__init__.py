@@ -62,6 +62,11 @@ def export_model(
         raise ConfigError(f"--proof {proof} is not known; choose {' or '.join(PROOFS)}.")
     measured = read_evaluations(evaluations or [])
     source = open_source(run, target, **reading)
+    if source.decoder.own_code:
+        raise ConfigError(
+            f"{source.decoder} needs code of its own ({source.decoder.own_code[0].name}), which no format can take "
+            "along; use it with `zero-ds chat` and `zero-ds eval`."
+        )
     layout = _choose_format(form, source)
     texts = text_settings(source)
     tensors = layout.tensors(source)

@@ -137,14 +137,14 @@ def _what_llava_lacks(source: Source) -> str | None:
         return "Llava has no image-boundary embeddings and no norm on patch tokens; this run uses them"
     if config.data.image_grid:
         return "Llava shows every image once; this run was trained with data.image_grid"
-    if getattr(text, "final_logit_softcapping", None) or getattr(text, "attn_logit_softcapping", None):
-        return f"Llava has no soft-capping of scores, which {source.decoder.family.name} needs"
+    family = source.decoder.family
+    if getattr(text, family.score_cap, None) or getattr(text, "attn_logit_softcapping", None):
+        return f"Llava has no soft-capping of scores, which {family.name} needs"
     if config.adapter.width is not None and config.adapter.width > text.hidden_size:
         return (
             f"Llava has no room for an adapter that is wider ({config.adapter.width} units) than its decoder "
             f"({text.hidden_size})"
         )
-    family = source.decoder.family
     if family.head_bias:
         return f"Llava's output head has no bias, which {family.name} needs"
     if family.score_factor:

@@ -20,6 +20,7 @@ from zero_ds.model.adapter import Adapter
 from zero_ds.model.build import ModelSpec, Modules, build_model, sample_encoder
 from zero_ds.model.decoders import family_of_config
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.shrink import position_limit
 from zero_ds.model.encoders import ENCODERS
 from zero_ds.model.loading import load_complete, model_hash
 from zero_ds.model.vlm import VisionLanguageModel
@@ -28,6 +29,9 @@ from zero_ds.runtime.files import home_path
 from zero_ds.runtime.hub import local_folder
 from zero_ds.training.checkpoint.checkpoint import Checkpoint, find_checkpoint
 from zero_ds.training.stages import decoder_folder
+
+ANY_LENGTH = 1 << 20
+"""Longest prompt of a decoder without a limit of its own, in tokens."""
 
 EXPORT = "llava"
 """`model_type` in the config.json of an exported folder."""
@@ -154,7 +158,7 @@ def load_model(
         encoder = sample_encoder(model, named.decoder, None, _data(named), learns=False)
     else:
         model, encoder = _load_run(named, named.checkpoint, dtype, attention)
-    longest = int(cast(Any, model.decoder).config.get_text_config().max_position_embeddings)
+    longest = position_limit(cast(Any, model.decoder).config.get_text_config()) or ANY_LENGTH
     loaded = LoadedModel(model, replace(encoder, max_length=longest))
     if device_map is None:
         model.to(device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from zero_ds.runtime.errors import ConfigError, one_line
 from zero_ds.runtime.safetensors import shard_files, spans
+from zero_ds.runtime.trust import code_is_allowed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,10 +25,13 @@ def load_complete(load: Any, folder: Path, **arguments: Any) -> nn.Module:
     from safetensors import SafetensorError
     from transformers.utils import logging as library
 
+    from zero_ds.runtime.zero3 import loads_as_without_zero3
+
     verbosity = library.get_verbosity()
     library.set_verbosity(logging.CRITICAL)  # the library reports missing tensors on a page; our error is a sentence
     try:
-        model, info = load(str(folder), output_loading_info=True, **arguments)
+        with loads_as_without_zero3():
+            model, info = load(str(folder), output_loading_info=True, **arguments)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, ImportError, SafetensorError) as error:
         raise ConfigError(
             f"the model in {folder} cannot be loaded ({one_line(error)}); fetch it again, or check its config.json."
@@ -59,7 +63,7 @@ def load_tokenizer(folder: Path, config: Any = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=code_is_allowed())
     except Exception as error:  # the library raises many kinds of errors
         raise ConfigError(
             f"the tokenizer in {folder} cannot be loaded ({one_line(error)}); fetch the model again."

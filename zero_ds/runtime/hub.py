@@ -9,6 +9,7 @@ from pathlib import Path
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import home_path, new_folder
 from zero_ds.runtime.torch_files import read_torch_file
+from zero_ds.runtime.trust import code_is_allowed
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def local_folder(name: str) -> Path:
     import huggingface_hub
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    patterns += ["*.py"] if code_is_allowed() else []
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):

@@ -11,8 +11,9 @@ of its flattened elements, the last of them padded.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,51 @@ def partition_(module: nn.Module) -> None:
         import deepspeed
 
         deepspeed.zero.Init(module=module, config_dict_or_path=integration.deepspeed_config())
+
+
+@contextlib.contextmanager
+def loads_as_without_zero3() -> Iterator[None]:
+    """Makes transformers' loader for ZeRO-3 do what its other loader does; has no effect without ZeRO-3.
+
+    Some classes rename the tensors of published files. The other loader leaves a name alone if the class has it
+    already; the one for ZeRO-3 renames it nevertheless, and finds no place for the tensor. Besides, it initializes
+    modules that it has filled, whose partitioned weights have no shape that a class could look at.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    if not integration.is_deepspeed_zero3_enabled():
+        yield
+        return
+    from transformers import PreTrainedModel
+    from transformers import core_model_loading as loading
+
+    library: Any = loading
+    rename, initialize = library.rename_source_key, PreTrainedModel._initialize_missing_keys
+
+    def rename_once(source_key: str, *arguments: Any, **keywords: Any) -> tuple[str, str | None]:
+        renamed, pattern = rename(source_key, *arguments, **keywords)
+        names = keywords.get("meta_state_dict")
+        if names is None or renamed in names:
+            return renamed, pattern
+        prefix = keywords.get("base_model_prefix")
+        unchanged, _ = rename(source_key, [], [], base_model_prefix=prefix, meta_state_dict=names)
+        return (unchanged, None) if unchanged in names else (renamed, pattern)
+
+    def initialize_empty(model: Any, is_quantized: bool) -> None:
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            filled = bool(own) and all(getattr(parameter, "_is_hf_initialized", False) for parameter in own)
+            if filled and not any(True for _ in module.buffers(recurse=False)):
+                cast(Any, module)._is_hf_initialized = True
+        initialize(model, is_quantized)
+
+    library.rename_source_key = rename_once
+    cast(Any, PreTrainedModel)._initialize_missing_keys = initialize_empty
+    try:
+        yield
+    finally:
+        library.rename_source_key = rename
+        cast(Any, PreTrainedModel)._initialize_missing_keys = initialize
 
 
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Any:
@@ -210,7 +256,21 @@ def layers_as_leaves_(
         and not f"{name}.".startswith(whole)
     ]
     set_z3_leaf_modules_by_name(model, [*units, *experts])
+    for name in experts:
+        model.get_submodule(name).register_forward_pre_hook(_first_by_position, with_kwargs=True)
     return [layer for layer in layers if layer in units.values()]
+
+
+def _first_by_position(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Passes the first argument of a unit by position, where a class passes it by its name.
+
+    Hooks on the gradient of a module's inputs see positional ones alone. Without any, DeepSpeed releases the unit
+    before the gradients of its weights exist.
+    """
+    first = next(iter(inspect.signature(module.forward).parameters), "")
+    if inputs or first not in keywords:
+        return None
+    return (keywords[first],), {name: value for name, value in keywords.items() if name != first}
 
 
 def keep_frozen_whole_(optimizer: Any, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from zero_ds.model.decoders.cut import check_cut, cut_config, cut_entries
+from zero_ds.model.decoders.cut import check_cut, cut_config, cut_entries, read_again
 from zero_ds.model.decoders.dense import dense_config
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.decoders.shrink import causal_class
@@ -56,6 +56,7 @@ def build_surrogate(
     plan = LayerPlan(target.depth, tuple(replaced))
     check_vacant(out)
     tensors = target.spans
+    target.check_class_tensors()
     written: list[tuple[str, Tensor]] = [
         (name, tensors[source]) for source, name in _renamed(list(tensors), family.layer_prefix, plan)
     ]
@@ -64,6 +65,7 @@ def build_surrogate(
         config, written = _with_dense(target, plan, config, written, dense_width)
     copied = [file for file in target.path.iterdir() if COPIED.fullmatch(file.name) and file.is_file()]
     copied += sorted((target.path / NAMED_TEMPLATES).glob("*.jinja"))
+    copied += target.own_code
     needed = sum(span.size for _, span in written)
     with new_folder(out, need=needed) as folder, ThreadPoolExecutor(1) as background:
         embeddings = background.submit(content_hash, tensors[family.embeddings])
@@ -145,7 +147,7 @@ def _cut_verified(target: DecoderFolder, plan: LayerPlan) -> dict[str, Any]:
     entries = cut_entries(text, target.family, plan.sources)
     config |= {text.attribute_map.get(name, name): value for name, value in entries.items()}
     try:
-        read = type(text).from_dict(json.loads(json.dumps(config), object_hook=_special_floats))
+        read = read_again(text, config)
     except Exception as error:  # transformers raises many exception types for entries that it does not accept
         raise ConfigError(
             f"{type(text).__name__} does not accept a surrogate {plan} ({one_line(error)}); replace other layers."
@@ -172,11 +174,6 @@ def _with_dense(
     stored = target.spans[target.family.embeddings].dtype
     written = dense_tensors(target, dense, copied, plan.translators, stored)
     return {**config, **{text.attribute_map.get(name, name): value for name, value in entries.items()}}, written
-
-
-def _special_floats(entry: dict[str, Any]) -> Any:
-    """Returns the number that transformers writes as an object in JSON, which has no infinity."""
-    return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
 
 
 def kept_tensors(

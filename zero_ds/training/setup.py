@@ -24,6 +24,7 @@ from zero_ds.data.sources import Records
 from zero_ds.model.adapter import belongs_to, match_embeddings_, missing_tensors
 from zero_ds.model.build import ModelSpec, build_model, sample_encoder
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.shrink import position_limit
 from zero_ds.model.distillation import Teacher
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime import distributed, failure, lock
@@ -163,7 +164,8 @@ def _check_rows(config: RunConfig, decoder: DecoderFolder) -> None:
         )
     if not family.counted_positions:
         return
-    positions = decoder.text_config().max_position_embeddings
+    positions = position_limit(decoder.text_config())
+    assert positions is not None, "a number of positions that was verified"
     if config.data.max_length > positions:
         raise ConfigError(
             f"data.max_length={config.data.max_length}, but {family.name} has a table of {positions} positions; set "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zero_ds.config.schema import RunConfig
 from zero_ds.runtime import distributed
+from zero_ds.runtime.trust import allow_code
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import release_disks
 from zero_ds.training.engine import Engine
@@ -38,6 +39,8 @@ def train(config: RunConfig) -> Path:
         NoMemoryError: memory has run out, with or without a next attempt that may help.
         FloatingPointError: a loss or gradient that is not finite; that step has updated nothing.
     """
+    if config.trust_remote_code:
+        allow_code(True)
     with use_folder(Path(config.out)):
         distributed.initialize()
         try:

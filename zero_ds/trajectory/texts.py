@@ -20,6 +20,7 @@ from zero_ds.data.conversations import ChatTemplate, NoChatTemplate, cut_turns
 from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records, Sample
 from zero_ds.model.decoders.folder import DecoderFolder
+from zero_ds.model.decoders.shrink import position_limit
 from zero_ds.model.templates import load_template
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.trajectory.batching import batches, padded, progress
@@ -61,7 +62,7 @@ def read_samples(
     """
     folder = DecoderFolder.of(model)
     config = folder.text_config()
-    longest = min(MAX_TOKENS, getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
+    longest = min(MAX_TOKENS, position_limit(config) or MAX_TOKENS)
     template = load_template(folder, DataConfig(chat_template=chat_template), config=config, learns=False)
     if isinstance(template, NoChatTemplate):
         raise ConfigError(

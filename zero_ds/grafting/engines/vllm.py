@@ -156,7 +156,7 @@ def _attention_heads(named: NamedModel) -> int:
         return int(named.decoder.text_config().num_attention_heads)
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(named.folder)
+    config: Any = AutoConfig.from_pretrained(named.folder, trust_remote_code=False)
     return int(config.get_text_config().num_attention_heads)
 
 

@@ -78,6 +78,21 @@ class Conversion:
             self.key(name): tuple(value.shape) for name, value in revert_weight_conversion(self.model, meta).items()
         }
 
+    def reread(self) -> dict[str, torch.Tensor]:
+        """Returns the class's tensors by name, written as transformers writes files and read as this package does.
+
+        Equal to `state` where files and class agree. The model must have values.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        written = revert_weight_conversion(self.model, dict(self.state))
+        keyed = {self.key(name): value for name, value in written.items()}
+        assert len(keyed) == len(written), "two tensors of a file get one name"
+        made: dict[str, torch.Tensor] = {}
+        for group in self.groups({name: tuple(value.shape) for name, value in keyed.items()}):
+            made |= self.fuse(group, keyed)
+        return made
+
     def groups(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
         """Returns which tensors of files become which of the class.
 

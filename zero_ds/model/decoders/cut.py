@@ -9,6 +9,7 @@ in the target, and the cut model must equal the target with its other layers lef
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -131,14 +132,33 @@ def check_cut(config: Any, family: Family, sources: Sequence[int]) -> None:
             the target with its other layers left out.
     """
     with on_the_cpu():
-        _check_cut(shrunk(config), family, sources)
+        check_small_cut(shrunk(config), family, sources)
 
 
-def _check_cut(small: Any, family: Family, sources: Sequence[int]) -> None:
+def read_again(config: Any, entries: dict[str, Any] | None = None) -> Any:
+    """Returns a config as its class reads it from a config.json.
+
+    entries: content of config.json; by default everything that the config holds.
+    """
+    content = config.to_dict() if entries is None else entries
+    return type(config).from_dict(json.loads(json.dumps(content), object_hook=_special_floats))
+
+
+def _special_floats(entry: dict[str, Any]) -> Any:
+    """Returns the number that transformers writes as an object in JSON, which has no infinity."""
+    return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
+
+
+def check_small_cut(small: Any, family: Family, sources: Sequence[int]) -> None:
+    """Checks the same on a config that is small already.
+
+    Raises:
+        ConfigError: as `check_cut`.
+    """
     whole = small_model(small)
     where = f"{type(whole).__name__}"
     try:
-        part = small_model(cut_config(small, family, sources), seed=1)
+        part = small_model(read_again(cut_config(small, family, sources)), seed=1)
     except Exception as error:  # the classes raise many exception types for configs that do not fit together
         raise ConfigError(
             f"{where} cannot have only the layers {_ranges(sources)} ({one_line(error)}); replace others."

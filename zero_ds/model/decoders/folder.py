@@ -11,12 +11,13 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from zero_ds.model.attention import check_attention
-from zero_ds.model.decoders import FAMILIES, Family, family_of_config, registered
+from zero_ds.model.decoders import FAMILIES, Family, family_of_config, own_code, registered
 from zero_ds.model.decoders.conversion import Conversion, Group
 from zero_ds.model.decoders.shrink import causal_class
 from zero_ds.model.layer_plan import LayerPlan, SurrogateInfo, read_surrogate
@@ -99,6 +100,7 @@ class DecoderFolder:
         if known is not None:
             return known
         self._check_quantization()
+        _ = self.depth  # a small copy has as many layers
         try:
             text = self._library_config.get_text_config(decoder=True)
         except ValueError as error:  # several text configs, none of them a decoder's
@@ -128,7 +130,24 @@ class DecoderFolder:
             raise ConfigError(
                 f"{self.config_file} does not say how many layers there are (num_hidden_layers={depth!r})."
             )
+        self._check_numbers(depth)
         return depth
+
+    def _check_numbers(self, depth: int) -> None:
+        """Refuses a number of layers far from that of the weights, before anything of that size is built.
+
+        Smaller differences are found by comparing all names (`spans`), which can tell what is missing.
+        """
+        try:
+            names = shard_files(self.path)
+        except ConfigError:  # a config alone, or damaged weights, of which whoever reads them says more
+            return
+        largest = max((int(part) for name in names for part in name.split(".") if part.isdigit()), default=-1)
+        if largest >= 0 and depth > 4 * (largest + 2):
+            raise ConfigError(
+                f"{self.config_file} counts {depth} layers, but the names of the weights end with number {largest}; "
+                "fetch the model again."
+            )
 
     @property
     def is_multimodal(self) -> bool:
@@ -147,17 +166,20 @@ class DecoderFolder:
 
     @cached_property
     def _library_config(self) -> Any:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
 
+        if "auto_map" in self.raw_config and self.raw_config["model_type"] not in CONFIG_MAPPING:
+            return own_code.load_config(self.path, self.raw_config)
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:  # transformers raises many exception types for files edited by hand
-            if "auto_map" in self.raw_config:
-                raise ConfigError(
-                    f"the model in {self.path} ({self.raw_config['model_type']}) needs code of its own, which is not "
-                    "run; use a version of transformers that knows this type."
-                ) from None
             raise self._unusable(error) from None
+
+    @property
+    def own_code(self) -> list[Path]:
+        """Files of the code that the folder brings for its class; empty for a class of transformers."""
+        runs = own_code.is_own(type(self._library_config))
+        return sorted(self.path.glob("*.py")) if runs else []
 
     @cached_property
     def _config(self) -> Any:
@@ -334,24 +356,56 @@ class DecoderFolder:
         tensors = self.located
         for name, shape in self.expected_shapes.items():
             if name not in tensors:
-                raise ConfigError(f"the weights in {self.path} lack {name}; fetch the model again.")
+                raise self._lacks(name)
             found = tensors[name]
+            if found.dtype not in DTYPES:
+                raise ConfigError(f"{name} in {self.path} is quantized ({found.dtype}); give the unquantized model.")
             if found.shape != shape:
                 raise ConfigError(
                     f"{name} in {self.path} has shape {found.shape}, by config.json {shape}; fetch the model again."
                 )
-            if found.dtype not in DTYPES:
-                raise ConfigError(f"{name} in {self.path} is quantized ({found.dtype}); give the unquantized model.")
         unknown = [
             name for name in tensors if name.startswith(self.family.layer_prefix) and name not in self.expected_shapes
         ]
+        self._refuse(unknown)
+        return {name: span for name, span in tensors.items() if name not in unknown}
+
+    def _lacks(self, name: str) -> ConfigError:
+        """Returns the error about a missing tensor; quantized models have others in its place."""
+        place = name.removesuffix("weight")
+        others = [other for other in self.stored if other.startswith(place) and not other.endswith("bias")]
+        if place.endswith(".") and others:
+            return ConfigError(f"{self.path} is quantized ({others[0]}); give the unquantized model.")
+        return ConfigError(f"the weights in {self.path} lack {name}; fetch the model again.")
+
+    def _refuse(self, unknown: Iterable[str]) -> None:
+        """Refuses tensors of layers that the class does not have, unless it is known to ignore them."""
         layers = {name for name in unknown if not name.endswith(".inv_freq")}  # old versions stored these; unused
         layers = {name for name in layers if not self._is_ignored(name)}
         if layers:
             raise ConfigError(
                 f"the weights in {self.path} hold {min(layers)}, which config.json does not know; fetch it again."
             )
-        return {name: span for name, span in tensors.items() if name not in unknown}
+
+    def check_class_tensors(self) -> None:
+        """Checks that the tensors of the files become exactly those of the class.
+
+        Raises:
+            ConfigError: as `spans`; a tensor that the files do not give, or that the class does not have.
+        """
+        if self.is_registered:
+            return  # `spans` has compared the same names
+        made = {name: shape for group in self.class_tensors for name, shape in group.targets.items()}
+        wanted = {name: tuple(value.shape) for name, value in self.conversion.state.items()}
+        if self._config.tie_word_embeddings:
+            made.pop(self.family.head, None)
+            wanted.pop(self.family.head, None)
+        for name in sorted(made.keys() | wanted.keys()):
+            if made.get(name) != wanted.get(name):
+                raise ConfigError(
+                    f"the weights in {self.path} give {name} the shape {made.get(name)}, its class has "
+                    f"{wanted.get(name)}; fetch the model again."
+                )
 
     def fused(self, group: Group) -> dict[str, torch.Tensor]:
         """Reads the tensors of a group; returns those of the class that they become, by name."""
@@ -448,6 +502,9 @@ class DecoderFolder:
             logger.info("%s has no %s attention; %s is used", family.name, attention, family.attention(attention))
             attention = family.attention(attention)
         check_attention(attention)
+        pattern = re.compile(re.escape(family.layer_prefix) + r"(\d+)\.")
+        numbered = [(name, pattern.match(name)) for name in self.stored]
+        self._refuse(name for name, match in numbered if match and int(match[1]) >= self.depth)  # would be ignored
         more: dict[str, Any] = {"config": self.text_config()}  # or the library would read config.json once more
         if self.is_multimodal:
             more["key_mapping"] = {f"^{re.escape(old)}": new for old, new in self.towers}

@@ -65,6 +65,8 @@ def shrunk(config: Any, words: int | None = None) -> Any:
         if hasattr(small, name):
             setattr(small, name, value)
     _fit_state_space(small)
+    if hasattr(small, "qk_dim_factor"):  # the widths of its states are rounded up to multiples of 64, its layers' not
+        small.hidden_size = small.embedding_dim = min(2 * WORDS, config.hidden_size)
     if words is not None:
         small.vocab_size = words
     if overrides:
@@ -164,6 +166,13 @@ def _fit_state_space(small: Any) -> None:
         and not hasattr(small, "num_attention_heads")
     ):
         small.intermediate_size = inner
+
+
+def position_limit(config: Any) -> int | None:
+    """Returns the number of positions that a text config states; None for a decoder that reads texts of any length."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+    found = next((value for name in names if (value := getattr(config, name, None))), None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def active_share(config: Any) -> float:

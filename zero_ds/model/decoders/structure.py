@@ -22,12 +22,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from zero_ds.model.decoders import own_code
 from zero_ds.model.decoders.base import Family
-from zero_ds.model.decoders.cut import layers_skipped
+from zero_ds.model.decoders.conversion import Conversion
+from zero_ds.model.decoders.cut import check_small_cut, layers_skipped
 from zero_ds.model.decoders.shrink import (
     POSITIONS,
     causal_class,
     on_the_cpu,
+    position_limit,
     shrunk,
     small_model,
     without_dropout_,
@@ -66,7 +69,8 @@ def describe(config: Any) -> Family:
         text = json.dumps(small.to_dict(), sort_keys=True, default=str)
     except Exception as error:  # the libraries raise many exception types for configs that do not fit together
         raise UnverifiedError(f"no small copy of its config can be made ({one_line(error)})") from None
-    path = _cache_folder() / f"{hashlib.sha256((text + _versions()).encode()).hexdigest()[:32]}.json"
+    known = f"{text}{_versions()}{own_code.digest(type(config))}"
+    path = _cache_folder() / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
     content = _read(path)
     if content is None:
         try:
@@ -204,7 +208,9 @@ def _inspect(config: Any, small: Any) -> Family:
     if getattr(config, "is_encoder_decoder", False):
         raise UnverifiedError("it is an encoder-decoder model, whose decoder reads an encoder's output")
     if causal_class(config) is None:
-        raise UnverifiedError(f"transformers has no causal language model for '{config.model_type}'")
+        sees = hasattr(config, "patch_size") and hasattr(config, "image_size")
+        hint = ", and a vision encoder is given as encoder.path" if sees else ""
+        raise UnverifiedError(f"transformers has no causal language model for '{config.model_type}'{hint}")
     try:
         with torch.random.fork_rng(devices=[]):
             copy = _Copy.run(small_model(small), small)
@@ -224,9 +230,10 @@ def _inspect(config: Any, small: Any) -> Family:
             raise
         except Exception as error:
             raise UnverifiedError(f"a small copy of it does not run with image features ({one_line(error)})") from None
-    for verify in (_check_training, _check_initialization, _check_longer_text):
+    for verify in (_check_training, _check_initialization, _check_longer_text, _check_tensors):
         with torch.random.fork_rng(devices=[]):
             verify(copy)
+    _check_nothing_replaced(copy, family)
     family = _with_attention(copy, family)
     return replace(family, packs=_packs(copy, family), counted_positions=_is_limited(copy, family))
 
@@ -426,7 +433,7 @@ def _check_initialization(copy: _Copy) -> None:
 
 def _check_longer_text(copy: _Copy) -> None:
     """A text longer than a chunk of a recurrent layer must run."""
-    longest = getattr(copy.config, "max_position_embeddings", None) or POSITIONS
+    longest = position_limit(copy.config) or POSITIONS
     length = min(97, longest)
     ids = torch.arange(length).remainder(copy.config.vocab_size - 4).add(4).view(1, -1)
     try:
@@ -436,9 +443,30 @@ def _check_longer_text(copy: _Copy) -> None:
         raise UnverifiedError(f"a text of {length} tokens does not run ({one_line(error)})") from None
 
 
+def _check_tensors(copy: _Copy) -> None:
+    """The tensors of files must become those of the class, by name and value."""
+    conversion = Conversion(copy.model)
+    try:
+        read = conversion.reread()
+    except Exception as error:  # conversions raise many exception types
+        raise UnverifiedError(f"its tensors cannot be read from files ({one_line(error)})") from None
+    differing = sorted(read.keys() ^ conversion.state.keys())
+    differing += [n for n, value in conversion.state.items() if n in read and not _equal(read[n], value)]
+    if differing:
+        raise UnverifiedError(f"the tensors of its files do not become those of its class ({differing[0]})")
+
+
+def _check_nothing_replaced(copy: _Copy, family: Family) -> None:
+    """A surrogate in which nothing is replaced must equal the model, with a config.json that was written and read."""
+    try:
+        check_small_cut(copy.config, family, range(copy.config.num_hidden_layers))
+    except ConfigError as error:
+        raise UnverifiedError(f"a surrogate with nothing replaced is not equal to it ({one_line(error)})") from None
+
+
 def _is_limited(copy: _Copy, family: Family) -> bool:
     """Returns whether a sample longer than the config's number of positions fails."""
-    longest = getattr(copy.config, "max_position_embeddings", None) or 0
+    longest = position_limit(copy.config) or 0
     if not 0 < longest <= POSITIONS:
         return False
     embeddings = torch.zeros(1, longest + 8, copy.config.hidden_size)
