@@ -35,6 +35,7 @@ from zero_ds.cli.status import status
 from zero_ds.cli.surrogate import surrogate
 from zero_ds.cli.train import train
 from zero_ds.cli.trajectory import trajectory
+from zero_ds.cli.translate import translate
 from zero_ds.cli.why import why
 from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.environment import may_have_gpu, take_devices
@@ -58,6 +59,7 @@ CHECKPOINTS = "Checkpoints"
 
 app.command("trajectory", rich_help_panel=METHOD)(trajectory)
 app.command("surrogate", rich_help_panel=METHOD)(surrogate)
+app.command("translate", rich_help_panel=METHOD)(translate)
 app.command("train", rich_help_panel=METHOD)(train)
 app.command("graft", rich_help_panel=METHOD)(graft)
 app.command("export", rich_help_panel=METHOD)(export)
