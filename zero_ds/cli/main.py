@@ -15,6 +15,7 @@ from types import FrameType
 
 import typer
 
+from zero_ds.cli.align import align
 from zero_ds.cli.chat import chat
 from zero_ds.cli.checkpoints import consolidate, export_lora, import_released
 from zero_ds.cli.data import data
@@ -59,6 +60,7 @@ CHECKPOINTS = "Checkpoints"
 
 app.command("trajectory", rich_help_panel=METHOD)(trajectory)
 app.command("surrogate", rich_help_panel=METHOD)(surrogate)
+app.command("align", rich_help_panel=METHOD)(align)
 app.command("translate", rich_help_panel=METHOD)(translate)
 app.command("train", rich_help_panel=METHOD)(train)
 app.command("graft", rich_help_panel=METHOD)(graft)
