@@ -163,6 +163,58 @@ def test_adapter_and_translators_each_get_their_own_loss(
     torch.testing.assert_close(loss, value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "translator"])
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_target_runs_in_one_step_of_n(
+    made: Callable[..., Path], surrogates: Callable[[list[Replaced]], Path], data: Path, share: float, stage: str
+) -> None:
+    """In that step its loss counts n times; in the others translators get their share of the next-token loss alone."""
+    small = surrogates([Replaced(1, 1), Replaced(3, 4)])
+    plain = assembled(made, small)
+    model = assembled(made, small, DistillConfig(logits=1.0, hidden=0.5, next_token=share, every=3))
+    inputs = batch(made, model, data)
+    for either in (plain, model):
+        freeze(either, stage)
+    usual = gradients(plain, plain(**inputs).total)
+    extra = gradients(plain, reference(made, plain, inputs, 1.0, 0.5))
+    runs = [0]
+    layer = next(iter(model.teacher.replaced.values()))
+    layer.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    for step, due in ((0, True), (1, False), (2, False), (3, True)):
+        model.teacher.begin(step)
+        runs[0] = 0
+        loss = model(**inputs).total
+        ours = gradients(model, loss)
+        assert runs[0] == int(due)
+        for name, gradient in usual.items():
+            if name.startswith("adapter."):
+                assert close(ours[name], gradient), name
+            elif name.startswith("translator."):
+                expected = share * gradient + (3 * extra[name] if due else 0)
+                assert (ours[name] - expected).norm() <= 1e-5 * gradient.norm() + 1e-5 * extra[name].norm(), name
+        if not due:
+            torch.testing.assert_close(loss, plain(**inputs).total)
+
+
+def test_a_share_of_the_positions(
+    made: Callable[..., Path], surrogates: Callable[[list[Replaced]], Path], data: Path
+) -> None:
+    """Other tokens are chosen in every step, and the mean over steps is the loss at all of them."""
+    small = surrogates([Replaced(2, 4)])
+    whole = assembled(made, small, DistillConfig(logits=1.0))
+    model = assembled(made, small, DistillConfig(logits=1.0, positions=0.25))
+    plain = assembled(made, small)
+    inputs = batch(made, model, data)
+    with torch.no_grad():
+        base, full = float(plain(**inputs).total), float(whole(**inputs).total)
+        found = []
+        for step in range(40):
+            model.teacher.begin(step)
+            found.append(float(model(**inputs).total) - base)
+    assert len(set(found)) > 20
+    assert sum(found) / 40 == pytest.approx(full - base, rel=0.15)
+
+
 @pytest.mark.parametrize("layer", [0, 2, 5])
 def test_a_translator_that_does_what_its_layer_did_has_nothing_to_learn(
     made: Callable[..., Path], surrogates: Callable[[list[Replaced]], Path], data: Path, layer: int
@@ -212,7 +264,13 @@ def test_distilling_with_every_zero_stage(
     run_config: Callable[..., RunConfig], tmp_path: Path, surrogates: Callable[[list[Replaced]], Path]
 ) -> None:
     """Layers may run twice in a forward pass under partitioning, activation checkpointing and two ranks."""
-    kinds = {"zero2": "zero2", "zero3": "zero3", "zero3 again": "zero3"}
+    kinds = {
+        "zero2": "zero2",
+        "zero3": "zero3",
+        "zero3 again": "zero3",
+        "zero2 rarely": "zero2",
+        "zero3 rarely": "zero3",
+    }
     configs = [
         run_config(
             "pretrain",
@@ -220,7 +278,12 @@ def test_distilling_with_every_zero_stage(
             zero=zero,
             activation_checkpointing=kind != "zero3 again",
             surrogate=str(surrogates([Replaced(2, 4)])),
-            distill={"logits": 1.0, "hidden": 0.5, "next_token": 0.0},
+            distill={
+                "logits": 1.0,
+                "hidden": 0.5,
+                "next_token": 0.0,
+                **({"every": 2, "positions": 0.5} if "rarely" in kind else {}),
+            },
             max_steps=3,
         )
         for kind, zero in kinds.items()
@@ -228,14 +291,15 @@ def test_distilling_with_every_zero_stage(
     wrong = run_config("decoder", tmp_path / "wrong", distill={"logits": 1.0})
     first, second = run_ranks(train_all, 2, [*configs, wrong])
     assert first == second
-    assert first[:3] == ["step-000003"] * 3
-    assert "distill.* needs a surrogate to distil into" in first[3]
+    assert first[:5] == ["step-000003"] * 5
+    assert "distill.* needs a surrogate to distil into" in first[5]
     losses = {
         kind: [json.loads(line)["loss"] for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
         for kind in kinds
     }
     assert losses["zero3"] == pytest.approx(losses["zero2"], rel=1e-4)
     assert losses["zero3 again"] == pytest.approx(losses["zero2"], rel=1e-4)
+    assert losses["zero3 rarely"] == pytest.approx(losses["zero2 rarely"], rel=1e-4)
     assert losses["zero2"][2] < losses["zero2"][0]
 
 

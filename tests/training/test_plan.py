@@ -281,6 +281,14 @@ def test_70b_on_128_gpus(tmp_path: Path) -> None:
     assert "this one number is fitted" in " ".join(result.output.split())
     assert "comes with zero-ds, since the model is not at hand" in result.output
     assert "T(40,78), 42 of 80 layers" not in result.output, "this recipe trains the full model"
+    offline = plan["offline_translators"]
+    layer, head, target = 855_638_016, 128_256 * 8_192, 80 * 855_638_016
+    assert offline["target_hours"] == pytest.approx(2 * target * 5e6 / (312e12 * 0.4) / 3600, rel=0.01)
+    late = (2 + 2 + 2) * layer + (2 + 2) * layer + (2 + 2 + 2) * head
+    assert offline["train_hours"] == pytest.approx(late * 5e6 * 4 / (312e12 * 0.4) / 3600, rel=0.01)
+    assert offline["disk_gb"] == pytest.approx(4 * 8192 * 2 * 5e6 / 1e9, rel=0.01)
+    assert offline["stage_gpu_hours"] > 100 * (offline["target_hours"] + offline["train_hours"])
+    assert "zero-ds translate" in result.output
     peaks = {group["ranks"]: group["peak"] / 2**30 for group in plan["groups"]}
     assert [round(peaks[ranks]) for ranks in (1, 8, 16)] == [1059, 143, 77], "docs/planning.md"
     assert CliRunner().invoke(app, command[:-1]).exit_code == 0

@@ -15,6 +15,7 @@ from types import FrameType
 
 import typer
 
+from zero_ds.cli.align import align
 from zero_ds.cli.chat import chat
 from zero_ds.cli.checkpoints import consolidate, export_lora, import_released
 from zero_ds.cli.data import data
@@ -35,6 +36,7 @@ from zero_ds.cli.status import status
 from zero_ds.cli.surrogate import surrogate
 from zero_ds.cli.train import train
 from zero_ds.cli.trajectory import trajectory
+from zero_ds.cli.translate import translate
 from zero_ds.cli.why import why
 from zero_ds.runtime.console import set_up_logging
 from zero_ds.runtime.environment import may_have_gpu, take_devices
@@ -59,6 +61,8 @@ CHECKPOINTS = "Checkpoints"
 
 app.command("trajectory", rich_help_panel=METHOD)(trajectory)
 app.command("surrogate", rich_help_panel=METHOD)(surrogate)
+app.command("align", rich_help_panel=METHOD)(align)
+app.command("translate", rich_help_panel=METHOD)(translate)
 app.command("train", rich_help_panel=METHOD)(train)
 app.command("graft", rich_help_panel=METHOD)(graft)
 app.command("export", rich_help_panel=METHOD)(export)

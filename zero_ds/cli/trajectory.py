@@ -41,6 +41,12 @@ def trajectory(
     ] = None,
     chat_template: ChatTemplateOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
+    lookups: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions whose answer is a word of the text before it: layers that look words up are kept as well."
+        ),
+    ] = None,
 ) -> None:
     """Find the layer where a language model's early phase ends, and the surrogate T(k, e) that follows from it.
 
@@ -52,7 +58,7 @@ def trajectory(
     from zero_ds.trajectory.options import TrajectoryOptions
 
     options = TrajectoryOptions(
-        samples, metric, greedy, stream_layers, dtype, batch, seed, system_prompt, chat_template
+        samples, metric, greedy, stream_layers, dtype, batch, seed, system_prompt, chat_template, lookups
     )
     options.check()  # before torch is loaded
     from zero_ds.trajectory.measure import measure_trajectory
@@ -63,13 +69,25 @@ def trajectory(
 def summary(content: dict[str, Any], out: Path) -> str:
     """Returns the lines for people about a trajectory.json: layer, interval, surrogate, files."""
     transition, lines = content["transition"], []
+    lookup = content.get("lookup")
+    if lookup:
+        sure = f"(95 % interval {lookup['low']} to {lookup['high']})" if lookup["verdict"] == "clear" else "(uncertain)"
+        where = "unknown" if lookup["layer"] is None else f"done from layer {lookup['layer']} on"
+        lines.append(f"look-up    {where} {sure}: {lookup['reason']}")
+        lines.append(
+            f"           the model itself finds {lookup['model']:.0%} of {lookup['questions']} words, chance "
+            f"{lookup['chance']:.0%}"
+        )
     if transition["verdict"] == "clear":
         proposed = content["proposed"]
         lines.append(
             f"transition layer {transition['layer']} of {content['layers']} "
             f"(95 % interval {transition['low']} to {transition['high']}, {content['samples']} samples)"
         )
-        lines.append(f"proposed   {proposed['name']}, replacing layers {proposed['replace']}")
+        if proposed:
+            lines.append(f"proposed   {proposed['name']}, replacing layers {proposed['replace']}")
+        else:
+            lines.append("proposed   nothing: by the look-up curve no late layers can be replaced")
     else:
         lines.append(f"no clear transition: {transition['reason']}")
     files = ", ".join(str(out / f"trajectory.{kind}") for kind in ("json", "png", "pdf"))

@@ -47,6 +47,7 @@ LocalPath = Annotated[str, AfterValidator(_with_home)]
 Rate = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(gt=0, le=1)]
 Column = Literal["id", "image", "question", "answer", "caption", "conversations", "system"]
 CAPTION_PROMPT = "Describe the image."
 """Question before the caption of an image, unless a recipe has another."""
@@ -239,10 +240,61 @@ class DistillConfig(Section):
     next_token: float = Field(default=1.0, ge=0, le=1)
     """Share of the next-token loss that the translators learn from. With 0 they learn from the target alone, while
     adapter and vision encoder keep the paper's loss."""
+    every: int = Field(default=1, ge=1)
+    """Number of steps between two in which the target's late layers run. Their loss then counts that many times."""
+    positions: Part = 1.0
+    """Share of the supervised tokens, chosen anew in every step, at which `logits` compares predictions."""
 
     @property
     def active(self) -> bool:
         return bool(self.logits or self.hidden)
+
+
+class AlignConfig(Section):
+    """A loss in the space of words, beyond the paper: image tokens are drawn to the words of their answers."""
+
+    weight: Weight = 0.0
+    """Weight of the loss beside the next-token loss. The stages `words` and `words-encoder` have no other loss."""
+    scale: float = Field(default=20.0, gt=0)
+    """Factor of the cosine between an image's mean token and a word embedding, before the softmax over words."""
+    spread: Weight = 0.1
+    """Weight of the penalty that holds the size of image tokens at that of word embeddings."""
+    words: int = Field(default=4096, ge=2)
+    """Largest number of words, the most frequent of those in the answers of the data."""
+    samples: int = Field(default=20000, ge=1)
+    """Largest number of samples, at even distances, in whose answers the words are counted."""
+
+
+class TranslateConfig(Section):
+    """Translators trained offline, from hidden states of the target on disk (`zero-ds translate`); beyond the paper."""
+
+    hidden: Weight = 1.0
+    """Weight of the relative squared error between a translator's output and the target's hidden states there."""
+    logits: Weight = 1.0
+    """Weight of KL(target || surrogate) over the vocabulary."""
+    next_token: Weight = 0.0
+    """Weight of the next-token loss."""
+    positions: Part = 1.0
+    """Share of the positions, chosen anew in every step, at which `logits` and `next_token` are computed."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Largest number of tokens of the texts, whose hidden states are on disk; empty: all of data.sources."""
+    sample: int = Field(default=0, ge=0)
+    """Number of conversations that the target writes itself, in addition to data.sources."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the texts that is not trained on, on which the translators are judged."""
+    lookups: LocalPath | None = None
+    """File of questions whose answer is a word of the text that they begin with (docs/surrogates.md); empty: none."""
+    states: LocalPath | None = None
+    """Folder of the hidden states, which several runs with the same target and texts may share; empty: next to `out`,
+    with `.states` after its name."""
+    store: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of hidden states on disk; auto: the run's precision."""
+
+    @model_validator(mode="after")
+    def _learns(self) -> TranslateConfig:
+        if not (self.hidden or self.logits or self.next_token):
+            raise ValueError("hidden, logits and next_token are all 0, so nothing is learned; set one of them")
+        return self
 
 
 class LoraConfig(Section):
@@ -331,8 +383,8 @@ class RunConfig(Section):
     """Everything that a training run depends on."""
 
     stage: str
-    """Row of the stage table (training/stages.py): translator, pretrain, pretrain-early, adapter, encoder, align or
-    decoder."""
+    """Row of the stage table (training/stages.py): words, words-encoder, translator, pretrain, pretrain-early, adapter,
+    encoder, align or decoder."""
     target: str
     """Folder or hub id of the full language model."""
     trust_remote_code: bool = False
@@ -353,6 +405,8 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     distill: DistillConfig = DistillConfig()
+    align: AlignConfig = AlignConfig()
+    translate: TranslateConfig = TranslateConfig()
     dynamic_loss: DynamicLossConfig = DynamicLossConfig()
     losses: dict[str, Weight] = {}
     """Weights of terms that are added to the next-token loss, by their names in model/losses.py."""

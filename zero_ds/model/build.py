@@ -18,12 +18,13 @@ from zero_ds.model.decoders import Family
 from zero_ds.model.decoders.cut import cut_config
 from zero_ds.model.decoders.dense import dense_config
 from zero_ds.model.decoders.folder import DecoderFolder
-from zero_ds.model.decoders.shrink import without_dropout_
+from zero_ds.model.decoders.shrink import causal_class, without_dropout_
 from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
 from zero_ds.model.layer_plan import LayerPlan
 from zero_ds.model.loading import load_complete
 from zero_ds.model.templates import load_template
 from zero_ds.model.vlm import VisionLanguageModel
+from zero_ds.model.word_space import WordSpaceModel
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.zero3 import partition_
 
@@ -58,6 +59,8 @@ class ModelSpec:
     `on_meta`; a folder's own plan wins."""
     dense_width: int | None = None
     """With such a `plan` and `on_meta`: units of the dense network of every translator; None for copies of layers."""
+    words_only: bool = False
+    """If set, only the word embeddings of `decoder` are loaded, for a loss in the space of words."""
     on_meta: bool = False
     """If set, the model is built on the meta device from config.json files alone: names and shapes, no weights."""
 
@@ -99,13 +102,42 @@ def _check_feature_layer(spec: ModelSpec) -> None:
 
 
 def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:
-    decoder = folder.load(dtype=spec.dtype, attention=spec.attention)
+    if spec.words_only:
+        decoder = _load_words(folder, spec.dtype)
+    else:
+        decoder = folder.load(dtype=spec.dtype, attention=spec.attention)
     if spec.encoder is None:
         return Modules(decoder, folder.family)
     encoder_family = encoder_of(spec.encoder)
     attention = "eager" if spec.attention == "eager" else "sdpa"
     encoder = load_complete(encoder_family.load, spec.encoder, dtype=spec.dtype, attn_implementation=attention)
     return Modules(decoder, folder.family, encoder, encoder_family)
+
+
+def _load_words(folder: DecoderFolder, dtype: torch.dtype) -> nn.Module:
+    """Returns a decoder of the folder's class without layers, norm and head; reads the word embeddings alone."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        decoder = _without_layers(folder, dtype)
+    table = cast(Any, decoder).get_input_embeddings()
+    table.weight = nn.Parameter(folder.class_tensor(folder.family.embeddings).to(dtype), requires_grad=False)
+    for module in decoder.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:  # of steps that never run
+                setattr(module, name, nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False))
+    return decoder.eval()
+
+
+def _without_layers(folder: DecoderFolder, dtype: torch.dtype) -> nn.Module:
+    """Makes a decoder without layers, norm and head."""
+    config = cut_config(folder.text_config(), folder.family, [0])
+    config._attn_implementation = "eager"
+    decoder = causal_class(config)(config)  # called directly, since `from_config` partitions where ZeRO-3 is active
+    decoder.set_output_embeddings(nn.Identity())
+    folder.family.replace_layers_(decoder, nn.ModuleList())
+    folder.family.replace_norm_(decoder, nn.Identity())
+    return cast(nn.Module, decoder.to(dtype))
 
 
 def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
@@ -122,6 +154,8 @@ def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
     if spec.encoder is not None:
         encoder_family = encoder_of(spec.encoder)
         encoder = AutoModel.from_config(vision_config(spec.encoder), **options)
+    if spec.words_only:
+        return Modules(_without_layers(folder, spec.dtype), folder.family, encoder, encoder_family)
     decoder = AutoModelForCausalLM.from_config(config, **options)
     return Modules(decoder, folder.family, encoder, encoder_family)
 
@@ -129,15 +163,17 @@ def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
 def _put_together(
     modules: Modules, spec: ModelSpec, plan: LayerPlan | None, dtype: torch.dtype | None = None
 ) -> VisionLanguageModel:
-    model = VisionLanguageModel(
-        modules.decoder,
-        modules.family,
-        plan=plan,
-        encoder=modules.encoder,
-        encoder_family=modules.encoder_family,
-        encoder_config=spec.encoder_config if modules.encoder is not None else None,
-        adapter_config=spec.adapter_config,
-    )
+    parts: dict[str, Any] = {
+        "plan": plan,
+        "encoder": modules.encoder,
+        "encoder_family": modules.encoder_family,
+        "encoder_config": spec.encoder_config if modules.encoder is not None else None,
+        "adapter_config": spec.adapter_config,
+    }
+    if spec.words_only:
+        model: VisionLanguageModel = WordSpaceModel(modules.decoder, modules.family, **parts)
+    else:
+        model = VisionLanguageModel(modules.decoder, modules.family, **parts)
     if dtype is not None:
         # new layers are drawn whole, on the CPU and in float32, so that a run starts equally under every ZeRO stage
         for module in (model.adapter, model.boundary, model.aligner):

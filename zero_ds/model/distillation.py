@@ -11,6 +11,10 @@ Next-token loss on image data teaches a translator the wording of the answers, w
 something before the translators trains, their layers are run a second time from detached hidden states. Losses of the
 second run reach the translators only, and the first run's next-token loss can be taken back from them, while adapter
 and encoder see the paper's loss.
+
+With `distill.every: n` all of this happens in one step of n, where the target's share of the loss counts n times, so
+that the mean gradient stays the same. In the other steps the surrogate runs once, as without distillation, and the
+gradient that its next-token loss gives to the translators is scaled to their share of it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from zero_ds.model.losses import (
     hidden_distillation_sum,
     logit_distillation_sum,
     next_token_losses,
+    supervised,
     weighted_sum,
 )
 from zero_ds.model.vlm import VisionLanguageModel
@@ -85,6 +90,25 @@ class Teacher(nn.Module):
         self._target_types = _layer_types(target.text_config(), self.plan.depth)
         self._surrogate_types = [self._target_types[source] for source in self.plan.sources]
         self.requires_grad_(False).eval()
+        self.step = 0
+        """Number of the optimizer step, 0, 1, ..."""
+        if weights.every > 1:
+            for translator in model.translators():
+                for parameter in translator.parameters():
+                    parameter.register_hook(self._scaled)
+
+    def begin(self, step: int) -> None:
+        """Takes note of the optimizer step that follows."""
+        self.step = step
+
+    @property
+    def is_due(self) -> bool:
+        """True if the target's layers run in this step."""
+        return self.step % self.weights.every == 0
+
+    def _scaled(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Scales the gradient of a translator to its share of the next-token loss, in steps without the target."""
+        return gradient if self.is_due else gradient * self.weights.next_token
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode, whatever `mode` is."""
@@ -94,6 +118,9 @@ class Teacher(nn.Module):
     def watch(self, model: VisionLanguageModel) -> Iterator[SurrogateTrace]:
         """Yields a trace that a forward pass of `model` inside the context fills in."""
         trace, first = SurrogateTrace(), self.plan.late.start
+        if not self.is_due:
+            yield trace
+            return
 
         def before(index: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -127,26 +154,50 @@ class Teacher(nn.Module):
 
         The result is the weighted sum of the distillation losses and, if `next_token` is less than 1, a term without
         value whose gradient takes back the translators' share of the next-token loss, and reaches nothing before them.
-        In the hidden term every position counts like a supervised token.
+        In the hidden term every position counts like a supervised token. In steps in which the target does not run, the
+        result is zero.
         """
+        if not self.is_due:
+            return predictions.tokens.new_zeros(())
         assert trace.entered is not None, "the surrogate's forward pass was not watched"
         rows = predictions.rows
         outputs, logits, tokens = trace.left, predictions.logits, predictions.tokens
         if trace.learns_before:
             outputs, logits = self._second_run(model, trace, rows)
             tokens = next_token_losses(logits, predictions.labels, rows)
-        goals, goal_logits = self._target_run(model, trace, rows)
+        chosen = self._chosen(predictions)
+        goals, goal_logits = self._target_run(model, trace, (rows[0][chosen], rows[1][chosen]))
 
         taken_back = weighted_sum(tokens, rows, predictions.token_weights)
         total = (self.weights.next_token - 1.0) * (taken_back - taken_back.detach())  # a gradient without a value
+        every = self.weights.every
         if self.weights.logits:
-            total = total + self.weights.logits * logit_distillation_sum(logits, goal_logits)
+            weight = every * self.weights.logits / self.weights.positions
+            total = total + weight * logit_distillation_sum(logits[chosen], goal_logits)
         if self.weights.hidden:
             mask = predictions.hidden_mask()
             for number, index in enumerate(self.plan.translators):
                 _, last = self.plan.replaced_by(number)
-                total = total + self.weights.hidden * hidden_distillation_sum(outputs[index], goals[last], mask)
+                error = hidden_distillation_sum(outputs[index], goals[last], mask)
+                total = total + every * self.weights.hidden * error
         return total
+
+    def _chosen(self, predictions: Predictions) -> torch.Tensor | slice:
+        """Returns which of the n supervised tokens `logits` is computed at: (n,), bool; all of them with share 1.
+
+        The choice is a hash of step, token and position in the sample, so it does not depend on how samples are split
+        over micro-batches and ranks, nor on a resume.
+        """
+        if self.weights.positions == 1:
+            return slice(None)
+        row, column = predictions.rows
+        if predictions.position_ids is not None:
+            column = predictions.position_ids[row, column]
+        mixed = column * 1_000_003 + supervised(predictions.labels, predictions.rows) * 8_191 + self.step * 7_919
+        for factor in (2_654_435_761, 2_246_822_519):
+            mixed = (mixed * factor) & 0xFFFFFFFF
+            mixed = mixed ^ (mixed >> 15)
+        return (mixed & 0xFFFF) < round(self.weights.positions * 0x10000)
 
     def _second_run(
         self, model: VisionLanguageModel, trace: SurrogateTrace, rows: Places

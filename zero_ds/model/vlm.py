@@ -65,6 +65,7 @@ class VisionLanguageModel(nn.Module):
         self.adapter: Adapter | None = None
         self.aligner: nn.Linear | None = None
         self.teacher: Any = None  # a distillation.Teacher, if the run distils
+        self.word_space: Any = None  # a word_space.WordSpace, if the run draws image tokens to words
         self.loss_weights: Mapping[str, float] = {}  # of the terms that the run adds to the next-token loss
         if encoder is not None:
             assert encoder_family is not None and encoder_config is not None
@@ -269,6 +270,9 @@ class VisionLanguageModel(nn.Module):
         loss, terms = total_loss(predictions, self.loss_weights)
         if self.teacher is not None:
             loss = loss + self.teacher.loss(self, trace, predictions)
+        if self.word_space is not None:
+            words = self.word_space.token_losses(self, embeddings, input_ids, labels, position_ids, rows)
+            loss = loss + self.word_space.config.weight * words.sum()
         if text_only and pixel_values is not None and self.encoder is not None:
             loss = loss + (0.0 * self.image_features(pixel_values)).sum()
         return Loss(loss, tokens.detach(), terms)

@@ -255,7 +255,8 @@ def layers_as_leaves_(
         if isinstance(getattr(module, "experts", None), nn.ModuleList if run_twice else nn.Module)
         and not f"{name}.".startswith(whole)
     ]
-    set_z3_leaf_modules_by_name(model, [*units, *experts])
+    if units or experts:  # a model of word embeddings has neither
+        set_z3_leaf_modules_by_name(model, [*units, *experts])
     for name in experts:
         model.get_submodule(name).register_forward_pre_hook(_first_by_position, with_kwargs=True)
     return [layer for layer in layers if layer in units.values()]

@@ -145,6 +145,9 @@ def audit(surrogate: DecoderFolder | Path, target: DecoderFolder | Path) -> dict
         "step_flops_ratio": {
             "encoder": encoder_step_ratio(surrogate.path, distilled=False, target=target.path),
             "encoder_distilled": encoder_step_ratio(surrogate.path, distilled=True, target=target.path),
+            "encoder_distilled_every_4": encoder_step_ratio(
+                surrogate.path, distilled=True, target=target.path, every=4
+            ),
         },
         "hashes": hashes,
         "same": {name: pair["surrogate"] == pair["target"] for name, pair in hashes.items()},
@@ -272,7 +275,8 @@ def lines(content: dict[str, Any]) -> list[str]:
         *active,
         f"bytes       {size['kept'] / 1e9:.2f} of {size['target'] / 1e9:.2f} GB",
         f"step        {ratios['encoder']:.2f} of the target's FLOPs in the encoder stage"
-        f" ({ratios['encoder_distilled']:.2f} with distillation)",
+        f" ({ratios['encoder_distilled']:.2f} with distillation, {ratios['encoder_distilled_every_4']:.2f} with it in"
+        " one step of four)",
     ]
     for name, same in content["same"].items():
         verdict = "as the target's" if same else "NOT the target's"

@@ -27,6 +27,7 @@ def blueprint(config: RunConfig, plan: LayerPlan | None = None) -> VisionLanguag
             adapter_config=config.adapter,
             lora=config.lora,
             plan=plan,
+            words_only=stages.words_only(config),
             on_meta=True,
         )
     )

@@ -138,6 +138,8 @@ class Engine:
         """
         for group, rate in zip(self.optimizer.param_groups, self.rates.values(), strict=True):
             group["lr"] = rate * self.factor(step)
+        if self.model.teacher is not None:
+            self.model.teacher.begin(step)
         norm, share = 0.0, 0.0
         shares: list[torch.Tensor] = []
         tokens: list[torch.Tensor] = []

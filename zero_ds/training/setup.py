@@ -203,6 +203,7 @@ def load_model(config: RunConfig, ds: dict[str, Any], folders: ModelFolders | No
                 attention=config.attention,
                 seed=config.seed,
                 lora=config.lora,
+                words_only=stages.words_only(config),
             )
         )
         if config.distill.active:

@@ -3,8 +3,9 @@
 Only this file knows stages by name. Source: Table A.2 and appendix A.5 of the paper. `pretrain-early` is the paper's
 starred control: the kept layers before the translators train as well, which makes a better surrogate and ruins the
 graft. `translator`, which the paper does not have, trains only the translators, on text, as a first step before
-`pretrain` for small budgets. `align` is for a distilled small model in place of the surrogate (appendix A.8): it has
-another width, and one linear layer is trained to bridge the two.
+`pretrain` for small budgets. `words` and `words-encoder`, which the paper does not have either, train against the word
+embeddings of the target alone (model/word_space.py). `align` is for a distilled small model in place of the surrogate
+(appendix A.8): it has another width, and one linear layer is trained to bridge the two.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Stage:
     supervise: Supervision
     vision: bool = True
     """True if the model has a vision encoder."""
+    words_only: bool = False
+    """True if of the decoder only the word embeddings are read."""
     without_vision: bool = False
     """True if the stage also trains a language model alone, in a run without `encoder`."""
 
@@ -50,6 +53,20 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
+        Stage(
+            name="words",
+            trains=("adapter", "aligner"),
+            decoder="target",
+            supervise="response",
+            words_only=True,
+        ),
+        Stage(
+            name="words-encoder",
+            trains=("encoder", "adapter", "aligner"),
+            decoder="target",
+            supervise="response",
+            words_only=True,
+        ),
         Stage(name="translator", trains=("translator",), decoder="surrogate", supervise="response", vision=False),
         Stage(name="pretrain", trains=("adapter", "translator"), decoder="surrogate", supervise="special_tokens"),
         Stage(
@@ -89,6 +106,8 @@ def stage_of(config: RunConfig) -> Stage:
         raise ConfigError(f"stage {stage.name} needs a vision encoder; set encoder.path=FOLDER.")
     if trains_alone(config):
         _check_text_alone(config)
+    if stage.words_only:
+        _check_words_only(config)
     if decoder_kind(config) == "surrogate" and not config.surrogate:
         raise ConfigError(f"stage {stage.name} trains against a surrogate; set surrogate=FOLDER or decoder=target.")
     if stage.trains == ("aligner",) and config.adapter.width is None:
@@ -102,6 +121,31 @@ def stage_of(config: RunConfig) -> Stage:
     if not trained_parts(config):
         raise ConfigError(f"stage {stage.name} has nothing to train against the target; leave out decoder=target.")
     return stage
+
+
+def words_only(config: RunConfig) -> bool:
+    """Returns whether the run reads only the word embeddings of its decoder."""
+    return STAGES[config.stage].words_only
+
+
+def uses_words(config: RunConfig) -> bool:
+    """Returns whether a loss in the space of words belongs to the run."""
+    return has_vision(config) and (words_only(config) or config.align.weight > 0)
+
+
+def _check_words_only(config: RunConfig) -> None:
+    """Refuses settings that need a decoder in a run that has only its word embeddings.
+
+    Raises:
+        ConfigError: answers or distillation are asked for, or dynamic weights of responses.
+    """
+    without = f"stage {config.stage} has no decoder"
+    if config.preview.every_steps:
+        raise ConfigError(f"{without} that could answer; set preview.every_steps=null.")
+    if config.distill.active:
+        raise ConfigError(f"{without} to distil; set distill.logits=0 and distill.hidden=0.")
+    if config.losses or config.dynamic_loss.order:
+        raise ConfigError(f"{without}, so losses and dynamic_loss have no place in it; leave them out.")
 
 
 def has_vision(config: RunConfig) -> bool:
@@ -201,7 +245,11 @@ def remarks(config: RunConfig) -> list[str]:
         f"optimizer.learning_rates.{part} has no effect: this run trains {', '.join(trained)} alone."
         for part in config.optimizer.learning_rates
         if part not in trained
-    ]
+    ] + (
+        [f"align.weight={config.align.weight:g} has no effect: this run sees no images."]
+        if config.align.weight and not has_vision(config)
+        else []
+    )
 
 
 def check_start(config: RunConfig) -> list[Path]:

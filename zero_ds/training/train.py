@@ -27,6 +27,7 @@ from zero_ds.training.setup import (
     total_steps,
 )
 from zero_ds.training.skipped import SkippedSamples
+from zero_ds.training.words import make_word_space
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def _train(config: RunConfig) -> Path:
     config = run.config
     model = load_model(config, run.ds, run.folders)
     loader = make_loader(config, model, folders=run.folders)
+    model.word_space = make_word_space(config, model, loader, run.folders)
     gc.freeze()  # DeepSpeed collects garbage several times while it sets up, and need not look at what exists by now
     skipped = SkippedSamples(config.data.max_bad_samples)
     skipped.add_records(loader.records)

@@ -15,6 +15,7 @@ import torch
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.layer_plan import LayerPlan, Replaced
 from zero_ds.runtime.errors import ConfigError
+from zero_ds.trajectory.probe import LookupCurve
 from zero_ds.trajectory.texts import TokenSample
 from zero_ds.trajectory.transition import Floats, Transition
 
@@ -44,6 +45,8 @@ class Setting:
     """System message of every conversation; None for the chat template's own."""
     template_hash: str | None = None
     """Hash of a chat template in place of the model's own; None for that."""
+    lookups_hash: str | None = None
+    """First 32 digits of the SHA-256 of the file of questions; None without, and in files of older versions."""
 
     def same(self, content: dict[str, Any]) -> bool:
         """Returns whether a trajectory.json was measured with this setting, wherever model and data were then."""
@@ -61,14 +64,24 @@ class Trajectory:
     curves: Floats
     """Divergences (samples, layers), in the metric's unit; the last layer's are zero."""
     transition: Transition
+    lookup: LookupCurve | None = None
+    """What can be looked up at each layer, if questions were given."""
 
     @property
     def plan(self) -> LayerPlan | None:
-        """The proposed surrogate: late phase replaced, last layer kept as in the paper. None if uncertain."""
+        """The proposed surrogate: late phase replaced, last layer kept as in the paper. None if uncertain.
+
+        With questions, the layers that look-ups need are kept as well.
+        """
         depth = self.curves.shape[1]
         if self.transition.verdict == "uncertain" or self.transition.layer is None:
             return None
-        return LayerPlan(depth, (Replaced(self.transition.layer, depth - 2),))
+        first = self.transition.layer
+        if self.lookup is not None:
+            if self.lookup.verdict == "uncertain" or self.lookup.layer is None:
+                return None
+            first = max(first, self.lookup.layer)
+        return LayerPlan(depth, (Replaced(first, depth - 2),)) if first <= depth - 2 else None
 
     @property
     def spread(self) -> Floats:
@@ -83,11 +96,15 @@ class Trajectory:
         if plan:
             replaced = plan.replaced[0]
             proposed = {"replace": f"{replaced.first}:{replaced.last}", "name": str(plan)}
+        setting = asdict(self.setting)
+        if setting["lookups_hash"] is None:
+            del setting["lookups_hash"]
         return {
-            **asdict(self.setting),
+            **setting,
             "samples": len(self.curves),
             "layers": self.curves.shape[1],
             "transition": asdict(self.transition),
+            **({"lookup": asdict(self.lookup)} if self.lookup else {}),
             "proposed": proposed,
             "mean": _rounded(self.curves.mean(axis=0)),
             "median": _rounded(np.median(self.curves, axis=0)),
@@ -127,6 +144,8 @@ def proposed_range(folder: Path, model: DecoderFolder | Path) -> str:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         measured, verdict, proposed = content["target_hash"], content["transition"]["reason"], content["proposed"]
+        if content["transition"]["verdict"] == "clear" and "lookup" in content:
+            verdict = content["lookup"]["reason"]
         replace = str(proposed["replace"]) if proposed else None
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{folder} holds no readable trajectory.json; run `zero-ds trajectory` first.") from None

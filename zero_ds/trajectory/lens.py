@@ -58,6 +58,11 @@ class Lens:
         """Returns float32 logits (rows, part) of final-normed states (rows, hidden) for a part of the head."""
         return self.family.capped(self.config, normed @ head.T).float()
 
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns float32 logits of few positions: (rows, hidden), before the final norm -> (rows, vocabulary)."""
+        normed = self.norm(hidden_states)
+        return torch.cat([self.scores(normed, head) for _, head in self.pieces(len(normed))], dim=1)
+
     def normalizer(self, normed: torch.Tensor) -> torch.Tensor:
         """Returns the log of the sum of exponentials over the vocabulary, (rows,), of final-normed states."""
         total = torch.full((len(normed),), -torch.inf, device=normed.device)

@@ -6,13 +6,16 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zero_ds.data.conversations import read_template
+from zero_ds.data.conversations import ChatTemplate, read_template
 from zero_ds.data.formats import DataError
+from zero_ds.data.samples import SampleEncoder
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
@@ -20,16 +23,21 @@ from zero_ds.runtime.files import new_folder
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.precision import fast_dtype
 from zero_ds.trajectory.curves import Setting, Trajectory
-from zero_ds.trajectory.lens import check_lens
+from zero_ds.trajectory.lens import Lens, ResidentLens, check_lens
+from zero_ds.trajectory.lookup import Lookup, read_lookups
 from zero_ds.trajectory.metrics import METRICS
 from zero_ds.trajectory.options import TrajectoryOptions
 from zero_ds.trajectory.plot import plot
-from zero_ds.trajectory.resident import measure_resident
-from zero_ds.trajectory.streaming import measure_streamed
-from zero_ds.trajectory.texts import answer_greedily, read_samples
+from zero_ds.trajectory.probe import measure_lookups
+from zero_ds.trajectory.resident import last_states_resident, measure_resident
+from zero_ds.trajectory.streaming import last_states_streamed, lens_of_files, measure_streamed
+from zero_ds.trajectory.texts import MAX_TOKENS, answer_greedily, read_samples
 from zero_ds.trajectory.transition import find_transition
 
 logger = logging.getLogger(__name__)
+
+MAX_LOOKUPS = 400
+"""Largest number of questions that are asked, chosen at random."""
 
 
 def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOptions | None = None) -> dict[str, Any]:
@@ -64,6 +72,7 @@ def measure_trajectory(model: str, data: Path, out: Path, options: TrajectoryOpt
         requested_samples=options.samples,
         system_prompt=options.system_prompt,
         template_hash=_text_hash(read_template(options.chat_template)),
+        lookups_hash=None if options.lookups is None else _file_hash(options.lookups),
     )
     earlier = read_earlier(out, setting)
     if earlier is not None:
@@ -131,23 +140,48 @@ def _measure(folder: DecoderFolder, setting: Setting, options: TrajectoryOptions
         system_prompt=options.system_prompt,
         chat_template=options.chat_template,
     )
+    lookups = _lookups(folder, options, template) if options.lookups is not None else []
     dtype = dtype_of(options)
     device = distributed.device()
     metric = METRICS[options.metric]
+    states: Callable[[list[list[int]]], Iterable[torch.Tensor]]
     if options.stream_layers:
         scratch = out.absolute().parent
         scratch.mkdir(parents=True, exist_ok=True)
         curves = measure_streamed(
             folder, chosen, metric=metric, batch_size=options.batch, dtype=dtype, device=device, scratch=scratch
         )
+        lens: Lens = lens_of_files(folder, dtype, device)
+        states = partial(last_states_streamed, folder, batch_size=options.batch, dtype=dtype, device=device)
     else:
         decoder = folder.load(dtype=dtype).to(device).eval()
         check_lens(decoder, folder.family, chosen[0])
         if options.greedy:
             chosen = answer_greedily(decoder, template, chosen, batch_size=options.batch)
         curves = measure_resident(decoder, folder.family, chosen, metric=metric, batch_size=options.batch)
+        lens = ResidentLens(decoder, folder.family)
+        states = partial(last_states_resident, decoder, folder.family, batch_size=options.batch)
+    curve = None
+    if lookups:
+        texts = [lookup.input_ids for lookup in lookups]
+        with torch.inference_mode():
+            curve = measure_lookups(
+                lambda: iter(states(texts)),
+                lookups,
+                lambda last: lens.logits(last.to(device, dtype)),
+                str(setting.lookups_hash),
+                options.seed,
+            )
     ids = tuple(sample.id for sample in chosen)
-    return Trajectory(setting, ids, curves, find_transition(curves, seed=options.seed))
+    return Trajectory(setting, ids, curves, find_transition(curves, seed=options.seed), curve)
+
+
+def _lookups(folder: DecoderFolder, options: TrajectoryOptions, template: ChatTemplate) -> list[Lookup]:
+    """Reads the questions of a second curve."""
+    assert options.lookups is not None
+    longest = min(MAX_TOKENS, getattr(folder.text_config(), "max_position_embeddings", None) or MAX_TOKENS)
+    encoder = SampleEncoder(template, "full", max_length=longest, system_prompt=options.system_prompt)
+    return read_lookups(options.lookups, encoder, count=MAX_LOOKUPS, seed=options.seed)
 
 
 def write(trajectory: Trajectory, out: Path) -> None:

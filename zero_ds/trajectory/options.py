@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.trajectory.metrics import METRICS
@@ -33,6 +34,8 @@ class TrajectoryOptions:
     """System message of every conversation; None for the chat template's own."""
     chat_template: str | None = None
     """File with a chat template; None for the model's own."""
+    lookups: Path | None = None
+    """File of questions whose answer is a word of the text before it (lookup.py), for a second curve."""
 
     def check(self) -> None:
         """Checks everything that can be checked without reading a file.
@@ -49,5 +52,7 @@ class TrajectoryOptions:
                 raise ConfigError(f"--{name} {number} is too small; give at least 1.")
         if self.stream_layers and self.greedy:
             raise ConfigError("--greedy needs the whole model in memory to answer; leave out --stream-layers.")
+        if self.lookups is not None and not self.lookups.is_file():
+            raise ConfigError(f"--lookups {self.lookups} does not exist; name a file of questions.")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed} is negative; give 0 or more.")

@@ -9,6 +9,7 @@ import numpy as np
 
 from zero_ds.trajectory.curves import Trajectory
 from zero_ds.trajectory.metrics import METRICS
+from zero_ds.trajectory.probe import LookupCurve
 from zero_ds.trajectory.transition import Floats
 
 
@@ -23,6 +24,17 @@ def draw_curves(axes: Any, curves: Floats, unit: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, curves.shape[1] - 1)
     axes.set_ylim(0, max(1e-3, float(np.percentile(curves.max(axis=0), 95)) * 1.25))
+
+
+def _draw_lookups(axes: Any, lookup: LookupCurve) -> None:
+    """Adds the share of words that can be looked up at each layer, with an axis of its own on the right."""
+    right = axes.twinx()
+    right.plot(lookup.curve, linewidth=1.2, linestyle="--", color="tab:red")
+    right.axhline(lookup.chance, linewidth=0.6, linestyle=":", color="tab:red")
+    right.set_ylim(0, 1)
+    right.set_ylabel("words that a probe looks up (dashed)", color="tab:red")
+    if lookup.layer is not None:
+        right.axvline(lookup.layer, linewidth=0.8, linestyle=":", color="tab:red")
 
 
 def plot(trajectory: Trajectory, folder: Path) -> None:
@@ -41,5 +53,7 @@ def plot(trajectory: Trajectory, folder: Path) -> None:
         above = (transition.layer, axes.get_ylim()[1] * 0.97)
         axes.annotate(text, xy=point, xytext=above, ha="center", va="top", arrowprops={"arrowstyle": "->"})
     axes.legend(loc="lower left", frameon=False)
+    if trajectory.lookup is not None:
+        _draw_lookups(axes, trajectory.lookup)
     figure.savefig(folder / "trajectory.png", dpi=160)
     figure.savefig(folder / "trajectory.pdf")

@@ -63,3 +63,24 @@ def _measure_batch(lens: ResidentLens, samples: Sequence[list[int]], metric: Met
         numbers = [metric.read(lens, hidden_states, targets, final) for hidden_states in states[:-1]]
         numbers.append(torch.zeros_like(final.normalizer))
     return metric.curves(torch.stack(numbers)[:, reading], [len(ids) for ids in samples])
+
+
+def last_states_resident(
+    decoder: nn.Module, family: Family, texts: Sequence[list[int]], *, batch_size: int
+) -> list[torch.Tensor]:
+    """Returns every layer's hidden states at the last tokens of texts: (texts, hidden) each, on the CPU."""
+    layers = family.layers(decoder)
+    width = cast(Any, decoder).config.get_text_config().hidden_size
+    found = [torch.empty(len(texts), width) for _ in layers]
+    with torch.inference_mode(), progress(sum(map(len, texts)), "looking up", "token") as bar:
+        for rows in batches([len(text) for text in texts], batch_size):
+            input_ids, mask = padded([texts[row] for row in rows], cast(Any, decoder).device)
+            ends = mask.sum(1) - 1
+
+            def receive(number: int, output: torch.Tensor, rows: list[int] = rows, ends: torch.Tensor = ends) -> None:
+                found[number][rows] = output[torch.arange(len(rows), device=output.device), ends].float().cpu()
+
+            with tapped(layers, receive):
+                family.hidden_states(decoder, cast(Any, decoder).get_input_embeddings()(input_ids), mask)
+            bar.update(int(mask.sum()))
+    return found

@@ -117,6 +117,13 @@ class LayerFiles:
             _leave_out_(layer, self.family)
         return model
 
+    def put_in_(self, layer: int) -> nn.Module:
+        """Gives a layer of the skeleton its weights, so that it computes; returns it."""
+        module = self.family.layers(self.skeleton)[layer]
+        vars(module).pop("forward")
+        self.fill_(module, f"{self.family.layer_prefix}{layer}.")
+        return module.to(self.device)
+
     def made(self, name: str) -> dict[str, torch.Tensor]:
         """Returns a tensor of the class by its name, and those that are made from the same tensors of the files.
 
@@ -185,8 +192,6 @@ class _Texts:
 
     ids: list[list[int]]
     """Token ids of every text."""
-    starts: list[int]
-    """Index of every text's first token among all tokens, and at the end the number of all tokens."""
     tokens: torch.Tensor
     """Token ids of all texts, (tokens,)."""
     positions: tuple[torch.Tensor, ...]
@@ -196,10 +201,9 @@ class _Texts:
 
     @classmethod
     def of(cls, ids: list[list[int]], device: torch.device) -> _Texts:
-        starts = torch.tensor([0, *(len(text) for text in ids)]).cumsum(0).tolist()
         tokens = torch.tensor([token for text in ids for token in text], device=device)
         own, reading = readings(ids)
-        return cls(ids, starts, tokens, own.to(device).split(POSITIONS), reading)
+        return cls(ids, tokens, own.to(device).split(POSITIONS), reading)
 
     @property
     def read(self) -> int:
@@ -221,7 +225,7 @@ class _StreamedDecoder:
 
     def run(self, depth: int) -> Iterator[None]:
         """Runs the first `depth` layers over all texts, and yields after each, when `hidden_states` is its output."""
-        _embed(self.files, self.texts.tokens, self.hidden_states)
+        embed(self.files, self.texts.tokens, self.hidden_states)
         for layer in range(depth):
             _apply_layer(self.files, layer, self.texts, self.batch_size, self.hidden_states)
             yield
@@ -258,9 +262,7 @@ def measure_streamed(
         hidden_states = stack.enter_context(_hidden_states((len(texts.tokens), hidden), dtype, device, scratch))
         bar = stack.enter_context(progress(applied * len(texts.tokens), "measuring", "token"))
         decoder = _StreamedDecoder(files, texts, batch_size, hidden_states, bar)
-        norm = files.family.norm(_one_layer(files, 0))
-        files.fill_(norm, files.family.final_norm)
-        lens = FileLens(files, norm)
+        lens = lens_of_files(files.folder, dtype, device)
         if metric.needs_final_layer:
             normed = stack.enter_context(_hidden_states((texts.read, width), dtype, device, scratch))
             final = _final_layer(decoder, depth, lens, normed)
@@ -273,6 +275,36 @@ def measure_streamed(
     result[order] = curves
     check_finite(result, samples, dtype)
     return result
+
+
+def last_states_streamed(
+    folder: DecoderFolder | Path,
+    texts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[torch.Tensor]:
+    """Yields every layer's hidden states at the last tokens of texts: (texts, hidden)."""
+    files = LayerFiles.of(folder, dtype, device)
+    order = [row for rows in batches([len(text) for text in texts], batch_size) for row in rows]
+    placed = _Texts.of([list(texts[row]) for row in order], device)
+    ends = torch.tensor([len(texts[row]) for row in order], device=device).cumsum(0) - 1
+    with torch.inference_mode(), progress(files.folder.depth * len(placed.tokens), "looking up", "token") as bar:
+        hidden_states = torch.empty((len(placed.tokens), files.config.hidden_size), dtype=dtype, device=device)
+        decoder = _StreamedDecoder(files, placed, batch_size, hidden_states, bar)
+        for _ in decoder.run(files.folder.depth):
+            found = torch.empty_like(hidden_states[: len(order)])
+            found[order] = hidden_states[ends]
+            yield found
+
+
+def lens_of_files(folder: DecoderFolder | Path, dtype: torch.dtype, device: torch.device) -> FileLens:
+    """Returns the lens of a decoder that is not in memory."""
+    files = LayerFiles.of(folder, dtype, device)
+    norm = files.family.norm(_one_layer(files, 0))
+    files.fill_(norm, files.family.final_norm)
+    return FileLens(files, norm)
 
 
 def _final_layer(decoder: _StreamedDecoder, depth: int, lens: Lens, normed: torch.Tensor) -> list[FinalLayer]:
@@ -320,7 +352,7 @@ def _one_layer(files: LayerFiles, layer: int) -> Any:
         return AutoModel.from_config(config, dtype=files.dtype, attn_implementation=attention).eval()
 
 
-def _embed(files: LayerFiles, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
+def embed(files: LayerFiles, tokens: torch.Tensor, hidden_states: torch.Tensor) -> None:
     """Writes the word embeddings of all tokens to `hidden_states`; reads only the rows of tokens that occur."""
     used, compact = tokens.unique(return_inverse=True)
     module = _one_layer(files, 0).get_input_embeddings()
@@ -339,36 +371,61 @@ def _embed(files: LayerFiles, tokens: torch.Tensor, hidden_states: torch.Tensor)
         hidden_states[rows] = module(compact[rows])
 
 
-def _apply_layer(files: LayerFiles, layer: int, texts: _Texts, batch_size: int, hidden_states: torch.Tensor) -> None:
-    """Replaces the hidden states of all texts by the layer's output."""
+@dataclass(frozen=True)
+class LoadedLayer:
+    """One decoder layer with its weights, at its place in a model of its class whose other layers do nothing."""
+
+    files: LayerFiles
+    number: int
+    model: Any
+    module: nn.Module
+
+    def apply_(self, texts: Sequence[Sequence[int]], batch_size: int, hidden_states: torch.Tensor) -> None:
+        """Replaces the hidden states of texts by the layer's output.
+
+        texts: token ids of each, of which only the numbers count. hidden_states: (tokens of all texts, hidden).
+        """
+        outputs: list[torch.Tensor] = []
+        start = 0
+        with tapped(nn.ModuleList([self.module]), lambda _, output: outputs.append(output)):
+            for begin in range(0, len(texts), batch_size):
+                batch = [list(text) for text in texts[begin : begin + batch_size]]
+                _, mask = padded(batch, self.files.device)
+                inputs = hidden_states.new_zeros((*mask.shape, hidden_states.shape[1]))
+                span = slice(start, start + sum(len(text) for text in batch))
+                inputs[mask.bool()] = hidden_states[span]
+                # steps of a class before its first layer, such as scaling the embeddings, must not happen again
+                with fed(self.module, inputs.clone()) if self.number else nullcontext():
+                    self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+                hidden_states[span] = outputs.pop()[mask.bool()]
+                start = span.stop
+
+
+@contextmanager
+def loaded_layer(files: LayerFiles, layer: int) -> Iterator[LoadedLayer]:
+    """Yields a layer, whose weights are in memory as long as the block is open."""
     if files.folder.is_registered:
         model = _one_layer(files, layer)
         module = files.family.layers(model)[0]
         files.family.replace_norm_(model, nn.Identity())
         model.set_input_embeddings(nn.Identity())
+        files.fill_(module, f"{files.family.layer_prefix}{layer}.")
+        model.to(files.device)
     else:
         model = files.skeleton
-        module = files.family.layers(model)[layer]
-        vars(module).pop("forward")
-    files.fill_(module, f"{files.family.layer_prefix}{layer}.")
-    (model if files.folder.is_registered else module).to(files.device)
-    outputs: list[torch.Tensor] = []
-    with tapped(nn.ModuleList([module]), lambda _, output: outputs.append(output)):
-        for begin in range(0, len(texts.ids), batch_size):
-            batch = texts.ids[begin : begin + batch_size]
-            _, mask = padded(batch, files.device)
-            inputs = hidden_states.new_zeros((*mask.shape, hidden_states.shape[1]))
-            span = slice(texts.starts[begin], texts.starts[begin + len(batch)])
-            inputs[mask.bool()] = hidden_states[span]
-            # steps of a class before its first layer, such as scaling the embeddings, must not happen again
-            with fed(module, inputs.clone()) if layer else nullcontext():
-                model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
-            hidden_states[span] = outputs.pop()[mask.bool()]
+        module = files.put_in_(layer)
+    yield LoadedLayer(files, layer, model, module)
     if not files.folder.is_registered:
         _leave_out_(module, files.family)
         for part in module.modules():  # buffers stay: they are small, and many are not in the files
             for name, value in part.named_parameters(recurse=False):
                 setattr(part, name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
+
+
+def _apply_layer(files: LayerFiles, layer: int, texts: _Texts, batch_size: int, hidden_states: torch.Tensor) -> None:
+    """Replaces the hidden states of all texts by the layer's output; the layer is gone when it returns."""
+    with loaded_layer(files, layer) as loaded:
+        loaded.apply_(texts.ids, batch_size, hidden_states)
 
 
 def _leave_out_(layer: nn.Module, family: Family) -> None:

@@ -133,11 +133,29 @@ def answer_greedily(
     decoder: nn.Module, template: ChatTemplate, questions: Sequence[TokenSample], *, batch_size: int
 ) -> list[TokenSample]:
     """Returns the questions, each followed by the model's own greedy answer of at most 128 tokens (appendix A.1)."""
+    return generate_answers(decoder, template, questions, batch_size=batch_size, tokens=ANSWER_TOKENS)
+
+
+def generate_answers(
+    decoder: nn.Module,
+    template: ChatTemplate,
+    questions: Sequence[TokenSample],
+    *,
+    batch_size: int,
+    tokens: int,
+    sampled: bool = False,
+) -> list[TokenSample]:
+    """Returns the questions, each followed by what the model writes after it, with the end of the turn if it comes.
+
+    tokens: largest number of tokens that are written. sampled: draw every token from the model's distribution instead
+    of taking the most probable one.
+    """
     from transformers import GenerationConfig
 
     model = cast(Any, decoder)
     ends = list(template.ends())
-    settings = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=ends, pad_token_id=ends[0])
+    choice: dict[str, Any] = {"do_sample": True, "top_k": 0} if sampled else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=tokens, eos_token_id=ends, pad_token_id=ends[0], **choice)
     kept, model.generation_config = model.generation_config, settings  # else the model's own would fill the gaps
     answered: dict[int, TokenSample] = {}
     try:

@@ -25,6 +25,7 @@ from zero_ds.data.demo.scenes import (
     questions,
     sample_scene,
     scene_in_words,
+    tell,
 )
 from zero_ds.runtime.files import new_folder
 
@@ -32,7 +33,9 @@ TEXT_FILE = Path(__file__).parent / "texts.json"
 """File of prompts with the target's own answers, made by tools/make_demo_text.py."""
 
 
-def write_demo(out: Path, *, train: int = 6000, heldout: int = 500, told: int = 1500, seed: int = 0) -> None:
+def write_demo(
+    out: Path, *, train: int = 6000, heldout: int = 500, told: int = 1500, lookups: int = 400, seed: int = 0
+) -> None:
     """Writes the demo data set into the new folder `out`.
 
     * train.json: `train` images with two or three turns each.
@@ -40,6 +43,8 @@ def write_demo(out: Path, *, train: int = 6000, heldout: int = 500, told: int = 
     * heldout.json: `heldout` other images, each with one question and one caption as evaluation records
       (`evaluation/heldout/records.py`). No held-out image equals a training image.
     * trajectory.json: the text-only conversations with answers of the target.
+    * lookups.json: `lookups` questions about scenes that are told in words, whose answer is one of these words
+      (`trajectory/lookup.py`).
 
     Raises:
         ConfigError: `out` exists.
@@ -51,6 +56,7 @@ def write_demo(out: Path, *, train: int = 6000, heldout: int = 500, told: int = 
         _write_texts(folder, told, rng)
         _write_training(folder, train, rng, seen)
         _write_heldout(folder, heldout, rng, seen)
+        _write_lookups(folder, lookups, random.Random(f"{seed} lookups"))
 
 
 def _write_texts(folder: Path, told: int, rng: random.Random) -> None:
@@ -86,6 +92,25 @@ def _write_heldout(folder: Path, count: int, rng: random.Random, seen: set[bytes
         records.append(_evaluation_record(f"{name}-question", "question", image, item.answer, [item]))
         records.append(_evaluation_record(f"{name}-caption", "caption", image, caption(scene), words))
     _write(folder / "heldout.json", records)
+
+
+def _write_lookups(folder: Path, count: int, rng: random.Random) -> None:
+    """Writes lookups.json. Yes/no questions are left out: they compare, and look nothing up."""
+    records: list[dict[str, Any]] = []
+    while len(records) < count:
+        scene = sample_scene(rng)
+        item = rng.choice(questions(scene, rng))
+        if item.kind != "yes/no":
+            word = {"kind": item.kind, "start": len(item.prefix) + 1, "word": item.word, "choices": list(item.choices)}
+            name = f"lookup-{len(records)}"
+            asked = {
+                "id": name,
+                "question": tell(scene, item.question),
+                "answer": item.answer,
+                "words": [word],
+            }
+            records.append(asked)
+    _write(folder / "lookups.json", records)
 
 
 def _images(folder: Path, split: str, count: int, rng: random.Random, seen: set[bytes]) -> Iterator[tuple[str, Scene]]:

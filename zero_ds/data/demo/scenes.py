@@ -247,10 +247,15 @@ def questions(scene: Scene, rng: random.Random) -> list[Item]:
 
 def scene_in_words(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """Returns a question about an image that is described in words instead of shown, and its answer."""
-    told = caption(scene).removeprefix("The image shows ").rstrip(".")
     item = rng.choice([*questions(scene, rng), None])
     if item is None:
         question, answer = rng.choice(CAPTION_PROMPTS), caption(scene)
     else:
         question, answer = item.question, item.answer
-    return f"Based on the visual elements captured in this image of {told}, {question}", answer
+    return tell(scene, question), answer
+
+
+def tell(scene: Scene, question: str) -> str:
+    """Returns a question about an image that is described in words instead of shown."""
+    words = caption(scene).removeprefix("The image shows ").rstrip(".")
+    return f"Based on the visual elements captured in this image of {words}, {question}"

@@ -50,6 +50,8 @@ def checkpoint_activations_(model: VisionLanguageModel, config: RunConfig, ds: d
     model: with the parts that train marked. ds: resolved DeepSpeed configuration of the run.
     """
     depth = len(model.family.layers(model.decoder))
+    if not depth:
+        return
     if config.activation_checkpointing != "auto":
         recompute_(model, range(depth) if config.activation_checkpointing else ())
         return

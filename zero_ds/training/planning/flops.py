@@ -37,7 +37,7 @@ SUPERVISED = 24
 
 
 def encoder_step_ratio(
-    surrogate: DecoderFolder | Path, *, distilled: bool, target: DecoderFolder | Path | None = None
+    surrogate: DecoderFolder | Path, *, distilled: bool, target: DecoderFolder | Path | None = None, every: int = 1
 ) -> float:
     """Returns the decoder's FLOPs in an encoder-stage step on a surrogate, divided by those on its target.
 
@@ -45,6 +45,7 @@ def encoder_step_ratio(
         distilled: whether the translators follow the target in this stage (`distill.*`). Then the target's late layers
             run forward, and the surrogate's late layers a second time.
         target: folder of the target; by default the one that surrogate.json names.
+        every: number of steps of which one is distilled (`distill.every`).
 
     Raises:
         ConfigError: `surrogate` is not a surrogate, or its target is missing.
@@ -52,12 +53,13 @@ def encoder_step_ratio(
     small = DecoderFolder.of(surrogate)
     info = small.surrogate or read_surrogate(small.path)  # which refuses a folder that is not a surrogate
     large = DecoderFolder.of(target or local_folder(info.target))
-    flops = step_flops(small, length=LENGTH, supervised=SUPERVISED)
+    flops: float = step_flops(small, length=LENGTH, supervised=SUPERVISED)
     if distilled:
         plan = info.plan
         late, again = len(plan.target_late), len(plan.late)
-        flops += step_flops(large, length=LENGTH, supervised=SUPERVISED, layers=late, backward=False)
-        flops += step_flops(small, length=LENGTH, supervised=SUPERVISED, layers=again, trained=len(plan.translators))
+        more = step_flops(large, length=LENGTH, supervised=SUPERVISED, layers=late, backward=False)
+        more += step_flops(small, length=LENGTH, supervised=SUPERVISED, layers=again, trained=len(plan.translators))
+        flops += more / every
     return flops / step_flops(large, length=LENGTH, supervised=SUPERVISED)
 
 

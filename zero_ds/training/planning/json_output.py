@@ -8,6 +8,7 @@ from zero_ds.training.planning.cluster import Cluster
 from zero_ds.training.planning.data import AverageSample
 from zero_ds.training.planning.memory import PLACES
 from zero_ds.training.planning.model_size import ActivationBytes, DecoderSize
+from zero_ds.training.planning.offline import offline_cost
 from zero_ds.training.planning.plan import RecipePlan
 from zero_ds.training.planning.recipe import Option, RunPlan
 from zero_ds.training.planning.route import PAPER_GROUP, PAPER_HOURS, Leg, group_sizes, paper_cluster, shard_groups
@@ -40,6 +41,7 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
         "fastest": run.fitting[0].zero if run.fitting else None,
         "groups": [{**vars(group), "step": _step(group.step)} for group in groups],
         "routes": routes,
+        "offline_translators": dict(vars(offline)) if (offline := offline_cost(plan.routes, run.cluster)) else None,
         "fitted_between": comparison.between if comparison else None,
         "paper_hours": PAPER_HOURS.get(plan.target),
         "assumptions": assumptions(plan),

@@ -165,6 +165,8 @@ WITHOUT_EFFECT = (
     "activation_checkpointing",
     "preview",
     "profile",
+    "align",
+    "translate",
     "validation",
     "log_every",
     "seed",

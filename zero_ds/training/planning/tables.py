@@ -8,6 +8,7 @@ from zero_ds.training.planning import data
 from zero_ds.training.planning.cluster import ASSUMED, PCIE, Cluster
 from zero_ds.training.planning.memory import CAUSES, GIB
 from zero_ds.training.planning.model_size import DecoderSize
+from zero_ds.training.planning.offline import OfflineCost, offline_cost
 from zero_ds.training.planning.plan import RecipePlan
 from zero_ds.training.planning.recipe import Option, RunPlan
 from zero_ds.training.planning.route import (
@@ -264,7 +265,21 @@ def route_table(plan: RecipePlan) -> str:
         lines.append(sentence)
     if comparison:
         lines.append(_fit_sentence(cluster, comparison))
+    offline = offline_cost(plan.routes, cluster)
+    if offline:
+        lines.append(_offline_sentence(offline))
     return "\n".join(lines)
+
+
+def _offline_sentence(cost: OfflineCost) -> str:
+    """Returns what translators cost that are trained offline, in words."""
+    stage = "" if cost.stage_gpu_hours is None else f", where `pretrain` takes {number(cost.stage_gpu_hours)} GPU-hours"
+    return (
+        f"Beyond the paper: `zero-ds translate` on one GPU takes {number(cost.gpu_hours)} hours for {cost.tokens:,} "
+        f"tokens ({number(cost.target_hours)} for the target's forward pass, {number(cost.train_hours)} for "
+        f"{cost.passes} passes of training) and {cost.disk_gb:.0f} GB of disk{stage}; the adapter is then still to be "
+        "trained."
+    )
 
 
 def _leg_row(leg: Leg, hours: list[float | None]) -> list[str]:
