@@ -156,6 +156,7 @@ def main() -> None:
                 row |= failure(partial(decoder_census.step_under_zero3, work, config))
                 row["done"] += ["ZeRO-3"] if row.keys().isdisjoint({"error", "traceback"}) else []
             shutil.rmtree(work, ignore_errors=True)
+            row |= {"error": row["error"].replace(f"{work}/", "")} if "error" in row else {}
             known[model_type] = {**row, "seconds": round(time.monotonic() - started, 1)}
             out.write(json.dumps(known[model_type]) + "\n")
             out.flush()
