@@ -119,6 +119,7 @@ def test_image_tokens_of_common_encoders() -> None:
     assert [AdapterConfig(kind="pixel_shuffle", factor=factor).image_tokens(729) for factor in (2, 3)] == [196, 81]
     assert AdapterConfig(kind="pixel_shuffle", boundary_tokens=True).image_tokens(576) == 146
     assert [AdapterConfig(kind=kind).image_tokens(10) for kind in ("mlp", "linear")] == [10, 10], "on any grid"
+    assert AdapterConfig(kind="pooling") == AdapterConfig(kind="pooling", factor=2), "a run states its factor"
     assert set(KINDS) == set(get_args(AdapterConfig.model_fields["kind"].annotation))
     assert {name for name, kind in KINDS.items() if kind.merge} == set(MERGING)
 

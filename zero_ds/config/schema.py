@@ -102,6 +102,14 @@ class AdapterConfig(Section):
     width: int | None = Field(default=None, ge=1)
     """Hidden size that the adapter was trained for, if not this decoder's; a linear aligner then follows it (A.8)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _factor_is_stated(cls, values: Any) -> Any:
+        """Writes the default factor of kinds that merge patches into the configuration, which is then whole."""
+        if isinstance(values, dict) and values.get("kind") in MERGING and values.get("factor") is None:
+            return {**values, "factor": 2}
+        return values
+
     @model_validator(mode="after")
     def _factor_has_effect(self) -> AdapterConfig:
         if self.factor not in (None, 1) and self.kind not in MERGING:
@@ -114,7 +122,7 @@ class AdapterConfig(Section):
     @property
     def square(self) -> int:
         """Height and width, in patches, of the squares that become one image token; 1 where every patch is one."""
-        return (self.factor or 2) if self.kind in MERGING else 1
+        return (self.factor or 1) if self.kind in MERGING else 1
 
     @property
     def described(self) -> str:
