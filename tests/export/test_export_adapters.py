@@ -31,7 +31,7 @@ def run(made: Callable[..., Path], run_config: Callable[..., RunConfig], tmp_pat
     def make(target: Path | None = None, patch_norm: bool = False, **adapter: Any) -> Path:
         target = target or made("llama", tied=True)
         config = run_config(
-            "encoder",
+            "decoder" if adapter.get("width") else "encoder",  # the former trains aligners as well
             tmp_path / "run",
             decoder="target",
             target=str(target),
