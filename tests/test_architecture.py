@@ -215,6 +215,23 @@ def test_every_package_is_installed() -> None:
     assert present == listed
 
 
+COUNTS_PATCHES = {
+    "model.build",
+    "model.vlm",
+    "export.source",
+    "training.planning.architecture",
+    "training.planning.flops",
+}
+"""Modules that ask a vision encoder for the number of its patches: to count its own work, or for `image_tokens`."""
+
+
+def test_one_place_counts_image_tokens() -> None:
+    """`AdapterConfig.image_tokens` says how many positions an image takes; the patches alone do not."""
+    asks = re.compile(r"(family|encoder_of\(.*\))\.tokens_per_image\(")
+    found = {m for m in MODULES if asks.search(source(m).read_text(encoding="utf-8"))}
+    assert {module for module in found if not module.startswith("model.encoders")} == COUNTS_PATCHES
+
+
 ASKS_FOR_A_GPU = {"runtime.environment", "grafting.engines.vllm"}
 """Modules that may ask torch whether there is a GPU: the one that decides, and the one that serves vLLM, which chooses
 its devices itself."""

@@ -121,7 +121,7 @@ def test_only_one_module_spells_names_of_adapter_tensors() -> None:
     assert naming == ["modeling_grafted.py"]
 
 
-def three_layers(self: nn.Sequential, vision_width: int, width: int) -> None:
+def three_layers(self: nn.Sequential, vision_width: int, width: int, *_: object) -> None:
     first, second, third = nn.Linear(vision_width, width), nn.Linear(width, width), nn.Linear(width, width)
     nn.Sequential.__init__(self, first, nn.GELU(), second, nn.GELU(), third)
 

@@ -177,7 +177,8 @@ def graft(run: Path, target: Path, *more: str) -> tuple[dict[str, str], str]:
     return {row[1]: row[0] for row in rows if len(row) > 1}, str(done.exception or done.output.splitlines()[-1])
 
 
-NAMES = ["stage", "family", "hidden-size", "target", "tokenizer", "template", "embeddings", "encoder", "kept-layers"]
+NAMES = ["stage", "family", "hidden-size", "target", "tokenizer", "template", "embeddings", "encoder", "adapter"]
+NAMES += ["kept-layers"]
 
 
 def test_the_report_of_a_target_that_fits(trained: Path, made: Callable[..., Path]) -> None:

@@ -170,7 +170,7 @@ def _forget_layer_types(folder: Path, **more: Any) -> None:
     path.write_text(json.dumps({**config, **more}), encoding="utf-8")
 
 
-def clip(out: Path, *, layers: int = 3, seed: int = 0) -> None:
+def clip(out: Path, *, layers: int = 3, seed: int = 0, size: int = IMAGE_SIZE) -> None:
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(seed)
@@ -179,14 +179,12 @@ def clip(out: Path, *, layers: int = 3, seed: int = 0) -> None:
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        image_size=IMAGE_SIZE,
+        image_size=size,
         patch_size=PATCH,
         projection_dim=24,
     )
     CLIPVisionModel(config).save_pretrained(out)
-    CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    ).save_pretrained(out)
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(out)
 
 
 def siglip(out: Path, *, layers: int = 3, seed: int = 0) -> None:

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "tools" / "bench")]
 
 import checkpoints  # noqa: E402
 import image_table  # noqa: E402
+import image_tokens  # noqa: E402
 import report  # noqa: E402
 import rounding  # noqa: E402
 import save_scaling  # noqa: E402
@@ -162,7 +163,7 @@ def test_tables(
     settings: Any, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tables of step, checkpoints and scaling, with canned results of the ranks; everything else is real."""
-    for module in (step, checkpoints, scaling):
+    for module in (step, checkpoints, scaling, image_tokens):
         monkeypatch.setattr(module, "Group", Canned)
     monkeypatch.setattr(step, "build", lambda target, layers, out: build(target, layers, out))
     common, _ = settings
@@ -172,15 +173,19 @@ def test_tables(
         (step.main, {"cut": ["2:4"], "precision": "fp32"}),
         (checkpoints.main, {}),
         (scaling.main, {"cut": ["2:4", "1:4"], "length": [16, 32], "tokens": 64}),
+        (image_tokens.main, {"side": 6, "setting": [*target, "precision=fp32", "decoder=target"]}),
     ]
     for main, more in cases:
-        main(runs, setting=[*target, "precision=fp32"], rounds=2, out=out, **more)
+        main(runs, **{"setting": [*target, "precision=fp32"], "rounds": 2, "out": out, **more})
         assert json.loads(out.read_text())["machine"]["limits"]["fp32_gflops"] > 0
         if main is step.main:
             peer, full, cut = json.loads(out.read_text())["rows"][:3]
             assert peer["times_the_peer"] == 1 and cut["times_the_peer"] == 2 and full["share_of_peers_memory"] == 0.5
             # in half the time MFU doubles; a cut needs fewer FLOPs
             assert full["mfu"] == pytest.approx(2 * peer["mfu"]) and cut["mfu"] < full["mfu"]
+        if main is image_tokens.main:
+            found = json.loads(out.read_text())["rows"]
+            assert [one["tokens_per_image"] for one in found] == [36, 9, 4] and found[0]["flops"] == 1
         if main is checkpoints.main:
             assert json.loads(out.read_text())["rows"][0]["megabytes"] == pytest.approx(1.0)
     assert "contestant" in capsys.readouterr().out

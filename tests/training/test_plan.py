@@ -34,7 +34,7 @@ from zero_ds.training.planning.json_output import as_json
 from zero_ds.training.planning.plan import RecipePlan, plan
 from zero_ds.training.planning.recipe import RunPlan, plan_run
 from zero_ds.training.planning.route import fitted, shard_groups
-from zero_ds.training.planning.tables import route_table
+from zero_ds.training.planning.tables import image_table, route_table
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 
@@ -49,6 +49,23 @@ def test_a_language_model_alone_is_planned() -> None:
     assert found.routes == [] and found.run.size.groups.keys() == {"decoder"} and found.run.sample.images == 0
     assert found.run.steps == 3907
     assert "because a language model trains alone" in route_table(found)
+
+
+def test_steps_are_planned_by_the_number_of_image_tokens(run_config: Callable[..., RunConfig]) -> None:
+    """Of a model that makes a token of each patch, and of one that merges them; both say the same of each other."""
+    large = plan_run(load_run("llama-3.1-70b/encoder"), Cluster(128))
+    assert [(one.factor, one.image_tokens) for one in large.merging] == [(1, 576), (2, 144), (3, 64)]
+    computing = [one.step.computing for one in large.merging]
+    assert computing[0] > 2 * computing[1] > 2 * computing[2] and large.merging[0].step == large.fitting[0].step
+    rows = [line.split() for line in image_table(large).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["1", "(this"], ["2", "144"], ["3", "64"]] and rows[0][2] == "run)"
+    few, many = (plan_run(run_config("encoder", adapter={"kind": kind}), Cluster(2)) for kind in ("pooling", "mlp"))
+    assert (few.size.image_tokens, few.size.patches, many.size.image_tokens, many.size.patches) == (1, 4, 4, None)
+    assert [(one.factor, one.image_tokens) for one in few.merging] == [(1, 4), (2, 1)]
+    for one in few.merging:
+        (same,) = (other for other in many.merging if other.factor == one.factor)
+        assert same.step.flops == pytest.approx(one.step.flops)
+    assert few.merging[1].step.seconds == few.fitting[0].step.seconds
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

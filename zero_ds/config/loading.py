@@ -6,6 +6,7 @@ unknown key, at any depth, is an error that names the nearest known one.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -144,7 +145,11 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
         text = str(first["input"])
         return f"{name}={text} is not a text; if you mean the text {text}, write {name}='\"{text}\"'."
-    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}."
+    end = "."
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        near = did_you_mean(first["input"], re.findall(r"'([^']*)'", message))
+        end = near if near.endswith("?") else "."
+    return f"{name}={first['input']!r}: {message[0].lower()}{message[1:]}{end}"
 
 
 def _keys(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -45,6 +45,8 @@ A key that is added to `RunConfig` belongs either here or, if it changes numbers
 OLD_BEHAVIOUR: dict[str, Any] = {
     "frozen_weights": "native",
     "losses": {},
+    "adapter.kind": "mlp",
+    "adapter.factor": None,
     "data.shuffle": False,
     "data.special_tokens": [],
     "data.image_background": "white",

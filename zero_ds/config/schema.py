@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from math import ceil, isqrt
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -21,7 +22,7 @@ from pydantic import (
 
 from zero_ds.config.datasets import registered_datasets
 from zero_ds.config.resume import fingerprint
-from zero_ds.runtime.errors import did_you_mean
+from zero_ds.runtime.errors import ConfigError, did_you_mean
 from zero_ds.runtime.files import home_path
 
 
@@ -49,6 +50,8 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 Column = Literal["id", "image", "question", "answer", "caption", "conversations", "system"]
+MERGING = ("pixel_shuffle", "pooling")
+"""Values of `adapter.kind` that make one image token of several patches."""
 CAPTION_PROMPT = "Describe the image."
 """Question before the caption of an image, unless a recipe has another."""
 
@@ -87,12 +90,71 @@ class EncoderConfig(Section):
 
 
 class AdapterConfig(Section):
+    kind: Literal["mlp", "linear", "pixel_shuffle", "pooling"] = "mlp"
+    """Layers between vision encoder and decoder: Linear, GELU, Linear (`mlp`, the paper's), or one Linear (`linear`).
+    With `pixel_shuffle` and `pooling`, squares of patches become one image token before them: their features side by
+    side, or their mean."""
+    factor: int | None = Field(default=None, ge=1)
+    """Height and width, in patches, of the squares that `pixel_shuffle` and `pooling` merge; empty: 2."""
     boundary_tokens: bool = False
     """Marks the start and the end of the image tokens with learned embeddings, as in the reference implementation."""
     match_embeddings: bool = False
     """Scales the adapter so that image tokens start with the standard deviation of word embeddings."""
     width: int | None = Field(default=None, ge=1)
     """Hidden size that the adapter was trained for, if not this decoder's; a linear aligner then follows it (A.8)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _factor_is_stated(cls, values: Any) -> Any:
+        """Writes the default factor of kinds that merge patches into the configuration, which is then whole."""
+        if isinstance(values, dict) and values.get("kind") in MERGING and values.get("factor") is None:
+            return {**values, "factor": 2}
+        return values
+
+    @model_validator(mode="after")
+    def _factor_has_effect(self) -> AdapterConfig:
+        if self.factor not in (None, 1) and self.kind not in MERGING:
+            raise ValueError(
+                f"adapter.kind={self.kind} makes an image token of every patch, so adapter.factor={self.factor} has no "
+                f"effect; choose adapter.kind={' or '.join(MERGING)}, or adapter.factor=null"
+            )
+        return self
+
+    @property
+    def square(self) -> int:
+        """Height and width, in patches, of the squares that become one image token; 1 where every patch is one."""
+        return (self.factor or 1) if self.kind in MERGING else 1
+
+    @property
+    def described(self) -> str:
+        """The kind in words, with the size of its squares; equal for adapters whose tensors mean the same."""
+        return self.kind if self.kind not in MERGING else f"{self.kind} of {self.square} x {self.square} patches"
+
+    def image_tokens(self, patches: int) -> int:
+        """Returns the number of positions that an image, or a tile of one, takes in a sequence.
+
+        No other code counts them. A grid that the squares do not fill has squares at its right and lower edge that
+        are partly empty: 27 x 27 patches become 14 x 14 tokens by `factor` 2, and 9 x 9 by 3.
+
+        patches: number of patch tokens of the vision encoder.
+
+        Raises:
+            ConfigError: the patches are not a square grid, or the squares are larger than it.
+        """
+        if self.square > 1:
+            side = isqrt(patches)
+            if side**2 != patches:
+                raise ConfigError(
+                    f"adapter.kind={self.kind} merges squares of a square grid, and the vision encoder makes {patches} "
+                    "patches of an image; choose adapter.kind=mlp."
+                )
+            if self.square > side:
+                raise ConfigError(
+                    f"adapter.factor={self.square} is larger than the vision encoder's grid of {side} x {side} patches"
+                    f"; choose at most {side}."
+                )
+            patches = ceil(side / self.square) ** 2
+        return patches + (2 if self.boundary_tokens else 0)
 
 
 class SourceConfig(Section):

@@ -31,6 +31,8 @@ STRATEGIES: dict[int, Any] = {0: "full", 1: "default"}
 """Llava's `vision_feature_select_strategy`, by the number of tokens that the encoder puts before the patches."""
 PROJECTOR = ("multi_modal_projector.linear_1", "multi_modal_projector.linear_2")
 """Linear layers of Llava's projector, first to last; `.weight` and `.bias` follow."""
+PLAIN = {"mlp": "gelu", "linear": "linear"}
+"""Kinds of adapters that Llava's projector can be, with the activation between its two layers."""
 DECODER = "language_model."
 """Prefix of the decoder's tensors."""
 
@@ -71,9 +73,9 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         for name, tensor in source.encoder_tensors().items():
             found[_encoder_name(source, name)] = tensor
         adapter = source.adapter_spans()
-        if source.has_aligner:
+        if _is_computed(source):
             in_order = linear_layers({name: read(span) for name, span in adapter.items()})
-            for name, value in fold_aligner(in_order, source.dtype).items():
+            for name, value in _computed_projector(source, in_order).items():
                 found[name] = in_memory(value, source.dtype)
         else:
             for name, span in _projector(linear_layers(adapter)).items():
@@ -87,7 +89,7 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         for name, tensor in model.encoder.state_dict().items():
             yield LoadedTensor(_encoder_name(source, name), tensor, exact=True)
         in_order = linear_layers({name: p.detach() for name, p in adapter_parameters(model).items()})
-        projector = fold_aligner(in_order, source.dtype) if source.has_aligner else _projector(in_order)
+        projector = _computed_projector(source, in_order) if _is_computed(source) else _projector(in_order)
         for name, tensor in projector.items():
             yield LoadedTensor(name, tensor, exact=not source.has_aligner)
         merged = source.merged_weights()
@@ -131,6 +133,11 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
 def _what_llava_lacks(source: Source) -> str | None:
     """Returns the reason why Llava cannot express a model, or None."""
     config, text, encoder = source.config, source.text, source.encoder_family
+    if config.adapter.square > 1 or config.adapter.kind not in PLAIN:
+        return (
+            f"Llava's projector makes an image token of every patch; this run was trained with adapter.kind="
+            f"{config.adapter.kind}"
+        )
     if len(LINEARS) != len(PROJECTOR):
         return f"Llava's projector has {len(PROJECTOR)} linear layers; this adapter has {len(LINEARS)}"
     if config.adapter.boundary_tokens or source.encoder_config.patch_norm:
@@ -140,7 +147,8 @@ def _what_llava_lacks(source: Source) -> str | None:
     family = source.decoder.family
     if getattr(text, family.score_cap, None) or getattr(text, "attn_logit_softcapping", None):
         return f"Llava has no soft-capping of scores, which {family.name} needs"
-    if config.adapter.width is not None and config.adapter.width > text.hidden_size:
+    wider = config.adapter.width is not None and config.adapter.width > text.hidden_size
+    if wider and config.adapter.kind != "linear":
         return (
             f"Llava has no room for an adapter that is wider ({config.adapter.width} units) than its decoder "
             f"({text.hidden_size})"
@@ -202,6 +210,33 @@ def fold_aligner(layers: Sequence[Linear], dtype: torch.dtype) -> dict[str, torc
     )
 
 
+def _is_computed(source: Source) -> bool:
+    """Returns whether the projector's tensors are not simply those of the adapter."""
+    return source.has_aligner or source.config.adapter.kind == "linear"
+
+
+def _computed_projector(source: Source, layers: Sequence[Linear]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of Llava's projector for an adapter whose own tensors it does not have."""
+    if source.config.adapter.kind == "linear":
+        return linear_projector(layers, source.dtype)
+    return fold_aligner(layers, source.dtype)
+
+
+def linear_projector(layers: Sequence[Linear], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns one linear layer as the tensors of Llava's projector, whose activation is then `linear`, the identity.
+
+    layers: the adapter's linear layer, and the aligner if there is one. They are the projector's first layer; its
+    second is the identity matrix, which changes no bit of its input in any number format.
+    """
+    weight, bias = layers[0]
+    for after, after_bias in layers[1:]:
+        bias = after.double() @ bias.double() + after_bias.double()
+        weight = after.double() @ weight.double()
+    width = len(weight)
+    identity = (torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype))
+    return _projector([(weight.to(dtype), bias.to(dtype)), identity])
+
+
 def _llava_config(source: Source, texts: TextSettings) -> Any:
     from transformers import LlavaConfig
 
@@ -210,7 +245,7 @@ def _llava_config(source: Source, texts: TextSettings) -> Any:
         vision_config=vision,
         text_config=text,
         image_token_index=texts.image_token_id,
-        projector_hidden_act="gelu",
+        projector_hidden_act=PLAIN[source.config.adapter.kind],
         vision_feature_select_strategy=STRATEGIES[source.encoder_family.prefix_tokens],
         vision_feature_layer=source.encoder_config.feature_layer,
         image_seq_length=source.tokens_per_image,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from zero_ds.config.schema import AdapterConfig
 from zero_ds.data.images import ImageProcessor
 from zero_ds.data.read_image import WHITE
 from zero_ds.export.formats import LoadedTensor, write_image_reader
@@ -108,7 +109,11 @@ def _config(source: Source, texts: TextSettings) -> dict[str, Any]:
     text, vision = source.plain_configs()
     adapter = source.config.adapter
     attention = source.decoder.family.attention("sdpa")
-    other = {} if source.decoder.is_registered or attention == "sdpa" else {"decoder_attention": attention}
+    other: dict[str, Any] = {}
+    if not source.decoder.is_registered and attention != "sdpa":
+        other["decoder_attention"] = attention
+    if adapter.kind != AdapterConfig().kind:
+        other |= {"adapter_kind": adapter.kind, "adapter_factor": adapter.square}
     return {
         **other,
         "architectures": ["GraftedForCausalLM"],

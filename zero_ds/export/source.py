@@ -100,8 +100,7 @@ class Source:
     @property
     def tokens_per_image(self) -> int:
         """Number of image tokens of one view of an image, with its boundary embeddings."""
-        tokens = self.encoder_family.tokens_per_image(self.vision)
-        return tokens + 2 if self.config.adapter.boundary_tokens else tokens
+        return self.config.adapter.image_tokens(self.encoder_family.tokens_per_image(self.vision))
 
     @property
     def has_aligner(self) -> bool:

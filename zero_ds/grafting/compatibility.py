@@ -134,6 +134,7 @@ def compatibility(
         began_with = manifest.get("encoder_hash")
         encoder_hash = model_hash(local_folder(config.encoder.path), like=str(began_with))
         checks.append(Check.of("encoder", "vision encoder", began_with, encoder_hash))
+        checks.append(_compare_adapters(checkpoint, config))
 
     trained_early = _checkpoint_with_early_layers(checkpoint, config)
     if trained_early is not None:
@@ -207,17 +208,28 @@ def _surrogate_folder(config: RunConfig, surrogate: str | None) -> DecoderFolder
     return DecoderFolder(local_folder(config.surrogate))
 
 
+def _earlier_checkpoints(config: RunConfig) -> list[Checkpoint]:
+    """Returns the results that a run started from, as far as they are where it found them."""
+    folders = [Path(start) for start in config.starts]
+    return [find_checkpoint(folder) for folder in folders if folder.is_dir() and not is_peft_folder(folder)]
+
+
+def _compare_adapters(checkpoint: Checkpoint, config: RunConfig) -> Check:
+    """Compares the kind of the run's adapter with the results that it started from and that supply tensors of it."""
+    own = config.adapter.described
+    for earlier in _earlier_checkpoints(config):
+        kind = earlier.adapter()
+        if kind not in (None, own):
+            return Check("adapter", "adapter", own, f"{kind} in {earlier.folder}", False)
+    return Check("adapter", "adapter", own, own, True)
+
+
 def _checkpoint_with_early_layers(checkpoint: Checkpoint, config: RunConfig) -> Path | None:
     """Returns the folder of the checkpoint that holds trained kept layers (the starred control of the paper), if any.
 
     Searches the results that the run started from, then the run itself.
     """
-    searched = []
-    for start in config.starts:
-        folder = Path(start)
-        if folder.is_dir() and not is_peft_folder(folder):
-            searched.append(find_checkpoint(folder))
-    for candidate in [*searched, checkpoint]:
+    for candidate in [*_earlier_checkpoints(config), checkpoint]:
         if any(name.startswith("early.") for name in candidate.weight_spans()):
             return candidate.folder
     return None

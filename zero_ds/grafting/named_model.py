@@ -221,7 +221,7 @@ def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple
         )
     )
     projector = llava.model.multi_modal_projector
-    model.adapter = Adapter.of_linears([projector.linear_1, projector.linear_2])
+    model.adapter = Adapter.of_linears([projector.linear_1, projector.linear_2], projector.act)
     background = getattr(config, "image_background", WHITE)  # exports state it if it is another colour
     encoder = sample_encoder(model.eval(), folder, folder, _data(named, DataConfig(image_background=background)))
     for_texts_(encoder.template.tokenizer)

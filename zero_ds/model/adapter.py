@@ -2,21 +2,25 @@
 
 Three modules, of which the last two are options (`AdapterConfig`):
 
-    adapter    Linear, GELU, Linear: (images, tokens, vision width) -> (images, tokens, adapter width)
+    adapter    (images, patches, vision width) -> (images, tokens, adapter width), in one of the KINDS; the paper's is
+               Linear, GELU, Linear
     boundary   a learned embedding before and after the tokens of every image: tokens -> tokens + 2
     aligner    Linear to the decoder's width, if the adapter was trained for a decoder of another width (appendix A.8)
 
 Weights files name their tensors `adapter.*`, `boundary.*` and `aligner.*`. Grafting, export, planning and the loaders
-ask this file for the names and shapes.
+ask this file for the names and shapes. The number of image tokens is `AdapterConfig.image_tokens`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from zero_ds.config.schema import AdapterConfig
 from zero_ds.runtime.zero3 import gathered
@@ -27,7 +31,8 @@ PARTS = ("adapter", "boundary", "aligner")
 """Modules between vision encoder and decoder, in the order in which image features pass through them."""
 
 LINEARS = ("adapter.0", "adapter.2")
-"""Names of the adapter's linear layers, first to last; `.weight` and `.bias` follow."""
+"""Names of the adapter's linear layers, first to last; `.weight` and `.bias` follow. The kind `linear` has the first
+alone."""
 
 BOUNDARY = "boundary.embeddings.weight"
 """Name of the image-boundary embeddings: (2, adapter width), start before end."""
@@ -39,11 +44,92 @@ BOUNDARY_STD = 0.02
 """Standard deviation of the initial boundary embeddings."""
 
 
-class Adapter(nn.Sequential):
-    """Linear, GELU, Linear: (..., vision width) -> (..., width)."""
+# -- squares of patches ------------------------------------------------------------------------------------------------
 
-    def __init__(self, vision_width: int, width: int) -> None:
-        super().__init__(nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width))
+
+def squares_of(patches: torch.Tensor, size: int) -> torch.Tensor:
+    """Cuts grids of patches into squares: (images, patches, width) -> (images, squares, size * size, width).
+
+    Patches and squares are in reading order: row by row, each from left to right. A grid that `size` does not divide is
+    filled up with zeros at its right and lower edge.
+    """
+    side = isqrt(patches.shape[1])
+    assert side**2 == patches.shape[1], "AdapterConfig.image_tokens refuses other grids"
+    grid = patches.unflatten(1, (side, side))
+    if missing := -side % size:
+        grid = F.pad(grid, (0, 0, 0, missing, 0, missing))
+    cut = grid.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # images, rows, size, columns, size, width
+    return cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def side_by_side(patches: torch.Tensor, size: int) -> torch.Tensor:
+    """Puts the features of a square's patches side by side: (images, patches, width) -> (images, tokens, size^2 width).
+
+    They are in reading order, as after the pixel shuffle of InternVL 1.5 (arXiv:2404.16821) and Idefics3
+    (arXiv:2408.12637). Patches outside a grid that `size` does not divide are zeros.
+    """
+    return squares_of(patches, size).flatten(2)
+
+
+def averaged(patches: torch.Tensor, size: int) -> torch.Tensor:
+    """Averages each square of patches: (images, patches, width) -> (images, tokens, width).
+
+    As the pooling of DeCo (arXiv:2405.20985). Squares at the edge of a grid that `size` does not divide are
+    averages of the patches that they have.
+    """
+    means = squares_of(patches, size).mean(2)
+    if isqrt(patches.shape[1]) % size == 0:
+        return means
+    present = squares_of(torch.ones_like(patches[:1, :, :1], dtype=torch.float32), size).mean(2)
+    return (means / present).to(means.dtype)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value of `adapter.kind` computes."""
+
+    depth: int = 2
+    """Number of linear layers, with GELU between them."""
+    merge: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    """Function that makes one token of each square of patches before the first linear layer; None keeps all patches."""
+    widens: bool = False
+    """True if a merged token is as wide as the patches of its square together."""
+
+
+KINDS: dict[str, Kind] = {
+    "mlp": Kind(),
+    "linear": Kind(depth=1),
+    "pixel_shuffle": Kind(merge=side_by_side, widens=True),
+    "pooling": Kind(merge=averaged),
+}
+"""Kinds of adapters, by `adapter.kind`. Exports have the same in `export/remote/modeling_grafted.py`."""
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Sequential):
+    """Linear layers with GELU between them, after squares of patches have been merged if the kind does that.
+
+    (images, patches, vision width) -> (images, tokens, width)
+    """
+
+    merge: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    square = 1
+
+    def __init__(self, vision_width: int, width: int, config: AdapterConfig | None = None) -> None:
+        config = config or AdapterConfig()
+        kind = KINDS[config.kind]
+        modules: list[nn.Module] = [nn.Linear(vision_width * (config.square**2 if kind.widens else 1), width)]
+        for _ in range(1, kind.depth):
+            modules += [nn.GELU(), nn.Linear(width, width)]
+        super().__init__(*modules)
+        self.merge, self.square = kind.merge, config.square
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Computes image tokens from patch features. input: (images, patches, vision width)."""
+        merged = input if self.merge is None else self.merge(input, self.square)
+        return cast(torch.Tensor, super().forward(merged))
 
     @property
     def last(self) -> nn.Linear:
@@ -51,14 +137,14 @@ class Adapter(nn.Sequential):
         return cast(nn.Linear, self[-1])
 
     @classmethod
-    def of_linears(cls, layers: Sequence[nn.Linear]) -> Adapter:
-        """Makes an adapter of trained linear layers, first to last, with GELU between them.
+    def of_linears(cls, layers: Sequence[nn.Linear], activation: nn.Module | None = None) -> Adapter:
+        """Makes an adapter of trained linear layers, first to last, with an activation between them, by default GELU.
 
         Their number is that of the adapter that was trained, which need not be the number in new adapters.
         """
         modules: list[nn.Module] = [layers[0]]
         for layer in layers[1:]:
-            modules += [nn.GELU(), layer]
+            modules += [activation or nn.GELU(), layer]
         adapter = cls.__new__(cls)
         nn.Sequential.__init__(adapter, *modules)
         return adapter
@@ -81,7 +167,7 @@ class Boundary(nn.Module):
 def adapter_modules(config: AdapterConfig, vision_width: int, decoder_width: int) -> dict[str, nn.Module]:
     """Makes the modules between vision encoder and decoder, by their names in the model, with random weights."""
     width = config.width or decoder_width
-    modules: dict[str, nn.Module] = {"adapter": Adapter(vision_width, width)}
+    modules: dict[str, nn.Module] = {"adapter": Adapter(vision_width, width, config)}
     if config.boundary_tokens:
         modules["boundary"] = Boundary(width)
     if config.width:
@@ -123,7 +209,7 @@ def missing_tensors(model: nn.Module, loaded: Collection[str]) -> list[str]:
 
 def linear_layers(tensors: Mapping[str, T]) -> list[tuple[T, T]]:
     """Returns weight and bias of the adapter's linear layers, first to last. An aligner is the last of them."""
-    layers = [*LINEARS, ALIGNER] if f"{ALIGNER}.weight" in tensors else LINEARS
+    layers = [layer for layer in (*LINEARS, ALIGNER) if f"{layer}.weight" in tensors]
     return [(tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]) for layer in layers]
 
 
@@ -144,8 +230,7 @@ def match_embeddings_(model: Any, pixel_values: torch.Tensor) -> float:
     """Scales the last layer of adapter or aligner so that image tokens have the standard deviation of word embeddings.
 
     model: a VisionLanguageModel. pixel_values: (images, 3, height, width), on which the deviation is measured, the same
-    on every rank. Returns the factor. This only changes the initial weights: the trained adapter is an ordinary Linear,
-    GELU, Linear.
+    on every rank. Returns the factor. This only changes the initial weights: the trained adapter has ordinary layers.
     """
     assert model.adapter is not None
     words = cast(Any, model.decoder).get_input_embeddings().weight

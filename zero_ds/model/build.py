@@ -75,6 +75,7 @@ def build_model(spec: ModelSpec) -> VisionLanguageModel:
         return _put_together(spec.decoder, spec, spec.plan)
     folder = DecoderFolder.of(spec.decoder)
     _check_feature_layer(spec)
+    _check_image_tokens(spec)
     if spec.on_meta:
         with torch.device("meta"):
             modules = _modules_on_meta(folder, spec)
@@ -99,6 +100,12 @@ def _check_feature_layer(spec: ModelSpec) -> None:
             f"encoder.feature_layer={wanted}, but {spec.encoder} has {layers} layers, and so hidden states "
             f"{-layers - 1} to {layers}; choose one of these."
         )
+
+
+def _check_image_tokens(spec: ModelSpec) -> None:
+    """Refuses squares of patches that are larger than the vision encoder's grid, before anything is loaded."""
+    if spec.encoder is not None and spec.adapter_config is not None and spec.adapter_config.square > 1:
+        spec.adapter_config.image_tokens(encoder_of(spec.encoder).tokens_per_image(vision_config(spec.encoder)))
 
 
 def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:

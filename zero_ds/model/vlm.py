@@ -64,6 +64,7 @@ class VisionLanguageModel(nn.Module):
         self.boundary: Boundary | None = None
         self.adapter: Adapter | None = None
         self.aligner: nn.Linear | None = None
+        self.adapter_config = adapter_config or AdapterConfig()
         self.teacher: Any = None  # a distillation.Teacher, if the run distils
         self.word_space: Any = None  # a word_space.WordSpace, if the run draws image tokens to words
         self.loss_weights: Mapping[str, float] = {}  # of the terms that the run adds to the next-token loss
@@ -71,8 +72,9 @@ class VisionLanguageModel(nn.Module):
             assert encoder_family is not None and encoder_config is not None
             vision_width = encoder_family.vision_config(encoder).hidden_size
             decoder_width = cast(Any, decoder).config.get_text_config().hidden_size
-            for name, module in adapter_modules(adapter_config or AdapterConfig(), vision_width, decoder_width).items():
+            for name, module in adapter_modules(self.adapter_config, vision_width, decoder_width).items():
                 setattr(self, name, module)
+            self.tokens_per_image()  # which refuses squares that are larger than the grid of patches
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -168,7 +170,7 @@ class VisionLanguageModel(nn.Module):
         if self.encoder is None or self.encoder_family is None:
             return 0
         patches = self.encoder_family.tokens_per_image(self.encoder_family.vision_config(self.encoder))
-        return patches + (2 if self.boundary is not None else 0)
+        return self.adapter_config.image_tokens(patches)
 
     # -- forward -------------------------------------------------------------------------------------------------------
 

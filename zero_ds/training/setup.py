@@ -343,6 +343,12 @@ def _load_result(model: VisionLanguageModel, config: RunConfig, manifest: Manife
         check_manifest(checkpoint, target)
     if checkpoint.manifest.get("encoder_hash") and manifest["encoder_hash"]:
         check_manifest(checkpoint, {"encoder_hash": manifest["encoder_hash"]})
+    kind, before = config.adapter.described, checkpoint.adapter()
+    if config.encoder is not None and before not in (None, kind):
+        raise ConfigError(
+            f"{checkpoint.folder} holds an adapter of the kind {before}, and this run has {kind}; set adapter.kind and "
+            "adapter.factor as that run had them, or leave it out of init_from."
+        )
     names = load_weights_(model.named_targets(), checkpoint, skip=lambda name: stages.belongs_elsewhere(config, name))
     if any(name.startswith(stages.SURROGATE_ONLY) for name in names):
         check_manifest(checkpoint, {"plan": manifest["plan"]})

@@ -20,6 +20,9 @@ class GraftedConfig(PretrainedConfig):
     patch_norm: name of the encoder's norm that is applied to the patch tokens, or None.
     boundary_tokens: whether every view of an image has a learned embedding before and one after its tokens.
     adapter_width: hidden size of the adapter; 0 means the decoder's.
+    adapter_kind: "mlp" for Linear, GELU, Linear; "linear" for one linear layer; "pixel_shuffle" and "pooling" first
+        merge squares of patches, by putting their features side by side or by averaging them, and go on like "mlp".
+    adapter_factor: height and width of these squares, in patches.
     aligner: whether another linear layer brings the adapter's output to the decoder's hidden size.
     decoder_attention: implementation of attention in the decoder where sdpa cannot compute it, or None.
     """
@@ -37,6 +40,8 @@ class GraftedConfig(PretrainedConfig):
         patch_norm: str | None = None,
         boundary_tokens: bool = False,
         adapter_width: int = 0,
+        adapter_kind: str = "mlp",
+        adapter_factor: int = 1,
         aligner: bool = False,
         decoder_attention: str | None = None,
         **kwargs: Any,
@@ -49,6 +54,8 @@ class GraftedConfig(PretrainedConfig):
         self.patch_norm = patch_norm
         self.boundary_tokens = boundary_tokens
         self.adapter_width = adapter_width or self.text_config.hidden_size
+        self.adapter_kind = adapter_kind
+        self.adapter_factor = adapter_factor
         self.aligner = aligner
         self.decoder_attention = decoder_attention
         super().__init__(**kwargs)

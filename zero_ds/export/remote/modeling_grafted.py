@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,43 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_grafted import GraftedConfig
+
+
+class Adapter(nn.Sequential):
+    """Turns patch features into image tokens: merges squares of patches if its kind does that, then linear layers."""
+
+    def __init__(self, vision_size: int, hidden_size: int, kind: str, factor: int) -> None:
+        layers: list[nn.Module] = [nn.Linear(vision_size * (factor**2 if kind == "pixel_shuffle" else 1), hidden_size)]
+        if kind != "linear":
+            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+        super().__init__(*layers)
+        self.kind = kind
+        self.factor = factor
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(views, patches, vision hidden) -> (views, tokens, hidden)."""
+        if self.kind == "pixel_shuffle":
+            features = squares_of(features, self.factor).flatten(2)
+        elif self.kind == "pooling":
+            ones = torch.ones_like(features[:1, :, :1], dtype=torch.float32)
+            present = squares_of(ones, self.factor).mean(2)  # below 1 where a square reaches beyond the grid
+            features = (squares_of(features, self.factor).mean(2) / present).to(features.dtype)
+        features = super().forward(features)
+        return features
+
+
+def squares_of(features: torch.Tensor, size: int) -> torch.Tensor:
+    """Cuts grids of patches into squares: (views, patches, hidden) -> (views, squares, size * size, hidden).
+
+    Patches and squares are in reading order. A grid that `size` does not divide is filled up with zeros at its right
+    and lower edge.
+    """
+    side = math.isqrt(features.shape[1])
+    grid = features.unflatten(1, (side, side))
+    missing = -side % size
+    grid = nn.functional.pad(grid, (0, 0, 0, missing, 0, missing))
+    cut = grid.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # views, rows, size, columns, size, hidden
+    return cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class Boundary(nn.Module):
@@ -49,11 +87,7 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
         elif config.decoder_attention and text._attn_implementation == "sdpa":
             options["attn_implementation"] = config.decoder_attention
         self.encoder = AutoModel.from_config(config.vision_config)
-        self.adapter = nn.Sequential(
-            nn.Linear(config.vision_config.hidden_size, width),
-            nn.GELU(),
-            nn.Linear(width, width),
-        )
+        self.adapter = Adapter(config.vision_config.hidden_size, width, config.adapter_kind, config.adapter_factor)
         self.boundary = Boundary(width) if config.boundary_tokens else None
         self.aligner = nn.Linear(width, text.hidden_size) if config.aligner else None
         self.decoder = AutoModelForCausalLM.from_config(text, **options)

@@ -25,6 +25,9 @@ from typing import Any, TypedDict
 
 import torch
 
+from zero_ds.config.loading import validate
+from zero_ds.config.schema import AdapterConfig
+from zero_ds.model.adapter import belongs_to
 from zero_ds.model.loading import HASH_VERSION
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import open_regular
@@ -81,6 +84,20 @@ class Checkpoint:
     def weights_sha256(self) -> str:
         """SHA-256 that identifies the weights (`Manifest`)."""
         return str(self.manifest.get("weights_sha256"))
+
+    def adapter(self) -> str | None:
+        """Returns the kind of the adapter whose tensors it holds, in words; None if it holds none or does not say.
+
+        Kinds whose tensors have the same names and shapes would be read in place of each other without an error.
+
+        Raises:
+            CheckpointError: a damaged file. ConfigError: the manifest holds no valid configuration.
+        """
+        config = self.manifest.get("config")
+        stated = config.get("adapter") if isinstance(config, dict) else None
+        if not isinstance(stated, dict) or not any(belongs_to(name, "adapter") for name in self.weight_spans()):
+            return None
+        return validate(AdapterConfig, stated, what=f"manifest of {self.folder}").described
 
     def weights_files(self) -> dict[Path, str]:
         """Returns the files of the trained weights, in order, each with the SHA-256 that it had when it was saved.

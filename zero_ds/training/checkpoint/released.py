@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from zero_ds.config.loading import load_run, validate
-from zero_ds.config.schema import RunConfig
+from zero_ds.config.schema import AdapterConfig, RunConfig
 from zero_ds.model.adapter import BOUNDARY
 from zero_ds.model.decoders.folder import DecoderFolder, family_of_manifest
 from zero_ds.model.layer_plan import LayerPlan, Replaced
@@ -335,6 +335,11 @@ def to_released(weights: Path, out: Path) -> int:
         raise ConfigError(
             f"{checkpoint.folder} was trained without encoder.patch_norm and adapter.boundary_tokens, which the "
             "released layout cannot express; use zero-ds export."
+        )
+    if config.adapter.kind != AdapterConfig().kind:
+        raise ConfigError(
+            f"{checkpoint.folder} was trained with adapter.kind={config.adapter.kind}, for which the released layout "
+            "has no place; use zero-ds export."
         )
     checkpoint.check_weights()
     shape = checkpoint.manifest.get("origin", {}).get("boundary_shape", [-1])

@@ -171,8 +171,16 @@ def architecture(
         image_tokens=model.tokens_per_image(),
         cost=step_cost(model),
         sources=tuple(sources),
+        patches=_merged_patches(model),
     )
     return Architecture(model, size)
+
+
+def _merged_patches(model: VisionLanguageModel) -> int | None:
+    """Returns the number of patches of an image if the adapter merges them, otherwise None."""
+    if model.encoder is None or model.encoder_family is None or model.adapter_config.square == 1:
+        return None
+    return model.encoder_family.tokens_per_image(model.encoder_family.vision_config(model.encoder))
 
 
 def _largest_unit(model: VisionLanguageModel) -> int:

@@ -37,6 +37,16 @@ def as_json(plan: RecipePlan) -> dict[str, Any]:
         "micro_batch": run.micro_batch,
         "options": {option.zero: _option(run, option) for option in run.options},
         "refused": run.refused,
+        "image_tokens": [
+            {
+                "factor": one.factor,
+                "tokens_per_image": one.image_tokens,
+                "average_sample": one.length,
+                "step": _step(one.step),
+                "hours": run.hours(one.step.seconds),
+            }
+            for one in run.merging
+        ],
         "steps": run.steps,
         "fastest": run.fitting[0].zero if run.fitting else None,
         "groups": [{**vars(group), "step": _step(group.step)} for group in groups],

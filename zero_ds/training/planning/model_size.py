@@ -212,6 +212,8 @@ class ModelSize:
     cost: StepCost
     sources: tuple[str, ...]
     """Origin of every architecture, one sentence each."""
+    patches: int | None = None
+    """Number of patches of an image where the adapter merges them; None where each of them is an image token."""
 
     @property
     def trained(self) -> list[int]:

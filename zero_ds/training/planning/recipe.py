@@ -3,13 +3,15 @@ takes."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from zero_ds.config.batches import largest_divisor
-from zero_ds.config.schema import RunConfig
+from zero_ds.config.schema import AdapterConfig, RunConfig
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.training import stages
 from zero_ds.training.deepspeed import ds_config, ds_config_names
@@ -50,6 +52,20 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """The run with squares of patches merged into one image token, under its fastest DeepSpeed config."""
+
+    factor: int
+    """Height and width of the squares in patches (`adapter.factor`); 1 merges none."""
+    image_tokens: int
+    """Number of positions that an image takes in the decoder."""
+    length: float
+    """Number of tokens of the average sample."""
+    step: Step
+    """Time of a step at the micro-batch that is fastest for the run itself."""
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """Memory and time of a run on a cluster."""
 
@@ -69,6 +85,8 @@ class RunPlan:
     """Configs that cannot be used here, and why."""
     steps: int | None
     """Number of optimizer steps; None if it is not known."""
+    merging: tuple[Merging, ...] = ()
+    """Steps with squares of patches merged into one image token, by their size; empty where nothing fits or sees."""
 
     @property
     def fitting(self) -> list[Option]:
@@ -127,6 +145,7 @@ def plan_run(
     planner = _Planner(config, cluster, size, activations, sample, micro_batches, shown)
 
     options: list[Option] = []
+    resolved: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     for name in zero_names(config):
         changed = config.model_copy(update={"zero": name, "nvme_path": config.nvme_path or "/nvme"})
@@ -139,7 +158,8 @@ def plan_run(
             refused[name] = str(error)
             continue
         options.append(planner.option(Path(name).stem, ds))
-    return RunPlan(
+        resolved[options[-1].zero] = ds
+    run = RunPlan(
         config=config,
         cluster=cluster,
         size=size,
@@ -151,6 +171,28 @@ def plan_run(
         refused=refused,
         steps=steps_of(config, found, share),
     )
+    if not (vision and run.fitting):
+        return run
+    best = run.fitting[0]
+    merging = tuple(
+        planner.merging(factor, kind.average(tokens, config.data.max_length, data), tokens, best, resolved[best.zero])
+        for factor, tokens in image_tokens_by_factor(config.adapter, size).items()
+    )
+    return dataclasses.replace(run, merging=merging)
+
+
+def image_tokens_by_factor(adapter: AdapterConfig, size: ModelSize) -> dict[int, int]:
+    """Returns the tokens of an image by height and width of the squares that are merged: 1, 2, 3 and the run's own."""
+    patches = size.patches or size.image_tokens - adapter.model_copy(update={"kind": "mlp"}).image_tokens(0)
+    side = isqrt(patches)
+    if side**2 != patches:
+        return {}
+    found = {}
+    for factor in sorted({1, 2, 3, adapter.square}):
+        if factor <= side:
+            merged = adapter.model_copy(update={"kind": "pooling", "factor": factor})
+            found[factor] = merged.image_tokens(patches)
+    return found
 
 
 WITHOUT_EFFECT = (
@@ -250,6 +292,23 @@ class _Planner:
             micro_batch=fastest,
             step_recomputed=found[fastest].recomputed,
             step=self._step(fastest, found[fastest], ds),
+        )
+
+    def merging(self, factor: int, sample: AverageSample, tokens: int, best: Option, ds: dict[str, Any]) -> Merging:
+        """Plans the time of a step with another number of image tokens.
+
+        Merged tokens are counted with the run's own adapter, whose cost next to a decoder is small.
+
+        Args:
+            factor: height and width, in patches, of a merged square.
+            sample: average sample with images of that many tokens.
+            tokens: number of tokens of an image.
+            best, ds: the run's fastest option, and its resolved DeepSpeed configuration.
+        """
+        other = dataclasses.replace(self, size=dataclasses.replace(self.size, image_tokens=tokens), sample=sample)
+        work, accumulation = other._work(best.step_recomputed), self.micro_batches[-1] // best.micro_batch
+        return Merging(
+            factor, tokens, sample.length, step(other.size, ds, best.memory, self.cluster, work, accumulation)
         )
 
     def _at(self, size: int, ds: dict[str, Any]) -> _MicroBatch:

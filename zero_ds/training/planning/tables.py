@@ -86,6 +86,7 @@ def as_text(plan: RecipePlan) -> str:
         gpu_table(run),
         host_table(run),
         speed_table(run),
+        image_table(run),
         group_table(run),
         route_table(plan),
         "Assumed:\n" + "\n".join(f"  {sentence}" for sentence in assumptions(plan)),
@@ -199,6 +200,27 @@ def speed_table(plan: RunPlan) -> str:
         f"Seconds of a step at the fastest micro-batch that fits ({steps}); `recomputed`: decoder layers",
         table(header, rows),
         f"Fastest that fits: zero={best.zero} micro_batch={best.micro_batch}",
+    ]
+    return "\n".join(lines)
+
+
+def image_table(plan: RunPlan) -> str:
+    """Returns the seconds of a step by the number of image tokens; empty for a run without images."""
+    if not plan.merging:
+        return ""
+    whole = plan.merging[0].step.seconds
+    rows = []
+    for one in plan.merging:
+        own = " (this run)" if one.factor == plan.config.adapter.square else ""
+        saved = f"{100 * (1 - one.step.seconds / whole):.0f} %" if one.factor > 1 else "-"
+        hours = number(plan.hours(one.step.seconds))
+        seconds = [number(value) for value in (one.step.computing, one.step.communication, one.step.seconds)]
+        rows.append([f"{one.factor}{own}", str(one.image_tokens), f"{one.length:.0f}", *seconds, hours, saved])
+    header = ["adapter.factor", "tokens per image", "average sample", "computing", "communication", "step", "hours"]
+    lines = [
+        "Image tokens: seconds of a step at that config and micro-batch with squares of patches merged into one token "
+        "(adapter.kind=pooling or pixel_shuffle)",
+        table([*header, "saved"], rows),
     ]
     return "\n".join(lines)
 
