@@ -245,7 +245,8 @@ class Steps(Dataset[Iterator[Batch]]):
         records, seed = self.loader.records, self.loader.seed
         epoch, place = divmod(position, len(records))
         if self._order[0] != epoch:
-            self._order = (epoch, sample_order(len(records), seed, epoch))
+            in_order = getattr(records, "in_order", False)
+            self._order = (epoch, range(len(records)) if in_order else sample_order(len(records), seed, epoch))
         if self.loader.grouping == "off":
             return int(self._order[1][place])
         batch = self.loader.global_batch

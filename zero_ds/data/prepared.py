@@ -74,7 +74,9 @@ def prepare(records: Records, encoder: SampleEncoder, folder: Path, workers: int
         ConfigError: Sources with shares of their own, a folder of other data, or one that cannot be written.
     """
     if records.epochs_differ:
-        raise ConfigError("sources with weight, repeat or count cannot be prepared, because their epochs differ.")
+        raise ConfigError(
+            "sources with weight, repeat, count or stream cannot be prepared, because their epochs differ."
+        )
     stated = description(records, encoder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from zero_ds.data.forms import Reading
 from zero_ds.data.read_image import is_embedded
 from zero_ds.data.shares import Draws, counts_of
 from zero_ds.data.stored import ImageFile, Span, StoredImage, is_span
+from zero_ds.data.streams import Shard, mixed_order
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import home_path
 
@@ -51,8 +52,12 @@ class Records(Sequence[Sample]):
     """All samples of the sources, mixed by evenly spaced insertion. Indexing reads one memory-mapped row.
 
     Where sources have shares of their own (`weight`, `repeat` or `count`), an epoch does not take each sample once, and
-    the next epoch goes on where this one ends: indices from `len(self)` on are those of later epochs.
+    the next epoch goes on where this one ends: indices from `len(self)` on are those of later epochs. The same holds
+    where a source is streamed.
     """
+
+    in_order: bool
+    """True if epochs should take the samples in the order of their indices, because a source is streamed."""
 
     def __init__(
         self,
@@ -87,7 +92,10 @@ class Records(Sequence[Sample]):
     def _mix(self, sources: Sequence[SourceConfig]) -> None:
         lengths = [len(source) for source in self._sources]
         counts = counts_of(sources, lengths)
-        self._draws = None if counts == lengths else [Draws(*pair) for pair in zip(lengths, counts, strict=True)]
+        self.in_order = any(source.config.stream for source in self._sources)
+        orders = [source.order if source.config.stream else None for source in self._sources]
+        drawn = self.in_order or counts != lengths
+        self._draws = [Draws(*each) for each in zip(lengths, counts, orders, strict=True)] if drawn else None
         self._order = evenly_spaced(counts)
 
     def held_out(self) -> Records | None:
@@ -146,6 +154,8 @@ class Records(Sequence[Sample]):
         digest = hashlib.sha256(np.ascontiguousarray(self._order).tobytes())
         for source in self._sources:
             digest.update(np.ascontiguousarray(source.rows, dtype=np.int64).tobytes())
+            if source.config.stream:
+                digest.update(np.ascontiguousarray(source.order(0), dtype=np.int64).tobytes())
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -202,7 +212,9 @@ class _Source:
         archive = split_root(str(root))
         self.archives = Archives(archive[0], cache_folder(), archive[1]) if archive else None
         reading = Reading(tuple(config.columns.items()), caption_prompt)
-        self.tables = [load_table(file, reading) for file in self.files]
+        self._seed = seed or [0, 0]
+        opened = Shard if config.stream else load_table
+        self.tables: Sequence[Table | Shard] = [opened(file, reading) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):
             if table.complaints.count:
                 _report_unusable(file, table, skip_bad, remedy)
@@ -210,8 +222,9 @@ class _Source:
         rows: Any = np.arange(self._starts[-1])
         if config.images_only:
             pairs = zip(self._starts, self.tables, strict=False)
-            rows = np.concatenate([start + table.with_images() for start, table in pairs])
-        if seed is not None:
+            indexed = [(start, table) for start, table in pairs if isinstance(table, Table)]
+            rows = np.concatenate([start + table.with_images() for start, table in indexed])
+        if seed is not None and not config.stream:
             rows = np.random.default_rng(seed).permutation(rows)
         self._rows = rows[: config.limit]
         if not len(self._rows):
@@ -225,6 +238,10 @@ class _Source:
     def rows(self) -> Any:
         """The rows that are used, in their order: (n,)."""
         return self._rows
+
+    def order(self, number: int) -> Any:
+        """Returns the order of the used rows in a pass over a streamed source, counted from 0: (n,) indices."""
+        return mixed_order(self._rows, self._starts, [*self._seed, number])
 
     def hold_out(self, share: float) -> Any:
         """Removes a share of the rows, at even distances, and returns them."""
@@ -288,7 +305,7 @@ def _roots(config: SourceConfig, found: DataFiles) -> tuple[Path, tuple[Path, ..
     return root, tuple(allowed)
 
 
-def _report_unusable(file: Path, table: Table, skip_bad: bool, remedy: str) -> None:
+def _report_unusable(file: Path, table: Table | Shard, skip_bad: bool, remedy: str) -> None:
     """Rejects a file with records that cannot be used, or logs how many are skipped."""
     count, first = table.complaints.count, table.complaints.first[0]
     if not skip_bad:
