@@ -25,7 +25,7 @@ from zero_ds.data.forms import Reading
 from zero_ds.data.read_image import is_embedded
 from zero_ds.data.shares import Draws, counts_of
 from zero_ds.data.stored import ImageFile, Span, StoredImage, is_span
-from zero_ds.data.streams import Shard, mixed_order
+from zero_ds.data.streams import MixedOrder, Shard
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import home_path
 
@@ -155,7 +155,7 @@ class Records(Sequence[Sample]):
         for source in self._sources:
             digest.update(np.ascontiguousarray(source.rows, dtype=np.int64).tobytes())
             if source.config.stream:
-                digest.update(np.ascontiguousarray(source.order(0), dtype=np.int64).tobytes())
+                digest.update(source.order_mark().encode())
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -239,9 +239,25 @@ class _Source:
         """The rows that are used, in their order: (n,)."""
         return self._rows
 
-    def order(self, number: int) -> Any:
-        """Returns the order of the used rows in a pass over a streamed source, counted from 0: (n,) indices."""
-        return mixed_order(self._rows, self._starts, [*self._seed, number])
+    def order(self, number: int) -> Sequence[int]:
+        """Returns the order of the used rows in a pass over a streamed source, counted from 0, as indices."""
+        return MixedOrder(self._shares(), [*self._seed, number], self._read_ahead)
+
+    def order_mark(self) -> str:
+        """Returns a text on which the order of all passes over a streamed source depends."""
+        return json.dumps([self._seed, self._shares().tolist()])
+
+    def _shares(self) -> Any:
+        """Returns the number of used rows of each table: (tables,)."""
+        return np.diff(np.searchsorted(self._rows, self._starts))
+
+    def _read_ahead(self, number: int) -> None:
+        """Reads the shard whose turn is next, in a worker, which can do so while it waits."""
+        from torch.utils.data import get_worker_info
+
+        table = self.tables[number]
+        if isinstance(table, Shard) and get_worker_info() is not None:
+            table.read_ahead()
 
     def hold_out(self, share: float) -> Any:
         """Removes a share of the rows, at even distances, and returns them."""

@@ -1,8 +1,8 @@
 """Opens shards of a source when their turn comes, for sources that are too large to be read at the first start.
 
 The first start counts the samples of each shard, from Parquet's footers or tar's headers. The order follows from seed,
-pass and these counts alone: shards come in random order, and the samples of a few neighbours in that order are mixed.
-So the position of a run needs no state beside the step, on any number of ranks and workers.
+pass and these counts alone: shards come in random order, and each gives its samples in parts, mixed with parts of the
+shards before it. So the position of a run needs no state beside the step, on any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import tarfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ logger = logging.getLogger(__name__)
 LAYOUT = 1
 """Version of remembered counts."""
 MIXED = 8
-"""Number of shards whose samples are mixed."""
-OPENED = 4 * MIXED
+"""Number of parts of a shard, and so of shards whose samples are mixed."""
+OPENED = 16 * MIXED
 """Number of shards that a process has open at most."""
+BLOCK, BLOCKS = 1 << 16, 8
+"""Bytes and number of the places at which a shard is compared with what it was."""
 SIZES = "sizes.json"
 """File beside tar shards that holds the number of samples of each, by its name."""
 
@@ -88,37 +91,81 @@ class Shard:
             return table.size(row) if row < len(table) else 0
         return 0
 
+    def read_ahead(self) -> None:
+        """Reads the shard in a thread, so that it is there when its turn comes. Errors are reported then."""
+        threading.Thread(target=_opened, args=(self._path, self._reading, self.name, self._count), daemon=True).start()
+
     def _table(self) -> Table:
-        table = _opened(self._path, self._reading)
+        table = _opened(self._path, self._reading, self.name, self._count)
         if isinstance(table, str):
             raise DataError(table)
-        found = len(table) + table.complaints.count
-        if found != self._count:
-            raise DataError(
-                f"data file {self._path} holds {found:,} samples, and not {self._count:,}, as its count at the start "
-                f"of the run or {SIZES} says; correct {SIZES}, or start a new run if the file has changed"
-            )
         return table
 
 
 @functools.lru_cache(maxsize=OPENED)
-def _opened(path: Path, reading: Reading) -> Table | str:
-    """Returns the records of a shard, or why it cannot be read, which every sample of it would find out again."""
+def _opened(path: Path, reading: Reading, name: str, count: int) -> Table | str:
+    """Returns the records of a shard, or why it cannot be read, which every sample of it would find out again.
+
+    name, count: those of the shard when the run began.
+    """
     try:
-        return load_table(path, reading)
+        table = load_table(path, reading)
+        changed = _mark(path, count) != name
     except DataError as error:
         return str(error)
+    except OSError as error:
+        return f"data file {path} cannot be read: {error.strerror or error}"
+    if changed:
+        return f"data file {path} has changed since the start of the run; start again"
+    found = len(table) + table.complaints.count
+    if found != count:
+        return f"data file {path} holds {found:,} samples, and not {count:,}, as {SIZES} says; correct {SIZES}"
+    return table
 
 
-def mixed_order(rows: Any, starts: Any, seed: Sequence[int]) -> Any:
-    """Returns a random order of rows in which only MIXED shards have their turn at a time.
+class MixedOrder:
+    """A random order of a pass over shards, in which only MIXED shards have their turn at a time.
 
-    rows: (n,) rows of all shards. starts: (shards + 1,) first row of each shard. Returns indices into `rows`: (n,).
+    Each shard is permuted and cut into MIXED parts. Turn t takes the first part of shard t, the second of shard t - 1
+    and so on, all permuted together, so only one shard is new in a turn. Nothing is stored for each sample.
     """
-    generator = np.random.default_rng(list(seed))
-    turns = generator.permutation(len(starts) - 1) // MIXED
-    shards = np.searchsorted(starts, rows, side="right") - 1
-    return np.lexsort((generator.random(len(rows)), turns[shards]))
+
+    def __init__(
+        self, sizes: Sequence[int], seed: Sequence[int], begins: Callable[[int], object] | None = None
+    ) -> None:
+        """Draws the order of shards with `sizes` samples each; `begins` is called with the one whose turn is next."""
+        self._sizes, self._seed, self._begins = sizes, list(seed), begins
+        self._first = np.cumsum([0, *sizes])
+        """Index of the first sample of each shard."""
+        self._shards = np.random.default_rng(self._seed).permutation(np.flatnonzero(sizes))
+        """Shards in the order of their turns."""
+        turns = np.zeros(len(self._shards) + MIXED - 1, np.int64)
+        own = np.asarray(sizes)[self._shards]
+        for part in range(MIXED):
+            turns[part : part + len(own)] += (own + MIXED - 1 - part) // MIXED
+        self._ends = np.cumsum(turns)
+        self._drawn = functools.lru_cache(maxsize=2)(self._turn)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, place: int) -> int:
+        """Returns the index of the sample at a place of the pass."""
+        turn = int(np.searchsorted(self._ends, place, side="right"))
+        samples = self._drawn(turn)
+        return int(samples[place - int(self._ends[turn])])  # counted from the end
+
+    def _turn(self, turn: int) -> Any:
+        """Returns the samples of a turn: (n,) indices."""
+        if self._begins is not None and turn + 1 < len(self._shards):
+            self._begins(int(self._shards[turn + 1]))
+        parts = []
+        for part in range(MIXED):
+            if 0 <= turn - part < len(self._shards):
+                shard = int(self._shards[turn - part])
+                order = np.random.default_rng([*self._seed, 1, shard]).permutation(self._sizes[shard])
+                parts.append(self._first[shard] + order[part::MIXED])
+        return np.random.default_rng([*self._seed, 2, turn]).permutation(np.concatenate(parts))
 
 
 def _counted(path: Path) -> tuple[int, str]:
@@ -129,32 +176,43 @@ def _counted(path: Path) -> tuple[int, str]:
     try:
         with open_regular(path) as file:
             stat = os.fstat(file.fileno())
-        number = _listed(path) if path.suffix == ".tar" else None
-        if number is None:
-            number = _remembered(path, [LAYOUT, stat.st_size, stat.st_mtime_ns, stat.st_ino], count)
+        listed = _listed(path) if path.suffix == ".tar" else None
+        number, mark = _remembered(path, [LAYOUT, stat.st_size, stat.st_mtime_ns, stat.st_ino, listed], count)
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist") from None
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from None
     if not number:
         raise DataError(f"data file {path} must hold a list of samples, and at least one")
-    mark = hashlib.blake2b(f"{path.name} {stat.st_size} {number}".encode("utf-8", "surrogateescape"), digest_size=12)
-    return number, mark.hexdigest()
+    return number, mark
 
 
-def _remembered(path: Path, seen: list[int], count: Any) -> int:
+def _remembered(path: Path, seen: list[int | None], count: Callable[[Path], int]) -> tuple[int, str]:
+    """Returns number of records and mark of a shard; `seen` says which file it is, and a count that is stated."""
     key = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
     known = cache_folder() / f"count-{key}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(known.read_text(encoding="utf-8"))
         if content["seen"] == seen:
-            return int(content["count"])
-    number: int = count(path)
-    if time.time() - seen[2] / 1e9 > SETTLED:
+            return int(content["count"]), str(content["mark"])
+    number = count(path) if seen[-1] is None else seen[-1]
+    mark = _mark(path, number)
+    if time.time() - (seen[2] or 0) / 1e9 > SETTLED:
         with contextlib.suppress(OSError):  # it only saves time
             known.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(known, json.dumps({"seen": seen, "count": number}) + "\n")
-    return number
+            write_atomically(known, json.dumps({"seen": seen, "count": number, "mark": mark}) + "\n")
+    return number, mark
+
+
+def _mark(path: Path, count: int) -> str:
+    """Returns a hash of a shard's size, count and content at a few places; reading all of it would take too long."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.blake2b(f"{path.suffix} {size} {count}".encode(), digest_size=12)
+        for number in range(BLOCKS):
+            file.seek(max(0, size - BLOCK) * number // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def _rows_of_parquet(path: Path) -> int:
