@@ -51,7 +51,8 @@ def seen(notes: Path) -> dict[int, list[str]]:
         for line in file.read_text().splitlines():
             step, ids = json.loads(line)
             steps[step].append(ids)
-    return {step: sum(of_ranks, []) for step, of_ranks in steps.items() if len(of_ranks) == len(files)}
+    whole = {step: of_ranks for step, of_ranks in steps.items() if len(of_ranks) == len(files)}
+    return {step: [name for ids in of_ranks for name in ids] for step, of_ranks in whole.items()}
 
 
 @pytest.fixture(scope="module")

@@ -231,10 +231,29 @@ class Prepared:
         Raises:
             DataError: As `SampleEncoder.tokens`.
         """
-        table = self._opened(index // SHARD)
-        row = {name: table.column(name)[index % SHARD] for name in table.column_names}
-        if row["fault"].is_valid:
-            kind = TooLongError if row["too_long"].as_py() else DataError
-            raise kind(row["fault"].as_py())
-        ids, labels, responses = (row[name].values.to_numpy().tolist() for name in ("input_ids", "labels", "responses"))
-        return EncodedConversation(ids, labels, row["images"].as_py(), responses)
+        table, row = self._usable(index)
+        ids, labels, responses = (
+            table.column(name)[row].values.to_numpy().tolist() for name in ("input_ids", "labels", "responses")
+        )
+        return EncodedConversation(ids, labels, table.column("images")[row].as_py(), responses)
+
+    def length(self, index: int) -> int:
+        """Returns the number of a sample's tokens, which stay unread.
+
+        Raises:
+            DataError: As `tokens`.
+        """
+        table, row = self._usable(index)
+        return len(table.column("input_ids")[row])
+
+    def _usable(self, index: int) -> tuple[Any, int]:
+        """Returns the shard of a sample and its row there.
+
+        Raises:
+            DataError: A sample that cannot be used.
+        """
+        table, row = self._opened(index // SHARD), index % SHARD
+        fault = table.column("fault")[row]
+        if fault.is_valid:
+            raise (TooLongError if table.column("too_long")[row].as_py() else DataError)(fault.as_py())
+        return table, row
