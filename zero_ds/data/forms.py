@@ -90,7 +90,8 @@ def _renamed(
     record: dict[str, Any], columns: tuple[tuple[str, str], ...], sample: str, unread: Counter[str] | None
 ) -> dict[str, Any]:
     """Returns a record whose columns have the names that they stand for. Other keys that say the same are left out."""
-    given, taken = {}, set()
+    given: dict[str, Any] = {}
+    taken: set[str] = set()
     for name, column in columns:
         keys = [column] if column in record else _keys(column, sample)
         for key in keys:

@@ -239,7 +239,7 @@ class _Source:
         """The rows that are used, in their order: (n,)."""
         return self._rows
 
-    def order(self, number: int) -> Sequence[int]:
+    def order(self, number: int) -> MixedOrder:
         """Returns the order of the used rows in a pass over a streamed source, counted from 0, as indices."""
         return MixedOrder(self._shares(), [*self._seed, number], self._read_ahead)
 

@@ -195,7 +195,8 @@ def _remembered(path: Path, seen: list[int | None], count: Callable[[Path], int]
         content = json.loads(known.read_text(encoding="utf-8"))
         if content["seen"] == seen:
             return int(content["count"]), str(content["mark"])
-    number = count(path) if seen[-1] is None else seen[-1]
+    stated = seen[-1]
+    number = count(path) if stated is None else stated
     mark = _mark(path, number)
     if time.time() - (seen[2] or 0) / 1e9 > SETTLED:
         with contextlib.suppress(OSError):  # it only saves time
@@ -241,7 +242,7 @@ def _listed(path: Path) -> int | None:
     number = listed.get(path.name)
     if number is not None and (type(number) is not int or number < 1):
         raise DataError(f"{path.parent / SIZES} gives {named(str(number))} as the number of samples of {path.name}")
-    return number
+    return None if number is None else int(number)
 
 
 @functools.lru_cache(maxsize=16)
