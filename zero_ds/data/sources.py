@@ -97,6 +97,8 @@ class Records(Sequence[Sample]):
         drawn = self.in_order or counts != lengths
         self._draws = [Draws(*each) for each in zip(lengths, counts, orders, strict=True)] if drawn else None
         self._order = evenly_spaced(counts)
+        self._first_places = np.cumsum([0, *lengths])
+        """Number of samples of the sources before each."""
 
     def held_out(self) -> Records | None:
         """Returns the samples that `share` leaves out, each once; None if there are none."""
@@ -150,13 +152,26 @@ class Records(Sequence[Sample]):
         return hashlib.sha256(json.dumps([names, len(self)]).encode()).hexdigest()[:16]
 
     def order(self) -> str:
-        """Returns a hash of the order of the samples, with the rows of each source that are used."""
-        digest = hashlib.sha256(np.ascontiguousarray(self._order).tobytes())
+        """Returns a hash of the rows of each source that are used, in their order."""
+        digest = hashlib.sha256()
         for source in self._sources:
             digest.update(np.ascontiguousarray(source.rows, dtype=np.int64).tobytes())
-            if source.config.stream:
-                digest.update(source.order_mark().encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def places(self) -> int:
+        """Number of samples of all sources, each counted once."""
+        return int(self._first_places[-1])
+
+    def place(self, index: int) -> int:
+        """Returns the number of a sample among those of all sources, one source after the other, for any epoch."""
+        number, row = self._drawn(index)
+        return int(self._first_places[number]) + row
+
+    def at_place(self, place: int) -> Sample:
+        """Returns the sample of which `place` is the number."""
+        number = int(np.searchsorted(self._first_places, place, side="right")) - 1
+        return self._sample(self._sources[number], place - int(self._first_places[number]))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -165,9 +180,13 @@ class Records(Sequence[Sample]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        source, number, row = self._locate(index)
-        table = source.tables[number]
-        record = table[row]
+        number, row = self._drawn(index)
+        return self._sample(self._sources[number], row)
+
+    def _sample(self, source: _Source, row: int) -> Sample:
+        """Returns the sample of one of the used rows of a source."""
+        number, row_of_table = source.locate(row)
+        record = source.tables[number][row_of_table]
         parts = zip(record.roles, record.texts, record.learned, strict=True)
         turns = tuple(Turn(role, text, learned) for role, text, learned in parts)
         return Sample(record.id, turns, source.paths(record, number))
@@ -184,6 +203,13 @@ class Records(Sequence[Sample]):
 
     def _locate(self, index: int) -> tuple[_Source, int, int]:
         """Returns the source of a sample, the number of its table there and its row in the table."""
+        number, row = self._drawn(index)
+        source = self._sources[number]
+        table, row_of_table = source.locate(row)
+        return source, table, row_of_table
+
+    def _drawn(self, index: int) -> tuple[int, int]:
+        """Returns the number of a sample's source, and which of its used rows the sample is."""
         epoch = 0
         if self._draws is not None and index >= len(self):
             epoch, index = divmod(index, len(self))
@@ -192,9 +218,7 @@ class Records(Sequence[Sample]):
         number, row = (int(each) for each in self._order[index])
         if self._draws is not None:
             row = self._draws[number].row(epoch, row)
-        source = self._sources[number]
-        table, row_of_table = source.locate(row)
-        return source, table, row_of_table
+        return number, row
 
 
 class _Source:
@@ -242,10 +266,6 @@ class _Source:
     def order(self, number: int) -> MixedOrder:
         """Returns the order of the used rows in a pass over a streamed source, counted from 0, as indices."""
         return MixedOrder(self._shares(), [*self._seed, number], self._read_ahead)
-
-    def order_mark(self) -> str:
-        """Returns a text on which the order of all passes over a streamed source depends."""
-        return json.dumps([self._seed, self._shares().tolist()])
 
     def _shares(self) -> Any:
         """Returns the number of used rows of each table: (tables,)."""

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 LAYOUT = 1
 """Version of remembered counts."""
 MIXED = 8
-"""Number of parts of a shard, and so of shards whose samples are mixed."""
+"""Number of parts of a shard, and so of shards whose samples are mixed. Another one changes the order of all runs."""
 OPENED = 16 * MIXED
 """Number of shards that a process has open at most."""
 BLOCK, BLOCKS = 1 << 16, 8
