@@ -133,10 +133,11 @@ def test_records_by_id_whose_images_are_numbers(tmp_path: Path, img_id: Any) -> 
 def test_records_that_are_lists(tmp_path: Path) -> None:
     """As in easy-VQA."""
     path = tmp_path / "questions.json"
-    path.write_text(json.dumps([["what is it?", "circle", 3], ["is it red?", "no", 12]]))
+    path.write_text(json.dumps([["what is it?", "circle", 0], ["is it red?", "no", 12]]))
     columns = {"question": "0", "answer": "1", "image": "images/{2}.png"}
     one, other = Records([SourceConfig(path=str(path), columns=columns)])
-    assert one.turns[1].text == "circle" and other.images == (str(tmp_path / "images/12.png"),)
+    assert one.turns[1].text == "circle" and one.images == (str(tmp_path / "images/0.png"),)
+    assert other.images == (str(tmp_path / "images/12.png"),)
     with pytest.raises(DataError, match="a sample must be an object, not list"):
         Records([SourceConfig(path=str(path))])
 
@@ -151,6 +152,7 @@ def test_records_that_are_lists(tmp_path: Path) -> None:
         ("{img_id:05d}.png", "x", "columns cannot write 'img_id' as 05d for x"),
         ("{img_id:999999999}.png", "x", "columns cannot write 'img_id' as 999999999 for x"),
         ("{img_id}.png", [1], "columns cannot write 'img_id' for"),
+        ("{img_id}.png", True, "columns cannot write 'img_id' for True"),
     ],
 )
 def test_columns_that_cannot_be_written(column: str, value: Any, complaint: str) -> None:

@@ -121,10 +121,10 @@ def _keys(column: str, sample: str) -> list[str]:
     return [key for _, key, _, _ in parts if key is not None] or [column]
 
 
-def _filled(column: str, record: Mapping[str, Any], sample: str) -> str:
-    """Returns the text of a column that is made of several keys.
+def _filled(column: str, record: Mapping[str, Any], sample: str) -> str | None:
+    """Returns the text of a column that is made of several keys; None if one of them has no value.
 
-    Only keys are looked up, and never attributes of their values. Empty text means that a key has no value.
+    Only keys are looked up, and never attributes of their values.
 
     Raises:
         DataError: A value that is neither text nor an integer, or that does not have this form.
@@ -134,10 +134,10 @@ def _filled(column: str, record: Mapping[str, Any], sample: str) -> str:
         text += before
         if key is not None:
             value = record[key]
-            if not holds(value):
-                return ""
+            if value is None or value == "":  # 0 is a number like others
+                return None
             try:
-                if not isinstance(value, str | int) or not _FORM.fullmatch(form or ""):
+                if not isinstance(value, str | int) or isinstance(value, bool) or not _FORM.fullmatch(form or ""):
                     raise ValueError
                 text += format(value, form or "")
             except ValueError:
