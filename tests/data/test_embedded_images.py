@@ -64,12 +64,27 @@ def test_every_layout_gives_the_same_ids_and_pixels(sources: dict[str, dict[str,
             assert [image.read() for image in images] == CONTENTS, name
 
 
+def streamed_alike(found: dict[str, dict[str, Any]], expected: list[Any]) -> bool:
+    """Returns whether streamed shards give the same samples, whose order is another."""
+    for name in ("hub", "shards"):
+        read = encoded(Records([SourceConfig.model_validate({**found[name], "stream": True})]))
+        by_id = {sample.id: sample for sample in read}
+        if len(read) != len(expected) or not same([by_id[sample.id] for sample in expected], expected):
+            return False
+    return True
+
+
+def test_streamed_shards_give_the_same_ids_and_pixels(sources: dict[str, dict[str, Any]]) -> None:
+    assert streamed_alike(sources, encoded(Records([SourceConfig.model_validate(sources["files"])])))
+
+
 @pytest.mark.slow(reason="500 samples in thirteen layouts; the test before it has 20")
 def test_500_samples_in_every_layout(tmp_path: Path) -> None:
     found = layouts.write_layouts(tmp_path, layouts.conversations(500))
     expected = encoded(Records([SourceConfig.model_validate(found["files"])]))
     for name, source in found.items():
         assert same(encoded(Records([SourceConfig.model_validate(source)])), expected), name
+    assert streamed_alike(found, expected)
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,63 @@ def test_columns_that_a_source_names() -> None:
         read_record({"img_file": "a.png", "qs": "q", "a": "a"}, "#0", None, reading)
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     assert read_record({"chat": turns}, "#0", None, Reading((("conversations", "chat"),))).texts == ("q", "a")
+
+
+# -- visual question answering sets ------------------------------------------------------------------------------------
+
+VQA = {"image": "train/COCO_{img_id:0>12}.png", "question": "question", "answer": "answer"}
+
+
+@pytest.mark.parametrize("img_id", ["47", 47])
+def test_records_by_id_whose_images_are_numbers(tmp_path: Path, img_id: Any) -> None:
+    """As in COCO-QA, VQA and GQA."""
+    path = tmp_path / "train.json"
+    content = {"513": {"type": "color", "question": "q", "answer": "red", "img_id": img_id}, "9": {"img_id": ""}}
+    content["9"] |= {"question": "no image?", "answer": "none"}
+    path.write_text(json.dumps(content, indent=1))
+    records = Records([SourceConfig(path=str(path), columns=VQA)])
+    assert [sample.id for sample in records] == ["513", "9"] and records.unread() == {"type": 1}
+    assert [sample.images for sample in records] == [(str(tmp_path / "train/COCO_000000000047.png"),), ()]
+    path.write_text('{"1": {"question": "q", "answer": "a"}, "1": {"question": "q", "answer": "a"}}')
+    with pytest.raises(DataError, match=r"has two records with the id 1; remove one"):
+        Records([SourceConfig(path=str(path))])
+
+
+def test_records_that_are_lists(tmp_path: Path) -> None:
+    """As in easy-VQA."""
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([["what is it?", "circle", 0], ["is it red?", "no", 12]]))
+    columns = {"question": "0", "answer": "1", "image": "images/{2}.png"}
+    one, other = Records([SourceConfig(path=str(path), columns=columns)])
+    assert one.turns[1].text == "circle" and one.images == (str(tmp_path / "images/0.png"),)
+    assert other.images == (str(tmp_path / "images/12.png"),)
+    with pytest.raises(DataError, match="a sample must be an object, not list"):
+        Records([SourceConfig(path=str(path))])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "complaint"),
+    [
+        ("{imgid}.png", "1", "has no 'imgid', which columns.image names; did you mean 'img_id'"),
+        ("{img_id", "1", "cannot be read"),
+        ("{img_id.__class__}.png", "1", "has no 'img_id.__class__'"),
+        ("{img_id[0]}.png", "1", r"has no 'img_id\[0\]'"),
+        ("{img_id:05d}.png", "x", "columns cannot write 'img_id' as 05d for x"),
+        ("{img_id:999999999}.png", "x", "columns cannot write 'img_id' as 999999999 for x"),
+        ("{img_id}.png", [1], "columns cannot write 'img_id' for"),
+        ("{img_id}.png", True, "columns cannot write 'img_id' for True"),
+    ],
+)
+def test_columns_that_cannot_be_written(column: str, value: Any, complaint: str) -> None:
+    record = {"img_id": value, "question": "q", "answer": "a"}
+    with pytest.raises(DataError, match=complaint):
+        read_record(record, "#0", None, Reading((("image", column),)))
+
+
+def test_a_column_that_is_made_of_keys_does_not_leave_the_root(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "a.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps([{"n": "../x", "question": "q", "answer": "a"}]))
+    (sample,) = [Records([SourceConfig(path=str(path), columns={"image": "{n}.png"})])]
+    with pytest.raises(DataError, match="leaves"):
+        sample[0]

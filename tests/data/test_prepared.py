@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import tiny
 import torch
@@ -103,9 +104,30 @@ def test_another_order_is_refused(data: Path, tmp_path: Path) -> None:
     prepare(Records([SourceConfig(path=str(data))]), ENCODER, tmp_path / "prepared")
     with pytest.raises(ConfigError, match=r"differs in order"):
         Prepared(tmp_path / "prepared", Records([SourceConfig(path=str(data))], permute=1), ENCODER)
-    shared = Records([SourceConfig(path=str(data), repeat=2)])
-    with pytest.raises(ConfigError, match="cannot be prepared, because their epochs differ"):
-        prepare(shared, ENCODER, tmp_path / "other")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sources_with_shares_and_streams(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Every epoch draws other samples, of which each was written once."""
+    monkeypatch.setattr(prepared, "SHARD", 3)
+    samples = layouts.conversations(12)
+    layouts.write_tables(tmp_path / "tables", [samples[part::4] for part in range(4)])
+    tables = SourceConfig(path=str(tmp_path / "tables"), stream=stream, weight=1)
+    records = Records([SourceConfig(path=str(data), weight=2), tables], permute=3)
+    folder = tmp_path / "prepared"
+    prepare(records, ENCODER, folder, 2)
+    assert len(list(folder.glob("tokens-*"))) == 7
+    for packing in (False, True):
+        plain = Loader(records, ENCODER, 5, 2, 0, 1, pad_id=0, seed=0, packing=packing)
+        tokens = replace(plain, prepared=Prepared(folder, records, ENCODER))
+        for one, other in zip(plain.steps(0, 9), tokens.steps(0, 9), strict=True):
+            for expected, found in zip(one, other, strict=True):
+                assert expected.ids == found.ids
+                assert all(torch.equal(tensor, found.tensors()[name]) for name, tensor in expected.tensors().items())
+    changed = [SourceConfig(path=str(data), weight=9), tables]
+    Prepared(folder, Records(changed, permute=3), ENCODER)
 
 
 def test_a_run_has_the_same_losses(run_config: Any, tmp_path: Path) -> None:

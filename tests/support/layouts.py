@@ -65,6 +65,26 @@ def image_table(samples: Sequence[dict[str, Any]]) -> pyarrow.Table:
     return pyarrow.Table.from_pylist([finevision(sample) for sample in samples], schema)
 
 
+def write_tables(folder: Path, shards: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Writes a Parquet file for each list of samples."""
+    folder.mkdir()
+    for part, samples in enumerate(shards):
+        parquet.write_table(image_table(samples), folder / f"train-{part:05d}-of-{len(shards):05d}.parquet")
+
+
+def write_tars(folder: Path, shards: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Writes a WebDataset shard for each list of samples."""
+    folder.mkdir()
+    for part, samples in enumerate(shards):
+        with tarfile.open(folder / f"train-{part:05d}-of-{len(shards):05d}.tar", "w") as tar:
+            for sample in samples:
+                members = {f"{place}.img.jpg": content for place, content in enumerate(sample["bytes"])}
+                for extension, content in {**members, "json": json.dumps(llava(sample)).encode()}.items():
+                    member = tarfile.TarInfo(f"{sample['id']}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
 def write_layouts(folder: Path, samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Writes samples in every layout; returns the source of each by name."""
     found: dict[str, dict[str, Any]] = {}
@@ -95,18 +115,9 @@ def write_layouts(folder: Path, samples: Sequence[dict[str, Any]]) -> dict[str, 
                 archive.writestr(name, content)
     found["zips"] = {"path": str(packed / "data.json"), "root": str(packed / "part*.zip")}
 
-    shards = folder / "shards"
-    shards.mkdir()
     middle = len(samples) // 2
-    for part, chosen_samples in enumerate((samples[:middle], samples[middle:])):
-        with tarfile.open(shards / f"train-{part:05d}-of-00002.tar", "w") as tar:
-            for sample in chosen_samples:
-                members = {f"{place}.img.jpg": content for place, content in enumerate(sample["bytes"])}
-                for extension, content in {**members, "json": json.dumps(llava(sample)).encode()}.items():
-                    member = tarfile.TarInfo(f"{sample['id']}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    found["shards"] = {"path": str(shards)}
+    write_tars(folder / "shards", (samples[:middle], samples[middle:]))
+    found["shards"] = {"path": str(folder / "shards")}
 
     table = image_table(samples)
     for name, options in {

@@ -49,7 +49,13 @@ def runs(made: Callable[..., Path], data: Path, trained: Path, tmp_path_factory:
 
 
 @pytest.mark.parametrize("webdataset", [False, True])
-def test_tables_with_images_are_written_and_read(tmp_path: Path, webdataset: bool) -> None:
+def test_tables_with_images_are_written_and_read(
+    made: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    webdataset: bool,
+) -> None:
     from zero_ds.config.schema import SourceConfig
     from zero_ds.data.images import open_image
     from zero_ds.data.sources import Records
@@ -58,7 +64,16 @@ def test_tables_with_images_are_written_and_read(tmp_path: Path, webdataset: boo
     records = Records([SourceConfig(path=str(tmp_path / "set"))])
     assert len(records) == 7 and len({sample.images[0].read() for sample in records}) == 7  # type: ignore[union-attr]
     assert open_image(records[6].images[0]).size == (640, 480)
-    assert image_table.random_rate(lambda index: records[index], 7, 10) > 0
+    assert image_table.read_rate(lambda index: records[index], range(7)) > 0
+    monkeypatch.setattr(image_table, "BATCH", 2)
+    data = image_table.plain_data(tmp_path / "set", tmp_path / "cache")
+    contents = [image_table.plain_sample(row)[0] for row in data]
+    assert contents == [sample.images[0].read() for sample in records]  # type: ignore[union-attr]
+    found = image_table._steps(records, data, str(made("llama", tied=True)), 1, 5, 1, 0.01)
+    rates = found["samples_per_second_ready"]
+    assert len(rates) == 6 and all(min(of_rounds) > 0 for of_rounds in rates.values())
+    image_table._report(found)
+    assert "1_workers_with_0.01_s_of_computing" in capsys.readouterr().out
 
 
 class Over(BaseException):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import layouts
 import pytest
@@ -12,6 +13,7 @@ import torch
 from distributed_helper import run_ranks, train_all
 
 from zero_ds.config.schema import RunConfig, SourceConfig
+from zero_ds.data.prepared import prepare
 from zero_ds.data.sources import Records
 from zero_ds.model.losses import sums_by_source
 from zero_ds.training.monitor import read_metrics
@@ -71,20 +73,41 @@ def test_tokens_are_counted_for_the_source_of_their_sample(
     assert torch.equal(sums[0], sums[1]) and sums[0][:, 1].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("samples", "batch"),
+    [(8, 4), pytest.param(500, 100, marks=pytest.mark.slow(reason="nine runs of 500 samples; others have 8"))],
+)
 def test_the_same_samples_in_other_files_give_the_same_losses(
-    run_config: Callable[..., RunConfig], tmp_path: Path
+    run_config: Callable[..., RunConfig], tmp_path: Path, samples: int, batch: int
 ) -> None:
-    found = layouts.write_layouts(tmp_path / "data", layouts.conversations(8))
-    names = ("files", "tar", "parquet", "hub")
-    configs = [
-        run_config(
-            "pretrain",
-            tmp_path / name,
-            data={"sources": [found[name]], "max_length": 512, "system_prompt": ""},
-            max_steps=3,
-        )
-        for name in names
-    ]
-    assert run_ranks(train_all, 1, configs) == [["step-000003"] * len(names)]
-    losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in names]
-    assert losses == [losses[0]] * len(names)
+    """Files, archives, tables, a hub's layout, WebDataset shards, prepared tokens, and streams.
+
+    A stream has an order of its own, so it is compared with files in that order.
+    """
+    found = layouts.write_layouts(tmp_path / "data", layouts.conversations(samples))
+    files = Path(found["files"]["path"])
+    by_id = {record["id"]: record for record in json.loads(files.read_text())}
+    for name in ("hub", "shards"):
+        found[f"streamed {name}"] = {**found[name], "stream": True}
+        streamed = Records([SourceConfig.model_validate(found[f"streamed {name}"])])
+        ordered = files.with_name(f"{name}.json")
+        ordered.write_text(json.dumps([by_id[sample.id] for sample in streamed]))
+        found[f"ordered {name}"] = {"path": str(ordered)}
+    groups: list[tuple[str, ...]] = [("files", "tar", "parquet", "hub", "shards", "prepared")]
+    groups += [(f"streamed {name}", f"ordered {name}") for name in ("hub", "shards")]
+
+    def config(name: str) -> RunConfig:
+        section: dict[str, Any] = {"sources": [found.get(name, found["files"])], "max_length": 512, "system_prompt": ""}
+        changes: dict[str, Any] = {"global_batch": batch, "micro_batch": min(10, batch), "max_steps": samples // batch}
+        if name == "prepared":
+            section["prepared"] = str(tmp_path / "tokens")
+        return run_config("pretrain", tmp_path / name, data=section, **changes)
+
+    plain = config("files")
+    loader = make_loader(plain, load_model(plain, {"zero_optimization": {}}), 1)
+    prepare(loader.records, loader.sample_encoder, tmp_path / "tokens")
+    names = [name for group in groups for name in group]
+    assert run_ranks(train_all, 1, [config(name) for name in names]) == [[f"step-{samples // batch:06d}"] * len(names)]
+    for group in groups:
+        losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in group]
+        assert losses == [losses[0]] * len(group) and len(losses[0]) == samples // batch

@@ -12,10 +12,13 @@ import torch
 from distributed_helper import run_ranks, train_all
 from places import GATHERED
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from zero_ds.cli.main import app
 from zero_ds.config.schema import RunConfig, SourceConfig
 from zero_ds.data.sources import Records
 from zero_ds.grafting.load import load_trained
+from zero_ds.runtime.errors import ConfigError
 from zero_ds.training.checkpoint.best import best_folder, restore_best, set_best
 from zero_ds.training.monitor import read_metrics
 from zero_ds.training.setup import make_loader
@@ -106,6 +109,35 @@ def test_the_loss_is_that_of_the_checkpoint_on_one_rank(
     assert measured["validation/loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
+def evaluated(folder: Path) -> tuple[float, float]:
+    from zero_ds.evaluation.heldout.loss import heldout_loss
+
+    found = heldout_loss(folder, batch=2, dtype=torch.float32)
+    return found["loss"], found["tokens"]
+
+
+def test_the_loss_is_that_of_eval(runs: Path, data: Path, tmp_path: Path) -> None:
+    """On one rank and on two, with the run's own samples and with the same ones named."""
+    recorded = read_metrics(runs / "measured")[-1]
+    first = tmp_path / "first.json"
+    first.write_text(json.dumps(json.loads(data.read_text())[:7]))
+    for options in ([], ["--data", str(first), "--root", str(data.parent), "--batch", "3"]):
+        out = tmp_path / "new" / "loss.json"
+        command = ["eval", "loss", str(runs / "measured"), "--dtype", "float32", "--out", str(out), *options]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0 and " tokens of 7 samples" in result.stdout, result.output
+        found = json.loads(out.read_text())
+        assert found["tokens"] == recorded["validation/tokens"] and found["step"] == STEPS
+        assert found["loss"] == pytest.approx(recorded["validation/loss"], rel=1e-5)
+    best = best_folder(runs / "measured")
+    assert best is not None
+    lowest = read_metrics(runs / "measured")[int(best.name[5:]) - 1]
+    for loss, tokens in run_ranks(evaluated, 2, runs / "measured" / "best"):
+        assert tokens == lowest["validation/tokens"] and loss == pytest.approx(lowest["validation/loss"], rel=1e-5)
+    with pytest.raises(ConfigError, match="silent holds out no samples; name some with --data"):
+        evaluated(runs / "silent")
+
+
 def test_curves_are_beside_those_of_training(runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -140,8 +172,6 @@ def test_a_share_is_held_out_at_even_distances(
 
 
 def test_a_share_of_nothing(tmp_path: Path, run_config: Callable[..., RunConfig]) -> None:
-    from zero_ds.runtime.errors import ConfigError
-
     path = str(numbered(tmp_path, 10))
     with pytest.raises(ConfigError, match=r"validation.share=0.05 of 10 samples is not one; raise it"):
         held_out(run_config("encoder", data={"sources": [{"path": path}]}, validation={"share": 0.05}))
@@ -157,7 +187,7 @@ def test_old_runs_may_be_resumed_with_a_validation(run_config: Callable[..., Run
     plain, watched = run_config("encoder"), run_config("encoder", validation={"sources": [{"path": str(data)}]})
     content = plain.model_dump(mode="json")
     del content["validation"], content["data"]["caption_prompt"]
-    for key in ("subset", "split", "revision", "columns", "weight", "repeat", "count"):
+    for key in ("subset", "split", "revision", "columns", "weight", "repeat", "count", "stream"):
         del content["data"]["sources"][0][key]
     from zero_ds.config.resume import fingerprint
 

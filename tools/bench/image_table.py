@@ -4,8 +4,15 @@ python tools/bench/image_table.py write runs/fine --samples 200000
 python tools/bench/image_table.py measure runs/fine --model MODEL
 
 The set is like FineVision's: Parquet shards with columns `images` (lists of bytes) and `texts` (pairs), written as the
-library `datasets` writes them; `--webdataset` writes tar files instead, which are measured with `--no-plain`. Each
-image has bytes of its own. The same set is also read by `datasets` alone.
+library `datasets` writes them; `--webdataset` writes tar files instead. Each image has bytes of its own. The same set
+is also read by `datasets` alone (`--no-plain` leaves that out); `--stream` reads shards when their turn comes, and
+samples in the order of a run in place of random ones.
+
+Samples are made ready in three ways, in turns: in the training step in the obvious way, with `datasets`, transformers'
+image processor and chat template (loader.py); in the step by the loader's own code (no workers); and by the loader's
+workers. Each is measured alone, and with steps that also wait for a device that computes (`--computing`, in seconds):
+reading in the step adds to that time, and workers read meanwhile. Set OMP_NUM_THREADS=1 on two cores, as
+launch/train.sh does.
 A worker's own memory is its private dirty pages after some steps, as in records.py.
 """
 
@@ -21,6 +28,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +36,7 @@ import numpy as np
 import psutil
 import pyarrow
 import typer
+from loader import in_the_step
 from PIL import Image
 from pyarrow import parquet
 from tqdm import tqdm
@@ -47,18 +56,28 @@ import json, sys, time
 from zero_ds.config.schema import SourceConfig
 from zero_ds.data.sources import Records
 started = time.perf_counter()
-records = Records([SourceConfig(path=sys.argv[1])])
+records = Records([SourceConfig(path=sys.argv[1], stream="stream" in sys.argv)])
 records[len(records) // 2].images[0].read()
 print(json.dumps([time.perf_counter() - started, len(records)]))
 """
 PLAIN_START = """
-import datasets, glob, json, sys, time
+import json, os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import datasets
+from image_table import plain_data, plain_sample
 datasets.disable_progress_bars()
 started = time.perf_counter()
-data = datasets.load_dataset("parquet", data_files=sorted(glob.glob(sys.argv[1] + "/*.parquet")), split="train")
-data[len(data) // 2]["images"][0]["bytes"]
+data = plain_data(Path(sys.argv[1]), Path(os.environ["HF_DATASETS_CACHE"]))
+plain_sample(data[len(data) // 2])
 print(json.dumps([time.perf_counter() - started, len(data)]))
 """
+BATCH = 32
+"""Number of samples of a step."""
+SIDE = 336
+"""Side of the encoder's images, in pixels."""
+TOKENS = (SIDE // 14) ** 2
+"""Number of tokens of an image."""
 
 app = typer.Typer()
 
@@ -119,22 +138,40 @@ def _row(number: int, pool: list[bytes], rng: random.Random) -> dict[str, Any]:
     return {"images": [{"bytes": content, "path": None}], "texts": texts, "source": "synthetic"}
 
 
-def started(code: str, folder: Path, cache: Path) -> tuple[float, int]:
+def started(code: str, cache: Path, *arguments: str) -> tuple[float, int]:
     """Returns the seconds until a new process has a sample with its image, and the number of samples."""
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache)}
-    command = [sys.executable, "-c", code, str(folder)]
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     seconds, count = json.loads(done.stdout.splitlines()[-1])
     return seconds, count
 
 
-def random_rate(read: Any, count: int, draws: int) -> float:
-    """Returns the number of samples per second that `read` gives in random order."""
-    chosen = random.Random(0).choices(range(count), k=draws)
+def plain_data(folder: Path, cache: Path) -> Any:
+    """Returns the set as `datasets` alone reads it."""
+    import datasets
+
+    files = sorted(map(str, folder.glob("*.parquet")))
+    if files:
+        return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
+    files = sorted(map(str, folder.glob("*.tar")))
+    data = datasets.load_dataset("webdataset", data_files=files, split="train", cache_dir=str(cache))
+    return data.cast_column("jpg", datasets.Image(decode=False))
+
+
+def plain_sample(row: dict[str, Any]) -> tuple[bytes, list[dict[str, str]]]:
+    """Returns the bytes of the image and the pairs of a row of `plain_data`."""
+    if "jpg" in row:
+        return row["jpg"]["bytes"], row["json"]["texts"]
+    return row["images"][0]["bytes"], row["texts"]
+
+
+def read_rate(read: Any, chosen: Sequence[int]) -> float:
+    """Returns the number of samples per second that `read` gives."""
     began = time.perf_counter()
     for index in chosen:
         read(index)
-    return draws / (time.perf_counter() - began)
+    return len(chosen) / (time.perf_counter() - began)
 
 
 def own_memory() -> list[float]:
@@ -143,18 +180,34 @@ def own_memory() -> list[float]:
     return sorted(sum(part.private_dirty for part in parts) / 1e6 for parts in maps)
 
 
-def loader_rate(loader: Loader, steps: int) -> tuple[float, list[float]]:
-    """Returns the samples per second of a loader after its first steps, and the memory of its workers."""
-    stream = loader.steps(0, steps + 4)
-    for _ in range(4):
-        next(stream)
+def step_rate(stream: Iterator[Any], steps: int, computing: float) -> float:
+    """Returns the samples per second of steps that take a batch and then wait for a device that computes."""
+    next(stream)  # workers have started
     began = time.perf_counter()
     for _ in range(steps):
         next(stream)
-    rate = steps * loader.global_batch / (time.perf_counter() - began)
-    memory = own_memory()[-loader.workers :] if loader.workers else []
-    stream.close()  # type: ignore[attr-defined]
-    return rate, memory
+        time.sleep(computing)
+    return steps * BATCH / (time.perf_counter() - began)
+
+
+def obvious_steps(data: Any, tokenizer: Any) -> Iterator[int]:
+    """Yields batches that are made in the step from random samples of `plain_data`."""
+    from transformers import CLIPImageProcessor
+
+    sides = {"height": SIDE, "width": SIDE}
+    processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=sides)
+
+    def samples() -> Iterator[tuple[Image.Image, list[dict[str, str]]]]:
+        rng = random.Random(0)
+        while True:
+            content, pairs = plain_sample(data[rng.randrange(len(data))])
+            messages = []
+            for pair in pairs:
+                messages.append({"role": "user", "content": pair["user"]})
+                messages.append({"role": "assistant", "content": pair["assistant"]})
+            yield Image.open(io.BytesIO(content)), messages
+
+    return in_the_step(samples(), tokenizer, processor, BATCH, TOKENS, 2048)
 
 
 @app.command()
@@ -163,60 +216,94 @@ def measure(
     model: Annotated[str, typer.Option(help="Tokenizer and chat template of this model.")],
     workers: int = 2,
     draws: int = 2_000,
-    steps: int = 24,
+    steps: int = 48,
+    rounds: int = 3,
+    computing: Annotated[float, typer.Option(help="Seconds for which a device computes in each step.")] = 0.1,
     plain: Annotated[bool, typer.Option(help="Also read the set with `datasets` alone.")] = True,
+    stream: Annotated[bool, typer.Option(help="Read shards when their turn comes.")] = False,
     out: Path | None = None,
 ) -> None:
     """Measure a set that `write` has written."""
-    import datasets
-
     found: dict[str, Any] = {"gigabytes": sum(file.stat().st_size for file in folder.iterdir()) / 1e9}
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        cache = Path(name)
-        found["first_start_seconds"], found["samples"] = started(START, folder, cache)
-        found["later_start_seconds"] = statistics.median(started(START, folder, cache)[0] for _ in range(3))
+        cache, how = Path(name), ["stream"] if stream else []
+        found["first_start_seconds"], found["samples"] = started(START, cache, str(folder), *how)
+        found["later_start_seconds"] = statistics.median(started(START, cache, str(folder), *how)[0] for _ in range(3))
         found["cache_gigabytes"] = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e9
-        datasets.config.HF_DATASETS_CACHE = cache
-        records = Records([SourceConfig(path=str(folder))])
-
-        def read(index: int) -> None:
-            for image in records[index].images:
-                assert isinstance(image, StoredImage)
-                image.read()
-
-        found["random_samples_per_second"] = random_rate(read, len(records), draws)
-        template = ChatTemplate(load_tokenizer(local_folder(model)))
-        encode = SampleEncoder(template, "response", ImageProcessor(336, [0.5] * 3, [0.5] * 3), 576)
-        for count in (0, workers):
-            loader = Loader(records, encode, 32, 4, 0, 1, 0, 0, workers=count)
-            rate, memory = loader_rate(loader, steps)
-            found[f"loader_samples_per_second_{count}_workers"] = rate
-            found[f"own_megabytes_of_{count}_workers"] = memory
+        own, data = _records(folder, cache, stream), None
+        chosen = range(draws) if stream else random.Random(0).choices(range(len(own)), k=draws)
+        found["samples_per_second" if stream else "random_samples_per_second"] = read_rate(
+            lambda index: [image.read() for image in own[index].images if isinstance(image, StoredImage)], chosen
+        )
         if plain:
             found |= _plain(folder, cache / "plain", draws)
-    for key, value in found.items():
-        print(f"{key:40} {value if isinstance(value, list | int) else round(value, 3)}")
+            data = plain_data(folder, cache / "plain")
+        found |= _steps(own, data, model, workers, steps, rounds, computing)
+    _report(found)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _plain(folder: Path, cache: Path, draws: int) -> dict[str, Any]:
-    """Measures the same set as `datasets` reads it, with the bytes of images and without their pixels."""
+def _records(folder: Path, cache: Path, stream: bool) -> Records:
     import datasets
 
-    first, count = started(PLAIN_START, folder, cache)
-    later = statistics.median(started(PLAIN_START, folder, cache)[0] for _ in range(3))
+    datasets.config.HF_DATASETS_CACHE = cache
+    return Records([SourceConfig(path=str(folder), stream=stream)])
+
+
+def _plain(folder: Path, cache: Path, draws: int) -> dict[str, Any]:
+    """Measures the same set as `datasets` reads it, with the bytes of images and without their pixels."""
+    arguments = (str(folder), str(Path(__file__).parent))
+    first, count = started(PLAIN_START, cache, *arguments)
+    later = statistics.median(started(PLAIN_START, cache, *arguments)[0] for _ in range(3))
     size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e9
-    files = sorted(map(str, folder.glob("*.parquet")))
-    data = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
-    rate = random_rate(lambda index: data[index]["images"][0]["bytes"], count, draws)
+    data = plain_data(folder, cache)
+    chosen = random.Random(0).choices(range(count), k=draws)
     return {
         "datasets_first_start_seconds": first,
         "datasets_later_start_seconds": later,
         "datasets_cache_gigabytes": size,
-        "datasets_random_samples_per_second": rate,
+        "datasets_random_samples_per_second": read_rate(lambda index: plain_sample(data[index]), chosen),
     }
+
+
+def _steps(
+    records: Records, data: Any, model: str, workers: int, steps: int, rounds: int, computing: float
+) -> dict[str, Any]:
+    """Measures samples per second in each of the three ways, and the memory of workers."""
+    tokenizer = load_tokenizer(local_folder(model))
+    encode = SampleEncoder(ChatTemplate(tokenizer), "response", ImageProcessor(SIDE, [0.5] * 3, [0.5] * 3), TOKENS)
+
+    def stream(count: int) -> Iterator[Any]:
+        return Loader(records, encode, BATCH, 4, 0, 1, 0, 0, workers=count).steps(0, steps + 1)
+
+    memory: list[float] = []
+    rates: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for seconds in (0.0, computing):
+            after = f"_with_{seconds:g}_s_of_computing" if seconds else ""
+            if data is not None:
+                obvious = step_rate(obvious_steps(data, tokenizer), max(2, steps // 4), seconds)
+                rates.setdefault(f"in_the_step{after}", []).append(obvious)
+            rates.setdefault(f"0_workers{after}", []).append(step_rate(stream(0), max(2, steps // 4), seconds))
+            loading = stream(workers)
+            rates.setdefault(f"{workers}_workers{after}", []).append(step_rate(loading, steps - 4, seconds))
+            memory = max(memory, own_memory()[-workers:])
+            loading.close()  # type: ignore[attr-defined]
+    return {"own_megabytes_of_workers": memory, "samples_per_second_ready": rates}
+
+
+def _report(found: dict[str, Any]) -> None:
+    rates: dict[str, list[float]] = found["samples_per_second_ready"]
+    for key, value in found.items():
+        if key != "samples_per_second_ready":
+            print(f"{key:40} {value if isinstance(value, list | int) else round(value, 3)}")
+    for way, of_rounds in rates.items():
+        base = rates.get("in_the_step" + way.partition("_workers")[2] if "_workers" in way else way, [])
+        ratio = f", {statistics.median(of_rounds) / statistics.median(base):.2f} times in the step" if base else ""
+        spread = f"{min(of_rounds):.0f} to {max(of_rounds):.0f}"
+        print(f"{way:40} {statistics.median(of_rounds):.0f} samples/s ({spread}){ratio}")
 
 
 if __name__ == "__main__":

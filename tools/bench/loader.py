@@ -10,11 +10,12 @@ with the lengths of LLaVA-1.5-665K's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,25 +33,33 @@ from zero_ds.data.samples import SampleEncoder
 from zero_ds.data.sources import Records
 
 
+def conversations(data: Path) -> Iterator[tuple[Image.Image, list[dict[str, str]]]]:
+    """Yields image and messages of each LLaVA record of a JSON list."""
+    roles = {"human": "user", "gpt": "assistant"}
+    for record in json.loads(data.read_text()):
+        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+        yield Image.open(data.parent / record["image"]), messages
+
+
 def in_the_step(
-    data: Path, model: Path, encoder: Path, size: int, batch: int, tokens: int, limit: int
+    samples: Iterable[tuple[Image.Image, list[dict[str, str]]]],
+    tokenizer: Any,
+    processor: Any,
+    batch: int,
+    tokens: int,
+    limit: int,
 ) -> Iterator[int]:
     """Makes batches in the obvious way, and yields the number of samples of each."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    sides = {"height": size, "width": size}
-    processor = AutoImageProcessor.from_pretrained(encoder, size={"shortest_edge": size}, crop_size=sides)
     fill = tuple(int(255 * channel) for channel in processor.image_mean)
-    records = json.loads(data.read_text())
-    roles = {"human": "user", "gpt": "assistant"}
-    for start in range(0, len(records) - batch + 1, batch):
+    stream = iter(samples)
+    while len(chosen := list(itertools.islice(stream, batch))) == batch:
         rows = []
-        for record in records[start : start + batch]:
-            image = Image.open(data.parent / record["image"]).convert("RGB")
+        for opened, messages in chosen:
+            image = opened.convert("RGB")
             side = max(image.size)
             square = Image.new("RGB", (side, side), fill)
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             pixels = processor(square, return_tensors="pt").pixel_values[0]
-            messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
             ids: list[int] = tokenizer.apply_chat_template(messages, return_dict=False)
             labels = [-100] * len(ids)
             for number, message in enumerate(messages):
@@ -92,12 +101,15 @@ def main(
         data = Path(folder) / "data.json"
         write_records(data, samples, draw_images(Path(folder), 64))
         processor: Any = ImageProcessor.from_folder(encoder, size)
-        template = ChatTemplate(AutoTokenizer.from_pretrained(model))
+        sides = {"height": size, "width": size}
+        usual = AutoImageProcessor.from_pretrained(encoder, size={"shortest_edge": size}, crop_size=sides)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        template = ChatTemplate(tokenizer)
         sample_encoder = SampleEncoder(template, "response", processor, tokens, limit)
         records = Records([SourceConfig(path=str(data))])
         steps = samples // batch
         for _ in range(rounds):
-            found["in the step"].append(rate(in_the_step(data, model, encoder, size, batch, tokens, limit)))
+            found["in the step"].append(rate(in_the_step(conversations(data), tokenizer, usual, batch, tokens, limit)))
             for name, packing in (("loader, padded", False), ("loader, packed", True)):
                 loader = Loader(records, sample_encoder, batch, 4, 0, 1, 0, 0, workers=workers, packing=packing)
                 found[name].append(rate(sum(len(b.ids) for b in step) for step in loader.steps(0, steps)))

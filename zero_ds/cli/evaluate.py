@@ -21,7 +21,7 @@ from zero_ds.cli.options import (
     load,
     precision,
 )
-from zero_ds.cli.records import records
+from zero_ds.cli.records import loss, records
 from zero_ds.runtime.errors import ConfigError
 
 OWN_TEMPLATE = "own"
@@ -49,7 +49,7 @@ def _is_template(word: str) -> bool:
 evaluate = typer.Typer(
     cls=SuiteFirst,
     no_args_is_help=True,
-    help="Evaluate models: MODEL --suite SUITE (short for: run MODEL ...), records, compare, figure.",
+    help="Evaluate models: MODEL --suite SUITE (short for: run MODEL ...), records, loss, compare, figure.",
 )
 
 
@@ -169,3 +169,4 @@ def figure(
 
 
 evaluate.command()(records)
+evaluate.command()(loss)

@@ -58,6 +58,7 @@ OLD_BEHAVIOUR: dict[str, Any] = {
     "data.sources.*.weight": None,
     "data.sources.*.repeat": 1.0,
     "data.sources.*.count": None,
+    "data.sources.*.stream": False,
     "data.caption_prompt": "Describe the image.",
     "validation.share": 0.0,
     "validation": {},

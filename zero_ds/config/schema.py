@@ -187,6 +187,14 @@ class SourceConfig(Section):
     """Number of times that an epoch of the run goes over the source; a fraction takes a part of it each time."""
     count: int | None = Field(default=None, ge=1)
     """Number of samples that an epoch of the run takes from the source."""
+    stream: bool = False
+    """Reads Parquet or tar shards when their turn comes, in random order, and not all of them at the first start."""
+
+    @model_validator(mode="after")
+    def _streamed_whole(self) -> SourceConfig:
+        if self.stream and self.images_only:
+            raise ValueError("images_only reads all samples at the start, and stream reads them later; drop one")
+        return self
 
     @model_validator(mode="after")
     def _one_share(self) -> SourceConfig:

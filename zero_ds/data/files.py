@@ -15,7 +15,7 @@ from zero_ds.config.schema import SourceConfig
 from zero_ds.data import webdataset
 from zero_ds.data.archives import split_root
 from zero_ds.data.embedded_images import read_arrow, read_parquet
-from zero_ds.data.formats import FORMATS, DataError, json_object, named, quoted
+from zero_ds.data.formats import FORMATS, TWICE, DataError, json_object, named, quoted
 from zero_ds.data.layout import check_shards, chosen
 from zero_ds.data.webdataset import read_webdataset
 from zero_ds.runtime.errors import ConfigError
@@ -262,8 +262,22 @@ def _reader(path: Path) -> Callable[[Path, Progress, bool], Iterator[Any]]:
     if first != "{":
         return _json_list
     if (content := _single_object(path)) is not None:
+        if content and all(isinstance(value, dict) for value in content.values()):
+            return _records_by_id
         raise _not_a_list(path, f"; it holds one object with the keys {quoted(list(content))}")
     return _json_lines
+
+
+def _records_by_id(path: Path, progress: Progress, tolerant: bool) -> Iterator[Any]:
+    """Yields the records of one object that holds them by their ids, as visual question answering sets often do."""
+    with open_regular(path) as file:
+        content = file.read(LONGEST)
+    progress(len(content))
+    text = content.decode("utf-8-sig", "surrogateescape" if tolerant else "strict")
+    for key, record in json.loads(text, object_pairs_hook=json_object).items():
+        if key == TWICE:
+            raise DataError(f"data file {path} has two records with the id {named(str(record))}; remove one")
+        yield record if "id" in record else {"id": key, **record}
 
 
 def _not_a_list(path: Path, detail: str = "") -> DataError:

@@ -8,16 +8,19 @@
 | a caption | an image, and a text in `caption` or `text`; the question is `data.caption_prompt` |
 
 A list of turns wins over the other forms, and these over a caption. Columns with names of their own get one of these
-names by the source's `columns`.
+names by the source's `columns`, whose values may also be made of several keys: `image: "train/{img_id:0>12}.jpg"`. The
+keys of a record that is a list are the numbers of its entries.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from zero_ds.config.schema import CAPTION_PROMPT
@@ -38,6 +41,8 @@ LISTED_PAIRS = ("texts",)
 """Keys of a list of pairs, each with a `user` and an `assistant`."""
 CAPTIONS = ("caption", "text")
 """Keys of a caption."""
+_FORM = re.compile(r"(.?[<>])?0?\d{0,2}[ds]?", re.DOTALL)
+"""How a value is written between the braces of a column: filled up to at most 99 characters."""
 FILE_NAME = "file_name"
 """Key of an image's path in the metadata files of image folders; read where no other key names an image."""
 
@@ -66,6 +71,8 @@ def read_record(record: Any, where: str, unread: Counter[str] | None = None, rea
         DataError: As `formats.parse`, or a column that the record lacks, or turns in more than one form.
     """
     reading = reading or Reading()
+    if isinstance(record, list) and reading.columns:
+        record = {str(number): value for number, value in enumerate(record)}
     if isinstance(record, dict):
         sample = f"{where}: sample {_name(record)}"
         if reading.columns:
@@ -83,22 +90,60 @@ def _renamed(
     record: dict[str, Any], columns: tuple[tuple[str, str], ...], sample: str, unread: Counter[str] | None
 ) -> dict[str, Any]:
     """Returns a record whose columns have the names that they stand for. Other keys that say the same are left out."""
+    given: dict[str, Any] = {}
+    taken: set[str] = set()
     for name, column in columns:
-        if column not in record:
-            raise DataError(
-                f"{sample} has no '{column}', which columns.{name} names{did_you_mean(column, list(map(str, record)))}"
-            )
-    given = {name: record[column] for name, column in columns}
+        keys = [column] if column in record else _keys(column, sample)
+        for key in keys:
+            if key not in record:
+                raise DataError(
+                    f"{sample} has no '{key}', which columns.{name} names{did_you_mean(key, list(map(str, record)))}"
+                )
+        given[name] = record[column] if keys == [column] else _filled(column, record, sample)
+        taken.update(keys)
     covered = {*given}
     if "image" in given:
         covered |= {*IMAGE_KEYS, FILE_NAME}
     if covered & {"question", "answer", "caption", "conversations"}:
         covered |= {*FORMATS, *LISTED_PAIRS, *CAPTIONS, INPUT, *(key for pair in PAIRS for key in pair)}
-    taken = {column for _, column in columns}
     if unread is not None:
         unread.update(key for key in record if key in covered - taken and holds(record[key]))
     rest = {key: value for key, value in record.items() if key not in covered and key not in taken}
     return {**rest, **given}
+
+
+def _keys(column: str, sample: str) -> list[str]:
+    """Returns the keys of a record that a column is made of: those in its braces, or its own name."""
+    try:
+        parts = list(Formatter().parse(column))
+    except ValueError as error:
+        raise DataError(f"{sample}: columns has {named(column)}, which cannot be read ({error})") from None
+    return [key for _, key, _, _ in parts if key is not None] or [column]
+
+
+def _filled(column: str, record: Mapping[str, Any], sample: str) -> str | None:
+    """Returns the text of a column that is made of several keys; None if one of them has no value.
+
+    Only keys are looked up, and never attributes of their values.
+
+    Raises:
+        DataError: A value that is neither text nor an integer, or that does not have this form.
+    """
+    text = ""
+    for before, key, form, _ in Formatter().parse(column):
+        text += before
+        if key is not None:
+            value = record[key]
+            if value is None or value == "":  # 0 is a number like others
+                return None
+            try:
+                if not isinstance(value, str | int) or isinstance(value, bool) or not _FORM.fullmatch(form or ""):
+                    raise ValueError
+                text += format(value, form or "")
+            except ValueError:
+                what = f"'{key}'{f' as {form}' if form else ''}"
+                raise DataError(f"{sample}: columns cannot write {what} for {named(str(value))}") from None
+    return text
 
 
 def _with_messages(

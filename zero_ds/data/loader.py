@@ -152,8 +152,8 @@ class Steps(Dataset[Iterator[Batch]]):
     def _packed(self, indices: list[int]) -> tuple[Any, Iterator[Rows]]:
         """Returns the same for rows of several samples each, which are packed from the samples of the whole step."""
         loader = self.loader
-        texts = [self._text(index) for index in indices]
-        lengths = [0 if isinstance(text, DataError) else len(text.input_ids) for text in texts]
+        measured = [self._measured(index) for index in indices]
+        lengths, texts = [length for length, _ in measured], [text for _, text in measured]
         rows_per_pass = loader.micro_batch * loader.world_size
         packed = pack_rows(lengths, loader.sample_encoder.max_length, rows_per_pass)
         share = loader.global_batch // loader.world_size
@@ -172,6 +172,16 @@ class Steps(Dataset[Iterator[Batch]]):
                 yield rows
 
         return [indices, packed], micro_batches()
+
+    def _measured(self, index: int) -> tuple[int, EncodedConversation | DataError | None]:
+        """Returns the number of a sample's tokens, and its text; None if it is prepared and can be read later."""
+        if self.loader.prepared is None:
+            text = self._text(index)
+            return (0 if isinstance(text, DataError) else len(text.input_ids)), text
+        try:
+            return self.loader.prepared.length(index), None
+        except DataError as error:
+            return 0, without_traceback(error, self._source(index))
 
     def _text(self, index: int) -> EncodedConversation | DataError:
         try:
@@ -245,7 +255,8 @@ class Steps(Dataset[Iterator[Batch]]):
         records, seed = self.loader.records, self.loader.seed
         epoch, place = divmod(position, len(records))
         if self._order[0] != epoch:
-            self._order = (epoch, sample_order(len(records), seed, epoch))
+            in_order = getattr(records, "in_order", False)
+            self._order = (epoch, range(len(records)) if in_order else sample_order(len(records), seed, epoch))
         if self.loader.grouping == "off":
             return int(self._order[1][place])
         batch = self.loader.global_batch

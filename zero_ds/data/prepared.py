@@ -1,7 +1,8 @@
 """Prepared data: the tokens of every sample, written once, so that a run tokenises nothing and sizes no image.
 
 A folder holds shards of SHARD samples and prepared.json, which lists everything that the tokens depend on. The samples
-themselves stay where they are: images are still read from their own files.
+themselves stay where they are: images are still read from their own files. Each sample of each source is written once,
+in the order of the sources, so weights and the order of the run may change afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from zero_ds.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder."""
 SHARD = 4096
 """Number of samples of a shard."""
@@ -43,7 +44,7 @@ def description(records: Records, encoder: SampleEncoder) -> dict[str, Any]:
     processor = encoder.processor
     return {
         "format": FORMAT,
-        "samples": len(records),
+        "samples": records.places,
         "data": records.content(),
         "order": records.order(),
         "chat_template": _hash(encoder.template.source),
@@ -71,29 +72,27 @@ def prepare(records: Records, encoder: SampleEncoder, folder: Path, workers: int
     Shards that an interrupted call has written are kept.
 
     Raises:
-        ConfigError: Sources with shares of their own, a folder of other data, or one that cannot be written.
+        ConfigError: A folder of other data, or one that cannot be written.
     """
-    if records.epochs_differ:
-        raise ConfigError("sources with weight, repeat or count cannot be prepared, because their epochs differ.")
     stated = description(records, encoder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_begun(folder, stated)
-        missing = [number for number in range(-(-len(records) // SHARD)) if not _shard(folder, number).is_file()]
+        missing = [number for number in range(-(-records.places // SHARD)) if not _shard(folder, number).is_file()]
         writer = DataLoader(
             _Writing(records, encoder, folder, missing),
             batch_size=None,
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,
         )
-        with tqdm(total=len(records), desc="preparing", unit="sample", disable=None) as bar:
-            bar.update(len(records) - sum(_size(records, number) for number in missing))
+        with tqdm(total=records.places, desc="preparing", unit="sample", disable=None) as bar:
+            bar.update(records.places - sum(_size(records, number) for number in missing))
             for number in writer:
                 bar.update(_size(records, int(number)))
         write_atomically(folder / NAME, json.dumps(stated, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}.") from None
-    return sum(_faults(folder, number) for number in range(-(-len(records) // SHARD)))
+    return sum(_faults(folder, number) for number in range(-(-records.places // SHARD)))
 
 
 def _check_begun(folder: Path, stated: dict[str, Any]) -> None:
@@ -122,7 +121,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _size(records: Records, number: int) -> int:
-    return min(SHARD, len(records) - number * SHARD)
+    return min(SHARD, records.places - number * SHARD)
 
 
 class _Writing(Dataset[int]):
@@ -150,10 +149,10 @@ class _Writing(Dataset[int]):
             temporary.unlink(missing_ok=True)
         return number
 
-    def _rows(self, indices: range) -> Iterator[dict[str, Any]]:
-        for index in indices:
+    def _rows(self, places: range) -> Iterator[dict[str, Any]]:
+        for place in places:
             try:
-                found = self.encoder.tokens(self.records[index])
+                found = self.encoder.tokens(self.records.at_place(place))
             except DataError as error:
                 yield {"fault": str(error), "too_long": isinstance(error, TooLongError)}
                 continue
@@ -213,6 +212,7 @@ class Prepared:
                 "leave data.prepared out."
             )
         self.folder = folder
+        self._records = records
         self._opened = functools.lru_cache(maxsize=64)(self._map)
 
     def _map(self, number: int) -> Any:
@@ -229,10 +229,30 @@ class Prepared:
         Raises:
             DataError: As `SampleEncoder.tokens`.
         """
-        table = self._opened(index // SHARD)
-        row = {name: table.column(name)[index % SHARD] for name in table.column_names}
-        if row["fault"].is_valid:
-            kind = TooLongError if row["too_long"].as_py() else DataError
-            raise kind(row["fault"].as_py())
-        ids, labels, responses = (row[name].values.to_numpy().tolist() for name in ("input_ids", "labels", "responses"))
-        return EncodedConversation(ids, labels, row["images"].as_py(), responses)
+        table, row = self._usable(index)
+        ids, labels, responses = (
+            table.column(name)[row].values.to_numpy().tolist() for name in ("input_ids", "labels", "responses")
+        )
+        return EncodedConversation(ids, labels, table.column("images")[row].as_py(), responses)
+
+    def length(self, index: int) -> int:
+        """Returns the number of a sample's tokens, which stay unread.
+
+        Raises:
+            DataError: As `tokens`.
+        """
+        table, row = self._usable(index)
+        return len(table.column("input_ids")[row])
+
+    def _usable(self, index: int) -> tuple[Any, int]:
+        """Returns the shard of a sample and its row there.
+
+        Raises:
+            DataError: A sample that cannot be used.
+        """
+        number, row = divmod(self._records.place(index), SHARD)
+        table = self._opened(number)
+        fault = table.column("fault")[row]
+        if fault.is_valid:
+            raise (TooLongError if table.column("too_long")[row].as_py() else DataError)(fault.as_py())
+        return table, row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,17 +33,19 @@ def counts_of(sources: Sequence[SourceConfig], lengths: Sequence[int]) -> list[i
 class Draws:
     """Rows of a source in the order in which epochs draw them: pass after pass over the source, without a gap.
 
-    The first pass keeps the source's order; later ones are permuted by their number.
+    The first pass keeps the source's order; later ones are permuted by their number. A source with an `order` of its
+    own has it in every pass.
     """
 
-    def __init__(self, length: int, count: int) -> None:
+    def __init__(self, length: int, count: int, order: Callable[[int], Any] | None = None) -> None:
         self.length, self.count = length, count
-        self._order = functools.lru_cache(maxsize=2)(self._permuted)
+        self._has_order = order is not None
+        self._order = functools.lru_cache(maxsize=2)(order or self._permuted)
 
     def row(self, epoch: int, draw: int) -> int:
         """Returns the row of a draw of an epoch, both counted from 0."""
         number, place = divmod(epoch * self.count + draw, self.length)
-        return place if number == 0 else int(self._order(number)[place])
+        return place if number == 0 and not self._has_order else int(self._order(number)[place])
 
     def _permuted(self, number: int) -> Any:
         return np.random.default_rng([number, self.length]).permutation(self.length)

@@ -25,6 +25,7 @@ from zero_ds.data.forms import Reading
 from zero_ds.data.read_image import is_embedded
 from zero_ds.data.shares import Draws, counts_of
 from zero_ds.data.stored import ImageFile, Span, StoredImage, is_span
+from zero_ds.data.streams import MixedOrder, Shard
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import home_path
 
@@ -51,8 +52,12 @@ class Records(Sequence[Sample]):
     """All samples of the sources, mixed by evenly spaced insertion. Indexing reads one memory-mapped row.
 
     Where sources have shares of their own (`weight`, `repeat` or `count`), an epoch does not take each sample once, and
-    the next epoch goes on where this one ends: indices from `len(self)` on are those of later epochs.
+    the next epoch goes on where this one ends: indices from `len(self)` on are those of later epochs. The same holds
+    where a source is streamed.
     """
+
+    in_order: bool
+    """True if epochs should take the samples in the order of their indices, because a source is streamed."""
 
     def __init__(
         self,
@@ -87,8 +92,13 @@ class Records(Sequence[Sample]):
     def _mix(self, sources: Sequence[SourceConfig]) -> None:
         lengths = [len(source) for source in self._sources]
         counts = counts_of(sources, lengths)
-        self._draws = None if counts == lengths else [Draws(*pair) for pair in zip(lengths, counts, strict=True)]
+        self.in_order = any(source.config.stream for source in self._sources)
+        orders = [source.order if source.config.stream else None for source in self._sources]
+        drawn = self.in_order or counts != lengths
+        self._draws = [Draws(*each) for each in zip(lengths, counts, orders, strict=True)] if drawn else None
         self._order = evenly_spaced(counts)
+        self._first_places = np.cumsum([0, *lengths])
+        """Number of samples of the sources before each."""
 
     def held_out(self) -> Records | None:
         """Returns the samples that `share` leaves out, each once; None if there are none."""
@@ -142,11 +152,26 @@ class Records(Sequence[Sample]):
         return hashlib.sha256(json.dumps([names, len(self)]).encode()).hexdigest()[:16]
 
     def order(self) -> str:
-        """Returns a hash of the order of the samples, with the rows of each source that are used."""
-        digest = hashlib.sha256(np.ascontiguousarray(self._order).tobytes())
+        """Returns a hash of the rows of each source that are used, in their order."""
+        digest = hashlib.sha256()
         for source in self._sources:
             digest.update(np.ascontiguousarray(source.rows, dtype=np.int64).tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def places(self) -> int:
+        """Number of samples of all sources, each counted once."""
+        return int(self._first_places[-1])
+
+    def place(self, index: int) -> int:
+        """Returns the number of a sample among those of all sources, one source after the other, for any epoch."""
+        number, row = self._drawn(index)
+        return int(self._first_places[number]) + row
+
+    def at_place(self, place: int) -> Sample:
+        """Returns the sample of which `place` is the number."""
+        number = int(np.searchsorted(self._first_places, place, side="right")) - 1
+        return self._sample(self._sources[number], place - int(self._first_places[number]))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -155,9 +180,13 @@ class Records(Sequence[Sample]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        source, number, row = self._locate(index)
-        table = source.tables[number]
-        record = table[row]
+        number, row = self._drawn(index)
+        return self._sample(self._sources[number], row)
+
+    def _sample(self, source: _Source, row: int) -> Sample:
+        """Returns the sample of one of the used rows of a source."""
+        number, row_of_table = source.locate(row)
+        record = source.tables[number][row_of_table]
         parts = zip(record.roles, record.texts, record.learned, strict=True)
         turns = tuple(Turn(role, text, learned) for role, text, learned in parts)
         return Sample(record.id, turns, source.paths(record, number))
@@ -174,6 +203,13 @@ class Records(Sequence[Sample]):
 
     def _locate(self, index: int) -> tuple[_Source, int, int]:
         """Returns the source of a sample, the number of its table there and its row in the table."""
+        number, row = self._drawn(index)
+        source = self._sources[number]
+        table, row_of_table = source.locate(row)
+        return source, table, row_of_table
+
+    def _drawn(self, index: int) -> tuple[int, int]:
+        """Returns the number of a sample's source, and which of its used rows the sample is."""
         epoch = 0
         if self._draws is not None and index >= len(self):
             epoch, index = divmod(index, len(self))
@@ -182,9 +218,7 @@ class Records(Sequence[Sample]):
         number, row = (int(each) for each in self._order[index])
         if self._draws is not None:
             row = self._draws[number].row(epoch, row)
-        source = self._sources[number]
-        table, row_of_table = source.locate(row)
-        return source, table, row_of_table
+        return number, row
 
 
 class _Source:
@@ -202,7 +236,9 @@ class _Source:
         archive = split_root(str(root))
         self.archives = Archives(archive[0], cache_folder(), archive[1]) if archive else None
         reading = Reading(tuple(config.columns.items()), caption_prompt)
-        self.tables = [load_table(file, reading) for file in self.files]
+        self._seed = seed or [0, 0]
+        opened = Shard if config.stream else load_table
+        self.tables: Sequence[Table | Shard] = [opened(file, reading) for file in self.files]
         for file, table in zip(self.files, self.tables, strict=True):
             if table.complaints.count:
                 _report_unusable(file, table, skip_bad, remedy)
@@ -210,8 +246,9 @@ class _Source:
         rows: Any = np.arange(self._starts[-1])
         if config.images_only:
             pairs = zip(self._starts, self.tables, strict=False)
-            rows = np.concatenate([start + table.with_images() for start, table in pairs])
-        if seed is not None:
+            indexed = [(start, table) for start, table in pairs if isinstance(table, Table)]
+            rows = np.concatenate([start + table.with_images() for start, table in indexed])
+        if seed is not None and not config.stream:
             rows = np.random.default_rng(seed).permutation(rows)
         self._rows = rows[: config.limit]
         if not len(self._rows):
@@ -225,6 +262,22 @@ class _Source:
     def rows(self) -> Any:
         """The rows that are used, in their order: (n,)."""
         return self._rows
+
+    def order(self, number: int) -> MixedOrder:
+        """Returns the order of the used rows in a pass over a streamed source, counted from 0, as indices."""
+        return MixedOrder(self._shares(), [*self._seed, number], self._read_ahead)
+
+    def _shares(self) -> Any:
+        """Returns the number of used rows of each table: (tables,)."""
+        return np.diff(np.searchsorted(self._rows, self._starts))
+
+    def _read_ahead(self, number: int) -> None:
+        """Reads the shard whose turn is next, in a worker, which can do so while it waits."""
+        from torch.utils.data import get_worker_info
+
+        table = self.tables[number]
+        if isinstance(table, Shard) and get_worker_info() is not None:
+            table.read_ahead()
 
     def hold_out(self, share: float) -> Any:
         """Removes a share of the rows, at even distances, and returns them."""
@@ -288,7 +341,7 @@ def _roots(config: SourceConfig, found: DataFiles) -> tuple[Path, tuple[Path, ..
     return root, tuple(allowed)
 
 
-def _report_unusable(file: Path, table: Table, skip_bad: bool, remedy: str) -> None:
+def _report_unusable(file: Path, table: Table | Shard, skip_bad: bool, remedy: str) -> None:
     """Rejects a file with records that cannot be used, or logs how many are skipped."""
     count, first = table.complaints.count, table.complaints.first[0]
     if not skip_bad:

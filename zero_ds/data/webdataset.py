@@ -35,7 +35,7 @@ def read_webdataset(path: Path, progress: Callable[[int], object], columns: Sequ
     """
     try:
         with open_regular(path) as file:
-            for key, group in groupby(tar_members(path, file), key=lambda member: _name(path, member)[0]):
+            for key, group in groupby(tar_members(path, file), key=lambda member: sample_name(path, member)[0]):
                 members = list(group)
                 yield _record(path, file, key, members)
                 progress(sum(member.length for member in members))
@@ -44,7 +44,7 @@ def read_webdataset(path: Path, progress: Callable[[int], object], columns: Sequ
         raise DataError(f"data file {path} cannot be read: {reason or type(error).__name__}") from None
 
 
-def _name(path: Path, member: Member) -> tuple[str, str]:
+def sample_name(path: Path, member: Member) -> tuple[str, str]:
     """Returns the name that the members of a sample share, and the extension, which begins at the first dot.
 
     Raises:
@@ -67,7 +67,7 @@ def _record(path: Path, file: BinaryIO, key: str, members: Sequence[Member]) -> 
     images: list[Span] = []
     others: dict[str, Any] = {}
     for member in members:
-        extension = _name(path, member)[1]
+        extension = sample_name(path, member)[1]
         kind = extension.rpartition(".")[2]
         if kind in IMAGES:
             images.append(Span(member.offset, member.length))

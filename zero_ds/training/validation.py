@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,21 +74,7 @@ class Validation:
         Raises:
             DataError: a sample that cannot be used, unless the run skips such samples.
         """
-        started = time.monotonic()
-        was_training = model.training
-        model.eval()
-        try:
-            loss, tokens, samples, skipped = self._sums(model)
-        finally:
-            model.train(was_training)
-        loss, tokens, samples, skipped = distributed.sum_over_ranks(loss, tokens, samples, skipped)
-        return {
-            f"{PREFIX}loss": loss / max(1.0, tokens),
-            f"{PREFIX}tokens": tokens,
-            f"{PREFIX}samples": samples,
-            f"{PREFIX}skipped_samples": skipped,
-            f"{PREFIX}seconds": time.monotonic() - started,
-        }
+        return {f"{PREFIX}{name}": value for name, value in mean_loss(model, self.parts).items()}
 
     def improves(self, scalars: dict[str, float]) -> bool:
         """Returns whether the loss is the lowest so far, and remembers it."""
@@ -97,18 +84,42 @@ class Validation:
         self.lowest = loss
         return True
 
-    def _sums(self, model: VisionLanguageModel) -> tuple[float, float, float, float]:
-        """Returns the rank's sum of the loss, and its numbers of tokens, samples and skipped samples."""
-        loss = torch.zeros((), dtype=torch.float64, device=distributed.device())
-        tokens = samples = skipped = 0
-        for part in self.parts:
-            for batch in part.batches():
-                losses = token_losses(model, batch)
-                loss += losses.double().sum()
-                tokens += len(losses)
-                samples += len(batch.ids)
-                skipped += len(batch.skipped) + len(batch.too_long)
-        return float(loss), float(tokens), float(samples), float(skipped)
+
+def mean_loss(model: VisionLanguageModel, parts: Sequence[Once]) -> dict[str, float]:
+    """Returns the mean next-token loss on samples, with numbers of tokens and samples, and seconds. A collective.
+
+    Raises:
+        DataError: a sample that cannot be used, unless the run skips such samples.
+    """
+    started = time.monotonic()
+    was_training = model.training
+    model.eval()
+    try:
+        loss, tokens, samples, skipped = _sums(model, parts)
+    finally:
+        model.train(was_training)
+    loss, tokens, samples, skipped = distributed.sum_over_ranks(loss, tokens, samples, skipped)
+    return {
+        "loss": loss / max(1.0, tokens),
+        "tokens": tokens,
+        "samples": samples,
+        "skipped_samples": skipped,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _sums(model: VisionLanguageModel, parts: Sequence[Once]) -> tuple[float, float, float, float]:
+    """Returns the rank's sum of the loss, and its numbers of tokens, samples and skipped samples."""
+    loss = torch.zeros((), dtype=torch.float64, device=distributed.device())
+    tokens = samples = skipped = 0
+    for part in parts:
+        for batch in part.batches():
+            losses = token_losses(model, batch)
+            loss += losses.double().sum()
+            tokens += len(losses)
+            samples += len(batch.ids)
+            skipped += len(batch.skipped) + len(batch.too_long)
+    return float(loss), float(tokens), float(samples), float(skipped)
 
 
 @torch.no_grad()
