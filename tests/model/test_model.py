@@ -287,13 +287,6 @@ def test_damaged_models_are_refused(made: Callable[..., Path], tmp_path: Path, d
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unregistered_encoder_names_the_registered(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
-    known = ", ".join(t for entry in ENCODERS.values() for t in entry.model_types)
-    with pytest.raises(ConfigError, match=f"registered for model_type 'resnet' of .*; registered: {known}"):
-        encoder_of(tmp_path)
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"llama"'])
 @pytest.mark.parametrize("lookup", [encoder_of, family_of])
 def test_folders_that_are_no_model(tmp_path: Path, lookup: Callable[[Path], object], text: str) -> None:

@@ -47,6 +47,7 @@ OLD_BEHAVIOUR: dict[str, Any] = {
     "losses": {},
     "adapter.kind": "mlp",
     "adapter.factor": None,
+    "encoder.image_size": None,
     "data.shuffle": False,
     "data.special_tokens": [],
     "data.image_background": "white",

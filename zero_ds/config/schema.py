@@ -87,6 +87,9 @@ class EncoderConfig(Section):
     """Index of the vision encoder's hidden states that feed the adapter; -1 is the last, -2 is LLaVA-1.5's choice."""
     patch_norm: bool = False
     """Applies the encoder's final norm to the patch tokens, as in the paper's reference implementation."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Height and width of the images that the encoder reads, in pixels: a multiple of its patches, to which position
+    embeddings are interpolated; empty: the size that the encoder's own files say."""
 
 
 class AdapterConfig(Section):

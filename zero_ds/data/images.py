@@ -187,6 +187,18 @@ def _errors_name(name: str) -> Iterator[None]:
         raise ImageError(f"image {name} cannot be read: {named(reason, PATH_SHOWN)}") from None
 
 
+def _normalization(settings: Any) -> tuple[list[float], list[float]]:
+    """Returns mean and deviation of an image processor for colours from 0 to 1, whatever range it brings them to."""
+    if not getattr(settings, "do_normalize", True):  # the encoder does so itself, or reads colours as they are
+        mean, std = [0.0] * 3, [1.0] * 3
+    else:
+        mean, std = list(settings.image_mean), list(settings.image_std)
+    factor = getattr(settings, "rescale_factor", None) if getattr(settings, "do_rescale", True) else 1.0
+    if factor is None or abs(factor * 255 - 1) < 1e-6:
+        return mean, std
+    return [value / (255 * factor) for value in mean], [value / (255 * factor) for value in std]
+
+
 class ImageProcessor:
     """Pads images to a square with the mean colour, resizes and normalises them (Table A.2), large ones also in tiles.
 
@@ -220,17 +232,51 @@ class ImageProcessor:
         Raises:
             ConfigError: The file is missing, damaged, or lacks them.
         """
+        settings = cls._settings(folder)
+        try:
+            mean, std = _normalization(settings)
+            resample = getattr(settings, "resample", None)
+            if resample is None and not getattr(settings, "do_resize", True):
+                resample = Image.Resampling.BICUBIC
+            return cls(image_size, mean, std, int(resample), grid, background)  # type: ignore[arg-type]
+        except (ValueError, TypeError, AttributeError, KeyError):
+            raise cls._unusable(folder) from None
+
+    @classmethod
+    def size_of(cls, folder: str | Path) -> int | None:
+        """Returns height and width of the images that the folder's own image processor makes, in pixels.
+
+        None if there is no image processor, or it makes images that are not squares or have several sizes.
+        """
+        try:
+            settings = cls._settings(folder)
+        except ConfigError:  # `from_folder` says so when images are needed
+            return None
+        sizes = ["crop_size", "size"] if getattr(settings, "do_center_crop", None) else ["size"]
+        size: Any = next((found for name in sizes if (found := getattr(settings, name, None))), None)
+        if size is None or isinstance(size, int):
+            return size
+        sides = {size.get("height"), size.get("width")}
+        if sides == {None}:
+            sides = {size.get("shortest_edge")}
+        return sides.pop() if len(sides) == 1 else None
+
+    @classmethod
+    def _settings(cls, folder: str | Path) -> Any:
+        """Returns transformers' image processor of a folder."""
         from transformers import AutoImageProcessor
 
         try:
-            settings: Any = AutoImageProcessor.from_pretrained(folder)
-            mean, std = list(settings.image_mean), list(settings.image_std)
-            return cls(image_size, mean, std, int(settings.resample), grid, background)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # the library's own message has many lines
-            raise ConfigError(
-                f"{folder} holds no preprocessor_config.json that says how images are normalised; fetch the vision "
-                "encoder again."
-            ) from None
+            return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):  # the library's message has many lines
+            raise cls._unusable(folder) from None
+
+    @staticmethod
+    def _unusable(folder: str | Path) -> ConfigError:
+        return ConfigError(
+            f"{folder} holds no preprocessor_config.json that says how images are normalised; fetch the vision "
+            "encoder again."
+        )
 
     def open(self, image: str | Path | StoredImage | Image.Image) -> Image.Image:
         """Reads an image as the model is shown it, before it is padded: upright RGB, on the background.

@@ -24,6 +24,7 @@ from zero_ds.export.tensors import as_dtype, in_memory, read
 from zero_ds.export.text import TextSettings
 from zero_ds.model import lora
 from zero_ds.model.adapter import LINEARS, adapter_parameters, linear_layers
+from zero_ds.model.encoders.base import native_size
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.safetensors import Tensor
 
@@ -105,14 +106,17 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
         # prefixes in the class of transformers 5 -> prefixes in published folders
         prefixes = {
             "model.language_model.": f"{DECODER}model.",
-            "model.vision_tower.": _encoder_name(source, ""),
+            "model.vision_tower.": _encoder_prefix(source),
             "model.multi_modal_projector.": "multi_modal_projector.",
             "lm_head.": f"{DECODER}lm_head.",
         }
         shapes = {}
         for name, tensor in model.state_dict().items():
             prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-            shapes[prefixes[prefix] + name.removeprefix(prefix)] = tuple(tensor.shape)
+            inner = name.removeprefix(prefix)
+            if prefix == "model.vision_tower.":
+                inner = source.encoder_names[inner]
+            shapes[prefixes[prefix] + inner] = tuple(tensor.shape)
         if config.tie_word_embeddings:
             shapes.pop(f"{DECODER}lm_head.weight")
         return shapes
@@ -165,15 +169,26 @@ def _what_llava_lacks(source: Source) -> str | None:
         return f"published Llava folders have no names for the tensors of {family.name}"
     if encoder.llava_prefix is None:
         return f"the vision encoder {encoder.name} has no Llava form"
+    if not encoder.takes_any_size and source.image_size != native_size(source.vision):
+        return (
+            f"Llava does not interpolate the position embeddings of {encoder.name}, which has images of "
+            f"{native_size(source.vision)} pixels, to encoder.image_size={source.image_size}"
+        )
+    if encoder.wrong_attentions:
+        return f"Llava would compute the attention of {encoder.name} with sdpa, which it cannot"
     if encoder.prefix_tokens not in STRATEGIES:
         return f"Llava cannot drop the {encoder.prefix_tokens} tokens that {encoder.name} puts before the patches"
     return None
 
 
-def _encoder_name(source: Source, name: str) -> str:
+def _encoder_prefix(source: Source) -> str:
     prefix = source.encoder_family.llava_prefix
     assert prefix is not None, "LlavaFormat.lacks refuses such encoders"
-    return prefix + name
+    return prefix
+
+
+def _encoder_name(source: Source, name: str) -> str:
+    return _encoder_prefix(source) + source.encoder_names[name]
 
 
 def _projector(layers: Sequence[tuple[T, T]]) -> dict[str, T]:
@@ -267,7 +282,7 @@ def _llava_processor(source: Source, texts: TextSettings) -> Any:
     return LlavaProcessor(
         image_processor=images,
         tokenizer=texts.tokenizer,
-        patch_size=source.vision.patch_size,
+        patch_size=source.encoder_family.patch_size(source.vision),
         vision_feature_select_strategy=STRATEGIES[source.encoder_family.prefix_tokens],
         image_token=texts.image_token,
         num_additional_image_tokens=source.encoder_family.prefix_tokens,

@@ -22,6 +22,7 @@ from zero_ds.export.tensors import as_dtype
 from zero_ds.export.text import TextSettings, image_prompt
 from zero_ds.model import lora
 from zero_ds.model.adapter import adapter_parameters
+from zero_ds.model.encoders.base import native_size
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.safetensors import Tensor
 
@@ -58,7 +59,7 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
     def tensors(self, source: Source) -> list[tuple[str, Tensor]]:
         found: dict[str, Tensor] = {}
         for name, tensor in source.encoder_tensors().items():
-            found[f"encoder.{name}"] = tensor
+            found[f"encoder.{source.encoder_names[name]}"] = tensor
         for name, span in source.adapter_spans().items():
             found[name] = as_dtype(span, source.dtype)
         for name, tensor in source.decoder_tensors().items():
@@ -68,7 +69,7 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
     def loaded_tensors(self, source: Source, model: VisionLanguageModel) -> Iterator[LoadedTensor]:
         assert model.encoder is not None
         for name, tensor in model.encoder.state_dict().items():
-            yield LoadedTensor(f"encoder.{name}", tensor, exact=True)
+            yield LoadedTensor(f"encoder.{source.encoder_names[name]}", tensor, exact=True)
         for name, parameter in adapter_parameters(model).items():
             yield LoadedTensor(name, parameter.detach(), exact=True)
         merged = source.merged_weights()
@@ -85,7 +86,8 @@ print(processor.decode(output_ids[0], skip_special_tokens=True))
             del settings[name]
         with torch.device("meta"):
             model = GraftedForCausalLM(GraftedConfig(**settings))
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        named = {f"encoder.{name}": f"encoder.{in_files}" for name, in_files in source.encoder_names.items()}
+        shapes = {named.get(name, name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if settings["tie_word_embeddings"]:
             shapes.pop(f"decoder.{source.decoder.family.head}", None)
         return shapes
@@ -116,6 +118,7 @@ def _config(source: Source, texts: TextSettings) -> dict[str, Any]:
         other |= {"adapter_kind": adapter.kind, "adapter_factor": adapter.square}
     return {
         **other,
+        **_encoder_settings(source),
         "architectures": ["GraftedForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_grafted.GraftedConfig",
@@ -135,6 +138,19 @@ def _config(source: Source, texts: TextSettings) -> dict[str, Any]:
         "text_config": text,
         "vision_config": vision,
     }
+
+
+def _encoder_settings(source: Source) -> dict[str, Any]:
+    """Returns what modeling_grafted.py has to know about vision encoders that are not read as CLIP is."""
+    family = source.encoder_family
+    settings: dict[str, Any] = {}
+    if not family.auto:
+        settings["encoder_class"] = family.class_name
+    if family.reads_patches:
+        settings["encoder_patch_size"] = family.patch_size(source.vision)
+    if family.interpolation and source.image_size != native_size(source.vision):
+        settings["interpolation"] = family.interpolation
+    return settings
 
 
 def _processor_config(source: Source, texts: TextSettings) -> dict[str, Any]:

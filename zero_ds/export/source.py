@@ -19,8 +19,7 @@ from zero_ds.grafting.compatibility import compatibility, run_config
 from zero_ds.model.adapter import adapter_shapes
 from zero_ds.model.decoders.conversion import Group
 from zero_ds.model.decoders.folder import DecoderFolder
-from zero_ds.model.encoders import EncoderFamily, encoder_of
-from zero_ds.model.loading import load_complete
+from zero_ds.model.encoders import ENCODERS, EncoderFamily, encoder_of, load_encoder, published_names
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.hub import local_folder
 from zero_ds.runtime.safetensors import Computed, Span, Tensor, dtype_name
@@ -80,12 +79,19 @@ class Source:
     @cached_property
     def encoder_family(self) -> EncoderFamily:
         """Family of the vision encoder."""
-        return encoder_of(self.encoder_folder)
+        return encoder_of(self.encoder_folder, self.encoder_config.image_size)
 
     @cached_property
     def encoder(self) -> nn.Module:
         """The vision encoder that training began with. It is small next to a decoder and stays in memory."""
-        return load_complete(self.encoder_family.load, self.encoder_folder, dtype=self.dtype)
+        return load_encoder(self.encoder_family, self.encoder_folder, dtype=self.dtype)
+
+    @cached_property
+    def encoder_names(self) -> dict[str, str]:
+        """Names of the vision encoder's tensors in files, by their names in memory."""
+        if self.encoder_family.name in ENCODERS:  # published folders have the names of its class
+            return {name: name for name in self.encoder.state_dict()}
+        return published_names(self.encoder)
 
     @property
     def vision(self) -> Any:
@@ -202,7 +208,7 @@ class Source:
         """
         tensors: dict[str, Tensor] = {}
         for name, value in self.encoder.state_dict().items():
-            tensors[name] = in_memory(value, self.dtype)
+            tensors[name] = in_memory(value, self.dtype if value.is_floating_point() else value.dtype)
         for name, span in self.weights.items():
             if not name.startswith("encoder."):
                 continue

@@ -21,7 +21,7 @@ from zero_ds.model.build import ModelSpec, Modules, build_model, sample_encoder
 from zero_ds.model.decoders import family_of_config
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.decoders.shrink import position_limit
-from zero_ds.model.encoders import ENCODERS
+from zero_ds.model.encoders import described, fitted
 from zero_ds.model.loading import load_complete, model_hash
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.runtime.errors import ConfigError
@@ -197,14 +197,9 @@ def _load_export(named: NamedModel, dtype: torch.dtype, attention: str) -> tuple
     config = llava.config
     text, vision = config.text_config, config.vision_config
     family = family_of_config(text, folder)
-    expressible = [known for known in ENCODERS.values() if known.llava_prefix is not None]
-    encoder_family = next((known for known in expressible if vision.model_type in known.model_types), None)
-    if encoder_family is None:
-        raise ConfigError(
-            f"{folder} holds a {text.model_type} with a {vision.model_type}, which zero_ds does not "
-            "support; open it with transformers."
-        )
-    if config.vision_feature_select_strategy != "default" or isinstance(config.vision_feature_layer, list):
+    encoder_family = fitted(described(vision, folder), vision, folder, None)
+    strategy = {0: "full", 1: "default"}.get(encoder_family.prefix_tokens)
+    if config.vision_feature_select_strategy != strategy or isinstance(config.vision_feature_layer, list):
         raise ConfigError(
             f"{folder} takes image features from several layers or includes the tokens before the patches, which "
             "zero_ds does not support; open it with transformers."

@@ -19,9 +19,8 @@ from zero_ds.model.decoders.cut import cut_config
 from zero_ds.model.decoders.dense import dense_config
 from zero_ds.model.decoders.folder import DecoderFolder
 from zero_ds.model.decoders.shrink import causal_class, without_dropout_
-from zero_ds.model.encoders import EncoderFamily, encoder_of, vision_config
+from zero_ds.model.encoders import EncoderFamily, empty_encoder, encoder_of, load_encoder, vision_config
 from zero_ds.model.layer_plan import LayerPlan
-from zero_ds.model.loading import load_complete
 from zero_ds.model.templates import load_template
 from zero_ds.model.vlm import VisionLanguageModel
 from zero_ds.model.word_space import WordSpaceModel
@@ -105,7 +104,8 @@ def _check_feature_layer(spec: ModelSpec) -> None:
 def _check_image_tokens(spec: ModelSpec) -> None:
     """Refuses squares of patches that are larger than the vision encoder's grid, before anything is loaded."""
     if spec.encoder is not None and spec.adapter_config is not None and spec.adapter_config.square > 1:
-        spec.adapter_config.image_tokens(encoder_of(spec.encoder).tokens_per_image(vision_config(spec.encoder)))
+        family = _encoder_family(spec, spec.encoder)
+        spec.adapter_config.image_tokens(family.tokens_per_image(vision_config(spec.encoder)))
 
 
 def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:
@@ -115,9 +115,9 @@ def _load_modules(folder: DecoderFolder, spec: ModelSpec) -> Modules:
         decoder = folder.load(dtype=spec.dtype, attention=spec.attention)
     if spec.encoder is None:
         return Modules(decoder, folder.family)
-    encoder_family = encoder_of(spec.encoder)
-    attention = "eager" if spec.attention == "eager" else "sdpa"
-    encoder = load_complete(encoder_family.load, spec.encoder, dtype=spec.dtype, attn_implementation=attention)
+    encoder_family = _encoder_family(spec, spec.encoder)
+    attention = "eager" if spec.attention == "eager" else encoder_family.attention("sdpa")
+    encoder = load_encoder(encoder_family, spec.encoder, dtype=spec.dtype, attn_implementation=attention)
     return Modules(decoder, folder.family, encoder, encoder_family)
 
 
@@ -147,8 +147,19 @@ def _without_layers(folder: DecoderFolder, dtype: torch.dtype) -> nn.Module:
     return cast(nn.Module, decoder.to(dtype))
 
 
+def _encoder_family(spec: ModelSpec, folder: Path) -> EncoderFamily:
+    """Returns the description of the vision encoder, for the images and the norm that the run asks for."""
+    settings = spec.encoder_config
+    family = encoder_of(folder, settings.image_size if settings is not None else None)
+    if settings is not None and settings.patch_norm and not family.final_norm:
+        raise ConfigError(
+            f"encoder.patch_norm=true, but {family.name} in {folder} has no norm after its last layer; leave it out."
+        )
+    return family
+
+
 def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     config = folder.text_config()
     if folder.plan is None and spec.plan is not None:
@@ -159,8 +170,8 @@ def _modules_on_meta(folder: DecoderFolder, spec: ModelSpec) -> Modules:
     options: dict[str, Any] = {"dtype": spec.dtype, "attn_implementation": "eager"}
     encoder = encoder_family = None
     if spec.encoder is not None:
-        encoder_family = encoder_of(spec.encoder)
-        encoder = AutoModel.from_config(vision_config(spec.encoder), **options)
+        encoder_family = _encoder_family(spec, spec.encoder)
+        encoder = empty_encoder(encoder_family, vision_config(spec.encoder), **options)
     if spec.words_only:
         return Modules(_without_layers(folder, spec.dtype), folder.family, encoder, encoder_family)
     decoder = AutoModelForCausalLM.from_config(config, **options)

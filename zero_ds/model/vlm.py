@@ -110,7 +110,7 @@ class VisionLanguageModel(nn.Module):
         used = self.encoder_family.used_layers(self.encoder, self.encoder_config.feature_layer)
         unused = set(self.encoder_family.layers(self.encoder)) - set(used)
         skipped = {p for layer in unused for p in layer.parameters()}
-        skipped |= set(self.encoder_family.norm(self.encoder).parameters())
+        skipped |= self.encoder_family.untrained(self.encoder)
         named = [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if p not in skipped]
         last = self.encoder_config.train_last_layers
         if last is not None:  # the embeddings then stay frozen as well

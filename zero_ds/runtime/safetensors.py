@@ -65,20 +65,22 @@ DTYPES = {
     "BF16": Dtype("bfloat16", 2),
 }
 """Number formats of weights that are not quantized, by their safetensors names. The package has no other such table."""
+INTEGERS = {"I64": Dtype("int64", 8)}
+"""Number formats of buffers that are not weights, such as the indices that some vision encoders store."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """Returns the torch dtype of a safetensors name: `BF16` -> torch.bfloat16."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    dtype: torch.dtype = getattr(torch, (DTYPES | INTEGERS)[name].torch_name)
     return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns the safetensors name of a torch dtype: torch.bfloat16 -> `BF16`."""
     torch_name = str(dtype).removeprefix("torch.")
-    return next(name for name, known in DTYPES.items() if known.torch_name == torch_name)
+    return next(name for name, known in (DTYPES | INTEGERS).items() if known.torch_name == torch_name)
 
 
 # -- reading headers ---------------------------------------------------------------------------------------------------

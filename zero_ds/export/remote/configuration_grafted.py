@@ -25,6 +25,9 @@ class GraftedConfig(PretrainedConfig):
     adapter_factor: height and width of these squares, in patches.
     aligner: whether another linear layer brings the adapter's output to the decoder's hidden size.
     decoder_attention: implementation of attention in the decoder where sdpa cannot compute it, or None.
+    encoder_class: name of the vision encoder's class where AutoModel does not find it, or None.
+    encoder_patch_size: pixels of a patch's side for a vision encoder that reads rows of patches; 0 for others.
+    interpolation: argument that makes the vision encoder interpolate its position embeddings, or None.
     """
 
     model_type = "grafted_vlm"
@@ -44,6 +47,9 @@ class GraftedConfig(PretrainedConfig):
         adapter_factor: int = 1,
         aligner: bool = False,
         decoder_attention: str | None = None,
+        encoder_class: str | None = None,
+        encoder_patch_size: int = 0,
+        interpolation: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _to_config(text_config, "llama")
@@ -58,6 +64,9 @@ class GraftedConfig(PretrainedConfig):
         self.adapter_factor = adapter_factor
         self.aligner = aligner
         self.decoder_attention = decoder_attention
+        self.encoder_class = encoder_class
+        self.encoder_patch_size = encoder_patch_size
+        self.interpolation = interpolation
         super().__init__(**kwargs)
 
 

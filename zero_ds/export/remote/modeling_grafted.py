@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.generation.utils import GenerationMixin
@@ -86,7 +87,10 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
             options["attn_implementation"] = "eager"  # sdpa does not soft-cap attention scores
         elif config.decoder_attention and text._attn_implementation == "sdpa":
             options["attn_implementation"] = config.decoder_attention
-        self.encoder = AutoModel.from_config(config.vision_config)
+        if config.encoder_class:
+            self.encoder = getattr(transformers, config.encoder_class)._from_config(config.vision_config)
+        else:
+            self.encoder = AutoModel.from_config(config.vision_config)
         self.adapter = Adapter(config.vision_config.hidden_size, width, config.adapter_kind, config.adapter_factor)
         self.boundary = Boundary(width) if config.boundary_tokens else None
         self.aligner = nn.Linear(width, text.hidden_size) if config.aligner else None
@@ -109,7 +113,7 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(views, 3, height, width) -> (views, tokens, hidden), at the decoder's hidden size."""
         pixel_values = pixel_values.to(next(self.encoder.parameters()).dtype)
-        output = self.encoder(pixel_values=pixel_values, output_hidden_states=True)
+        output = self.encoder(**self._encoder_inputs(pixel_values), output_hidden_states=True)
         features = output.hidden_states[self.config.feature_layer][:, self.config.prefix_tokens :]
         if self.config.patch_norm:
             features = self._patch_norm()(features)
@@ -120,9 +124,25 @@ class GraftedForCausalLM(PreTrainedModel, GenerationMixin):
             features = self.aligner(features)
         return features
 
+    def _encoder_inputs(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+        """Returns the vision encoder's arguments: images, or the rows of their patches and the shape of the grid."""
+        patch = self.config.encoder_patch_size
+        if not patch:
+            inputs: dict[str, Any] = {"pixel_values": pixel_values}
+            return {**inputs, self.config.interpolation: True} if self.config.interpolation else inputs
+        views, colours, height, width = pixel_values.shape
+        rows, columns = height // patch, width // patch
+        cut = pixel_values[:, :, : rows * patch, : columns * patch].reshape(views, colours, rows, patch, columns, patch)
+        flat = cut.permute(0, 2, 4, 3, 5, 1).reshape(views, rows * columns, patch * patch * colours)
+        grid = torch.tensor([[rows, columns]] * views)
+        return {"pixel_values": flat, "pixel_attention_mask": None, "spatial_shapes": grid}
+
     def _patch_norm(self) -> nn.Module:
-        """Returns the encoder's norm, which some encoders keep in a submodule."""
-        for name, module in self.encoder.named_modules():
+        """Returns the encoder's norm: the module of this path, or, as some encoders keep it deeper, of this name."""
+        named = dict(self.encoder.named_modules())
+        if self.config.patch_norm in named:
+            return named[self.config.patch_norm]
+        for name, module in named.items():
             if name.split(".")[-1] == self.config.patch_norm:
                 return module
         raise ValueError(f"the vision encoder has no module {self.config.patch_norm}")

@@ -10,7 +10,8 @@ from typing import Any
 
 from zero_ds.model.decoders import gemma, llama, qwen
 from zero_ds.model.decoders.base import Family
-from zero_ds.model.decoders.structure import UnverifiedError, describe
+from zero_ds.model.decoders.structure import describe
+from zero_ds.model.verdicts import UnverifiedError
 from zero_ds.runtime.errors import ConfigError
 
 FAMILIES: dict[str, Family] = {

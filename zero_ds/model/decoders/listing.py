@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_ds.model.decoders import FAMILIES, registered
-from zero_ds.model.decoders.structure import UnverifiedError, describe
+from zero_ds.model.decoders.structure import describe
+from zero_ds.model.verdicts import UnverifiedError
 from zero_ds.runtime.errors import ConfigError, did_you_mean, one_line
 
 LAYERS = 6
@@ -143,16 +144,21 @@ def verdict(model_type: str) -> Verdict:
     return Verdict(model_type, name, "verified", ", ".join(notes))
 
 
+def known_types() -> set[str]:
+    """Returns the types with a causal LM in the installed transformers, and those of registered families."""
+    return {*offered_types(), *(one for family in FAMILIES.values() for one in family.model_types)}
+
+
 def check_types(types: Sequence[str]) -> None:
     """Checks that transformers has a causal LM for every type.
 
     Raises:
         ConfigError: it has none.
     """
-    offered = offered_types()
+    known = known_types()
     for model_type in types:
-        if model_type not in offered and not any(model_type in family.model_types for family in FAMILIES.values()):
-            hint = did_you_mean(model_type, list(offered))
+        if model_type not in known:
+            hint = did_you_mean(model_type, list(offered_types()))
             raise ConfigError(f"transformers has no causal language model of type '{model_type}'{hint}")
 
 

@@ -233,8 +233,12 @@ def small_model(config: Any, *, attention: str = "eager", seed: int = 0) -> nn.M
     return model.requires_grad_(False)
 
 
+_AUGMENTATION = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+"""Config entries with which vision encoders move rotary positions at random in training."""
+
+
 def without_dropout_(model: nn.Module) -> None:
-    """Switches off the dropout, and the noise on the input of routers, that some models' configs ask for.
+    """Switches off the dropout, and the noise on positions or the input of routers, that some models' configs ask for.
 
     The method uses neither. Besides, checkpoints do not store the state of random generators, so a run with dropout
     would not continue in the same way after it is resumed.
@@ -243,5 +247,9 @@ def without_dropout_(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
+            if ("dropout" in name or "jitter" in name or name == "drop_prob") and isinstance(value, float):
                 setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        for name in _AUGMENTATION:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)

@@ -2,21 +2,14 @@
 
 A small random copy of the model (`shrink`) runs once, and hooks record what goes in and out of every module. The layers
 are the one list as long as the config says, the final norm is the module between the last layer and the head, and so
-on. Then each claim is checked by computing: what does not hold is refused with the check that failed. The verdict
-follows from the config without its widths and from the installed packages, so it is kept in a cache under their hash.
+on. Then each claim is checked by computing: what does not hold is refused with the check that failed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property
-from importlib.metadata import version
-from pathlib import Path
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -35,10 +28,8 @@ from zero_ds.model.decoders.shrink import (
     small_model,
     without_dropout_,
 )
+from zero_ds.model.verdicts import UnverifiedError, kept
 from zero_ds.runtime.errors import ConfigError, one_line
-from zero_ds.runtime.files import write_atomically
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
 """Largest relative difference between two ways of computing the same logits in float32."""
@@ -52,10 +43,6 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "logit_soft_cap", "output
 """Config entries that may bound the scores of the head."""
 
 
-class UnverifiedError(ConfigError):
-    """A model whose structure cannot be verified; the text names the check that failed."""
-
-
 def describe(config: Any) -> Family:
     """Returns the verified description of a decoder, from the cache or by running a small copy of it.
 
@@ -66,66 +53,16 @@ def describe(config: Any) -> Family:
     """
     try:
         small = shrunk(config)
-        text = json.dumps(small.to_dict(), sort_keys=True, default=str)
+        content = small.to_dict()
     except Exception as error:  # the libraries raise many exception types for configs that do not fit together
         raise UnverifiedError(f"no small copy of its config can be made ({one_line(error)})") from None
-    known = f"{text}{_versions()}{own_code.digest(type(config))}"
-    path = _cache_folder() / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
-    content = _read(path)
-    if content is None:
-        try:
-            with on_the_cpu():
-                content = _to_json(_inspect(config, small))
-        except UnverifiedError as error:
-            content = {"refused": str(error)}
-        _write(path, content)
-    if "refused" in content:
-        raise UnverifiedError(content["refused"])
-    return Family(**{name: _frozen(value) for name, value in content.items()})
 
+    def inspect() -> dict[str, Any]:
+        with on_the_cpu():
+            return asdict(_inspect(config, small))
 
-# -- the cache ---------------------------------------------------------------------------------------------------------
-
-
-def _cache_folder() -> Path:
-    """Returns the folder of the cache, below $XDG_CACHE_HOME if that is set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zero_ds" / "decoders"
-
-
-@cache
-def _versions() -> str:
-    """Returns everything that verdicts depend on besides the config: installed packages, and this package's code."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return "".join(f"{name} {version(name)}," for name in ("torch", "transformers")) + digest.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = {f.name for f in fields(Family)}
-    usable = isinstance(content, dict) and (set(content) == {"refused"} or set(content) == known)
-    return content if usable else None
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content))
-    except OSError as error:
-        logger.debug("the description of a decoder is not kept in %s: %s", path, error)
-
-
-def _to_json(family: Family) -> dict[str, Any]:
-    return asdict(family)
-
-
-def _frozen(value: Any) -> Any:
-    """Returns lists of JSON as the tuples that they were."""
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+    keys = {f.name for f in fields(Family)}
+    return Family(**kept("decoders", content, keys, inspect, code=own_code.digest(type(config))))
 
 
 # -- running a small copy --------------------------------------------------------------------------------------------
@@ -504,3 +441,6 @@ def _with_attention(copy: _Copy, family: Family) -> Family:
     except Exception:  # a class that refuses an implementation has no common exception type
         right = False
     return family if right else replace(family, wrong_attentions=("sdpa",))
+
+
+__all__ = ["UnverifiedError", "describe"]

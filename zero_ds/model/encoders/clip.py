@@ -22,4 +22,6 @@ FAMILY = EncoderFamily(
     prefix_tokens=1,
     final_norm="post_layernorm",
     llava_prefix="vision_tower.vision_model.",
+    class_name="CLIPVisionModel",
+    interpolation="interpolate_pos_encoding",
 )
