@@ -56,14 +56,17 @@ def make_word_space(
 def answer_words(config: RunConfig, loader: Loader) -> tuple[dict[int, int], int]:
     """Returns in how many samples' answers each word occurs, by ascending token id, and the number of these samples.
 
-    Samples at even distances are read, and of these the ones with an image. The token that ends an answer is no word.
+    Samples at even distances are read (of a streamed source the first ones), and of these the ones with an image. The
+    token that ends an answer is no word.
 
     Raises:
         ConfigError: there are fewer than two words.
     """
     records, encoder = loader.records, loader.sample_encoder
     ends, found, samples = set(encoder.template.ends()), Counter[int](), 0
-    for index in np.linspace(0, len(records) - 1, min(len(records), config.align.samples)).astype(int).tolist():
+    count = min(len(records), config.align.samples)
+    apart = np.linspace(0, len(records) - 1, count).astype(int).tolist()
+    for index in range(count) if records.in_order else apart:
         if not records.images(index):
             continue
         try:

@@ -110,7 +110,7 @@ def text_encoder(config: RunConfig, target: DecoderFolder) -> SampleEncoder:
 def read_corpus(
     config: RunConfig, encoder: SampleEncoder, written: Sequence[SourceConfig], lookups: Sequence[Lookup]
 ) -> Corpus:
-    """Reads the texts of a run in a random order, until `translate.tokens` are reached.
+    """Reads the texts of a run in a random order, until `translate.tokens` are reached; a streamed source in its own.
 
     written: data sets that are read in addition to `data.sources`. Samples with an image are skipped, and so are
     samples of which no answer fits.
@@ -121,7 +121,8 @@ def read_corpus(
     records = Records((*config.data.sources, *written), skip_bad=config.data.bad_samples == "skip")
     texts: list[list[int]] = []
     tokens = images = unfit = 0
-    for index in np.random.default_rng(config.seed).permutation(len(records)).tolist():
+    mixed = np.random.default_rng(config.seed).permutation(len(records))
+    for index in range(len(records)) if records.in_order else mixed.tolist():
         if config.translate.tokens is not None and tokens >= config.translate.tokens:
             break
         if records.images(index):

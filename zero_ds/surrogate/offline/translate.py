@@ -20,6 +20,7 @@ from zero_ds.runtime import distributed
 from zero_ds.runtime.errors import ConfigError
 from zero_ds.runtime.files import write_atomically
 from zero_ds.runtime.lock import FolderLock
+from zero_ds.runtime.trust import allow_code
 from zero_ds.surrogate.offline.corpus import TRAINING, Corpus, read_corpus, text_encoder
 from zero_ds.surrogate.offline.quality import LookupQuality, Quality, TextBatch, measure, measure_target
 from zero_ds.surrogate.offline.samples import write_samples
@@ -56,6 +57,8 @@ def translate(config: RunConfig) -> Path:
         ConfigError, CheckpointError, DataError: an error that the user can fix, in one sentence.
         FloatingPointError: a loss that is not finite; that step has updated nothing.
     """
+    if config.trust_remote_code:
+        allow_code(True)
     out = Path(config.out)
     _check(config)
     finished = _finished(out, config)
