@@ -64,8 +64,6 @@ def loop(run: Run, engine: Engine, loader: Loader, skipped: SkippedSamples, mani
             result = engine.step(batches, step, counts.supervised, counts.images)
             skips = skipped_by_source(batches, len(sources))
             sums = StepSums.over_ranks(result, skips, bool(run.stop.received), saver)
-            if sums.taken:
-                raise end_without_folder(run.out)
 
             scalars = meter.scalars(
                 step, result, sums, counts, skipped, seconds=time.monotonic() - started, waited=waited
@@ -120,8 +118,6 @@ class StepSums:
     """True if any rank is still writing a checkpoint."""
     unwritten: bool
     """True if any rank could not write its part of a checkpoint."""
-    taken: bool
-    """True if another job has taken over the run folder."""
     by_length: list[float]
     """Sum of the next-token loss, then number of tokens, of each class of response lengths."""
     terms: dict[str, float]
@@ -136,6 +132,9 @@ class StepSums:
         """Sums up the ranks' knowledge. A collective.
 
         skips: this rank's skipped samples by source. stop: whether this rank was asked to end.
+
+        Raises:
+            TakenError: another job has taken over the run folder.
         """
         parts = [
             [result.share, stop, saver.overdue(), *saver.progress(), saver.has_lost_folder()],
@@ -148,7 +147,9 @@ class StepSums:
         (loss, *flags), by_length, terms, by_source, of_skips = ([next(sums) for _ in part] for part in parts)
         named = dict(zip(result.terms, terms, strict=True))
         stops, late, writing, unwritten, taken = map(bool, flags)
-        return cls(loss, stops, late, writing, unwritten, taken, by_length, named, by_source, of_skips)
+        if taken:
+            raise end_without_folder(saver.run.out)
+        return cls(loss, stops, late, writing, unwritten, by_length, named, by_source, of_skips)
 
     def of_sources(self, names: list[str]) -> dict[str, float]:
         """Returns the scalars of each of several sources: loss, tokens with loss, and skipped samples of the step."""
