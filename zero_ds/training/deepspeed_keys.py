@@ -91,8 +91,8 @@ FOLDER = replace(
 )
 BLOCK = replace(
     _whole(131_072, 1_048_576),
-    accepts=lambda value: _is_whole(value) and value > 0 and value % 512 == 0,
-    words="write a multiple of 512, as a disk reads and writes",
+    accepts=lambda value: _is_whole(value) and 0 < value <= 2**30 and value % 512 == 0,
+    words="write a multiple of 512, as a disk reads and writes, up to 1073741824",
 )
 DTYPE = _one_of("fp32", "bf16", "fp16")
 
@@ -189,8 +189,9 @@ KEYS: dict[str, Rule] = {
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": _share(0.5, 0.8),
     # -- disks, logs, profiles -----------------------------------------------------------------------------------------
     "aio.block_size": BLOCK,
-    "aio.queue_depth": _whole(8, 32, least=1),
-    "aio.intra_op_parallelism": _whole(1, 2, least=1),
+    # a machine has room for 65,536 requests, which all ranks and their files share; without room a rank aborts
+    "aio.queue_depth": _whole(8, 32, least=1, most=1024),
+    "aio.intra_op_parallelism": _whole(1, 2, least=1, most=1000),
     "aio.single_submit": BOOLEAN,
     "aio.overlap_events": BOOLEAN,
     "aio.use_gds": _only(False, True, why="it has not been tried with GPUDirect Storage"),
