@@ -70,7 +70,7 @@ def config(
         return run_config(
             "pretrain",
             out,
-            data={**section, "workers": 1},
+            data={**section, "workers": 0},  # ranks of tests are daemons, which have no children
             global_batch=BATCH,
             max_steps=steps,
             optimizer={"learning_rate": 1e-3},

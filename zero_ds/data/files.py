@@ -101,11 +101,14 @@ def data_files(source: SourceConfig) -> DataFiles:
         local = _fetched(source)
     try:
         inside = sorted(file for file in local.glob(pattern or "**/*") if file.is_file())
-        found = [file for file in inside if file.suffix in SUFFIXES] or [f for f in inside if f.suffix == SHARD]
+        found = [file for file in inside if file.suffix in SUFFIXES]
+        shards = [file for file in inside if file.suffix == SHARD]
     except (ValueError, NotImplementedError) as error:
         raise ConfigError(
             f"files={quoted(pattern)} is not a valid pattern ({error}); write one such as data/math-*."
         ) from None
+    if shards and all(_is_companion(file, local) for file in found):  # such as sizes.json
+        found = sorted([*found, *shards])
     if found and (source.subset or source.split):
         found = _chosen(source, local, found)
     if not found:
