@@ -208,7 +208,14 @@ def test_flash_attention_gets_one_row() -> None:
 WAYS: dict[str, dict[str, Any]] = {"padded": {}, "grouped": {"grouping": "length"}, "packed": {"packing": True}}
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "encoder", "decoder"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "pretrain",
+        pytest.param("encoder", marks=pytest.mark.slow(reason="the other two stages always run")),
+        "decoder",
+    ],
+)
 def test_padded_grouped_and_packed_have_one_loss_and_one_gradient(
     run_config: Callable[..., RunConfig], data: Path, stage: str
 ) -> None:

@@ -261,7 +261,7 @@ def train_and_resume(configs: list[RunConfig]) -> list[str]:
     return ends + train_all(again)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow(reason="three ranks always run")), 3])
 def test_round_robin_gradients_are_saved_as_they_were_trained(
     run_config: Callable[..., RunConfig], tmp_path: Path, ranks: int
 ) -> None:

@@ -75,7 +75,7 @@ def test_every_scalar_is_in_the_event_files(runs: Path) -> None:
     records = [json.loads(line) for line in (runs / "looking" / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         for name, value in record.items():
-            if name not in ("step", "samples"):
+            if name not in ("step", "steps", "samples"):
                 assert found[f"train/{name}"][record["step"]] == pytest.approx(value, rel=1e-6), name
         assert 0 < record["mfu"] < 1.5 and 0 <= record["padding_share"] < 1 and record["supervised_tokens"] > 0
         means = [record[name.removeprefix("train/")] for name in by_length if name.removeprefix("train/") in record]

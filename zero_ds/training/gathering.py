@@ -65,10 +65,10 @@ class Units:
         return cls.of_sizes(sizes, folder.family.layer_prefix)
 
 
-def follow_layers_(ds: dict[str, Any], units: Units) -> None:
+def follow_layers_(ds: dict[str, Any], units: Units, ranks: int | None = None) -> None:
     """Fills in the sizes that a resolved DeepSpeed configuration leaves open: the next layer is gathered as a whole.
 
-    ds: a configuration in which `ds_config` has removed "auto".
+    ds: a configuration in which `ds_config` has removed "auto". ranks: number of ranks; None: that of its batch sizes.
 
     Raises:
         ConfigError: parameters are on a disk, and the configuration has too few or too small buffers for them.
@@ -78,12 +78,12 @@ def follow_layers_(ds: dict[str, Any], units: Units) -> None:
         zero.setdefault(PREFETCH, max(SMALLEST[PREFETCH], units.layer))
         zero.setdefault(LIVE, max(SMALLEST[LIVE], units.largest + units.layer))
     if (section := zero.get("offload_param") or {}).get("device") == "nvme":
-        _fill_buffers(section, ds, units)
+        of_batch = ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"]
+        _fill_buffers(section, ds, units, ranks or ds["train_batch_size"] // of_batch)
 
 
-def _fill_buffers(section: dict[str, Any], ds: dict[str, Any], units: Units) -> None:
+def _fill_buffers(section: dict[str, Any], ds: dict[str, Any], units: Units, ranks: int) -> None:
     """Fills in number and size of the buffers into which parameters are read from a disk, and checks stated ones."""
-    ranks = ds["train_batch_size"] // (ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"])
     element = 2 if ds["bf16"]["enabled"] or ds["fp16"]["enabled"] else 4
     smallest = max(SWAPPED_FROM, ds.get("aio", {}).get("block_size", SWAPPED_FROM))
     swapped = [[p for size in unit if (p := -(-size // ranks)) * element >= smallest] for unit in units.parameters]

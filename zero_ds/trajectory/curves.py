@@ -144,7 +144,7 @@ def proposed_range(folder: Path, model: DecoderFolder | Path) -> str:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         measured, verdict, proposed = content["target_hash"], content["transition"]["reason"], content["proposed"]
-        if content["transition"]["verdict"] == "clear" and "lookup" in content:
+        if content["transition"].get("verdict") == "clear" and "lookup" in content:
             verdict = content["lookup"]["reason"]
         replace = str(proposed["replace"]) if proposed else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -151,7 +151,7 @@ def plan_run(
         changed = config.model_copy(update={"zero": name, "nvme_path": config.nvme_path or "/nvme"})
         try:
             ds = ds_config(changed, cluster.gpus, cluster.ranks_per_node)
-            follow_layers_(ds, size.units)
+            follow_layers_(ds, size.units, cluster.gpus)  # the micro-batch of the plan is chosen later
         except ConfigError as error:
             if name == config.zero:
                 raise
