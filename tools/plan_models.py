@@ -1,4 +1,4 @@
-"""Plans both routes for the models that have recipes beside the paper's, and prints the table in docs/planning.md.
+"""Plans both routes for the models that have recipes and are not in the paper; prints the table in docs/planning.md.
 
 python tools/plan_models.py [--gpus 128] [--gpu H100] [--price 2.5]
 """
@@ -40,7 +40,7 @@ class Line:
     hours: tuple[float, float]
     """Hours of the surrogate's route and of the baseline's."""
     cost: tuple[float, float]
-    """The same at the price."""
+    """Cost at the price."""
 
     def cells(self) -> list[str]:
         """Returns the cells of the row."""

@@ -73,7 +73,7 @@ def test_the_command_reads_the_data_and_plans(tmp_path: Path, monkeypatch: pytes
     ("words", "sentence"),
     [
         (["cats", "--encoder", "e", "--data", "data.json", "--gpus", "1"], "--target is missing"),
-        (["../cats", *MODEL, "--data", "data.json", "--gpus", "1", "--no-check"], "is no name for a folder"),
+        (["../cats", *MODEL, "--data", "data.json", "--gpus", "1", "--no-check"], "is not a name for a folder"),
         (["cats", *MODEL, "--data", "missing.json", "--gpus", "1"], "missing.json"),
         (["cats", *MODEL, "--data", "data.json", "--gpus", "1", "--replace", "9"], "9"),
         (["there", *MODEL, "--data", "data.json", "--gpus", "1"], "is there already"),

@@ -117,7 +117,7 @@ VQA = {"image": "train/COCO_{img_id:0>12}.png", "question": "question", "answer"
 
 @pytest.mark.parametrize("img_id", ["47", 47])
 def test_records_by_id_whose_images_are_numbers(tmp_path: Path, img_id: Any) -> None:
-    """As in COCO-QA, VQA and GQA."""
+    """Reads paths made from several keys, as in COCO-QA, VQA and GQA."""
     path = tmp_path / "train.json"
     content = {"513": {"type": "color", "question": "q", "answer": "red", "img_id": img_id}, "9": {"img_id": ""}}
     content["9"] |= {"question": "no image?", "answer": "none"}
@@ -131,7 +131,7 @@ def test_records_by_id_whose_images_are_numbers(tmp_path: Path, img_id: Any) -> 
 
 
 def test_records_that_are_lists(tmp_path: Path) -> None:
-    """As in easy-VQA."""
+    """Reads records that are lists, as in easy-VQA."""
     path = tmp_path / "questions.json"
     path.write_text(json.dumps([["what is it?", "circle", 0], ["is it red?", "no", 12]]))
     columns = {"question": "0", "answer": "1", "image": "images/{2}.png"}

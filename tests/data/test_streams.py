@@ -153,7 +153,7 @@ def test_tars_are_counted_by_headers_or_a_file_beside_them(tmp_path: Path) -> No
 
 
 def faults(records: Records) -> list[str]:
-    """Returns what is wrong with each sample that cannot be used, up to the first semicolon."""
+    """Returns the fault of each sample that cannot be used, up to the first semicolon."""
     found = []
     for number in range(len(records)):
         try:

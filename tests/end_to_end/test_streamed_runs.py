@@ -85,7 +85,7 @@ NEVER = (None, 0.0, None)
 
 @pytest.fixture(scope="module")
 def whole(config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`whole(ranks, steps)`: an uninterrupted run, with its notes beside it."""
+    """`whole(ranks, steps)`: an uninterrupted run, with notes on its samples."""
 
     def make(ranks: int, steps: int = STEPS) -> Path:
         folder = tmp_path_factory.mktemp("whole")

@@ -79,7 +79,7 @@ def test_one_linear_layer_is_a_llava(
     monkeypatch: pytest.MonkeyPatch,
     width: int | None,
 ) -> None:
-    """Its second layer is the identity, and an aligner of any width is multiplied in. Opened here, it answers alike."""
+    """Its second layer is the identity, and an aligner of any width is multiplied in. Its answers here are the same."""
     export_helper.here(monkeypatch)
     folder = run(kind="linear", width=width)
     proof = export_model(folder, None, tmp_path / "out")

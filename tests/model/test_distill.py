@@ -168,7 +168,7 @@ def test_adapter_and_translators_each_get_their_own_loss(
 def test_the_target_runs_in_one_step_of_n(
     made: Callable[..., Path], surrogates: Callable[[list[Replaced]], Path], data: Path, share: float, stage: str
 ) -> None:
-    """In that step its loss counts n times; in the others translators get their share of the next-token loss alone."""
+    """Counts the loss n times in that step; in the others translators get their share of the next-token loss alone."""
     small = surrogates([Replaced(1, 1), Replaced(3, 4)])
     plain = assembled(made, small)
     model = assembled(made, small, DistillConfig(logits=1.0, hidden=0.5, next_token=share, every=3))

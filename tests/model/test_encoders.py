@@ -55,7 +55,7 @@ def test_unlike_types_go_through_the_method(
 
 
 def test_unlike_types_train_under_zero3(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Tables of positions that a parent module reads, and pooling heads that no loss reaches, are partitioned, too."""
+    """Position tables that a parent module reads, and pooling heads that no loss reaches, are partitioned as well."""
     from distributed_helper import run_ranks, train_all
 
     configs = []
@@ -76,7 +76,7 @@ def test_unlike_types_train_under_zero3(run_config: Callable[..., RunConfig], tm
 
 
 def test_another_size_interpolates_positions(made: Callable[..., Path]) -> None:
-    """At the config's own size the class computes what it always did, to the bit."""
+    """Gives the same bits as before at the config's own size."""
     folder = made("clip")
     plain, same, larger = (encoder_of(folder, size) for size in (None, tiny.IMAGE_SIZE, 48))
     module: Any = load_encoder(plain, folder, dtype=torch.float32).eval()

@@ -15,7 +15,7 @@ BLOCK = 512
 
 
 class FakeHandle:
-    """Reads and writes at once what it is asked for, and counts it until somebody waits."""
+    """Reads and writes at once, and counts it until somebody waits."""
 
     pinned: list[torch.Tensor] = []  # noqa: RUF012  one list for all handles, as in DeepSpeed
 

@@ -117,7 +117,7 @@ def test_the_student_computes_what_the_surrogate_does(
 def test_each_layer_is_read_once_and_only_late_ones_are_trained_on(
     made: Callable[..., Path], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In memory are one layer of the target at a time, however many shards there are; later the late layers alone."""
+    """Holds one layer of the target in memory at a time, however many shards there are; later the late layers alone."""
     monkeypatch.setattr(states, "SHARD_BYTES", 40 * 4 * tiny.HIDDEN)
     read: list[int] = []
     original = LayerFiles.read

@@ -57,7 +57,7 @@ def axolotl(zero: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def short_names(**more: Any) -> dict[str, Any]:
-    """The names that DeepSpeed has for some keys of stage 3 beside those with `stage3_`."""
+    """The names that DeepSpeed has for some keys of stage 3 in addition to those with `stage3_`."""
     gathered = {"max_live_parameters": 0, "max_reuse_distance": 0, "gather_16bit_weights_on_model_save": True}
     sizes = dict.fromkeys(("reduce_bucket_size", "prefetch_bucket_size", "param_persistence_threshold"), "auto")
     return {
@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "optimizer follows from the recipe: remove it",
     ),
 }
-"""JSONs, each with the precision of a run and what is said about it."""
+"""JSONs, each with the precision of a run and the sentence about it."""
 
 
 def written(content: dict[str, Any], folder: Path) -> str:

@@ -113,7 +113,7 @@ def collectives(work: Work) -> Iterator[Row]:
 def _exchanged(backend: str, device: Any, count: int) -> Row:
     """Exchanges parts of different sizes as a checkpoint does, where a rank may send and get nothing.
 
-    Some bits are no number, and have to stay as they are.
+    Some bit patterns are not numbers, and have to stay as they are.
     """
     import torch
     import torch.distributed as dist

@@ -93,7 +93,7 @@ def _ask(question: str, option: str, default: str | None = None) -> str:
 
 
 def _with_samples(starter: Starter) -> Starter:
-    """Reads the data once, without opening images, prints what is in them, and notes the number of samples.
+    """Reads the data once, without opening images, prints a summary, and notes the number of samples.
 
     Raises:
         ConfigError, DataError: data that cannot be read.

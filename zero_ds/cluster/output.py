@@ -58,7 +58,7 @@ class Output:
             print("\r\x1b[K", end="", flush=True)
 
     def of_this_attempt(self) -> str:
-        """Returns what the commands have written."""
+        """Returns the output of the commands."""
         with self.path.open("rb") as file:
             file.seek(self._start)
             return file.read().decode(errors="replace").replace("\r", "\n")

@@ -62,9 +62,9 @@ class Step:
     patience: float | None = None
     """Seconds that the commands get to end by themselves. None: PATIENCE."""
     purpose: str = ""
-    """What the step does, in words that follow its name on the console."""
+    """Words about the step that follow its name on the console."""
     outcome: Outcome | None = None
-    """Function that says in a line what the step found."""
+    """Function that returns a line about the result."""
 
     def fingerprint(self) -> str:
         """Returns the text by which a finished step recognises its commands, whichever Python runs them."""

@@ -1,4 +1,4 @@
-"""What the steps of a pipeline found, as a line for the console, from the small files that they leave."""
+"""Lines for the console about the results of a pipeline's steps, from the small files that they leave."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PURPOSES = {
     "export": "writes the model for transformers, and proves it",
     "report": "writes the report",
 }
-"""What the steps do, by their names."""
+"""Purposes of the steps, by their names."""
 
 
 def outcome_of_trajectory(folder: Path) -> str:
@@ -73,7 +73,7 @@ def outcome_of_evaluation(results: Mapping[str, Path]) -> str:
 
 
 def outcome_of_export(folder: Path) -> str:
-    """Returns what the proof has shown."""
+    """Returns the result of the proof."""
     proof = _json(folder / "proof.json")
     line = f"all {proof['tensors_equal']} tensors are those of the source"
     if proof.get("loaded_by_transformers"):

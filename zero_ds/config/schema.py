@@ -316,7 +316,7 @@ class DistillConfig(Section):
     every: int = Field(default=1, ge=1)
     """Number of steps between two in which the target's late layers run. Their loss then counts that many times."""
     positions: Part = 1.0
-    """Share of the supervised tokens, chosen anew in every step, at which `logits` compares predictions."""
+    """Share of the supervised tokens, drawn again in every step, at which `logits` compares predictions."""
 
     @property
     def active(self) -> bool:
@@ -327,7 +327,7 @@ class AlignConfig(Section):
     """A loss in the space of words, beyond the paper: image tokens are drawn to the words of their answers."""
 
     weight: Weight = 0.0
-    """Weight of the loss beside the next-token loss. The stages `words` and `words-encoder` have no other loss."""
+    """Weight of the loss that is added to the next-token loss; the stages `words` and `words-encoder` have no other."""
     scale: float = Field(default=20.0, gt=0)
     """Factor of the cosine between an image's mean token and a word embedding, before the softmax over words."""
     spread: Weight = 0.1
@@ -348,7 +348,7 @@ class TranslateConfig(Section):
     next_token: Weight = 0.0
     """Weight of the next-token loss."""
     positions: Part = 1.0
-    """Share of the positions, chosen anew in every step, at which `logits` and `next_token` are computed."""
+    """Share of the positions, drawn again in every step, at which `logits` and `next_token` are computed."""
     tokens: int | None = Field(default=None, ge=1)
     """Largest number of tokens of the texts, whose hidden states are on disk; empty: all of data.sources."""
     sample: int = Field(default=0, ge=0)

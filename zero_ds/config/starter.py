@@ -36,7 +36,7 @@ STAGES = tuple(_PURPOSES)
 
 @dataclass(frozen=True)
 class Starter:
-    """What a user knows at the beginning; the rest follows from the recipes of the stages."""
+    """Facts that a user knows at the beginning; the rest follows from the recipes of the stages."""
 
     name: str
     """Name of the project: its results go to runs/NAME."""
@@ -124,7 +124,7 @@ def write(starter: Starter, folder: Path) -> list[Path]:
         ConfigError: the name or a value cannot be used, or the folder is there already.
     """
     if not NAME.fullmatch(starter.name):
-        raise ConfigError(f"'{starter.name}' is no name for a folder; use letters, digits, dots, - and _.")
+        raise ConfigError(f"'{starter.name}' is not a name for a folder; use letters, digits, dots, - and _.")
     if folder.exists():
         raise ConfigError(f"{folder} is there already; choose another folder, or remove it first.")
     made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")

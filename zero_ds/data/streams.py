@@ -2,7 +2,7 @@
 
 The first start counts the samples of each shard, from Parquet's footers or tar's headers. The order follows from seed,
 pass and these counts alone: shards come in random order, and each gives its samples in parts, mixed with parts of the
-shards before it. So the position of a run needs no state beside the step, on any number of ranks and workers.
+shards before it. So the position of a run needs no state but the step, on any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPENED = 16 * MIXED
 BLOCK, BLOCKS = 1 << 16, 8
 """Bytes and number of the places at which a shard is compared with what it was."""
 SIZES = "sizes.json"
-"""File beside tar shards that holds the number of samples of each, by its name."""
+"""File in a folder of tar shards that holds the number of samples of each, by its name."""
 
 
 class Shard:

@@ -86,7 +86,7 @@ def averaged(patches: torch.Tensor, size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value of `adapter.kind` computes."""
+    """Computation of a value of `adapter.kind`."""
 
     depth: int = 2
     """Number of linear layers, with GELU between them."""

@@ -198,7 +198,7 @@ def _aligned_pieces(
 
     A disk is read into addresses that are multiples of its blocks. DeepSpeed looks at the lengths of gradients alone;
     where one begins at another address, reading it back fails without an error, and the update uses what was in the
-    buffer before. Pieces shorter than what is swapped stay in memory.
+    buffer before. Pieces that are too short to be swapped stay in memory.
     """
     pieces: list[tuple[torch.Tensor, int]] = []
     for tensor, offset in zip(tensors, offsets, strict=True):

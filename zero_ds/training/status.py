@@ -31,7 +31,7 @@ DEPTH = 3
 
 @dataclass(frozen=True)
 class Status:
-    """What is known about a run."""
+    """State of a run, as far as it is known."""
 
     run: str
     """Folder of the run."""

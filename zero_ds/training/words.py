@@ -57,7 +57,7 @@ def answer_words(config: RunConfig, loader: Loader) -> tuple[dict[int, int], int
     """Returns in how many samples' answers each word occurs, by ascending token id, and the number of these samples.
 
     Samples at even distances are read (of a streamed source the first ones), and of these the ones with an image. The
-    token that ends an answer is no word.
+    token that ends an answer is not a word.
 
     Raises:
         ConfigError: there are fewer than two words.

@@ -65,7 +65,7 @@ class Trajectory:
     """Divergences (samples, layers), in the metric's unit; the last layer's are zero."""
     transition: Transition
     lookup: LookupCurve | None = None
-    """What can be looked up at each layer, if questions were given."""
+    """Look-up accuracy at each layer, if questions were given."""
 
     @property
     def plan(self) -> LayerPlan | None:

@@ -1,4 +1,4 @@
-"""What can be looked up at each layer: a curve beside the divergence, and the first layer that look-ups do not need.
+"""Measures what can be looked up at each layer, and finds the first layer that look-ups do not need.
 
 The divergence says from which layer on the model's prediction of ordinary text settles. Whether it can answer from the
 context is another matter: a translator takes the place of the late layers, and what these layers look up, it would have
@@ -39,7 +39,7 @@ States = Callable[[], Iterator[torch.Tensor]]
 
 @dataclass(frozen=True)
 class LookupCurve:
-    """What can be looked up at each layer. The fields are keys of `lookup` in trajectory.json."""
+    """Look-up accuracy at each layer. The fields are keys of `lookup` in trajectory.json."""
 
     layer: int | None
     """First layer that look-ups do not need; None if that cannot be said."""

@@ -136,7 +136,7 @@ class DecoderFolder:
     def _check_numbers(self, depth: int) -> None:
         """Refuses a number of layers far from that of the weights, before anything of that size is built.
 
-        Smaller differences are found by comparing all names (`spans`), which can tell what is missing.
+        Smaller differences are found by comparing all names (`spans`), which names the missing ones.
         """
         try:
             names = shard_files(self.path)

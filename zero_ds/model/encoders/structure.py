@@ -303,7 +303,7 @@ def _idle(copy: _Copy, family: EncoderFamily) -> tuple[str, ...]:
 
 
 def _check_training(copy: _Copy, family: EncoderFamily, kind: Any) -> None:
-    """In training, without dropout, the model must compute what it computes otherwise."""
+    """Checks that the model computes the same in training, without dropout, as otherwise."""
     model = small_model(kind, copy.config)
     without_dropout_(model)
     try:

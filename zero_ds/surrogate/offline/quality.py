@@ -50,7 +50,7 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class Quality:
-    """What translators give. The fields are keys of translate.json."""
+    """Quality of translators. The fields are keys of translate.json."""
 
     kl: float
     """KL(target || surrogate) over the vocabulary in nats per token, mean over the held-out tokens."""
@@ -64,7 +64,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class LookupQuality:
-    """What the target itself finds, and what guessing would. The fields are keys of translate.json."""
+    """Look-up accuracy of the target itself, and of guessing. The fields are keys of translate.json."""
 
     questions: int
     target: float
@@ -101,7 +101,7 @@ def measure(student: Student, store: StateStore, batch_size: int) -> Quality:
 
 @torch.no_grad()
 def measure_target(student: Student, store: StateStore, batch_size: int) -> LookupQuality | None:
-    """Returns what the target finds of the questions; None without questions."""
+    """Returns the target's look-up accuracy; None without questions."""
     lookups = store.corpus.lookups
     if not lookups:
         return None

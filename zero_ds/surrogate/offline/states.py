@@ -215,7 +215,7 @@ def _advance(
 
 
 def _check_space(store: StateStore) -> None:
-    """Checks that the disk has room for what is kept and for one layer in between.
+    """Checks that the disk has room for the states and for one layer in between.
 
     Raises:
         ConfigError: it has not.

@@ -192,7 +192,7 @@ class _Step:
     number: int
     texts: list[int]
     positions: dict[int, np.ndarray[Any, np.dtype[np.bool_]]]
-    """Of every text, which positions with a next token the losses over the vocabulary read: (tokens - 1,)."""
+    """Positions of each text that the losses over the vocabulary read: (tokens - 1,)."""
 
     @property
     def read(self) -> int:

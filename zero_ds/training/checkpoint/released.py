@@ -99,7 +99,7 @@ def find_named(text: str) -> Named | None:
     """
     if home_path(text).is_file():
         return None
-    if text in NAMED:  # also beside a folder of that name, such as that of a recipe's runs
+    if text in NAMED:  # also if there is a folder of that name, such as that of a recipe's runs
         return NAMED[text]
     if Path(text).suffix in SUFFIXES:
         return None  # reading it will say that it does not exist

@@ -320,7 +320,7 @@ def _saved(ours: float | None, full: float | None) -> str:
 
 
 def _saving_sentence(cluster: Cluster, ours: float | None, full: float | None) -> str | None:
-    """Returns what the surrogate's route saves in hours and at the given price; None where hours are not known."""
+    """Returns the savings of the surrogate's route in hours and at the given price; None where hours are not known."""
     if ours is None or full is None:
         return None
     saved = full - ours
