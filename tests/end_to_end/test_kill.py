@@ -186,6 +186,7 @@ def test_a_run_continues_the_same_with_other_ranks_and_another_zero_config(
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow(reason="test_a_run_continues_the_same_with_other_ranks... shows it without a kill")
 def test_more_ranks_take_over_from_one(
     config: Callable[..., RunConfig], whole: tuple[Path, float], tmp_path: Path
 ) -> None:
